@@ -1,0 +1,16 @@
+"""One validated tree of settings, from YAML, recipes and dotted overrides. Knows no torch."""
+
+from everest_ds.config.batch import BatchPlan, plan_batch
+from everest_ds.config.load import dump_experiment, find_config, flatten, load_experiment, recipe_names
+from everest_ds.config.schema import Experiment
+
+__all__ = [
+    "BatchPlan",
+    "Experiment",
+    "dump_experiment",
+    "find_config",
+    "flatten",
+    "load_experiment",
+    "plan_batch",
+    "recipe_names",
+]

@@ -1,0 +1,37 @@
+"""The Vision Transformers of the paper, by name: widths, depths and heads of encoder and decoder.
+
+S, B, L and H are VideoMAE's (patch 16, tubelet 2, MLP ratio 4) with a decoder of half the width and
+depth 4, which reproduces the published GFLOPs of every size. `vit_tiny` is for tests and the demo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MLP_RATIO = 4
+
+
+@dataclass(frozen=True)
+class TransformerShape:
+    """Width (channels), depth (blocks) and attention heads of one stack of blocks."""
+
+    width: int
+    depth: int
+    heads: int
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """An encoder and the light decoder that pre-training puts on top of it."""
+
+    encoder: TransformerShape
+    decoder: TransformerShape
+
+
+BACKBONES: dict[str, Backbone] = {
+    "vit_tiny": Backbone(TransformerShape(128, 6, 4), TransformerShape(64, 4, 2)),
+    "vit_small": Backbone(TransformerShape(384, 12, 6), TransformerShape(192, 4, 3)),
+    "vit_base": Backbone(TransformerShape(768, 12, 12), TransformerShape(384, 4, 6)),
+    "vit_large": Backbone(TransformerShape(1024, 24, 16), TransformerShape(512, 4, 8)),
+    "vit_huge": Backbone(TransformerShape(1280, 32, 16), TransformerShape(640, 4, 8)),
+}

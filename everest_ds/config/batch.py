@@ -1,0 +1,59 @@
+"""Batch arithmetic: global = micro x accumulation x data-parallel ranks, always, and said when it is not."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from everest_ds.config.schema import BatchConfig
+from everest_ds.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """The resolved batch of one optimiser step, in clips."""
+
+    micro_batch_size: int
+    grad_accum_steps: int
+    data_parallel_degree: int
+
+    @property
+    def global_batch_size(self) -> int:
+        """Clips of one optimiser step over all ranks."""
+        return self.micro_batch_size * self.grad_accum_steps * self.data_parallel_degree
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_batch_size} clips = {self.micro_batch_size} per rank and micro-batch"
+            f" x {self.grad_accum_steps} accumulated x {self.data_parallel_degree} data-parallel ranks"
+        )
+
+
+def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:
+    """Split the global batch over the ranks.
+
+    Raises:
+        ConfigError: if the ranks and micro-batches do not divide the global batch.
+    """
+    per_micro_step = batch.micro_batch_size * data_parallel_degree
+    if batch.global_batch_size is None:
+        return BatchPlan(batch.micro_batch_size, batch.grad_accum_steps or 1, data_parallel_degree)
+    accum, rest = divmod(batch.global_batch_size, per_micro_step)
+    if rest or accum == 0 or (batch.grad_accum_steps or accum) != accum:
+        raise _does_not_divide(batch, data_parallel_degree)
+    return BatchPlan(batch.micro_batch_size, accum, data_parallel_degree)
+
+
+def _does_not_divide(batch: BatchConfig, degree: int) -> ConfigError:
+    total = batch.global_batch_size or 0
+    accum = batch.grad_accum_steps
+    micro = [m for m in range(1, total + 1) if total % (m * degree * (accum or 1)) == 0]
+    fitting = [m for m in micro if accum is None or m * degree * accum == total]
+    return ConfigError(
+        "batch.global_batch_size does not divide over the ranks",
+        given=f"global_batch_size={total}, micro_batch_size={batch.micro_batch_size}, "
+        f"grad_accum_steps={accum or 'auto'}, {degree} data-parallel ranks",
+        allowed=f"micro_batch_size in {fitting}"
+        if fitting
+        else f"a global_batch_size that is a multiple of {degree * (accum or 1)}",
+        fix="change batch.micro_batch_size, batch.global_batch_size or the number of ranks",
+    )

@@ -1,0 +1,156 @@
+"""From a recipe name or a YAML file plus `key.path=value` overrides to a validated `Experiment`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from everest_ds.config.schema import Experiment
+from everest_ds.errors import ConfigError, nearest
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+Tree = dict[str, Any]
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes shipped with the package."""
+    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
+
+
+def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Resolve `base:` inheritance and overrides, then validate.
+
+    Args:
+        source: a recipe name, a YAML file, or a run folder (its `config.yaml`).
+        overrides: `key.path=value` strings; values are YAML.
+
+    Raises:
+        ConfigError: naming the file or key, what was given and what is allowed.
+    """
+    path = find_config(source)
+    tree = _read_with_bases(path, ())
+    for text in overrides:
+        _apply_override(tree, text)
+    try:
+        return Experiment.model_validate(tree)
+    except ValidationError as error:
+        raise _explain(error, path) from None
+
+
+def dump_experiment(config: Experiment) -> str:
+    """The resolved config as YAML, complete: what a run folder keeps."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def find_config(source: str | Path) -> Path:
+    """The file behind a recipe name, a path or a run folder."""
+    path = Path(source)
+    if path.is_dir() and (path / "config.yaml").is_file():
+        return path / "config.yaml"
+    if path.is_file():
+        return path
+    recipe = RECIPES / f"{source}.yaml"
+    if recipe.is_file():
+        return recipe
+    raise ConfigError(
+        "no such recipe, YAML file or run folder",
+        given=repr(str(source)),
+        allowed=nearest(str(source), recipe_names()),
+        fix="`everest-ds recipes` lists the recipes",
+    )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> `("a.b", 1)`: every leaf with its dotted path."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Tree:
+    if path.resolve() in seen:
+        chain = " -> ".join(p.name for p in (*seen, path))
+        raise ConfigError(f"{path}: `base` goes in a circle", given=chain)
+    tree = _read_yaml(path)
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    beside = path.parent / str(base)
+    base_path = beside if beside.is_file() else find_config(str(base))
+    return _merge(_read_with_bases(base_path, (*seen, path.resolve())), tree)
+
+
+def _read_yaml(path: Path) -> Tree:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not readable as YAML", given=reason) from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: not a config", given=type(tree).__name__, allowed="a mapping of sections")
+    return tree
+
+
+def _merge(base: Tree, top: Tree) -> Tree:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        both = isinstance(below, dict) and isinstance(value, dict)
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _apply_override(tree: Tree, text: str) -> None:
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise ConfigError("override without `=`", given=repr(text), allowed="key.path=value")
+    try:
+        value = yaml.safe_load(raw)
+    except yaml.YAMLError:
+        value = raw
+    *sections, leaf = key.split(".")
+    node = tree
+    for name in sections:
+        child = node.get(name)
+        node[name] = dict(child) if isinstance(child, dict) else {}
+        node = node[name]
+    node[leaf] = value
+
+
+def _explain(error: ValidationError, path: Path) -> ConfigError:
+    first, *others = error.errors()
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        return ConfigError(
+            f"{path}: unknown config key `{key}`{more}",
+            allowed=nearest(str(first["loc"][-1]), _valid_keys(first["loc"][:-1])),
+        )
+    if first["type"] == "missing":
+        return ConfigError(f"{path}: config key `{key}` is missing{more}", fix=f"add `{key}:`")
+    return _explain_value(first, key, f"{path}: {key or 'config'}{more}")
+
+
+def _explain_value(first: ErrorDetails, key: str, subject: str) -> ConfigError:
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return ConfigError(f"{subject}: {message}")
+    return ConfigError(subject, given=repr(first["input"]), allowed=message.removeprefix("Input should be "))
+
+
+def _valid_keys(location: Sequence[int | str]) -> list[str]:
+    section: type[BaseModel] = Experiment
+    for name in location:
+        annotation = section.model_fields[str(name)].annotation
+        nested = [annotation, *get_args(annotation)]
+        section = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
+    return list(section.model_fields)

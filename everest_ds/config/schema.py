@@ -1,0 +1,221 @@
+"""The one config tree of a run: model, tokens, data, loss, optimizer, schedule, batch, ... run.
+
+Every section is frozen and refuses unknown keys. Checks that need two sections live in
+`Experiment.check_sections_agree`; all of them run before a GPU is touched.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from everest_ds.config.backbones import BACKBONES, Backbone
+from everest_ds.config.tokens import ClipGeometry, TokenCounts, classify_counts, pretrain_counts
+
+Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
+Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """A part of the tree: immutable, no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelConfig(Section):
+    """The Vision Transformer and the clip it sees."""
+
+    backbone: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
+    num_frames: PositiveInt = 16
+    tubelet_size: PositiveInt = 2
+    image_size: PositiveInt = 224
+    patch_size: PositiveInt = 16
+    drop_path: Probability = Field(0.0, description="stochastic depth of the last encoder block")
+    num_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="fine-tuning only")
+    init_from: Path | None = Field(
+        None, description="run folder or .safetensors file whose encoder weights to start from"
+    )
+
+    @property
+    def geometry(self) -> ClipGeometry:
+        """The tubelet grid of a clip."""
+        return ClipGeometry(self.num_frames, self.tubelet_size, self.image_size, self.patch_size)
+
+    @property
+    def shape(self) -> Backbone:
+        """Widths, depths and heads."""
+        return BACKBONES[self.backbone]
+
+    @model_validator(mode="after")
+    def check_divides(self) -> ModelConfig:
+        """Frames divide into tubelets and frames' sides into patches."""
+        if self.num_frames % self.tubelet_size:
+            raise ValueError(
+                f"num_frames={self.num_frames} is not a multiple of tubelet_size={self.tubelet_size}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        return self
+
+
+class TokensConfig(Section):
+    """Which tokens are computed on. `rero` is EVEREST; `tube` and `none` are VideoMAE's two phases."""
+
+    selection: Literal["rero", "tube", "none"] = "rero"
+    keep_ratio: Ratio = Field(0.3, description="rho: kept share of all tokens (rero)")
+    mask_ratio: Probability = Field(0.9, description="share of all tokens hidden from the encoder")
+
+
+class DataConfig(Section):
+    """Manifests of `path label` lines and how clips are cut from the videos."""
+
+    train: Path | None = None
+    val: Path | None = None
+    test: Path | None = None
+    root: Path | None = Field(
+        None, description="folder of the manifests' relative paths; default: the manifest's own"
+    )
+    class_names: Path | None = Field(None, description="one class name a line, in label order")
+    frame_stride: PositiveInt = 4
+    sampling: Literal["stride", "segments"] = Field(
+        "stride", description="frames at a fixed stride, or one from each of num_frames equal segments"
+    )
+    train_crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
+    horizontal_flip: bool = Field(False, description="random in training; wrong where left is not right")
+    test_segments: PositiveInt = 5
+    test_crops: PositiveInt = 3
+    num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
+
+
+class LossConfig(Section):
+    """What is minimised."""
+
+    normalize_targets: bool = Field(True, description="per-tubelet normalised pixels (pre-training)")
+    label_smoothing: Probability = Field(0.0, description="fine-tuning")
+
+
+class OptimizerConfig(Section):
+    """AdamW. Biases, norms and the mask token are not decayed."""
+
+    betas: tuple[Probability, Probability] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: NonNegative = 0.05
+    layer_decay: Ratio = Field(1.0, description="lr factor from each encoder block to the one below")
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+
+
+class ScheduleConfig(Section):
+    """Cosine decay after a linear warm-up. All three rates scale with global_batch_size / 256."""
+
+    epochs: PositiveInt = 800
+    warmup_epochs: NonNegative = 40
+    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
+    warmup_lr: NonNegative = 1e-6
+    min_lr: NonNegative = 1e-5
+
+
+class BatchConfig(Section):
+    """Clips per step. Give global_batch_size to keep it whatever the number of ranks."""
+
+    micro_batch_size: PositiveInt = Field(8, description="clips a rank holds at once")
+    global_batch_size: PositiveInt | None = Field(None, description="clips of an optimiser step, all ranks")
+    grad_accum_steps: PositiveInt | None = Field(None, description="default: what global_batch_size needs")
+
+
+class ParallelismConfig(Section):
+    """How the model's states are spread over the ranks."""
+
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="picks ds_configs/zero<stage>.json")
+    ds_config: Path | None = Field(None, description="your own DeepSpeed JSON, of the same stage")
+
+
+class RecomputeConfig(Section):
+    """Activation checkpointing: trade a second forward pass for memory."""
+
+    mode: Literal["none", "blocks"] = "none"
+    offload_to_cpu: bool = Field(False, description="keep the blocks' inputs in host memory")
+
+
+class RunConfig(Section):
+    """Where a run lives and how often it speaks and saves. May change when a run is resumed."""
+
+    dir: Path = Path("runs/default")
+    seed: int = 0
+    log_every_steps: PositiveInt = 10
+    save_every_steps: PositiveInt = 500
+    keep_checkpoints: PositiveInt = 2
+    image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
+    validate_every_epochs: PositiveInt = 1
+
+
+class Experiment(Section):
+    """A whole run: what `config.yaml` in a run folder holds."""
+
+    task: Literal["pretrain", "finetune"]
+    model: ModelConfig = ModelConfig()
+    tokens: TokensConfig = TokensConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    batch: BatchConfig = BatchConfig()
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    parallelism: ParallelismConfig = ParallelismConfig()
+    recompute: RecomputeConfig = RecomputeConfig()
+    run: RunConfig = RunConfig()
+
+    @property
+    def token_counts(self) -> TokenCounts:
+        """K and V of this task."""
+        t = self.tokens
+        if self.task == "pretrain":
+            return pretrain_counts(self.model.geometry, t.selection, t.keep_ratio, t.mask_ratio)
+        return classify_counts(self.model.geometry, t.selection, t.keep_ratio)
+
+    @model_validator(mode="after")
+    def check_sections_agree(self) -> Experiment:
+        """What one section says must be possible under the others."""
+        _check_task(self)
+        _check_tokens(self)
+        if self.schedule.warmup_epochs >= self.schedule.epochs:
+            raise ValueError(
+                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
+                f" schedule.epochs={self.schedule.epochs}"
+            )
+        if self.recompute.offload_to_cpu and self.recompute.mode == "none":
+            raise ValueError("recompute.offload_to_cpu needs recompute.mode: blocks")
+        return self
+
+
+def _check_task(config: Experiment) -> None:
+    allowed = {"pretrain": ("rero", "tube"), "finetune": ("rero", "none")}[config.task]
+    if config.tokens.selection not in allowed:
+        raise ValueError(
+            f"tokens.selection={config.tokens.selection} is not for task {config.task};"
+            f" allowed: {', '.join(allowed)}"
+        )
+    if config.task == "finetune" and config.model.num_classes is None:
+        raise ValueError("model.num_classes is needed to fine-tune; give the number of classes")
+
+
+def _check_tokens(config: Experiment) -> None:
+    counts = config.token_counts
+    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
+    if config.tokens.selection == "rero" and config.model.geometry.num_slots < 2:
+        raise ValueError("tokens.selection=rero compares neighbouring slots: it needs two tubelets in time")
+    if counts.num_kept < 1 or counts.num_visible < 1:
+        raise ValueError(
+            f"tokens: {where} leaves {counts.num_kept} kept and {counts.num_visible} visible of"
+            f" {counts.num_tokens} tokens; raise keep_ratio or lower mask_ratio"
+        )
+    if config.task == "pretrain" and counts.num_predicted < 1:
+        raise ValueError(
+            f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
+            " keep_ratio must exceed 1 - mask_ratio"
+        )

@@ -1,0 +1,99 @@
+"""How many tokens each part of a model sees: the fixed counts that give every tensor a static shape.
+
+Symbols as in the paper: N tokens, K kept by the selection, V visible to the pre-training encoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+
+def exact_floor(ratio: float, count: int) -> int:
+    """⌊ratio · count⌋ with `ratio` read as the decimal it was written as.
+
+    Binary floating point gets such counts wrong: `int(0.29 * 100)` is 28.
+    """
+    return int(Fraction(repr(ratio)) * count)
+
+
+@dataclass(frozen=True)
+class ClipGeometry:
+    """The grid of tubelets of a clip.
+
+    Attributes:
+        num_frames: frames of a clip.
+        tubelet_size: frames of a tubelet.
+        image_size: height and width of a frame, pixels.
+        patch_size: height and width of a tubelet, pixels.
+    """
+
+    num_frames: int = 16
+    tubelet_size: int = 2
+    image_size: int = 224
+    patch_size: int = 16
+
+    @property
+    def num_slots(self) -> int:
+        """T: tubelet rows in time."""
+        return self.num_frames // self.tubelet_size
+
+    @property
+    def grid_size(self) -> int:
+        """Tubelets along the height (and the width) of a frame."""
+        return self.image_size // self.patch_size
+
+    @property
+    def tokens_per_slot(self) -> int:
+        """L: tokens of one slot."""
+        return self.grid_size**2
+
+    @property
+    def num_tokens(self) -> int:
+        """N = T · L."""
+        return self.num_slots * self.tokens_per_slot
+
+    @property
+    def tubelet_values(self) -> int:
+        """P: pixel values of one tubelet, all three colours."""
+        return 3 * self.tubelet_size * self.patch_size**2
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What flows through one model: `num_visible` through the encoder, `num_kept` through the decoder.
+
+    In fine-tuning nothing is masked, so `num_visible == num_kept` and `num_predicted == 0`.
+    """
+
+    num_tokens: int
+    num_kept: int
+    num_visible: int
+
+    @property
+    def num_predicted(self) -> int:
+        """K - V: tokens that the decoder predicts and the loss is taken over."""
+        return self.num_kept - self.num_visible
+
+
+def pretrain_counts(
+    geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
+) -> TokenCounts:
+    """Token counts of a pre-training step (paper section 3; VideoMAE's for `tube`).
+
+    `rero` keeps K = ⌊keep_ratio·N⌋ tokens and shows V = ⌊(1 - mask_ratio)·N⌋ of them to the encoder.
+    `tube` masks the same ⌊mask_ratio·L⌋ places in every slot and decodes all N.
+    """
+    n = geometry.num_tokens
+    if selection == "tube":
+        masked_per_slot = exact_floor(mask_ratio, geometry.tokens_per_slot)
+        return TokenCounts(n, n, geometry.num_slots * (geometry.tokens_per_slot - masked_per_slot))
+    visible = int((1 - Fraction(repr(mask_ratio))) * n)
+    return TokenCounts(n, exact_floor(keep_ratio, n), visible)
+
+
+def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
+    """Token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
+    n = geometry.num_tokens
+    kept = exact_floor(keep_ratio, n) if selection == "rero" else n
+    return TokenCounts(n, kept, kept)

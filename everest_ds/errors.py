@@ -1,0 +1,108 @@
+"""What can go wrong, typed: every error a user can cause says what, given what, allowed what, do what.
+
+Exit codes are part of the interface: schedulers and scripts branch on them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Process exit codes of `everest-ds` (documented in docs/troubleshooting.md)."""
+
+    OK = 0
+    FAILURE = 1  # a bug or an unforeseen failure: comes with a traceback
+    USAGE = 2  # command line or config
+    DATA = 3  # a video, a manifest, a label
+    CHECKPOINT = 4  # missing, damaged, or of another model
+    RUN_FOLDER = 5  # of another config, or in use
+    RANK_LOST = 6  # another rank ended: the first reason is on the console
+    OUT_OF_MEMORY = 7
+    DIVERGED = 8  # the loss is no longer finite
+    STOPPED = 75  # asked to stop; saved; the same command goes on (EX_TEMPFAIL of sysexits.h)
+
+
+class EverestError(Exception):
+    """An error whose text is for the user: printed as one line, without a traceback.
+
+    Args:
+        subject: what is wrong, naming the file or the config key.
+        given: what was found there.
+        allowed: what would have been right.
+        fix: what to do about it.
+    """
+
+    exit_code = ExitCode.FAILURE
+
+    def __init__(
+        self,
+        subject: str,
+        *,
+        given: object = None,
+        allowed: object = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = [subject]
+        if given is not None:
+            parts.append(f"given: {given}")
+        if allowed is not None:
+            parts.append(f"allowed: {allowed}")
+        if fix is not None:
+            parts.append(f"fix: {fix}")
+        super().__init__("; ".join(parts))
+
+
+class UsageError(EverestError):
+    """The command line asks for something that does not exist or does not fit together."""
+
+    exit_code = ExitCode.USAGE
+
+
+class ConfigError(UsageError):
+    """A config key, value or combination is wrong."""
+
+
+class DataError(EverestError):
+    """A video, a manifest or a label is missing, damaged or out of range."""
+
+    exit_code = ExitCode.DATA
+
+
+class CheckpointError(EverestError):
+    """A checkpoint is missing, incomplete, or belongs to another model or world."""
+
+    exit_code = ExitCode.CHECKPOINT
+
+
+class RunFolderError(EverestError):
+    """A run folder belongs to another config or to a run that is still alive."""
+
+    exit_code = ExitCode.RUN_FOLDER
+
+
+class RankLostError(EverestError):
+    """A rank ended before its peers."""
+
+    exit_code = ExitCode.RANK_LOST
+
+
+class DivergedError(EverestError):
+    """The loss stopped being a finite number."""
+
+    exit_code = ExitCode.DIVERGED
+
+
+class StopRequested(EverestError):
+    """The run was asked to stop; everything is saved."""
+
+    exit_code = ExitCode.STOPPED
+
+
+def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
+    """The valid names closest to `name`, or all of them if none is close: for an error's `allowed`."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    return "did you mean " + " or ".join(close) + "?" if close else "one of " + ", ".join(names)

@@ -1,0 +1,99 @@
+"""The masked video autoencoder: pre-training of EVEREST (`rero`) and of VideoMAE (`tube`).
+
+uint8 clip -> importance -> kept tokens -> visible ones through the encoder -> kept ones through the
+decoder -> predicted pixels of the rest. Only gathered tubelets are embedded with gradient, decoded or
+turned into targets.
+
+Shape legend: B clips, F frames, H x W pixels, N tokens, K kept, V visible, M = K - V predicted,
+P values of a tubelet, D encoder width, d decoder width.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.models.encoder import Encoder
+from everest_ds.models.rero import select_tokens, split_kept, split_tubes
+from everest_ds.models.tubelets import (
+    gather_tokens,
+    reconstruction_targets,
+    sincos_positions,
+    to_tubelets,
+)
+from everest_ds.models.vit import LAYER_NORM_EPS, Blocks, init_weights
+
+
+class Reconstruction(NamedTuple):
+    """What a pre-training forward pass saw and said (a tuple: DeepSpeed's hooks look inside those).
+
+    Attributes:
+        loss: mean squared error over the predicted tokens, float32 scalar.
+        visible_BV: token indices that the encoder saw.
+        predicted_BM: token indices that the decoder predicted.
+        prediction_BMP: its output, in the space of the targets.
+    """
+
+    loss: Tensor
+    visible_BV: Tensor
+    predicted_BM: Tensor
+    prediction_BMP: Tensor
+
+
+class PretrainModel(nn.Module):
+    """EVEREST's autoencoder.
+
+    Args:
+        config: an experiment whose task is `pretrain`.
+    """
+
+    def __init__(self, config: Experiment) -> None:
+        super().__init__()
+        self.geometry = config.model.geometry
+        self.counts = config.token_counts
+        self.selection = config.tokens.selection
+        self.normalize_targets = config.loss.normalize_targets
+        width, shape = config.model.shape.encoder.width, config.model.shape.decoder
+        self.encoder = Encoder(config)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.to_decoder = nn.Linear(width, shape.width, bias=False)
+        self.mask_token = nn.Parameter(torch.zeros(shape.width))
+        self.decoder = Blocks(shape)
+        self.decoder_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.head = nn.Linear(shape.width, self.geometry.tubelet_values)
+        self.register_buffer(
+            "decoder_positions", sincos_positions(self.geometry.num_tokens, shape.width), persistent=False
+        )
+        self.decoder_positions: Tensor
+        self.apply(init_weights)
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Reconstruction:
+        """Reconstruct the kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive the masking."""
+        tubelets_BNP = to_tubelets(clip_BFHWC, self.geometry)
+        visible_BV, predicted_BM = self.choose_tokens(tubelets_BNP, key_B)
+        x_BVD = self.encoder(gather_tokens(tubelets_BNP, visible_BV), visible_BV, key_B)
+        prediction_BMP = self.decode(self.to_decoder(self.norm(x_BVD)), visible_BV, predicted_BM, key_B)
+        target_BMP = reconstruction_targets(gather_tokens(tubelets_BNP, predicted_BM), self.normalize_targets)
+        loss = F.mse_loss(prediction_BMP.float(), target_BMP)
+        return Reconstruction(loss, visible_BV, predicted_BM, prediction_BMP)
+
+    def choose_tokens(self, tubelets_BNP: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Token indices (B, V) to show to the encoder and (B, M) to predict."""
+        counts = self.counts
+        if self.selection == "tube":
+            g = self.geometry
+            return split_tubes(g.num_slots, g.tokens_per_slot, counts.num_visible, key_B)
+        keep_BK = select_tokens(self.encoder.importance(tubelets_BNP), counts.num_kept)
+        return split_kept(keep_BK, counts.num_visible, key_B)
+
+    def decode(self, x_BVd: Tensor, visible_BV: Tensor, predicted_BM: Tensor, key_B: Tensor) -> Tensor:
+        """Visible features and mask tokens, each with its position -> predictions (B, M, P)."""
+        positions = self.decoder_positions.to(x_BVd.dtype)
+        full = torch.cat([x_BVd + positions[visible_BV], self.mask_token + positions[predicted_BM]], dim=1)
+        full = self.decoder(full, key_B)
+        return self.head(self.decoder_norm(full[:, visible_BV.shape[1] :]))

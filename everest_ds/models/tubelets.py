@@ -1,0 +1,85 @@
+"""Clips as tubelets: cutting, gathering, normalising, embedding and placing them.
+
+Pixels stay uint8 until a tubelet is known to be needed; only gathered tubelets become floating point.
+
+Shape legend: B clips, F frames, H x W pixels, C = 3 colours, T slots, L places a slot, N = T·L tokens,
+K any number of gathered tokens, P = t·p·p·3 values of a tubelet (frame, row, column, colour), D width.
+"""
+
+from __future__ import annotations
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from everest_ds.config.tokens import ClipGeometry
+
+# Mean and standard deviation of ImageNet's RGB values in [0, 1], which VideoMAE normalises with.
+PIXEL_MEAN = (0.485, 0.456, 0.406)
+PIXEL_STD = (0.229, 0.224, 0.225)
+
+
+def to_tubelets(clip_BFHWC: Tensor, geometry: ClipGeometry) -> Tensor:
+    """(B, F, H, W, 3) pixels -> (B, N, P) tubelets, slot by slot, row by row."""
+    t, p = geometry.tubelet_size, geometry.patch_size
+    return rearrange(
+        clip_BFHWC, "b (s t) (h p) (w q) c -> b (s h w) (t p q c)", t=t, p=p, q=p, s=geometry.num_slots
+    )
+
+
+def from_tubelets(tubelets_BNP: Tensor, geometry: ClipGeometry) -> Tensor:
+    """Inverse of `to_tubelets`."""
+    t, p, g = geometry.tubelet_size, geometry.patch_size, geometry.grid_size
+    return rearrange(tubelets_BNP, "b (s h w) (t p q c) -> b (s t) (h p) (w q) c", t=t, p=p, q=p, h=g, w=g)
+
+
+def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:
+    """(B, N, D) and (B, K) -> (B, K, D): the rows named by `index_BK`."""
+    return x_BND.gather(1, index_BK[:, :, None].expand(-1, -1, x_BND.shape[-1]))
+
+
+def normalize_pixels(tubelets_BKP: Tensor, dtype: torch.dtype) -> Tensor:
+    """uint8 RGB -> zero mean, unit variance by ImageNet's statistics, computed in float32."""
+    mean = torch.tensor(PIXEL_MEAN, device=tubelets_BKP.device) * 255
+    std = torch.tensor(PIXEL_STD, device=tubelets_BKP.device) * 255
+    colours = tubelets_BKP.unflatten(-1, (-1, 3))
+    return ((colours - mean) / std).flatten(-2).to(dtype)
+
+
+def reconstruction_targets(tubelets_BKP: Tensor, normalize: bool) -> Tensor:
+    """What the decoder must predict: pixels in [0, 1], normalised within each tubelet and colour.
+
+    Minus the mean, over the unbiased standard deviation plus 1e-6 (VideoMAE, NeurIPS 2022, section 3).
+
+    Args:
+        tubelets_BKP: uint8 tubelets of the predicted tokens.
+        normalize: False gives plain pixels in [0, 1].
+    """
+    pixels = tubelets_BKP.unflatten(-1, (-1, 3)).float() / 255
+    if normalize:
+        mean = pixels.mean(dim=-2, keepdim=True)
+        pixels = (pixels - mean) / (pixels.var(dim=-2, keepdim=True).sqrt() + 1e-6)
+    return pixels.flatten(-2)
+
+
+def sincos_positions(count: int, width: int) -> Tensor:
+    """Fixed sine-cosine table over the flat token index, float32 (count, width), as in VideoMAE."""
+    channel = torch.arange(width, dtype=torch.float64)
+    frequency = 10000.0 ** (-2 * (channel // 2) / width)
+    angle = torch.arange(count, dtype=torch.float64)[:, None] * frequency
+    return torch.where(channel % 2 == 0, angle.sin(), angle.cos()).float()
+
+
+class TubeletEmbedding(nn.Linear):
+    """The patch embedding: VideoMAE's Conv3d with kernel = stride, written as the one GEMM it is.
+
+    Input values are in (frame, row, column, colour) order, as `to_tubelets` gives them and as the
+    decoder's targets are, so a tubelet is gathered once for both.
+    """
+
+    def __init__(self, geometry: ClipGeometry, width: int) -> None:
+        super().__init__(geometry.tubelet_values, width)
+
+    def forward(self, tubelets_BKP: Tensor) -> Tensor:
+        """uint8 (B, K, P) -> (B, K, D) in the weight's dtype."""
+        return super().forward(normalize_pixels(tubelets_BKP, self.weight.dtype))

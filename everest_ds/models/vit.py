@@ -1,0 +1,91 @@
+"""The Vision Transformer block that encoder, decoder and classifier share (VideoMAE's, pre-norm).
+
+Shape legend: B clips, n tokens, D width, h heads.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.models.sampling import random_uniform
+
+LAYER_NORM_EPS = 1e-6
+DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; one projection for q, k and v, of which k has no bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BnD: Tensor) -> Tensor:
+        """(B, n, D) -> (B, n, D)."""
+        bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
+        qkv = F.linear(x_BnD, self.qkv.weight, bias)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Sequential):
+    """Linear, GELU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        hidden = MLP_RATIO * width
+        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each on a normalised input and added to it; drop path per clip."""
+
+    def __init__(self, width: int, heads: int, drop_path: float = 0.0, index: int = 0) -> None:
+        super().__init__()
+        self.drop_path = drop_path
+        self.stream = DROP_PATH_STREAM + 2 * index
+        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attention = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = MLP(width)
+
+    def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
+        """(B, n, D), and the clips' random keys (B,) -> (B, n, D)."""
+        x_BnD = x_BnD + self._drop(self.attention(self.norm1(x_BnD)), key_B, self.stream)
+        return x_BnD + self._drop(self.mlp(self.norm2(x_BnD)), key_B, self.stream + 1)
+
+    def _drop(self, branch: Tensor, key_B: Tensor, stream: int) -> Tensor:
+        if not self.training or self.drop_path == 0.0:
+            return branch
+        survives = random_uniform(key_B, stream, 1) >= self.drop_path
+        return branch * (survives / (1 - self.drop_path)).to(branch.dtype)[:, :, None]
+
+
+class Blocks(nn.ModuleList):
+    """A stack of blocks whose drop path grows linearly from 0 to `drop_path`."""
+
+    def __init__(self, shape: TransformerShape, drop_path: float = 0.0) -> None:
+        last = max(shape.depth - 1, 1)
+        super().__init__(
+            Block(shape.width, shape.heads, drop_path * i / last, index=i) for i in range(shape.depth)
+        )
+
+    def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
+        """(B, n, D) -> (B, n, D), through every block."""
+        for block in self:
+            x_BnD = block(x_BnD, key_B)
+        return x_BnD
+
+
+def init_weights(module: nn.Module) -> None:
+    """Xavier-uniform linears, zero biases, unit norms (VideoMAE); use with `model.apply`."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
