@@ -95,7 +95,7 @@ class DivergedError(EverestError):
     exit_code = ExitCode.DIVERGED
 
 
-class StopRequested(EverestError):
+class StoppedError(EverestError):
     """The run was asked to stop; everything is saved."""
 
     exit_code = ExitCode.STOPPED

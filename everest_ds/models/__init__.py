@@ -1,4 +1,4 @@
-"""Architecture only: no distributed code, no environment, no files. Input is uint8 pixels and a key a clip."""
+"""Architecture only: no distributed code, no environment, no files. In: uint8 pixels and a key a clip."""
 
 from torch import nn
 
