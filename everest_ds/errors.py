@@ -53,6 +53,7 @@ class EverestError(Exception):
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(parts))
+        self.on_every_rank = False  # raised on all ranks at once: one of them telling it is enough
 
 
 class UsageError(EverestError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
@@ -34,6 +35,8 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     """
     path = find_config(source)
     tree = _read_with_bases(path, ())
+    if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
+        _apply_override(tree, f"run.dir={json.dumps(str(source))}")
     for text in overrides:
         _apply_override(tree, text)
     try:
@@ -82,9 +85,15 @@ def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Tree:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    beside = path.parent / str(base)
-    base_path = beside if beside.is_file() else find_config(str(base))
-    return _merge(_read_with_bases(base_path, (*seen, path.resolve())), tree)
+    return _merge(_read_with_bases(_find_base(str(base), path), (*seen, path.resolve())), tree)
+
+
+def _find_base(base: str, path: Path) -> Path:
+    beside = path.parent / base
+    try:
+        return beside if beside.is_file() else find_config(base)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: `base`: {error}") from None
 
 
 def _read_yaml(path: Path) -> Tree:

@@ -19,6 +19,11 @@ _MIX_1 = -4658895280553007687
 _MIX_2 = -7723592293110705685
 
 
+def _as_int64(value: int) -> int:
+    # a Python int does not wrap as a tensor does, and torch refuses one beyond 64 bits
+    return (value + 2**63) % 2**64 - 2**63
+
+
 def _logical_shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
@@ -41,7 +46,7 @@ def random_bits(key_B: Tensor, stream: int, count: int) -> Tensor:
         int64 (B, n), each in [0, 2^63).
     """
     counter = torch.arange(1, count + 1, device=key_B.device)
-    state_B = _mix(key_B + (stream + 1) * _GOLDEN_GAMMA)
+    state_B = _mix(key_B + _as_int64((stream + 1) * _GOLDEN_GAMMA))
     return _logical_shift_right(_mix(state_B[:, None] + counter * _GOLDEN_GAMMA), 1)
 
 

@@ -40,10 +40,16 @@ def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:
 
 def normalize_pixels(tubelets_BKP: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 RGB -> zero mean, unit variance by ImageNet's statistics, computed in float32."""
-    mean = torch.tensor(PIXEL_MEAN, device=tubelets_BKP.device) * 255
-    std = torch.tensor(PIXEL_STD, device=tubelets_BKP.device) * 255
+    mean = _per_colour(PIXEL_MEAN, tubelets_BKP.device)
+    std = _per_colour(PIXEL_STD, tubelets_BKP.device)
     colours = tubelets_BKP.unflatten(-1, (-1, 3))
     return ((colours - mean) / std).flatten(-2).to(dtype)
+
+
+def _per_colour(values: tuple[float, float, float], device: torch.device) -> Tensor:
+    # filled on the device: torch.tensor would copy from the host and make it wait. No buffer of a module
+    # either: a half-precision engine would cast it
+    return torch.cat([torch.full((1,), value * 255, device=device) for value in values])
 
 
 def reconstruction_targets(tubelets_BKP: Tensor, normalize: bool) -> Tensor:
@@ -55,11 +61,12 @@ def reconstruction_targets(tubelets_BKP: Tensor, normalize: bool) -> Tensor:
         tubelets_BKP: uint8 tubelets of the predicted tokens.
         normalize: False gives plain pixels in [0, 1].
     """
-    pixels = tubelets_BKP.unflatten(-1, (-1, 3)).float() / 255
-    if normalize:
-        mean = pixels.mean(dim=-2, keepdim=True)
-        pixels = (pixels - mean) / (pixels.var(dim=-2, keepdim=True).sqrt() + 1e-6)
-    return pixels.flatten(-2)
+    values = tubelets_BKP.unflatten(-1, (-1, 3)).float()
+    if not normalize:
+        return (values / 255).flatten(-2)
+    # on the scale of 0..255 float32 sums are exact: a still tubelet's targets are 0, not rounding over 1e-6
+    mean = values.mean(dim=-2, keepdim=True)
+    return ((values - mean) / (values.var(dim=-2, keepdim=True).sqrt() + 255e-6)).flatten(-2)
 
 
 def sincos_positions(count: int, width: int) -> Tensor:

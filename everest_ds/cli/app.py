@@ -1,0 +1,65 @@
+"""`everest-ds`: its commands, and how their errors reach the user."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from everest_ds import __version__
+from everest_ds.cli import data, doctor, recipes, train
+from everest_ds.errors import EverestError, ExitCode
+
+app = typer.Typer(
+    name="everest-ds",
+    help="Train EVEREST, the masked video autoencoder of the moving tokens, at scale.",
+    epilog="A first run:  everest-ds data synth data/motion  then  everest-ds pretrain demo_pretrain --nproc 2",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("pretrain")(train.pretrain)
+app.command("finetune")(train.finetune)
+app.command("evaluate")(train.evaluate)
+app.command("recipes")(recipes.recipes)
+app.add_typer(data.app, name="data")
+app.command("doctor")(doctor.doctor)
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run the command line; a user's mistake ends in one line on stderr and its exit code."""
+    try:
+        app()
+    except EverestError as error:
+        _say(error)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + 2)
+
+
+def _say(error: EverestError) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"{_label(error)}: {error}", file=sys.stderr)
+    elif not error.on_every_rank:
+        print(f"[rank {rank}] {_label(error)}: {error}", file=sys.stderr)
+
+
+def _label(error: EverestError) -> str:
+    return "stopped" if error.exit_code == ExitCode.STOPPED else "error"
+
+
+def _leave(code: int) -> None:
+    # Threads of a process group whose peers are gone can block the interpreter's own exit.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if "WORLD_SIZE" in os.environ else sys.exit(code)

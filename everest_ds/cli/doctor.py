@@ -1,0 +1,26 @@
+"""`everest-ds doctor`: can this machine run the main job, and what would make it?"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import typer
+
+from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.errors import ExitCode
+
+
+def doctor(json_file: JsonFile = None) -> None:
+    """Look at packages, accelerator, backend and launchers; exit 0 if the main job can run here."""
+    from everest_ds.launch.doctor import examine, main_job_can_run
+
+    findings = examine()
+    print_table(
+        "everest-ds doctor",
+        [{"what": f.name, "status": f.status, "detail": f.detail, "fix": f.fix} for f in findings],
+    )
+    can_run = main_job_can_run(findings)
+    typer.echo("The main job can run here." if can_run else "The main job cannot run here: see `missing`.")
+    write_json(json_file, {"can_run": can_run, "findings": [asdict(f) for f in findings]})
+    if not can_run:
+        raise typer.Exit(ExitCode.FAILURE)

@@ -1,0 +1,50 @@
+"""What a run is about to do, in numbers, before anything is built: no model, no GPU, no ranks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.profiling.compute import count_parameters, predict_macs
+from everest_ds.units import format_count
+
+
+def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
+    """Model, tokens, batch arithmetic and predicted compute, for a table.
+
+    Raises:
+        ConfigError, DataError: what cannot run, before any rank starts.
+    """
+    plan = plan_batch(config.batch, num_ranks)
+    counts, macs = config.token_counts, predict_macs(config)
+    step_flops = 2 * macs.training_macs * plan.global_batch_size
+    return {
+        "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
+        "clip": f"{config.model.num_frames} frames of {config.model.image_size}x{config.model.image_size}",
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}), "
+        f"{counts.num_visible} in the encoder",
+        "batch": str(plan),
+        "steps": _steps(config, plan),
+        "learning_rate": f"{config.schedule.base_lr * plan.global_batch_size / 256:.3g} at its peak",
+        "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}, recompute: {config.recompute.mode}",
+        "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
+        "literature_gflops_per_clip": round(macs.literature_macs / 1e9, 3),
+        "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
+        "training_flops_per_step": f"{format_count(step_flops)}FLOP (2 per MAC)",
+    }
+
+
+def _steps(config: Experiment, plan: BatchPlan) -> str:
+    if config.data.train is None:
+        return "unknown: data.train is not set"
+    from everest_ds.data.manifest import read_manifest
+    from everest_ds.data.order import steps_per_epoch
+
+    samples = read_manifest(
+        config.data.train,
+        root=config.data.root,
+        num_classes=config.model.num_classes,
+        labelled=config.task == "finetune",
+    )
+    steps = steps_per_epoch(len(samples), plan)
+    return f"{steps * config.schedule.epochs} = {steps} a epoch x {config.schedule.epochs} epochs"

@@ -1,0 +1,185 @@
+"""`everest-ds pretrain | finetune | evaluate`: start ranks, or be one of those already started."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
+    from everest_ds.parallel.world import World
+
+Source = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as batch.micro_batch_size=4."),
+]
+NumProcesses = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc", min=1, help="Ranks to start on this machine, one a GPU. Leave out under torchrun or srun."
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved config, batch arithmetic and compute; stop.")
+]
+
+
+def pretrain(
+    source: Source,
+    overrides: Overrides = None,
+    nproc: NumProcesses = None,
+    dry_run: DryRun = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Pre-train a masked video autoencoder. Run the same command again to resume.
+
+    Example: everest-ds pretrain demo_pretrain --nproc 2 schedule.epochs=10 run.dir=runs/first
+    """
+    _train("pretrain", source, overrides or [], nproc, dry_run, json_file)
+
+
+def finetune(
+    source: Source,
+    overrides: Overrides = None,
+    nproc: NumProcesses = None,
+    dry_run: DryRun = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Fine-tune a classifier, from model.init_from=RUN if given. Run the same command again to resume.
+
+    Example: everest-ds finetune demo_finetune --nproc 2 model.init_from=runs/first
+    """
+    _train("finetune", source, overrides or [], nproc, dry_run, json_file)
+
+
+def evaluate(
+    source: Source,
+    overrides: Overrides = None,
+    nproc: NumProcesses = None,
+    dry_run: DryRun = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Multi-view test of a fine-tuned run: top-1, top-5, a table by class and a confusion matrix.
+
+    Example: everest-ds evaluate runs/finetuned --nproc 2 data.test_segments=2 data.test_crops=3
+    """
+    config = _load("finetune", source, overrides or [])
+    if dry_run:
+        _show_plan(config, nproc, json_file)
+    elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
+        _in_world(lambda world: _evaluate(config, world, json_file))
+
+
+def _train(
+    task: str, source: str, overrides: Sequence[str], nproc: int | None, dry_run: bool, json_file: JsonFile
+) -> None:
+    config = _load(task, source, overrides)
+    if dry_run:
+        _show_plan(config, nproc, json_file)
+        return
+    if _started_ranks(task, source, overrides, nproc, config, json_file):
+        return
+    _in_world(lambda world: _train_here(config, world, json_file))
+
+
+def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
+    from everest_ds.config import load_experiment
+
+    config = load_experiment(source, overrides)
+    if config.task != task:
+        raise UsageError(
+            f"{source}: is for task {config.task}",
+            fix=f"everest-ds {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
+        )
+    return config
+
+
+def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
+    from everest_ds.config import dump_experiment, plan_batch
+    from everest_ds.launch.environment import detect
+    from everest_ds.cli.plan import describe_plan
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    num_ranks = nproc or detect().world_size
+    facts = describe_plan(config, num_ranks)
+    resolve_ds_config(config, plan_batch(config.batch, num_ranks))
+    typer.echo(dump_experiment(config))
+    print_facts(f"Plan: {config.task}", facts)
+    write_json(json_file, {"plan": facts, "config": config.model_dump(mode="json")})
+
+
+def _started_ranks(
+    command: str,
+    source: str,
+    overrides: Sequence[str],
+    nproc: int | None,
+    config: Experiment,
+    json_file: JsonFile,
+) -> bool:
+    """Start the ranks here if --nproc asks for them, and end with their exit code."""
+    if nproc is None:
+        return False
+    if "WORLD_SIZE" in os.environ:
+        raise UsageError(
+            "--nproc inside a world that is already started",
+            given=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
+            fix="leave out --nproc under torchrun, deepspeed, mpirun or srun",
+        )
+    from everest_ds.launch.local import launch_local
+    from everest_ds.cli.plan import describe_plan
+
+    if command != "evaluate":
+        describe_plan(config, nproc)  # refuses what cannot run before any rank starts
+    json_options = [] if json_file is None else ["--json", str(json_file)]
+    code = launch_local(nproc, [command, source, *overrides, *json_options], log_dir=config.run.dir / "logs")
+    if code:
+        raise typer.Exit(code)
+    return True
+
+
+def _in_world(act: Callable[[World], None]) -> None:
+    """Become one rank of the world this process was started in, and act there."""
+    from everest_ds.launch.environment import detect
+
+    os.environ.update(detect().as_variables())
+    from everest_ds.parallel.world import join_world, leave_world
+
+    world = join_world()
+    act(world)
+    leave_world()
+
+
+def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
+    from everest_ds.training.loop import train
+    from everest_ds.cli.plan import describe_plan
+
+    facts = describe_plan(config, world.size)
+    if world.is_main:
+        print_facts(f"{config.task}: {config.run.dir}", facts)
+        write_json(json_file, {"plan": facts})
+    train(config, world)
+    if world.is_main:
+        typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
+
+
+def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:
+    from everest_ds.training.testing import run_test
+
+    result = run_test(config, world)
+    if not world.is_main:
+        return
+    summary: dict[str, Any] = {k: v for k, v in result.items() if k != "classes"}
+    print_table("By class", result["classes"])
+    print_facts(f"evaluate: {config.run.dir}", summary)
+    write_json(json_file, result)
+
+

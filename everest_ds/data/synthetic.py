@@ -1,0 +1,196 @@
+"""A labelled *motion* data set of real H.264 files, to try everything without downloading anything.
+
+A textured object moves over a still, a noisy or a panning background; the label is how it moves. At one
+random reference frame of each clip the picture does not depend on the label at all, and positions wrap
+around, so that no single frame gives the motion away: a model must compare frames.
+
+Arrays are (frame, row, column, colour) unless said otherwise; lengths are pixels, times frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.data.manifest import Sample, write_manifest
+from everest_ds.errors import DataError
+
+Floats = NDArray[np.float32]
+Frames = NDArray[np.uint8]
+
+# Displacement direction in (row, column); orbits turn with the given sign (rows grow downwards).
+_STRAIGHT = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
+_ORBITS = {"clockwise": 1, "counterclockwise": -1}
+MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
+BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
+SPLITS: tuple[str, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class SyntheticSpec:
+    """What to draw.
+
+    Attributes:
+        num_frames: frames of each video.
+        size: height and width of the frames, pixels.
+        seed: every video is a function of (seed, split, index).
+    """
+
+    num_frames: int = 32
+    size: int = 64
+    seed: int = 0
+
+
+def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> Frames:
+    """Draw one clip of motion `label` (an index into MOTIONS): uint8 (F, size, size, 3).
+
+    Everything random is drawn before the label is looked at, so two labels with equal generators show the
+    same picture at the reference frame.
+    """
+    n, size = spec.num_frames, spec.size
+    time = np.arange(n) - rng.integers(n)
+    speed = rng.uniform(0.02, 0.035) * size
+    phase = rng.uniform(0, 2 * np.pi)
+    origin = rng.uniform(0, size, 2)
+    radius = rng.uniform(0.14, 0.22) * size
+    sprite, mask = _sprite(rng, int(2 * radius))
+    background = _background(rng, n, size)
+    centers = origin + _path(MOTIONS[label], time, speed, phase, 0.2 * size)
+    frames = np.stack([_paste(b, sprite, mask, c) for b, c in zip(background, centers, strict=True)])
+    return frames.clip(0, 255).astype(np.uint8)
+
+
+def synthesize(
+    folder: Path,
+    counts: dict[str, int],
+    spec: SyntheticSpec,
+    workers: int,
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> list[Path]:
+    """Write `counts[split]` videos per split with balanced labels, a manifest each and the class names.
+
+    Args:
+        folder: created; a video that is already there is overwritten.
+        counts: videos per split, keys out of SPLITS.
+        on_progress: called with the number of videos written so far.
+
+    Returns:
+        The manifests, in the order of `counts`.
+
+    Raises:
+        DataError: if the folder cannot be written or no H.264 encoder is installed.
+    """
+    jobs = [(folder, split, index, spec) for split, count in counts.items() for index in range(count)]
+    try:
+        for split in counts:
+            (folder / split).mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(workers) as pool:
+            for done, _ in enumerate(pool.map(_write_one, jobs, chunksize=8), start=1):
+                on_progress(done)
+        (folder / "classes.txt").write_text("\n".join(MOTIONS) + "\n")
+        return [_write_split(folder, split, count) for split, count in counts.items()]
+    except OSError as error:
+        raise DataError(f"{folder}: cannot write the data set", given=str(error)) from None
+
+
+def _write_split(folder: Path, split: str, count: int) -> Path:
+    manifest = folder / f"{split}.txt"
+    samples = [Sample(folder / _relative_path(split, i), i % len(MOTIONS)) for i in range(count)]
+    write_manifest(manifest, samples, folder)
+    return manifest
+
+
+def _relative_path(split: str, index: int) -> str:
+    return f"{split}/{index:05d}.mp4"
+
+
+def _write_one(job: tuple[Path, str, int, SyntheticSpec]) -> None:
+    folder, split, index, spec = job
+    rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
+    frames = render_video(index % len(MOTIONS), rng, spec)
+    write_video(folder / _relative_path(split, index), frames)
+
+
+def write_video(path: Path, frames: Frames, fps: int = 15, gop: int = 12) -> None:
+    """Encode uint8 RGB frames (F, H, W, 3) as H.264, 4:2:0, near-lossless (crf 16).
+
+    Args:
+        gop: frames between key frames.
+    """
+    import av  # heavy, and needed only where videos are written
+
+    with av.open(str(path), "w") as container:
+        try:
+            stream = container.add_stream("libx264", rate=fps, options={"crf": "16", "preset": "veryfast"})
+        except ValueError:
+            raise DataError("no H.264 encoder in PyAV's FFmpeg", fix="pip install --upgrade av") from None
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.gop_size = gop
+        stream.thread_count = 1
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def _path(motion: str, time: NDArray[np.int64], speed: float, phase: float, radius: float) -> Floats:
+    """Displacement (F, 2) from where the object is at time 0."""
+    if motion in _STRAIGHT:
+        return np.outer(time, _STRAIGHT[motion]).astype(np.float32) * np.float32(speed)
+    angle = phase + _ORBITS[motion] * time * speed / radius
+    circle = np.stack([np.sin(angle) - np.sin(phase), np.cos(angle) - np.cos(phase)], axis=1)
+    return (radius * circle).astype(np.float32)
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
+    """Random colours (size, size, 3) in 0..255 on a coarse grid, interpolated, periodic."""
+    grid = rng.uniform(0, 255, (cells, cells, 3)).astype(np.float32)
+    return _bilinear(grid, *np.meshgrid(*[np.arange(size) * cells / size] * 2, indexing="ij"))
+
+
+def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.floating]) -> Floats:
+    """`image` (H, W, C) at fractional positions, periodic."""
+    height, width = image.shape[:2]
+    r, c = np.floor(row).astype(int), np.floor(column).astype(int)
+    fr, fc = (row - r)[..., None].astype(np.float32), (column - c)[..., None].astype(np.float32)
+    r0, r1, c0, c1 = r % height, (r + 1) % height, c % width, (c + 1) % width
+    top = image[r0, c0] * (1 - fc) + image[r0, c1] * fc
+    bottom = image[r1, c0] * (1 - fc) + image[r1, c1] * fc
+    return np.asarray(top * (1 - fr) + bottom * fr, dtype=np.float32)
+
+
+def _sprite(rng: np.random.Generator, side: int) -> tuple[Floats, Floats]:
+    """A textured object (side, side, 3) and its outline (side, side, 1) in {0, 1}: disc, square, diamond."""
+    texture = 110 + 0.57 * _smooth_noise(rng, side, 3)  # brighter than any background
+    y, x = np.meshgrid(*[np.linspace(-1, 1, side)] * 2, indexing="ij")
+    outlines = (x**2 + y**2 <= 1, np.maximum(abs(x), abs(y)) <= 0.85, abs(x) + abs(y) <= 1.15)
+    return texture, outlines[rng.integers(3)].astype(np.float32)[..., None]
+
+
+def _background(rng: np.random.Generator, num_frames: int, size: int) -> Iterator[Floats]:
+    kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    scene = 10 + 0.3 * _smooth_noise(rng, size, 6)
+    drift = rng.uniform(-0.02, 0.02, 2) * size
+    noise = rng.normal(0, 8, (num_frames, size, size, 1)).astype(np.float32)
+    grid = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
+    for i in range(num_frames):
+        if kind == "panning":
+            yield _bilinear(scene, grid[0] + i * drift[0], grid[1] + i * drift[1])
+        else:
+            yield scene + noise[i] if kind == "noisy" else scene
+
+
+def _paste(background: Floats, sprite: Floats, mask: Floats, center: Floats) -> Floats:
+    """The sprite centred at fractional `center` (row, column), wrapping around the frame's edges."""
+    size, side = background.shape[0], sprite.shape[0]
+    offset = (np.arange(size)[None, :] - center[:, None] + side / 2) % size
+    row, column = np.meshgrid(offset[0], offset[1], indexing="ij")
+    inside = ((row <= side - 1) & (column <= side - 1))[..., None]
+    row, column = np.minimum(row, side - 1), np.minimum(column, side - 1)
+    alpha = _bilinear(mask, row, column) * inside
+    return background * (1 - alpha) + _bilinear(sprite, row, column) * alpha

@@ -1,0 +1,79 @@
+"""Spatial crops of uint8 clips: which box, then cut and resize. Colour work happens on the device.
+
+Clips are uint8 tensors (frame, row, column, colour); a box is (top, left, height, width) in pixels and the
+same for all frames of a clip.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
+
+# VideoMAE's multi-scale crop: sides as shares of the short side, aspect ratios of neighbouring scales.
+MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
+# Random resized crop as VideoMAE's fine-tuning: share of the area, aspect ratio.
+AREA_RANGE = (0.08, 1.0)
+ASPECT_RANGE = (3 / 4, 4 / 3)
+
+
+class Box(NamedTuple):
+    """A rectangle of pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def train_box(height: int, width: int, crop: str, rng: np.random.Generator) -> Box:
+    """A random box for training, by the name of `data.train_crop`."""
+    if crop == "multi_scale":
+        return _multi_scale_box(height, width, rng)
+    if crop == "random_resized":
+        return _random_resized_box(height, width, rng)
+    return view_box(height, width, 0, 1)
+
+
+def view_box(height: int, width: int, view: int, num_views: int) -> Box:
+    """Square box `view` of `num_views` spread evenly along the longer side; one view is the centre."""
+    side = min(height, width)
+    position = view / (num_views - 1) if num_views > 1 else 0.5
+    return Box(round((height - side) * position), round((width - side) * position), side, side)
+
+
+def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor:
+    """Cut `box` out of every frame and resize it to (size, size), bilinear with antialiasing, still uint8."""
+    cut = clip[:, box.top : box.top + box.height, box.left : box.left + box.width]
+    if flip:
+        cut = cut.flip(2)
+    if cut.shape[1:3] == (size, size):
+        return cut.contiguous()
+    frames = cut.permute(0, 3, 1, 2)  # channels-last in memory, which the uint8 kernel is fastest on
+    resized = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
+    return resized.permute(0, 2, 3, 1).contiguous()
+
+
+def _placed(height: int, width: int, box_height: int, box_width: int, rng: np.random.Generator) -> Box:
+    top = int(rng.integers(height - box_height + 1))
+    left = int(rng.integers(width - box_width + 1))
+    return Box(top, left, box_height, box_width)
+
+
+def _multi_scale_box(height: int, width: int, rng: np.random.Generator) -> Box:
+    sides = [max(1, int(min(height, width) * scale)) for scale in MULTI_SCALES]
+    pairs = [(h, w) for i, h in enumerate(sides) for j, w in enumerate(sides) if abs(i - j) <= 1]
+    return _placed(height, width, *pairs[rng.integers(len(pairs))], rng)
+
+
+def _random_resized_box(height: int, width: int, rng: np.random.Generator) -> Box:
+    for _ in range(10):  # as torchvision: ten tries, then the centre
+        area = height * width * rng.uniform(*AREA_RANGE)
+        aspect = math.exp(rng.uniform(math.log(ASPECT_RANGE[0]), math.log(ASPECT_RANGE[1])))
+        h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+        if 0 < h <= height and 0 < w <= width:
+            return _placed(height, width, h, w, rng)
+    return view_box(height, width, 0, 1)

@@ -1,0 +1,251 @@
+"""Who am I among the ranks: one answer for torchrun, deepspeed, mpirun, srun and a plain process."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+from everest_ds.errors import UsageError
+from everest_ds.launch.nodelist import expand_nodelist, expand_task_counts
+
+Environ = Mapping[str, str]
+
+LOCALHOST = "127.0.0.1"
+# Below Linux's ephemeral range (32768 and up), so that no outgoing connection holds the port by chance.
+_SLURM_PORTS = range(20_000, 30_000)
+# A prime stride, so that the steps of one job and its neighbours' jobs rarely meet on a port.
+_STEP_STRIDE = 101
+# From here on SLURM's step ids are not srun's: salloc's interactive shell, the batch script, the extern step.
+_FIRST_PSEUDO_STEP = 0xFFFF_FFF0
+
+
+@dataclass(frozen=True)
+class RankEnvironment:
+    """One rank's place in the world, and where rank 0 listens.
+
+    `local_rank` and `local_world_size` count the ranks of this host.
+    """
+
+    launcher: str
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    master_addr: str
+    master_port: int
+
+    def as_variables(self) -> dict[str, str]:
+        """What torch and DeepSpeed read; with one of these missing, DeepSpeed goes looking for MPI."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+
+def detect(environ: Environ = os.environ) -> RankEnvironment:
+    """Read this rank's place from the variables its launcher set.
+
+    Under mpirun without MASTER_ADDR and MASTER_PORT this is a collective call: every rank must make it.
+
+    Raises:
+        UsageError: a variable is missing, not an integer or out of range; or mpi4py finds no MPI.
+    """
+    for launcher in _LAUNCHERS:
+        if launcher.started(environ):
+            return _read(launcher, environ)
+    _refuse_strays(environ)
+    return RankEnvironment("plain", 0, 1, 0, 1, LOCALHOST, free_port())
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class _Launcher:
+    """The variables by which a launcher tells a rank its place; of a tuple, the first that is set counts."""
+
+    name: str
+    started: Callable[[Environ], bool]
+    rank: str
+    world_size: str
+    local_rank: str
+    local_world_size: tuple[str, ...]
+    rendezvous: Callable[[Environ, int, int], tuple[str, int]]
+
+
+def _is_srun_task(environ: Environ) -> bool:
+    """A batch script has SLURM_PROCID too, but no step; a salloc shell has a step, but no peers."""
+    return "SLURM_STEP_ID" in environ and _integer(environ, "SLURM_STEP_ID") < _FIRST_PSEUDO_STEP
+
+
+def _given_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
+    return _text(environ, "MASTER_ADDR"), _port(environ)
+
+
+def _slurm_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
+    """The step's first host and a port every rank derives alike; MASTER_ADDR and MASTER_PORT win."""
+    address = environ.get("MASTER_ADDR") or _slurm_first_host(environ)
+    if "MASTER_PORT" in environ:
+        return address, _port(environ)
+    job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
+    return address, _SLURM_PORTS[(job + _STEP_STRIDE * step) % len(_SLURM_PORTS)]
+
+
+def _slurm_first_host(environ: Environ) -> str:
+    return expand_nodelist(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))[0]
+
+
+def _mpi_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
+    """What the environment leaves open comes from rank 0, over MPI: a collective call."""
+    if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
+        return _given_rendezvous(environ, world_size, local_world_size)
+    address, port = _broadcast_address(world_size, world_size == local_world_size)
+    return environ.get("MASTER_ADDR", address), _port(environ) if "MASTER_PORT" in environ else port
+
+
+@cache  # MPI runs once: a second call of detect() must not meet a finalized MPI
+def _broadcast_address(world_size: int, one_host: bool) -> tuple[str, int]:
+    """Rank 0's address and a port that is free there, over MPI, which is shut down again."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
+        raise UsageError(
+            "mpirun started this rank, but mpi4py cannot load an MPI library",
+            given=str(error).splitlines()[0],
+            fix="pip install mpi4py mpich, or set MASTER_ADDR and MASTER_PORT",
+        ) from error
+    world = MPI.COMM_WORLD
+    if world.Get_size() != world_size:
+        raise UsageError(
+            "mpirun and mpi4py belong to different MPI libraries",
+            given=f"{world_size} ranks by mpirun, {world.Get_size()} by mpi4py",
+            fix="start with the mpirun of the MPI library that mpi4py loads",
+        )
+    host = LOCALHOST if one_host else socket.gethostname()
+    address, port = world.bcast((host, free_port()), root=0)
+    # Left open, MPI would hold a failing rank in its exit until all ranks reach theirs, and hide the failure.
+    MPI.Finalize()
+    return address, port
+
+
+_LAUNCHERS = (
+    # torchrun, deepspeed (its LOCAL_SIZE) and our own local launcher. Who exports RANK by hand on one host
+    # need not count its ranks: then all ranks are local.
+    _Launcher(
+        "torchrun",
+        lambda environ: "RANK" in environ,
+        rank="RANK",
+        world_size="WORLD_SIZE",
+        local_rank="LOCAL_RANK",
+        local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"),
+        rendezvous=_given_rendezvous,
+    ),
+    # Both mpiruns go before srun: inside a SLURM job they start one daemon a node through srun, and the ranks
+    # inherit the daemon's SLURM_PROCID. `srun --mpi=pmi2` sets PMI_RANK as well, but never MPI_LOCALRANKID.
+    _Launcher(
+        "openmpi",
+        lambda environ: "OMPI_COMM_WORLD_RANK" in environ,
+        rank="OMPI_COMM_WORLD_RANK",
+        world_size="OMPI_COMM_WORLD_SIZE",
+        local_rank="OMPI_COMM_WORLD_LOCAL_RANK",
+        local_world_size=("OMPI_COMM_WORLD_LOCAL_SIZE",),
+        rendezvous=_mpi_rendezvous,
+    ),
+    _Launcher(
+        "mpich",
+        lambda environ: "MPI_LOCALRANKID" in environ,
+        rank="PMI_RANK",
+        world_size="PMI_SIZE",
+        local_rank="MPI_LOCALRANKID",
+        local_world_size=("MPI_LOCALNRANKS",),
+        rendezvous=_mpi_rendezvous,
+    ),
+    _Launcher(
+        "srun",
+        _is_srun_task,
+        rank="SLURM_PROCID",
+        world_size="SLURM_NTASKS",
+        local_rank="SLURM_LOCALID",
+        local_world_size=("SLURM_STEP_TASKS_PER_NODE", "SLURM_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE"),
+        rendezvous=_slurm_rendezvous,
+    ),
+)
+
+# A world size of several ranks that no launcher above explains, and the variable that would explain it.
+_STRAYS = {
+    "WORLD_SIZE": "RANK",
+    "PMI_SIZE": "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_SIZE": "OMPI_COMM_WORLD_RANK",
+}
+
+
+def _refuse_strays(environ: Environ) -> None:
+    """N processes that each take themselves for the only one would train N times over the same run folder."""
+    for size, rank in _STRAYS.items():
+        if size in environ and _integer(environ, size) != 1:
+            raise UsageError(
+                f"{rank} is not set, but {size} is",
+                given=f"{size}={environ[size]}",
+                fix=f"start with torchrun, mpirun or srun, or unset {size}",
+            )
+
+
+def _read(launcher: _Launcher, environ: Environ) -> RankEnvironment:
+    world_size = _integer(environ, launcher.world_size)
+    local_world_size = _local_world_size(launcher, environ)
+    rank = _below(environ, launcher.rank, world_size)
+    local_rank = _below(environ, launcher.local_rank, local_world_size)
+    address, port = launcher.rendezvous(environ, world_size, local_world_size)
+    return RankEnvironment(launcher.name, rank, world_size, local_rank, local_world_size, address, port)
+
+
+def _local_world_size(launcher: _Launcher, environ: Environ) -> int:
+    """Ranks of this host; SLURM writes one number a node, of which SLURM_NODEID is this node's."""
+    name = next((name for name in launcher.local_world_size if name in environ), launcher.local_world_size[0])
+    if not name.endswith("TASKS_PER_NODE"):
+        return _integer(environ, name)
+    counts = expand_task_counts(_text(environ, name))
+    return counts[_below(environ, "SLURM_NODEID", len(counts))] if len(counts) > 1 else counts[0]
+
+
+def _text(environ: Environ, *names: str) -> str:
+    """The first of `names` that is set and not empty."""
+    for name in names:
+        if environ.get(name):
+            return environ[name]
+    raise UsageError(
+        f"environment variable {' or '.join(names)} is not set",
+        fix="start with torchrun, mpirun or srun, which set every variable of a rank",
+    )
+
+
+def _integer(environ: Environ, name: str) -> int:
+    text = _text(environ, name)
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(f"environment variable {name}", given=repr(text), allowed="an integer, 0 or more")
+    return int(text)
+
+
+def _below(environ: Environ, name: str, limit: int) -> int:
+    value = _integer(environ, name)
+    if value >= limit:
+        raise UsageError(f"environment variable {name}", given=value, allowed=f"less than {limit}")
+    return value
+
+
+def _port(environ: Environ) -> int:
+    port = _integer(environ, "MASTER_PORT")
+    if not 0 < port < 2**16:
+        raise UsageError("environment variable MASTER_PORT", given=port, allowed="1 to 65535")
+    return port

@@ -1,0 +1,75 @@
+"""SLURM's two compact notations, read without calling `scontrol`: node lists and task counts."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from everest_ds.errors import UsageError
+
+_RANGE = r"[0-9]{1,18}(?:-[0-9]{1,18})?"
+_ELEMENT = rf"(?:[^\[\],\s]|\[{_RANGE}(?:,{_RANGE})*\])+"
+_NODELIST = re.compile(rf"{_ELEMENT}(?:,{_ELEMENT})*")
+_PIECE = re.compile(r"\[[^\]]*\]|[^\[\]]+")
+_TASK_COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
+# SLURM's own bound on one range (MAX_RANGE); a mistyped digit must not fill the memory.
+MAX_HOSTS = 64 * 1024
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """`gpu-a[01-03,07],login` -> the host names in order, as `scontrol show hostnames` prints them.
+
+    Raises:
+        UsageError: the notation is malformed or names more than `MAX_HOSTS` hosts.
+    """
+    if not _NODELIST.fullmatch(nodelist):
+        raise _malformed(nodelist)
+    hosts: list[str] = []
+    for element in re.finditer(_ELEMENT, nodelist):
+        choices = [_choices(piece, nodelist) for piece in _PIECE.findall(element.group())]
+        if len(hosts) + math.prod(len(choice) for choice in choices) > MAX_HOSTS:
+            raise _malformed(nodelist)
+        hosts.extend("".join(parts) for parts in itertools.product(*choices))
+    return hosts
+
+
+def _choices(piece: str, nodelist: str) -> Sequence[str]:
+    """The texts one piece stands for: itself, or every number of its brackets."""
+    if not piece.startswith("["):
+        return [piece]
+    numbers: list[str] = []
+    for item in piece[1:-1].split(","):
+        first, _, last = item.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not 0 < len(span) <= MAX_HOSTS:
+            raise _malformed(nodelist)
+        numbers.extend(f"{number:0{len(first)}d}" for number in span)
+    return numbers
+
+
+def expand_task_counts(counts: str) -> list[int]:
+    """`4(x2),3` -> `[4, 4, 3]`: tasks on each node, as SLURM writes `SLURM_TASKS_PER_NODE`.
+
+    Raises:
+        UsageError: the notation is malformed.
+    """
+    tasks: list[int] = []
+    for item in counts.split(","):
+        match = _TASK_COUNT.fullmatch(item)
+        repeat = int(match[2] or 1) if match else 0
+        if match is None or not 0 < repeat <= MAX_HOSTS:
+            raise UsageError(
+                "SLURM task counts cannot be read", given=repr(counts), allowed="such as 4(x2),3"
+            )
+        tasks.extend([int(match[1])] * repeat)
+    return tasks
+
+
+def _malformed(nodelist: str) -> UsageError:
+    return UsageError(
+        "SLURM node list cannot be read",
+        given=repr(nodelist),
+        allowed=f"such as node[1-3,7],gpu-a[01-10]; at most {MAX_HOSTS} hosts",
+    )

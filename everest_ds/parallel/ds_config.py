@@ -1,0 +1,86 @@
+"""The DeepSpeed JSON of a run: ds_configs/ says how to shard, the run config fills in every `"auto"`.
+
+One owner for each fact: batch sizes, clipping and precision belong to the run config, so a DeepSpeed file
+that sets one of them to something else is refused, not obeyed.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config import BatchPlan, Experiment
+from everest_ds.errors import ConfigError, nearest
+from everest_ds.shipped import shipped
+
+AUTO = "auto"
+# Top-level keys of DeepSpeed's JSON that act on training with a client optimiser. Others, such as
+# "optimizer" or "scheduler", would be a second owner of what the run config says.
+_KNOWN_KEYS = frozenset(
+    "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
+    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization aio "
+    "communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients data_types "
+    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print".split()
+)
+
+
+def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
+    """Read the DeepSpeed file that the config names and fill it in.
+
+    Raises:
+        ConfigError: unknown keys, another ZeRO stage, or a value that the run config owns.
+    """
+    path = ds_config_path(config)
+    tree = _read(path)
+    _check_keys(tree, path)
+    stage = tree["zero_optimization"].get("stage")
+    if stage != config.parallelism.zero_stage:
+        raise ConfigError(
+            f"{path}: zero_optimization.stage is not parallelism.zero_stage",
+            given=f"{stage} and {config.parallelism.zero_stage}",
+            fix="set parallelism.zero_stage to the file's stage",
+        )
+    _fill(tree, "train_micro_batch_size_per_gpu", plan.micro_batch_size, path)
+    _fill(tree, "gradient_accumulation_steps", plan.grad_accum_steps, path)
+    _fill(tree, "gradient_clipping", config.optimizer.clip_grad_norm or 0.0, path)
+    for precision in ("bf16", "fp16"):
+        if precision == config.precision or precision in tree:
+            _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
+    return {"steps_per_print": 2**31, **tree}
+
+
+def ds_config_path(config: Experiment) -> Path:
+    """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
+    own = config.parallelism.ds_config
+    return own or shipped("ds_configs") / f"zero{config.parallelism.zero_stage}.json"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        tree = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not readable as DeepSpeed JSON", given=str(error)) from None
+    if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
+        raise ConfigError(f"{path}: has no `zero_optimization` section", fix='{"zero_optimization": {...}}')
+    return tree
+
+
+def _check_keys(tree: dict[str, Any], path: Path) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # heavy
+
+    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", set(DeepSpeedZeroConfig.model_fields))):
+        for key in tree[section] if section else tree:
+            if key not in known:
+                name = f"{section}.{key}" if section else key
+                raise ConfigError(f"{path}: unknown DeepSpeed key `{name}`", allowed=nearest(key, known))
+
+
+def _fill(tree: dict[str, Any], key: str, value: object, path: Path) -> None:
+    if tree.get(key, AUTO) not in (AUTO, value):
+        raise ConfigError(
+            f"{path}: `{key}` is owned by the run config",
+            given=f"{tree[key]} there, {value} from the run config",
+            fix=f'write "{key}": "auto"',
+        )
+    tree[key] = value

@@ -1,0 +1,161 @@
+"""The ranks of a run: joining them, and the few messages that are not gradients."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from everest_ds.errors import EverestError, RankLostError, UsageError
+
+T = TypeVar("T")
+
+# A rank that is silent for this long is taken for lost. Longer than the slowest honest step: the first
+# one on a cold file system.
+COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers.
+
+    Attributes:
+        rank: 0 .. size - 1.
+        size: number of processes; the data-parallel degree.
+        device: where this rank computes.
+        control: a gloo group for host-side messages, so that they never wait for the accelerator.
+    """
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup
+
+    @property
+    def is_main(self) -> bool:
+        """True on rank 0, which writes what is written once."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        dist.barrier(group=self.control)
+
+    def any(self, flag: bool) -> bool:
+        """True on every rank if `flag` is true on one."""
+        answer = torch.tensor(int(flag))
+        dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
+        return bool(answer)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Element-wise mean over the ranks, on the host, summed in rank order."""
+        gathered = [torch.zeros_like(value, device="cpu") for _ in range(self.size)]
+        dist.all_gather(gathered, value.detach().cpu(), group=self.control)
+        return torch.stack(gathered).mean(dim=0)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's `value`, in rank order, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.control)
+        return values
+
+    def share(self, make: Callable[[], T]) -> T:
+        """Rank 0's `make()`, on every rank; its error too, so that nobody waits for a rank that failed."""
+        outcome = _attempt(make) if self.is_main else _Outcome()
+        box = [outcome]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0].result()
+
+    def together(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank; if it fails on one, all raise that rank's error.
+
+        Costs one small message between hosts, so it may stand in the training step.
+        """
+        outcome = _attempt(act)
+        if self.any(outcome.error is not None):
+            next(o for o in self.gather(_Outcome(error=outcome.error)) if o.error is not None).result()
+        return outcome.result()
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    value: Any = None
+    error: Exception | None = None
+
+    def result(self) -> Any:
+        if self.error is None:
+            return self.value
+        if isinstance(self.error, EverestError):
+            self.error.on_every_rank = True
+        raise self.error
+
+
+def _attempt(act: Callable[[], Any]) -> _Outcome:
+    try:
+        return _Outcome(value=act())
+    except (EverestError, OSError, RuntimeError) as error:
+        return _Outcome(error=error)
+
+
+def join_world() -> World:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+    Uses NCCL on GPUs and gloo otherwise.
+
+    Raises:
+        UsageError: if a node has fewer GPUs than ranks.
+        RankLostError: if the others do not come.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    device = _device(int(os.environ["LOCAL_RANK"]))
+    _prepare_deepspeed(device)
+    try:
+        dist.init_process_group(
+            "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+            timeout=COLLECTIVE_TIMEOUT,
+            device_id=device if device.type == "cuda" else None,
+        )
+    except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise RankLostError(
+            f"rank {rank} of {size} could not join the others at {where}",
+            given=" ".join(str(error).split())[:200],
+            fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
+        ) from None
+    return World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+
+
+def leave_world() -> None:
+    """Free the process group, so that the interpreter ends quietly."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UsageError(
+            "more ranks on this node than GPUs",
+            given=f"local rank {local_rank}",
+            allowed=f"0..{torch.cuda.device_count() - 1}",
+            fix="lower --nproc or --ntasks-per-node, or set CUDA_VISIBLE_DEVICES='' to run on the CPU",
+        )
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _prepare_deepspeed(device: torch.device) -> None:
+    """Settings that DeepSpeed reads while it is imported or initialised."""
+    os.environ["DS_ACCELERATOR"] = device.type
+    import deepspeed
+
+    deepspeed.utils.logging.logger.setLevel("ERROR")
+    if device.type == "cpu":
+        # Its shared-memory collectives compile for 35 s at first use and change no result.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,0 +1,144 @@
+"""Predicted compute of a model: multiply-accumulates (MACs) and parameters in closed form, no torch.
+
+Convention (the literature's "GFLOPs", as fvcore counts): one multiply-accumulate is 1; every linear map,
+QKᵀ and AV; one clip, one view. Softmax, GELU, biases, residuals, means, sorting, gathering and distances
+are not counted. LayerNorm is kept apart, in elements, as fvcore weighs it by 5 an element.
+
+Symbols: N tokens, K kept, V visible, M = K - V predicted, P values of a tubelet, D encoder width,
+d decoder width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.schema import Experiment
+
+LITERATURE_MACS_PER_NORM_ELEMENT = 5
+
+
+@dataclass(frozen=True)
+class ComputePrediction:
+    """MACs of one clip's forward pass, by part, on the path that our models take.
+
+    Attributes:
+        score_macs: embedding of all N tokens for the ReRo importance, without gradient; 0 if not `rero`.
+        embed_macs: embedding of the tokens that the encoder sees.
+        encoder_macs: encoder blocks.
+        projection_macs: encoder to decoder width; 0 in fine-tuning.
+        decoder_macs: decoder blocks; 0 in fine-tuning.
+        head_macs: pixels of the predicted tokens, or class logits.
+        embed_all_macs: embedding of all N tokens once, as the published systems do; not a part of ours.
+        layer_norm_elements: input elements of all LayerNorms.
+    """
+
+    score_macs: int
+    embed_macs: int
+    encoder_macs: int
+    projection_macs: int
+    decoder_macs: int
+    head_macs: int
+    embed_all_macs: int
+    layer_norm_elements: int
+
+    @property
+    def _after_embedding_macs(self) -> int:
+        return self.encoder_macs + self.projection_macs + self.decoder_macs + self.head_macs
+
+    @property
+    def forward_macs(self) -> int:
+        """One clip forward, LayerNorm not counted."""
+        return self.score_macs + self.embed_macs + self._after_embedding_macs
+
+    @property
+    def training_macs(self) -> int:
+        """One clip forward and backward, without recompute.
+
+        Per MAC of the forward pass the backward pass costs one for the gradient of each operand: weights
+        and inputs of a linear map, both sides of QKᵀ and of AV. So 3 in all; 2 for the embedding, whose
+        input is pixels and needs no gradient; 1 for scoring, which has no backward pass.
+        """
+        return self.score_macs + 2 * self.embed_macs + 3 * self._after_embedding_macs
+
+    @property
+    def literature_macs_without_norms(self) -> int:
+        """One clip forward as the published systems compute it: all N tokens are embedded, once."""
+        return self.embed_all_macs + self._after_embedding_macs
+
+    @property
+    def literature_macs(self) -> int:
+        """What papers print as GFLOPs: the above and 5 for each LayerNorm element (fvcore's rule)."""
+        norms = LITERATURE_MACS_PER_NORM_ELEMENT * self.layer_norm_elements
+        return self.literature_macs_without_norms + norms
+
+
+def predict_macs(config: Experiment) -> ComputePrediction:
+    """Compute of one clip under `config`, from its token counts and widths alone."""
+    counts, shape = config.token_counts, config.model.shape
+    embed_one = config.model.geometry.tubelet_values * shape.encoder.width
+    pretrain = config.task == "pretrain"
+    return ComputePrediction(
+        score_macs=counts.num_tokens * embed_one if config.tokens.selection == "rero" else 0,
+        embed_macs=counts.num_visible * embed_one,
+        encoder_macs=blocks_macs(shape.encoder, counts.num_visible),
+        projection_macs=counts.num_visible * shape.encoder.width * shape.decoder.width if pretrain else 0,
+        decoder_macs=blocks_macs(shape.decoder, counts.num_kept) if pretrain else 0,
+        head_macs=_head_macs(config),
+        embed_all_macs=counts.num_tokens * embed_one,
+        layer_norm_elements=_layer_norm_elements(config),
+    )
+
+
+def count_parameters(config: Experiment) -> int:
+    """Trainable parameters of the experiment's model; the fixed positions are none."""
+    values, shape = config.model.geometry.tubelet_values, config.model.shape
+    width, narrow = shape.encoder.width, shape.decoder.width
+    encoder = _linear(values, width) + _blocks_parameters(shape.encoder)
+    norm = 2 * width  # gain and bias, before the decoder's projection or the classifier's head
+    if config.task == "finetune":
+        return encoder + norm + _linear(width, config.model.num_classes or 0)
+    projection = width * narrow  # no bias
+    mask_token, decoder_norm = narrow, 2 * narrow
+    decoder = mask_token + _blocks_parameters(shape.decoder) + decoder_norm + _linear(narrow, values)
+    return encoder + norm + projection + decoder
+
+
+def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
+    """Forward MACs of a stack of blocks on one sequence: depth · (12·n·D² + 2·n²·D) at MLP ratio 4.
+
+    A token costs D² each for q, k, v and the output projection, MLP_RATIO·D² for each of the MLP's two
+    linears; a pair of tokens costs D for QKᵀ and D for AV, summed over the heads.
+    """
+    linears = num_tokens * (4 + 2 * MLP_RATIO) * shape.width**2
+    attention = 2 * num_tokens**2 * shape.width
+    return shape.depth * (linears + attention)
+
+
+def _head_macs(config: Experiment) -> int:
+    model = config.model
+    if config.task == "finetune":  # one vector a clip: the tokens' mean
+        return model.shape.encoder.width * (model.num_classes or 0)
+    return config.token_counts.num_predicted * model.shape.decoder.width * model.geometry.tubelet_values
+
+
+def _layer_norm_elements(config: Experiment) -> int:
+    """Two norms a block; one on the visible and one on the predicted tokens, or one on the tokens' mean."""
+    counts, encoder, decoder = config.token_counts, config.model.shape.encoder, config.model.shape.decoder
+    in_encoder = 2 * encoder.depth * counts.num_visible * encoder.width
+    if config.task == "finetune":
+        return in_encoder + encoder.width
+    in_decoder = 2 * decoder.depth * counts.num_kept * decoder.width
+    return in_encoder + counts.num_visible * encoder.width + in_decoder + counts.num_predicted * decoder.width
+
+
+def _blocks_parameters(shape: TransformerShape) -> int:
+    """depth · (12·D² + 12·D) at MLP ratio 4."""
+    width, hidden = shape.width, MLP_RATIO * shape.width
+    attention = 3 * width**2 + 2 * width + _linear(width, width)  # biases of q and v; k has none
+    norms = 2 * 2 * width
+    return shape.depth * (attention + norms + _linear(width, hidden) + _linear(hidden, width))
+
+
+def _linear(num_inputs: int, num_outputs: int) -> int:
+    return num_inputs * num_outputs + num_outputs

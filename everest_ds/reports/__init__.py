@@ -1,0 +1,1 @@
+"""Rows and arrays in, text and pictures out: pure functions, someone else writes the files."""

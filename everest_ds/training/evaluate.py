@@ -1,0 +1,87 @@
+"""Evaluation of a classifier: every view of every sample, averaged, the same on any number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import track
+from torch import nn
+
+from everest_ds.config import Experiment
+from everest_ds.data.clips import ClipBatch, EvaluationClips, evaluation_views
+from everest_ds.data.manifest import Sample
+from everest_ds.parallel.world import World
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a classifier said about each sample.
+
+    Attributes:
+        probabilities: float32 (samples, classes), softmax averaged over the views.
+        labels: int64 (samples,).
+    """
+
+    probabilities: NDArray[np.float32]
+    labels: NDArray[np.int64]
+
+    @property
+    def loss(self) -> float:
+        """Mean negative log-likelihood of the averaged probabilities."""
+        true = self.probabilities[np.arange(len(self.labels)), self.labels]
+        return float(-np.log(np.maximum(true, 1e-12)).mean())
+
+    def top(self, k: int) -> float:
+        """Per cent of samples whose label is among the k likeliest classes."""
+        best = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
+        return float(100 * (best == self.labels[:, None]).any(axis=1).mean())
+
+    def confusion(self) -> NDArray[np.int64]:
+        """Counts (true class, predicted class)."""
+        classes = self.probabilities.shape[1]
+        pairs = self.labels * classes + self.probabilities.argmax(axis=1)
+        return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    samples: Sequence[Sample],
+    config: Experiment,
+    world: World,
+    segments: int,
+    crops: int,
+    show_progress: bool = False,
+) -> Evaluation:
+    """Evaluate `model` (an engine or a bare module) on all ranks together.
+
+    Args:
+        samples: labelled.
+        segments: temporal views of a sample.
+        crops: spatial views of each.
+    """
+    was_training = model.training
+    model.eval()
+    clips = EvaluationClips(samples, config, segments, crops)
+    loader = evaluation_views(
+        clips, config.batch.micro_batch_size, world.rank, world.size, world.device.type == "cuda"
+    )
+    mine = dict(_predict(model, loader, world, show_progress and world.is_main))
+    model.train(was_training)
+    by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
+    views = np.stack([by_view[item] for item in range(len(clips))])
+    mean = views.reshape(len(samples), segments * crops, -1).mean(axis=1)
+    return Evaluation(mean, np.array([sample.label for sample in samples]))
+
+
+def _predict(
+    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    for batch in track(loader, "evaluating", total=None, disable=not show, transient=True):
+        here = batch.to(world.device)
+        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
+        yield from zip(batch.item.tolist(), probabilities, strict=True)

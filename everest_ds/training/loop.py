@@ -1,0 +1,263 @@
+"""Training, pre-training and fine-tuning alike: set up, step, watch, save, resume."""
+
+from __future__ import annotations
+
+import math
+import resource
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.data.clips import ClipBatch, training_batches
+from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.order import steps_per_epoch
+from everest_ds.errors import ConfigError, DivergedError, StoppedError
+from everest_ds.log import logger, setup_logging
+from everest_ds.models import build_model
+from everest_ds.parallel.checkpoint import (
+    full_state_dict,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+    save_weights,
+)
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
+from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import evaluate
+from everest_ds.training.objective import Objective, build_objective
+from everest_ds.training.observers import (
+    MetricsFile,
+    Observer,
+    ProgressBar,
+    StepReport,
+    TensorBoard,
+    ValidationReport,
+)
+from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.pictures import draw_reconstruction
+from everest_ds.training.run_folder import RunFolder, read_metrics
+from everest_ds.training.schedule import build_schedule
+from everest_ds.training.stop import StopRequest
+from everest_ds.training.timer import StepTimer, Waited
+from everest_ds.training.weights import load_encoder
+
+
+def train(config: Experiment, world: World) -> RunFolder:
+    """Run the experiment to its end, or go on where its run folder stopped. Call on every rank.
+
+    Raises:
+        StoppedError: after a stop signal, with everything saved.
+        EverestError: for whatever the user can put right.
+    """
+    plan = plan_batch(config.batch, world.size)
+    samples = world.share(lambda: read_samples(config, "train"))
+    steps_per_epoch(len(samples), plan)
+    ds_config = world.share(lambda: resolve_ds_config(config, plan))
+    folder = RunFolder(config.run.dir)
+    world.share(lambda: folder.open(config, ds_config, world.size))
+    setup_logging(world.rank, folder.logs)
+    try:
+        torch.manual_seed(config.run.seed)  # the initial weights, equal on every rank
+        model = build_model(config)
+        if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
+            logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
+        engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
+        run = TrainingRun(config, plan, samples, engine, folder, world)
+        with StopRequest() as stop:
+            run.to_the_end(stop)
+        engine.destroy()
+    finally:
+        folder.close()
+    return folder
+
+
+def read_samples(config: Experiment, split: str) -> list[Sample]:
+    """The samples of `data.<split>`.
+
+    Raises:
+        ConfigError: if the config names no such manifest.
+        DataError: if the manifest is missing or wrong.
+    """
+    manifest: Path | None = getattr(config.data, split)
+    if manifest is None:
+        raise ConfigError(f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt")
+    classify = config.task == "finetune"
+    return read_manifest(
+        manifest, root=config.data.root, num_classes=config.model.num_classes, labelled=classify
+    )
+
+
+class TrainingRun:
+    """One process's part of a run that has been set up."""
+
+    def __init__(
+        self,
+        config: Experiment,
+        plan: BatchPlan,
+        samples: Sequence[Sample],
+        engine: Engine,
+        folder: RunFolder,
+        world: World,
+    ) -> None:
+        self.config = config
+        self.plan = plan
+        self.samples = samples
+        self.engine = engine
+        self.folder = folder
+        self.world = world
+        self.objective: Objective = build_objective(config)
+        self.steps_per_epoch = steps_per_epoch(len(samples), plan)
+        self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
+        self.step = self._resume()
+        self.observers = self._start_observers() if world.is_main else []
+        self.timer = StepTimer()
+        self.batch: ClipBatch  # the last micro-batch, for pictures
+
+    def to_the_end(self, stop: StopRequest) -> None:
+        """Every remaining step, with what is due after each."""
+        batches = Waited(self._batches(), self.timer)
+        try:
+            while not self.finished:
+                with self.timer.step():
+                    loss = self._train_step(batches)
+                self.step += 1
+                self._report(loss)
+                self._draw()
+                self._validate()
+                self._save_or_stop(stop)
+        finally:
+            for observer in self.observers:
+                observer.close()
+
+    @property
+    def finished(self) -> bool:
+        """All steps are done."""
+        return self.step == self.schedule.total_steps
+
+    def _train_step(self, batches: Iterator[ClipBatch]) -> Tensor:
+        """One optimiser step; returns this rank's mean loss, without waiting for it."""
+        set_learning_rate(self.engine, self.schedule.lr(self.step))
+        losses = []
+        for _ in range(self.plan.grad_accum_steps):
+            # A rank that cannot read a video tells the others, instead of leaving them in a collective.
+            self.batch = self.world.together(lambda: next(batches)).to(self.world.device)
+            loss = self.objective(self.engine, self.batch)
+            self.engine.backward(loss)
+            self.engine.step()  # updates the weights at the last micro-batch
+            losses.append(loss.detach())
+        return torch.stack(losses).mean()
+
+    def _due(self, every_steps: int) -> bool:
+        return self.finished or self.step % every_steps == 0
+
+    def _report(self, loss: Tensor) -> None:
+        if not self._due(self.config.run.log_every_steps):
+            return
+        mean_loss = float(self.world.mean(loss))
+        if not math.isfinite(mean_loss):
+            raise DivergedError(
+                f"{self.folder.path}: the loss is {mean_loss} at step {self.step}",
+                fix="lower schedule.base_lr, set optimizer.clip_grad_norm, or use precision=bf16 or fp32;"
+                " the last checkpoint is from before",
+            )
+        timer = self.timer
+        report = StepReport(
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            loss=mean_loss,
+            lr=self.schedule.lr(self.step - 1),
+            grad_norm=gradient_norm(self.engine),
+            clips_per_s=timer.steps * self.plan.global_batch_size / timer.seconds,
+            data_wait_pct=100 * timer.waited / timer.seconds,
+            memory_bytes=_peak_memory_bytes(self.world.device),
+        )
+        timer.reset()
+        for observer in self.observers:
+            observer.on_step(report)
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        if self.config.task != "pretrain" or not self._due(self.config.run.image_every_steps):
+            return
+        batch, config = self.batch, self.config
+        shown = self.engine(batch.clip, batch.key)  # on every rank: sharded parameters are gathered
+        for observer in self.observers:
+            normalized = config.loss.normalize_targets
+            picture = draw_reconstruction(batch.clip, shown, config.model.geometry, normalized)
+            observer.on_picture(self.step, "reconstruction", picture)
+
+    def _validate(self) -> None:
+        every_steps = self.config.run.validate_every_epochs * self.steps_per_epoch
+        if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
+            return
+        samples = self.world.share(lambda: read_samples(self.config, "val"))
+        result = evaluate(self.engine, samples, self.config, self.world, segments=1, crops=1)
+        report = ValidationReport(
+            self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
+        )
+        best = self.world.share(lambda: _best_top1(self.folder.path))
+        for observer in self.observers:
+            observer.on_validation(report)
+        if report.val_top1 > best:
+            weights = full_state_dict(self.engine.module)
+            if self.world.is_main:
+                save_weights(weights, self.folder.best_weights, {"task": self.config.task})
+
+    def _save_or_stop(self, stop: StopRequest) -> None:
+        stopping = self.world.any(stop.received is not None)
+        if stopping or self._due(self.config.run.save_every_steps):
+            self._save()
+        if stopping and not self.finished:
+            raise StoppedError(
+                f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
+                fix="run the same command again to go on",
+            )
+
+    def _save(self) -> None:
+        state = {
+            "task": self.config.task,
+            "world_size": self.world.size,
+            "zero_stage": self.config.parallelism.zero_stage,
+            "global_batch_size": self.plan.global_batch_size,
+        }
+        keep = self.config.run.keep_checkpoints
+        save_checkpoint(self.engine, self.folder.checkpoints, self.step, state, keep, self.world)
+
+    def _resume(self) -> int:
+        """The step to go on from: 0, or that of the newest checkpoint."""
+        checkpoints = self.world.share(lambda: list_checkpoints(self.folder.checkpoints))
+        step = 0
+        if checkpoints:
+            step = int(load_checkpoint(self.engine, checkpoints[-1], self.world)["step"])
+            logger.info("resuming from %s", checkpoints[-1])
+        self.world.share(lambda: self.folder.drop_metrics_after(step))
+        return step
+
+    def _start_observers(self) -> list[Observer]:
+        return [
+            MetricsFile(self.folder.metrics),
+            TensorBoard(self.folder.tensorboard, self.step + 1),
+            ProgressBar(self.schedule.total_steps, self.step),
+        ]
+
+    def _batches(self) -> Iterator[ClipBatch]:
+        steps = range(self.step, self.schedule.total_steps)
+        on_gpu = self.world.device.type == "cuda"
+        return training_batches(
+            self.samples, self.config, self.plan, self.world.rank, steps, pin_memory=on_gpu
+        )
+
+
+def _peak_memory_bytes(device: torch.device) -> int:
+    """Highest so far: allocated on a GPU, resident in host memory otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _best_top1(run: Path) -> float:
+    return max((row["val_top1"] for row in read_metrics(run) if "val_top1" in row), default=-1.0)

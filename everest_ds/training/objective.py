@@ -1,0 +1,28 @@
+"""What a batch costs: the loss of each task, given the engine's forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from everest_ds.config import Experiment
+from everest_ds.data.clips import ClipBatch
+
+Forward = Callable[..., Any]
+Objective = Callable[[Forward, ClipBatch], Tensor]
+
+
+def build_objective(config: Experiment) -> Objective:
+    """The training loss of the experiment's task."""
+    if config.task == "pretrain":
+        return lambda forward, batch: forward(batch.clip, batch.key).loss
+    smoothing = config.loss.label_smoothing
+
+    def classification_loss(forward: Forward, batch: ClipBatch) -> Tensor:
+        logits = forward(batch.clip, batch.key)
+        return F.cross_entropy(logits.float(), batch.label, label_smoothing=smoothing)
+
+    return classification_loss

@@ -1,0 +1,97 @@
+"""The multi-view test of a fine-tuned run, and what it leaves in the run folder."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from everest_ds.config import Experiment
+from everest_ds.data.manifest import read_class_names
+from everest_ds.errors import ConfigError
+from everest_ds.models import build_model
+from everest_ds.parallel.checkpoint import load_weights
+from everest_ds.parallel.world import World
+from everest_ds.reports.confusion import draw_confusion
+from everest_ds.training.evaluate import Evaluation, evaluate
+from everest_ds.training.loop import read_samples
+from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.weights import find_weights, load_tensors
+
+RESULT_FILE = "evaluation.json"
+CONFUSION_FILE = "confusion.png"
+
+
+def run_test(config: Experiment, world: World) -> dict[str, Any]:
+    """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
+
+    Returns:
+        Top-1 and top-5 in per cent, and one row a class; also in `evaluation.json`, with a picture of the
+        confusion matrix beside it.
+
+    Raises:
+        CheckpointError: if the run has no weights, or of another architecture.
+    """
+    file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
+    samples = world.share(lambda: read_samples(config, "test"))
+    names = world.share(lambda: class_names(config))
+    model = build_model(config)
+    tensors, _ = world.together(lambda: load_weights(file))
+    load_tensors(model, tensors, file)
+    model.to(world.device)
+    data = config.data
+    outcome = evaluate(
+        model, samples, config, world, data.test_segments, data.test_crops, show_progress=True
+    )
+    result = {
+        "weights": str(file),
+        "top1": outcome.top(1),
+        "top5": outcome.top(5),
+        "num_clips": len(samples),
+        "views": f"{data.test_segments} segments x {data.test_crops} crops",
+        "classes": _by_class(outcome, names),
+    }
+    world.share(lambda: _write(config, result, outcome, names))
+    return result
+
+
+def class_names(config: Experiment) -> list[str]:
+    """Names of the classes, from `data.class_names` or their numbers.
+
+    Raises:
+        ConfigError: if there are not model.num_classes of them.
+    """
+    count = config.model.num_classes or 0
+    if config.data.class_names is None:
+        return [str(label) for label in range(count)]
+    names = read_class_names(config.data.class_names)
+    if len(names) != count:
+        raise ConfigError(
+            f"{config.data.class_names}: does not fit model.num_classes",
+            given=f"{len(names)} names",
+            allowed=f"{count}, one a line",
+        )
+    return names
+
+
+def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
+    confusion = outcome.confusion()
+    rows = []
+    for label, name in enumerate(names):
+        clips, right = int(confusion[label].sum()), int(confusion[label, label])
+        others = confusion[label].copy()
+        others[label] = 0
+        rows.append(
+            {
+                "class": name,
+                "clips": clips,
+                "top1": round(100 * right / clips, 2) if clips else 0.0,
+                "most_often_taken_for": names[int(others.argmax())] if others.any() else "-",
+            }
+        )
+    return rows
+
+
+def _write(config: Experiment, result: dict[str, Any], outcome: Evaluation, names: list[str]) -> None:
+    folder = RunFolder(config.run.dir)
+    (folder.path / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder.path / CONFUSION_FILE).write_bytes(draw_confusion(outcome.confusion(), names))

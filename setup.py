@@ -1,0 +1,63 @@
+"""Packaging. `ds_configs/` and `slurm/` live at the top of the repository and travel inside the package."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "everest_ds/__init__.py").read_text())[1]
+
+# Versions: exact where another one is known to train differently or to break, a range otherwise.
+# constraints.txt pins all of them for `make` and CI.
+REQUIRES = [
+    "torch>=2.6",
+    "deepspeed>=0.19.4,<0.20",  # before 0.19.4, ZeRO-3 saved incomplete checkpoints under tensor parallelism
+    "fairscale==0.4.13",
+    "decord==0.6.0",
+    "einops>=0.8",
+    "mpi4py>=4.0",
+    "pyyaml>=6.0",
+    "tensorboard>=2.16",
+    "numpy>=1.26",
+    "typer>=0.15",
+    "rich>=13.7",
+    "pydantic>=2.9,<3",
+    "jinja2>=3.1",
+    "matplotlib>=3.8",
+    "safetensors>=0.4.5",
+    "av>=12",
+]
+EXTRAS = {
+    "mpi": ["mpich"],  # an MPI library for mpi4py where the system has none
+    "dev": [
+        "hypothesis>=6.100",
+        "mypy>=1.13",
+        "pytest>=8.3",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.8",
+        "setuptools>=77",
+        "transformers>=5,<6",  # VideoMAE, the independent reference of the parity tests
+        "types-PyYAML",
+        "mpich",
+    ],
+}
+
+setup(
+    name="everest-ds",
+    version=VERSION,
+    description="Large-scale training of EVEREST, the masked video autoencoder of the moving tokens",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    python_requires=">=3.10,<3.13",
+    packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), "everest_ds.ds_configs"],
+    package_dir={"everest_ds.ds_configs": "ds_configs"},
+    package_data={
+        "everest_ds": ["recipes/*.yaml", "reports/templates/*"],
+        "everest_ds.ds_configs": ["*.json"],
+    },
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["everest-ds = everest_ds.cli:main"]},
+)

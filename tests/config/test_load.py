@@ -1,0 +1,235 @@
+"""Recipe, YAML file or run folder plus overrides -> one validated, frozen Experiment, or a telling error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from everest_ds.config import Experiment, dump_experiment, find_config, flatten, load_experiment, recipe_names
+from everest_ds.errors import ConfigError
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text("task: pretrain\nmodel: {backbone: vit_tiny, image_size: 64}\n")
+    return path
+
+
+def refusal(source: Path, *overrides: str) -> str:
+    """The text of the error that loading raises; all of them are one line."""
+    with pytest.raises(ConfigError) as caught:
+        load_experiment(source, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_shipped_recipe_validates(name: str) -> None:
+    assert load_experiment(name).token_counts.num_visible > 0
+
+
+def test_base_is_found_beside_the_file_and_merged_section_by_section(config_file: Path) -> None:
+    child = config_file.parent / "sub.yaml"
+    child.write_text("base: mine.yaml\nmodel: {num_frames: 8}\nbatch: {micro_batch_size: 2}\n")
+    config = load_experiment(child)
+    assert (config.model.backbone, config.model.image_size, config.model.num_frames) == ("vit_tiny", 64, 8)
+    assert config.batch.micro_batch_size == 2
+
+
+def test_base_may_be_a_recipe_and_bases_chain(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes = tmp_path / "recipes"
+    recipes.mkdir()
+    (recipes / "shipped.yaml").write_text("task: pretrain\nschedule: {epochs: 50, warmup_epochs: 5}\n")
+    (recipes / "derived.yaml").write_text("base: shipped\nschedule: {epochs: 70}\n")
+    monkeypatch.setattr("everest_ds.config.load.RECIPES", recipes)
+    config_file.write_text("base: derived\nprecision: fp32\n")
+    config = load_experiment(config_file)
+    assert (config.schedule.epochs, config.schedule.warmup_epochs, config.precision) == (70, 5, "fp32")
+    assert recipe_names() == ["derived", "shipped"]
+    assert load_experiment("derived").schedule.epochs == 70
+
+
+def test_bases_in_a_circle_are_named(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "c"), ("c", "a")):
+        (tmp_path / f"{name}.yaml").write_text(f"base: {base}.yaml\n")
+    assert "circle; given: a.yaml -> b.yaml -> c.yaml -> a.yaml" in refusal(tmp_path / "a.yaml")
+
+
+def test_a_run_folder_is_loaded_by_its_config(tmp_path: Path, config_file: Path) -> None:
+    (tmp_path / "config.yaml").write_text(config_file.read_text())
+    assert find_config(tmp_path) == tmp_path / "config.yaml"
+    assert load_experiment(tmp_path) == load_experiment(config_file)
+
+
+def test_overrides_are_yaml_values_of_nested_keys(config_file: Path) -> None:
+    config = load_experiment(
+        config_file,
+        [
+            "model.image_size=96",
+            "schedule.base_lr=1e-3",
+            "optimizer.betas=[0.9, 0.999]",
+            "data.horizontal_flip=true",
+            "data.train=lists/a=b.txt",
+            "batch.global_batch_size=null",
+            "precision=fp16",
+        ],
+    )
+    assert config.model.image_size == 96 and config.model.backbone == "vit_tiny"
+    assert config.schedule.base_lr == 1e-3
+    assert config.optimizer.betas == (0.9, 0.999)
+    assert config.data.horizontal_flip is True and config.data.train == Path("lists/a=b.txt")
+    assert config.batch.global_batch_size is None and config.precision == "fp16"
+
+
+def test_the_last_override_of_a_key_wins(config_file: Path) -> None:
+    assert load_experiment(config_file, ["run.seed=1", "run.seed=2"]).run.seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "suggestion"),
+    [
+        ("model.backbon=vit_base", "`model.backbon`", "did you mean backbone?"),
+        ("tokns.keep_ratio=0.3", "`tokns`", "did you mean tokens?"),
+        ("batch.global_batch=8", "`batch.global_batch`", "global_batch_size"),
+        ("recompute.xyzzy=1", "`recompute.xyzzy`", "one of mode, offload_to_cpu"),
+    ],
+)
+def test_an_unknown_key_names_its_path_file_and_nearest_names(
+    config_file: Path, override: str, key: str, suggestion: str
+) -> None:
+    message = refusal(config_file, override)
+    assert key in message and suggestion in message and str(config_file) in message
+
+
+@pytest.mark.parametrize("text", ["model.image_size", "=3", ""])
+def test_an_override_without_key_or_equals_sign(config_file: Path, text: str) -> None:
+    message = refusal(config_file, text)
+    assert repr(text) in message and "key.path=value" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.backbone=vit_giant", ("model.backbone", "'vit_giant'", "'vit_tiny', 'vit_small'")),
+        ("tokens.keep_ratio=1.5", ("tokens.keep_ratio", "1.5", "less than or equal to 1")),
+        ("tokens.mask_ratio=1", ("tokens.mask_ratio", "1", "less than 1")),
+        ("batch.micro_batch_size=0", ("batch.micro_batch_size", "0", "greater than or equal to 1")),
+        ("batch.micro_batch_size=many", ("batch.micro_batch_size", "'many'", "a valid integer")),
+        ("parallelism.zero_stage=4", ("parallelism.zero_stage", "4", "0, 1, 2 or 3")),
+        ("optimizer.betas=[0.9]", ("optimizer.betas.1", "missing")),
+        ("model=3", ("model", "3", "ModelConfig")),
+    ],
+)
+def test_a_wrong_value_names_key_value_and_what_is_allowed(
+    config_file: Path, override: str, expected: tuple[str, ...]
+) -> None:
+    message = refusal(config_file, override)
+    assert str(config_file) in message
+    assert all(part in message for part in expected)
+
+
+def test_further_errors_are_counted(config_file: Path) -> None:
+    assert "(and 2 more)" in refusal(config_file, "model.a=1", "model.b=1", "model.c=1")
+
+
+# What one section says against another: overrides of the pre-training file -> what the error must say.
+DISAGREEMENTS = [
+    (["model.num_frames=15"], ("num_frames=15", "tubelet_size=2")),
+    (["model.image_size=65"], ("image_size=65", "patch_size=16")),
+    (["tokens.selection=none"], ("tokens.selection=none", "pretrain", "allowed: rero, tube")),
+    (
+        ["task=finetune", "model.num_classes=2", "tokens.selection=tube"],
+        ("tokens.selection=tube", "finetune", "allowed: rero, none"),
+    ),
+    (["task=finetune"], ("model.num_classes", "number of classes")),
+    (["model.num_frames=2"], ("tokens.selection=rero", "two tubelets in time")),
+    (["tokens.keep_ratio=0.001"], ("keep_ratio=0.001", "0 kept", "raise keep_ratio")),
+    (["tokens.mask_ratio=0.999"], ("mask_ratio=0.999", "0 visible", "lower mask_ratio")),
+    (["tokens.mask_ratio=0.5"], ("mask_ratio=0.5", "keep_ratio must exceed 1 - mask_ratio")),
+    (["schedule.epochs=40"], ("schedule.warmup_epochs=40", "schedule.epochs=40")),
+    (["recompute.offload_to_cpu=true"], ("recompute.offload_to_cpu", "recompute.mode: blocks")),
+]
+
+
+@pytest.mark.parametrize(("overrides", "expected"), DISAGREEMENTS)
+def test_sections_that_disagree_name_keys_and_remedy(
+    config_file: Path, overrides: list[str], expected: tuple[str, ...]
+) -> None:
+    message = refusal(config_file, *overrides)
+    assert all(part in message for part in (str(config_file), *expected))
+
+
+def test_a_missing_task_says_what_to_add(config_file: Path) -> None:
+    config_file.write_text("precision: bf16\n")
+    assert "`task` is missing; fix: add `task:`" in refusal(config_file)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [("a: [1", "not readable as YAML"), ("- 1\n- 2\n", "list; allowed: a mapping of sections")],
+)
+def test_a_file_that_is_no_config(config_file: Path, content: str, expected: str) -> None:
+    config_file.write_text(content)
+    message = refusal(config_file)
+    assert str(config_file) in message and expected in message
+
+
+def test_a_source_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    assert "nowhere.yaml" in refusal(tmp_path / "nowhere.yaml")
+
+
+def test_a_base_that_does_not_exist_is_named_with_its_file(config_file: Path) -> None:
+    config_file.write_text("base: gone.yaml\ntask: pretrain\n")
+    message = refusal(config_file)
+    assert "'gone.yaml'" in message and str(config_file) in message
+
+
+def test_a_loaded_config_is_frozen_in_every_section(config_file: Path) -> None:
+    config = load_experiment(config_file)
+    with pytest.raises(ValidationError, match="frozen"):
+        config.precision = "fp32"  # type: ignore[misc]
+    with pytest.raises(ValidationError, match="frozen"):
+        config.model.image_size = 96  # type: ignore[misc]
+
+
+def test_dump_is_complete_and_loads_to_the_same_config(tmp_path: Path, config_file: Path) -> None:
+    config = load_experiment(config_file, ["optimizer.betas=[0.8, 0.95]", "data.train=a.txt", "run.dir=/r"])
+    text = dump_experiment(config)
+    path = tmp_path / "again.yaml"
+    path.write_text(text)
+    assert load_experiment(path) == config
+    assert dict(flatten(yaml.safe_load(text))) == dict(flatten(config.model_dump(mode="json")))
+
+
+keys = st.sampled_from(["a", "b", "long_name"])
+trees = st.recursive(
+    st.integers(), lambda inner: st.dictionaries(keys, inner, min_size=1, max_size=3), max_leaves=8
+)
+
+
+@given(st.dictionaries(keys, trees, max_size=3))
+def test_flatten_names_every_leaf_by_its_path(tree: dict[str, object]) -> None:
+    rebuilt: dict[str, object] = {}
+    for path, leaf in flatten(tree):
+        *sections, name = path.split(".")
+        node = rebuilt
+        for section in sections:
+            node = node.setdefault(section, {})  # type: ignore[assignment]
+        node[name] = leaf
+    assert rebuilt == tree
+
+
+def test_every_key_of_the_defaults_can_be_overridden_by_its_dotted_path(config_file: Path) -> None:
+    config = load_experiment(config_file)
+    tree = config.model_dump(mode="json")
+    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flatten(tree)]
+    assert load_experiment(config_file, overrides) == config
+    assert isinstance(config, Experiment)

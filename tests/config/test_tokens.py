@@ -1,0 +1,70 @@
+"""Token counts: exact truncation, and the counts of the published settings."""
+
+from __future__ import annotations
+
+from decimal import ROUND_FLOOR, Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everest_ds.config.tokens import ClipGeometry, classify_counts, exact_floor, pretrain_counts
+
+CLIP = ClipGeometry()  # 16 frames at 224 squared: 8 slots of 196
+
+
+@given(hundredths=st.integers(0, 100_000), count=st.integers(0, 10**9))
+def test_exact_floor_is_decimal_arithmetic_on_the_written_ratio(hundredths: int, count: int) -> None:
+    written = Decimal(hundredths).scaleb(-5)
+    exact = int((written * count).to_integral_value(ROUND_FLOOR))
+    assert exact_floor(float(written), count) == exact
+
+
+def test_exact_floor_where_binary_floating_point_is_one_short() -> None:
+    assert int(0.29 * 100) == 28
+    assert exact_floor(0.29, 100) == 29
+
+
+@pytest.mark.parametrize(("keep_ratio", "kept"), [(0.3, 470), (0.4, 627), (1.0, 1568)])
+def test_pretraining_counts_of_everest(keep_ratio: float, kept: int) -> None:
+    counts = pretrain_counts(CLIP, "rero", keep_ratio, mask_ratio=0.9)
+    assert (counts.num_tokens, counts.num_kept, counts.num_visible) == (1568, kept, 156)
+    assert counts.num_predicted == kept - 156
+
+
+def test_pretraining_counts_of_videomae() -> None:
+    counts = pretrain_counts(CLIP, "tube", keep_ratio=0.3, mask_ratio=0.9)
+    assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (1568, 160, 1408)
+
+
+@pytest.mark.parametrize(("selection", "kept"), [("rero", 940), ("none", 1568)])
+def test_finetuning_counts(selection: str, kept: int) -> None:
+    counts = classify_counts(CLIP, selection, keep_ratio=0.6)
+    assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (kept, kept, 0)
+
+
+@given(
+    slots=st.integers(1, 16),
+    grid=st.integers(1, 20),
+    thousandths=st.integers(0, 999),
+    selection=st.sampled_from(["rero", "tube"]),
+)
+def test_hidden_share_is_at_least_the_mask_ratio(
+    slots: int, grid: int, thousandths: int, selection: str
+) -> None:
+    """Of rero's N tokens at most ⌊(1 - mask)·N⌋ are visible; a tube mask rounds the other way, per slot."""
+    geometry = ClipGeometry(2 * slots, 2, 16 * grid, 16)
+    mask_ratio = thousandths / 1000
+    counts = pretrain_counts(geometry, selection, 1.0, mask_ratio)
+    exact = (1 - Decimal(thousandths).scaleb(-3)) * geometry.num_tokens
+    if selection == "rero":
+        assert exact - 1 < counts.num_visible <= exact
+    else:
+        assert counts.num_visible % slots == 0
+        assert exact <= counts.num_visible < exact + slots
+
+
+def test_geometry_of_other_clips() -> None:
+    geometry = ClipGeometry(num_frames=32, tubelet_size=4, image_size=96, patch_size=8)
+    assert (geometry.num_slots, geometry.grid_size, geometry.tokens_per_slot) == (8, 12, 144)
+    assert (geometry.num_tokens, geometry.tubelet_values) == (1152, 3 * 4 * 8 * 8)

@@ -1,0 +1,32 @@
+"""Tests of the models; what several of them build lives here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from everest_ds.config import Experiment
+
+TASKS_AND_SELECTIONS = [
+    ("pretrain", "rero"),
+    ("pretrain", "tube"),
+    ("finetune", "rero"),
+    ("finetune", "none"),
+]
+
+
+def experiment(task: str, selection: str, keep_ratio: float = 0.3, **model: object) -> Experiment:
+    """An experiment with ViT-Tiny on 8 frames at 64 squared (4 slots of 16), unless `model` says other."""
+    shape = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 64, **model}
+    if task == "finetune":
+        shape.setdefault("num_classes", 7)
+    tokens = {"selection": selection, "keep_ratio": keep_ratio}
+    return Experiment.model_validate({"task": task, "model": shape, "tokens": tokens})
+
+
+def random_clips(config: Experiment, count: int, seed: int = 0) -> Tensor:
+    """uint8 (count, F, H, W, 3) noise."""
+    g = config.model.geometry
+    generator = torch.Generator().manual_seed(seed)
+    size = (count, g.num_frames, g.image_size, g.image_size, 3)
+    return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)

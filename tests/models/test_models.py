@@ -1,0 +1,256 @@
+"""Both models in all four modes: shapes, gradients, static graphs, and clips that do not see each other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everest_ds.config import Experiment
+from everest_ds.config.backbones import TransformerShape
+from everest_ds.models import Classifier, PretrainModel, build_model
+from everest_ds.models.pretrain import Reconstruction
+from everest_ds.models.rero import select_tokens
+from everest_ds.models.tubelets import from_tubelets, to_tubelets
+from everest_ds.models.vit import Block, Blocks
+from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
+
+KEYS = torch.tensor([101, 202, 303])
+every_mode = pytest.mark.parametrize(("task", "selection"), TASKS_AND_SELECTIONS)
+
+
+def built(config: Experiment) -> nn.Module:
+    torch.manual_seed(1)
+    return build_model(config)
+
+
+def loss_of(output: Tensor | Reconstruction) -> Tensor:
+    if isinstance(output, Reconstruction):
+        return output.loss
+    return F.cross_entropy(output, torch.arange(len(output), device=output.device))
+
+
+@every_mode
+def test_every_parameter_learns(task: str, selection: str) -> None:
+    config = experiment(task, selection, drop_path=0.1)
+    model = built(config)
+    loss_of(model(random_clips(config, 3), KEYS)).backward()
+    still = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert still == []
+
+
+class RefuseHostTensors(TorchDispatchMode):
+    """Fails on tensors made from Python numbers, whose copy to the device makes the host wait."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        assert func is not torch.ops.aten.lift_fresh.default, "torch.tensor(...) in a forward pass"
+        return func(*args, **(kwargs or {}))
+
+
+@every_mode
+def test_no_step_makes_the_host_wait_for_the_device(task: str, selection: str) -> None:
+    """Fake tensors have shapes and no values: a boolean mask, `.item()` or `if tensor` would raise."""
+    config = experiment(task, selection, drop_path=0.1)
+    model, clips = built(config), random_clips(config, 2)
+    fake = FakeTensorMode()
+    state: dict[str, Tensor]
+    state = {name: fake.from_tensor(t) for name, t in (*model.named_parameters(), *model.named_buffers())}
+    inputs = (fake.from_tensor(clips), fake.from_tensor(KEYS[:2]))
+    with fake, RefuseHostTensors():
+        loss = loss_of(functional_call(model, state, inputs))
+        loss.backward()
+    assert loss.shape == () and loss.dtype == torch.float32
+    assert all(state[name].grad is not None for name, _ in model.named_parameters())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_mode
+def test_no_step_synchronises_with_a_real_device(task: str, selection: str) -> None:
+    config = experiment(task, selection, drop_path=0.1)
+    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
+    loss_of(model(clips, keys)).backward()  # the first step may set libraries up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss_of(model(clips, keys)).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_forward_is_one_graph(task: str) -> None:
+    config = experiment(task, "rero")
+    model, clips = built(config), random_clips(config, 2)
+    whole = torch.compile(model, backend="eager", fullgraph=True)(clips, KEYS[:2])
+    torch.testing.assert_close(loss_of(whole), loss_of(model(clips, KEYS[:2])))
+
+
+@every_mode
+@pytest.mark.parametrize("training", [False, True])
+def test_a_clip_does_not_see_its_neighbours(task: str, selection: str, training: bool) -> None:
+    config = experiment(task, selection, drop_path=0.3)
+    model, clips = built(config).train(training), random_clips(config, 3)
+    with torch.no_grad():
+        together = model(clips, KEYS)
+        alone = [model(clips[i : i + 1], KEYS[i : i + 1]) for i in range(3)]
+    if isinstance(together, Reconstruction):
+        for field in ("visible_BV", "predicted_BM"):
+            assert torch.equal(getattr(together, field), torch.cat([getattr(one, field) for one in alone]))
+        together, alone = together.prediction_BMP, [one.prediction_BMP for one in alone]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["vit_small", "vit_base", "vit_large", "vit_huge"])
+@pytest.mark.parametrize(
+    ("selection", "keep_ratio", "visible", "predicted"),
+    [("rero", 0.3, 156, 314), ("rero", 0.4, 156, 471), ("tube", 0.3, 160, 1408)],
+)
+def test_pretraining_shapes_at_full_size(
+    backbone: str, selection: str, keep_ratio: float, visible: int, predicted: int
+) -> None:
+    config = experiment("pretrain", selection, keep_ratio, backbone=backbone, num_frames=16, image_size=224)
+    with torch.device("meta"):
+        output = build_model(config)(torch.empty(2, 16, 224, 224, 3, dtype=torch.uint8), KEYS[:2].to("meta"))
+    assert output.visible_BV.shape == (2, visible)
+    assert output.predicted_BM.shape == (2, predicted)
+    assert output.prediction_BMP.shape == (2, predicted, 1536)
+
+
+@pytest.mark.parametrize("backbone", ["vit_small", "vit_base", "vit_large", "vit_huge"])
+@pytest.mark.parametrize(("selection", "kept"), [("rero", 940), ("none", 1568)])
+def test_finetuning_shapes_at_full_size(backbone: str, selection: str, kept: int) -> None:
+    config = experiment("finetune", selection, 0.6, backbone=backbone, num_frames=16, image_size=224)
+    with torch.device("meta"):
+        model = build_model(config)
+        assert isinstance(model, Classifier)
+        clip = torch.empty(2, 16, 224, 224, 3, dtype=torch.uint8)
+        assert model.choose_tokens(to_tubelets(clip, model.geometry)).shape == (2, kept)
+        assert model(clip, KEYS[:2].to("meta")).shape == (2, 7)
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {"num_frames": 4, "tubelet_size": 1, "image_size": 32},
+        {"num_frames": 24, "tubelet_size": 4, "image_size": 48},
+        {"num_frames": 6, "patch_size": 8, "image_size": 40},
+    ],
+)
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_any_number_of_frames_tubelet_and_resolution(task: str, geometry: dict[str, int]) -> None:
+    config = experiment(task, "rero", 0.5, **geometry)
+    output = built(config)(random_clips(config, 1), KEYS[:1])
+    assert torch.isfinite(loss_of(output))
+    if isinstance(output, Reconstruction):
+        assert output.prediction_BMP.shape[1:] == (
+            config.token_counts.num_predicted,
+            config.model.geometry.tubelet_values,
+        )
+
+
+def test_pretraining_touches_exactly_the_tokens_that_the_selector_keeps() -> None:
+    config = experiment("pretrain", "rero", 0.4)
+    model, clips = PretrainModel(config), random_clips(config, 3)
+    output = model(clips, KEYS)
+    importance = model.encoder.importance(to_tubelets(clips, config.model.geometry))
+    chosen = torch.cat([output.visible_BV, output.predicted_BM], dim=1).sort(dim=1).values
+    assert torch.equal(chosen, select_tokens(importance, config.token_counts.num_kept))
+    assert not importance.requires_grad
+
+
+def test_classifier_ignores_the_pixels_of_discarded_tokens() -> None:
+    """One place moves and only its tokens are kept: what the still places show does not matter."""
+    config = experiment("finetune", "rero", keep_ratio=1 / 16)  # as many tokens as there are slots
+    still = random_clips(config, 1)[:, :1].expand(-1, 8, -1, -1, -1).clone()
+    still[:, :, 16:32, 32:48] = random_clips(config, 1, seed=2)[:, :, 16:32, 32:48]
+    other = still.clone()
+    other[:, :, :16, :16] = 255 - still[:, :, :16, :16]
+    model = built(config).eval()
+    with torch.no_grad():
+        assert torch.equal(model(still, KEYS[:1]), model(other, KEYS[:1]))
+
+
+def test_prediction_does_not_see_the_pixels_that_it_predicts() -> None:
+    config = experiment("pretrain", "tube")
+    model, clip = built(config), random_clips(config, 1)
+    first = model(clip, KEYS[:1])
+    tubelets = to_tubelets(clip, config.model.geometry).clone()
+    tubelets[:, first.predicted_BM[0]] = 255 - tubelets[:, first.predicted_BM[0]]
+    second = model(from_tubelets(tubelets, config.model.geometry), KEYS[:1])
+    assert torch.equal(first.prediction_BMP, second.prediction_BMP)
+    assert first.loss != second.loss
+
+
+def test_loss_is_the_mean_squared_error_of_what_it_says_it_predicted() -> None:
+    config = experiment("pretrain", "rero", 0.4)
+    model, clips = built(config), random_clips(config, 2)
+    output = model(clips, KEYS[:2])
+    tubelets = to_tubelets(clips, config.model.geometry)
+    errors = []
+    for clip in range(2):
+        for place, token in enumerate(output.predicted_BM[clip].tolist()):
+            pixels = tubelets[clip, token].view(512, 3) / 255
+            target = (pixels - pixels.mean(0)) / (pixels.std(0) + 1e-6)
+            errors.append((output.prediction_BMP[clip, place] - target.flatten()) ** 2)
+    torch.testing.assert_close(output.loss, torch.stack(errors).mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_model_still_takes_its_loss_in_float32(dtype: torch.dtype) -> None:
+    config = experiment("pretrain", "rero")
+    model, clips = built(config), random_clips(config, 2)
+    exact = model(clips, KEYS[:2]).loss
+    half = model.to(dtype)(clips, KEYS[:2]).loss
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
+
+
+def test_drop_path_keeps_the_expectation_and_drops_whole_clips_by_key() -> None:
+    torch.manual_seed(0)
+    block, clips = Block(16, 2, drop_path=0.3, index=2), 4000
+    for parameter in block.mlp[2].parameters():
+        nn.init.zeros_(parameter)  # the attention branch alone
+    x = torch.randn(1, 3, 16)
+    branch = block.eval()(x, torch.tensor([0])) - x
+    keys = torch.arange(clips)
+    change = block.train()(x.expand(clips, -1, -1), keys) - x
+    survived = change.flatten(1).any(dim=1)
+    torch.testing.assert_close(change[survived], (branch / 0.7).expand(int(survived.sum()), -1, -1))
+    assert survived.float().mean().item() == pytest.approx(0.7, abs=4 * (0.21 / clips) ** 0.5)
+    reverse = block(x.expand(clips, -1, -1), keys.flip(0)) - x
+    assert torch.equal(reverse.flip(0), change)
+
+
+def test_branches_and_blocks_drop_independently() -> None:
+    clips = 2000
+    dropped = []
+    for index in range(4):
+        block = Block(8, 1, drop_path=0.5, index=index)
+        for parameter in block.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(block.attention.proj.bias, 1.0)  # doubled if it survives
+        nn.init.constant_(block.mlp[2].get_parameter("bias"), 2.0)
+        total = block(torch.zeros(clips, 1, 8), torch.arange(clips))[:, 0, 0]
+        dropped += [(total % 4 == 0).double(), (total < 4).double()]
+    agreement = torch.corrcoef(torch.stack(dropped)) - torch.eye(8)
+    assert agreement.abs().max() < 4 / clips**0.5
+
+
+def test_drop_path_grows_linearly_and_evaluation_has_none() -> None:
+    rates = [block.drop_path for block in Blocks(TransformerShape(16, 5, 2), drop_path=0.2)]
+    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    config = experiment("finetune", "none", drop_path=0.9)
+    model, clips = built(config).eval(), random_clips(config, 1)
+    assert torch.equal(model(clips, KEYS[:1]), model(clips, KEYS[1:2]))
+
+
+def test_masking_follows_the_key_alone() -> None:
+    config = experiment("pretrain", "tube")
+    model, clips = built(config), random_clips(config, 1)
+    assert isinstance(model, PretrainModel)
+    first, again, other = (model(clips, torch.tensor([key])).visible_BV for key in (7, 7, 8))
+    assert torch.equal(first, again) and not torch.equal(first, other)
