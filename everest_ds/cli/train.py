@@ -20,7 +20,9 @@ Source = Annotated[
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as batch.micro_batch_size=4."),
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as batch.micro_batch_size=4."
+    ),
 ]
 NumProcesses = Annotated[
     int | None,
@@ -104,9 +106,9 @@ def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
 
 
 def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
+    from everest_ds.cli.plan import describe_plan
     from everest_ds.config import dump_experiment, plan_batch
     from everest_ds.launch.environment import detect
-    from everest_ds.cli.plan import describe_plan
     from everest_ds.parallel.ds_config import resolve_ds_config
 
     num_ranks = nproc or detect().world_size
@@ -134,8 +136,8 @@ def _started_ranks(
             given=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="leave out --nproc under torchrun, deepspeed, mpirun or srun",
         )
-    from everest_ds.launch.local import launch_local
     from everest_ds.cli.plan import describe_plan
+    from everest_ds.launch.local import launch_local
 
     if command != "evaluate":
         describe_plan(config, nproc)  # refuses what cannot run before any rank starts
@@ -159,8 +161,8 @@ def _in_world(act: Callable[[World], None]) -> None:
 
 
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.training.loop import train
     from everest_ds.cli.plan import describe_plan
+    from everest_ds.training.loop import train
 
     facts = describe_plan(config, world.size)
     if world.is_main:
@@ -181,5 +183,3 @@ def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:
     print_table("By class", result["classes"])
     print_facts(f"evaluate: {config.run.dir}", summary)
     write_json(json_file, result)
-
-

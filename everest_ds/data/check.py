@@ -51,25 +51,25 @@ def check_manifest(
         on_progress: told how many files are done, after each.
     """
     paths = [sample.path for sample in samples]
-    inspect: Callable[[Path], str | None] = partial(find_fault, min_frames=min_frames)
+    inspect = partial(find_fault, min_frames=min_frames)
     problems = []
     outcomes = map_isolated(inspect, paths, crashed="the file crashes the video decoder", workers=workers)
     for done, (path, fault) in enumerate(zip(paths, outcomes, strict=True), start=1):
-        if fault is not None:
+        if fault:
             problems.append(Problem(path, fault))
         on_progress(done)
     return problems
 
 
-def find_fault(path: Path, min_frames: int) -> str | None:
-    """What is wrong with a video, None if nothing is."""
+def find_fault(path: Path, min_frames: int) -> str:
+    """What is wrong with a video; empty if nothing is."""
     try:
         with open_video(path) as video:
             video.read([0, video.num_frames - 1])
             count = video.num_frames
     except DataError as error:
         return str(error).removeprefix(f"{path}: ")
-    return f"too short; given: {count} frames; allowed: {min_frames} or more" if count < min_frames else None
+    return f"too short; given: {count} frames; allowed: {min_frames} or more" if count < min_frames else ""
 
 
 def map_isolated(
@@ -92,6 +92,7 @@ def map_isolated(
 
 def _alone(function: Callable[[Item], Result], item: Item, crashed: Result) -> Result:
     with _pool(1) as pool:
+        pool.submit(bool).result()  # raises where no process can start at all: that is no fault of the item
         try:
             return pool.submit(function, item).result()
         except BrokenProcessPool:

@@ -20,8 +20,9 @@ VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg
 _LAYOUT = "FOLDER/CLASS/VIDEO, a video being a file in " + " ".join(VIDEO_SUFFIXES)
 _FORM = "`path label`, the label a whole number from 0, the separator a space, tab, comma or semicolon"
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
-_QUOTED = re.compile(rf'"(?P<path>(?:[^"]|"")+)"(?:{_SEPARATOR}(?P<label>-?[0-9]{1, 18}))?')
-_PLAIN = re.compile(rf"(?P<path>.+?){_SEPARATOR}(?P<label>-?[0-9]{1, 18})")
+_LABEL = r"(?P<label>-?[0-9]{1,18})"
+_QUOTED = re.compile(rf'"(?P<path>(?:[^"]|"")+)"(?:{_SEPARATOR}{_LABEL})?')
+_PLAIN = re.compile(rf"(?P<path>.+?){_SEPARATOR}{_LABEL}")
 _NOT_IN_A_LINE = re.compile(r"[\n\r\ud800-\udfff]")  # line ends, and names that are not UTF-8
 _BLANKS = " \t\r"
 
@@ -168,6 +169,8 @@ def _lines(file: Path, kind: str) -> list[str]:
         text = file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: the {kind} is not UTF-8 text", given=f"byte {error.start}") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot read the {kind}", given=error.strerror) from error
     # Not splitlines(): that would also end lines at characters that file names may hold.
     return [line.strip(_BLANKS) for line in text.split("\n")]
 

@@ -69,7 +69,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _check_keys(tree: dict[str, Any], path: Path) -> None:
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # heavy
 
-    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", set(DeepSpeedZeroConfig.model_fields))):
+    fields = DeepSpeedZeroConfig.model_fields
+    zero_keys = {*fields, *(field.alias for field in fields.values() if field.alias)}
+    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", zero_keys)):
         for key in tree[section] if section else tree:
             if key not in known:
                 name = f"{section}.{key}" if section else key

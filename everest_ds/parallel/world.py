@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -153,6 +154,8 @@ def _device(local_rank: int) -> torch.device:
 def _prepare_deepspeed(device: torch.device) -> None:
     """Settings that DeepSpeed reads while it is imported or initialised."""
     os.environ["DS_ACCELERATOR"] = device.type
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames: nothing a user could act on.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel("ERROR")

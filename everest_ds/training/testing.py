@@ -39,9 +39,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     load_tensors(model, tensors, file)
     model.to(world.device)
     data = config.data
-    outcome = evaluate(
-        model, samples, config, world, data.test_segments, data.test_crops, show_progress=True
-    )
+    outcome = evaluate(model, samples, config, world, data.test_segments, data.test_crops, show_progress=True)
     result = {
         "weights": str(file),
         "top1": outcome.top(1),

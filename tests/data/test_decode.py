@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from pathlib import Path
 
 import av
@@ -22,7 +23,6 @@ REAL = (
     "balle1-vp9.avi",
     "bikes.mp4",
     "carphone_pristine.mp4",
-    "cockatoo.mp4",
 )
 # container, codec, pictures reordered: each treats timestamps and seeks in its own way
 CONTAINERS = (
@@ -37,6 +37,12 @@ CONTAINERS = (
     ("webm", "libvpx-vp9", False),
     ("webm", "libvpx", False),
 )
+
+# The rotation matrix of an MP4 track header: in 16.16 fixed point, the last number in 2.30.
+TURNS = {
+    0: (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
+    90: (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
+}
 
 
 def all_frames(path: Path) -> np.ndarray:
@@ -87,7 +93,9 @@ def test_a_first_read_at_the_end_of_a_444_clip_equals_sequential_decoding(real_v
     path = real_videos / "cockatoo.mp4"  # of an x264 whose 4:4:4 FFmpeg must treat specially
     with open_video(path) as video:
         frame = video.read([video.num_frames - 1])[0]
-    np.testing.assert_array_equal(frame.numpy(), all_frames(path)[-1])
+    with av.open(str(path)) as container:
+        last = deque(container.decode(video=0), maxlen=1)[0]
+    np.testing.assert_array_equal(frame.numpy(), last.to_ndarray(format="rgb24"))
 
 
 @pytest.mark.parametrize(("suffix", "codec", "reordered"), CONTAINERS)
@@ -136,12 +144,6 @@ def test_a_picture_stored_lying_comes_upright(tmp_path: Path) -> None:
         frame = video.read([0])[0]
     assert frame.shape == (64, 32, 3)
     assert frame[:14].float().mean() > 245 and frame[18:].float().mean() < 10
-
-
-TURNS = {
-    0: (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
-    90: (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
-}
 
 
 @pytest.mark.parametrize("index", [-1, 24])

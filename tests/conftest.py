@@ -1,0 +1,25 @@
+"""Fixtures of the whole suite."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+from everest_ds.data.synthetic import SyntheticSpec, synthesize
+
+# Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
+settings.register_profile("default", deadline=None)
+settings.load_profile("default")
+
+os.environ.setdefault("COLUMNS", "200")  # tables of the command line are not folded
+
+
+@pytest.fixture(scope="session")
+def motion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small synthetic motion data set: 24 training, 12 validation and 12 test videos, 32 px."""
+    folder = tmp_path_factory.mktemp("motion")
+    synthesize(folder, {"train": 24, "val": 12, "test": 12}, SyntheticSpec(num_frames=20, size=32), workers=1)
+    return folder
