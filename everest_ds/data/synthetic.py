@@ -28,6 +28,9 @@ _STRAIGHT = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 _ORBITS = {"clockwise": 1, "counterclockwise": -1}
 MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
 BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
+# Ranges of pixel values. They overlap: an object is told from its background by moving, not by its colour.
+OBJECT_LEVELS = (60.0, 255.0)
+BACKGROUND_LEVELS = (20.0, 140.0)
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 
@@ -60,7 +63,7 @@ def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> F
     radius = rng.uniform(0.14, 0.22) * size
     sprite, mask = _sprite(rng, int(2 * radius))
     background = _background(rng, n, size)
-    centers = origin + _path(MOTIONS[label], time, speed, phase, 0.2 * size)
+    centers = origin + _path(MOTIONS[label], time, speed, phase, 0.12 * size)
     frames = np.stack([_paste(b, sprite, mask, c) for b, c in zip(background, centers, strict=True)])
     return frames.clip(0, 255).astype(np.uint8)
 
@@ -147,9 +150,11 @@ def _path(motion: str, time: NDArray[np.int64], speed: float, phase: float, radi
     return (radius * circle).astype(np.float32)
 
 
-def _smooth_noise(rng: np.random.Generator, size: int, cells: int) -> Floats:
-    """Random colours (size, size, 3) in 0..255 on a coarse grid, interpolated, periodic."""
-    grid = rng.uniform(0, 255, (cells, cells, 3)).astype(np.float32)
+def _smooth_noise(
+    rng: np.random.Generator, size: int, cells: int, levels: tuple[float, float]
+) -> Floats:
+    """Random colours (size, size, 3) within `levels` on a coarse grid, interpolated, periodic."""
+    grid = rng.uniform(*levels, (cells, cells, 3)).astype(np.float32)
     return _bilinear(grid, *np.meshgrid(*[np.arange(size) * cells / size] * 2, indexing="ij"))
 
 
@@ -166,7 +171,7 @@ def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.float
 
 def _sprite(rng: np.random.Generator, side: int) -> tuple[Floats, Floats]:
     """A textured object (side, side, 3) and its outline (side, side, 1) in {0, 1}: disc, square, diamond."""
-    texture = 110 + 0.57 * _smooth_noise(rng, side, 3)  # brighter than any background
+    texture = _smooth_noise(rng, side, 3, OBJECT_LEVELS)
     y, x = np.meshgrid(*[np.linspace(-1, 1, side)] * 2, indexing="ij")
     outlines = (x**2 + y**2 <= 1, np.maximum(abs(x), abs(y)) <= 0.85, abs(x) + abs(y) <= 1.15)
     return texture, outlines[rng.integers(3)].astype(np.float32)[..., None]
@@ -174,7 +179,7 @@ def _sprite(rng: np.random.Generator, side: int) -> tuple[Floats, Floats]:
 
 def _background(rng: np.random.Generator, num_frames: int, size: int) -> Iterator[Floats]:
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    scene = 10 + 0.3 * _smooth_noise(rng, size, 6)
+    scene = _smooth_noise(rng, size, 6, BACKGROUND_LEVELS)
     drift = rng.uniform(-0.02, 0.02, 2) * size
     noise = rng.normal(0, 8, (num_frames, size, size, 1)).astype(np.float32)
     grid = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")

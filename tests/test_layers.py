@@ -1,0 +1,74 @@
+"""Who may import whom: the arrows of the architecture, read from the source."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "everest_ds"
+
+GROUND = {"errors", "log", "units", "shipped", "__init__"}
+# room -> rooms that it may import, besides the ground floor and itself
+ALLOWED: dict[str, set[str]] = {
+    "config": set(),
+    "models": {"config"},
+    "data": {"config"},
+    "launch": set(),
+    "parallel": {"config", "models"},
+    "profiling": {"config", "models"},
+    "reports": set(),
+    "training": {"config", "models", "data", "parallel", "reports"},
+    "cli": {"config", "data", "launch", "parallel", "profiling", "reports", "training"},
+    "__main__": {"cli"},
+}
+# library -> the only rooms that may import it
+OWNERS: dict[str, set[str]] = {
+    "torch": {"models", "data", "parallel", "training", "profiling"},
+    "deepspeed": {"parallel"},
+    "fairscale": {"parallel"},
+    "mpi4py": {"launch"},
+    "decord": {"data"},
+    "av": {"data"},
+    "typer": {"cli"},
+    "jinja2": {"reports"},
+}
+
+
+def imports(file: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: relative import"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+    return found
+
+
+def room(file: Path) -> str:
+    relative = file.relative_to(PACKAGE)
+    return relative.parts[0] if len(relative.parts) > 1 else relative.stem
+
+
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", SOURCES, ids=lambda f: str(f.relative_to(PACKAGE)))
+def test_imports_follow_the_arrows(file: Path) -> None:
+    here = room(file)
+    allowed = set() if here in GROUND else ALLOWED[here] | GROUND | {here}
+    for name in imports(file):
+        top, _, rest = name.partition(".")
+        if top == "everest_ds":
+            there = rest.split(".")[0]
+            assert there in allowed or there.startswith("__"), f"{here} imports {there}"
+        elif top in OWNERS:
+            assert here in OWNERS[top], f"{here} imports {top}"
+
+
+def test_torch_distributed_stays_in_parallel() -> None:
+    for file in SOURCES:
+        if room(file) != "parallel":
+            assert not any(name.startswith("torch.distributed") for name in imports(file)), file

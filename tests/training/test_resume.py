@@ -1,0 +1,99 @@
+"""A run that was stopped, anywhere and however, goes on as if it had not been: bit for bit on a CPU."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from everest_ds.config import Experiment
+from everest_ds.errors import CheckpointError, StoppedError
+from everest_ds.parallel.world import World
+from everest_ds.training.loop import TrainingRun, train
+from tests.ranks import run_ranks
+from tests.training.runs import experiment, losses, train_rank
+
+
+class _Signalling:
+    """Sends this process a real signal when it reports a given step."""
+
+    def __init__(self, step: int, number: signal.Signals) -> None:
+        self.step, self.number, self.report = step, number, TrainingRun._report
+
+    def __enter__(self) -> None:
+        def report_and_signal(run: TrainingRun, loss: Tensor) -> None:
+            self.report(run, loss)
+            if run.step == self.step:
+                os.kill(os.getpid(), self.number)
+
+        TrainingRun._report = report_and_signal  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        TrainingRun._report = self.report  # type: ignore[method-assign]
+
+
+def stop_and_resume(world: World, config: Experiment, stop_at: int) -> str:
+    """Signal the last rank alone at `stop_at`; then start the same run again."""
+    message = "did not stop"
+    number = (signal.SIGTERM, signal.SIGUSR1)[stop_at % 2]
+    try:
+        if world.rank == world.size - 1:
+            with _Signalling(stop_at, number):
+                train(config, world)
+        else:
+            train(config, world)
+    except StoppedError as error:
+        message = str(error)
+    train(config, world)
+    return message
+
+
+@pytest.mark.parametrize("stage, stop_at", [(0, 4), (1, 2), (2, 5), (3, 3)])
+def test_a_stopped_run_resumes_bit_for_bit(
+    motion_data: Path, tmp_path: Path, stage: int, stop_at: int
+) -> None:
+    whole = experiment(motion_data, tmp_path / "whole", parallelism={"zero_stage": stage})
+    parts = experiment(motion_data, tmp_path / "parts", parallelism={"zero_stage": stage})
+    run_ranks(train_rank, 2, whole)
+    messages = run_ranks(stop_and_resume, 2, parts, stop_at)
+    assert all(f"stopped after step {stop_at} of 9" in message for message in messages)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert list(losses(tmp_path / "whole")) == list(range(1, 10))
+
+
+def crash_after(world: World, config: Experiment, step: int) -> None:
+    """End all ranks without a word, as a power cut does."""
+    if world.rank == 0:
+        with _Signalling(step, signal.SIGKILL):
+            train(config, world)
+    else:
+        train(config, world)
+
+
+def test_a_killed_finetuning_goes_on_from_its_last_checkpoint(motion_data: Path, tmp_path: Path) -> None:
+    often = {"save_every_steps": 4}
+    whole = experiment(motion_data, tmp_path / "whole", "finetune", run=often)
+    parts = experiment(motion_data, tmp_path / "parts", "finetune", run=often)
+    run_ranks(train_rank, 1, whole)
+    with pytest.raises(AssertionError, match="rank 0 died"):
+        run_ranks(crash_after, 1, parts, 6)
+    run_ranks(train_rank, 1, parts)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def resume_error(world: World, config: Experiment) -> str:
+    try:
+        train(config, world)
+    except CheckpointError as error:
+        return str(error)
+    return "no error"
+
+
+def test_another_number_of_ranks_is_refused_by_name(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0})
+    run_ranks(train_rank, 2, config)
+    (message,) = run_ranks(resume_error, 1, config)
+    assert "saved with another world_size; given: 1 now; allowed: 2" in message
