@@ -11,7 +11,7 @@ from enum import IntEnum
 
 
 class ExitCode(IntEnum):
-    """Process exit codes of `everest-ds` (documented in docs/troubleshooting.md)."""
+    """Process exit codes of `everest-ds` (documented in docs/runs.md)."""
 
     OK = 0
     FAILURE = 1  # a bug or an unforeseen failure: comes with a traceback
@@ -20,7 +20,6 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4  # missing, damaged, or of another model
     RUN_FOLDER = 5  # of another config, or in use
     RANK_LOST = 6  # another rank ended: the first reason is on the console
-    OUT_OF_MEMORY = 7
     DIVERGED = 8  # the loss is no longer finite
     STOPPED = 75  # asked to stop; saved; the same command goes on (EX_TEMPFAIL of sysexits.h)
 

@@ -14,7 +14,7 @@ from everest_ds.errors import EverestError, ExitCode
 app = typer.Typer(
     name="everest-ds",
     help="Train EVEREST, the masked video autoencoder of the moving tokens, at scale.",
-    epilog="First:  everest-ds data synth data/motion,  then  everest-ds pretrain demo_pretrain --nproc 2",
+    epilog="First:  everest-ds data synth runs/demo/data,  then  everest-ds pretrain demo_pretrain --nproc 2",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

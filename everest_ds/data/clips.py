@@ -158,7 +158,7 @@ class _Reporting(Dataset[object]):
 
     def __getitem__(self, item: object) -> ClipBatch | EverestError:
         try:
-            return self.clips[item]  # type: ignore[index]
+            return self.clips[item]
         except EverestError as error:
             return error
 
@@ -176,7 +176,7 @@ def _load(
 ) -> Iterator[ClipBatch]:
     loader = DataLoader(
         _Reporting(clips),
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         collate_fn=_collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,

@@ -150,9 +150,7 @@ def _path(motion: str, time: NDArray[np.int64], speed: float, phase: float, radi
     return (radius * circle).astype(np.float32)
 
 
-def _smooth_noise(
-    rng: np.random.Generator, size: int, cells: int, levels: tuple[float, float]
-) -> Floats:
+def _smooth_noise(rng: np.random.Generator, size: int, cells: int, levels: tuple[float, float]) -> Floats:
     """Random colours (size, size, 3) within `levels` on a coarse grid, interpolated, periodic."""
     grid = rng.uniform(*levels, (cells, cells, 3)).astype(np.float32)
     return _bilinear(grid, *np.meshgrid(*[np.arange(size) * cells / size] * 2, indexing="ij"))

@@ -6,6 +6,7 @@ Shape legend: B clips, F frames, H x W pixels, T slots, N tokens, P values of a 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
@@ -13,6 +14,7 @@ from everest_ds.models.pretrain import Reconstruction
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 
 _DIM = 0.2  # brightness of what a row does not show
+_GAP = 1  # white pixels around each frame
 
 
 def draw_reconstruction(
@@ -43,9 +45,10 @@ def draw_reconstruction(
 
 
 def _grid(frames_BRTHWC: Tensor) -> Tensor:
-    """(B, rows, T, H, W, 3) in [0, 1] -> one uint8 picture."""
-    b, r, t, h, w, c = frames_BRTHWC.shape
-    picture = frames_BRTHWC.permute(0, 1, 3, 2, 4, 5).reshape(b * r * h, t * w, c)
+    """(B, rows, T, H, W, 3) in [0, 1] -> one uint8 picture, a white line between frames."""
+    framed = F.pad(frames_BRTHWC, (0, 0, _GAP, _GAP, _GAP, _GAP), value=1.0)
+    b, r, t, h, w, c = framed.shape
+    picture = framed.permute(0, 1, 3, 2, 4, 5).reshape(b * r * h, t * w, c)
     return (picture.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 

@@ -13,9 +13,7 @@ from everest_ds.training.loop import train
 Row = dict[str, Any]
 
 
-def experiment(
-    data: Path, folder: Path, task: str = "pretrain", /, **sections: dict[str, Any]
-) -> Experiment:
+def experiment(data: Path, folder: Path, task: str = "pretrain", /, **sections: dict[str, Any]) -> Experiment:
     """A run of 9 steps (3 epochs of 3) with 8 clips a step; `sections` are merged over the defaults."""
     tree: dict[str, Any] = {
         "task": task,

@@ -1,0 +1,40 @@
+# Two commands for a newcomer: `make demo` and `make test`. Each makes the environment it needs, once.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+# The first Python from 3.10 to 3.12 that really runs; version managers leave shims that do not.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
+	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
+# Test processes in parallel; tests that start ranks use a few processes each.
+JOBS ?= 2
+
+.PHONY: demo test test-slow lint format clean
+
+demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: under 5 minutes on 2 cores
+	$(BIN)/python tools/demo.py
+
+test: $(STAMP) lint  ## what must pass before every commit
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not slurm"
+
+test-slow: $(STAMP)  ## the slower suites
+	$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+$(STAMP): setup.py constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one or set PYTHON=..."; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch numpy
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,38 @@
+"""Plots of runs: loss curves and accuracy bars, as PNG bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from everest_ds.reports.figure import new_figure, to_png
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def draw_curves(runs: Mapping[str, Rows], column: str, ylabel: str) -> bytes:
+    """One line a run: `column` of its metrics rows over the steps."""
+    figure, axes = new_figure(6, 3.4)
+    for name, rows in runs.items():
+        points = [(row["step"], row[column]) for row in rows if column in row]
+        axes.plot(*zip(*points, strict=True), label=name, linewidth=1.5)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.3)
+    if len(runs) > 1:
+        axes.legend()
+    return to_png(figure)
+
+
+def draw_accuracies(bars: Mapping[str, float], chance: float) -> bytes:
+    """Top-1 accuracies in per cent as bars, with the level of guessing."""
+    figure, axes = new_figure(6, 3.4)
+    drawn = axes.bar(list(bars), list(bars.values()), width=0.5, color=["#2a6f97", "#a9bcd0", "#d8dee4"])
+    axes.bar_label(drawn, fmt="%.1f %%")
+    axes.axhline(chance, linestyle="--", color="black", linewidth=1)
+    axes.annotate(
+        f"chance {chance:.1f} %", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+    )
+    axes.set_ylabel("test top-1, %")
+    axes.set_ylim(0, 105)
+    return to_png(figure)

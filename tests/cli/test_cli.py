@@ -1,0 +1,203 @@
+"""The command line, as a user types it: in this process for speed, as a program where that matters."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from everest_ds.cli.app import main
+from everest_ds.config import dump_experiment
+from tests.training.runs import experiment, losses
+
+EVEREST = [sys.executable, "-m", "everest_ds"]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """Exit code of `everest-ds *arguments` in this process."""
+    monkeypatch.setattr(sys, "argv", ["everest-ds", *arguments])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: dict[str, object]) -> Path:
+    file = folder / f"{task}.yaml"
+    file.write_text(dump_experiment(experiment(data, folder / task, task, **sections)))
+    return file
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["pretrain", "demo_pretain"], "did you mean demo_pretrain"),
+        (["pretrain", "demo_finetune"], "is for task finetune"),
+        (["pretrain", "demo_pretrain", "--dry-run", "model.bakbone=vit_base"], "did you mean backbone?"),
+        (["pretrain", "demo_pretrain", "--dry-run", "model.backbone"], "allowed: key.path=value"),
+        (
+            ["pretrain", "demo_pretrain", "--dry-run", "model.image_size=60"],
+            "not a multiple of patch_size=16",
+        ),
+        (
+            ["pretrain", "demo_pretrain", "--dry-run", "--nproc", "3", "batch.global_batch_size=64"],
+            "3 data-parallel ranks",
+        ),
+        (["data", "check", "no-such-list.txt"], "no-such-list.txt"),
+    ],
+)
+def test_a_mistake_gets_one_line_and_a_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], says: str
+) -> None:
+    code = run_main(monkeypatch, *arguments)
+    error = capsys.readouterr().err
+    assert code == (3 if arguments[0] == "data" else 2)
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "line, says",
+    [
+        ("a.mp4", "list.txt:1: no label"),
+        ("a.mp4 9", "0..5"),
+    ],
+)
+def test_a_wrong_manifest_is_refused_before_any_rank_starts(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    motion_data: Path,
+    tmp_path: Path,
+    line: str,
+    says: str,
+) -> None:
+    (tmp_path / "list.txt").write_text(line + "\n")
+    config = write_config(motion_data, tmp_path, "finetune")
+    code = run_main(
+        monkeypatch, "finetune", str(config), f"data.train={tmp_path / 'list.txt'}", "--nproc", "2"
+    )
+    assert code == 3 and says in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_plan_and_writes_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(motion_data, tmp_path)
+    code = run_main(
+        monkeypatch, "pretrain", str(config), "--dry-run", "--nproc", "2", "--json", str(tmp_path / "p.json")
+    )
+    printed = capsys.readouterr().out
+    plan = json.loads((tmp_path / "p.json").read_text())["plan"]
+    assert code == 0
+    assert plan["steps"] == "9 = 3 a epoch x 3 epochs"
+    assert plan["batch"].startswith("8 clips = 4 per rank and micro-batch x 1 accumulated x 2")
+    assert "backbone: vit_tiny" in printed and plan["forward_gmacs_per_clip"] > 0
+    assert not (tmp_path / "pretrain").exists()
+
+
+def test_a_deepspeed_file_with_its_own_batch_size_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
+) -> None:
+    own = {"train_micro_batch_size_per_gpu": 3, "zero_optimization": {"stage": 2}}
+    (tmp_path / "own.json").write_text(json.dumps(own))
+    config = write_config(motion_data, tmp_path, parallelism={"ds_config": str(tmp_path / "own.json")})
+    assert run_main(monkeypatch, "pretrain", str(config), "--dry-run") == 2
+    assert "`train_micro_batch_size_per_gpu` is owned by the run config" in capsys.readouterr().err
+
+
+def test_synthesised_videos_can_be_checked_and_a_broken_one_is_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "data"
+    sizes = ["--train", "6", "--val", "1", "--test", "1", "--frames", "8", "--size", "32", "--workers", "1"]
+    assert run_main(monkeypatch, "data", "synth", str(folder), *sizes) == 0
+    check = ["data", "check", str(folder / "train.txt"), "--workers", "1", "--min-frames", "8"]
+    assert run_main(monkeypatch, *check) == 0
+    (folder / "train" / "00003.mp4").write_bytes(b"")
+    assert run_main(monkeypatch, *check, "--json", str(tmp_path / "check.json")) == 3
+    (problem,) = json.loads((tmp_path / "check.json").read_text())["problems"]
+    assert problem["video"].endswith("00003.mp4")
+
+
+def test_help_and_import_are_light() -> None:
+    heavy = {"torch", "deepspeed", "numpy", "av", "decord", "matplotlib", "pydantic", "tensorboard"}
+    script = "import sys, everest_ds.cli.app; print(*{m.split('.')[0] for m in sys.modules})"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not heavy & set(loaded.stdout.split())
+
+
+def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: Path) -> None:
+    config = write_config(motion_data, tmp_path, schedule={"epochs": 40, "warmup_epochs": 0})
+    command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
+    first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+    _, said = first.communicate(timeout=120)
+    assert first.returncode == 75, said
+    assert "stopped after step" in said and "run the same command again" in said and "Traceback" not in said
+    done = max(losses(tmp_path / "pretrain"))
+    assert (tmp_path / "pretrain" / "checkpoints" / f"step-{done:08d}").is_dir()
+    second = subprocess.run([*command, "run.log_every_steps=5"], capture_output=True, text=True, timeout=240)
+    assert second.returncode == 0, second.stderr
+    assert max(losses(tmp_path / "pretrain")) == 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "everest_ds", "--"],
+        ["-m", "deepspeed.launcher.launch", "--world_info=eyJsb2NhbGhvc3QiOiBbMCwgMV19", "--module",
+         "--no_local_rank", "everest_ds"],
+    ],
+    ids=["torchrun", "deepspeed"],
+)  # fmt: skip
+def test_the_same_command_joins_a_world_started_by(
+    launcher: list[str], motion_data: Path, tmp_path: Path
+) -> None:
+    config = write_config(motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0})
+    result = subprocess.run(
+        [sys.executable, *launcher, "pretrain", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "DS_ACCELERATOR": "cpu"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert max(losses(tmp_path / "pretrain")) == 3
+    state = next((tmp_path / "pretrain" / "checkpoints").glob("step-*/state.json"))
+    assert json.loads(state.read_text())["world_size"] == 2
+
+
+@pytest.mark.slow
+def test_the_same_command_joins_a_world_started_by_mpirun(motion_data: Path, tmp_path: Path) -> None:
+    mpiexec = Path(sys.executable).parent / "mpiexec"
+    if not mpiexec.is_file():
+        pytest.skip("no mpiexec beside this Python: pip install mpich")
+    config = write_config(motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0})
+    result = subprocess.run(
+        [str(mpiexec), "-n", "2", *EVEREST, "pretrain", str(config)],
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert max(losses(tmp_path / "pretrain")) == 3
+
+
+def test_recipes_are_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_main(monkeypatch, "recipes", "--json", str(tmp_path / "r.json")) == 0
+    rows = yaml.safe_load((tmp_path / "r.json").read_text())
+    assert "demo_pretrain" in {row["recipe"] for row in rows}
+    assert "demo_pretrain" in capsys.readouterr().out
