@@ -29,9 +29,10 @@ class DecordVideo:
             self._reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
             self.num_frames = len(self._reader)
             # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
-            # versions rightly only if it saw that: a first read further on would be garbage.
+            # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
+            # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).
             if self.num_frames:
-                self._reader[0]
+                self._reader.get_batch([0])
         except (RuntimeError, decord.DECORDError) as error:
             raise self._unreadable(error) from None
         if self.num_frames == 0:

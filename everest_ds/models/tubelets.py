@@ -40,16 +40,16 @@ def gather_tokens(x_BND: Tensor, index_BK: Tensor) -> Tensor:
 
 def normalize_pixels(tubelets_BKP: Tensor, dtype: torch.dtype) -> Tensor:
     """uint8 RGB -> zero mean, unit variance by ImageNet's statistics, computed in float32."""
-    mean = _per_colour(PIXEL_MEAN, tubelets_BKP.device)
-    std = _per_colour(PIXEL_STD, tubelets_BKP.device)
-    colours = tubelets_BKP.unflatten(-1, (-1, 3))
-    return ((colours - mean) / std).flatten(-2).to(dtype)
+    scale = _per_colour([1 / (255 * std) for std in PIXEL_STD], tubelets_BKP.device)
+    shift = _per_colour([-m / std for m, std in zip(PIXEL_MEAN, PIXEL_STD, strict=True)], tubelets_BKP.device)
+    colours = tubelets_BKP.unflatten(-1, (-1, 3)).float()
+    return torch.addcmul(shift, colours, scale).flatten(-2).to(dtype)  # one pass over the pixels
 
 
-def _per_colour(values: tuple[float, float, float], device: torch.device) -> Tensor:
+def _per_colour(values: list[float], device: torch.device) -> Tensor:
     # filled on the device: torch.tensor would copy from the host and make it wait. No buffer of a module
     # either: a half-precision engine would cast it
-    return torch.cat([torch.full((1,), value * 255, device=device) for value in values])
+    return torch.cat([torch.full((1,), value, device=device) for value in values])
 
 
 def reconstruction_targets(tubelets_BKP: Tensor, normalize: bool) -> Tensor:

@@ -1,0 +1,72 @@
+"""The synthetic data set: labels are motions, no single frame tells them, equal seeds give equal files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from everest_ds.data.decode import open_video
+from everest_ds.data.manifest import read_class_names, read_manifest
+from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, render_video, synthesize
+
+SPEC = SyntheticSpec(num_frames=12, size=48)
+
+
+def video(label: int, seed: int) -> np.ndarray:
+    return render_video(label, np.random.default_rng(seed), SPEC).astype(np.int64)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_some_frame_is_the_same_whatever_the_label(seed: int) -> None:
+    videos = [video(label, seed) for label in range(len(MOTIONS))]
+    spread = np.max([np.abs(v - videos[0]).max(axis=(1, 2, 3)) for v in videos], axis=0)
+    assert spread.min() == 0  # the reference frame
+    assert spread.max() > 50  # and the others differ
+
+
+def object_center(moving: np.ndarray, still: np.ndarray) -> tuple[float, float]:
+    """Where two frames differ most, as a circular mean, in pixels."""
+    weight = np.abs(moving - still).sum(axis=-1).astype(float)
+    size = weight.shape[0]
+    angle = 2 * np.pi * np.arange(size) / size
+
+    def along(profile: np.ndarray) -> float:
+        return float(np.angle((profile * np.exp(1j * angle)).sum()) * size / (2 * np.pi) % size)
+
+    return along(weight.sum(axis=1)), along(weight.sum(axis=0))
+
+
+@pytest.mark.parametrize(
+    "motion, axis, sign", [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)]
+)
+def test_the_object_moves_as_the_label_says(motion: str, axis: int, sign: int) -> None:
+    moves = []
+    for seed in range(12):
+        frames = video(MOTIONS.index(motion), seed)
+        background = np.median(frames, axis=0)
+        first, last = (object_center(frames[i], background)[axis] for i in (0, 6))
+        moves.append((last - first + 24) % 48 - 24)
+    assert np.median(moves) * sign > 3
+
+
+def test_equal_seeds_give_equal_files_and_labels_are_balanced(tmp_path: Path) -> None:
+    counts = {"train": 12, "val": 6}
+    for name in ("a", "b"):
+        synthesize(tmp_path / name, counts, SPEC, workers=1)
+    for file in ("train.txt", "val.txt", "classes.txt", "train/00007.mp4", "val/00003.mp4"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
+    names = read_class_names(tmp_path / "a" / "classes.txt")
+    samples = read_manifest(tmp_path / "a" / "train.txt", root=None, num_classes=len(names), labelled=True)
+    assert names == list(MOTIONS)
+    assert np.bincount([s.label for s in samples if s.label is not None]).tolist() == [2] * 6
+
+
+def test_files_hold_what_was_drawn(tmp_path: Path) -> None:
+    synthesize(tmp_path, {"test": 2}, SPEC, workers=1)
+    with open_video(tmp_path / "test" / "00001.mp4") as opened:
+        stored = opened.read(range(opened.num_frames)).numpy().astype(np.int64)
+    drawn = render_video(1, np.random.default_rng([0, 2, 1]), SPEC)
+    assert stored.shape == drawn.shape
+    assert np.abs(stored - drawn).mean() < 12  # H.264 halves the colour resolution
