@@ -188,6 +188,7 @@ class Experiment(Section):
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
                 f" schedule.epochs={self.schedule.epochs}"
             )
+        _check_precision(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
             raise ValueError("recompute.offload_to_cpu needs recompute.mode: blocks")
         return self
@@ -218,4 +219,12 @@ def _check_tokens(config: Experiment) -> None:
         raise ValueError(
             f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
             " keep_ratio must exceed 1 - mask_ratio"
+        )
+
+
+def _check_precision(config: Experiment) -> None:
+    if config.precision == "bf16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
+            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
         )

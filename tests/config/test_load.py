@@ -66,7 +66,7 @@ def test_bases_in_a_circle_are_named(tmp_path: Path) -> None:
 def test_a_run_folder_is_loaded_by_its_config(tmp_path: Path, config_file: Path) -> None:
     (tmp_path / "config.yaml").write_text(config_file.read_text())
     assert find_config(tmp_path) == tmp_path / "config.yaml"
-    assert load_experiment(tmp_path) == load_experiment(config_file)
+    assert load_experiment(tmp_path) == load_experiment(config_file, [f"run.dir={tmp_path}"])
 
 
 def test_overrides_are_yaml_values_of_nested_keys(config_file: Path) -> None:
@@ -233,3 +233,8 @@ def test_every_key_of_the_defaults_can_be_overridden_by_its_dotted_path(config_f
     overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flatten(tree)]
     assert load_experiment(config_file, overrides) == config
     assert isinstance(config, Experiment)
+
+
+def test_bf16_at_stage_0_is_refused_with_what_works() -> None:
+    with pytest.raises(ConfigError, match="zero_stage 1, 2 or 3"):
+        load_experiment("demo_pretrain", ["precision=bf16", "parallelism.zero_stage=0"])

@@ -22,7 +22,9 @@ GLOBAL_BATCH = 8
 STAGES = (0, 1, 2, 3)
 
 
-def experiment(task: str, stage: int, num_ranks: int, recompute: str = "none") -> Experiment:
+def experiment(
+    task: str, stage: int, num_ranks: int, recompute: str = "none", precision: str = "fp32"
+) -> Experiment:
     """A tiny run with clipping, layer decay, drop path and two accumulated micro-batches."""
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
@@ -35,7 +37,7 @@ def experiment(task: str, stage: int, num_ranks: int, recompute: str = "none") -
             "tokens": tokens,
             "optimizer": {"clip_grad_norm": 0.5, "layer_decay": 0.75 if task == "finetune" else 1.0},
             "batch": {"micro_batch_size": GLOBAL_BATCH // num_ranks // 2, "grad_accum_steps": 2},
-            "precision": "fp32",
+            "precision": precision,
             "parallelism": {"zero_stage": stage},
             "recompute": {"mode": recompute},
         }
@@ -119,3 +121,17 @@ def test_every_stage_follows_the_plain_loop(task: str, num_ranks: int) -> None:
 
 def test_recompute_changes_nothing() -> None:
     assert_stages_follow(plain_losses("finetune"), run_ranks(all_stages, 2, "finetune", "blocks")[0])
+
+
+def sharded_bf16(world: World) -> list[list[float]]:
+    return [
+        engine_losses(world, experiment("pretrain", stage, world.size, precision="bf16"))
+        for stage in (1, 2, 3)
+    ]
+
+
+def test_bf16_stays_near_fp32_in_every_sharded_stage() -> None:
+    expected = plain_losses("pretrain")
+    for losses in run_ranks(sharded_bf16, 2)[0]:
+        assert losses == pytest.approx(expected, rel=0.01)  # bf16 has 8 bits of mantissa
+        assert losses != pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,58 @@
+"""Evaluation: the same on any number of ranks, with metrics as defined, and all its files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from everest_ds.config import Experiment
+from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import Evaluation
+from everest_ds.training.loop import train
+from everest_ds.training.testing import run_test
+from tests.ranks import run_ranks
+from tests.training.runs import experiment, metrics, train_rank
+
+
+def test_metrics_follow_their_definitions() -> None:
+    probabilities = np.array([[0.5, 0.3, 0.2], [0.1, 0.2, 0.7], [0.6, 0.3, 0.1], [0.2, 0.2, 0.6]], np.float32)
+    outcome = Evaluation(probabilities, np.array([0, 1, 1, 2]))
+    assert outcome.top(1) == 50.0
+    assert outcome.top(2) == 100.0
+    assert outcome.loss == pytest.approx(-np.log([0.5, 0.2, 0.3, 0.6]).mean())
+    assert outcome.confusion().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 1]]
+
+
+def evaluate_rank(world: World, config: Experiment) -> dict[str, object]:
+    return run_test(config, world)
+
+
+def train_and_test(world: World, config: Experiment) -> dict[str, object]:
+    train(config, world)
+    return run_test(config, world)
+
+
+def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: Path, tmp_path: Path) -> None:
+    run_ranks(train_rank, 2, experiment(motion_data, tmp_path / "pre"))
+    config = experiment(
+        motion_data,
+        tmp_path / "fine",
+        "finetune",
+        model={"init_from": str(tmp_path / "pre")},
+        batch={"micro_batch_size": 5, "global_batch_size": 10},
+        parallelism={"zero_stage": 3},
+    )
+    on_two = run_ranks(train_and_test, 2, config)[0]
+    assert run_ranks(evaluate_rank, 1, config)[0] == on_two
+    assert run_ranks(evaluate_rank, 3, config)[0] == on_two
+    assert json.loads((tmp_path / "fine" / "evaluation.json").read_text()) == on_two
+    assert (tmp_path / "fine" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert on_two["num_clips"] == 12 and [row["clips"] for row in on_two["classes"]] == [2] * 6
+    validations = [row["val_top1"] for row in metrics(tmp_path / "fine") if "val_top1" in row]
+    assert len(validations) == 3
+    log = (tmp_path / "fine" / "logs" / "rank-0.log").read_text()
+    assert f"encoder weights from {tmp_path / 'pre' / 'checkpoints' / 'step-00000009'}" in log
+    assert (tmp_path / "fine" / "best.safetensors").is_file()
