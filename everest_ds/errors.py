@@ -20,6 +20,7 @@ class ExitCode(IntEnum):
     CHECKPOINT = 4  # missing, damaged, or of another model
     RUN_FOLDER = 5  # of another config, or in use
     RANK_LOST = 6  # another rank ended: the first reason is on the console
+    OUT_OF_MEMORY = 7
     DIVERGED = 8  # the loss is no longer finite
     STOPPED = 75  # asked to stop; saved; the same command goes on (EX_TEMPFAIL of sysexits.h)
 
@@ -87,6 +88,12 @@ class RankLostError(EverestError):
     """A rank ended before its peers."""
 
     exit_code = ExitCode.RANK_LOST
+
+
+class OutOfMemoryError(EverestError):
+    """The accelerator's memory is full."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class DivergedError(EverestError):

@@ -153,10 +153,11 @@ def _in_world(act: Callable[[World], None]) -> None:
     from everest_ds.launch.environment import detect
 
     os.environ.update(detect().as_variables())
-    from everest_ds.parallel.world import join_world, leave_world
+    from everest_ds.parallel.world import explained_failures, join_world, leave_world
 
     world = join_world()
-    act(world)
+    with explained_failures(world):
+        act(world)
     leave_world()
 
 

@@ -29,7 +29,7 @@ class Backbone:
 
 
 BACKBONES: dict[str, Backbone] = {
-    "vit_tiny": Backbone(TransformerShape(128, 6, 4), TransformerShape(64, 4, 2)),
+    "vit_tiny": Backbone(TransformerShape(128, 4, 4), TransformerShape(64, 2, 2)),
     "vit_small": Backbone(TransformerShape(384, 12, 6), TransformerShape(192, 4, 3)),
     "vit_base": Backbone(TransformerShape(768, 12, 12), TransformerShape(384, 4, 6)),
     "vit_large": Backbone(TransformerShape(1024, 24, 16), TransformerShape(512, 4, 8)),

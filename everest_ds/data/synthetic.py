@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,11 @@ _ORBITS = {"clockwise": 1, "counterclockwise": -1}
 MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
 BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
 # Ranges of pixel values. They overlap: an object is told from its background by moving, not by its colour.
-OBJECT_LEVELS = (60.0, 255.0)
-BACKGROUND_LEVELS = (20.0, 140.0)
+OBJECT_LEVELS = (0.0, 255.0)
+BACKGROUND_LEVELS = (64.0, 191.0)
+# A data set has few objects and scenes, as the world has: what recurs is what pre-training can learn.
+NUM_SPRITES = 6
+NUM_SCENES = 6
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 
@@ -44,8 +48,8 @@ class SyntheticSpec:
         seed: every video is a function of (seed, split, index).
     """
 
-    num_frames: int = 32
-    size: int = 64
+    num_frames: int
+    size: int
     seed: int = 0
 
 
@@ -60,9 +64,8 @@ def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> F
     speed = rng.uniform(0.02, 0.035) * size
     phase = rng.uniform(0, 2 * np.pi)
     origin = rng.uniform(0, size, 2)
-    radius = rng.uniform(0.14, 0.22) * size
-    sprite, mask = _sprite(rng, int(2 * radius))
-    background = _background(rng, n, size)
+    sprite, mask = _sprites(spec.seed, size)[rng.integers(NUM_SPRITES)]
+    background = _background(rng, n, _scenes(spec.seed, size)[rng.integers(NUM_SCENES)])
     centers = origin + _path(MOTIONS[label], time, speed, phase, 0.12 * size)
     frames = np.stack([_paste(b, sprite, mask, c) for b, c in zip(background, centers, strict=True)])
     return frames.clip(0, 255).astype(np.uint8)
@@ -167,17 +170,30 @@ def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.float
     return np.asarray(top * (1 - fr) + bottom * fr, dtype=np.float32)
 
 
-def _sprite(rng: np.random.Generator, side: int) -> tuple[Floats, Floats]:
-    """A textured object (side, side, 3) and its outline (side, side, 1) in {0, 1}: disc, square, diamond."""
-    texture = _smooth_noise(rng, side, 3, OBJECT_LEVELS)
+@lru_cache(maxsize=1)
+def _sprites(seed: int, size: int) -> list[tuple[Floats, Floats]]:
+    """The objects of a data set: textures (side, side, 3) and outlines (side, side, 1) in {0, 1}."""
+    rng = np.random.default_rng([seed, 1])
+    side = round(0.36 * size)
     y, x = np.meshgrid(*[np.linspace(-1, 1, side)] * 2, indexing="ij")
     outlines = (x**2 + y**2 <= 1, np.maximum(abs(x), abs(y)) <= 0.85, abs(x) + abs(y) <= 1.15)
-    return texture, outlines[rng.integers(3)].astype(np.float32)[..., None]
+    return [
+        (_smooth_noise(rng, side, 3, OBJECT_LEVELS), outlines[i % 3].astype(np.float32)[..., None])
+        for i in range(NUM_SPRITES)
+    ]
 
 
-def _background(rng: np.random.Generator, num_frames: int, size: int) -> Iterator[Floats]:
+@lru_cache(maxsize=1)
+def _scenes(seed: int, size: int) -> list[Floats]:
+    """The backgrounds of a data set (size, size, 3), periodic."""
+    rng = np.random.default_rng([seed, 2])
+    return [_smooth_noise(rng, size, 6, BACKGROUND_LEVELS) for _ in range(NUM_SCENES)]
+
+
+def _background(rng: np.random.Generator, num_frames: int, scene: Floats) -> Iterator[Floats]:
     kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    scene = _smooth_noise(rng, size, 6, BACKGROUND_LEVELS)
+    size = scene.shape[0]
+    scene = np.roll(scene, rng.integers(size, size=2), axis=(0, 1))
     drift = rng.uniform(-0.02, 0.02, 2) * size
     noise = rng.normal(0, 8, (num_frames, size, size, 1)).astype(np.float32)
     grid = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")

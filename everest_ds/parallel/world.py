@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -12,10 +13,18 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from everest_ds.errors import EverestError, RankLostError, UsageError
+from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, UsageError
 
 T = TypeVar("T")
 
+# What the back ends write when a connection to another rank breaks.
+_LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "gloo/transport",
+    "NCCL",
+    "Broken pipe",
+)
 # A rank that is silent for this long is taken for lost. Longer than the slowest honest step: the first
 # one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -128,6 +137,27 @@ def join_world() -> World:
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
     return World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+
+
+@contextmanager
+def explained_failures(world: World) -> Iterator[None]:
+    """Turn what torch raises for a lost peer or a full device into errors that say what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"rank {world.rank}: out of memory on {world.device}",
+            given=" ".join(str(error).split())[:160],
+            fix="lower batch.micro_batch_size, raise parallelism.zero_stage, or set recompute.mode=blocks",
+        ) from None
+    except RuntimeError as error:
+        if not any(sign in str(error) for sign in _LOST_PEER):
+            raise
+        raise RankLostError(
+            f"rank {world.rank} lost a peer",
+            given=" ".join(str(error).split())[:160],
+            fix="see that rank's log for why it ended; the same command goes on from the last checkpoint",
+        ) from None
 
 
 def leave_world() -> None:

@@ -28,6 +28,14 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return int(end.value.code or 0)
 
 
+def wait_for_rows(run: subprocess.Popen[str], metrics: Path, count: int) -> None:
+    """Until a live run has reported `count` steps."""
+    deadline = time.monotonic() + 120
+    while not (metrics.is_file() and metrics.read_text().count("\n") >= count):
+        assert run.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+
+
 def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: dict[str, object]) -> Path:
     file = folder / f"{task}.yaml"
     file.write_text(dump_experiment(experiment(data, folder / task, task, **sections)))
@@ -136,10 +144,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: 
     command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.is_file() and metrics.read_text().count("\n") >= 2):
-        assert first.poll() is None and time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for_rows(first, metrics, 2)
     os.killpg(first.pid, signal.SIGINT)  # as a terminal does
     _, said = first.communicate(timeout=120)
     assert first.returncode == 75, said
@@ -149,6 +154,21 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: 
     second = subprocess.run([*command, "run.log_every_steps=5"], capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
     assert max(losses(tmp_path / "pretrain")) == 120
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_the_others_without_a_traceback(motion_data: Path, tmp_path: Path) -> None:
+    config = write_config(motion_data, tmp_path, schedule={"epochs": 400, "warmup_epochs": 0})
+    command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    metrics = tmp_path / "pretrain" / "metrics.jsonl"
+    wait_for_rows(run, metrics, 2)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGKILL)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 6, said
+    assert "error: rank 0 lost a peer" in said and "rank 1" in said and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
 
 
 @pytest.mark.slow
