@@ -44,6 +44,8 @@ EXTRAS = {
     ],
 }
 
+TRAVELLING = {"everest_ds.ds_configs": "ds_configs", "everest_ds.slurm": "slurm"}
+
 setup(
     name="everest-ds",
     version=VERSION,
@@ -51,8 +53,8 @@ setup(
     long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     python_requires=">=3.10,<3.13",
-    packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), "everest_ds.ds_configs", "everest_ds.slurm"],
-    package_dir={"everest_ds.ds_configs": "ds_configs", "everest_ds.slurm": "slurm"},
+    packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), *TRAVELLING],
+    package_dir=TRAVELLING,
     package_data={
         "everest_ds": ["recipes/*.yaml", "reports/templates/*"],
         "everest_ds.ds_configs": ["*.json"],
