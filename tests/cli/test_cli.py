@@ -51,7 +51,7 @@ def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: d
         (["pretrain", "demo_pretrain", "--dry-run", "model.backbone"], "allowed: key.path=value"),
         (
             ["pretrain", "demo_pretrain", "--dry-run", "model.image_size=60"],
-            "not a multiple of patch_size=16",
+            "not a multiple of patch_size=8",
         ),
         (
             ["pretrain", "demo_pretrain", "--dry-run", "--nproc", "3", "batch.global_batch_size=64"],
