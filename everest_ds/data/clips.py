@@ -180,6 +180,8 @@ def _load(
         collate_fn=_collate,
         num_workers=num_workers,
         worker_init_fn=_start_worker,
+        # Children of the rank itself: they see it die, and end. Python's own default differs by version.
+        multiprocessing_context="fork" if num_workers else None,
         pin_memory=pin_memory,
         prefetch_factor=4 if num_workers else None,
     )
