@@ -20,8 +20,8 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
-        "clip": f"{config.model.num_frames} frames of {config.model.image_size}x{config.model.image_size}",
-        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}), "
+        "clip": _clip(config),
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}), "
         f"{counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan),
@@ -33,6 +33,18 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
         "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
         "training_flops_per_step": f"{format_count(step_flops)}FLOP (2 per MAC)",
     }
+
+
+def _clip(config: Experiment) -> str:
+    model, candidates = config.model, config.candidate_geometry
+    drawn = f", drawn from {candidates.num_frames} (IIFS)" if candidates != model.geometry else ""
+    return f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}"
+
+
+def _selection(config: Experiment) -> str:
+    tokens = config.tokens
+    by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
+    return f"{tokens.selection}{by}"
 
 
 def _steps(config: Experiment, plan: BatchPlan) -> str:

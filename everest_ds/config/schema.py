@@ -6,13 +6,21 @@ Every section is frozen and refuses unknown keys. Checks that need two sections 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from everest_ds.config.backbones import BACKBONES, Backbone
-from everest_ds.config.tokens import ClipGeometry, TokenCounts, classify_counts, pretrain_counts
+from everest_ds.config.tokens import (
+    RUNNING_CELL_PERIOD,
+    ClipGeometry,
+    TokenCounts,
+    classify_counts,
+    exact_floor,
+    pretrain_counts,
+)
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -36,6 +44,9 @@ class ModelConfig(Section):
     patch_size: PositiveInt = 16
     drop_path: Probability = Field(0.0, description="stochastic depth of the last encoder block")
     num_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="fine-tuning only")
+    attention: Literal["fused", "unfused"] = Field(
+        "fused", description="unfused holds the attention matrices, as the published memory figures did"
+    )
     init_from: Path | None = Field(
         None, description="run folder or .safetensors file whose encoder weights to start from"
     )
@@ -65,11 +76,22 @@ class ModelConfig(Section):
 
 
 class TokensConfig(Section):
-    """Which tokens are computed on. `rero` is EVEREST; `tube` and `none` are VideoMAE's two phases."""
+    """Which tokens are computed on.
 
-    selection: Literal["rero", "tube", "none"] = "rero"
-    keep_ratio: Ratio = Field(0.3, description="rho: kept share of all tokens (rero)")
+    Selections: `rero` is EVEREST. `random` keeps as many tokens by chance: the control. `none` keeps all.
+    `tube` is VideoMAE's mask and `dual` VideoMAE v2's, both for pre-training.
+    """
+
+    selection: Literal["rero", "random", "tube", "dual", "none"] = "rero"
+    keep_ratio: Ratio = Field(0.3, description="rho: kept share of all tokens (rero, random)")
     mask_ratio: Probability = Field(0.9, description="share of all tokens hidden from the encoder")
+    score: Literal["embedding", "sketch", "pixel"] = Field(
+        "embedding", description="what ReRo compares: embeddings (exact), a random projection of them, pixels"
+    )
+    distance: Literal["l2", "l1", "cosine"] = Field("l2", description="ReRo's distance over time")
+    frame_oversampling: Annotated[float, Field(ge=1.0, le=8.0)] = Field(
+        1.0, description="alpha of IIFS: decode alpha times the slots, draw the busiest; 1 turns it off"
+    )
 
 
 class DataConfig(Section):
@@ -138,8 +160,11 @@ class ParallelismConfig(Section):
 class RecomputeConfig(Section):
     """Activation checkpointing: trade a second forward pass for memory."""
 
-    mode: Literal["none", "blocks"] = "none"
-    offload_to_cpu: bool = Field(False, description="keep the blocks' inputs in host memory")
+    mode: Literal["none", "attention", "mlp", "blocks", "full"] = Field(
+        "none", description="what is computed again: a part of each block, every n-th block, or every block"
+    )
+    every: Annotated[int, Field(ge=2)] = Field(2, description="n of mode `blocks`")
+    offload_to_cpu: bool = Field(False, description="keep what recomputation starts from in host memory")
 
 
 class RunConfig(Section):
@@ -178,6 +203,13 @@ class Experiment(Section):
             return pretrain_counts(self.model.geometry, t.selection, t.keep_ratio, t.mask_ratio)
         return classify_counts(self.model.geometry, t.selection, t.keep_ratio)
 
+    @property
+    def candidate_geometry(self) -> ClipGeometry:
+        """The clip as it is decoded: the model's own, or with more slots for IIFS to draw from."""
+        own = self.model.geometry
+        num_slots = exact_floor(self.tokens.frame_oversampling, own.num_slots)
+        return replace(own, num_frames=num_slots * own.tubelet_size)
+
     @model_validator(mode="after")
     def check_sections_agree(self) -> Experiment:
         """What one section says must be possible under the others."""
@@ -190,12 +222,15 @@ class Experiment(Section):
             )
         _check_precision(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
-            raise ValueError("recompute.offload_to_cpu needs recompute.mode: blocks")
+            raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
         return self
 
 
+_SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
+
+
 def _check_task(config: Experiment) -> None:
-    allowed = {"pretrain": ("rero", "tube"), "finetune": ("rero", "none")}[config.task]
+    allowed = _SELECTIONS[config.task]
     if config.tokens.selection not in allowed:
         raise ValueError(
             f"tokens.selection={config.tokens.selection} is not for task {config.task};"
@@ -205,11 +240,31 @@ def _check_task(config: Experiment) -> None:
         raise ValueError("model.num_classes is needed to fine-tune; give the number of classes")
 
 
-def _check_tokens(config: Experiment) -> None:
-    counts = config.token_counts
-    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
-    if config.tokens.selection == "rero" and config.model.geometry.num_slots < 2:
+def _check_scores(config: Experiment) -> None:
+    tokens, num_slots = config.tokens, config.model.geometry.num_slots
+    if tokens.score == "sketch" and tokens.distance == "l1":
+        raise ValueError(
+            "tokens: score=sketch loses distance=l1; take distance l2 or cosine, or score embedding"
+        )
+    if tokens.selection == "rero" and num_slots < 2:
         raise ValueError("tokens.selection=rero compares neighbouring slots: it needs two tubelets in time")
+    if tokens.frame_oversampling > 1 and config.candidate_geometry.num_slots == num_slots:
+        raise ValueError(
+            f"tokens.frame_oversampling={tokens.frame_oversampling:g} of {num_slots} slots adds none;"
+            f" take 1 (no IIFS) or at least {1 + 1 / num_slots:.3g}"
+        )
+
+
+def _check_tokens(config: Experiment) -> None:
+    _check_scores(config)
+    counts, num_slots = config.token_counts, config.model.geometry.num_slots
+    if config.tokens.selection == "dual" and num_slots % RUNNING_CELL_PERIOD:
+        raise ValueError(
+            f"tokens.selection=dual needs a multiple of {RUNNING_CELL_PERIOD} slots, so that running cells"
+            f" predict every place equally often; model.num_frames={config.model.num_frames} at"
+            f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
+        )
+    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
     if counts.num_kept < 1 or counts.num_visible < 1:
         raise ValueError(
             f"tokens: {where} leaves {counts.num_kept} kept and {counts.num_visible} visible of"

@@ -76,24 +76,37 @@ class TokenCounts:
         return self.num_kept - self.num_visible
 
 
+# VideoMAE v2's decoder predicts a cell's four places in turn, each in 2 of 4 consecutive slots.
+RUNNING_CELL_PERIOD = 4
+
+
 def pretrain_counts(
     geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
 ) -> TokenCounts:
-    """Token counts of a pre-training step (paper section 3; VideoMAE's for `tube`).
+    """Token counts of a pre-training step (paper section 3; VideoMAE's for `tube`, its v2's for `dual`).
 
-    `rero` keeps K = ⌊keep_ratio·N⌋ tokens and shows V = ⌊(1 - mask_ratio)·N⌋ of them to the encoder.
-    `tube` masks the same ⌊mask_ratio·L⌋ places in every slot and decodes all N.
+    `rero` and `random` keep K = ⌊keep_ratio·N⌋ tokens, `none` all N; ⌊(1 - mask_ratio)·N⌋ of them are
+    visible. `tube` and `dual` hide the same ⌊mask_ratio·L⌋ places in every slot from the encoder; the
+    decoder predicts all of those, or half of them.
     """
-    n = geometry.num_tokens
-    if selection == "tube":
-        masked_per_slot = exact_floor(mask_ratio, geometry.tokens_per_slot)
-        return TokenCounts(n, n, geometry.num_slots * (geometry.tokens_per_slot - masked_per_slot))
-    visible = int((1 - Fraction(repr(mask_ratio))) * n)
-    return TokenCounts(n, exact_floor(keep_ratio, n), visible)
+    n, num_slots = geometry.num_tokens, geometry.num_slots
+    if selection in ("tube", "dual"):
+        hidden_places = exact_floor(mask_ratio, geometry.tokens_per_slot)
+        predicted = hidden_places * num_slots // (2 if selection == "dual" else 1)
+        visible = num_slots * (geometry.tokens_per_slot - hidden_places)
+        return TokenCounts(n, visible + predicted, visible)
+    kept = n if selection == "none" else exact_floor(keep_ratio, n)
+    return TokenCounts(n, kept, int((1 - Fraction(repr(mask_ratio))) * n))
 
 
 def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
     """Token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
     n = geometry.num_tokens
-    kept = exact_floor(keep_ratio, n) if selection == "rero" else n
+    kept = n if selection == "none" else exact_floor(keep_ratio, n)
     return TokenCounts(n, kept, kept)
+
+
+def sketch_width(width: int) -> int:
+    """Features of a sketch of a `width`-wide embedding: at most a tenth, and a multiple of 8 if 8 or more."""
+    tenth = max(1, width // 10)
+    return tenth - tenth % 8 if tenth >= 8 else tenth

@@ -25,6 +25,10 @@ from everest_ds.errors import DataError, EverestError
 T = TypeVar("T")
 
 
+# A view is the same in every evaluation of every run, what is drawn for it included.
+_VIEW_SEED = 0
+
+
 class ClipBatch(NamedTuple):
     """A batch on its way to a model.
 
@@ -58,7 +62,7 @@ class TrainingClips(Dataset[ClipBatch]):
 
     def __init__(self, samples: Sequence[Sample], config: Experiment) -> None:
         self.samples = samples
-        self.model = config.model
+        self.geometry = config.candidate_geometry
         self.data = config.data
         self.seed = config.run.seed
 
@@ -69,12 +73,12 @@ class TrainingClips(Dataset[ClipBatch]):
         data = self.data
         with open_video(sample.path) as video, _about(sample):
             frames = train_frames(
-                video.num_frames, self.model.num_frames, data.frame_stride, data.sampling, rng
+                video.num_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng
             )
             clip = video.read(frames)
         box = train_box(clip.shape[1], clip.shape[2], data.train_crop, rng)
         flip = data.horizontal_flip and rng.random() < 0.5
-        return _item(crop_resize(clip, box, self.model.image_size, flip), sample, key, visit.sample)
+        return _item(crop_resize(clip, box, self.geometry.image_size, flip), sample, key, visit.sample)
 
 
 class EvaluationClips(Dataset[ClipBatch]):
@@ -82,7 +86,7 @@ class EvaluationClips(Dataset[ClipBatch]):
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, segments: int, crops: int) -> None:
         self.samples = samples
-        self.model = config.model
+        self.geometry = config.candidate_geometry
         self.data = config.data
         self.segments = segments
         self.crops = crops
@@ -99,7 +103,7 @@ class EvaluationClips(Dataset[ClipBatch]):
         with open_video(sample.path) as video, _about(sample):
             frames = view_frames(
                 video.num_frames,
-                self.model.num_frames,
+                self.geometry.num_frames,
                 self.data.frame_stride,
                 self.data.sampling,
                 view.segment,
@@ -107,7 +111,8 @@ class EvaluationClips(Dataset[ClipBatch]):
             )
             clip = video.read(frames)
         box = view_box(clip.shape[1], clip.shape[2], view.crop, self.crops)
-        return _item(crop_resize(clip, box, self.model.image_size), sample, 0, item)
+        key = sample_key(_VIEW_SEED, 0, item)
+        return _item(crop_resize(clip, box, self.geometry.image_size), sample, key, item)
 
 
 def training_batches(

@@ -5,12 +5,10 @@ Shape legend: B clips, N tokens, K any number of them, P values of a tubelet, D 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
-from everest_ds.models.rero import token_importance
-from everest_ds.models.tubelets import TubeletEmbedding, sincos_positions
+from everest_ds.models.tubelets import PixelMap, TubeletEmbedding, sincos_positions
 from everest_ds.models.vit import Blocks
 
 
@@ -19,22 +17,20 @@ class Encoder(nn.Module):
 
     def __init__(self, config: Experiment) -> None:
         super().__init__()
-        geometry, shape = config.model.geometry, config.model.shape.encoder
-        self.num_slots = geometry.num_slots
-        self.embed = TubeletEmbedding(geometry, shape.width)
-        self.blocks = Blocks(shape, config.model.drop_path)
+        model, shape = config.model, config.model.shape.encoder
+        self.embed = TubeletEmbedding(model.geometry, shape.width)
+        self.blocks = Blocks(shape, model.drop_path, model.attention)
         self.register_buffer(
-            "positions", sincos_positions(geometry.num_tokens, shape.width), persistent=False
+            "positions", sincos_positions(model.geometry.num_tokens, shape.width), persistent=False
         )
         self.positions: Tensor
 
-    def importance(self, tubelets_BNP: Tensor) -> Tensor:
-        """ReRo importance (B, N) of every tubelet; carries no gradient."""
-        with torch.no_grad():
-            return token_importance(self.embed(tubelets_BNP), self.num_slots)
+    def forward(self, tubelets_BKP: Tensor, index_BK: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
+        """Run the blocks on the tubelets at token indices `index_BK`: (B, K, D).
 
-    def forward(self, tubelets_BKP: Tensor, index_BK: Tensor, key_B: Tensor) -> Tensor:
-        """Embed the tubelets at token indices `index_BK` and run the blocks on them: (B, K, D)."""
-        x_BKD = self.embed(tubelets_BKP)
+        Args:
+            embedding: this step's `embed()`, which token selection has used already.
+        """
+        x_BKD = embedding(tubelets_BKP)
         x_BKD = x_BKD + self.positions[index_BK].to(x_BKD.dtype)
         return self.blocks(x_BKD, key_B)

@@ -1,10 +1,10 @@
-"""The masked video autoencoder: pre-training of EVEREST (`rero`) and of VideoMAE (`tube`).
+"""The masked video autoencoder: pre-training of EVEREST (`rero`), of VideoMAE (`tube`) and of controls.
 
 uint8 clip -> importance -> kept tokens -> visible ones through the encoder -> kept ones through the
 decoder -> predicted pixels of the rest. Only gathered tubelets are embedded with gradient, decoded or
 turned into targets.
 
-Shape legend: B clips, F frames, H x W pixels, N tokens, K kept, V visible, M = K - V predicted,
+Shape legend: B clips, F frames, H x W pixels, N tokens, T slots, K kept, V visible, M = K - V predicted,
 P values of a tubelet, D encoder width, d decoder width.
 """
 
@@ -18,13 +18,8 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
-from everest_ds.models.rero import select_tokens, split_kept, split_tubes
-from everest_ds.models.tubelets import (
-    gather_tokens,
-    reconstruction_targets,
-    sincos_positions,
-    to_tubelets,
-)
+from everest_ds.models.selector import Selector
+from everest_ds.models.tubelets import gather_tokens, reconstruction_targets, sincos_positions
 from everest_ds.models.vit import LAYER_NORM_EPS, Blocks, init_weights
 
 
@@ -33,19 +28,21 @@ class Reconstruction(NamedTuple):
 
     Attributes:
         loss: mean squared error over the predicted tokens, float32 scalar.
+        slots_BT: which slots of the clip were used; all, but for IIFS.
         visible_BV: token indices that the encoder saw.
         predicted_BM: token indices that the decoder predicted.
         prediction_BMP: its output, in the space of the targets.
     """
 
     loss: Tensor
+    slots_BT: Tensor
     visible_BV: Tensor
     predicted_BM: Tensor
     prediction_BMP: Tensor
 
 
 class PretrainModel(nn.Module):
-    """EVEREST's autoencoder.
+    """The autoencoder.
 
     Args:
         config: an experiment whose task is `pretrain`.
@@ -53,43 +50,33 @@ class PretrainModel(nn.Module):
 
     def __init__(self, config: Experiment) -> None:
         super().__init__()
-        self.geometry = config.model.geometry
-        self.counts = config.token_counts
-        self.selection = config.tokens.selection
+        geometry = config.model.geometry
         self.normalize_targets = config.loss.normalize_targets
         width, shape = config.model.shape.encoder.width, config.model.shape.decoder
+        self.selector = Selector(config)
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.to_decoder = nn.Linear(width, shape.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(shape.width))
-        self.decoder = Blocks(shape)
+        self.decoder = Blocks(shape, attention=config.model.attention)
         self.decoder_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(shape.width, self.geometry.tubelet_values)
+        self.head = nn.Linear(shape.width, geometry.tubelet_values)
         self.register_buffer(
-            "decoder_positions", sincos_positions(self.geometry.num_tokens, shape.width), persistent=False
+            "decoder_positions", sincos_positions(geometry.num_tokens, shape.width), persistent=False
         )
         self.decoder_positions: Tensor
         self.apply(init_weights)
         nn.init.trunc_normal_(self.mask_token, std=0.02)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Reconstruction:
-        """Reconstruct the kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive the masking."""
-        tubelets_BNP = to_tubelets(clip_BFHWC, self.geometry)
-        visible_BV, predicted_BM = self.choose_tokens(tubelets_BNP, key_B)
-        x_BVD = self.encoder(gather_tokens(tubelets_BNP, visible_BV), visible_BV, key_B)
+        """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random."""
+        embedding = self.encoder.embed()
+        pixels_BNP, slots_BT, visible_BV, predicted_BM = self.selector(clip_BFHWC, embedding, key_B)
+        x_BVD = self.encoder(gather_tokens(pixels_BNP, visible_BV), visible_BV, embedding, key_B)
         prediction_BMP = self.decode(self.to_decoder(self.norm(x_BVD)), visible_BV, predicted_BM, key_B)
-        target_BMP = reconstruction_targets(gather_tokens(tubelets_BNP, predicted_BM), self.normalize_targets)
+        target_BMP = reconstruction_targets(gather_tokens(pixels_BNP, predicted_BM), self.normalize_targets)
         loss = F.mse_loss(prediction_BMP.float(), target_BMP)
-        return Reconstruction(loss, visible_BV, predicted_BM, prediction_BMP)
-
-    def choose_tokens(self, tubelets_BNP: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Token indices (B, V) to show to the encoder and (B, M) to predict."""
-        counts = self.counts
-        if self.selection == "tube":
-            g = self.geometry
-            return split_tubes(g.num_slots, g.tokens_per_slot, counts.num_visible, key_B)
-        keep_BK = select_tokens(self.encoder.importance(tubelets_BNP), counts.num_kept)
-        return split_kept(keep_BK, counts.num_visible, key_B)
+        return Reconstruction(loss, slots_BT, visible_BV, predicted_BM, prediction_BMP)
 
     def decode(self, x_BVd: Tensor, visible_BV: Tensor, predicted_BM: Tensor, key_B: Tensor) -> Tensor:
         """Visible features and mask tokens, each with its position -> predictions (B, M, P)."""

@@ -1,37 +1,61 @@
 """ReRo, redundancy-robust token selection: THE selector, one for pre-training and fine-tuning.
 
-A token matters as much as its tubelet changed: its importance is the distance between its embedding
-and that of the tubelet one slot earlier at the same place (EVEREST, ICML 2024, section 3). Selection
-returns index tensors of a fixed size, so everything downstream has static shapes.
+A token matters as much as its tubelet changed: its importance is the distance between its features and
+those of the tubelet one slot earlier at the same place (EVEREST, ICML 2024, section 3). Selection returns
+index tensors of a fixed size, so everything downstream has static shapes. Nothing here carries gradient.
 
-Shape legend: B clips, T slots, L places a slot, N = T·L tokens, K kept, V visible, D width.
+Shape legend: B clips, T slots, L places a slot, N = T·L tokens, K kept, P values of a tubelet, D width,
+s features of a score.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from everest_ds.models.sampling import random_permutation
+from everest_ds.config.tokens import sketch_width
+from everest_ds.models.sampling import random_bits
+from everest_ds.models.tubelets import MIDDLE_GREY, PixelMap, normalization_of_pixels, normalize_pixels
 
-# Streams of per-clip randomness (see sampling.random_bits). Drop path uses those from 16 on.
-VISIBLE_STREAM = 0
-TUBE_STREAM = 1
+# Tubelets scored at a time: enough to fill a GEMM, few enough that their features are never a peak of memory.
+_CHUNK_TOKENS = 4096
+_SKETCH_KEY, _SKETCH_STREAM = 20240721, 0  # fixed: every run, rank and restart draws the same projection
 
 
-def token_importance(embedding_BND: Tensor, num_slots: int) -> Tensor:
+def token_importance(tubelets_BNP: Tensor, num_slots: int, score: PixelMap | None, distance: str) -> Tensor:
     """How much each token differs from its predecessor in time.
 
     Args:
-        embedding_BND: patch embeddings without positions; tokens slot by slot.
+        tubelets_BNP: uint8 tubelets, slot by slot.
         num_slots: T, at least 2.
+        score: the features to compare, as a map of pixels (see `score_map`); None compares the pixels.
+        distance: `l2`, `l1`, or `cosine` (one minus the cosine of the angle).
 
     Returns:
-        (B, N) L2 distances. Slot 0 has no predecessor and takes slot 1's (released EVEREST code).
+        float32 (B, N). Slot 0 has no predecessor and takes slot 1's (released EVEREST code).
     """
-    embedding_BTLD = embedding_BND.unflatten(1, (num_slots, -1))
-    change = (embedding_BTLD[:, 1:] - embedding_BTLD[:, :-1]).float().norm(dim=-1)
+    clips_BTLP = tubelets_BNP.unflatten(1, (num_slots, -1))
+    step = max(1, _CHUNK_TOKENS // tubelets_BNP.shape[1])
+    changes = [_changes(chunk, score, distance) for chunk in clips_BTLP.split(step)]
+    change = torch.cat(changes)
     return torch.cat([change[:, :1], change], dim=1).flatten(1)
+
+
+def score_map(kind: str, embedding: PixelMap) -> PixelMap | None:
+    """The features that a score compares.
+
+    `embedding`: the patch embedding itself, the paper's. `sketch`: a fixed random projection of it to a tenth
+    of its width; by Johnson and Lindenstrauss distances keep their size in expectation. `pixel`: the
+    normalised pixels, for which no weight is needed (None).
+    """
+    if kind == "pixel":
+        return None
+    weight, bias = (t.detach() for t in embedding)
+    if kind == "embedding":
+        return PixelMap(weight, bias)
+    sketch = _sketch(weight.shape[0], weight.device).to(weight.dtype)
+    return PixelMap(sketch @ weight, sketch @ bias)
 
 
 def select_tokens(importance_BN: Tensor, num_kept: int) -> Tensor:
@@ -46,31 +70,27 @@ def select_tokens(importance_BN: Tensor, num_kept: int) -> Tensor:
     return by_importance[:, :num_kept].sort(dim=1).values
 
 
-def split_kept(keep_BK: Tensor, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the kept tokens into a uniform random visible subset and the rest, to be predicted.
+def _changes(chunk_BTLP: Tensor, score: PixelMap | None, distance: str) -> Tensor:
+    """(B, T - 1, L): the distance of each tubelet to the one before."""
+    if distance == "cosine":
+        features = normalize_pixels(chunk_BTLP) if score is None else score(chunk_BTLP)
+        unit = F.normalize(features.float(), dim=-1)
+        # for unit vectors half the squared distance; exactly zero where nothing changed
+        return (unit[:, 1:] - unit[:, :-1]).square().sum(dim=-1) / 2
+    # The map is linear: the change of the features is that of the pixels, mapped. The difference of two
+    # nearly equal embeddings would be mostly rounding, above all in half precision; that of pixels is exact.
+    values = chunk_BTLP.to(torch.float32 if score is None else score.weight_DP.dtype)
+    change = values[:, 1:] - values[:, :-1]
+    if score is None:
+        change = change * (normalization_of_pixels(change.shape[-1], change.device)[0] / MIDDLE_GREY)
+    else:
+        change = F.linear(change, score.weight_DP / MIDDLE_GREY)
+    return torch.linalg.vector_norm(change, ord=1 if distance == "l1" else 2, dim=-1, dtype=torch.float32)
 
-    Returns:
-        int64 (B, V) and (B, K - V) token indices, each ascending.
-    """
-    order = random_permutation(key_B, VISIBLE_STREAM, keep_BK.shape[1])
-    visible = keep_BK.gather(1, order[:, :num_visible])
-    predicted = keep_BK.gather(1, order[:, num_visible:])
-    return visible.sort(dim=1).values, predicted.sort(dim=1).values
 
-
-def split_tubes(
-    num_slots: int, tokens_per_slot: int, num_visible: int, key_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """VideoMAE's tube mask: the same random places are visible in every slot; all others are predicted.
-
-    Returns:
-        int64 (B, V) and (B, N - V) token indices, each ascending.
-    """
-    order = random_permutation(key_B, TUBE_STREAM, tokens_per_slot)
-    places_per_slot = num_visible // num_slots
-    slot_start = torch.arange(num_slots, device=key_B.device)[:, None] * tokens_per_slot
-
-    def in_every_slot(place: Tensor) -> Tensor:
-        return (slot_start + place.sort(dim=1).values[:, None]).flatten(1)
-
-    return in_every_slot(order[:, :places_per_slot]), in_every_slot(order[:, places_per_slot:])
+def _sketch(width: int, device: torch.device) -> Tensor:
+    """Fixed random signs (s, width), scaled so that the square of a length is kept in expectation."""
+    rows = sketch_width(width)
+    key = torch.full((1,), _SKETCH_KEY, dtype=torch.int64, device=device)
+    signs = (random_bits(key, _SKETCH_STREAM, rows * width) & 1) * 2 - 1
+    return signs.view(rows, width).float() / rows**0.5

@@ -5,6 +5,8 @@ Shape legend: B clips, n tokens, D width, h heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -16,12 +18,25 @@ LAYER_NORM_EPS = 1e-6
 DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
 
 
+def unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d)V with both n x n matrices in memory: how the published memory figures were taken."""
+    scale = q.shape[-1] ** -0.5
+    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
+
+
+ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "fused": F.scaled_dot_product_attention,
+    "unfused": unfused_attention,
+}
+
+
 class Attention(nn.Module):
     """Multi-head self-attention; one projection for q, k and v, of which k has no bias."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, kind: str = "fused") -> None:
         super().__init__()
         self.heads = heads
+        self.attend = ATTENTION[kind]
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -32,7 +47,7 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x_BnD, self.qkv.weight, bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Sequential):
@@ -46,12 +61,14 @@ class MLP(nn.Sequential):
 class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to it; drop path per clip."""
 
-    def __init__(self, width: int, heads: int, drop_path: float = 0.0, index: int = 0) -> None:
+    def __init__(
+        self, width: int, heads: int, drop_path: float = 0.0, index: int = 0, attention: str = "fused"
+    ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.stream = DROP_PATH_STREAM + 2 * index
         self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.attention = Attention(width, heads)
+        self.attention = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.mlp = MLP(width)
 
@@ -70,10 +87,10 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """A stack of blocks whose drop path grows linearly from 0 to `drop_path`."""
 
-    def __init__(self, shape: TransformerShape, drop_path: float = 0.0) -> None:
+    def __init__(self, shape: TransformerShape, drop_path: float = 0.0, attention: str = "fused") -> None:
         last = max(shape.depth - 1, 1)
         super().__init__(
-            Block(shape.width, shape.heads, drop_path * i / last, index=i) for i in range(shape.depth)
+            Block(shape.width, shape.heads, drop_path * i / last, i, attention) for i in range(shape.depth)
         )
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:

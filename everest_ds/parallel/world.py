@@ -148,7 +148,7 @@ def explained_failures(world: World) -> Iterator[None]:
         raise OutOfMemoryError(
             f"rank {world.rank}: out of memory on {world.device}",
             given=" ".join(str(error).split())[:160],
-            fix="lower batch.micro_batch_size, raise parallelism.zero_stage, or set recompute.mode=blocks",
+            fix="lower batch.micro_batch_size, raise parallelism.zero_stage, or set recompute.mode=full",
         ) from None
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _LOST_PEER):

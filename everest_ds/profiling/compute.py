@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
+from everest_ds.config.tokens import sketch_width
 
 LITERATURE_MACS_PER_NORM_ELEMENT = 5
 
@@ -23,7 +24,7 @@ class ComputePrediction:
     """MACs of one clip's forward pass, by part, on the path that our models take.
 
     Attributes:
-        score_macs: embedding of all N tokens for the ReRo importance, without gradient; 0 if not `rero`.
+        score_macs: features for ReRo's importance and for frame selection, without gradient.
         embed_macs: embedding of the tokens that the encoder sees.
         encoder_macs: encoder blocks.
         projection_macs: encoder to decoder width; 0 in fine-tuning.
@@ -79,7 +80,7 @@ def predict_macs(config: Experiment) -> ComputePrediction:
     embed_one = config.model.geometry.tubelet_values * shape.encoder.width
     pretrain = config.task == "pretrain"
     return ComputePrediction(
-        score_macs=counts.num_tokens * embed_one if config.tokens.selection == "rero" else 0,
+        score_macs=_score_macs(config),
         embed_macs=counts.num_visible * embed_one,
         encoder_macs=blocks_macs(shape.encoder, counts.num_visible),
         projection_macs=counts.num_visible * shape.encoder.width * shape.decoder.width if pretrain else 0,
@@ -113,6 +114,23 @@ def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
     linears = num_tokens * (4 + 2 * MLP_RATIO) * shape.width**2
     attention = 2 * num_tokens**2 * shape.width
     return shape.depth * (linears + attention)
+
+
+def _score_macs(config: Experiment) -> int:
+    """Each scored tubelet costs P for each feature; one is scored for every pair of neighbouring slots.
+
+    Distances over differences (L2, L1) map the change of the pixels, so the first slot needs nothing; the
+    cosine needs the features of every slot. IIFS scores its candidate slots, ReRo then the chosen ones. The
+    sketch's own map is made once a step, not once a clip, and is not counted.
+    """
+    tokens, model = config.tokens, config.model
+    width = model.shape.encoder.width
+    features = {"embedding": width, "sketch": sketch_width(width), "pixel": 0}[tokens.score]
+    skipped = 0 if tokens.distance == "cosine" else 1
+    slots = model.geometry.num_slots - skipped if tokens.selection == "rero" else 0
+    if tokens.frame_oversampling > 1:
+        slots += config.candidate_geometry.num_slots - skipped
+    return slots * model.geometry.tokens_per_slot * model.geometry.tubelet_values * features
 
 
 def _head_macs(config: Experiment) -> int:

@@ -5,11 +5,14 @@ Shape legend: B clips, F frames, H x W pixels, T slots, N tokens, P values of a 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.models.frame_selection import gather_slots
 from everest_ds.models.pretrain import Reconstruction
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 
@@ -23,14 +26,16 @@ def draw_reconstruction(
     """Four rows a clip, one column a slot: the clip, its kept tokens, its visible tokens, the prediction.
 
     Args:
-        clip_BFHWC: the uint8 clips that `shown` came from.
+        clip_BFHWC: the uint8 clips that `shown` came from, candidate slots of IIFS included.
         normalized: whether predictions are of per-tubelet normalised pixels; they are then drawn with the
             true mean and deviation of their tubelet, as VideoMAE does.
 
     Returns:
         uint8 (rows, columns, 3) on the host.
     """
-    tubelets = to_tubelets(clip_BFHWC[:max_clips], geometry)
+    candidates = replace(geometry, num_frames=clip_BFHWC.shape[1])
+    tubelets = to_tubelets(clip_BFHWC[:max_clips], candidates)
+    tubelets = gather_slots(tubelets, shown.slots_BT[:max_clips], geometry.tokens_per_slot)
     visible, predicted = shown.visible_BV[:max_clips], shown.predicted_BM[:max_clips]
     pixels = tubelets.float() / 255
     guess = shown.prediction_BMP[:max_clips].float()

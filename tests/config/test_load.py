@@ -99,7 +99,7 @@ def test_the_last_override_of_a_key_wins(config_file: Path) -> None:
         ("model.backbon=vit_base", "`model.backbon`", "did you mean backbone?"),
         ("tokns.keep_ratio=0.3", "`tokns`", "did you mean tokens?"),
         ("batch.global_batch=8", "`batch.global_batch`", "global_batch_size"),
-        ("recompute.xyzzy=1", "`recompute.xyzzy`", "one of mode, offload_to_cpu"),
+        ("recompute.xyzzy=1", "`recompute.xyzzy`", "one of every, mode, offload_to_cpu"),
     ],
 )
 def test_an_unknown_key_names_its_path_file_and_nearest_names(
@@ -144,18 +144,21 @@ def test_further_errors_are_counted(config_file: Path) -> None:
 DISAGREEMENTS = [
     (["model.num_frames=15"], ("num_frames=15", "tubelet_size=2")),
     (["model.image_size=65"], ("image_size=65", "patch_size=16")),
-    (["tokens.selection=none"], ("tokens.selection=none", "pretrain", "allowed: rero, tube")),
     (
         ["task=finetune", "model.num_classes=2", "tokens.selection=tube"],
-        ("tokens.selection=tube", "finetune", "allowed: rero, none"),
+        ("tokens.selection=tube", "finetune", "allowed: rero, random, none"),
     ),
+    (["tokens.selection=dual", "model.num_frames=12"], ("selection=dual", "multiple of 4", "gives 6")),
+    (["tokens.score=sketch", "tokens.distance=l1"], ("score=sketch", "distance=l1", "l2 or cosine")),
+    (["tokens.frame_oversampling=1.1"], ("frame_oversampling=1.1", "adds none", "at least 1.12")),
     (["task=finetune"], ("model.num_classes", "number of classes")),
     (["model.num_frames=2"], ("tokens.selection=rero", "two tubelets in time")),
+    (["tokens.keep_ratio=0.09"], ("keep_ratio=0.09", "keep_ratio must exceed 1 - mask_ratio")),
     (["tokens.keep_ratio=0.001"], ("keep_ratio=0.001", "0 kept", "raise keep_ratio")),
     (["tokens.mask_ratio=0.999"], ("mask_ratio=0.999", "0 visible", "lower mask_ratio")),
     (["tokens.mask_ratio=0.5"], ("mask_ratio=0.5", "keep_ratio must exceed 1 - mask_ratio")),
     (["schedule.epochs=40"], ("schedule.warmup_epochs=40", "schedule.epochs=40")),
-    (["recompute.offload_to_cpu=true"], ("recompute.offload_to_cpu", "recompute.mode: blocks")),
+    (["recompute.offload_to_cpu=true"], ("recompute.offload_to_cpu", "needs a recompute.mode")),
 ]
 
 

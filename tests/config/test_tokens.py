@@ -32,6 +32,19 @@ def test_pretraining_counts_of_everest(keep_ratio: float, kept: int) -> None:
     assert counts.num_predicted == kept - 156
 
 
+def test_pretraining_counts_of_videomae_v2() -> None:
+    """Half of the 8·176 hidden tokens are predicted."""
+    counts = pretrain_counts(CLIP, "dual", keep_ratio=0.3, mask_ratio=0.9)
+    assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (864, 160, 704)
+
+
+def test_counts_of_the_controls() -> None:
+    random, rero = (pretrain_counts(CLIP, s, keep_ratio=0.3, mask_ratio=0.9) for s in ("random", "rero"))
+    everything = pretrain_counts(CLIP, "none", keep_ratio=0.3, mask_ratio=0.9)
+    assert random == rero
+    assert (everything.num_kept, everything.num_visible) == (1568, 156)
+
+
 def test_pretraining_counts_of_videomae() -> None:
     counts = pretrain_counts(CLIP, "tube", keep_ratio=0.3, mask_ratio=0.9)
     assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (1568, 160, 1408)

@@ -146,3 +146,12 @@ def test_views_are_counted_segment_by_crop(motion_data: Path, tmp_path: Path) ->
     assert len(clips) == 12 * 6
     assert torch.equal(clips[6].clip, clips[7].clip)  # a square frame has one crop only
     assert not torch.equal(clips[6].clip, clips[9].clip)  # but two segments
+
+
+def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(motion_data, tmp_path, tokens={"frame_oversampling": 2.0})
+    samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
+    assert TrainingClips(samples, config)[Visit(0, 3)].clip.shape == (8, 32, 32, 3)
+    views = EvaluationClips(samples, config, segments=2, crops=1)
+    assert views[0].clip.shape == (8, 32, 32, 3)
+    assert len({int(views[i].key) for i in range(6)}) == 6

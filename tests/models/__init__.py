@@ -9,24 +9,43 @@ from everest_ds.config import Experiment
 
 TASKS_AND_SELECTIONS = [
     ("pretrain", "rero"),
+    ("pretrain", "random"),
     ("pretrain", "tube"),
+    ("pretrain", "dual"),
+    ("pretrain", "none"),
     ("finetune", "rero"),
+    ("finetune", "random"),
     ("finetune", "none"),
 ]
 
 
-def experiment(task: str, selection: str, keep_ratio: float = 0.3, **model: object) -> Experiment:
+def experiment(
+    task: str,
+    selection: str,
+    keep_ratio: float = 0.3,
+    *,
+    frame_oversampling: float = 1.0,
+    score: str = "embedding",
+    distance: str = "l2",
+    **model: object,
+) -> Experiment:
     """An experiment with ViT-Tiny on 8 frames at 64 squared (4 slots of 16), unless `model` says other."""
     shape = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 64, **model}
     if task == "finetune":
         shape.setdefault("num_classes", 7)
-    tokens = {"selection": selection, "keep_ratio": keep_ratio}
+    tokens = {
+        "selection": selection,
+        "keep_ratio": keep_ratio,
+        "frame_oversampling": frame_oversampling,
+        "score": score,
+        "distance": distance,
+    }
     return Experiment.model_validate({"task": task, "model": shape, "tokens": tokens})
 
 
 def random_clips(config: Experiment, count: int, seed: int = 0) -> Tensor:
-    """uint8 (count, F, H, W, 3) noise."""
-    g = config.model.geometry
+    """uint8 (count, F, H, W, 3) noise, candidate frames included."""
+    g = config.candidate_geometry
     generator = torch.Generator().manual_seed(seed)
     size = (count, g.num_frames, g.image_size, g.image_size, 3)
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)

@@ -14,7 +14,7 @@ from everest_ds.config import Experiment
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.models import Classifier, PretrainModel, build_model
 from everest_ds.models.pretrain import Reconstruction
-from everest_ds.models.rero import select_tokens
+from everest_ds.models.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from everest_ds.models.vit import Block, Blocks
 from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
@@ -127,9 +127,9 @@ def test_finetuning_shapes_at_full_size(backbone: str, selection: str, kept: int
     with torch.device("meta"):
         model = build_model(config)
         assert isinstance(model, Classifier)
-        clip = torch.empty(2, 16, 224, 224, 3, dtype=torch.uint8)
-        assert model.choose_tokens(to_tubelets(clip, model.geometry)).shape == (2, kept)
-        assert model(clip, KEYS[:2].to("meta")).shape == (2, 7)
+        clip, keys = torch.empty(2, 16, 224, 224, 3, dtype=torch.uint8), KEYS[:2].to("meta")
+        assert model.selector(clip, model.encoder.embed(), keys).visible_BV.shape == (2, kept)
+        assert model(clip, keys).shape == (2, 7)
 
 
 @pytest.mark.parametrize(
@@ -156,10 +156,10 @@ def test_pretraining_touches_exactly_the_tokens_that_the_selector_keeps() -> Non
     config = experiment("pretrain", "rero", 0.4)
     model, clips = PretrainModel(config), random_clips(config, 3)
     output = model(clips, KEYS)
-    importance = model.encoder.importance(to_tubelets(clips, config.model.geometry))
+    tubelets = to_tubelets(clips, config.model.geometry)
+    importance = token_importance(tubelets, 4, model.encoder.embed(), "l2")
     chosen = torch.cat([output.visible_BV, output.predicted_BM], dim=1).sort(dim=1).values
     assert torch.equal(chosen, select_tokens(importance, config.token_counts.num_kept))
-    assert not importance.requires_grad
 
 
 def test_classifier_ignores_the_pixels_of_discarded_tokens() -> None:

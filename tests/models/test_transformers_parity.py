@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.models import Classifier, PretrainModel
-from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD, to_tubelets
+from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 from tests.models import experiment, random_clips
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
@@ -132,8 +132,8 @@ def classifier_pair(config: Experiment) -> tuple[Classifier, Any]:
 
 def hidden_from_encoder(ours: PretrainModel, clip: Tensor, keys: Tensor) -> Tensor:
     """bool (B, N): the tokens that our choice predicts, as transformers wants to be told."""
-    _, predicted = ours.choose_tokens(to_tubelets(clip, ours.geometry), keys)
-    hidden = torch.zeros(len(clip), ours.counts.num_tokens, dtype=torch.bool)
+    predicted = ours.selector(clip, ours.encoder.embed(), keys).predicted_BM
+    hidden = torch.zeros(len(clip), ours.selector.counts.num_tokens, dtype=torch.bool)
     return hidden.scatter(1, predicted, True)
 
 

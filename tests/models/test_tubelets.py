@@ -15,6 +15,7 @@ from everest_ds.config.tokens import ClipGeometry
 from everest_ds.models.tubelets import (
     PIXEL_MEAN,
     PIXEL_STD,
+    PixelMap,
     TubeletEmbedding,
     from_tubelets,
     gather_tokens,
@@ -66,24 +67,42 @@ def test_embedding_is_a_conv3d_with_kernel_equal_to_stride() -> None:
     pixels = (clip / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
     volume = F.conv3d(pixels.permute(0, 4, 1, 2, 3), weight, embed.bias, stride=(2, 16, 16))
     expected = volume.flatten(2).transpose(1, 2)
-    torch.testing.assert_close(embed(to_tubelets(clip, geometry)), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embed()(to_tubelets(clip, geometry)), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_embedding_of_some_tubelets_is_that_part_of_the_embedding_of_all() -> None:
     geometry = ClipGeometry(4, 2, 32, 16)
     embed, tubelets = TubeletEmbedding(geometry, 16), to_tubelets(random_clip(geometry), geometry)
     index = torch.tensor([[5, 0, 7], [1, 2, 3]])
-    torch.testing.assert_close(embed(gather_tokens(tubelets, index)), gather_tokens(embed(tubelets), index))
+    embedding = embed()
+    some = embedding(gather_tokens(tubelets, index))
+    torch.testing.assert_close(some, gather_tokens(embedding(tubelets), index))
+
+
+def test_pixels_are_normalised_by_the_statistics_of_imagenet() -> None:
+    pixels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3)[None, None]
+    normal = normalize_pixels(pixels)
+    for colour in range(3):
+        expected = [(value / 255 - PIXEL_MEAN[colour]) / PIXEL_STD[colour] for value in range(256)]
+        torch.testing.assert_close(normal[0, 0, colour::3], torch.tensor(expected))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_pixels_are_normalised_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
-    pixels = torch.arange(256, dtype=torch.uint8).repeat_interleave(3)[None, None]
-    full = normalize_pixels(pixels, torch.float32)
-    assert torch.equal(normalize_pixels(pixels, dtype), full.to(dtype))
-    for colour in range(3):
-        expected = [(value / 255 - PIXEL_MEAN[colour]) / PIXEL_STD[colour] for value in range(256)]
-        torch.testing.assert_close(full[0, 0, colour::3], torch.tensor(expected))
+def test_half_precision_rounds_weights_but_no_pixel(dtype: torch.dtype) -> None:
+    """A weight that picks one pixel value, exact in half precision, gives that value exactly."""
+    levels = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 6)
+    one = torch.eye(6)[:1].to(dtype)
+    values = PixelMap(one, torch.zeros(1, dtype=dtype))(levels)
+    assert values.dtype == dtype
+    assert torch.equal(values[0, :, 0].float() * 128 + 128, torch.arange(256.0))
+
+
+def test_the_embedding_of_a_half_precision_model_is_near_that_of_the_full_one() -> None:
+    geometry = ClipGeometry(4, 2, 32, 16)
+    embed, tubelets = TubeletEmbedding(geometry, 16), to_tubelets(random_clip(geometry), geometry)
+    full = embed()(tubelets)
+    half = embed.bfloat16()()(tubelets).float()
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0.02)
 
 
 def test_targets_are_pixels_normalised_within_tubelet_and_colour() -> None:

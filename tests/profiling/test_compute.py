@@ -16,16 +16,16 @@ from everest_ds.profiling.compute import count_parameters, predict_macs
 FULL = {"S": "vit_small", "B": "vit_base", "L": "vit_large", "H": "vit_huge"}
 
 
-def pretrain(size: str, selection: str = "rero", keep_ratio: float = 0.3) -> Experiment:
-    tokens = {"selection": selection, "keep_ratio": keep_ratio}
+def pretrain(size: str, selection: str = "rero", keep_ratio: float = 0.3, **more: object) -> Experiment:
+    tokens = {"selection": selection, "keep_ratio": keep_ratio, **more}
     return Experiment.model_validate(
         {"task": "pretrain", "model": {"backbone": FULL[size]}, "tokens": tokens}
     )
 
 
-def finetune(size: str, selection: str = "rero", num_classes: int = 400) -> Experiment:
+def finetune(size: str, selection: str = "rero", num_classes: int = 400, **more: object) -> Experiment:
     model = {"backbone": FULL[size], "num_classes": num_classes}
-    tokens = {"selection": selection, "keep_ratio": 0.6}
+    tokens = {"selection": selection, "keep_ratio": 0.6, **more}
     return Experiment.model_validate({"task": "finetune", "model": model, "tokens": tokens})
 
 
@@ -110,7 +110,9 @@ def test_parts_of_videomae_pretraining_with_vit_base() -> None:
 def test_finetuning_embeds_only_the_kept_tokens_with_gradient(size: str, gmacs: float) -> None:
     compute = predict_macs(finetune(size))
     assert round((compute.forward_macs - compute.score_macs) / 1e9, 2) == gmacs
-    assert compute.score_macs == compute.embed_all_macs == 1568 * 1536 * BACKBONES[FULL[size]].encoder.width
+    # seven pairs of neighbouring slots out of eight slots
+    assert compute.score_macs == 7 * 196 * 1536 * BACKBONES[FULL[size]].encoder.width
+    assert compute.embed_all_macs == 1568 * 1536 * BACKBONES[FULL[size]].encoder.width
 
 
 def test_only_rero_pays_for_scoring_and_tube_embeds_only_the_visible_tokens() -> None:
@@ -146,10 +148,17 @@ def test_parameters_are_those_of_the_built_model(backbone: str, task: str, selec
 
 
 @pytest.mark.parametrize(
-    "config", [pretrain("B"), pretrain("B", "tube"), finetune("B"), finetune("B", "none")]
+    "config",
+    [
+        *(pretrain("B", selection) for selection in ("rero", "random", "tube", "dual", "none")),
+        *(finetune("B", selection) for selection in ("rero", "random", "none")),
+        pretrain("B", score="pixel"),
+        finetune("B", distance="cosine"),
+        finetune("B", distance="l1", frame_oversampling=1.5),
+    ],
 )
 def test_forward_and_training_macs_are_what_torch_counts(config: Experiment) -> None:
-    geometry = config.model.geometry
+    geometry = config.candidate_geometry
     side = geometry.image_size
     with torch.device("meta"):
         model = build_model(config)
@@ -163,3 +172,22 @@ def test_forward_and_training_macs_are_what_torch_counts(config: Experiment) -> 
     compute = predict_macs(config)
     assert forward_flops == 2 * compute.forward_macs
     assert counter.get_total_flops() == 2 * compute.training_macs
+
+
+def test_a_sketch_scores_at_a_tenth_of_the_multiplies() -> None:
+    """Its map is made once a step from the embedding's, so the count of two clips tells what a clip costs."""
+    config = pretrain("B", score="sketch")
+    compute = predict_macs(config)
+    assert 0.9 * compute.score_macs < predict_macs(pretrain("B")).score_macs / 10 < 1.1 * compute.score_macs
+    flops = []
+    for num_clips in (1, 2):
+        with torch.device("meta"):
+            model = build_model(config)
+            clip, key = (
+                torch.empty(num_clips, 16, 224, 224, 3, dtype=torch.uint8),
+                torch.empty(num_clips).long(),
+            )
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            model(clip, key)
+        flops.append(counter.get_total_flops())
+    assert flops[1] - flops[0] == 2 * compute.forward_macs

@@ -1,0 +1,90 @@
+"""Which frames and tokens of a clip are computed on: the config's choices, applied to pixels.
+
+Shape legend: B clips, S candidate slots, T slots, N tokens, K kept, V visible, M predicted, P values of a
+tubelet.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.config.tokens import exact_floor
+from everest_ds.models.frame_selection import draw_slots, gather_slots, tokens_per_slot
+from everest_ds.models.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.rero import score_map, select_tokens, token_importance
+from everest_ds.models.tubelets import PixelMap, to_tubelets
+
+_TUBES = {"tube": split_tubes, "dual": split_dual}
+
+
+class Selection(NamedTuple):
+    """A clip, cut up and chosen from.
+
+    Attributes:
+        pixels_BNP: uint8 tubelets of the T slots that the model sees.
+        slots_BT: which candidate slots those are.
+        visible_BV: token indices for the encoder, ascending.
+        predicted_BM: token indices to predict, ascending; none in fine-tuning.
+    """
+
+    pixels_BNP: Tensor
+    slots_BT: Tensor
+    visible_BV: Tensor
+    predicted_BM: Tensor
+
+
+class Selector(nn.Module):
+    """Frame and token selection of both phases. Has no weights and carries no gradient.
+
+    It is a module, though a function would do, so that profilers name its share of a step.
+    """
+
+    def __init__(self, config: Experiment) -> None:
+        super().__init__()
+        self.tokens = config.tokens
+        self.geometry = config.model.geometry
+        self.candidates = config.candidate_geometry
+        self.counts = config.token_counts
+
+    @torch.no_grad()
+    def forward(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> Selection:
+        """Choose from uint8 clips of S candidate slots; the keys (B,) drive what is random."""
+        pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
+        if self.tokens.selection in _TUBES:
+            split = _TUBES[self.tokens.selection](self.geometry, self.counts.num_visible, key_B)
+        else:
+            keep_BK = self._keep(pixels_BNP, embedding, key_B)
+            split = split_kept(keep_BK, self.counts.num_visible, key_B)
+        return Selection(pixels_BNP, slots_BT, *split)
+
+    def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
+        """IIFS: the tubelets and numbers of T slots out of S; all of them where S = T."""
+        pixels = to_tubelets(clip_BFHWC, self.candidates)
+        num_slots, num_drawn = self.candidates.num_slots, self.geometry.num_slots
+        if num_slots == num_drawn:
+            return pixels, torch.arange(num_slots, device=pixels.device).expand(len(pixels), -1)
+        places = self.geometry.tokens_per_slot
+        num_kept = exact_floor(self.tokens.keep_ratio, self.candidates.num_tokens)
+        keep_BK = select_tokens(self.importance(pixels, num_slots, embedding), num_kept)
+        slots_BT = draw_slots(tokens_per_slot(keep_BK, num_slots, places), num_drawn, key_B)
+        return gather_slots(pixels, slots_BT, places), slots_BT
+
+    def _keep(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
+        """Token indices (B, K) to compute on, ascending."""
+        counts = self.counts
+        if self.tokens.selection == "rero":
+            return select_tokens(
+                self.importance(pixels_BNP, self.geometry.num_slots, embedding), counts.num_kept
+            )
+        if self.tokens.selection == "random":
+            return random_tokens(counts.num_tokens, counts.num_kept, key_B)
+        return torch.arange(counts.num_tokens, device=key_B.device).expand(len(key_B), -1)
+
+    def importance(self, pixels_BNP: Tensor, num_slots: int, embedding: PixelMap) -> Tensor:
+        """ReRo importance (B, N) by the config's score and distance."""
+        score = score_map(self.tokens.score, embedding)
+        return token_importance(pixels_BNP, num_slots, score, self.tokens.distance)

@@ -1,0 +1,110 @@
+"""What is shown and what is predicted: partitions of fixed size, and fair ones."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.models.masks import random_tokens, split_dual, split_kept, split_tubes
+
+
+def grid_of(num_slots: int, side: int) -> ClipGeometry:
+    return ClipGeometry(num_slots, 1, side * 16, 16)
+
+
+@settings(deadline=None)
+@given(num_kept=st.integers(1, 60), data=st.data(), keys=st.lists(st.integers(0, 2**62), max_size=4))
+def test_visible_and_predicted_partition_the_kept(
+    num_kept: int, data: st.DataObject, keys: list[int]
+) -> None:
+    num_visible = data.draw(st.integers(0, num_kept))
+    generator = torch.Generator().manual_seed(num_kept)
+    rows = [torch.randperm(100, generator=generator)[:num_kept].sort().values for _ in (0, *keys)]
+    keep_BK = torch.stack(rows)
+    visible, predicted = split_kept(keep_BK, num_visible, torch.tensor([7, *keys]))
+    assert visible.shape[1] == num_visible
+    assert torch.equal(torch.cat([visible, predicted], dim=1).sort(dim=1).values, keep_BK)
+    for part in (visible, predicted):
+        assert bool((part.diff(dim=1) > 0).all())
+
+
+def test_every_kept_token_is_equally_often_visible() -> None:
+    draws, num_kept, num_visible = 5000, 60, 20
+    keep_BK = torch.arange(3, 3 + 2 * num_kept, 2).expand(draws, -1)
+    visible, _ = split_kept(keep_BK, num_visible, torch.arange(draws))
+    assert_equally_often(torch.bincount((visible.flatten() - 3) // 2, minlength=num_kept), draws, num_visible)
+
+
+def test_every_token_is_equally_often_kept_by_chance() -> None:
+    draws = 5000
+    keep = random_tokens(50, 12, torch.arange(draws))
+    assert bool((keep.diff(dim=1) > 0).all())
+    assert_equally_often(torch.bincount(keep.flatten(), minlength=50), draws, 12)
+
+
+def test_every_place_is_equally_often_visible_through_a_tube() -> None:
+    draws, geometry = 5000, grid_of(2, 7)
+    visible, _ = split_tubes(geometry, 2 * 10, torch.arange(draws))
+    assert_equally_often(torch.bincount(visible[:, :10].flatten(), minlength=49), draws, 10)
+
+
+@settings(deadline=None)
+@given(slots=st.integers(1, 8), side=st.integers(1, 6), data=st.data())
+def test_tubes_show_the_same_places_in_every_slot(slots: int, side: int, data: st.DataObject) -> None:
+    places = side**2
+    shown = data.draw(st.integers(0, places))
+    visible, predicted = split_tubes(grid_of(slots, side), slots * shown, torch.tensor([5, 6]))
+    by_slot = visible.view(2, slots, shown)
+    assert torch.equal(by_slot % places, (by_slot % places)[:, :1].expand_as(by_slot))
+    everything = torch.cat([visible, predicted], dim=1).sort(dim=1).values
+    assert everything.tolist() == [list(range(slots * places))] * 2
+    assert bool((visible.diff(dim=1) > 0).all()) and bool((predicted.diff(dim=1) > 0).all())
+
+
+def running_cells(start: int, num_slots: int, side: int) -> set[int]:
+    """VideoMAE v2's decoder mask, by its definition: a window of two running over the cell's four places."""
+    chosen = set()
+    for slot in range(num_slots):
+        for row in range(side):
+            for column in range(side):
+                if (2 * (row % 2) + column % 2 + slot + start) % 4 < 2:
+                    chosen.add(slot * side**2 + row * side + column)
+    return chosen
+
+
+@settings(deadline=None)
+@given(periods=st.integers(1, 4), side=st.integers(2, 7), mask=st.sampled_from([0.5, 0.75, 0.9]))
+def test_dual_masking_predicts_the_hidden_places_under_running_cells(
+    periods: int, side: int, mask: float
+) -> None:
+    geometry = grid_of(4 * periods, side)
+    counts = pretrain_counts(geometry, "dual", 0.3, mask)
+    keys = torch.arange(6)
+    visible, predicted = split_dual(geometry, counts.num_visible, keys)
+    assert predicted.shape == (6, counts.num_predicted) and bool((predicted.diff(dim=1) > 0).all())
+    for shown, guessed in zip(visible.tolist(), predicted.tolist(), strict=True):
+        candidates = [running_cells(start, 4 * periods, side) - set(shown) for start in range(4)]
+        assert set(guessed) in candidates
+
+
+def test_running_cells_start_anywhere() -> None:
+    geometry = grid_of(4, 2)
+    _, predicted = split_dual(geometry, 0, torch.arange(60))
+    assert {tuple(row) for row in predicted.tolist()} == {
+        tuple(sorted(running_cells(start, 4, 2))) for start in range(4)
+    }
+
+
+def assert_equally_often(counts: Tensor, draws: int, taken: int) -> None:
+    """Chi-square of taking `taken` of len(counts) without replacement, within 5 standard deviations."""
+    size = len(counts)
+    expected = draws * taken / size
+    assert counts.sum() == draws * taken
+    variance = expected * (1 - taken / size)
+    chi_square = ((counts - expected) ** 2).sum().item() / variance * (size - 1) / size
+    assert abs(chi_square - (size - 1)) < 5 * math.sqrt(2 * (size - 1))
