@@ -5,29 +5,16 @@ Shape legend: B clips, n tokens, D width, h heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.models.attention import ATTENTION
 from everest_ds.models.sampling import random_uniform
 
 LAYER_NORM_EPS = 1e-6
 DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
-
-
-def unfused_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(QKᵀ/√d)V with both n x n matrices in memory: how the published memory figures were taken."""
-    scale = q.shape[-1] ** -0.5
-    return ((q * scale) @ k.transpose(-2, -1)).softmax(dim=-1) @ v
-
-
-ATTENTION: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "fused": F.scaled_dot_product_attention,
-    "unfused": unfused_attention,
-}
 
 
 class Attention(nn.Module):
@@ -46,8 +33,7 @@ class Attention(nn.Module):
         """(B, n, D) -> (B, n, D)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = F.linear(x_BnD, self.qkv.weight, bias)
-        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(self.attend(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(self.attend(qkv.unflatten(-1, (3, self.heads, -1))))
 
 
 class MLP(nn.Sequential):

@@ -81,12 +81,24 @@ def test_no_step_synchronises_with_a_real_device(task: str, selection: str) -> N
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_forward_is_one_graph(task: str) -> None:
-    config = experiment(task, "rero")
-    model, clips = built(config), random_clips(config, 2)
-    whole = torch.compile(model, backend="eager", fullgraph=True)(clips, KEYS[:2])
-    torch.testing.assert_close(loss_of(whole), loss_of(model(clips, KEYS[:2])))
+STATIC = [
+    *(experiment(task, selection) for task, selection in TASKS_AND_SELECTIONS),
+    experiment("pretrain", "rero", score="sketch", distance="cosine", frame_oversampling=1.5),
+    experiment("finetune", "rero", score="pixel", frame_oversampling=1.5),
+]
+
+
+@pytest.mark.parametrize("config", STATIC, ids=lambda c: f"{c.task}-{c.tokens.selection}-{c.tokens.score}")
+def test_a_step_is_one_graph_compiled_once_whatever_the_clips(config: Experiment) -> None:
+    model = built(config)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for seed, still in enumerate((False, False, True)):
+            clips, keys = random_clips(config, 2, seed), KEYS[:2] + seed
+            clips = clips[:, :1].expand_as(clips).contiguous() if still else clips
+            whole = loss_of(compiled(clips, keys))
+            torch.testing.assert_close(whole, loss_of(model(clips, keys)))
+    torch._dynamo.reset()
 
 
 @every_mode

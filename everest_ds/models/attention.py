@@ -1,0 +1,86 @@
+"""Softmax attention over the tokens of a clip, by the kernel that suits device and precision.
+
+Shape legend: B clips, h heads, n tokens, d width of a head, H = B·h.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Attention logits worked on at a time, in values: what the caches of a few cores hold in bfloat16.
+_CHUNK_LOGITS = 2**20
+
+
+def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d)V without keeping an n x n matrix for the backward pass.
+
+    PyTorch's flash kernels, but in bfloat16 on a CPU: there they work in float32, 2 to 4 times slower than
+    oneDNN's bfloat16 products at the few hundred tokens that are left of a clip (docs/benchmarks.md).
+
+    Returns:
+        (B, n, h·d).
+    """
+    if qkv_Bn3hd.device.type == "cpu" and qkv_Bn3hd.dtype == torch.bfloat16:
+        return _ChunkedAttention.apply(qkv_Bn3hd)
+    q, k, v = qkv_Bn3hd.permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def unfused_attention(qkv_Bn3hd: Tensor) -> Tensor:
+    """The same with both n x n matrices in memory: how the published memory figures were taken."""
+    q, k, v = qkv_Bn3hd.permute(2, 0, 3, 1, 4)
+    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
+ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused_attention, "unfused": unfused_attention}
+
+
+class _ChunkedAttention(torch.autograd.Function):
+    """A few heads at a time, so that their logits stay in cache; computed again in the backward pass.
+
+    As with unfused attention under autocast, logits and weights are rounded to the inputs' precision.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv_Bn3hd: Tensor) -> Tensor:
+        num_clips, n, _, heads, d = qkv_Bn3hd.shape
+        qkv_3Hnd = qkv_Bn3hd.permute(2, 0, 3, 1, 4).clone(memory_format=torch.contiguous_format).flatten(1, 2)
+        qkv_3Hnd[0].mul_(d**-0.5)
+        ctx.save_for_backward(qkv_3Hnd)
+        out_Hnd = torch.empty_like(qkv_3Hnd[0])
+        for some in _chunks(*qkv_3Hnd.shape[1:3]):
+            q, k, v = qkv_3Hnd[:, some]
+            out_Hnd[some] = (q @ k.transpose(1, 2)).softmax(dim=-1) @ v
+        return out_Hnd.view(num_clips, heads, n, d).transpose(1, 2).flatten(2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BnD: Tensor) -> Tensor:
+        (qkv_3Hnd,) = ctx.saved_tensors
+        d = qkv_3Hnd.shape[-1]
+        grad_Bnhd = grad_BnD.unflatten(-1, (-1, d))
+        grad_Hnd = grad_Bnhd.transpose(1, 2).flatten(0, 1)
+        grads_3Hnd = torch.empty_like(qkv_3Hnd)
+        for some in _chunks(*qkv_3Hnd.shape[1:3]):
+            q, k, v = qkv_3Hnd[:, some]
+            weights = (q @ k.transpose(1, 2)).softmax(dim=-1)
+            grads_3Hnd[2, some] = weights.transpose(1, 2) @ grad_Hnd[some]
+            of_weights = grad_Hnd[some] @ v.transpose(1, 2)
+            of_logits = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            grads_3Hnd[0, some] = of_logits @ k
+            grads_3Hnd[1, some] = of_logits.transpose(1, 2) @ q
+        grads_3Hnd[0].mul_(d**-0.5)
+        num_clips, _, heads, _ = grad_Bnhd.shape
+        return grads_3Hnd.unflatten(1, (num_clips, heads)).permute(1, 3, 0, 2, 4)
+
+
+def _chunks(num_heads: int, num_tokens: int) -> Iterator[slice]:
+    """Slices over B·h heads of at most _CHUNK_LOGITS logits, but of two heads at least."""
+    step = max(2, _CHUNK_LOGITS // num_tokens**2)
+    for first in range(0, num_heads, step):
+        yield slice(first, first + step)
