@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
@@ -13,6 +14,9 @@ from everest_ds.data.synthetic import SyntheticSpec, synthesize
 # Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # test processes share the cores: each taking all of them is slower, by far
 
 os.environ.setdefault("COLUMNS", "200")  # tables of the command line are not folded
 

@@ -1,0 +1,213 @@
+"""What the machine could do: the matrix products of a step, timed alone, and known peak rates.
+
+A dispatch mode records every product and fused attention that a step runs, with shapes, strides and dtypes;
+each distinct one is then timed by itself. A step that were nothing but its products would take their sum.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_MIN_REPEATS = 5
+_MIN_SECONDS = 0.2
+# Index of the first factor among the arguments of each product.
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+
+# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets (their larger figure is with sparsity). A device
+# that is not here has no MFU. Names as torch.cuda.get_device_name gives them.
+_PEAK_BF16_TFLOPS = [
+    (r"\bA100\b", 312.0),  # A100 data sheet: 312 for PCIe and SXM, 40 and 80 GB
+    (r"H100 PCIe", 756.0),  # H100 data sheet, PCIe: 1513 sparse
+    (r"H100 80GB HBM3", 989.0),  # H100 data sheet, SXM: 1979 sparse
+    (r"H200(?! NVL)", 989.0),  # H200 data sheet, SXM: 1979 sparse
+]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Shape, strides and dtype of a tensor: what the speed of a product depends on."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> Layout:
+        """The layout of `tensor`."""
+        return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
+
+    def make(self, device: torch.device) -> Tensor:
+        """Noise in this layout; dense where the original repeats elements."""
+        if 0 in self.strides:
+            return torch.randn(self.shape, device=device).to(self.dtype)
+        empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
+        return empty.normal_()
+
+
+@dataclass(frozen=True)
+class Product:
+    """One kind of matrix product: (m, k) by (k, n), or a batch of them."""
+
+    left: Layout
+    right: Layout
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        *batch, m, k = self.left.shape
+        return (batch[0] if batch else 1) * m * k * self.right.shape[-1]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One kind of fused attention: layouts of q, k and v, each (B, heads, n, width)."""
+
+    q: Layout
+    k: Layout
+    v: Layout
+
+    @property
+    def macs(self) -> int:
+        """Forward and backward: 2 products, and 2 for each of them; what a kernel repeats is not counted."""
+        batch, heads, n, width = self.q.shape
+        return 3 * 2 * batch * heads * n * self.k.shape[2] * width
+
+
+class Recorder(TorchDispatchMode):
+    """Counts the products and the fused attentions of what runs inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter[Product] = Counter()
+        self.attentions: Counter[Attention] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in _PRODUCTS:
+            first = _PRODUCTS[name]
+            self.products[Product(Layout.of(args[first]), Layout.of(args[first + 1]))] += 1
+        elif name.startswith("_scaled_dot_product") and not name.endswith("backward"):
+            self.attentions[Attention(*(Layout.of(tensor) for tensor in args[:3]))] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def product_macs(self) -> int:
+        """All matrix products."""
+        return sum(product.macs * count for product, count in self.products.items())
+
+    @property
+    def attention_macs(self) -> int:
+        """All fused attentions, both ways."""
+        return sum(attention.macs * count for attention, count in self.attentions.items())
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Work of a step, timed alone."""
+
+    macs: int
+    seconds: float
+
+    @property
+    def gflops(self) -> float:
+        """GFLOP/s, two a multiply-accumulate."""
+        return 2 * self.macs / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class StepRates:
+    """The products of one step and its fused attentions, each timed alone, and the products one by one."""
+
+    products: Rate
+    attention: Rate
+    rows: list[dict[str, Any]]
+
+
+def record(step: Callable[[], object]) -> Recorder:
+    """Run `step` once, which may include its backward pass."""
+    with Recorder() as recorder:
+        step()
+    return recorder
+
+
+def measure_rates(recorder: Recorder, device: torch.device) -> StepRates:
+    """Time every distinct product and attention that was recorded: the best of several runs of each."""
+    rows = [_row(product, count, device) for product, count in recorder.products.items()]
+    rows.sort(key=lambda row: -row["in_all_s"])
+    products = Rate(recorder.product_macs, sum(row["in_all_s"] for row in rows))
+    attention_s = sum(count * _time_attention(a, device) for a, count in recorder.attentions.items())
+    return StepRates(products, Rate(recorder.attention_macs, attention_s), rows)
+
+
+def _row(product: Product, count: int, device: torch.device) -> dict[str, Any]:
+    seconds = _time_product(product, device)
+    return {
+        "product": f"{_describe(product.left)} by {_describe(product.right)}",
+        "dtype": str(product.left.dtype).removeprefix("torch."),
+        "count": count,
+        "gmacs_each": product.macs / 1e9,
+        "seconds_each": seconds,
+        "in_all_s": count * seconds,
+        "gflops": Rate(product.macs, seconds).gflops,
+    }
+
+
+def _describe(layout: Layout) -> str:
+    """`512x768`, with a T if it is read transposed."""
+    transposed = layout.strides[-2] < layout.strides[-1]
+    return "x".join(map(str, layout.shape)) + ("T" if transposed else "")
+
+
+def _time_product(product: Product, device: torch.device) -> float:
+    left, right = product.left.make(device), product.right.make(device)
+    return best_time(lambda: torch.matmul(left, right), device)
+
+
+def _time_attention(attention: Attention, device: torch.device) -> float:
+    q, k, v = (layout.make(device).requires_grad_() for layout in (attention.q, attention.k, attention.v))
+    gradient = torch.randn_like(q)
+
+    def both_ways() -> None:
+        torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), gradient)
+
+    return best_time(both_ways, device)
+
+
+def best_time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several calls; on CUDA of ten in a row, to hide their launch."""
+    calls = 10 if device.type == "cuda" else 1
+    call()
+    _wait(device)
+    seconds: list[float] = []
+    while len(seconds) < _MIN_REPEATS or sum(seconds) < _MIN_SECONDS:
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        _wait(device)
+        seconds.append(time.perf_counter() - start)
+    return min(seconds) / calls
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_bf16_tflops(device: torch.device) -> float | None:
+    """The data sheet's dense bf16 rate; None for an unknown device."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in _PEAK_BF16_TFLOPS if re.search(pattern, name)), None)

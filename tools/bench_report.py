@@ -1,0 +1,64 @@
+"""Tables of a step benchmark, one column a contender."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from everest_ds.cli.output import print_facts, print_table
+from everest_ds.units import format_bytes
+
+_PRODUCT_ROWS = 12
+
+
+def print_report(result: Mapping[str, Any]) -> None:
+    """Everything that `bench_step.py` measured."""
+    print_facts("Benchmark", result["environment"])
+    _print_columns("Step (medians; measured)", result["contenders"])
+    if result["resident_peak_bytes"]:
+        print(f"Resident memory, all contenders at once: {format_bytes(result['resident_peak_bytes'])}\n")
+    if result["ratios"]:
+        print_table("Ratios (quartiles are of the ratios of each round)", result["ratios"])
+    if result["rates"]:
+        _print_columns(
+            "Limit: the step's matrix products, each timed alone (best of several)", result["rates"]
+        )
+        for rates in result["rates"]:
+            rows = [_in_ms(row) for row in rates["products"][:_PRODUCT_ROWS]]
+            print_table(f"Largest products of {rates['contender']}", rows)
+    if result["profile"]:
+        print_table("Where a step of ours spends its time", result["profile"])
+
+
+def _in_ms(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "product": row["product"],
+        "dtype": row["dtype"],
+        "count": row["count"],
+        "GFLOP/s": round(row["gflops"], 1),
+        "ms each": 1e3 * row["seconds_each"],
+        "ms in all": 1e3 * row["in_all_s"],
+    }
+
+
+def _print_columns(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Print each row as a column: there are more quantities than contenders."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("", no_wrap=True)
+    for row in rows:
+        table.add_column(row["contender"], justify="right")
+    for name in rows[0]:
+        if name != "contender" and not isinstance(rows[0][name], list):
+            table.add_row(name.replace("_", " "), *(_cell(name, row[name]) for row in rows))
+    Console().print(table)
+
+
+def _cell(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name.endswith("_bytes"):
+        return format_bytes(value)
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
