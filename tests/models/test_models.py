@@ -5,6 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
@@ -79,6 +82,29 @@ def test_no_step_synchronises_with_a_real_device(task: str, selection: str) -> N
         loss_of(model(clips, keys)).backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_mode
+def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
+    """Captured once, replayed on other clips: that needs static shapes and no word to the host."""
+    config = experiment(task, selection, drop_path=0.1)
+    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries set themselves up outside of the capture
+            loss_of(model(clips, keys)).backward()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = loss_of(model(clips, keys))
+        captured.backward()
+    for seed in (1, 2):
+        clips.copy_(random_clips(config, 2, seed))
+        keys.add_(seed)
+        graph.replay()
+        torch.testing.assert_close(captured, loss_of(model(clips, keys)))
 
 
 STATIC = [
@@ -162,6 +188,38 @@ def test_any_number_of_frames_tubelet_and_resolution(task: str, geometry: dict[s
             config.token_counts.num_predicted,
             config.model.geometry.tubelet_values,
         )
+
+
+CLIPS = st.fixed_dictionaries(
+    {
+        "num_frames": st.sampled_from([8, 12, 16, 32, 48, 64]),
+        "tubelet_size": st.sampled_from([1, 2, 4]),
+        "image_size": st.sampled_from([112, 224, 336, 448]),
+        "patch_size": st.sampled_from([14, 16]),
+    }
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(CLIPS, st.sampled_from(TASKS_AND_SELECTIONS), st.sampled_from([0.05, 0.12, 0.3, 0.6, 1.0]))
+def test_any_geometry_computes_on_its_counts_or_is_refused_with_a_reason(
+    clip: dict[str, int], mode: tuple[str, str], keep_ratio: float
+) -> None:
+    try:
+        config = experiment(*mode, keep_ratio, **clip)
+    except ValidationError as error:  # fewer kept than visible tokens
+        assert mode[0] == "pretrain" and keep_ratio < 0.1
+        assert "keep_ratio must exceed 1 - mask_ratio" in str(error)
+        return
+    frames, size, counts = clip["num_frames"], clip["image_size"], config.token_counts
+    with torch.device("meta"):
+        pixels = torch.empty(2, frames, size, size, 3, dtype=torch.uint8)
+        output = build_model(config)(pixels, torch.empty(2, dtype=torch.int64))
+    if isinstance(output, Reconstruction):
+        assert output.visible_BV.shape == (2, counts.num_visible)
+        assert output.prediction_BMP.shape[:2] == (2, counts.num_predicted)
+    else:
+        assert output.shape == (2, 7)
 
 
 def test_pretraining_touches_exactly_the_tokens_that_the_selector_keeps() -> None:
