@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from everest_ds.models.linear import multiply
+
 _MIN_REPEATS = 5
 _MIN_SECONDS = 0.2
 # Index of the first factor among the arguments of each product.
@@ -60,6 +62,7 @@ class Product:
 
     left: Layout
     right: Layout
+    by_onednn: bool = False
 
     @property
     def macs(self) -> int:
@@ -98,6 +101,9 @@ class Recorder(TorchDispatchMode):
         if name in _PRODUCTS:
             first = _PRODUCTS[name]
             self.products[Product(Layout.of(args[first]), Layout.of(args[first + 1]))] += 1
+        elif name == "_linear_pointwise":  # oneDNN's x @ weightᵀ
+            x, weight = args[0].flatten(0, -2), args[1].t()
+            self.products[Product(Layout.of(x), Layout.of(weight), by_onednn=True)] += 1
         elif name.startswith("_scaled_dot_product") and not name.endswith("backward"):
             self.attentions[Attention(*(Layout.of(tensor) for tensor in args[:3]))] += 1
         return func(*args, **(kwargs or {}))
@@ -172,6 +178,8 @@ def _describe(layout: Layout) -> str:
 
 def _time_product(product: Product, device: torch.device) -> float:
     left, right = product.left.make(device), product.right.make(device)
+    if product.by_onednn:
+        return best_time(lambda: multiply(left, right), device)
     return best_time(lambda: torch.matmul(left, right), device)
 
 

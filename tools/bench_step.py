@@ -93,7 +93,10 @@ def bench(
     ] = None,
     rates: Annotated[bool, typer.Option(help="Time the step's matrix products alone, as its limit.")] = True,
     profile_step: Annotated[
-        bool, typer.Option("--profile", help="Also print where a step of ours spends its time.")
+        bool,
+        typer.Option(
+            "--profile", help="Also print where a step of ours, in the last dtype, spends its time."
+        ),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -135,7 +138,7 @@ def run(plan: Plan, rates: bool, profile_step: bool) -> dict[str, Any]:
         "ratios": _ratios(contenders, times),
         "resident_peak_bytes": resident and resident.peak_bytes,
         "rates": [_rates(contender, times[contender.label], plan) for contender in ours] if rates else [],
-        "profile": _profile(ours[0], plan.device) if profile_step else [],
+        "profile": _profile(ours[-1], plan.device) if profile_step else [],
         "steps": {label: [asdict(step) for step in steps] for label, steps in times.items()},
     }
 

@@ -195,7 +195,7 @@ def all_targets(video_BCFHW: Tensor) -> Tensor:
 
 # --- Weights ------------------------------------------------------------------------------------------------
 
-_INSIDE_A_BLOCK = [(r"\.attention\.", ".attn."), (r"\.mlp\.0\.", ".mlp.fc1."), (r"\.mlp\.2\.", ".mlp.fc2.")]
+_INSIDE_A_BLOCK = [(r"\.attention\.", ".attn.")]
 _TO_PRETRAINING = [
     (r"^encoder\.embed\.", "encoder.patch_embed.proj."),
     (r"^norm\.", "encoder.norm."),
@@ -212,7 +212,7 @@ _TO_FINE_TUNING = [
 
 
 def their_name(ours: str, task: str) -> str:
-    """The peers' name of one of our parameters: `encoder.blocks.0.mlp.2.bias` -> `blocks.0.mlp.fc2.bias`."""
+    """The peers' name of one of our parameters: `0.attention.proj.bias` -> `0.attn.proj.bias`."""
     for pattern, replacement in _TO_PRETRAINING if task == "pretrain" else _TO_FINE_TUNING:
         ours, replaced = re.subn(pattern, replacement, ours)
         if replaced:

@@ -29,7 +29,7 @@ _STRAIGHT = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 _ORBITS = {"clockwise": 1, "counterclockwise": -1}
 MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
 BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
-# Ranges of pixel values. They overlap: an object is told from its background by moving, not by its colour alone.
+# Ranges of pixel values. They overlap: colour alone does not tell an object from its background.
 OBJECT_LEVELS = (0.0, 255.0)
 BACKGROUND_LEVELS = (90.0, 140.0)
 # A data set has few objects and scenes, as the world has: what recurs is what pre-training can learn.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
+from everest_ds.models.linear import Linear
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import gather_tokens, reconstruction_targets, sincos_positions
 from everest_ds.models.vit import LAYER_NORM_EPS, Blocks, init_weights
@@ -56,11 +57,11 @@ class PretrainModel(nn.Module):
         self.selector = Selector(config)
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.to_decoder = nn.Linear(width, shape.width, bias=False)
+        self.to_decoder = Linear(width, shape.width, bias=False)
         self.mask_token = nn.Parameter(torch.zeros(shape.width))
         self.decoder = Blocks(shape, attention=config.model.attention)
         self.decoder_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(shape.width, geometry.tubelet_values)
+        self.head = Linear(shape.width, geometry.tubelet_values)
         self.register_buffer(
             "decoder_positions", sincos_positions(geometry.num_tokens, shape.width), persistent=False
         )

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config.tokens import sketch_width
+from everest_ds.models.linear import linear
 from everest_ds.models.sampling import random_bits
 from everest_ds.models.tubelets import MIDDLE_GREY, PixelMap, normalization_of_pixels, normalize_pixels
 
@@ -84,7 +85,7 @@ def _changes(chunk_BTLP: Tensor, score: PixelMap | None, distance: str) -> Tenso
     if score is None:
         change = change * (normalization_of_pixels(change.shape[-1], change.device)[0] / MIDDLE_GREY)
     else:
-        change = F.linear(change, score.weight_DP / MIDDLE_GREY)
+        change = linear(change, score.weight_DP / MIDDLE_GREY)
     return torch.linalg.vector_norm(change, ord=1 if distance == "l1" else 2, dim=-1, dtype=torch.float32)
 
 

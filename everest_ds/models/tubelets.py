@@ -11,11 +11,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.models.linear import linear
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], which VideoMAE normalises with.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -87,7 +87,7 @@ class PixelMap(NamedTuple):
     def __call__(self, tubelets_BKP: Tensor) -> Tensor:
         """uint8 (B, K, P) -> (B, K, D) in the map's dtype."""
         centered = (tubelets_BKP.to(self.weight_DP.dtype) - MIDDLE_GREY) / MIDDLE_GREY
-        return F.linear(centered, self.weight_DP, self.bias_D)
+        return linear(centered, self.weight_DP, self.bias_D)
 
 
 class TubeletEmbedding(nn.Linear):

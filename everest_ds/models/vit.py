@@ -6,11 +6,12 @@ Shape legend: B clips, n tokens, D width, h heads.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.backbones import TransformerShape
 from everest_ds.models.attention import ATTENTION
+from everest_ds.models.linear import Linear, linear
+from everest_ds.models.mlp import MLP
 from everest_ds.models.sampling import random_uniform
 
 LAYER_NORM_EPS = 1e-6
@@ -27,21 +28,13 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = F.linear(x_BnD, self.qkv.weight, bias)
+        qkv = linear(x_BnD, self.qkv.weight, bias)
         return self.proj(self.attend(qkv.unflatten(-1, (3, self.heads, -1))))
-
-
-class MLP(nn.Sequential):
-    """Linear, GELU, Linear."""
-
-    def __init__(self, width: int) -> None:
-        hidden = MLP_RATIO * width
-        super().__init__(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, width))
 
 
 class Block(nn.Module):

@@ -3,10 +3,10 @@
 What a block keeps between forward and backward, in tensors of n tokens x D width (fused attention, no drop
 path, gradients of everything):
 
-    none       16
-    attention  12              every block's attention is recomputed, by fairscale
+    none       12
+    attention   8              every block's attention is recomputed, by fairscale
     mlp         8              every block's MLP, by fairscale
-    blocks     (16(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale
+    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale
     full        1              every block, by DeepSpeed
 
 Both libraries cost the same time and memory here. fairscale's setting belongs to a module, so it serves the

@@ -282,7 +282,7 @@ def test_a_half_precision_model_still_takes_its_loss_in_float32(dtype: torch.dty
 def test_drop_path_keeps_the_expectation_and_drops_whole_clips_by_key() -> None:
     torch.manual_seed(0)
     block, clips = Block(16, 2, drop_path=0.3, index=2), 4000
-    for parameter in block.mlp[2].parameters():
+    for parameter in block.mlp.fc2.parameters():
         nn.init.zeros_(parameter)  # the attention branch alone
     x = torch.randn(1, 3, 16)
     branch = block.eval()(x, torch.tensor([0])) - x
@@ -303,7 +303,7 @@ def test_branches_and_blocks_drop_independently() -> None:
         for parameter in block.parameters():
             nn.init.zeros_(parameter)
         nn.init.constant_(block.attention.proj.bias, 1.0)  # doubled if it survives
-        nn.init.constant_(block.mlp[2].get_parameter("bias"), 2.0)
+        nn.init.constant_(block.mlp.fc2.get_parameter("bias"), 2.0)
         total = block(torch.zeros(clips, 1, 8), torch.arange(clips))[:, 0, 0]
         dropped += [(total % 4 == 0).double(), (total < 4).double()]
     agreement = torch.corrcoef(torch.stack(dropped)) - torch.eye(8)

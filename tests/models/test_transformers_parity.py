@@ -66,8 +66,8 @@ def from_layers(prefix: str, layers: Iterable[Any], pick: Pick) -> dict[str, Ten
         ours |= norm_and_linear(f"{name}.attention.proj", layer.attention.output.dense, pick)
         ours |= norm_and_linear(f"{name}.norm1", layer.layernorm_before, pick)
         ours |= norm_and_linear(f"{name}.norm2", layer.layernorm_after, pick)
-        ours |= norm_and_linear(f"{name}.mlp.0", layer.intermediate.dense, pick)
-        ours |= norm_and_linear(f"{name}.mlp.2", layer.output.dense, pick)
+        ours |= norm_and_linear(f"{name}.mlp.fc1", layer.intermediate.dense, pick)
+        ours |= norm_and_linear(f"{name}.mlp.fc2", layer.output.dense, pick)
     return ours
 
 

@@ -1,0 +1,73 @@
+"""Linear maps, by the faster of the libraries that PyTorch brings.
+
+On a CPU in float32 PyTorch multiplies with MKL. oneDNN, which it has for other precisions, is 10 to 25 %
+faster on the shapes of a step (docs/benchmarks.md), so large products of activations go there.
+
+Shape legend: n tokens of any clips, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Multiply-accumulates from which a product gains more than the longer way through Python costs.
+_WORTHWHILE_MACS = 10**8
+
+
+def linear(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`F.linear`: (..., I) -> (..., O)."""
+    if _goes_to_onednn(x_nI, weight_OI):
+        return _OneDNNLinear.apply(x_nI, weight_OI, bias_O)
+    return F.linear(x_nI, weight_OI, bias_O)
+
+
+def multiply(a_nI: Tensor, b_IO: Tensor) -> Tensor:
+    """a @ b of two matrices, without gradient."""
+    if _goes_to_onednn(a_nI, b_IO.t()):
+        return _onednn(a_nI, b_IO.t(), None)
+    return a_nI @ b_IO
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., I) -> (..., O)."""
+        return linear(input, self.weight, self.bias)
+
+
+class _OneDNNLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x_nI, weight_OI)
+        ctx.has_bias = bias_O is not None
+        return _onednn(x_nI, weight_OI, bias_O)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_nI, weight_OI = ctx.saved_tensors
+        of_input, of_weight, of_bias = ctx.needs_input_grad
+        grad = grad_nO.flatten(0, -2)
+        return (
+            multiply(grad, weight_OI).view_as(x_nI) if of_input else None,
+            grad.t() @ x_nI.flatten(0, -2) if of_weight else None,  # MKL is as fast on these
+            grad.sum(dim=0) if of_bias and ctx.has_bias else None,
+        )
+
+
+def _goes_to_onednn(x_nI: Tensor, weight_OI: Tensor) -> bool:
+    return (
+        x_nI.device.type == "cpu"
+        and x_nI.dtype == weight_OI.dtype == torch.float32
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+        and x_nI.numel() * weight_OI.shape[0] >= _WORTHWHILE_MACS
+    )
+
+
+def _onednn(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x_nI, weight_OI, bias_O, "none", [], "")

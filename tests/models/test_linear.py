@@ -1,0 +1,64 @@
+"""Linear maps through oneDNN against torch's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from everest_ds.models import linear as module
+from everest_ds.models.linear import Linear, linear
+
+
+class Operators(TorchDispatchMode):
+    """Remembers what is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_output_and_gradients_of_a_large_map_are_those_of_torch(bias: bool) -> None:
+    torch.manual_seed(0)
+    ours, plain = Linear(64, 4096, bias=bias), torch.nn.Linear(64, 4096, bias=bias)
+    plain.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 100, 64)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    with Operators() as called:
+        outputs = [model(each) for model, each in zip((ours, plain), inputs, strict=True)]
+        direction = torch.randn_like(outputs[0])
+        for output in outputs:
+            output.backward(direction)
+    assert "mkldnn::_linear_pointwise" in called.names
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-5, atol=1e-4)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-4)
+
+
+def test_pixels_get_no_gradient() -> None:
+    """The input of the patch embedding needs none, and none is computed."""
+    x, weight = torch.randn(400, 64), torch.randn(4096, 64, requires_grad=True)
+    with Operators() as called:
+        output = linear(x, weight)
+    output.sum().backward()
+    assert x.grad is None and weight.grad is not None
+    assert "mkldnn::_linear_pointwise" in called.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_small_maps_and_other_precisions_stay_with_torch(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if dtype == torch.bfloat16:
+        monkeypatch.setattr(module, "_WORTHWHILE_MACS", 0)
+    x, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
+    with Operators() as called:
+        assert torch.equal(linear(x, weight), F.linear(x, weight))
+    assert "mkldnn::_linear_pointwise" not in called.names

@@ -1,0 +1,42 @@
+"""The MLP that computes GELU twice, against torch's modules."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from everest_ds.models.mlp import MLP
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_are_those_of_linear_gelu_linear(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours = MLP(16).to(dtype)
+    plain = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(dtype)
+    plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))
+    x = torch.randn(3, 5, 16).to(dtype)
+    inputs = [x.clone().requires_grad_() for _ in range(2)]
+    outputs = [model(each) for model, each in zip((ours, plain), inputs, strict=True)]
+    torch.testing.assert_close(*outputs)
+    direction = torch.randn_like(outputs[0])
+    for output in outputs:
+        output.backward(direction)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
+
+
+def test_one_hidden_activation_is_kept() -> None:
+    model, x = MLP(16), torch.randn(3, 5, 16, requires_grad=True)
+    kept: set[int] = set()
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        output = model(x)
+    assert output.shape == x.shape
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert len(kept - weights) == 2  # the input and what fc1 made of it
