@@ -56,7 +56,7 @@ class _ChunkedAttention(torch.autograd.Function):
         out_Hnd = torch.empty_like(qkv_3Hnd[0])
         for some in _chunks(*qkv_3Hnd.shape[1:3]):
             q, k, v = qkv_3Hnd[:, some]
-            out_Hnd[some] = (q @ k.transpose(1, 2)).softmax(dim=-1) @ v
+            torch.bmm((q @ k.transpose(1, 2)).softmax(dim=-1), v, out=out_Hnd[some])
         return out_Hnd.view(num_clips, heads, n, d).transpose(1, 2).flatten(2)
 
     @staticmethod
@@ -69,11 +69,11 @@ class _ChunkedAttention(torch.autograd.Function):
         for some in _chunks(*qkv_3Hnd.shape[1:3]):
             q, k, v = qkv_3Hnd[:, some]
             weights = (q @ k.transpose(1, 2)).softmax(dim=-1)
-            grads_3Hnd[2, some] = weights.transpose(1, 2) @ grad_Hnd[some]
+            torch.bmm(weights.transpose(1, 2), grad_Hnd[some], out=grads_3Hnd[2, some])
             of_weights = grad_Hnd[some] @ v.transpose(1, 2)
             of_logits = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            grads_3Hnd[0, some] = of_logits @ k
-            grads_3Hnd[1, some] = of_logits.transpose(1, 2) @ q
+            torch.bmm(of_logits, k, out=grads_3Hnd[0, some])
+            torch.bmm(of_logits.transpose(1, 2), q, out=grads_3Hnd[1, some])
         grads_3Hnd[0].mul_(d**-0.5)
         num_clips, _, heads, _ = grad_Bnhd.shape
         return grads_3Hnd.unflatten(1, (num_clips, heads)).permute(1, 3, 0, 2, 4)
