@@ -31,7 +31,7 @@ MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
 BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
 # Ranges of pixel values. They overlap: colour alone does not tell an object from its background.
 OBJECT_LEVELS = (0.0, 255.0)
-BACKGROUND_LEVELS = (90.0, 140.0)
+BACKGROUND_LEVELS = (105.0, 135.0)
 # A data set has few objects and scenes, as the world has: what recurs is what pre-training can learn.
 NUM_SPRITES = 6
 NUM_SCENES = 6
