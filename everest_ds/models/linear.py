@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Multiply-accumulates from which a product gains more than the longer way through Python costs.
 _WORTHWHILE_MACS = 10**8
 
@@ -63,7 +64,7 @@ def _goes_to_onednn(x_nI: Tensor, weight_OI: Tensor) -> bool:
     return (
         x_nI.device.type == "cpu"
         and x_nI.dtype == weight_OI.dtype == torch.float32
-        and torch.backends.mkldnn.is_available()
+        and _HAS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and x_nI.numel() * weight_OI.shape[0] >= _WORTHWHILE_MACS
     )
