@@ -38,7 +38,11 @@ def token_importance(tubelets_BNP: Tensor, num_slots: int, score: PixelMap | Non
     """
     clips_BTLP = tubelets_BNP.unflatten(1, (num_slots, -1))
     step = max(1, _CHUNK_TOKENS // tubelets_BNP.shape[1])
-    changes = [_changes(chunk, score, distance) for chunk in clips_BTLP.split(step)]
+    if distance == "cosine":
+        changes = [_turns(chunk, score) for chunk in clips_BTLP.split(step)]
+    else:
+        per_level = None if score is None else score.weight_DP / MIDDLE_GREY
+        changes = [_changes(chunk, per_level, distance) for chunk in clips_BTLP.split(step)]
     change = torch.cat(changes)
     return torch.cat([change[:, :1], change], dim=1).flatten(1)
 
@@ -71,21 +75,26 @@ def select_tokens(importance_BN: Tensor, num_kept: int) -> Tensor:
     return by_importance[:, :num_kept].sort(dim=1).values
 
 
-def _changes(chunk_BTLP: Tensor, score: PixelMap | None, distance: str) -> Tensor:
-    """(B, T - 1, L): the distance of each tubelet to the one before."""
-    if distance == "cosine":
-        features = normalize_pixels(chunk_BTLP) if score is None else score(chunk_BTLP)
-        unit = F.normalize(features.float(), dim=-1)
-        # for unit vectors half the squared distance; exactly zero where nothing changed
-        return (unit[:, 1:] - unit[:, :-1]).square().sum(dim=-1) / 2
-    # The map is linear: the change of the features is that of the pixels, mapped. The difference of two
-    # nearly equal embeddings would be mostly rounding, above all in half precision; that of pixels is exact.
-    values = chunk_BTLP.to(torch.float32 if score is None else score.weight_DP.dtype)
+def _turns(chunk_BTLP: Tensor, score: PixelMap | None) -> Tensor:
+    """(B, T - 1, L): one minus the cosine between each tubelet's features and those before."""
+    features = normalize_pixels(chunk_BTLP) if score is None else score(chunk_BTLP)
+    unit = F.normalize(features.float(), dim=-1)
+    # for unit vectors half the squared distance; exactly zero where nothing changed
+    return (unit[:, 1:] - unit[:, :-1]).square().sum(dim=-1) / 2
+
+
+def _changes(chunk_BTLP: Tensor, per_level_sP: Tensor | None, distance: str) -> Tensor:
+    """(B, T - 1, L): the distance of each tubelet's features to those before.
+
+    The map is linear: the change of the features is that of the pixels, mapped. The difference of two nearly
+    equal embeddings would be mostly rounding, above all in half precision; that of pixels is exact.
+    """
+    values = chunk_BTLP.to(torch.float32 if per_level_sP is None else per_level_sP.dtype)
     change = values[:, 1:] - values[:, :-1]
-    if score is None:
+    if per_level_sP is None:
         change = change * (normalization_of_pixels(change.shape[-1], change.device)[0] / MIDDLE_GREY)
     else:
-        change = linear(change, score.weight_DP / MIDDLE_GREY)
+        change = linear(change, per_level_sP)
     return torch.linalg.vector_norm(change, ord=1 if distance == "l1" else 2, dim=-1, dtype=torch.float32)
 
 
