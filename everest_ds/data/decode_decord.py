@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from everest_ds.data.decode_pyav import PyAVVideo
 from everest_ds.errors import DataError
 
 _FIX = "replace the file, or take it out of the manifest (`everest-ds data check` lists all such files)"
@@ -23,18 +24,9 @@ class DecordVideo:
     """An open video file; see `decode.Video`."""
 
     def __init__(self, path: Path) -> None:
-        decord = _import_decord()
         self._path = path
-        try:
-            self._reader: Any = decord.VideoReader(str(path.absolute()), num_threads=1)
-            self.num_frames = len(self._reader)
-            # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
-            # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
-            # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).
-            if self.num_frames:
-                self._reader.get_batch([0])
-        except (RuntimeError, decord.DECORDError) as error:
-            raise self._unreadable(error) from None
+        self._reader: Any = self._open()
+        self.num_frames = len(self._reader)
         if self.num_frames == 0:
             raise DataError(f"{path}: the video holds no picture", fix=_FIX)
 
@@ -57,10 +49,28 @@ class DecordVideo:
             allowed = f"0..{self.num_frames - 1}"
             raise DataError(f"{self._path}: no such frame", given=outside or "no index", allowed=allowed)
         decord = _import_decord()
+        if self._reader is not None:
+            try:
+                return torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy())
+            except (RuntimeError, decord.DECORDError):
+                self._reader = None  # its thread is dead now
+        # decord's thread reads ahead, the further the busier the machine, and may have met damage that no
+        # wanted picture needs. PyAV decodes what is asked for, and names what it cannot.
+        with PyAVVideo(self._path) as video:
+            return video.read(indices)
+
+    def _open(self) -> Any:
+        decord = _import_decord()
         try:
-            return torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy())
+            reader = decord.VideoReader(str(self._path.absolute()), num_threads=1)
+            # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
+            # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
+            # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).
+            if len(reader):
+                reader.get_batch([0])
         except (RuntimeError, decord.DECORDError) as error:
             raise self._unreadable(error) from None
+        return reader
 
     def _unreadable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split("\n")[0].split())[:160]
