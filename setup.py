@@ -31,6 +31,7 @@ REQUIRES = [
 EXTRAS = {
     "mpi": ["mpich"],  # an MPI library for mpi4py where the system has none
     "dev": [
+        "fvcore>=0.1.5.post20221221",  # counts MACs its own way: a cross-check of profiling
         "hypothesis>=6.100",
         "mypy>=1.13",
         "pytest>=8.3",

@@ -14,6 +14,7 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
+    from everest_ds.training.utilization import ClipCost
 
 Source = Annotated[
     str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
@@ -169,9 +170,20 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
     if world.is_main:
         print_facts(f"{config.task}: {config.run.dir}", facts)
         write_json(json_file, {"plan": facts})
-    train(config, world)
+    train(config, world, _clip_cost(config, world))
     if world.is_main:
         typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
+
+
+def _clip_cost(config: Experiment, world: World) -> ClipCost:
+    from everest_ds.profiling.compute import predict_macs
+    from everest_ds.profiling.devices import peak_flops_per_s
+    from everest_ds.profiling.time import FLOPS_PER_MAC, compute_dtype, device_name
+    from everest_ds.training.utilization import ClipCost
+
+    dtype = compute_dtype(config.precision, world.device)
+    peak = peak_flops_per_s(device_name(world.device), dtype)
+    return ClipCost(FLOPS_PER_MAC * predict_macs(config).training_macs, peak)
 
 
 def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:

@@ -43,11 +43,15 @@ from everest_ds.training.run_folder import RunFolder, read_metrics
 from everest_ds.training.schedule import build_schedule
 from everest_ds.training.stop import StopRequest
 from everest_ds.training.timer import StepTimer, Waited
+from everest_ds.training.utilization import ClipCost
 from everest_ds.training.weights import load_encoder
 
 
-def train(config: Experiment, world: World) -> RunFolder:
+def train(config: Experiment, world: World, cost: ClipCost | None = None) -> RunFolder:
     """Run the experiment to its end, or go on where its run folder stopped. Call on every rank.
+
+    Args:
+        cost: of a clip, to report FLOP/s and MFU; they are null without.
 
     Raises:
         StoppedError: after a stop signal, with everything saved.
@@ -66,7 +70,7 @@ def train(config: Experiment, world: World) -> RunFolder:
         if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
             logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
         engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
-        run = TrainingRun(config, plan, samples, engine, folder, world)
+        run = TrainingRun(config, plan, samples, engine, folder, world, cost)
         with StopRequest() as stop:
             run.to_the_end(stop)
         engine.destroy()
@@ -102,6 +106,7 @@ class TrainingRun:
         engine: Engine,
         folder: RunFolder,
         world: World,
+        cost: ClipCost | None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -109,6 +114,7 @@ class TrainingRun:
         self.engine = engine
         self.folder = folder
         self.world = world
+        self.cost = cost
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
@@ -164,16 +170,19 @@ class TrainingRun:
                 fix="lower schedule.base_lr, set optimizer.clip_grad_norm, or use precision=bf16 or fp32;"
                 " the last checkpoint is from before",
             )
-        timer = self.timer
+        timer, cost, num_ranks = self.timer, self.cost, self.world.size
+        clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
         report = StepReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
             loss=mean_loss,
             lr=self.schedule.lr(self.step - 1),
             grad_norm=gradient_norm(self.engine),
-            clips_per_s=timer.steps * self.plan.global_batch_size / timer.seconds,
+            clips_per_s=clips_per_s,
             data_wait_pct=100 * timer.waited / timer.seconds,
-            memory_bytes=_peak_memory_bytes(self.world.device),
+            memory_bytes=_take_peak_memory_bytes(self.world.device),
+            tflops_per_s=None if cost is None else cost.tflops_per_s(clips_per_s, num_ranks),
+            mfu_pct=None if cost is None else cost.mfu_pct(clips_per_s, num_ranks),
         )
         timer.reset()
         for observer in self.observers:
@@ -252,10 +261,12 @@ class TrainingRun:
         )
 
 
-def _peak_memory_bytes(device: torch.device) -> int:
-    """Highest so far: allocated on a GPU, resident in host memory otherwise."""
+def _take_peak_memory_bytes(device: torch.device) -> int:
+    """The most allocated on a GPU since this was last called; the most resident in host memory so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 

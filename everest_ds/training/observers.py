@@ -26,7 +26,9 @@ class StepReport:
         grad_norm: global, before clipping; None where DeepSpeed does not tell.
         clips_per_s: clips of all ranks, over the time since the last report.
         data_wait_pct: share of that time spent waiting for the loader.
-        memory_bytes: peak of this rank: allocated on a GPU, resident on a CPU.
+        memory_bytes: peak of this rank: allocated since the last report on a GPU, resident so far on a CPU.
+        tflops_per_s: useful TFLOP/s of each rank, waiting included; None if the cost of a clip is not known.
+        mfu_pct: share of the device's peak rate that this is; None for an unknown device.
     """
 
     step: int
@@ -37,6 +39,8 @@ class StepReport:
     clips_per_s: float
     data_wait_pct: float
     memory_bytes: int
+    tflops_per_s: float | None
+    mfu_pct: float | None
 
 
 @dataclass(frozen=True)
@@ -139,9 +143,10 @@ class ProgressBar:
 
     def on_step(self, report: StepReport) -> None:
         norm = "" if report.grad_norm is None else f" |g| {report.grad_norm:.2f}"
+        mfu = "" if report.mfu_pct is None else f" MFU {report.mfu_pct:.1f}%"
         status = (
             f"loss {report.loss:.4f} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
-            f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}"
+            f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}{mfu}"
         )
         if self._bar.disable:
             logger.info("step %d/%d epoch %.2f %s", report.step, self._total, report.epoch, status)

@@ -1,0 +1,113 @@
+"""Measured time of the phases of a training step: data wait, forward, backward, optimiser."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TrainingStep(NamedTuple):
+    """The phases of one training step; each is given what the one before returned.
+
+    Attributes:
+        load: the next batch, on its device; its time is data wait.
+        forward: a batch -> the loss.
+        backward: the loss -> gradients.
+        optimize: updates the weights and clears the gradients.
+    """
+
+    load: Callable[[], Any]
+    forward: Callable[[Any], Tensor]
+    backward: Callable[[Tensor], object]
+    optimize: Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median and quartiles of repeated measurements, seconds."""
+
+    median_s: float
+    quartile_1_s: float
+    quartile_3_s: float
+
+
+@dataclass(frozen=True)
+class PhaseTimes:
+    """Seconds of a training step's phases over all repeats; `step` is all of them but the data wait.
+
+    The latter is None where no data were loaded.
+    """
+
+    data_wait: Spread | None
+    forward: Spread
+    backward: Spread
+    optimizer: Spread
+    step: Spread
+
+
+def measure_phases(step: TrainingStep, device: torch.device, *, warmup: int, repeats: int) -> PhaseTimes:
+    """Time `repeats` steps after `warmup` others: events on a GPU, the host's clock on a CPU.
+
+    Args:
+        repeats: at least 2, for quartiles.
+    """
+    for _ in range(warmup):
+        _time_once(step, device)
+    rows = [_time_once(step, device) for _ in range(repeats)]
+    return PhaseTimes(*(_spread(column) for column in zip(*rows, strict=True)))
+
+
+def _time_once(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float, float]:
+    """Seconds of data wait, forward, backward, optimiser, and of the last three together."""
+    clock = _EventClock() if device.type == "cuda" else _HostClock()
+    before = time.perf_counter()
+    batch = step.load()
+    data_wait = time.perf_counter() - before  # by the host's clock: the GPU is idle since the last step
+    clock.mark()
+    loss = step.forward(batch)
+    clock.mark()
+    step.backward(loss)
+    clock.mark()
+    step.optimize()
+    clock.mark()
+    forward, backward, optimizer = clock.seconds()
+    return data_wait, forward, backward, optimizer, forward + backward + optimizer
+
+
+class _HostClock:
+    def __init__(self) -> None:
+        self._marks: list[float] = []
+
+    def mark(self) -> None:
+        self._marks.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [end - start for start, end in zip(self._marks, self._marks[1:], strict=False)]
+
+
+class _EventClock:
+    """Marks pass through the GPU's own queue, so that phases are told apart without making it wait."""
+
+    def __init__(self) -> None:
+        self._marks: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        self._marks.append(event)
+
+    def seconds(self) -> list[float]:
+        self._marks[-1].synchronize()
+        pairs = zip(self._marks, self._marks[1:], strict=False)
+        return [start.elapsed_time(end) / 1e3 for start, end in pairs]
+
+
+def _spread(seconds: Sequence[float]) -> Spread:
+    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    return Spread(middle, low, high)

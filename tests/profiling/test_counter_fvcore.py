@@ -1,0 +1,45 @@
+"""Our count against fvcore's, which reads another graph (TorchScript's) with formulas of its own."""
+
+from __future__ import annotations
+
+import logging
+from math import prod
+from typing import Any
+
+import pytest
+import torch
+
+from everest_ds.models import build_model
+from everest_ds.profiling.counter import count_forward
+from tests.models import experiment
+
+fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed: pip install everest-ds[dev]")
+
+
+def gelu_linear(inputs: list[Any], outputs: list[Any]) -> int:
+    """fvcore sees a custom autograd function from outside only."""
+    x, weight = (fvcore.jit_handles.get_shape(value) for value in inputs[:2])
+    return prod(x) * weight[0]
+
+
+@pytest.mark.parametrize(
+    ("task", "selection", "backbone"),
+    [
+        ("pretrain", "tube", "vit_base"),
+        ("pretrain", "rero", "vit_large"),
+        ("finetune", "none", "vit_small"),
+        ("finetune", "rero", "vit_huge"),
+    ],
+)
+def test_fvcore_counts_the_same(task: str, selection: str, backbone: str) -> None:
+    """LayerNorm's 5 an element included. Unfused, as fvcore has no handle of fused attention."""
+    config = experiment(
+        task, selection, backbone=backbone, num_frames=16, image_size=224, attention="unfused"
+    )
+    with torch.device("meta"):
+        model = build_model(config).eval()
+        inputs = torch.empty(1, 16, 224, 224, 3, dtype=torch.uint8), torch.empty(1, dtype=torch.int64)
+    logging.getLogger("fvcore.nn.jit_analysis").setLevel(logging.ERROR)
+    analysis = fvcore.FlopCountAnalysis(model, inputs)
+    analysis.set_op_handle("prim::PythonOp._GELULinear", gelu_linear)
+    assert analysis.total() == count_forward(model, *inputs).literature_macs

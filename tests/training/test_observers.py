@@ -1,0 +1,85 @@
+"""What a logged step says, in the metrics file and in TensorBoard: memory, useful FLOP/s, MFU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from everest_ds.config import dump_experiment
+from everest_ds.parallel.world import World
+from everest_ds.profiling.compute import predict_macs
+from everest_ds.training.loop import train
+from everest_ds.training.observers import MetricsFile, StepReport, TensorBoard
+from everest_ds.training.utilization import ClipCost
+from tests.ranks import run_ranks
+from tests.training.runs import Row, experiment, metrics
+
+
+def report(**more: float | None) -> StepReport:
+    facts = {"loss": 1.0, "lr": 0.1, "grad_norm": None, "clips_per_s": 4.0, "data_wait_pct": 0.0}
+    cost = {"memory_bytes": 2**20, "tflops_per_s": 3.0, "mfu_pct": 7.5}
+    return StepReport(step=1, epoch=0.5, **{**facts, **cost, **more})  # type: ignore[arg-type]
+
+
+def scalars(folder: Path) -> dict[str, float]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {name: events.Scalars(name)[0].value for name in events.Tags()["scalars"]}
+
+
+def test_useful_rate_and_share_of_the_peak_are_of_each_rank() -> None:
+    cost = ClipCost(flops=10**12, peak_flops_per_s=40e12)
+    assert cost.tflops_per_s(clips_per_s=16, num_ranks=2) == 8
+    assert cost.mfu_pct(clips_per_s=16, num_ranks=2) == 20
+
+
+def test_an_unknown_device_has_flops_but_no_mfu(tmp_path: Path) -> None:
+    cost = ClipCost(flops=10**12, peak_flops_per_s=None)
+    assert cost.tflops_per_s(16, 2) == 8 and cost.mfu_pct(16, 2) is None
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.on_step(report(mfu_pct=None))
+    file.close()
+    row = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert row["mfu_pct"] is None and row["tflops_per_s"] == 3 and row["memory_bytes"] == 2**20
+
+
+@pytest.mark.parametrize("mfu_pct", [7.5, None])
+def test_tensorboard_shows_memory_flops_and_the_mfu_if_known(tmp_path: Path, mfu_pct: float | None) -> None:
+    board = TensorBoard(tmp_path, first_step=0)
+    board.on_step(report(mfu_pct=mfu_pct))
+    board.close()
+    shown = scalars(tmp_path)
+    assert shown["train/memory_bytes"] == 2**20 and shown["train/tflops_per_s"] == 3
+    assert shown.get("train/mfu_pct") == mfu_pct
+
+
+def train_with_a_cost(world: World, data: Path, folder: Path) -> None:
+    train(experiment(data, folder), world, ClipCost(flops=10**9, peak_flops_per_s=10**12))
+
+
+def test_every_logged_step_of_a_run_has_them(motion_data: Path, tmp_path: Path) -> None:
+    run_ranks(train_with_a_cost, 1, motion_data, tmp_path / "run")
+    rows: list[Row] = [row for row in metrics(tmp_path / "run") if "loss" in row]
+    assert len(rows) == 9
+    for row in rows:
+        assert row["tflops_per_s"] == pytest.approx(row["clips_per_s"] * 10**9 / 1e12)
+        assert row["mfu_pct"] == pytest.approx(100 * row["tflops_per_s"])
+        assert row["memory_bytes"] > 0
+    assert {"train/tflops_per_s", "train/mfu_pct"} <= set(scalars(tmp_path / "run" / "tensorboard"))
+
+
+@pytest.mark.slow
+def test_the_command_line_hands_in_the_cost(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(motion_data, tmp_path / "run", schedule={"epochs": 1, "warmup_epochs": 0})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_experiment(config))
+    subprocess.run([sys.executable, "-m", "everest_ds", "pretrain", str(file), "--nproc", "1"], check=True)
+    for row in metrics(tmp_path / "run"):
+        flops = 2 * predict_macs(config).training_macs
+        assert row["tflops_per_s"] == pytest.approx(flops * row["clips_per_s"] / 1e12)
+        assert row["mfu_pct"] is None  # a CPU's peak rate is not known
