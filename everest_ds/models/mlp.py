@@ -52,5 +52,6 @@ class _GELULinear(torch.autograd.Function):
         x_nH, weight_DH = ctx.saved_tensors
         grad, x = grad_nD.flatten(0, -2), x_nH.flatten(0, -2)
         of_weight = grad.t() @ F.gelu(x)
-        of_x = torch.ops.aten.gelu_backward(multiply(grad, weight_DH), x)
+        # Under autocast the product ran in half precision, on weights kept in float32.
+        of_x = torch.ops.aten.gelu_backward(multiply(grad, weight_DH.to(grad.dtype)), x)
         return of_x.view_as(x_nH), of_weight, grad.sum(dim=0)

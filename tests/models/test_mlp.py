@@ -9,15 +9,17 @@ from torch import nn
 from everest_ds.models.mlp import MLP
 
 
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradients_are_those_of_linear_gelu_linear(dtype: torch.dtype) -> None:
+def test_output_and_gradients_are_those_of_linear_gelu_linear(dtype: torch.dtype, autocast: bool) -> None:
     torch.manual_seed(0)
     ours = MLP(16).to(dtype)
     plain = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(dtype)
     plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))
     x = torch.randn(3, 5, 16).to(dtype)
     inputs = [x.clone().requires_grad_() for _ in range(2)]
-    outputs = [model(each) for model, each in zip((ours, plain), inputs, strict=True)]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        outputs = [model(each) for model, each in zip((ours, plain), inputs, strict=True)]
     torch.testing.assert_close(*outputs)
     direction = torch.randn_like(outputs[0])
     for output in outputs:
