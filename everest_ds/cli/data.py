@@ -19,7 +19,7 @@ CORES = os.cpu_count() or 1
 @app.command()
 def synth(
     folder: Annotated[Path, typer.Argument(help="Where to write videos, manifests and class names.")],
-    train: Annotated[int, typer.Option(min=1, help="Training videos.")] = 2400,
+    train: Annotated[int, typer.Option(min=1, help="Training videos.")] = 2700,
     val: Annotated[int, typer.Option(min=1, help="Validation videos.")] = 120,
     test: Annotated[int, typer.Option(min=1, help="Test videos.")] = 300,
     frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 18,
