@@ -1,0 +1,177 @@
+"""MViT: a transformer that pools its tokens, stage by stage fewer of them and wider.
+
+Fan et al., "Multiscale Vision Transformers", ICCV 2021; github.com/facebookresearch/SlowFast
+(slowfast/models/attention.py, configs/Kinetics/MVIT_B_16x4_CONV.yaml). Queries are pooled where a stage
+begins, which is what makes it smaller; keys and values are pooled in every block, which is what makes
+attention over 25,088 tokens affordable. The published 70.5 GFLOPs are the max-pooling variant's.
+
+Shape legend: B clips, F frames, H x W pixels, h heads, n = 1 + t·y·x tokens (class token first), m pooled
+ones, D width, d width of a head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from everest_ds.config.backbones import MLP_RATIO
+from everest_ds.models.linear import Linear
+from everest_ds.models.mlp import GELULinear
+from everest_ds.models.peers.layers import (
+    DROPOUT_STREAM,
+    Drop,
+    VideoClassifier,
+    drop_path_rates,
+    init_weights,
+    table,
+    with_token,
+)
+from everest_ds.models.peers.mvit_plan import MVIT_B, BlockPlan, Grid, MViTShape, plan_blocks
+from everest_ds.models.tubelets import normalize_pixels
+from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
+
+Pooling = Literal["conv", "max"]
+DROP_PATH, DROPOUT = 0.2, 0.5
+
+
+class GridPool(nn.Module):
+    """A pooling layer over the grid of tokens, in each head alike; the class token goes past it.
+
+    Args:
+        grid: of the input.
+        pool: (B·h, d, t, y, x) -> fewer places.
+        norm: of what comes out, class token included.
+    """
+
+    def __init__(self, grid: Grid, pool: nn.Module, norm: nn.Module) -> None:
+        super().__init__()
+        self.grid, self.pool, self.norm = grid, pool, norm
+
+    def forward(self, x_Bhnd: Tensor) -> Tensor:
+        """(B, h, n, d) -> (B, h, m, d)."""
+        t, y, x = self.grid
+        maps = rearrange(x_Bhnd[:, :, 1:], "b h (t y x) d -> (b h) d t y x", t=t, y=y, x=x)
+        patches = rearrange(self.pool(maps), "(b h) d t y x -> b h (t y x) d", h=x_Bhnd.shape[1])
+        return self.norm(torch.cat([x_Bhnd[:, :, :1], patches], dim=2))
+
+
+def max_pool(grid: Grid, stride: int) -> GridPool:
+    """The maximum over windows one wider than the stride."""
+    size = stride + 1
+    pool = nn.MaxPool3d((1, size, size), (1, stride, stride), (0, size // 2, size // 2))
+    return GridPool(grid, pool, nn.Identity())
+
+
+def conv_pool(grid: Grid, stride: int, width: int) -> GridPool:
+    """A learned weighting of 3 x 3 x 3 places in each channel, and LayerNorm."""
+    pool = nn.Conv3d(width, width, 3, (1, stride, stride), padding=1, groups=width, bias=False)
+    return GridPool(grid, pool, nn.LayerNorm(width, eps=LAYER_NORM_EPS))
+
+
+class PoolingAttention(nn.Module):
+    """Attention of pooled queries over pooled keys and values."""
+
+    def __init__(self, plan: BlockPlan, pooling: Pooling) -> None:
+        super().__init__()
+        self.heads = plan.heads
+        self.qkv = Linear(plan.width, 3 * plan.width)
+        self.pool_q = _pool(plan, plan.q_stride, pooling) if plan.q_stride > 1 else nn.Identity()
+        self.pool_k = _pool(plan, plan.kv_stride, pooling)
+        self.pool_v = _pool(plan, plan.kv_stride, pooling)
+        self.proj = Linear(plan.width, plan.width)
+
+    def forward(self, x_BnD: Tensor) -> Tensor:
+        """(B, n, D) -> (B, m, D), m tokens being what queries are pooled to."""
+        q, k, v = rearrange(self.qkv(x_BnD), "b n (three h d) -> three b h n d", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(self.pool_q(q), self.pool_k(k), self.pool_v(v))
+        return self.proj(rearrange(out, "b h m d -> b m (h d)"))
+
+
+def _pool(plan: BlockPlan, stride: int, pooling: Pooling) -> nn.Module:
+    if pooling == "conv":  # at stride 1 too: its keys and values are weighted by their surroundings
+        return conv_pool(plan.grid, stride, plan.width // plan.heads)
+    return max_pool(plan.grid, stride) if stride > 1 else nn.Identity()
+
+
+class PoolingBlock(nn.Module):
+    """Attention, then an MLP that may widen, each on a normalised input and added to it, pooled or mapped."""
+
+    def __init__(self, plan: BlockPlan, pooling: Pooling, drop_path: float, index: int) -> None:
+        super().__init__()
+        width, hidden = plan.width, MLP_RATIO * plan.width
+        self.attention_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.attention = PoolingAttention(plan, pooling)
+        self.pool_skip = max_pool(plan.grid, plan.q_stride) if plan.q_stride > 1 else nn.Identity()
+        self.mlp_norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.mlp = nn.Sequential(Linear(width, hidden), GELULinear(hidden, plan.out_width))
+        self.widen_skip = Linear(width, plan.out_width) if plan.out_width != width else None
+        self.attention_drop = Drop(drop_path, DROP_PATH_STREAM + 2 * index)
+        self.mlp_drop = Drop(drop_path, DROP_PATH_STREAM + 2 * index + 1)
+
+    def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
+        """(B, n, D) -> (B, m, out_width)."""
+        attended = self.attention_drop(self.attention(self.attention_norm(x_BnD)), key_B)
+        x_BmD = self.pool_skip(x_BnD[:, None])[:, 0] + attended
+        normed = self.mlp_norm(x_BmD)
+        skip = x_BmD if self.widen_skip is None else self.widen_skip(normed)
+        return skip + self.mlp_drop(self.mlp(normed), key_B)
+
+
+class MViT(VideoClassifier):
+    """Overlapping convolution, learned positions, pooling blocks, head on the class token."""
+
+    def __init__(
+        self, shape: MViTShape, num_frames: int, image_size: int, num_classes: int, pooling: Pooling
+    ) -> None:
+        super().__init__((num_frames, image_size, image_size, 3))
+        kernel, stride, padding = shape.stem_kernel, shape.stem_stride, shape.stem_padding
+        self.stem = nn.Conv3d(3, shape.width, (3, kernel, kernel), (2, stride, stride), (1, padding, padding))
+        side = (image_size + 2 * padding - kernel) // stride + 1
+        plans = list(plan_blocks(shape, ((num_frames + 1) // 2, side, side)))
+        self.class_token = table(shape.width)
+        self.class_position = table(shape.width)
+        self.places = table(side**2, shape.width)
+        self.times = table(plans[0].grid[0], shape.width)
+        rates = drop_path_rates(len(plans), DROP_PATH)
+        self.blocks = nn.ModuleList(PoolingBlock(plan, pooling, rates[i], i) for i, plan in enumerate(plans))
+        self.norm = nn.LayerNorm(plans[-1].out_width, eps=LAYER_NORM_EPS)
+        self.drop = Drop(DROPOUT, DROPOUT_STREAM, plans[-1].out_width)
+        self.head = nn.Linear(plans[-1].out_width, num_classes)
+        self.apply(init_weights)
+
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
+        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random."""
+        x_BnD = self._tokens(clip_BFHWC)
+        for block in self.blocks:
+            x_BnD = block(x_BnD, key_B)
+        return self.head(self.drop(self.norm(x_BnD)[:, 0], key_B))
+
+    def _tokens(self, clip_BFHWC: Tensor) -> Tensor:
+        """(B, n, D): class token and patches, with their positions."""
+        pixels = rearrange(normalize_pixels(clip_BFHWC), "b f h w c -> b c f h w").to(self.stem.weight.dtype)
+        patches = rearrange(self.stem(pixels), "b d t y x -> b (t y x) d")
+        positions = (self.times[:, None] + self.places).flatten(0, 1)
+        return with_token(self.class_token + self.class_position, patches + positions)
+
+
+def build_mvit(
+    shape: MViTShape = MVIT_B,
+    num_frames: int = 16,
+    image_size: int = 224,
+    num_classes: int = 400,
+    pooling: Pooling = "max",
+) -> MViT:
+    """MViT-B 16x4 as published for K400, unless told other.
+
+    Args:
+        shape: `MVIT_B`, `MVIT_S` or another.
+        num_frames: of the clip.
+        image_size: height and width of its frames, pixels.
+        num_classes: of the logits.
+        pooling: `conv` is the variant with the better accuracy, `max` the one whose compute is published.
+    """
+    return MViT(shape, num_frames, image_size, num_classes, pooling)

@@ -1,0 +1,113 @@
+"""The frame of TimeSformer, Motionformer and X-ViT: patches in, a body that mixes them, class logits out.
+
+Which patches is a part of its own, since the K-centered sampler (kcenter.py) chooses other ones than all and
+leaves the body as it is. A patch is told by its index among the N of a clip, so its place and its time are
+looked up by that, whichever slot of the body it is put in.
+
+Shape legend: B clips, F frames, H x W pixels, N patches (tubelets) of a clip, L places of a frame, T slots of
+the body, S = L patches in each, P values of a patch, D width, c class tokens (1, or one a slot).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.config.tokens import ClipGeometry
+from everest_ds.models.peers.layers import VideoClassifier, init_weights, table, with_token
+from everest_ds.models.tubelets import TubeletEmbedding, gather_tokens, to_tubelets
+from everest_ds.models.vit import LAYER_NORM_EPS
+
+
+class AllPatches(nn.Module):
+    """Every patch of a clip in its own slot: what a sampler stands in for."""
+
+    def __init__(self, geometry: ClipGeometry) -> None:
+        super().__init__()
+        self.num_slots = geometry.num_slots
+        self.num_patches = geometry.num_tokens
+
+    def forward(self, patches_BNP: Tensor, key_B: Tensor) -> Tensor:
+        """Indices of all N patches, int64 (B, T, S)."""
+        index = torch.arange(self.num_patches, device=patches_BNP.device)
+        return index.view(self.num_slots, -1).expand(len(patches_BNP), -1, -1)
+
+
+class PatchEmbedding(nn.Module):
+    """Linear embedding, learned tables of places and times, and class tokens.
+
+    Args:
+        geometry: of the clip, which has as many times as slots and as many places as a slot has patches.
+        class_per_slot: one class token a slot, which has the slot's time; else one a clip, without time.
+    """
+
+    def __init__(self, geometry: ClipGeometry, width: int, class_per_slot: bool = False) -> None:
+        super().__init__()
+        self.num_places = geometry.tokens_per_slot
+        self.class_per_slot = class_per_slot
+        self.embed = TubeletEmbedding(geometry, width)
+        self.class_token = table(width)
+        self.places = table(1 + self.num_places, width)  # the first is the class token's
+        self.times = table(geometry.num_slots, width)
+
+    def forward(self, patches_BNP: Tensor, index_BTS: Tensor) -> tuple[Tensor, Tensor]:
+        """Class tokens (B, c, D) and the chosen patches (B, T, S, D) of uint8 patches (B, N, P)."""
+        chosen = gather_tokens(patches_BNP, index_BTS.flatten(1))
+        x_BTSD = self.embed()(chosen).unflatten(1, index_BTS.shape[1:])
+        time_BTSD = self.times[index_BTS // self.num_places]
+        x_BTSD = x_BTSD + self.places[1 + index_BTS % self.num_places] + time_BTSD
+        class_D = self.class_token + self.places[0]
+        if self.class_per_slot:  # sampled patches of a slot come from several frames: the mean of their times
+            return class_D + time_BTSD.mean(dim=2), x_BTSD
+        return class_D.expand(len(index_BTS), 1, -1), x_BTSD
+
+
+class SequenceBody(nn.Module):
+    """The class token and all patches as one sequence through blocks, LayerNorm, a head on the class token.
+
+    Args:
+        blocks: called with the sequence (B, 1 + T·S, D) and the keys (B,).
+        head: (B, D) -> (B, classes).
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], width: int, head: nn.Module) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.head = head
+
+    def forward(self, class_B1D: Tensor, x_BTSD: Tensor, key_B: Tensor) -> Tensor:
+        """Class logits (B, classes)."""
+        x_BnD = with_token(class_B1D, x_BTSD.flatten(1, 2))
+        for block in self.blocks:
+            x_BnD = block(x_BnD, key_B)
+        return self.head(self.norm(x_BnD)[:, 0])
+
+
+class PatchClassifier(VideoClassifier):
+    """A sampler (or all patches), their embedding, and a body.
+
+    Args:
+        geometry: of the clip that is chosen from.
+        sampler: (patches, keys) -> indices (B, T, S).
+        embedding: (patches, indices) -> class tokens, patch tokens.
+        body: (class tokens, patch tokens, keys) -> logits.
+    """
+
+    def __init__(
+        self, geometry: ClipGeometry, sampler: nn.Module, embedding: PatchEmbedding, body: nn.Module
+    ) -> None:
+        super().__init__((geometry.num_frames, geometry.image_size, geometry.image_size, 3))
+        self.geometry = geometry
+        self.sampler = sampler
+        self.embedding = embedding
+        self.body = body
+        self.apply(init_weights)
+
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
+        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random."""
+        patches_BNP = to_tubelets(clip_BFHWC, self.geometry)
+        class_BcD, x_BTSD = self.embedding(patches_BNP, self.sampler(patches_BNP, key_B))
+        return self.body(class_BcD, x_BTSD, key_B)
