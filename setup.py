@@ -57,7 +57,7 @@ setup(
     packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), *TRAVELLING],
     package_dir=TRAVELLING,
     package_data={
-        "everest_ds": ["recipes/*.yaml", "reports/templates/*"],
+        "everest_ds": ["profiling/*.yaml", "recipes/*.yaml", "reports/templates/*"],
         "everest_ds.ds_configs": ["*.json"],
         "everest_ds.slurm": ["*.sbatch"],
     },

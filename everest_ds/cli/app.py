@@ -8,7 +8,7 @@ import sys
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli import data, doctor, recipes, train
+from everest_ds.cli import data, doctor, profile, recipes, report, train
 from everest_ds.errors import EverestError, ExitCode
 
 app = typer.Typer(
@@ -23,6 +23,8 @@ app = typer.Typer(
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
+app.command("profile")(profile.profile)
+app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.command("doctor")(doctor.doctor)

@@ -23,3 +23,14 @@ def to_png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an SVG element: sharp at any size, to stand inside an HTML page or in a file."""
+    from matplotlib import rc_context  # heavy
+
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "everest-ds"}):  # equal figures give equal files
+        figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]

@@ -42,10 +42,15 @@ class Page:
 
 def render_page(page: Page) -> str:
     """HTML with its style and pictures inside: one file to open or to send."""
+    return render_template("page.html", page=page)
+
+
+def render_template(name: str, **values: object) -> str:
+    """A template of this package, filled in; values are escaped."""
     from jinja2 import Environment, FileSystemLoader  # heavy
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["data_url"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
-    return environment.get_template("page.html").render(page=page)
+    return environment.get_template(name).render(**values)

@@ -1,0 +1,200 @@
+"""`everest-ds profile`: parameters, compute, memory and, on a device, time of one subject."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everest_ds import __version__
+from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.train import Overrides
+from everest_ds.errors import ConfigError, UsageError, nearest
+from everest_ds.units import format_bytes
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
+    from everest_ds.profiling.measured import Measured
+    from everest_ds.profiling.profile import Table
+
+Subject = Annotated[
+    str,
+    typer.Argument(
+        metavar="SUBJECT", help="A recipe, a YAML file, a run folder, or a published system such as mvit_b."
+    ),
+]
+Ranks = Annotated[int, typer.Option(min=1, help="Ranks in all, for the memory of one of them.")]
+TensorParallel = Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Also time training steps, on this machine's device.")
+]
+
+# tables of a profile, in print order
+TITLES = {
+    "compute": "Compute of one clip",
+    "by_module": "Compute by module (counted)",
+    "by_operator": "Compute by operator (counted)",
+    "not_counted": "Operators that compute but have no MACs, so are not in the counts",
+    "memory": "Memory of a rank at the peak of a training step (counted: one rank without ZeRO)",
+    "memory_peak_at": "When memory peaks",
+}
+
+_BARS, _WIDTH = " ▁▂▃▄▅▆▇█", 48
+
+
+def profile(
+    subject: Subject,
+    overrides: Overrides = None,
+    ranks: Ranks = 1,
+    tensor_parallel: TensorParallel = 1,
+    measure: Measure = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Parameters, compute and memory of a model, without running it; with --measure also its time and MFU.
+
+    Example: everest-ds profile k400_pretrain_vit_base model.backbone=vit_huge --ranks 8
+    """
+    config = _resolve(subject, overrides or [])
+    if config is None:
+        _refuse_settings(subject, overrides or [], ranks, tensor_parallel, measure)
+        facts, tables = _system_facts(subject), _profile_system(subject)
+    else:
+        facts, tables = (
+            _facts(config, ranks, tensor_parallel),
+            _profile_config(config, ranks, tensor_parallel),
+        )
+    print_facts(f"Profile: {subject}", facts)
+    for name, title in TITLES.items():
+        print_table(title, tables[name])
+    print_table("Memory over the step (counted, as above)", _shapes(tables["memory_over_time"]))
+    measured = _measure(subject, config) if config and measure else None
+    if measured:
+        print_facts("One training step (measured)", measured.facts())
+    write_json(json_file, _as_json(subject, config, tables, measured))
+
+
+def _resolve(subject: str, overrides: Sequence[str]) -> Experiment | None:
+    """The experiment of a recipe, file or run folder; None for a published system."""
+    from everest_ds.config import find_config, load_experiment, recipe_names
+
+    try:
+        find_config(subject)
+    except ConfigError:
+        from everest_ds.profiling.peers import peer_names
+
+        if subject in peer_names():
+            return None
+        raise UsageError(
+            "no such recipe, YAML file, run folder or published system",
+            given=repr(subject),
+            allowed=nearest(subject, [*recipe_names(), *peer_names()]),
+        ) from None
+    return load_experiment(subject, overrides)
+
+
+def _refuse_settings(
+    subject: str, overrides: Sequence[str], ranks: int, tensor_parallel: int, measure: bool
+) -> None:
+    given = [*overrides, *(["--measure"] if measure else [])]
+    given += [f"--ranks {ranks}"] if ranks > 1 else []
+    given += [f"--tensor-parallel {tensor_parallel}"] if tensor_parallel > 1 else []
+    if given:
+        raise UsageError(
+            f"{subject}: a published system is profiled as it was published, on one rank",
+            given=" ".join(given),
+            fix="leave that out, or profile a recipe",
+        )
+
+
+def _profile_system(name: str) -> dict[str, Table]:
+    from everest_ds.profiling.memory_profile import memory_of_peer
+    from everest_ds.profiling.peers import find_peer
+    from everest_ds.profiling.profile import profile_peer
+
+    peer = find_peer(name)
+    return {**profile_peer(peer), **memory_of_peer(peer)}
+
+
+def _profile_config(config: Experiment, ranks: int, tensor_parallel: int) -> dict[str, Table]:
+    from everest_ds.parallel.recompute import apply_recompute
+    from everest_ds.profiling.memory_profile import memory_of_experiment
+    from everest_ds.profiling.profile import profile_experiment
+
+    def recompute(model: Any) -> None:
+        apply_recompute(model, config.recompute)
+
+    memory = memory_of_experiment(config, ranks, tensor_parallel, recompute)
+    return {**profile_experiment(config), **memory}
+
+
+def _shapes(timeline: Table) -> Table:
+    """Each phase as a line of bars, one a moment, up to the step's peak."""
+    totals = [(row["phase"], sum(v for v in row.values() if isinstance(v, int))) for row in timeline]
+    peak = max(total for _, total in totals)
+    phases: dict[str, list[int]] = {}
+    for phase, total in totals:
+        phases.setdefault(phase, []).append(total)
+    return [
+        {
+            "phase": phase,
+            "live_memory": "".join(_BARS[(len(_BARS) - 1) * total // peak] for total in _thinned(sizes)),
+            "highest": format_bytes(max(sizes)),
+        }
+        for phase, sizes in phases.items()
+    ]
+
+
+def _thinned(sizes: Sequence[int]) -> list[int]:
+    """The highest of every few, for a line of at most `_WIDTH`."""
+    few = -(-len(sizes) // _WIDTH)
+    return [max(sizes[first : first + few]) for first in range(0, len(sizes), few)]
+
+
+def _system_facts(name: str) -> dict[str, Any]:
+    from everest_ds.profiling.peers import find_peer
+
+    peer = find_peer(name)
+    frames, height, width, _ = peer.clip_shape
+    return {
+        "model": f"{name} at its published size, {peer.phase}",
+        "clip": f"one view of {frames} frames of {height}x{width}; the published figure sums {peer.views}",
+        "memory_of": "a training step on one clip, fp32",
+    }
+
+
+def _facts(config: Experiment, ranks: int, tensor_parallel: int) -> dict[str, Any]:
+    counts, model, parallelism = config.token_counts, config.model, config.parallelism
+    split = f", tensor parallel {tensor_parallel}" if tensor_parallel > 1 else ""
+    return {
+        "model": f"{model.backbone}, {config.task}, {config.tokens.selection}",
+        "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}",
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept, {counts.num_visible} in the encoder",
+        "memory_of": f"{config.batch.micro_batch_size} clips per rank, {config.precision},"
+        f" ZeRO-{parallelism.zero_stage} on {ranks} rank{'s' if ranks > 1 else ''}{split},"
+        f" recompute {config.recompute.mode}, {model.attention} attention",
+    }
+
+
+def _measure(subject: str, config: Experiment) -> Measured:
+    from everest_ds.parallel.recompute import apply_recompute
+    from everest_ds.profiling.measured import measure
+    from everest_ds.training.run_folder import describe_environment
+
+    git = describe_environment(world_size=1)["git"] or {}
+    return measure(subject, config, lambda model: apply_recompute(model, config.recompute), git.get("commit"))
+
+
+def _as_json(
+    subject: str, config: Experiment | None, tables: Mapping[str, Any], measured: Measured | None
+) -> dict[str, Any]:
+    from everest_ds.profiling.measured import FORMAT
+
+    return {
+        "format": FORMAT,
+        "everest_ds": __version__,
+        "subject": subject,
+        "config": config and config.model_dump(mode="json"),
+        **tables,
+        "measured": measured and measured.as_json(),
+    }

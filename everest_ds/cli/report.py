@@ -1,0 +1,145 @@
+"""`everest-ds report`: the published tables beside our figures, and run folders beside each other."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everest_ds.cli.output import print_facts
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.profiling.measured import Measured
+    from everest_ds.profiling.tables import Row
+    from everest_ds.reports.efficiency import Heading
+    from everest_ds.reports.efficiency_page import Plot
+
+Runs = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[RUN]...", help="Run folders to compare, instead of the published tables."),
+]
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Tables = Annotated[
+    str, typer.Option(metavar="NAME,...", help="Only these published tables; with runs, these beside them.")
+]
+Models = Annotated[str, typer.Option(metavar="NAME,...", help="Only these methods or backbones.")]
+MeasuredFiles = Annotated[
+    list[Path] | None,
+    typer.Option("--measured", metavar="FILE", help="Add what `profile --measure --json FILE` measured."),
+]
+TITLE = "Efficiency report"
+
+
+def report(
+    runs: Runs = None,
+    out: Out = Path("report"),
+    tables: Tables = "",
+    models: Models = "",
+    measured: MeasuredFiles = None,
+) -> None:
+    """Write a report as JSON, Markdown, CSV, HTML and plots. No GPU is needed.
+
+    Example: everest-ds report --out report          the published tables, row by row, beside our figures
+             everest-ds report runs/a runs/b         these runs: compute, memory, throughput, accuracy
+    """
+    from everest_ds.cli.report_plots import draw_plots
+    from everest_ds.cli.runs import read_runs, run_rows
+    from everest_ds.profiling.measured import read_measured
+    from everest_ds.profiling.published import select_cells
+
+    compared, measurements = read_runs(runs or []), [read_measured(file) for file in measured or []]
+    cells = [] if runs and not tables else select_cells(_split(tables), _split(models))
+    rows = _rows_with_progress(cells, measurements)
+    rows += [row for run in compared for row in run_rows(run)]
+    _write(out, rows, draw_plots(rows, compared, measurements))
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) -> list[Row]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from everest_ds.profiling.measured import measured_rows
+    from everest_ds.profiling.tables import build_rows
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("figures", total=len(cells))
+        rows = build_rows(cells, lambda: progress.update(task, advance=1))
+    return rows + measured_rows(cells, measurements)
+
+
+def _write(out: Path, rows: Sequence[Row], plots: Sequence[Plot]) -> None:
+    """All files of the report; says what came out and where to look."""
+    from everest_ds.profiling.tables import OURS
+    from everest_ds.reports.efficiency import arrange, summarise, to_csv
+    from everest_ds.reports.efficiency_page import render_efficiency_page
+    from everest_ds.reports.markdown import render_markdown
+
+    written = [asdict(row) for row in rows]
+    grids, summary = arrange(written, _headings()), summarise(written)
+    files = {f"{grid.name}.csv": to_csv([r for r in written if r["table"] == grid.name]) for grid in grids}
+    files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
+    files["report.json"] = json.dumps(written, indent=1) + "\n"
+    images = [(plot.caption, f"plots/{plot.name}.svg") for plot in plots]
+    files["report.md"] = render_markdown(TITLE, _lead(written), grids, images)
+    files["report.html"] = render_efficiency_page(
+        TITLE, _lead(written), summary, grids, plots, OURS, _provenance()
+    )
+    for name, text in files.items():
+        _write_file(out / name, text)
+    print_facts(f"{TITLE}: {len(rows)} rows", {**summary, "read": out / "report.html"})
+
+
+def _headings() -> dict[str, Heading]:
+    from everest_ds.cli.runs import HEADING, TABLE
+    from everest_ds.profiling.published import published_tables
+    from everest_ds.reports.efficiency import Heading
+
+    published = {
+        name: Heading(table.title, f"{table.text} Source: {table.source}.", table.columns)
+        for name, table in published_tables().items()
+    }
+    return {**published, TABLE: HEADING}
+
+
+def _lead(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the reader is looking at, in a sentence or two."""
+    from everest_ds.cli.runs import TABLE
+
+    if all(row["table"] == TABLE for row in rows):
+        return "Run folders beside each other: compute and memory as predicted, and what the runs measured."
+    return (
+        "Every published figure beside ours. GFLOPs are the literature's: one multiply-accumulate is 1,"
+        " LayerNorm 5 an element, one clip, forward only."
+    )
+
+
+def _provenance() -> str:
+    from everest_ds.training.run_folder import describe_environment
+
+    here = describe_environment(world_size=1)
+    git = here["git"] or {}
+    state = (
+        f"commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "no commit known"
+    )
+    packages = here["packages"]
+    return f"everest-ds {packages['everest-ds']}, {state}, torch {packages['torch']}, {here['time']}"
+
+
+def _write_file(file: Path, text: str) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError as error:
+        raise UsageError(
+            f"{file}: cannot write the report", given=str(error), fix="choose another --out"
+        ) from None

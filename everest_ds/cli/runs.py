@@ -1,0 +1,133 @@
+"""Run folders as rows of a report: what each computes, holds, reaches and how fast it goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from everest_ds.config import Experiment, load_experiment
+from everest_ds.errors import RunFolderError
+from everest_ds.profiling.compute import count_parameters, predict_macs
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.profiling.tables import Kind, Row
+from everest_ds.reports.efficiency import Heading
+from everest_ds.training.run_folder import read_metrics
+from everest_ds.units import GIB
+
+TABLE = "runs"
+_EVALUATION_FILE = "evaluation.json"  # of training.testing, whose import would bring DeepSpeed along
+HEADING = Heading(
+    title="Runs",
+    text="Compute of one clip, memory of one rank (predicted: allocated; a run on a CPU measures what is"
+    " resident), throughput of all ranks together, median of the logged steps.",
+    columns={
+        "parameters_m": "parameters, M",
+        "training_gmacs": "training GMACs",
+        "memory_gib": "memory, GiB",
+        "clips_per_s": "clips/s",
+        "mfu_pct": "MFU, %",
+        "data_wait_pct": "data wait, %",
+        "loss": "last loss",
+        "top1": "top-1, %",
+    },
+    methods="run",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run folder says.
+
+    Attributes:
+        metrics: rows of metrics.jsonl.
+        tested_top1: of `everest-ds evaluate`; None if that has not run.
+    """
+
+    name: str
+    config: Experiment
+    metrics: list[dict[str, Any]]
+    environment: dict[str, Any]
+    tested_top1: float | None
+
+    @property
+    def top1(self) -> float | None:
+        """Of the test if there was one, else of the best validation; None without either."""
+        validated = [row["val_top1"] for row in self.metrics if "val_top1" in row]
+        return max(validated, default=None) if self.tested_top1 is None else self.tested_top1
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """Rows of training steps."""
+        return [row for row in self.metrics if "loss" in row]
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Read the folders; runs go by their folders' names, or by paths where two names are equal.
+
+    Raises:
+        RunFolderError: if one is no run's, or has not logged a training step.
+    """
+    names = [folder.resolve().name for folder in folders]
+    unique = len(set(names)) == len(names)
+    return [
+        _read_run(folder, name if unique else str(folder))
+        for folder, name in zip(folders, names, strict=True)
+    ]
+
+
+def run_rows(run: Run) -> list[Row]:
+    """Rows of table `runs`: compute of one clip, memory of one rank, throughput of all ranks together."""
+    world_size, versions = run.environment["world_size"], run.environment["packages"]
+    commit = (run.environment["git"] or {}).get("commit", "unknown")[:7]
+    ran = f"{world_size} ranks, torch {versions['torch']}, commit {commit}"
+    rows = [_row(run, *figure, "predicted", "") for figure in _predicted(run.config, world_size)]
+    return rows + [_row(run, *figure, "measured", ran) for figure in _measured(run)]
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    metrics = read_metrics(folder)
+    environment, tested = folder / "environment.json", folder / _EVALUATION_FILE
+    if not environment.is_file():
+        raise RunFolderError(
+            f"{folder}: no {environment.name}", fix="give the folder of a run that has trained"
+        )
+    top1 = json.loads(tested.read_text())["top1"] if tested.is_file() else None
+    run = Run(name, load_experiment(folder), metrics, json.loads(environment.read_text()), top1)
+    if not run.steps:
+        raise RunFolderError(f"{folder}: no training step is logged yet", fix="wait, or leave this run out")
+    return run
+
+
+def _predicted(config: Experiment, world_size: int) -> list[tuple[str, float]]:
+    return [
+        ("parameters_m", count_parameters(config) / 1e6),
+        ("training_gmacs", predict_macs(config).training_macs / 1e9),
+        ("memory_gib", predict_memory(config, num_ranks=world_size).peak_bytes / GIB),
+    ]
+
+
+def _measured(run: Run) -> list[tuple[str, float]]:
+    steady = run.steps[1:] or run.steps  # the first logged steps are warm-up
+    figures = {
+        "memory_gib": max(row["memory_bytes"] for row in run.steps) / GIB,
+        "clips_per_s": median(row["clips_per_s"] for row in steady),
+        "mfu_pct": _median_of_known([row.get("mfu_pct") for row in steady]),
+        "data_wait_pct": median(row["data_wait_pct"] for row in steady),
+        "loss": run.steps[-1]["loss"],
+        "top1": run.top1,
+    }
+    return [(column, value) for column, value in figures.items() if value is not None]
+
+
+def _median_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return median(known) if known else None
+
+
+def _row(run: Run, column: str, value: float, kind: Kind, note: str) -> Row:
+    backbone = run.config.model.backbone
+    return Row(TABLE, run.name, backbone, column, None, round(value, 3), kind, None, note)

@@ -1,0 +1,59 @@
+"""CUDA's autocast on tensors of a CPU: the same operators in half precision, the same in float32.
+
+The two devices' lists differ: CUDA takes softmax, norms and losses in float32, a CPU does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+# Those of "CUDA Ops that can autocast to float32" (docs, torch.amp) that Vision Transformers and losses call.
+_IN_FLOAT32: frozenset[Callable[..., Any]] = frozenset(
+    {
+        torch.softmax,
+        Tensor.softmax,
+        F.softmax,
+        F.layer_norm,
+        F.mse_loss,
+        F.smooth_l1_loss,
+        F.cross_entropy,
+        torch.sum,
+        Tensor.sum,
+        torch.pow,
+        Tensor.pow,
+        torch.norm,
+        Tensor.norm,
+    }
+)
+
+
+@contextmanager
+def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
+    """Autocast what runs inside to `dtype`; None leaves all as it is."""
+    if dtype is None:
+        yield
+        return
+    with torch.autocast("cpu", dtype), _Float32Operators():
+        yield
+
+
+class _Float32Operators(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _IN_FLOAT32:
+            args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _widen(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor

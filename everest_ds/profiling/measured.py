@@ -1,0 +1,206 @@
+"""What `everest-ds profile --measure` found on a device: kept in a JSON file, read back for reports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.errors import OutOfMemoryError, UsageError
+from everest_ds.models import build_model
+from everest_ds.profiling.published import Cell
+from everest_ds.profiling.systems import SYSTEMS, Figure, OwnModel
+from everest_ds.profiling.tables import Row, make_row
+from everest_ds.profiling.time import measure_experiment
+from everest_ds.units import format_bytes, format_duration
+
+FORMAT = "everest-ds profile, format 1"  # another number when the meaning of a key changes
+_K400_CLIPS = 240_000  # of an epoch of the published tables
+_NODE_GPUS = 8
+# which phase the figures of a column are of, by table
+_PHASES = {
+    ("pretraining_cost", "pt_time"): "pretrain",
+    ("pretraining_cost", "memory_gb"): "pretrain",
+    ("k400", "memory_gb"): "pretrain",
+    ("k400_finetuning_of_other_mvas", "memory_gb"): "finetune",
+}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A training step of one GPU (or CPU), measured.
+
+    Attributes:
+        config: of the model.
+        phases_ms: medians: data_wait (where data were loaded), forward, backward, optimizer.
+        step_ms: quartiles of the whole step: first, median, third; no data wait.
+        peak_memory_bytes: the allocator's peak; None on a CPU.
+        mfu_pct: None on a device whose peak rate is not known.
+    """
+
+    subject: str
+    config: Experiment
+    device: str
+    dtype: str
+    torch_version: str
+    commit: str | None
+    phases_ms: dict[str, float]
+    step_ms: tuple[float, float, float]
+    clips_per_s: float
+    tflops_per_s: float
+    mfu_pct: float | None
+    peak_memory_bytes: int | None
+
+    @property
+    def where(self) -> str:
+        """Device, dtype, versions and commit, in a phrase."""
+        commit = f", commit {self.commit[:7]}" if self.commit else ""
+        return f"{self.device}, {self.dtype}, torch {self.torch_version}{commit}"
+
+    @property
+    def label(self) -> str:
+        """What was measured, in a few words."""
+        return f"{self.subject}, {self.config.batch.micro_batch_size} clips, {self.dtype}"
+
+    def facts(self) -> dict[str, str]:
+        """For a reader."""
+        low, middle, high = self.step_ms
+        peak = (
+            "not known: no peak rate for this device and dtype"
+            if self.mfu_pct is None
+            else f"{self.mfu_pct:.1f} %"
+        )
+        return {
+            "where": self.where,
+            "step": f"{middle:.1f} ms (quartiles {low:.1f} to {high:.1f}), data never waited for",
+            **{name: f"{milliseconds:.1f} ms" for name, milliseconds in self.phases_ms.items()},
+            "clips per second": f"{self.clips_per_s:.2f}",
+            "useful TFLOP/s": f"{self.tflops_per_s:.2f}",
+            "MFU": peak,
+            "peak memory": "not measured on a CPU"
+            if self.peak_memory_bytes is None
+            else format_bytes(self.peak_memory_bytes),
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """For the `measured` key of a profile's file."""
+        return {**asdict(self), "config": self.config.model_dump(mode="json")}
+
+
+def measure(
+    subject: str, config: Experiment, prepare: Callable[[nn.Module], object], commit: str | None
+) -> Measured:
+    """Time training steps of an experiment's model on noise, alone on this machine's device.
+
+    Args:
+        prepare: changes the model before it runs, such as what it recomputes.
+        commit: of the code that runs.
+
+    Raises:
+        OutOfMemoryError: if the step does not fit.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config)
+    prepare(model)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        step = measure_experiment(model, config, device, commit=commit)
+    except torch.OutOfMemoryError:
+        raise OutOfMemoryError(
+            f"{subject}: a step does not fit on {device}",
+            given=f"batch.micro_batch_size={config.batch.micro_batch_size}",
+            fix="lower batch.micro_batch_size, or set recompute.mode",
+        ) from None
+    phases = {name: spread for name, spread in vars(step.times).items() if name != "step" and spread}
+    whole = step.times.step
+    return Measured(
+        subject=subject,
+        config=config,
+        device=step.device,
+        dtype=step.dtype,
+        torch_version=step.torch_version,
+        commit=step.commit,
+        phases_ms={name: 1e3 * spread.median_s for name, spread in phases.items()},
+        step_ms=(1e3 * whole.quartile_1_s, 1e3 * whole.median_s, 1e3 * whole.quartile_3_s),
+        clips_per_s=step.clips_per_s,
+        tflops_per_s=step.flops_per_s / 1e12,
+        mfu_pct=step.mfu_pct,
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+    )
+
+
+def read_measured(file: Path) -> Measured:
+    """The measurement in a file of `everest-ds profile --measure --json FILE`.
+
+    Raises:
+        UsageError: if there is no such file, it is of another version, or holds no measurement.
+    """
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{file}: cannot be read as JSON", given=str(error)) from None
+    again = "everest-ds profile SUBJECT --measure --json FILE"
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != FORMAT:
+        raise UsageError(
+            f"{file}: not a measurement of this version",
+            given=f"format {found!r}",
+            allowed=repr(FORMAT),
+            fix=again,
+        )
+    if content["measured"] is None:
+        raise UsageError(f"{file}: holds no measurement", fix=again)
+    return _from_json(content["measured"], file)
+
+
+def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> list[Row]:
+    """Rows for the published cells that a measurement speaks about: the same tokens on the same backbone."""
+    return [row for cell in cells for one in measurements for row in _rows(cell, one)]
+
+
+def _from_json(content: dict[str, Any], file: Path) -> Measured:
+    try:
+        config = Experiment.model_validate(content["config"])
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UsageError(f"{file}: its config is of another version", given=reason) from None
+    return Measured(**{**content, "config": config, "step_ms": tuple(content["step_ms"])})
+
+
+def _rows(cell: Cell, one: Measured) -> list[Row]:
+    phase = _PHASES.get((cell.table, cell.column))
+    if phase is None or not _is_about(one.config, cell, phase):
+        return []
+    clips = one.config.batch.micro_batch_size
+    note = f"{_NODE_GPUS} x one {one.where}; {clips} clips per GPU, {one.config.model.attention} attention"
+    if cell.column == "pt_time":
+        return [_epoch_row(cell, one, note)]
+    if one.peak_memory_bytes is None:
+        return []
+    return [make_row(cell, Figure(_NODE_GPUS * one.peak_memory_bytes / 1e9, "measured", note))]
+
+
+def _epoch_row(cell: Cell, one: Measured, note: str) -> Row:
+    """Time of an epoch on another device than the published one: no gap is taken."""
+    epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
+    how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s each, data never waited for"
+    return replace(make_row(cell, None, how), value=epoch, kind="measured")
+
+
+def _is_about(config: Experiment, cell: Cell, phase: str) -> bool:
+    model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
+    return isinstance(model, OwnModel) and _identity(config) == _identity(model.config)
+
+
+def _identity(config: Experiment) -> tuple[object, ...]:
+    """What makes two experiments compute the same on the same number of clips."""
+    model = config.model
+    return config.task, model.backbone, model.geometry, config.tokens.selection, config.token_counts

@@ -1,0 +1,155 @@
+"""Predicted memory of a training step: the peak of one rank and what it is made of, in closed form, no torch.
+
+The peak of a step can lie at few moments: while tokens are scored, when clips are all there is; while
+targets are made, next to all activations; in the backward pass of any layer, which works beside what it and
+the layers before it have kept; and, with activations gone, while gradients are reduced or weights updated.
+Each is added up, and the largest is the peak. Which it is differs: the encoder is wide and sees few tokens,
+the decoder is narrow and sees many.
+
+Not in it: what libraries take for themselves (CUDA's context, cuBLAS) and gaps of the allocator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
+
+from everest_ds.config.schema import Experiment
+from everest_ds.errors import ConfigError
+from everest_ds.profiling.memory_blocks import VALUE_BYTES
+from everest_ds.profiling.memory_layers import Layer, layers, scoring_bytes, target_bytes, tubelet_bytes
+from everest_ds.profiling.memory_states import ModelStates, model_states
+
+
+@dataclass(frozen=True)
+class MemoryPrediction:
+    """Bytes of one rank at the peak of a training step.
+
+    Attributes:
+        parameters: weights, and the fixed position tables.
+        master_parameters: float32 copies that the optimiser steps.
+        gradients: those that are there at the peak.
+        optimizer_states: AdamW's two moments.
+        inputs: the micro-batch of uint8 clips.
+        activations: what the forward pass has left for the backward pass.
+        temporary: what the operators of that moment work in.
+        communication_buffers: ZeRO's reduce buckets, and the parameters that ZeRO-3 has gathered.
+        peak_at: the moment, for people: `backward pass of decoder block 4`.
+    """
+
+    parameters: int
+    master_parameters: int
+    gradients: int
+    optimizer_states: int
+    inputs: int
+    activations: int
+    temporary: int
+    communication_buffers: int
+    peak_at: str
+
+    @property
+    def peak_bytes(self) -> int:
+        """All of it."""
+        return sum(self.parts().values())
+
+    @property
+    def step_bytes(self) -> int:
+        """What forward and backward pass need besides states and clips."""
+        return self.activations + self.temporary
+
+    def parts(self) -> dict[str, int]:
+        """Bytes by category."""
+        return {name: size for name, size in vars(self).items() if name != "peak_at"}
+
+
+class _Moment(NamedTuple):
+    name: str
+    activations: int
+    temporary: int
+    finished_parameters: int = 0  # through with their backward pass
+    in_backward: bool = False
+
+
+def predict_memory(config: Experiment, num_ranks: int = 1, tensor_parallel: int = 1) -> MemoryPrediction:
+    """Peak memory of one rank, at the last micro-batch of a step that is not the first.
+
+    Args:
+        num_ranks: all of them; those that are not tensor parallel share ZeRO's states.
+        tensor_parallel: ranks that split the heads and hidden layers of every block.
+
+    Raises:
+        ConfigError: if `tensor_parallel` does not divide the ranks or the heads.
+    """
+    _check_tensor_parallel(config, num_ranks, tensor_parallel)
+    num_parameters = sum(layer.num_parameters for layer in layers(config, tensor_parallel))
+    states = model_states(config, num_parameters, num_ranks // tensor_parallel)
+    candidates = [_add_up(config, states, moment) for moment in _moments(config, states, tensor_parallel)]
+    return max(candidates, key=lambda candidate: candidate.peak_bytes)
+
+
+def predict_step_bytes(config: Experiment, tensor_parallel: int = 1) -> int:
+    """The most that both passes hold besides states and clips, gradients being there already."""
+    moments = _passes(layers(config, tensor_parallel), config)
+    return max(moment.activations + moment.temporary for moment in moments)
+
+
+def _moments(config: Experiment, states: ModelStates, tensor_parallel: int) -> Iterator[_Moment]:
+    yield from _passes(layers(config, tensor_parallel), config)
+    finished = states.num_parameters
+    yield _Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True)
+    yield _Moment("update of weights", 0, states.update_bytes, finished)
+
+
+def _passes(stack: Sequence[Layer], config: Experiment) -> Iterator[_Moment]:
+    """Forward and backward pass through `stack`."""
+    kept = list(accumulate(layer.kept_bytes for layer in stack))
+    yield _Moment("token scoring", 0, scoring_bytes(config))
+    for layer, kept_bytes in zip(stack, kept, strict=True):
+        working = tubelet_bytes(config) + layer.forward_bytes
+        yield _Moment(f"forward pass of {layer.name}", kept_bytes, working)
+    yield _Moment("reconstruction targets", kept[-1], target_bytes(config))
+    finished = 0
+    for layer, kept_bytes in zip(reversed(stack), reversed(kept), strict=True):
+        name = f"backward pass of {layer.name}"
+        yield _Moment(name, kept_bytes, layer.backward_bytes, finished, in_backward=True)
+        finished += layer.num_parameters
+
+
+def _add_up(config: Experiment, states: ModelStates, moment: _Moment) -> MemoryPrediction:
+    return MemoryPrediction(
+        parameters=states.parameter_bytes + _position_bytes(config),
+        master_parameters=states.master_bytes,
+        gradients=states.gradient_bytes(moment.finished_parameters),
+        optimizer_states=states.optimizer_bytes,
+        inputs=_input_bytes(config),
+        activations=moment.activations,
+        temporary=moment.temporary,
+        communication_buffers=states.buffer_bytes(moment.finished_parameters, moment.in_backward),
+        peak_at=moment.name,
+    )
+
+
+def _position_bytes(config: Experiment) -> int:
+    """The fixed sine-cosine tables over all N tokens, which every rank has."""
+    shape, num_tokens = config.model.shape, config.model.geometry.num_tokens
+    widths = shape.encoder.width + (shape.decoder.width if config.task == "pretrain" else 0)
+    return num_tokens * widths * VALUE_BYTES[config.precision]
+
+
+def _input_bytes(config: Experiment) -> int:
+    """uint8 pixels, one for each colour; key and label of 8 bytes each."""
+    clip = config.candidate_geometry
+    pixels = clip.num_frames * clip.image_size**2 * 3
+    return config.batch.micro_batch_size * (pixels + 2 * 8)
+
+
+def _check_tensor_parallel(config: Experiment, num_ranks: int, tensor_parallel: int) -> None:
+    shape = config.model.shape
+    heads = [shape.encoder.heads] + ([shape.decoder.heads] if config.task == "pretrain" else [])
+    if num_ranks % tensor_parallel or any(count % tensor_parallel for count in heads):
+        raise ConfigError(
+            "the tensor parallel degree must divide the ranks and every stack's heads",
+            given=f"{tensor_parallel} for {num_ranks} ranks and {', '.join(map(str, heads))} heads",
+        )

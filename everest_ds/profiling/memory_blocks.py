@@ -1,0 +1,163 @@
+"""Predicted activation memory of a stack of blocks, in closed form, no torch.
+
+Bytes come in tensors of n tokens x D width, A = B·n·D·(bytes of a value). What a block of models/vit.py needs
+again in its backward pass:
+
+    A    input of the first norm, which is the block's own
+    A    its output, input of the qkv projection
+    3A   q, k and v
+    A    what attention says, input of the output projection
+    S    unfused attention: the softmax of every pair of tokens, B·h·n²
+    A    input of the second norm
+    A    its output, input of the MLP
+    4A   the hidden layer before GELU; GELU of it is computed again (models/mlp.py)
+
+Tensor parallelism splits heads and hidden layer, so everything between the projections, over its ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.schema import Experiment, RecomputeConfig
+
+FLOAT32_BYTES = 4
+VALUE_BYTES = {"fp32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
+
+Recomputed = Literal["nothing", "attention", "mlp", "everything"]
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """One block of a stack, on one rank.
+
+    Attributes:
+        recomputed: what the forward pass forgets.
+        offloaded: what recomputation starts from is in host memory meanwhile.
+        drops: both branches are masked by drop path.
+        tensor_bytes: A, one tensor of all tokens and the whole width.
+        split_bytes: A over the tensor-parallel ranks.
+        attention_bytes: kept within attention: q, k, v, result, and weights or the logarithms of their sums.
+        mlp_bytes: kept within the MLP.
+        norm_bytes: means and deviations of both norms.
+        logits_bytes: S, or 0 for fused attention.
+        weight_bytes: gradient of one of the MLP's matrices, before it is added to what is there.
+    """
+
+    recomputed: Recomputed
+    offloaded: bool
+    drops: bool
+    tensor_bytes: int
+    split_bytes: int
+    attention_bytes: int
+    mlp_bytes: int
+    norm_bytes: int
+    logits_bytes: int
+    weight_bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """What the forward pass leaves on the device."""
+        on_host = self.tensor_bytes if self.offloaded else 0
+        if self.recomputed == "everything":
+            return self.tensor_bytes - on_host
+        forgotten = {"attention": self.attention_bytes, "mlp": self.mlp_bytes}.get(self.recomputed, 0)
+        return self.tensor_bytes + self._inner_bytes - forgotten - on_host
+
+    @property
+    def forward_bytes(self) -> int:
+        """What the forward pass works in, beside what it leaves, while the MLP's result is made.
+
+        GELU's output and the result; of a recomputed part also what leads there.
+        """
+        forgotten = {"mlp": self.mlp_bytes, "everything": 2 * self.tensor_bytes + self.mlp_bytes}
+        return self.mlp_bytes + self.tensor_bytes + forgotten.get(self.recomputed, 0)
+
+    @property
+    def backward_bytes(self) -> int:
+        """The most that the backward pass adds to what the forward pass has left."""
+        fetched = self.tensor_bytes if self.offloaded else 0
+        return fetched + max(self._in_mlp, self._in_attention)
+
+    @property
+    def _in_mlp(self) -> int:
+        """While the gradient of the hidden layer is made.
+
+        There are the gradients of the block's output, of GELU's output and input and of a weight; and what
+        was computed again, with its own result.
+        """
+        again = {
+            "mlp": self.mlp_bytes + self.tensor_bytes,
+            "everything": self._inner_bytes + self.tensor_bytes,
+        }
+        masked = self.tensor_bytes if self.drops else 0
+        gradients = self.tensor_bytes + masked + 2 * self.mlp_bytes + self.weight_bytes
+        return gradients + again.get(self.recomputed, 0)
+
+    @property
+    def _in_attention(self) -> int:
+        """While the gradient of the logits is made, which only unfused attention has.
+
+        There are the gradients of the block's middle, of v, of the weights and of the logits; and what was
+        computed again, with its own result and, for a whole block, that one's gradient. Done with are the MLP
+        and its norm, the input of the output projection, and v.
+        """
+        if not self.logits_bytes:
+            return 0
+        again = {
+            "attention": self.attention_bytes + self.tensor_bytes,
+            "mlp": self.mlp_bytes,
+            "everything": self._inner_bytes + 2 * self.tensor_bytes,
+        }
+        gradients = self.tensor_bytes + self.split_bytes + 2 * self.logits_bytes
+        done = 2 * self.tensor_bytes + self.mlp_bytes + 2 * self.split_bytes
+        return gradients + again.get(self.recomputed, 0) - done
+
+    @property
+    def _inner_bytes(self) -> int:
+        """All that a block keeps if nothing is recomputed, but for its input."""
+        return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + self.mlp_bytes
+
+
+def block_memory(
+    config: Experiment,
+    shape: TransformerShape,
+    num_tokens: int,
+    *,
+    index: int,
+    drops: bool,
+    tensor_parallel: int,
+) -> BlockMemory:
+    """Memory of block `index` of a stack on `num_tokens` tokens of each clip of a micro-batch."""
+    value, clips = VALUE_BYTES[config.precision], config.batch.micro_batch_size
+    heads, tokens = shape.heads // tensor_parallel, clips * num_tokens
+    full = tokens * shape.width * value
+    split = full // tensor_parallel
+    unfused = config.model.attention == "unfused"
+    logits = tokens * num_tokens * heads * value if unfused else 0
+    # Of several clips unfused attention copies k and v to multiply them and lets q, k and v go, of which it
+    # keeps q scaled. A single clip's are multiplied as they are, and all three stay beside the scaled q.
+    tensors = 5 if unfused and clips == 1 else 4
+    recomputed = _recomputed(config.recompute, index)
+    return BlockMemory(
+        recomputed=recomputed,
+        offloaded=config.recompute.offload_to_cpu and recomputed != "nothing",
+        drops=drops,
+        tensor_bytes=full,
+        split_bytes=split,
+        attention_bytes=tensors * split + (logits or tokens * heads * FLOAT32_BYTES),
+        mlp_bytes=MLP_RATIO * split,
+        norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
+        logits_bytes=logits,
+        weight_bytes=MLP_RATIO * shape.width**2 * value // tensor_parallel,
+    )
+
+
+def _recomputed(config: RecomputeConfig, index: int) -> Recomputed:
+    """What of block `index`: in mode `blocks` the first of every n (parallel/recompute.py)."""
+    if config.mode in ("attention", "mlp"):
+        return "attention" if config.mode == "attention" else "mlp"
+    every = {"none": 0, "blocks": config.every, "full": 1}[config.mode]
+    return "everything" if every and index % every == 0 else "nothing"

@@ -1,0 +1,158 @@
+"""Predicted activation memory of our models, layer by layer, in closed form, no torch.
+
+Symbols as in compute.py: B clips of a micro-batch, N tokens, K kept, V visible, M = K - V predicted, P values
+of a tubelet, D encoder width, d decoder width, e bytes of a value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.schema import Experiment
+from everest_ds.config.tokens import sketch_width
+from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES, block_memory
+
+_SCORED_TOKENS = 4096  # at a time (models/rero.py)
+
+
+class Layer(NamedTuple):
+    """A part of the model, in the order of the forward pass.
+
+    Attributes:
+        name: for people, such as `decoder block 4`.
+        kept_bytes: what its forward pass leaves to its backward pass.
+        backward_bytes: the most that its backward pass adds to that.
+        num_parameters: on this rank.
+        forward_bytes: what its forward pass works in, if that can be a peak.
+    """
+
+    name: str
+    kept_bytes: int
+    backward_bytes: int
+    num_parameters: int
+    forward_bytes: int = 0
+
+
+def layers(config: Experiment, tensor_parallel: int) -> list[Layer]:
+    """The layers of the experiment's model, one rank's share of them."""
+    counts, shape = config.token_counts, config.model.shape
+    in_encoder = _blocks("encoder", config, shape.encoder, counts.num_visible, tensor_parallel)
+    if config.task == "finetune":
+        return [_embedding(config), *in_encoder, _classifier_head(config)]
+    in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept, tensor_parallel)
+    return [_embedding(config), *in_encoder, _projection(config), *in_decoder, _pixel_head(config)]
+
+
+def scoring_bytes(config: Experiment) -> int:
+    """While tokens are scored: a clip's tubelets, and features of a few clips at a time (models/rero.py).
+
+    Pixels are cast and each slot's are subtracted from the next one's; features are computed of the changes.
+    """
+    tokens, geometry = config.tokens, config.candidate_geometry
+    tubelets = geometry.num_tokens * geometry.tubelet_values
+    if tokens.selection != "rero" and tokens.frame_oversampling == 1:
+        return _clips(config) * tubelets
+    width = config.model.shape.encoder.width
+    features = {"embedding": width, "sketch": sketch_width(width), "pixel": geometry.tubelet_values}
+    value = FLOAT32_BYTES if tokens.score == "pixel" else VALUE_BYTES[config.precision]
+    at_once = max(1, min(_clips(config), _SCORED_TOKENS // geometry.num_tokens))
+    scored = 2 * tubelets + geometry.num_tokens * features[tokens.score]
+    return _clips(config) * tubelets + at_once * scored * value
+
+
+def tubelet_bytes(config: Experiment) -> int:
+    """The clip cut up, in uint8, which the whole forward pass holds on to."""
+    geometry = config.model.geometry
+    return _clips(config) * geometry.num_tokens * geometry.tubelet_values
+
+
+def target_bytes(config: Experiment) -> int:
+    """While targets are made (models/tubelets.py), which is when the forward pass holds most.
+
+    All tubelets and the predicted ones in uint8; the latter's values in float32, and minus their means.
+    Predictions in half precision wait for the float32 copy that the head keeps, as it does the targets.
+    """
+    if config.task == "finetune":
+        return 0
+    in_float32 = 2 if config.loss.normalize_targets else 1
+    each = 1 + in_float32 * FLOAT32_BYTES + VALUE_BYTES[config.precision] - FLOAT32_BYTES
+    predicted = _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
+    return tubelet_bytes(config) + predicted * each
+
+
+def _blocks(
+    name: str, config: Experiment, shape: TransformerShape, num_tokens: int, tensor_parallel: int
+) -> Iterator[Layer]:
+    for index in range(shape.depth):
+        block = block_memory(
+            config,
+            shape,
+            num_tokens,
+            index=index,
+            drops=name == "encoder" and config.model.drop_path > 0 and index > 0,
+            tensor_parallel=tensor_parallel,
+        )
+        yield Layer(
+            f"{name} block {index + 1}",
+            block.kept_bytes,
+            block.backward_bytes,
+            _block_parameters(shape, tensor_parallel),
+            block.forward_bytes,
+        )
+
+
+def _embedding(config: Experiment) -> Layer:
+    """Keeps the visible tubelets as numbers, and the embedding with the normalisation folded into it."""
+    values, width = config.model.geometry.tubelet_values, config.model.shape.encoder.width
+    value = VALUE_BYTES[config.precision]
+    pixels = _clips(config) * config.token_counts.num_visible * values * value
+    weight = width * values
+    # the folded weight's gradient, and the weight's own; in half precision the first in float32 as well
+    gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
+    incoming = _clips(config) * config.token_counts.num_visible * width * value
+    return Layer("embedding", pixels + weight * value, incoming + gradients, weight + width)
+
+
+def _projection(config: Experiment) -> Layer:
+    """Norm and linear map from the encoder's width to the decoder's, and the mask token."""
+    width, narrow = config.model.shape.encoder.width, config.model.shape.decoder.width
+    value = VALUE_BYTES[config.precision]
+    tokens = _clips(config) * config.token_counts.num_visible
+    kept = 2 * tokens * (width * value + FLOAT32_BYTES)  # inputs of both, and the norm's two statistics
+    working = tokens * (narrow + width) * value + width * narrow * value
+    return Layer("projection", kept, working, 2 * width + width * narrow + narrow)
+
+
+def _pixel_head(config: Experiment) -> Layer:
+    """Norm and linear map from predicted tokens to pixels, and their squared error in float32."""
+    counts, width = config.token_counts, config.model.shape.decoder.width
+    values, value = config.model.geometry.tubelet_values, VALUE_BYTES[config.precision]
+    decoded, predicted = (_clips(config) * n for n in (counts.num_kept, counts.num_predicted))
+    norm = decoded * width * value + predicted * 2 * FLOAT32_BYTES
+    compared = 2 * predicted * values * FLOAT32_BYTES  # predictions and targets
+    # the gradient of the predictions, in the model's precision as well if that is half
+    gradient = predicted * values * (FLOAT32_BYTES if value == FLOAT32_BYTES else FLOAT32_BYTES + value)
+    kept = norm + predicted * width * value + compared
+    return Layer("head", kept, gradient, 2 * width + width * values + values)
+
+
+def _classifier_head(config: Experiment) -> Layer:
+    """Mean, norm and linear map: a few vectors a clip, as good as nothing."""
+    width, classes = config.model.shape.encoder.width, config.model.num_classes or 0
+    kept = _clips(config) * (2 * width + classes) * FLOAT32_BYTES
+    return Layer("head", kept, 0, 2 * width + width * classes + classes)
+
+
+def _block_parameters(shape: TransformerShape, tensor_parallel: int) -> int:
+    """One rank's share: the matrices and what follows their outputs are split, norms and sums are not."""
+    width, hidden = shape.width, MLP_RATIO * shape.width
+    matrices = 4 * width**2 + 2 * width * hidden
+    split_biases = 2 * width + hidden  # of q, v and the hidden layer
+    whole = 2 * width + 2 * 2 * width  # biases of the two sums over ranks; both norms
+    return (matrices + split_biases) // tensor_parallel + whole
+
+
+def _clips(config: Experiment) -> int:
+    return config.batch.micro_batch_size

@@ -1,0 +1,117 @@
+"""The memory of one subject as tables: predicted for a rank, counted on the traced model, over the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.models import build_model
+from everest_ds.models.peers import Peer, blank_inputs
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.profiling.memory_trace import CATEGORIES, MemoryTrace, Moment, trace_memory
+
+MIB = 1024**2
+PEAK = "peak"
+Table = list[dict[str, Any]]
+# bfloat16 is traced as float16, of the same size: a CPU has its own attention in bfloat16, a GPU has not
+_DTYPES = {"fp32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
+_MOMENTS = 240  # of the table over time: about what a plot can show
+
+
+def memory_of_experiment(
+    config: Experiment, num_ranks: int, tensor_parallel: int, prepare: Callable[[nn.Module], object]
+) -> dict[str, Table]:
+    """Tables `memory`, `memory_peak_at` and `memory_over_time` of a rank's training step on one micro-batch.
+
+    Predicted is a rank under ZeRO and tensor parallelism, counted is one rank without either.
+
+    Args:
+        prepare: changes the model before it is traced, such as what it recomputes.
+
+    Raises:
+        ConfigError: if the ranks do not divide.
+    """
+    predicted = predict_memory(config, num_ranks, tensor_parallel)
+    traced = trace_experiment(config, prepare)
+    tables = _tables({"predicted_mib": {**predicted.parts(), PEAK: predicted.peak_bytes}}, traced)
+    tables["memory_peak_at"].insert(0, {"kind": "predicted", "peak_at": predicted.peak_at})
+    return tables
+
+
+def memory_of_peer(peer: Peer) -> dict[str, Table]:
+    """The same tables of another system, float32, on one clip; nothing is predicted."""
+    with torch.device("meta"):
+        shapes = blank_inputs(peer.build())
+    traced = trace_memory(
+        peer.build, lambda: [torch.empty_like(shape, device="cpu") for shape in shapes], _sum
+    )
+    return _tables({}, traced)
+
+
+def _tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
+    peak = traced.peak
+    columns = {**predicted, "counted_mib": {**peak.live_bytes, PEAK: traced.peak_bytes}}
+    categories = dict.fromkeys(
+        category for sizes in columns.values() for category in sizes if category != PEAK
+    )
+    return {
+        "memory": [
+            {"category": category, **{name: sizes.get(category, 0) / MIB for name, sizes in columns.items()}}
+            for category in (*categories, PEAK)
+        ],
+        "memory_peak_at": [{"kind": "counted", "peak_at": f"{peak.phase}, {peak.operator}"}],
+        "memory_over_time": over_time(traced),
+    }
+
+
+def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object]) -> MemoryTrace:
+    """Trace a training step of our model: weights in the experiment's precision, AdamW on float32."""
+
+    def build() -> nn.Module:
+        model = build_model(config).to(_DTYPES[config.precision])
+        prepare(model)
+        return model
+
+    return trace_memory(build, partial(_blank_batch, config), partial(_loss, config))
+
+
+def over_time(traced: MemoryTrace) -> Table:
+    """The step in at most `_MOMENTS` rows of live bytes by category; of moments in between, the highest."""
+    timeline = traced.timeline
+    stride = -(-len(timeline) // _MOMENTS)
+    highest = [max(timeline[i : i + stride], key=_total) for i in range(0, len(timeline), stride)]
+    return [
+        {"phase": m.phase, "operator": m.operator, **{c: m.live_bytes[c] for c in CATEGORIES}}
+        for m in highest
+    ]
+
+
+def _total(moment: Moment) -> int:
+    return moment.total_bytes
+
+
+def _blank_batch(config: Experiment) -> Sequence[Tensor]:
+    """Uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
+    clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
+    return (
+        torch.empty(num_clips, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8),
+        torch.empty(num_clips, dtype=torch.int64),
+        torch.empty(num_clips, dtype=torch.int64),
+    )
+
+
+def _loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
+    output = model(clip_BFHWC, key_B)
+    loss: Tensor = output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
+    return loss
+
+
+def _sum(model: nn.Module, *inputs: Tensor) -> Tensor:
+    output: Tensor = model(*inputs)
+    return output.sum()

@@ -1,0 +1,125 @@
+"""Predicted memory of a model's states under ZeRO, in closed form, no torch.
+
+The rules are those of DeepSpeed 0.19.8 with the files of ds_configs/, each held against the live tensors of
+an engine (tests/profiling/test_memory_states.py). Ψ parameters, N data-parallel ranks, values of e bytes:
+
+    stage   parameters   masters   gradients       AdamW   buffers
+    0       eΨ           4Ψ (a)    eΨ              8Ψ      -
+    1       eΨ           4Ψ/N      eΨ (b)          8Ψ/N    buckets, within the backward pass (c)
+    2       eΨ           4Ψ/N      eΨ/N (b)        8Ψ/N    buckets, within the backward pass
+    3       eΨ/N         4Ψ/N      eΨ/N            8Ψ/N    a bucket, always; gathered parameters (d)
+
+(a) none in fp32. (b) Between micro-batches; of a single one the gradients are born into the bucket.
+(c) Stage 1 holds them between micro-batches, too. (d) DeepSpeed releases a parameter after its backward pass,
+for fewer than `stage3_max_reuse_distance` (a billion) others are used in between: the whole model is there.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from everest_ds.config.schema import Experiment
+from everest_ds.profiling.memory_blocks import VALUE_BYTES
+from everest_ds.shipped import shipped
+
+MASTER_BYTES = 4
+ADAMW_BYTES = 2 * 4  # two moments in float32
+_DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in values
+
+
+@dataclass(frozen=True)
+class ModelStates:
+    """States of one rank.
+
+    Attributes:
+        stage: of ZeRO.
+        num_parameters: of this rank's share of the model under tensor parallelism.
+        ranks: N.
+        value_bytes: e.
+        accumulates: a step has several micro-batches.
+        bucket_values: all reduce buckets together, in values.
+    """
+
+    stage: int
+    num_parameters: int
+    ranks: int
+    value_bytes: int
+    accumulates: bool
+    bucket_values: int
+
+    @property
+    def parameter_bytes(self) -> int:
+        return self._share(3) * self.value_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Float32 copies that the optimiser steps; ZeRO makes one of float32 weights as well."""
+        needed = self.stage > 0 or self.value_bytes != MASTER_BYTES
+        return self._share(1) * MASTER_BYTES if needed else 0
+
+    @property
+    def optimizer_bytes(self) -> int:
+        return self._share(1) * ADAMW_BYTES
+
+    def gradient_bytes(self, finished: int) -> int:
+        """At the last micro-batch's moment when the backward pass is through with `finished` parameters."""
+        everything, part = (n * self.value_bytes for n in (self.num_parameters, self._share(1)))
+        if self.stage == 3:
+            return part
+        if self.stage == 0:
+            return everything if self.accumulates else finished * self.value_bytes
+        if not self.accumulates:
+            return 0
+        # stage 1: those that are finished have moved to the bucket
+        return part if self.stage == 2 else everything - finished * self.value_bytes
+
+    def buffer_bytes(self, finished: int, in_backward: bool) -> int:
+        """Buckets in which gradients are reduced, and parameters that ZeRO-3 has gathered."""
+        if self.stage == 0:
+            return 0
+        if self.stage == 3:
+            gathered = self.num_parameters - finished if self.ranks > 1 else 0
+            return (self.bucket_values + gathered) * self.value_bytes
+        held = in_backward or (self.stage == 1 and self.accumulates)
+        return self.bucket_values * self.value_bytes if held else 0
+
+    @property
+    def reduction_bytes(self) -> int:
+        """When the backward pass is over: stage 0 reduces a flat copy of all, others average their share."""
+        values = min(self.num_parameters, _DEFAULT_BUCKET) if self.stage == 0 else self._share(1)
+        return 0 if self.stage == 3 else values * self.value_bytes
+
+    @property
+    def update_bytes(self) -> int:
+        """For the optimiser's step: this rank's gradients, flat and in float32."""
+        in_place = self.stage == 0 and self.value_bytes == MASTER_BYTES
+        return 0 if in_place else self._share(1) * MASTER_BYTES
+
+    def _share(self, from_stage: int) -> int:
+        """Parameters of this rank, where what is asked for is split from that stage on."""
+        return -(-self.num_parameters // self.ranks) if self.stage >= from_stage else self.num_parameters
+
+
+def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelStates:
+    """States of `num_parameters` parameters, sharded over `ranks` by the config's DeepSpeed file."""
+    zero, batch = _zero_settings(config), config.batch
+    stage = config.parallelism.zero_stage
+    # ZeRO-1 and 2 with overlapping communication fill one bucket while the other is reduced
+    buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    accumulated = batch.grad_accum_steps or (batch.global_batch_size or 0) // (batch.micro_batch_size * ranks)
+    return ModelStates(
+        stage=stage,
+        num_parameters=num_parameters,
+        ranks=ranks,
+        value_bytes=VALUE_BYTES[config.precision],
+        accumulates=accumulated > 1,
+        bucket_values=buckets * int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
+    )
+
+
+def _zero_settings(config: Experiment) -> dict[str, Any]:
+    stage = config.parallelism.zero_stage
+    path = config.parallelism.ds_config or shipped("ds_configs") / f"zero{stage}.json"
+    return json.loads(path.read_text())["zero_optimization"]

@@ -1,0 +1,234 @@
+"""Counted memory: every tensor of a real training step, from birth to death, without memory for any.
+
+The step runs under fake tensors, which have shapes and no values: a ViT-H takes seconds at any batch size.
+Every storage that an operator makes is booked when it appears and when it dies. What a kernel takes inside
+of itself and what an allocator rounds up is not seen.
+
+The device is a CPU, so kernels are chosen as there (models/attention.py, models/linear.py).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from everest_ds.profiling.autocast import cuda_autocast
+
+# What storages are for. The first five rest between steps; those born in a step are the last two.
+PARAMETERS, MASTERS, GRADIENTS, STATES = "parameters", "master_parameters", "gradients", "optimizer_states"
+INPUTS, ACTIVATIONS, TEMPORARY = "inputs", "activations", "temporary"
+CATEGORIES = (PARAMETERS, MASTERS, GRADIENTS, STATES, INPUTS, ACTIVATIONS, TEMPORARY)
+
+
+class Moment(NamedTuple):
+    """Live memory just after a storage was made or released.
+
+    Attributes:
+        phase: `forward`, `backward` or `optimizer`.
+        operator: the one that ran last, such as `aten.mm`.
+        live_bytes: by category, all of `CATEGORIES`.
+    """
+
+    phase: str
+    operator: str
+    live_bytes: dict[str, int]
+
+    @property
+    def total_bytes(self) -> int:
+        """Over all categories."""
+        return sum(self.live_bytes.values())
+
+
+@dataclass(frozen=True)
+class MemoryTrace:
+    """One training step: forward pass, backward pass, AdamW.
+
+    Activations are what the forward pass leaves for the backward pass. Temporary is what it does not leave,
+    and whatever the backward pass and the optimiser make for themselves.
+
+    Attributes:
+        resting_bytes: by category, what lives between steps.
+        timeline: the step, moment by moment.
+    """
+
+    resting_bytes: dict[str, int]
+    timeline: list[Moment]
+
+    @property
+    def peak(self) -> Moment:
+        """When most was live."""
+        return max(self.timeline, key=lambda moment: moment.total_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that was live at once."""
+        return self.peak.total_bytes
+
+    @property
+    def step_bytes(self) -> int:
+        """The most that was live at once, less what lives between steps."""
+        return self.peak_bytes - sum(self.resting_bytes.values())
+
+
+def trace_memory(
+    build: Callable[[], nn.Module],
+    make_inputs: Callable[[], Sequence[Tensor]],
+    loss_of: Callable[..., Tensor],
+    amp_dtype: torch.dtype | None = None,
+) -> MemoryTrace:
+    """Trace a training step of a model: not the first one, so gradients are there already.
+
+    Weights in half precision have float32 masters, which AdamW steps.
+
+    Args:
+        build: makes the model; called on the meta device.
+        make_inputs: makes what a step reads, such as clips; called under fake tensors.
+        loss_of: runs one forward pass: `loss_of(model, *inputs)`.
+        amp_dtype: autocast the forward pass to this type by CUDA's rules, as the published systems did. Not
+            for modules of models/mlp.py and models/linear.py: their own backward passes know one precision.
+    """
+    with torch.device("meta"):
+        model = build()
+    with FakeTensorMode(allow_non_fake_inputs=True), _Ledger() as ledger:
+        _allocate(model)
+        inputs = make_inputs()
+        weights = [weight for weight in model.parameters() if weight.requires_grad]
+        for weight in weights:
+            weight.grad = torch.zeros_like(weight)
+        optimizer = _Optimizer(weights)
+        optimizer.step()
+        ledger.know(PARAMETERS, (*model.parameters(), *model.buffers()))
+        ledger.know(GRADIENTS, (weight.grad for weight in weights if weight.grad is not None))
+        ledger.know(MASTERS, optimizer.masters)
+        ledger.know(STATES, optimizer.states)
+        ledger.know(INPUTS, inputs)
+        ledger.start("forward")
+        with cuda_autocast(amp_dtype):
+            loss = loss_of(model, *inputs)
+        ledger.know_the_rest(ACTIVATIONS)
+        ledger.enter("backward")
+        loss.backward()
+        del loss
+        ledger.enter("optimizer")
+        optimizer.step()
+        return ledger.close()
+
+
+def _allocate(model: nn.Module) -> None:
+    """Give the weights and buffers of a model on the meta device fake memory."""
+    for module in model.modules():
+        for name, weight in module.named_parameters(recurse=False):
+            empty = torch.empty_like(weight, device="cpu")
+            setattr(module, name, nn.Parameter(empty, requires_grad=weight.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+
+
+class _Optimizer:
+    """AdamW, on float32 masters of weights that are not float32."""
+
+    def __init__(self, weights: Iterable[nn.Parameter]) -> None:
+        exact = [weight for weight in weights if weight.dtype == torch.float32]
+        self._halves = [weight for weight in weights if weight.dtype != torch.float32]
+        self.masters = [weight.detach().float() for weight in self._halves]
+        self._adamw = torch.optim.AdamW([*exact, *self.masters], fused=True)
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for master, weight in zip(self.masters, self._halves, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+        self._adamw.step()
+        for master, weight in zip(self.masters, self._halves, strict=True):
+            weight.copy_(master)
+            master.grad = None
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Both moments and the number of steps of every weight."""
+        return [leaf for leaf in tree_leaves(dict(self._adamw.state)) if isinstance(leaf, Tensor)]
+
+
+@dataclass
+class _Storage:
+    num_bytes: int
+    category: str | None = None  # not known before it has died or the forward pass is over
+
+
+class _Event(NamedTuple):
+    phase: str
+    operator: str
+    storage: _Storage
+    change_bytes: int
+
+
+class _Ledger(TorchDispatchMode):
+    """Books the birth and the death of every storage that operators make while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._phase = self._operator = ""
+        self._live: dict[int, _Storage] = {}  # by address
+        self._events: list[_Event] = []
+        self._resting_bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self._operator = str(func.overloadpacket)
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage())
+        return out
+
+    def know(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Tell what the storages of `tensors` are for."""
+        for tensor in tensors:
+            self._live[tensor.untyped_storage()._cdata].category = category
+
+    def know_the_rest(self, category: str) -> None:
+        """Tell what all others are for that are alive now."""
+        for storage in self._live.values():
+            storage.category = storage.category or category
+
+    def start(self, phase: str) -> None:
+        """Begin the step: what is alive now rests, what was before is forgotten."""
+        for storage in self._live.values():
+            self._resting_bytes[storage.category or ""] += storage.num_bytes
+        self._events.clear()
+        self.enter(phase)
+
+    def enter(self, phase: str) -> None:
+        """Name what comes next."""
+        self._phase = phase
+
+    def close(self) -> MemoryTrace:
+        """Replay the events, now that it is known what every storage was for."""
+        resting = {category: self._resting_bytes[category] for category in CATEGORIES}
+        live, timeline = dict(resting), []
+        for event in self._events:
+            live[event.storage.category or TEMPORARY] += event.change_bytes
+            timeline.append(Moment(event.phase, event.operator, dict(live)))
+        return MemoryTrace(resting, timeline)
+
+    def _see(self, memory: torch.UntypedStorage) -> None:
+        if memory._cdata not in self._live:
+            self._live[memory._cdata] = _Storage(memory.nbytes())
+            self._book(self._live[memory._cdata], memory.nbytes())
+            weakref.finalize(memory, self._forget, memory._cdata)
+
+    def _forget(self, address: int) -> None:
+        storage = self._live.pop(address)
+        self._book(storage, -storage.num_bytes)
+
+    def _book(self, storage: _Storage, change_bytes: int) -> None:
+        self._events.append(_Event(self._phase, self._operator, storage, change_bytes))

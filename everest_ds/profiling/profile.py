@@ -1,0 +1,115 @@
+"""The compute of one subject as tables, without running it: to print, to save and to compare.
+
+All of one clip (one view). Predicted: by a closed formula. Counted: traced on the real model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from everest_ds.config.schema import Experiment
+from everest_ds.models.peers import Peer, blank_inputs
+from everest_ds.profiling.compute import LITERATURE_MACS_PER_NORM_ELEMENT, count_parameters, predict_macs
+from everest_ds.profiling.counter import ComputeCount, count_experiment, count_forward, count_training_step
+from everest_ds.profiling.time import FLOPS_PER_MAC
+
+Table = list[dict[str, Any]]
+_MEGA, _GIGA = 1e6, 1e9
+
+
+def profile_experiment(config: Experiment) -> dict[str, Table]:
+    """Our model of an experiment: tables `compute`, `by_module`, `by_operator` and `not_counted`."""
+    predicted, counted = predict_macs(config), count_experiment(config)
+    norms = LITERATURE_MACS_PER_NORM_ELEMENT * predicted.layer_norm_elements
+    formula = _figures(count_parameters(config), predicted.forward_macs, norms, predicted.training_macs)
+    traced = _figures_of(counted.num_parameters, counted.forward, counted.training_step)
+    for figures, macs in ((formula, predicted.literature_macs), (traced, counted.literature_macs)):
+        figures["forward with every token embedded, as published: literature's GFLOPs"] = macs / _GIGA
+    compute = _beside("figure", {"predicted": formula, "counted": traced})
+    return {"compute": compute, **_details(counted.forward, counted.training_step)}
+
+
+def profile_peer(peer: Peer) -> dict[str, Table]:
+    """Another system at its published size: the same tables; nothing is predicted."""
+    with torch.device("meta"):
+        model = peer.build()
+        inputs = blank_inputs(model)
+
+    def loss() -> Tensor:
+        output: Tensor = model(*inputs)
+        return output.sum()
+
+    forward, training = count_forward(model, *inputs), count_training_step(loss, model)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    traced = _figures_of(trainable, forward, training)
+    if peer.views > 1:
+        label = f"forward, {peer.views} views as published: literature's GFLOPs"
+        traced[label] = peer.views * forward.literature_macs / _GIGA
+    return {"compute": _beside("figure", {"counted": traced}), **_details(forward, training)}
+
+
+def _figures_of(num_parameters: int, forward: ComputeCount, training: ComputeCount) -> dict[str, float]:
+    norms = forward.literature_macs - forward.macs
+    return _figures(num_parameters, forward.macs, norms, training.macs)
+
+
+def _figures(num_parameters: int, forward: int, norms: int, training: int) -> dict[str, float]:
+    """The figures of a model, from its MACs and the literature's weight of its LayerNorms."""
+    return {
+        "trainable parameters, M": num_parameters / _MEGA,
+        "forward, GMACs": forward / _GIGA,
+        "forward, literature's GFLOPs (GMACs, and 5 a LayerNorm element)": (forward + norms) / _GIGA,
+        "forward, true GFLOPs (2 a MAC)": FLOPS_PER_MAC * forward / _GIGA,
+        "training step, GMACs": training / _GIGA,
+        "training step, true GFLOPs (2 a MAC)": FLOPS_PER_MAC * training / _GIGA,
+    }
+
+
+def _details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
+    """Counted compute by module and by operator, and what has no count."""
+    by_module = {
+        "forward_gmacs": _giga(_merge_blocks(forward.macs_by_module)),
+        "layer_norm_gmacs": _giga(_norms(forward)),
+        "training_gmacs": _giga(_merge_blocks(training.macs_by_module)),
+    }
+    by_operator = {
+        "forward_gmacs": _giga(forward.macs_by_operator),
+        "training_gmacs": _giga(training.macs_by_operator),
+    }
+    calls = {"forward_calls": forward.uncounted, "training_calls": training.uncounted}
+    return {
+        "by_module": _beside("module", by_module),
+        "by_operator": _beside("operator", by_operator),
+        "not_counted": _beside("operator", calls),
+    }
+
+
+def _merge_blocks(by_module: Mapping[str, int]) -> dict[str, int]:
+    """Sums over the blocks of a stack: `blocks.0.mlp` and `blocks.1.mlp` are `blocks.*.mlp`."""
+    merged: Counter[str] = Counter()
+    for path, value in by_module.items():
+        merged[re.sub(r"\.\d+(?=\.|$)", ".*", path) or "(the model itself)"] += value
+    return dict(merged)
+
+
+def _norms(count: ComputeCount) -> dict[str, int]:
+    merged = _merge_blocks(count.layer_norm_elements_by_module)
+    return {path: LITERATURE_MACS_PER_NORM_ELEMENT * elements for path, elements in merged.items()}
+
+
+def _giga(values: Mapping[str, int]) -> dict[str, float]:
+    return {name: value / _GIGA for name, value in values.items()}
+
+
+def _beside(key: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """One row a name that occurs in any column; 0 where a column has none."""
+    names = dict.fromkeys(name for values in columns.values() for name in values)
+    return [
+        {key: name, **{column: values.get(name, 0) for column, values in columns.items()}} for name in names
+    ]

@@ -1,0 +1,152 @@
+"""The systems of the published tables: one entry a row, saying what computes its figures.
+
+A new system is a module under models/peers/, a line in that registry, and a line in `SYSTEMS` here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from everest_ds.config.schema import Experiment
+from everest_ds.profiling.compute import count_parameters, predict_macs
+from everest_ds.profiling.peers import count_peer
+
+Kind = Literal["predicted", "counted", "measured", "published"]
+K400_CLASSES = 400
+K400_KEEP_RATIO = 0.4  # what reproduces EVEREST's published K400 pre-training figures
+BACKBONES = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large", "ViT-H": "vit_huge"}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure and where it comes from."""
+
+    value: float
+    kind: Kind
+    note: str = ""
+
+
+class Subject(Protocol):
+    """A video model whose compute and size can be told without running it."""
+
+    def compute(self) -> Figure:
+        """Forward multiply-accumulates as the literature counts them: LayerNorm at 5 an element."""
+
+    def parameters(self) -> Figure:
+        """Number of trainable parameters."""
+
+
+@dataclass(frozen=True)
+class OwnModel:
+    """A model of ours, from its config alone."""
+
+    config: Experiment
+    note: str = ""
+
+    def compute(self) -> Figure:
+        return Figure(predict_macs(self.config).literature_macs, "predicted", self.note)
+
+    def parameters(self) -> Figure:
+        return Figure(count_parameters(self.config), "predicted")
+
+
+@dataclass(frozen=True)
+class PeerModel:
+    """A module under models/peers/, traced on the meta device.
+
+    Attributes:
+        name: in the registry there.
+        note: on its compute.
+        parameters_note: on its parameters.
+    """
+
+    name: str
+    note: str = ""
+    parameters_note: str = ""
+
+    def compute(self) -> Figure:
+        peer = count_peer(self.name)
+        macs = peer.forward.literature_macs
+        per_view = f"{peer.views} views of {macs / 1e9:.1f}" if peer.views > 1 else ""
+        note = "; ".join(part for part in (per_view, self.note) if part)
+        return Figure(peer.views * macs, "counted", note)
+
+    def parameters(self) -> Figure:
+        return Figure(count_peer(self.name).num_parameters, "counted", self.parameters_note)
+
+
+@dataclass(frozen=True)
+class System:
+    """What a row of the tables computes in each phase; None where it is not a video model's.
+
+    Attributes:
+        pretrain_note: why a published pre-training figure stands alone.
+    """
+
+    pretrain: Subject | None
+    finetune: Subject | None
+    pretrain_note: str = ""
+
+
+def videomae(backbone: str) -> System:
+    """VideoMAE: tube masking, then every token."""
+    return System(
+        OwnModel(_experiment("pretrain", backbone, {"selection": "tube"})),
+        OwnModel(_experiment("finetune", backbone, {"selection": "none"})),
+    )
+
+
+def everest(backbone: str) -> System:
+    """EVEREST at the ratios of its K400 figures."""
+    kept = {"selection": "rero", "keep_ratio": K400_KEEP_RATIO}
+    at_default = predict_macs(_experiment("pretrain", backbone, {"selection": "rero", "keep_ratio": 0.3}))
+    note = f"keep ratio {K400_KEEP_RATIO}; {at_default.literature_macs / 1e9:.1f} at the paper's 0.3"
+    return System(
+        OwnModel(_experiment("pretrain", backbone, kept), note),
+        OwnModel(
+            _experiment("finetune", backbone, {"selection": "rero", "keep_ratio": 0.6}), "keep ratio 0.6"
+        ),
+    )
+
+
+def _experiment(task: str, backbone: str, tokens: Mapping[str, Any]) -> Experiment:
+    num_classes = K400_CLASSES if task == "finetune" else None
+    model = {"backbone": BACKBONES[backbone], "num_classes": num_classes}
+    return Experiment.model_validate({"task": task, "model": model, "tokens": tokens})
+
+
+_IMAGES = (
+    "cost of image pre-training, in a unit that the source does not say; one 224 x 224 image is {} GMACs"
+)
+_IMAGES_B, _IMAGES_L = _IMAGES.format("17.6"), _IMAGES.format("61.6")
+_KCENTERED = "the backbone's own figure; the sampler in front would add 3.8 a view"
+
+SYSTEMS: dict[tuple[str, str], System] = {
+    ("MViT", "MViT-S"): System(
+        None, PeerModel("mvit_s", "its config was never released: the best reading of it")
+    ),
+    ("MViT", "MViT-B"): System(
+        None,
+        PeerModel("mvit_b", "the max-pooling variant", "with max-pooling; convolutions instead give 36.6"),
+    ),
+    ("ViViT FE", "ViT-L"): System(None, PeerModel("vivit_l_fe", "one view of 128 frames"), _IMAGES_L),
+    ("K-centered", "XViT"): System(None, PeerModel("xvit", _KCENTERED), _IMAGES_B),
+    ("K-centered", "Mformer"): System(None, PeerModel("motionformer", f"one view; {_KCENTERED}"), _IMAGES_B),
+    ("K-centered", "TSformer"): System(None, PeerModel("timesformer", _KCENTERED), _IMAGES_B),
+    ("MME", "ViT-B"): System(PeerModel("mme"), None),
+    ("MVD", "ViT-B"): System(PeerModel("mvd", "77.3 of the student, 320.8 of its two frozen teachers"), None),
+    ("VideoMAE", "ViT-S"): videomae("ViT-S"),
+    ("VideoMAE", "ViT-B"): videomae("ViT-B"),
+    ("VideoMAE", "ViT-L"): videomae("ViT-L"),
+    ("EVEREST", "ViT-S"): everest("ViT-S"),
+    ("EVEREST", "ViT-B"): everest("ViT-B"),
+    ("EVEREST", "ViT-L"): everest("ViT-L"),
+    ("VideoMAE + full-token", "ViT-B"): videomae("ViT-B"),
+    ("VideoMAE + EVEREST", "ViT-B"): everest("ViT-B"),
+    ("MME + full-token", "ViT-B"): videomae("ViT-B"),
+    ("MME + EVEREST", "ViT-B"): everest("ViT-B"),
+    ("MVD + full-token", "ViT-B"): videomae("ViT-B"),
+    ("MVD + EVEREST", "ViT-B"): everest("ViT-B"),
+}

@@ -1,0 +1,184 @@
+"""The published tables again, with our figures: one row per cell, and one for our own sparse path.
+
+Rows, as they are, make report.json: table, method, backbone, column, published, value, kind, gap_pct, note.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+from everest_ds.config.schema import Experiment
+from everest_ds.profiling.counter import ExperimentCount, count_experiment, macs_by_part
+from everest_ds.profiling.published import Cell
+from everest_ds.profiling.published_memory import ASSUMPTIONS, predict_published_memory
+from everest_ds.profiling.sweeps import NUM_RANKS, memory_at
+from everest_ds.profiling.systems import SYSTEMS, Figure, Kind, OwnModel, Subject, System
+
+OURS = "EVEREST-DS"  # the method of rows about our own sparse path
+_GIGA = 1e9
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure of ours beside the published one.
+
+    Attributes:
+        published: as printed; None if it was not published.
+        value: ours, in the column's unit; None where nothing here gives it.
+        kind: where `value` comes from; `published` if there is none.
+        gap_pct: of `value` from `published`.
+    """
+
+    table: str
+    method: str
+    backbone: str
+    column: str
+    published: float | str | None
+    value: float | str | None
+    kind: Kind
+    gap_pct: float | None
+    note: str
+
+
+def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None) -> list[Row]:
+    """Rows of `cells`, in their order; `on_cell` is called after each."""
+    rows = []
+    for cell in cells:
+        rows += _rows_of(cell)
+        on_cell()
+    return rows
+
+
+def make_row(cell: Cell, figure: Figure | None, why: str = "") -> Row:
+    """`figure` beside the cell; without a figure the published one stands alone, and `why` says why."""
+    where = (cell.table, cell.method, cell.backbone, cell.column, cell.published)
+    if figure is None:
+        return Row(*where, value=None, kind="published", gap_pct=None, note=why)
+    return Row(
+        *where, round(figure.value, 3), figure.kind, gap_pct(cell.published, figure.value), figure.note
+    )
+
+
+def gap_pct(published: float | str | None, value: float) -> float | None:
+    """How far `value` lies above the published number, in per cent of it; None beside text or nothing."""
+    if published is None or isinstance(published, str):
+        return None
+    return round(100 * (value - published) / published, 2)
+
+
+def _rows_of(cell: Cell) -> list[Row]:
+    if cell.table == "k400_reductions_pct":
+        figure = _reduction(cell)
+        points = round(figure.value - float(cell.published or 0), 2)
+        return [replace(make_row(cell, figure), gap_pct=points)]
+    rows = [make_row(cell, _FIGURES[cell.column](cell), _why_nothing(cell))]
+    if cell.method == "EVEREST" and cell.column in _SPARSE_FIGURES:
+        ours = replace(cell, method=OURS, published=None)
+        rows.append(make_row(ours, _SPARSE_FIGURES[cell.column](cell)))
+    return rows
+
+
+def _reduction(cell: Cell) -> Figure:
+    """Derived from our figures of the same column for both methods, not from the published ones."""
+    column = "memory_gb" if cell.column == "memory" else cell.column
+    figure = _FIGURES[column]
+    before, after = (
+        figure(Cell("k400", method, cell.backbone, column, None)) for method in ("VideoMAE", "EVEREST")
+    )
+    assert before is not None and after is not None
+    return Figure(100 * (1 - after.value / before.value), after.kind, "the gap is in percentage points")
+
+
+def _nothing(_: Cell) -> None:
+    return None
+
+
+def _pretraining_gflops(cell: Cell) -> Figure | None:
+    return _in_giga(_system(cell).pretrain)
+
+
+def _finetuning_gflops(cell: Cell) -> Figure | None:
+    return _in_giga(_system(cell).finetune)
+
+
+def _memory_gb(cell: Cell) -> Figure:
+    value, note = predict_published_memory(cell.table, cell.method, cell.backbone)
+    return Figure(value, "predicted", note)
+
+
+def _parameters_m(cell: Cell) -> Figure | None:
+    subject = _system(cell).finetune
+    if subject is None:
+        return None
+    figure = subject.parameters()
+    return Figure(figure.value / 1e6, figure.kind, figure.note)
+
+
+_FIGURES: dict[str, Callable[[Cell], Figure | None]] = {
+    "pt_gflops": _pretraining_gflops,
+    "ft_gflops": _finetuning_gflops,
+    "gflops": _finetuning_gflops,
+    "memory_gb": _memory_gb,
+    "parameters_m": _parameters_m,
+    "pt_time": _nothing,
+    "top1": _nothing,
+}
+
+
+def _why_nothing(cell: Cell) -> str:
+    notes = {"pt_time": "wall-clock time needs a run: --measured", "top1": "accuracy needs a trained model"}
+    return notes.get(cell.column) or _system(cell).pretrain_note
+
+
+def _sparse_pretraining_gflops(cell: Cell) -> Figure:
+    return _sparse_gflops(_own_config(_system(cell).pretrain))
+
+
+def _sparse_finetuning_gflops(cell: Cell) -> Figure:
+    return _sparse_gflops(_own_config(_system(cell).finetune))
+
+
+def _sparse_memory_gb(cell: Cell) -> Figure:
+    """Our own pre-training on as many clips as the published figure is taken to be of."""
+    clips = ASSUMPTIONS[cell.table].clips_per_gpu
+    peak = memory_at(_own_config(_system(cell).pretrain), clips).peak_bytes
+    note = f"our pre-training, {clips} clips per GPU: bf16, fused attention, ZeRO-2; no CUDA context"
+    return Figure(NUM_RANKS * peak / _GIGA, "predicted", note)
+
+
+_SPARSE_FIGURES: dict[str, Callable[[Cell], Figure]] = {
+    "pt_gflops": _sparse_pretraining_gflops,
+    "ft_gflops": _sparse_finetuning_gflops,
+    "memory_gb": _sparse_memory_gb,
+}
+
+
+def _sparse_gflops(config: Experiment) -> Figure:
+    """What our model really computes: pixels of neighbouring slots are scored, kept tokens embedded."""
+    forward = _count(config).forward
+    score = macs_by_part(forward)["score"] / _GIGA
+    note = f"our sparse path: scoring all tokens takes {score:.1f}, only kept ones are embedded"
+    return Figure(forward.literature_macs / _GIGA, "counted", note)
+
+
+@cache
+def _count(config: Experiment) -> ExperimentCount:
+    return count_experiment(config)
+
+
+def _own_config(subject: object) -> Experiment:
+    assert isinstance(subject, OwnModel)
+    return subject.config
+
+
+def _system(cell: Cell) -> System:
+    return SYSTEMS[cell.method, cell.backbone]
+
+
+def _in_giga(subject: Subject | None) -> Figure | None:
+    if subject is None:
+        return None
+    figure = subject.compute()
+    return Figure(figure.value / _GIGA, figure.kind, figure.note)

@@ -1,0 +1,208 @@
+"""Rows of the efficiency report, arranged for reading: one line a system, published beside ours.
+
+A row has the keys table, method, backbone, column, published, value, kind, gap_pct, note.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+Row = Mapping[str, Any]
+_CLOSE_PCT, _FAIR_PCT = 1.0, 15.0
+
+
+@dataclass(frozen=True)
+class Heading:
+    """What a table says about itself.
+
+    Attributes:
+        columns: column -> its label, in order.
+        methods: what its rows are.
+    """
+
+    title: str
+    text: str
+    columns: Mapping[str, str]
+    methods: str = "method"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One figure, as text.
+
+    Attributes:
+        kind: predicted, counted, measured or published.
+        gap: of ours from the published figure; a tick where they agree to the printed digit.
+        level: exact, close (1 %), fair (15 %) or far; "" where nothing is compared.
+        note: number of a note under the table; 0 for none.
+    """
+
+    published: str
+    value: str
+    kind: str
+    gap: str
+    level: str
+    note: int
+
+
+@dataclass
+class Line:
+    """A system's line: column -> its figures (several where several kinds are known)."""
+
+    method: str
+    backbone: str
+    entries: dict[str, list[Entry]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column: which of published, ours and gap it shows, and the note that all its figures share or 0."""
+
+    name: str
+    label: str
+    parts: tuple[str, ...]
+    note: int
+
+
+@dataclass
+class Grid:
+    """A table for reading, with its numbered notes."""
+
+    name: str
+    heading: Heading
+    columns: list[Column]
+    lines: list[Line]
+    notes: list[str]
+
+    @property
+    def compares(self) -> bool:
+        """Whether anything in it was published."""
+        return any("published" in column.parts for column in self.columns)
+
+
+def arrange(rows: Sequence[Row], headings: Mapping[str, Heading]) -> list[Grid]:
+    """The tables that occur in `rows`, in their order."""
+    names = dict.fromkeys(row["table"] for row in rows)
+    return [_arrange_table(name, headings[name], [r for r in rows if r["table"] == name]) for name in names]
+
+
+def to_csv(rows: Sequence[Row]) -> str:
+    """Rows with a header line."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+# What a reader asks first of a family of columns: how many figures come out how well.
+_BARS = (
+    ("gflops", "GFLOPs figures to the printed digit", ("exact",)),
+    ("gflops", f"GFLOPs figures within {_CLOSE_PCT:g} %", ("exact", "close")),
+    ("memory", f"memory figures within {_FAIR_PCT:g} %", ("exact", "close", "fair")),
+)
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, str]:
+    """How many of the published figures ours agree with: label -> `17 of 23`.
+
+    Measured figures are left out, and so are percentages that follow from other figures.
+    """
+    own = [row for row in rows if row["kind"] != "measured" and not _holds_percentages(row)]
+    summary = {}
+    for part, label, good in _BARS:
+        levels = [level for level in (level_of(row) for row in own if part in row["column"]) if level]
+        if levels:
+            summary[label] = f"{sum(level in good for level in levels)} of {len(levels)}"
+    return summary
+
+
+def level_of(row: Row) -> str:
+    """How well ours agrees: exact, close, fair, far; "" where one of the two is missing."""
+    if row["gap_pct"] is None:
+        return ""
+    if round(row["value"], _decimals(row["published"])) == row["published"]:
+        return "exact"
+    gap = abs(row["gap_pct"])
+    return "close" if gap <= _CLOSE_PCT else "fair" if gap <= _FAIR_PCT else "far"
+
+
+def _arrange_table(name: str, heading: Heading, rows: Sequence[Row]) -> Grid:
+    notes, columns = _Notes(), []
+    for column, label in heading.columns.items():
+        mine = [row for row in rows if row["column"] == column]
+        if mine:
+            shared = notes.number(_shared_note(mine))
+            columns.append(Column(column, label, _parts(mine, annotated=not shared), shared))
+    annotated = {column.name for column in columns if column.note}
+    lines: dict[tuple[str, str], Line] = {}
+    for row in rows:
+        line = lines.setdefault((row["method"], row["backbone"]), Line(row["method"], row["backbone"]))
+        note = 0 if row["column"] in annotated else notes.number(row["note"])
+        line.entries.setdefault(row["column"], []).append(_entry(row, note))
+    return Grid(name, heading, columns, list(lines.values()), notes.texts)
+
+
+def _parts(rows: Sequence[Row], *, annotated: bool) -> tuple[str, ...]:
+    """Those of published, ours and gap (where notes stand as well) that there is something for."""
+    shown = {
+        "published": any(row["published"] is not None for row in rows),
+        "ours": any(row["value"] is not None for row in rows),
+        "gap": any(level_of(row) or (annotated and row["note"]) for row in rows),
+    }
+    return tuple(part for part, there in shown.items() if there)
+
+
+def _shared_note(rows: Sequence[Row]) -> str:
+    """What all of several figures say."""
+    notes = {row["note"] for row in rows}
+    return notes.pop() if len(rows) > 1 and len(notes) == 1 else ""
+
+
+class _Notes:
+    """Notes under a table, each said once."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def number(self, text: str) -> int:
+        """From 1 on; 0 for no text."""
+        if not text:
+            return 0
+        if text not in self.texts:
+            self.texts.append(text)
+        return self.texts.index(text) + 1
+
+
+def _entry(row: Row, note: int) -> Entry:
+    level = level_of(row)
+    unit = "pt" if _holds_percentages(row) else "%"
+    gap = "" if not level else "✓" if level == "exact" else f"{row['gap_pct']:+.1f} {unit}"
+    return Entry(_printed(row["published"]), _value(row), row["kind"], gap, level, note)
+
+
+def _holds_percentages(row: Row) -> bool:
+    """Gaps between percentages are in points."""
+    return str(row["table"]).endswith("_pct")
+
+
+def _printed(published: float | str | None) -> str:
+    return "" if published is None else str(published)
+
+
+def _value(row: Row) -> str:
+    """One digit more than was published, or three digits beside nothing."""
+    value, published = row["value"], row["published"]
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(published, int | float):
+        return f"{value:.{_decimals(published) + 1}f}"
+    return f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
+
+
+def _decimals(printed: float) -> int:
+    return len(str(printed).partition(".")[2])
