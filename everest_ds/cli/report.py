@@ -25,7 +25,7 @@ Runs = Annotated[
 ]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Tables = Annotated[
-    str, typer.Option(metavar="NAME,...", help="Only these published tables; with runs, these beside them.")
+    str, typer.Option(metavar="NAME,...", help="Only these published tables (with runs: beside them).")
 ]
 Models = Annotated[str, typer.Option(metavar="NAME,...", help="Only these methods or backbones.")]
 MeasuredFiles = Annotated[
@@ -53,7 +53,7 @@ def report(
     from everest_ds.profiling.published import select_cells
 
     compared, measurements = read_runs(runs or []), [read_measured(file) for file in measured or []]
-    cells = [] if runs and not tables else select_cells(_split(tables), _split(models))
+    cells = [] if runs and not (tables or models) else select_cells(_split(tables), _split(models))
     rows = _rows_with_progress(cells, measurements)
     rows += [row for run in compared for row in run_rows(run)]
     _write(out, rows, draw_plots(rows, compared, measurements))
