@@ -21,12 +21,12 @@ from everest_ds.errors import ConfigError
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
 from everest_ds.profiling.memory_layers import (
     Layer,
+    held_bytes,
     layers,
     loss_bytes,
     loss_storage_bytes,
     scoring_bytes,
     target_bytes,
-    tubelet_bytes,
 )
 from everest_ds.profiling.memory_states import ModelStates, model_states
 
@@ -115,7 +115,7 @@ def _passes(stack: Sequence[Layer], config: Experiment) -> Iterator[_Moment]:
     kept = list(accumulate(layer.kept_bytes for layer in stack))
     yield _Moment("token scoring", 0, scoring_bytes(config))
     for layer, kept_bytes in zip(stack, kept, strict=True):
-        working = tubelet_bytes(config) + layer.forward_bytes
+        working = held_bytes(config) + layer.forward_bytes
         yield _Moment(f"forward pass of {layer.name}", kept_bytes, working)
     if config.task == "pretrain":
         yield _Moment("reconstruction targets", kept[-1], target_bytes(config))

@@ -25,6 +25,7 @@ from everest_ds.config.schema import Experiment, RecomputeConfig
 
 FLOAT32_BYTES = 4
 VALUE_BYTES = {"fp32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
+_CHUNK_LOGITS = 2**20  # of models/attention.py
 
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]
 
@@ -43,6 +44,7 @@ class BlockMemory:
         mlp_bytes: kept within the MLP.
         norm_bytes: means and deviations of both norms.
         logits_bytes: S, or 0 for fused attention.
+        fused_bytes: what a fused kernel works in, or 0: gradients of q, k and v, and logits of a few heads.
         weight_bytes: gradient of one of the MLP's matrices, before it is added to what is there.
     """
 
@@ -55,6 +57,7 @@ class BlockMemory:
     mlp_bytes: int
     norm_bytes: int
     logits_bytes: int
+    fused_bytes: int
     weight_bytes: int
 
     @property
@@ -97,21 +100,21 @@ class BlockMemory:
 
     @property
     def _in_attention(self) -> int:
-        """While the gradient of the logits is made, which only unfused attention has.
+        """While attention's gradients are made.
 
-        There are the gradients of the block's middle, of v, of the weights and of the logits; and what was
-        computed again, with its own result and that one's gradient, if not the block's own. Done with are
-        the MLP and its norm, the input of the output projection, and v.
+        There are those of the block's middle and of attention's result; of q, k and v, beside what a fused
+        kernel works in, or unfused of weights and logits; and what was computed again, with its own result
+        and that one's gradient, if not the block's own. Done with are the MLP and its norm, the input of the
+        output projection and, unfused, v.
         """
-        if not self.logits_bytes:
-            return 0
         again = {
             "attention": self.attention_bytes + self.tensor_bytes + self._masked_bytes,
             "mlp": self.mlp_bytes,
             "everything": self._inner_bytes + 2 * self.tensor_bytes,
         }
-        gradients = self.tensor_bytes + self.split_bytes + 2 * self.logits_bytes
-        done = 2 * self.tensor_bytes + self.mlp_bytes + 2 * self.split_bytes
+        working = 2 * self.logits_bytes - self.split_bytes if self.logits_bytes else self.fused_bytes
+        gradients = self.tensor_bytes + self.split_bytes + working
+        done = 2 * self.tensor_bytes + self.mlp_bytes + self.split_bytes
         return gradients + again.get(self.recomputed, 0) - done
 
     @property
@@ -155,8 +158,21 @@ def block_memory(
         mlp_bytes=MLP_RATIO * split,
         norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
         logits_bytes=logits,
+        fused_bytes=0 if unfused else 3 * split + _chunk_bytes(config, num_tokens, clips * heads),
         weight_bytes=MLP_RATIO * shape.width**2 * value // tensor_parallel,
     )
+
+
+def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
+    """Logits of the heads that are worked on at once in bfloat16 on a CPU (models/attention.py).
+
+    Weights, their gradient, that of the logits, and two on the way. Kernels of GPUs hold none of them; there
+    this is too much by some megabytes, where it is a peak at all.
+    """
+    if config.precision != "bf16":
+        return 0
+    at_once = min(heads, max(2, _CHUNK_LOGITS // num_tokens**2))
+    return 5 * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
 
 
 def _recomputed(config: RecomputeConfig, index: int) -> Recomputed:

@@ -69,10 +69,15 @@ def scoring_bytes(config: Experiment) -> int:
     return cut_up + numbers * number_bytes + (width + mapped) * values * weight_bytes
 
 
-def tubelet_bytes(config: Experiment) -> int:
-    """The clip cut up, in uint8, which the whole forward pass holds on to."""
-    geometry = config.model.geometry
-    return _clips(config) * geometry.num_tokens * geometry.tubelet_values
+def held_bytes(config: Experiment) -> int:
+    """What the forward pass holds on to until it returns: a clip's tubelets, in uint8, and the embedding.
+
+    That is the embedding with the normalisation folded into it; in float32 it is kept anyway (`_embedding`).
+    """
+    geometry, value = config.model.geometry, VALUE_BYTES[config.precision]
+    weight = config.model.shape.encoder.width * geometry.tubelet_values * value
+    tubelets = _clips(config) * geometry.num_tokens * geometry.tubelet_values
+    return tubelets + (0 if value == FLOAT32_BYTES else weight)
 
 
 def target_bytes(config: Experiment) -> int:
@@ -83,7 +88,7 @@ def target_bytes(config: Experiment) -> int:
     """
     in_float32 = 2 if config.loss.normalize_targets else 1
     each = 1 + in_float32 * FLOAT32_BYTES + VALUE_BYTES[config.precision] - FLOAT32_BYTES
-    return tubelet_bytes(config) + _predicted_values(config) * each
+    return held_bytes(config) + _predicted_values(config) * each
 
 
 def loss_bytes(config: Experiment) -> int:
@@ -93,7 +98,7 @@ def loss_bytes(config: Experiment) -> int:
     """
     value = VALUE_BYTES[config.precision]
     waiting = 0 if value == FLOAT32_BYTES else _predicted_values(config) * value
-    return tubelet_bytes(config) + 2 * loss_storage_bytes(config) + waiting
+    return held_bytes(config) + 2 * loss_storage_bytes(config) + waiting
 
 
 def loss_storage_bytes(config: Experiment) -> int:
@@ -131,15 +136,19 @@ def _blocks(
 
 
 def _embedding(config: Experiment) -> Layer:
-    """Keeps the visible tubelets as numbers, and the embedding with the normalisation folded into it."""
+    """Keeps the visible tubelets as numbers; in float32 also the embedding that they are multiplied with.
+
+    Autograd has no use for that, but models/linear.py keeps it where it multiplies by oneDNN.
+    """
     values, width = config.model.geometry.tubelet_values, config.model.shape.encoder.width
     value = VALUE_BYTES[config.precision]
     pixels = _clips(config) * config.token_counts.num_visible * values * value
     weight = width * values
+    folded = weight * value if value == FLOAT32_BYTES else 0
     # the folded weight's gradient, and the weight's own; in half precision the first in float32 as well
     gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
     incoming = _clips(config) * config.token_counts.num_visible * width * value
-    return Layer("embedding", pixels + weight * value, incoming + gradients, weight + width)
+    return Layer("embedding", pixels + folded, incoming + gradients, weight + width)
 
 
 def _projection(config: Experiment) -> Layer:
