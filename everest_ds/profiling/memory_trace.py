@@ -93,8 +93,7 @@ def trace_memory(
         build: makes the model; called on the meta device.
         make_inputs: makes what a step reads, such as clips; called under fake tensors.
         loss_of: runs one forward pass: `loss_of(model, *inputs)`.
-        amp_dtype: autocast the forward pass to this type by CUDA's rules, as the published systems did. Not
-            for modules of models/mlp.py and models/linear.py: their own backward passes know one precision.
+        amp_dtype: autocast the forward pass to this type by CUDA's rules, as the published systems did.
     """
     with torch.device("meta"):
         model = build()
