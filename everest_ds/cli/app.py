@@ -8,7 +8,7 @@ import sys
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli import data, doctor, recipes, train
+from everest_ds.cli import checkpoint, data, doctor, recipes, train
 from everest_ds.errors import EverestError, ExitCode
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 
 

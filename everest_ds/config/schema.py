@@ -174,7 +174,9 @@ class RunConfig(Section):
     seed: int = 0
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
+    keep_every_steps: PositiveInt | None = Field(None, description="and those at multiples of this, for ever")
+    hang_timeout_s: PositiveInt = Field(600, description="a rank silent for this long is lost; ends the run")
     image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
     validate_every_epochs: PositiveInt = 1
 
@@ -282,4 +284,9 @@ def _check_precision(config: Experiment) -> None:
         raise ValueError(
             "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
             " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
+        )
+    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: of stage 0, DeepSpeed 0.19 keeps the"
+            " float32 weights where a checkpoint cannot name them; zero_stage=1 does the same in less memory"
         )

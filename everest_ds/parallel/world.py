@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, UsageError
+from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, RunFolderError, UsageError
 
 T = TypeVar("T")
 
@@ -25,9 +27,11 @@ _LOST_PEER = (
     "NCCL",
     "Broken pipe",
 )
-# A rank that is silent for this long is taken for lost. Longer than the slowest honest step: the first
-# one on a cold file system.
+# A rank that is silent for this long is taken for lost, unless the run says otherwise. Longer than the
+# slowest honest step: the first one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# To say "here" after a failure. The ranks that are left see it within moments of each other.
+_ROLL_CALL_TIMEOUT = timedelta(seconds=5)
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,14 @@ class World:
         size: number of processes; the data-parallel degree.
         device: where this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
+        roll_call: another, kept for finding out who is lost: after a failure `control` is of no use.
     """
 
     rank: int
     size: int
     device: torch.device
     control: dist.ProcessGroup
+    roll_call: dist.ProcessGroup
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +78,15 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def lost_ranks(self) -> str | None:
+        """Which ranks do not answer any more, as rank 0 finds out; None elsewhere, or if all answer."""
+        try:
+            dist.monitored_barrier(self.roll_call, timeout=_ROLL_CALL_TIMEOUT, wait_all_ranks=True)
+        except RuntimeError as error:
+            named = re.search(r"Ranks? ([\d, ]+?) failed to pass", str(error))
+            return named[1] if named and self.is_main else None
+        return None
 
     def share(self, make: Callable[[], T]) -> T:
         """Rank 0's `make()`, on every rank; its error too, so that nobody waits for a rank that failed."""
@@ -111,10 +126,13 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=error)
 
 
-def join_world() -> World:
+def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
     Uses NCCL on GPUs and gloo otherwise.
+
+    Args:
+        timeout: how long a rank waits for another before it takes it for lost.
 
     Raises:
         UsageError: if a node has fewer GPUs than ranks.
@@ -126,7 +144,7 @@ def join_world() -> World:
     try:
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -136,7 +154,8 @@ def join_world() -> World:
             given=" ".join(str(error).split())[:200],
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+    control, roll_call = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
+    return World(rank, size, device, control, roll_call)
 
 
 @contextmanager
@@ -153,11 +172,25 @@ def explained_failures(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _LOST_PEER):
             raise
-        raise RankLostError(
-            f"rank {world.rank} lost a peer",
-            given=" ".join(str(error).split())[:160],
-            fix="see that rank's log for why it ended; the same command goes on from the last checkpoint",
+        raise _lost_peer(world, error) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFolderError(
+            f"{error.filename or 'the run folder'}: no space left",
+            given=error.strerror,
+            fix="free disk space; the same command goes on from the last checkpoint",
         ) from None
+
+
+def _lost_peer(world: World, error: RuntimeError) -> RankLostError:
+    ranks = world.lost_ranks()
+    return RankLostError(
+        f"rank {world.rank} lost a peer" + ("" if ranks is None else f": rank {ranks} does not answer"),
+        given=" ".join(str(error).split())[:160],
+        fix="see why in its log, or in its .stacks file there if it hung;"
+        " the same command goes on from the last checkpoint",
+    )
 
 
 def leave_world() -> None:

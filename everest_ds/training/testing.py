@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from everest_ds.checkpoints.export import load_weights
 from everest_ds.config import Experiment
 from everest_ds.data.manifest import read_class_names
 from everest_ds.errors import ConfigError
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import load_weights
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.evaluate import Evaluation, evaluate
