@@ -173,6 +173,25 @@ def test_a_killed_rank_ends_the_others_without_a_traceback(motion_data: Path, tm
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_lost_after_the_timeout_and_named(motion_data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        motion_data,
+        tmp_path,
+        schedule={"epochs": 400, "warmup_epochs": 0},
+        run={"hang_timeout_s": 20, "save_every_steps": 1},
+    )
+    command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(run, tmp_path / "pretrain" / "metrics.jsonl", 2)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGSTOP)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 6, said
+    assert "error: rank 0 lost a peer: rank 1 does not answer" in said and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
