@@ -36,13 +36,17 @@ class World:
 
     Attributes:
         rank: 0 .. size - 1.
-        size: number of processes; the data-parallel degree.
+        size: number of processes.
+        local_rank: its number among the ranks of its node.
+        local_size: ranks of its node.
         device: where this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
     """
 
     rank: int
     size: int
+    local_rank: int
+    local_size: int
     device: torch.device
     control: dist.ProcessGroup
 
@@ -112,7 +116,8 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
 
 
 def join_world() -> World:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT.
 
     Uses NCCL on GPUs and gloo otherwise.
 
@@ -121,7 +126,8 @@ def join_world() -> World:
         RankLostError: if the others do not come.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device(int(os.environ["LOCAL_RANK"]))
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = _device(local_rank)
     _prepare_deepspeed(device)
     try:
         dist.init_process_group(
@@ -136,7 +142,8 @@ def join_world() -> World:
             given=" ".join(str(error).split())[:200],
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+    control = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return World(rank, size, local_rank, local_size, device, control)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import steps_per_epoch
@@ -26,6 +26,7 @@ from everest_ds.parallel.checkpoint import (
 )
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
+from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import evaluate
 from everest_ds.training.objective import Objective, build_objective
@@ -57,7 +58,8 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         StoppedError: after a stop signal, with everything saved.
         EverestError: for whatever the user can put right.
     """
-    plan = plan_batch(config.batch, world.size)
+    plan = plan_ranks(config, world.size)
+    mesh = form_mesh(world, config.parallelism.tensor)
     samples = world.share(lambda: read_samples(config, "train"))
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
@@ -70,7 +72,7 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
             logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
         engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
-        run = TrainingRun(config, plan, samples, engine, folder, world, cost)
+        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost)
         with StopRequest() as stop:
             run.to_the_end(stop)
         engine.destroy()
@@ -105,7 +107,7 @@ class TrainingRun:
         samples: Sequence[Sample],
         engine: Engine,
         folder: RunFolder,
-        world: World,
+        mesh: Mesh,
         cost: ClipCost | None,
     ) -> None:
         self.config = config
@@ -113,13 +115,14 @@ class TrainingRun:
         self.samples = samples
         self.engine = engine
         self.folder = folder
-        self.world = world
+        self.mesh = mesh
+        self.world = mesh.world
         self.cost = cost
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
         self.step = self._resume()
-        self.observers = self._start_observers() if world.is_main else []
+        self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
@@ -204,7 +207,7 @@ class TrainingRun:
         if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
             return
         samples = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, samples, self.config, self.world, segments=1, crops=1)
+        result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
         )
@@ -257,7 +260,7 @@ class TrainingRun:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.world.rank, steps, pin_memory=on_gpu
+            self.samples, self.config, self.plan, self.mesh.data_rank, steps, pin_memory=on_gpu
         )
 
 
