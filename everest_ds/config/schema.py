@@ -168,6 +168,9 @@ class RecomputeConfig(Section):
     )
     every: Annotated[int, Field(ge=2)] = Field(2, description="n of mode `blocks`")
     offload_to_cpu: bool = Field(False, description="keep what recomputation starts from in host memory")
+    partition: bool = Field(
+        False, description="mode `full`: of what all tensor-parallel ranks would keep, each keeps its part"
+    )
 
 
 class RunConfig(Section):
@@ -227,6 +230,8 @@ class Experiment(Section):
         _check_tensor(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
             raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
+        if self.recompute.partition and (self.recompute.mode != "full" or self.parallelism.tensor == 1):
+            raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
         return self
 
 

@@ -41,7 +41,7 @@ def build_engine(
     if mesh.tensor_degree > 1:
         apply_tensor_parallel(model, mesh)
     # 2. Recompute wraps modules before ZeRO-3 hooks the ones that it finds, wrapped ones included.
-    apply_recompute(model, config.recompute)
+    apply_recompute(model, config.recompute, mesh.mpu)
     # 3. The optimiser sees this rank's parameters before ZeRO replaces them by its partitions.
     optimizer = torch.optim.AdamW(
         groups,

@@ -28,6 +28,8 @@ RECOMPUTE = [
     {"mode": "blocks"},
     {"mode": "full"},
     {"mode": "full", "offload_to_cpu": True},
+    {"mode": "full", "partition": True},
+    {"mode": "full", "partition": True, "offload_to_cpu": True},
 ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from everest_ds.config import Experiment, plan_ranks
-from everest_ds.config.backbones import BACKBONES
+from everest_ds.config.backbones import BACKBONES, TransformerShape
+from everest_ds.config.schema import RecomputeConfig
 from everest_ds.errors import ConfigError, UsageError
 from everest_ds.models import build_model
+from everest_ds.models.vit import Blocks
 from everest_ds.parallel.checkpoint import load_weights
-from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.tensor_parallel import Split, apply_tensor_parallel, split_of
 from everest_ds.parallel.world import World
 from everest_ds.training.loop import train
@@ -85,6 +89,35 @@ def mesh_over_nodes_of_two(world: World) -> str:
 def test_tensor_groups_stay_within_a_node() -> None:
     for message in run_ranks(mesh_over_nodes_of_two, 4):
         assert "has ranks of its tensor group on another node; given: tensor=4, rank" in message
+
+
+def live_tensor_bytes() -> int:
+    """Of every tensor that Python knows: DeepSpeed keeps a stack's inputs in Python objects."""
+    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def kept_by_a_stack(mesh: Mesh, partition: bool) -> float:
+    """Of four blocks between forward and backward, in tensors of n x D."""
+    stack = Blocks(TransformerShape(width=64, depth=4, heads=4))
+    apply_tensor_parallel(stack, mesh)
+    apply_recompute(stack, RecomputeConfig(mode="full", partition=partition), mesh.mpu)
+    x_BnD = torch.ones(2, 256, 64).requires_grad_()
+    before = live_tensor_bytes()
+    output = stack(x_BnD, torch.arange(2))
+    return (live_tensor_bytes() - before - output.nbytes) / x_BnD.nbytes
+
+
+def kept_whole_and_in_parts(world: World) -> list[float]:
+    mesh = form_mesh(world, 2)
+    return [kept_by_a_stack(mesh, partition) for partition in (False, True)]
+
+
+def test_partitioned_recompute_keeps_half_of_each_block_on_each_of_two_ranks() -> None:
+    random_states = 4 * 2 * torch.get_rng_state().nbytes / torch.ones(2, 256, 64).nbytes
+    inputs, halves = 3, 4 / 2  # the first of four inputs is the caller's own, but its half is a copy
+    expected = pytest.approx([inputs + random_states, halves + random_states], abs=0.01)
+    assert run_ranks(kept_whole_and_in_parts, 2) == [expected] * 2
 
 
 def share_of_parameters(world: World) -> tuple[float, bool]:
