@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from torch import Tensor
 
 from everest_ds.checkpoints.tensor_file import FileSeal
 from everest_ds.errors import CheckpointError
@@ -39,34 +41,63 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Cut(NamedTuple):
+    """How the ranks of a tensor group share a parameter: shard `rank` of `degree`.
+
+    The flattened whole is `outer` rows of `degree` runs each; a shard is its run of every row, in order. So
+    rows, columns and the three matrices of q, k and v are cut, by the right number of rows.
+    """
+
+    rank: int
+    degree: int
+    outer: int
+
+    def take(self, whole: Tensor) -> Tensor:
+        """The flattened shard of a whole tensor."""
+        return whole.reshape(self.outer, self.degree, -1)[:, self.rank].reshape(-1)
+
+
+WHOLE = Cut(0, 1, 1)
+
+
 class Piece(NamedTuple):
-    """Elements `start` .. `start + numel` of a flattened parameter, and the file that holds them."""
+    """Elements `start` .. `start + numel` of a flattened shard, and the file that holds them."""
 
     file: FileName
+    shard: Count
     start: Count
     numel: Count
 
 
 class Parameter(_Part):
-    """A parameter's shape and the pieces that make it up, in order."""
+    """A parameter's shape, and the pieces that make it up.
+
+    Attributes:
+        shape: of the whole.
+        degree: shards that it is cut into; 1 if each piece is a range of the whole.
+        outer: rows of the cut, see `Cut`.
+        pieces: by shard and start.
+    """
 
     shape: tuple[Count, ...]
+    degree: Annotated[int, Field(ge=1)] = 1
+    outer: Annotated[int, Field(ge=1)] = 1
     pieces: tuple[Piece, ...]
 
     @property
     def numel(self) -> int:
         """Number of elements."""
-        product = 1
-        for size in self.shape:
-            product *= size
-        return product
+        return math.prod(self.shape)
 
     @model_validator(mode="after")
     def check_whole(self) -> Parameter:
         """Every element is in exactly one piece."""
+        share, rest = divmod(self.numel, self.degree)
+        if rest or self.numel % (self.degree * self.outer):
+            raise ValueError(f"{self.numel} elements do not cut into {self.degree} x {self.outer}")
         at = 0
         for piece in self.pieces:
-            if piece.start != at:
+            if piece.shard * share + piece.start != at or piece.start + piece.numel > share:
                 raise ValueError(f"element {at} is in no piece, or in two")
             at += piece.numel
         if at != self.numel:
@@ -80,7 +111,7 @@ class Facts(_Part):
     Attributes:
         step: optimiser steps done.
         position: where in the data the next step begins.
-        world: ranks, ZeRO stage and precision of the run that wrote it; another may go on from it.
+        world: ranks, tensor degree, ZeRO stage and precision of who wrote it; others may go on from it.
         optimizer_step: AdamW's own count, by which it corrects its moments.
         loss_scale: state of the fp16 loss scaler; None in other precisions.
         schedule: learning rates of the run.

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.checkpoints.manifest import Manifest
+from everest_ds.checkpoints.manifest import WHOLE, Cut, Manifest
 from everest_ds.errors import CheckpointError
 
 # Of every parameter: the float32 weight and AdamW's two moments.
@@ -43,29 +43,41 @@ class CheckpointReader:
         self._files.clear()
         self._stack.close()
 
-    def read(self, state: str, name: str, start: int, numel: int) -> Tensor:
-        """Elements `start` .. `start + numel` of a flattened parameter's state, float32 on the host.
+    def read(self, state: str, name: str, start: int, numel: int, cut: Cut = WHOLE) -> Tensor:
+        """Elements `start` .. `start + numel` of a shard of a parameter's state, flat, float32 on the host.
+
+        Args:
+            cut: the shard, of the parameter cut as the reader wants it, however it was when it was saved.
 
         Raises:
             CheckpointError: if a file does not hold what the manifest says.
         """
-        values = torch.empty(numel)
-        for piece in self.manifest.parameters[name].pieces:
-            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if first < last:
-                part = self._slice(piece.file, entry(state, name), first - piece.start, last - piece.start)
-                values[first - start : last - start] = part
-        return values
+        parameter = self.manifest.parameters[name]
+        if (cut.degree, cut.outer) == (parameter.degree, parameter.outer):
+            return self._shard(state, name, cut.rank, start, numel)
+        return cut.take(self.whole(state, name))[start : start + numel]
 
     def whole(self, state: str, name: str) -> Tensor:
         """A parameter's state in its own shape."""
         parameter = self.manifest.parameters[name]
-        return self.read(state, name, 0, parameter.numel).view(parameter.shape)
+        share = parameter.numel // parameter.degree
+        shards = [self._shard(state, name, rank, 0, share) for rank in range(parameter.degree)]
+        rows = torch.stack(shards).view(parameter.degree, parameter.outer, -1)
+        return rows.transpose(0, 1).reshape(parameter.shape)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Every parameter's float32 weight, one at a time."""
         for name in self.manifest.parameters:
             yield name, self.whole(WEIGHT, name)
+
+    def _shard(self, state: str, name: str, rank: int, start: int, numel: int) -> Tensor:
+        values = torch.empty(numel)
+        for piece in self.manifest.parameters[name].pieces:
+            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if piece.shard == rank and first < last:
+                part = self._slice(piece.file, entry(state, name), first - piece.start, last - piece.start)
+                values[first - start : last - start] = part
+        return values
 
     def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
         try:

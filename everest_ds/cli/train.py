@@ -109,13 +109,13 @@ def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
 
 def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
     from everest_ds.cli.plan import describe_plan
-    from everest_ds.config import dump_experiment, plan_batch
+    from everest_ds.config import dump_experiment, plan_ranks
     from everest_ds.launch.environment import detect
     from everest_ds.parallel.ds_config import resolve_ds_config
 
     num_ranks = nproc or detect().world_size
     facts = describe_plan(config, num_ranks)
-    resolve_ds_config(config, plan_batch(config.batch, num_ranks))
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
     typer.echo(dump_experiment(config))
     print_facts(f"Plan: {config.task}", facts)
     write_json(json_file, {"plan": facts, "config": config.model_dump(mode="json")})

@@ -23,12 +23,13 @@ from everest_ds.checkpoints.folder import (
     set_aside,
     start_saving,
 )
-from everest_ds.checkpoints.manifest import Facts, Manifest, Parameter, Piece, read_manifest
+from everest_ds.checkpoints.manifest import Cut, Facts, Manifest, Parameter, Piece, read_manifest
 from everest_ds.checkpoints.reader import STATES, CheckpointReader, entry
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, publish_tensors, write_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.log import logger
 from everest_ds.parallel.engine import Engine, full_parameter
+from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.states import (
     Held,
     ModelStates,
@@ -37,6 +38,7 @@ from everest_ds.parallel.states import (
     optimizer_step,
     set_loss_scale,
     set_optimizer_step,
+    whole_shape,
 )
 from everest_ds.parallel.world import World
 
@@ -48,15 +50,24 @@ class Keep(NamedTuple):
     every_steps: int | None
 
 
+class _Saved(NamedTuple):
+    """What one rank saved of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Cut
+    piece: Piece
+
+
 class _Written(NamedTuple):
-    """What one rank wrote: its file, and the shape and piece of each parameter in it."""
+    """What one rank wrote: its file, and what is in it."""
 
     file: str
     seal: FileSeal
-    pieces: list[tuple[str, tuple[int, ...], Piece]]
+    saved: list[_Saved]
 
 
-def save_checkpoint(engine: Engine, folder: Path, facts: dict[str, Any], keep: Keep, world: World) -> Path:
+def save_checkpoint(engine: Engine, folder: Path, facts: dict[str, Any], keep: Keep, mesh: Mesh) -> Path:
     """Write the checkpoint of this step and drop those that need not be kept. Call on every rank.
 
     Args:
@@ -65,7 +76,7 @@ def save_checkpoint(engine: Engine, folder: Path, facts: dict[str, Any], keep: K
     Raises:
         CheckpointError: on every rank, if one could not write; earlier checkpoints are untouched.
     """
-    states = model_states(engine, world)
+    states, world = model_states(engine, mesh), mesh.world
     try:
         saving = world.share(lambda: start_saving(folder, facts["step"]))
     except OSError as error:
@@ -107,40 +118,37 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:
     return None
 
 
-def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, world: World) -> None:
+def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) -> None:
     """Restore weights, moments, step count and loss scale. Call on every rank.
 
     Raises:
         CheckpointError: if it is of another model, or a file is damaged.
     """
-    states = model_states(engine, world)
-    world.together(lambda: _read_part(states, path, manifest))
+    states = model_states(engine, mesh)
+    mesh.world.together(lambda: _read_part(states, path, manifest))
     states.refresh()
     set_loss_scale(engine, manifest.facts.loss_scale)
 
 
-def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], world: World) -> None:
+def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: Mesh) -> None:
     """Publish the full float32 weights of a sharded model, gathered one by one. Call on every rank.
 
     Raises:
         CheckpointError: on every rank, if rank 0 could not write; `file` stays what it was.
     """
-    specs = {
-        name: TensorSpec(torch.float32, tuple(getattr(p, "ds_shape", p.shape)))
-        for name, p in model.named_parameters()
-    }
+    specs = {n: TensorSpec(torch.float32, whole_shape(p, mesh)) for n, p in model.named_parameters()}
     gathered = (full_parameter(p) for p in model.parameters())
 
     def write() -> None:
         try:
-            if world.is_main:
+            if mesh.world.is_main:
                 publish_tensors(file, specs, gathered, metadata)
         finally:  # the others wait in every gather, whatever became of the file
             for _ in gathered:
                 pass
 
     try:
-        world.together(write)
+        mesh.world.together(write)
     except OSError as error:
         raise _not_saved(file, error) from None
 
@@ -154,23 +162,26 @@ def _write_part(states: ModelStates, saving: Path, rank: int) -> _Written:
     }
     tensors = (states.get(held, state) for state in STATES for held in mine)
     seal = write_tensors(saving / file, specs, tensors, {})
-    return _Written(file, seal, [(h.name, h.shape, Piece(file, h.start, h.numel)) for h in mine])
+    return _Written(
+        file, seal, [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
+    )
 
 
 def _manifest(facts: Facts, written: list[_Written]) -> Manifest:
-    shapes: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, list[Piece]] = {}
-    for name, shape, piece in chain.from_iterable(part.pieces for part in written):
-        shapes[name] = shape
-        pieces.setdefault(name, []).append(piece)
+    by_name: dict[str, list[_Saved]] = {}
+    for saved in chain.from_iterable(part.saved for part in written):
+        by_name.setdefault(saved.name, []).append(saved)
     return Manifest(
         facts=facts,
         files={part.file: part.seal for part in written},
-        parameters={
-            name: Parameter(shape=shape, pieces=tuple(sorted(pieces[name], key=lambda piece: piece.start)))
-            for name, shape in shapes.items()
-        },
+        parameters={name: _parameter(saved) for name, saved in by_name.items()},
     )
+
+
+def _parameter(saved: list[_Saved]) -> Parameter:
+    first = saved[0]
+    pieces = sorted((each.piece for each in saved), key=lambda piece: (piece.shard, piece.start))
+    return Parameter(shape=first.shape, degree=first.cut.degree, outer=first.cut.outer, pieces=tuple(pieces))
 
 
 def _read_part(states: ModelStates, path: Path, manifest: Manifest) -> None:
@@ -180,7 +191,7 @@ def _read_part(states: ModelStates, path: Path, manifest: Manifest) -> None:
     with CheckpointReader(path, manifest) as reader:
         for each in held:
             for state in STATES:
-                states.put(each, state, reader.read(state, each.name, each.start, each.numel))
+                states.put(each, state, reader.read(state, each.name, each.start, each.numel, each.cut))
 
 
 def _check_same_model(held: list[Held], path: Path, manifest: Manifest) -> None:

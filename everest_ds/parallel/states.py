@@ -1,12 +1,14 @@
 """Where DeepSpeed keeps the float32 weights and AdamW's moments: one view of them for all ZeRO stages.
 
-A rank holds, of each parameter, at most one run of elements: all of them at stage 0, what falls into its part
-of a flattened group at stages 1 and 2, an equal share at stage 3. Nothing here is gathered: a rank saves the
-elements that it holds, and reads back those that it will hold.
+Of each parameter, or of its shard of one that a tensor group shares, a rank holds at most one run of
+elements: all of them at stage 0, what falls into its part of a flattened group at stages 1 and 2, an equal
+share at stage 3. Nothing here is gathered: a rank saves the elements that it holds, and reads those that it
+will hold.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -14,8 +16,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from everest_ds.checkpoints.manifest import WHOLE, Cut
 from everest_ds.checkpoints.reader import STATES, WEIGHT
-from everest_ds.parallel.world import World
+from everest_ds.parallel.mesh import Mesh
+from everest_ds.parallel.tensor_parallel import split_of
 
 _MOMENTS = tuple(state for state in STATES if state != WEIGHT)
 _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -23,15 +27,18 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Held:
-    """Elements `start` .. `start + numel` of a flattened parameter, held by this rank.
+    """Elements `start` .. `start + numel` of a flattened parameter, or shard of one, held by this rank.
 
     Attributes:
+        shape: of the whole parameter.
+        cut: the shard that this rank has of it.
         saved_here: this rank is the one to save them; another holds them too where it is False.
     """
 
     name: str
     parameter: Any  # nn.Parameter, with what DeepSpeed hangs on it
     shape: tuple[int, ...]
+    cut: Cut
     start: int
     numel: int
     saved_here: bool
@@ -56,12 +63,31 @@ class ModelStates(Protocol):
         """AdamW's own records on this rank, made if there are none yet: a step count and moments each."""
 
 
-def model_states(engine: Any, world: World) -> ModelStates:
+def model_states(engine: Any, mesh: Mesh) -> ModelStates:
     """The view that fits the engine's ZeRO stage."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
-        return _Replicated(engine, world)
-    return _Partitioned(engine, world) if stage == 3 else _Flattened(engine)
+        return _Replicated(engine, mesh)
+    return _Partitioned(engine, mesh) if stage == 3 else _Flattened(engine, mesh)
+
+
+def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a parameter before any rank had a part of it only."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    split = split_of(parameter)
+    if split is not None:
+        shape[split.dim] *= mesh.tensor_degree
+    return tuple(shape)
+
+
+def _held(
+    name: str, parameter: Any, mesh: Mesh, start: int, numel: int, saved_by_data_rank: bool = True
+) -> Held:
+    shape, split = whole_shape(parameter, mesh), split_of(parameter)
+    if split is None:  # the same on every rank of the tensor group, of which one saves it
+        return Held(name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0)
+    cut = Cut(mesh.tensor_rank, mesh.tensor_degree, math.prod(shape[: split.dim]) * split.pieces)
+    return Held(name, parameter, shape, cut, start, numel, saved_by_data_rank)
 
 
 def optimizer_step(states: ModelStates) -> int:
@@ -93,19 +119,18 @@ def set_loss_scale(engine: Any, saved: dict[str, int | float] | None) -> None:
 class _Replicated:
     """Stage 0: torch's AdamW over whole parameters, the same on every rank."""
 
-    def __init__(self, engine: Any, world: World) -> None:
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
         self._optimizer: torch.optim.AdamW = engine.optimizer
-        self._world = world
+        self._mesh = mesh
 
     def held(self) -> Iterator[Held]:
         parameters = list(self._module.named_parameters())
         total = sum(parameter.numel() for _, parameter in parameters)
         before = 0
         for name, parameter in parameters:
-            writer = before * self._world.size // total  # ranks write about the same number of bytes
-            mine = writer == self._world.rank
-            yield Held(name, parameter, tuple(parameter.shape), 0, parameter.numel(), mine)
+            writer = before * self._mesh.data_degree // total  # ranks write about the same number of bytes
+            yield _held(name, parameter, self._mesh, 0, parameter.numel(), writer == self._mesh.data_rank)
             before += parameter.numel()
 
     def get(self, held: Held, state: str) -> Tensor:
@@ -113,7 +138,7 @@ class _Replicated:
 
     @torch.no_grad()
     def put(self, held: Held, state: str, values: Tensor) -> None:
-        self._tensor(held.parameter, state).copy_(values.view(held.shape))
+        self._tensor(held.parameter, state).copy_(values.view_as(held.parameter))
 
     def refresh(self) -> None:
         pass  # the forward pass computes with these very tensors
@@ -131,8 +156,9 @@ class _Replicated:
 class _Flattened:
     """Stages 1 and 2: each group of parameters is one flat tensor, of which every rank holds a part."""
 
-    def __init__(self, engine: Any) -> None:
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
+        self._mesh = mesh
         self._zero = engine.optimizer
         self._optimizer: torch.optim.AdamW = engine.optimizer.optimizer
         self._parts: list[Tensor] = [group["params"][0] for group in self._optimizer.param_groups]
@@ -143,7 +169,7 @@ class _Flattened:
             mapping = parameter._hp_mapping  # None if no element falls into this rank's part
             if mapping is not None:
                 address = mapping.lp_fragment_address
-                yield Held(name, parameter, tuple(parameter.shape), address.start, address.numel, True)
+                yield _held(name, parameter, self._mesh, address.start, address.numel)
 
     def get(self, held: Held, state: str) -> Tensor:
         return self._elements(held, state).detach().cpu()
@@ -167,19 +193,19 @@ class _Flattened:
 class _Partitioned:
     """Stage 3: every parameter is cut into equal shares, the last ones filled up with zeros."""
 
-    def __init__(self, engine: Any, world: World) -> None:
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
         self._zero = engine.optimizer
-        self._rank = world.rank
+        self._mesh = mesh
 
     def held(self) -> Iterator[Held]:
         parameter: Any
         for name, parameter in self._module.named_parameters():
             share = parameter.ds_tensor.ds_numel
-            start = self._rank * share
+            start = self._mesh.data_rank * share
             numel = min(share, parameter.ds_numel - start)
             if numel > 0:
-                yield Held(name, parameter, tuple(parameter.ds_shape), start, numel, True)
+                yield _held(name, parameter, self._mesh, start, numel)
 
     def get(self, held: Held, state: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # heavy

@@ -40,7 +40,9 @@ class World:
 
     Attributes:
         rank: 0 .. size - 1.
-        size: number of processes; the data-parallel degree.
+        size: number of processes.
+        local_rank: its number among the ranks of its node.
+        local_size: ranks of its node.
         device: where this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
         roll_call: another, kept for finding out who is lost: after a failure `control` is of no use.
@@ -48,6 +50,8 @@ class World:
 
     rank: int
     size: int
+    local_rank: int
+    local_size: int
     device: torch.device
     control: dist.ProcessGroup
     roll_call: dist.ProcessGroup
@@ -127,7 +131,8 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
 
 
 def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT.
 
     Uses NCCL on GPUs and gloo otherwise.
 
@@ -139,7 +144,8 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
         RankLostError: if the others do not come.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device(int(os.environ["LOCAL_RANK"]))
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = _device(local_rank)
     _prepare_deepspeed(device)
     try:
         dist.init_process_group(
@@ -155,7 +161,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
     control, roll_call = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return World(rank, size, device, control, roll_call)
+    return World(rank, size, local_rank, local_size, device, control, roll_call)
 
 
 @contextmanager

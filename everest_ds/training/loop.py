@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everest_ds.checkpoints.folder import list_checkpoints
 from everest_ds.checkpoints.manifest import Facts
-from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import steps_per_epoch
@@ -29,6 +29,7 @@ from everest_ds.parallel.checkpoint import (
 )
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
+from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
@@ -62,7 +63,8 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         StoppedError: after a stop signal, with everything saved.
         EverestError: for whatever the user can put right.
     """
-    plan = plan_batch(config.batch, world.size)
+    plan = plan_ranks(config, world.size)
+    mesh = form_mesh(world, config.parallelism.tensor)
     samples = world.share(lambda: read_samples(config, "train"))
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
@@ -75,7 +77,7 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
             logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
         engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
-        run = TrainingRun(config, plan, samples, engine, folder, world, cost)
+        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
         with StopRequest() as stop, watchdog:
             run.to_the_end(stop, watchdog)
@@ -111,7 +113,7 @@ class TrainingRun:
         samples: Sequence[Sample],
         engine: Engine,
         folder: RunFolder,
-        world: World,
+        mesh: Mesh,
         cost: ClipCost | None,
     ) -> None:
         self.config = config
@@ -119,15 +121,16 @@ class TrainingRun:
         self.samples = samples
         self.engine = engine
         self.folder = folder
-        self.world = world
+        self.mesh = mesh
+        self.world = mesh.world
         self.cost = cost
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
         self.step = self._resume()
-        self.observers = self._start_observers() if world.is_main else []
+        self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
-        self.losses = LossWatch(samples, world)
+        self.losses = LossWatch(samples, self.world)
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
@@ -209,7 +212,7 @@ class TrainingRun:
             return
         self.losses.check()
         samples = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, samples, self.config, self.world, segments=1, crops=1)
+        result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
         )
@@ -218,7 +221,7 @@ class TrainingRun:
             observer.on_validation(report)
         if report.val_top1 > best:
             file, metadata = self.folder.best_weights, {"task": self.config.task}
-            save_model(self.engine.module, file, metadata, self.world)
+            save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
         stopping = self.world.any(stop.received is not None)
@@ -234,7 +237,7 @@ class TrainingRun:
         self.losses.check()
         run = self.config.run
         keep = Keep(run.keep_checkpoints, run.keep_every_steps)
-        save_checkpoint(self.engine, self.folder.checkpoints, self._facts(), keep, self.world)
+        save_checkpoint(self.engine, self.folder.checkpoints, self._facts(), keep, self.mesh)
 
     def _facts(self) -> dict[str, Any]:
         epoch, step_of_epoch = divmod(self.step, self.steps_per_epoch)
@@ -246,6 +249,7 @@ class TrainingRun:
             "position": {"epoch": epoch, "step_of_epoch": step_of_epoch, "clips_seen": self.step * batch},
             "world": {
                 "ranks": self.world.size,
+                "tensor": self.mesh.tensor_degree,
                 "zero_stage": config.parallelism.zero_stage,
                 "precision": config.precision,
             },
@@ -262,7 +266,7 @@ class TrainingRun:
         if found is not None:
             path, manifest = found
             self._check_continues(path, manifest.facts)
-            load_checkpoint(self.engine, path, manifest, self.world)
+            load_checkpoint(self.engine, path, manifest, self.mesh)
             step = manifest.facts.step
             logger.info("resuming from %s", path)
         self.world.share(lambda: self.folder.drop_metrics_after(step))
@@ -290,7 +294,7 @@ class TrainingRun:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.world.rank, steps, pin_memory=on_gpu
+            self.samples, self.config, self.plan, self.mesh.data_rank, steps, pin_memory=on_gpu
         )
 
 

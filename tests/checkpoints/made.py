@@ -57,7 +57,7 @@ def make_checkpoint(folder: Path, step: int) -> Path:
         name: Parameter(
             shape=shape,
             pieces=tuple(
-                Piece(file, cuts[name][0], cuts[name][1] - cuts[name][0])
+                Piece(file, 0, cuts[name][0], cuts[name][1] - cuts[name][0])
                 for file, cuts in (("a.safetensors", first), ("b.safetensors", second))
                 if name in cuts
             ),

@@ -121,7 +121,7 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path, change: Callable[[dict]
 
 def test_a_file_that_holds_less_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3)
-    wider = Parameter(shape=(16,), pieces=(Piece("a.safetensors", 0, 16),))
+    wider = Parameter(shape=(16,), pieces=(Piece("a.safetensors", 0, 0, 16),))
     manifest = verify(path).model_copy(update={"parameters": {"encoder.bias": wider}})
     with CheckpointReader(path, manifest) as reader, pytest.raises(CheckpointError, match="a.safetensors"):
         reader.whole("weight", "encoder.bias")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from itertools import product
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,29 +12,44 @@ from torch import Tensor
 
 from everest_ds.checkpoints.folder import verify
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
-from everest_ds.config import plan_batch
+from everest_ds.config import plan_ranks
 from everest_ds.models import build_model
 from everest_ds.parallel.checkpoint import Keep, load_checkpoint, save_checkpoint
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
+from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
 from tests.checkpoints.made import facts
-from tests.parallel.test_equality import experiment, global_batch, part
+from tests.parallel.equality import experiment, global_batch, part
 from tests.ranks import run_ranks
 
 SAVED = 2  # steps done when the first world saves
-STAGES = {"fp32": (0, 1, 2, 3), "bf16": (1, 2, 3)}
+
+
+class Layout(NamedTuple):
+    """How a world holds a model."""
+
+    stage: int
+    tensor: int
+
+    def folder(self, parent: Path) -> Path:
+        return parent / f"stage-{self.stage}-tensor-{self.tensor}"
+
+
+Move = tuple[Layout, Layout]
 
 
 class Trained:
-    """The tiny classifier under one ZeRO stage."""
+    """The tiny classifier in one layout."""
 
-    def __init__(self, world: World, stage: int, precision: str) -> None:
-        self.world = world
-        self.config = experiment("finetune", stage, world.size, precision=precision)
-        self.plan = plan_batch(self.config.batch, world.size)
+    def __init__(self, world: World, layout: Layout, precision: str) -> None:
+        self.mesh = form_mesh(world, layout.tensor)
+        self.config = experiment(
+            "finetune", layout.stage, self.mesh.data_degree, layout.tensor, precision=precision
+        )
+        self.plan = plan_ranks(self.config, world.size)
         torch.manual_seed(0)
         model = build_model(self.config)
         groups = parameter_groups(model, self.config.optimizer)
@@ -45,38 +62,38 @@ class Trained:
         objective, losses = build_objective(self.config), []
         for micro in range(self.plan.grad_accum_steps):
             batch = part(global_batch(number), self.plan.grad_accum_steps, micro)
-            loss = objective(self.engine, part(batch, self.world.size, self.world.rank))
+            loss = objective(self.engine, part(batch, self.mesh.data_degree, self.mesh.data_rank))
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())
-        return float(self.world.mean(torch.stack(losses).mean()))
+        return float(self.mesh.world.mean(torch.stack(losses).mean()))
 
     def save(self, folder: Path) -> Path:
         known = facts(SAVED).model_dump(exclude={"optimizer_step", "loss_scale"})
-        return save_checkpoint(self.engine, folder, known, Keep(1, None), self.world)
+        return save_checkpoint(self.engine, folder, known, Keep(1, None), self.mesh)
 
 
-def save_every_stage(world: World, folder: Path, precision: str) -> list[float]:
-    """Train and save at every stage; the loss of the step after."""
+def train_and_save(world: World, folder: Path, precision: str, layouts: list[Layout]) -> list[float]:
+    """In each layout: train, save, and the loss of the step after."""
     losses = []
-    for stage in STAGES[precision]:
-        trained = Trained(world, stage, precision)
+    for layout in layouts:
+        trained = Trained(world, layout, precision)
         for number in range(SAVED):
             trained.step(number)
-        trained.save(folder / f"from-{stage}")
+        trained.save(layout.folder(folder))
         losses.append(trained.step(SAVED))
         trained.engine.destroy()
     return losses
 
 
-def take_up(world: World, folder: Path, precision: str, pairs: list[tuple[int, int]]) -> list[float]:
-    """For each pair of stages: load what the first saved into the second, save, go on."""
+def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> list[float]:
+    """For each pair of layouts: load what the first saved into the second, save, go on."""
     losses = []
-    for before, now in pairs:
-        source = folder / f"from-{before}" / f"step-{SAVED:08d}"
+    for before, now in moves:
+        source = before.folder(folder) / f"step-{SAVED:08d}"
         trained = Trained(world, now, precision)
-        load_checkpoint(trained.engine, source, verify(source), world)
-        trained.save(folder / f"from-{before}-to-{now}-of-{world.size}")
+        load_checkpoint(trained.engine, source, verify(source), trained.mesh)
+        trained.save(now.folder(before.folder(folder)))
         losses.append(trained.step(SAVED))
         trained.engine.destroy()
     return losses
@@ -88,29 +105,48 @@ def contents(folder: Path) -> dict[tuple[str, str], Tensor]:
         return {(s, name): reader.whole(s, name) for s in STATES for name in reader.manifest.parameters}
 
 
-RING = [(0, 1), (1, 2), (2, 3), (3, 0)]
+def layouts(stages: tuple[int, ...], tensor_degrees: tuple[int, ...]) -> list[Layout]:
+    return [Layout(*cell) for cell in product(stages, tensor_degrees)]
+
+
+def some_moves(before: list[Layout], now: list[Layout]) -> list[Move]:
+    """Every third pair: each layout with many of the other side."""
+    return [(b, n) for (i, b), (j, n) in product(enumerate(before), enumerate(now)) if (i + j) % 3 == 0]
+
+
+def slow(*cell: object) -> object:
+    return pytest.param(*cell, marks=pytest.mark.slow)
+
+
+ALL = (0, 1, 2, 3)
+FEW = [
+    (Layout(0, 1), Layout(1, 2)),
+    (Layout(1, 1), Layout(2, 1)),
+    (Layout(2, 1), Layout(3, 2)),
+    (Layout(3, 1), Layout(0, 1)),
+]
 
 
 @pytest.mark.parametrize(
-    "precision, worlds, pairs",
+    "precision, worlds, moves",
     [
-        ("fp32", (1, 2), RING),
-        pytest.param("fp32", (2, 4), None, marks=pytest.mark.slow),
-        pytest.param("fp32", (4, 1), None, marks=pytest.mark.slow),
-        pytest.param("bf16", (2, 1), None, marks=pytest.mark.slow),
+        ("fp32", (1, 2), FEW),
+        slow("fp32", (2, 4), some_moves(layouts(ALL, (1, 2)), layouts(ALL, (1, 2, 4)))),
+        slow("fp32", (4, 2), some_moves(layouts(ALL, (1, 2, 4)), layouts(ALL, (1, 2)))),
+        slow("bf16", (2, 1), some_moves(layouts((1, 2, 3), (1, 2)), layouts((1, 2, 3), (1,)))),
     ],
-    ids=["a stage to the next", "2 to 4 ranks", "4 to 1 rank", "bf16"],
+    ids=["1 to 2 ranks", "2 to 4 ranks", "4 to 2 ranks", "bf16"],
 )
-def test_stages_take_up_what_others_saved(
-    tmp_path: Path, precision: str, worlds: tuple[int, int], pairs: list[tuple[int, int]] | None
+def test_a_layout_takes_up_what_another_saved(
+    tmp_path: Path, precision: str, worlds: tuple[int, int], moves: list[Move]
 ) -> None:
-    stages = STAGES[precision]
-    pairs = pairs or [(before, now) for before in stages for now in stages]
-    next_loss = dict(zip(stages, run_ranks(save_every_stage, worlds[0], tmp_path, precision)[0], strict=True))
-    losses = run_ranks(take_up, worlds[1], tmp_path, precision, pairs)[0]
-    for (before, now), loss in zip(pairs, losses, strict=True):
-        saved = contents(tmp_path / f"from-{before}")
-        again = contents(tmp_path / f"from-{before}-to-{now}-of-{worlds[1]}")
+    saving = sorted({before for before, _ in moves})
+    next_losses = run_ranks(train_and_save, worlds[0], tmp_path, precision, saving)[0]
+    next_loss = dict(zip(saving, next_losses, strict=True))
+    losses = run_ranks(take_up, worlds[1], tmp_path, precision, moves)[0]
+    for (before, now), loss in zip(moves, losses, strict=True):
+        saved = contents(before.folder(tmp_path))
+        again = contents(now.folder(before.folder(tmp_path)))
         assert saved.keys() == again.keys()
         assert all(torch.equal(saved[key], again[key]) for key in saved), (before, now)
         tolerance = 1e-5 if precision == "fp32" else 0.01  # bf16 has 8 bits of mantissa
