@@ -12,7 +12,7 @@ from everest_ds.errors import CheckpointError, ExitCode
 
 app = typer.Typer(
     help="Look at, verify and export checkpoints. Nothing needs converting to go on elsewhere: any number of"
-    " ranks at any ZeRO stage resumes from any checkpoint.",
+    " ranks, ZeRO stage and tensor degree resumes from any checkpoint.",
     no_args_is_help=True,
 )
 Source = Annotated[

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
-import re
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,8 +31,9 @@ _LOST_PEER = (
 # A rank that is silent for this long is taken for lost, unless the run says otherwise. Longer than the
 # slowest honest step: the first one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# To say "here" after a failure. The ranks that are left see it within moments of each other.
-_ROLL_CALL_TIMEOUT = timedelta(seconds=5)
+# To say "here" after a failure, which the ranks that are left see within moments of each other. Less than
+# what a launcher grants to those that did not fail first.
+_ROLL_CALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class World:
         local_size: ranks of its node.
         device: where this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
-        roll_call: another, kept for finding out who is lost: after a failure `control` is of no use.
+        store: the keys and values by which the ranks found each other, kept by rank 0 or by torchrun. It
+            answers when groups have failed.
     """
 
     rank: int
@@ -54,7 +57,7 @@ class World:
     local_size: int
     device: torch.device
     control: dist.ProcessGroup
-    roll_call: dist.ProcessGroup
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -83,14 +86,19 @@ class World:
         dist.all_gather_object(values, value, group=self.control)
         return values
 
-    def lost_ranks(self) -> str | None:
-        """Which ranks do not answer any more, as rank 0 finds out; None elsewhere, or if all answer."""
+    def lost_ranks(self) -> list[int]:
+        """Which ranks do not answer any more. Call after a failure, on every rank that sees it."""
+        missing = [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
         try:
-            dist.monitored_barrier(self.roll_call, timeout=_ROLL_CALL_TIMEOUT, wait_all_ranks=True)
-        except RuntimeError as error:
-            named = re.search(r"Ranks? ([\d, ]+?) failed to pass", str(error))
-            return named[1] if named and self.is_main else None
-        return None
+            self.store.set(f"here/{self.rank}", "")
+        except RuntimeError:
+            return [0]
+        with contextlib.suppress(RuntimeError):  # rank 0 may be done, and end, before this one
+            while missing and time.monotonic() < deadline:
+                time.sleep(0.1)
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+        return missing
 
     def share(self, make: Callable[[], T]) -> T:
         """Rank 0's `make()`, on every rank; its error too, so that nobody waits for a rank that failed."""
@@ -147,9 +155,14 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank)
     _prepare_deepspeed(device)
+    _default_timeouts(timeout)
     try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=rank,
+            world_size=size,
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
@@ -160,8 +173,8 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
             given=" ".join(str(error).split())[:200],
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
-    control, roll_call = (dist.new_group(backend="gloo", timeout=timeout) for _ in range(2))
-    return World(rank, size, local_rank, local_size, device, control, roll_call)
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, device, control, store)
 
 
 @contextmanager
@@ -190,9 +203,9 @@ def explained_failures(world: World) -> Iterator[None]:
 
 
 def _lost_peer(world: World, error: RuntimeError) -> RankLostError:
-    ranks = world.lost_ranks()
+    named = ", ".join(f"rank {rank}" for rank in world.lost_ranks())
     return RankLostError(
-        f"rank {world.rank} lost a peer" + ("" if ranks is None else f": rank {ranks} does not answer"),
+        f"rank {world.rank} lost a peer" + (f": no answer from {named}" if named else ""),
         given=" ".join(str(error).split())[:160],
         fix="see why in its log, or in its .stacks file there if it hung;"
         " the same command goes on from the last checkpoint",
@@ -218,6 +231,12 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _default_timeouts(timeout: timedelta) -> None:
+    """Of the groups that DeepSpeed and fairscale make, which take no timeout: half an hour otherwise."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

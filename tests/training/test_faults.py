@@ -228,7 +228,7 @@ def test_a_rank_that_dies_or_hangs_in_a_step_is_named(
     with pytest.raises(AssertionError, match="rank 1 died"):
         run_ranks(hit_in_step, 2, config, 4, 1, act, patience_s=10)
     message = (tmp_path / "message-0").read_text()
-    assert message.startswith("RankLostError: rank 0 lost a peer: rank 1 does not answer")
+    assert message.startswith("RankLostError: rank 0 lost a peer: no answer from rank 1")
     if act is hang:
         stacks = (tmp_path / "logs" / "rank-1.stacks").read_text()
         assert "faults.py" in stacks and " in hang" in stacks and " in _train_step" in stacks

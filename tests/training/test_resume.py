@@ -110,26 +110,28 @@ def test_another_global_batch_is_refused_by_name(motion_data: Path, tmp_path: Pa
     assert "allowed: 8 clips; fix: set batch.global_batch_size=8" in message
 
 
+Place = tuple[int, int, int]  # ranks, ZeRO stage, tensor degree
+
+
 @pytest.mark.parametrize(
     "path",
     [
-        ((2, 1), (1, 3)),
-        pytest.param(((4, 2), (2, 3), (1, 2), (4, 0)), marks=pytest.mark.slow),
-        pytest.param(((1, 0), (4, 3), (2, 1), (4, 2)), marks=pytest.mark.slow),
+        ((2, 1, 1), (1, 3, 1)),
+        pytest.param(((4, 2, 1), (2, 3, 2), (1, 2, 1), (4, 0, 1)), marks=pytest.mark.slow),
+        pytest.param(((1, 0, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2)), marks=pytest.mark.slow),
     ],
-    ids=lambda path: "-".join(f"{ranks}x{stage}" for ranks, stage in path),
+    ids=lambda path: "-".join(f"{ranks}x{stage}x{tensor}" for ranks, stage, tensor in path),
 )
 @pytest.mark.parametrize("task", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
-def test_a_run_moves_to_other_ranks_and_zero_stages(
-    motion_data: Path, tmp_path: Path, task: str, path: tuple[tuple[int, int], ...]
+def test_a_run_moves_to_other_ranks_zero_stages_and_tensor_degrees(
+    motion_data: Path, tmp_path: Path, task: str, path: tuple[Place, ...]
 ) -> None:
-    """The same losses as of the run that never moved, whatever (ranks, ZeRO stage) it goes through."""
+    """The same losses as of the run that never moved, wherever it goes on."""
     options: dict[str, Any] = {"batch": {"micro_batch_size": 2}, "optimizer": {"layer_decay": 0.8}}
     run_ranks(train_rank, 1, experiment(motion_data, tmp_path / "whole", task, **options))
-    for leg, (num_ranks, stage) in enumerate(path, 1):
-        config = experiment(
-            motion_data, tmp_path / "moved", task, **options, parallelism={"zero_stage": stage}
-        )
+    for leg, (num_ranks, stage, tensor) in enumerate(path, 1):
+        here = {"zero_stage": stage, "tensor": tensor}
+        config = experiment(motion_data, tmp_path / "moved", task, **options, parallelism=here)
         if leg < len(path):
             run_ranks(stop_after, num_ranks, config, 2 * leg)
         else:
