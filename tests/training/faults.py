@@ -6,7 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from everest_ds.checkpoints import folder, manifest, tensor_file
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
 from everest_ds.parallel import checkpoint
-from everest_ds.parallel.world import World, explained_failures
+from everest_ds.parallel.world import World
 from everest_ds.training import loop
 from everest_ds.training.loop import train
 from tests.training.runs import experiment, losses
@@ -134,24 +134,12 @@ def at_end_of(step: int, act: Callable[[], object]) -> Iterator[None]:
 
 def train_with_fault_in_save(
     world: World, config: Experiment, step: int, rank: int, place: str, act: Callable[[], object]
-) -> None:
-    """Train; `act` happens to `rank` at `place` of the save of `step`."""
+) -> str:
+    """Train; `act` happens to `rank` at `place` of the save of `step`. What ended the run."""
     if world.rank != rank:
-        train(config, world)
-        return
-    stack = []
-
-    def arm() -> None:
-        context = replaced(*PLACES[place](act))
-        context.__enter__()
-        stack.append(context)
-
-    with at_end_of(step, arm):
-        try:
-            train(config, world)
-        finally:
-            for context in stack:
-                context.__exit__(None, None, None)
+        return outcome(world, config)
+    with ExitStack() as armed, at_end_of(step, lambda: armed.enter_context(replaced(*PLACES[place](act)))):
+        return outcome(world, config)
 
 
 def stop_at(world: World, config: Experiment, step: int) -> str:
@@ -163,8 +151,7 @@ def stop_at(world: World, config: Experiment, step: int) -> str:
 def outcome(world: World, config: Experiment) -> str:
     """What ended a run on this rank, as its user reads it."""
     try:
-        with explained_failures(world):
-            train(config, world)
+        train(config, world)
     except EverestError as error:
         return f"{type(error).__name__}: {error}"
     return "done"
