@@ -48,6 +48,7 @@ def experiment(
     tensor: int = 1,
     recompute: dict[str, Any] | None = None,
     precision: str = "fp32",
+    offload: bool = False,
 ) -> Experiment:
     """Clipping, layer decay, drop path and two accumulated micro-batches."""
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
@@ -63,7 +64,7 @@ def experiment(
             "optimizer": {"clip_grad_norm": MAX_GRADIENT_NORM, "layer_decay": layer_decay},
             "batch": {"micro_batch_size": GLOBAL_BATCH // data_degree // 2, "grad_accum_steps": 2},
             "precision": precision,
-            "parallelism": {"zero_stage": stage, "tensor": tensor},
+            "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
             "recompute": recompute or {},
         }
     )
