@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
-from everest_ds.models import build_model
+from everest_ds.models import build_model, linear
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
@@ -122,6 +122,12 @@ def engine_runs(world: World, configs: list[Experiment]) -> list[Trajectory]:
     """Several runs in one world: ranks take longer to start than to run."""
     BACKBONES["vit_tiny"] = SPLITTABLE  # a rank is a process of its own
     return [engine_run(world, config) for config in configs]
+
+
+def engine_runs_on_onednn(world: World, configs: list[Experiment]) -> list[Trajectory]:
+    """`engine_runs` with every product by the library that large ones go to."""
+    linear._WORTHWHILE_MACS = 0
+    return engine_runs(world, configs)
 
 
 def assert_equal(run: Trajectory, expected: Trajectory, name: str) -> None:

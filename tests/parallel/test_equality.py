@@ -15,6 +15,7 @@ from tests.parallel.equality import (
     assert_equal,
     assert_same_weights,
     engine_runs,
+    engine_runs_on_onednn,
     experiment,
     plain_run,
 )
@@ -59,6 +60,11 @@ def assert_stages_follow(task: str, data: int, tensor: int, stages: tuple[int, .
 )
 def test_a_mesh_follows_the_plain_loop(task: str, data: int, tensor: int, stages: tuple[int, ...]) -> None:
     assert_stages_follow(task, data, tensor, stages)
+
+
+def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
+    configs = [experiment("pretrain", stage=2, data_degree=1, tensor=2)]
+    assert_equal(run_ranks(engine_runs_on_onednn, 2, configs)[0][0], reference("pretrain"), "oneDNN")
 
 
 @pytest.mark.slow
