@@ -157,7 +157,19 @@ class ParallelismConfig(Section):
         1, description="neighbouring ranks of a node that share every layer; the rest is data parallelism"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="picks ds_configs/zero<stage>.json")
+    offload_to_cpu: bool = Field(
+        False, description="optimiser, and at stage 3 weights, in host memory: zero<stage>_offload.json"
+    )
     ds_config: Path | None = Field(None, description="your own DeepSpeed JSON, of the same stage")
+
+    @model_validator(mode="after")
+    def check_offload(self) -> ParallelismConfig:
+        """There is a shipped DeepSpeed file that offloads, and no other that says whether to."""
+        if self.offload_to_cpu and self.zero_stage < 2:
+            raise ValueError(f"offload_to_cpu needs zero_stage 2 or 3, not {self.zero_stage}")
+        if self.offload_to_cpu and self.ds_config is not None:
+            raise ValueError("offload_to_cpu picks a shipped DeepSpeed file; say it in ds_config instead")
+        return self
 
 
 class RecomputeConfig(Section):

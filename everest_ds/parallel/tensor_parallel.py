@@ -17,15 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from fairscale.nn.model_parallel.mappings import (
-    copy_to_model_parallel_region,
-    reduce_from_model_parallel_region,
-)
+from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 from torch import Tensor, nn
 
 from everest_ds.models.linear import linear
@@ -140,11 +138,28 @@ class _Row(RowParallelLinear):
         self.weight, self.bias = dense.weight, dense.bias
 
     def forward(self, x_nI: Tensor) -> Tensor:
-        return reduce_from_model_parallel_region(linear(x_nI, self.weight)) + self.bias
+        return _Sum.apply(linear(x_nI, self.weight)) + self.bias
 
 
 class _GELURow(_Row):
     """`_Row` of GELU(x)."""
 
     def forward(self, x_nI: Tensor) -> Tensor:
-        return reduce_from_model_parallel_region(gelu_linear(x_nI, self.weight)) + self.bias
+        return _Sum.apply(gelu_linear(x_nI, self.weight)) + self.bias
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the tensor group, in the memory of the input, which nobody else has.
+
+    fairscale's marks its input as changed, which autograd forbids for what oneDNN's linear returns.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor) -> Tensor:
+        total = partial.detach()
+        dist.all_reduce(total, group=get_model_parallel_group())
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient

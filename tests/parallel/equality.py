@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
-from everest_ds.models import build_model
+from everest_ds.models import build_model, linear
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
@@ -48,6 +48,7 @@ def experiment(
     tensor: int = 1,
     recompute: dict[str, Any] | None = None,
     precision: str = "fp32",
+    offload: bool = False,
 ) -> Experiment:
     """Clipping, layer decay, drop path and two accumulated micro-batches."""
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
@@ -63,7 +64,7 @@ def experiment(
             "optimizer": {"clip_grad_norm": MAX_GRADIENT_NORM, "layer_decay": layer_decay},
             "batch": {"micro_batch_size": GLOBAL_BATCH // data_degree // 2, "grad_accum_steps": 2},
             "precision": precision,
-            "parallelism": {"zero_stage": stage, "tensor": tensor},
+            "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
             "recompute": recompute or {},
         }
     )
@@ -121,6 +122,12 @@ def engine_runs(world: World, configs: list[Experiment]) -> list[Trajectory]:
     """Several runs in one world: ranks take longer to start than to run."""
     BACKBONES["vit_tiny"] = SPLITTABLE  # a rank is a process of its own
     return [engine_run(world, config) for config in configs]
+
+
+def engine_runs_on_onednn(world: World, configs: list[Experiment]) -> list[Trajectory]:
+    """`engine_runs` with every product by the library that large ones go to."""
+    linear._WORTHWHILE_MACS = 0
+    return engine_runs(world, configs)
 
 
 def assert_equal(run: Trajectory, expected: Trajectory, name: str) -> None:

@@ -7,16 +7,15 @@ from functools import lru_cache
 import pytest
 
 from everest_ds.config.backbones import BACKBONES
-from everest_ds.parallel.world import World
 from tests.parallel.equality import (
     SPLITTABLE,
     STAGES,
     TASKS,
     TOLERANCE,
-    Trajectory,
     assert_equal,
     assert_same_weights,
     engine_runs,
+    engine_runs_on_onednn,
     experiment,
     plain_run,
 )
@@ -63,6 +62,11 @@ def test_a_mesh_follows_the_plain_loop(task: str, data: int, tensor: int, stages
     assert_stages_follow(task, data, tensor, stages)
 
 
+def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
+    configs = [experiment("pretrain", stage=2, data_degree=1, tensor=2)]
+    assert_equal(run_ranks(engine_runs_on_onednn, 2, configs)[0][0], reference("pretrain"), "oneDNN")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("data", "tensor"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
@@ -84,14 +88,30 @@ def test_every_recompute_mode_follows_the_plain_loop_under_tensor_parallelism(ta
     assert_recompute_follows(task, stage, data=1, tensor=2)
 
 
-def sharded_bf16(world: World) -> list[Trajectory]:
-    return engine_runs(
-        world, [experiment("pretrain", stage, world.size, precision="bf16") for stage in (1, 2, 3)]
-    )
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2)])
+def test_offload_follows_the_plain_loop(data: int, tensor: int) -> None:
+    configs = [experiment("finetune", stage, data, tensor, offload=True) for stage in (2, 3)]
+    for run in run_ranks(engine_runs, data * tensor, configs)[0]:
+        assert_equal(run, reference("finetune"), f"{data} data x {tensor} tensor, offloaded")
+
+
+def assert_bf16_stays_near_fp32(data: int, tensor: int, offload: bool = False) -> None:
+    stages = (2, 3) if offload else (1, 2, 3)
+    configs = [
+        experiment("pretrain", stage, data, tensor, precision="bf16", offload=offload) for stage in stages
+    ]
+    expected = reference("pretrain").losses
+    for run in run_ranks(engine_runs, data * tensor, configs)[0]:
+        assert run.losses == pytest.approx(expected, rel=0.01)  # bf16 has 8 bits of mantissa
+        assert run.losses != pytest.approx(expected, rel=TOLERANCE)
 
 
 def test_bf16_stays_near_fp32_in_every_sharded_stage() -> None:
-    expected = reference("pretrain").losses
-    for run in run_ranks(sharded_bf16, 2)[0]:
-        assert run.losses == pytest.approx(expected, rel=0.01)  # bf16 has 8 bits of mantissa
-        assert run.losses != pytest.approx(expected, rel=TOLERANCE)
+    assert_bf16_stays_near_fp32(data=2, tensor=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_bf16_stays_near_fp32_under_tensor_parallelism(offload: bool) -> None:
+    assert_bf16_stays_near_fp32(data=1, tensor=2, offload=offload)

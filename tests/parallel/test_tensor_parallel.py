@@ -10,13 +10,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from everest_ds.checkpoints.export import load_weights
-from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.schema import RecomputeConfig
-from everest_ds.errors import ConfigError, UsageError
+from everest_ds.errors import UsageError
 from everest_ds.models import build_model
 from everest_ds.models.vit import Blocks
 from everest_ds.parallel.mesh import Mesh, form_mesh
@@ -28,8 +27,6 @@ from everest_ds.training.testing import run_test
 from tests.parallel.equality import experiment as tiny_experiment
 from tests.ranks import run_ranks
 from tests.training import runs
-
-HEADS = {"vit_small": (6, 3), "vit_base": (12, 6), "vit_large": (16, 8), "vit_huge": (16, 8)}
 
 
 @given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 3]), st.sampled_from([0, 1]), st.integers(1, 3))
@@ -48,33 +45,6 @@ def test_a_rank_holds_its_heads_of_q_k_and_v() -> None:
     qkv = torch.arange(3 * heads * d).view(3, heads, d)  # output rows, named by their number
     shard = Split(0, pieces=3).take(qkv.flatten(), rank=1, degree=2)
     assert torch.equal(shard.view(3, 2, d), qkv[:, 2:])
-
-
-@pytest.mark.parametrize("backbone", HEADS)
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
-@pytest.mark.parametrize("degree", [2, 4, 8])
-def test_degrees_that_do_not_divide_the_heads_are_refused(backbone: str, task: str, degree: int) -> None:
-    tree = {
-        "task": task,
-        "model": {"backbone": backbone, "num_classes": 5},
-        "parallelism": {"tensor": degree},
-    }
-    heads = HEADS[backbone][: 2 if task == "pretrain" else 1]
-    if all(count % degree == 0 for count in heads):
-        Experiment.model_validate(tree)
-        return
-    allowed = ", ".join(str(t) for t in (1, 2, 4, 8) if all(count % t == 0 for count in heads))
-    with pytest.raises(
-        ValidationError, match=f"tensor={degree} does not divide the heads.*allowed: {allowed}"
-    ):
-        Experiment.model_validate(tree)
-
-
-def test_ranks_that_the_degree_does_not_divide_are_refused() -> None:
-    config = tiny_experiment("finetune", 0, data_degree=1, tensor=4)
-    assert plan_ranks(config, 8).data_parallel_degree == 2
-    with pytest.raises(ConfigError, match="given: tensor=4, 6 ranks; allowed: a multiple of 4 ranks"):
-        plan_ranks(config, 6)
 
 
 def mesh_over_nodes_of_two(world: World) -> str:
