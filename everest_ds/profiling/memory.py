@@ -19,7 +19,15 @@ from typing import NamedTuple
 from everest_ds.config.schema import Experiment
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
-from everest_ds.profiling.memory_layers import Layer, layers, scoring_bytes, target_bytes, tubelet_bytes
+from everest_ds.profiling.memory_layers import (
+    Layer,
+    layers,
+    loss_bytes,
+    loss_storage_bytes,
+    scoring_bytes,
+    target_bytes,
+    tubelet_bytes,
+)
 from everest_ds.profiling.memory_states import ModelStates, model_states
 
 
@@ -109,11 +117,13 @@ def _passes(stack: Sequence[Layer], config: Experiment) -> Iterator[_Moment]:
     for layer, kept_bytes in zip(stack, kept, strict=True):
         working = tubelet_bytes(config) + layer.forward_bytes
         yield _Moment(f"forward pass of {layer.name}", kept_bytes, working)
-    yield _Moment("reconstruction targets", kept[-1], target_bytes(config))
+    if config.task == "pretrain":
+        yield _Moment("reconstruction targets", kept[-1], target_bytes(config))
+        yield _Moment("reconstruction loss", kept[-1], loss_bytes(config))
     finished = 0
     for layer, kept_bytes in zip(reversed(stack), reversed(kept), strict=True):
-        name = f"backward pass of {layer.name}"
-        yield _Moment(name, kept_bytes, layer.backward_bytes, finished, in_backward=True)
+        name, working = f"backward pass of {layer.name}", layer.backward_bytes + loss_storage_bytes(config)
+        yield _Moment(name, kept_bytes, working, finished, in_backward=True)
         finished += layer.num_parameters
 
 

@@ -92,8 +92,7 @@ class BlockMemory:
             "mlp": self.mlp_bytes + self.tensor_bytes,
             "everything": self._inner_bytes + self.tensor_bytes,
         }
-        masked = self.tensor_bytes if self.drops else 0
-        gradients = self.tensor_bytes + masked + 2 * self.mlp_bytes + self.weight_bytes
+        gradients = self.tensor_bytes + self._masked_bytes + 2 * self.mlp_bytes + self.weight_bytes
         return gradients + again.get(self.recomputed, 0)
 
     @property
@@ -101,19 +100,24 @@ class BlockMemory:
         """While the gradient of the logits is made, which only unfused attention has.
 
         There are the gradients of the block's middle, of v, of the weights and of the logits; and what was
-        computed again, with its own result and, for a whole block, that one's gradient. Done with are the MLP
-        and its norm, the input of the output projection, and v.
+        computed again, with its own result and that one's gradient, if not the block's own. Done with are
+        the MLP and its norm, the input of the output projection, and v.
         """
         if not self.logits_bytes:
             return 0
         again = {
-            "attention": self.attention_bytes + self.tensor_bytes,
+            "attention": self.attention_bytes + self.tensor_bytes + self._masked_bytes,
             "mlp": self.mlp_bytes,
             "everything": self._inner_bytes + 2 * self.tensor_bytes,
         }
         gradients = self.tensor_bytes + self.split_bytes + 2 * self.logits_bytes
         done = 2 * self.tensor_bytes + self.mlp_bytes + 2 * self.split_bytes
         return gradients + again.get(self.recomputed, 0) - done
+
+    @property
+    def _masked_bytes(self) -> int:
+        """The gradient of a branch, where drop path makes it another than that of the sum."""
+        return self.tensor_bytes if self.drops else 0
 
     @property
     def _inner_bytes(self) -> int:

@@ -46,20 +46,27 @@ def layers(config: Experiment, tensor_parallel: int) -> list[Layer]:
 
 
 def scoring_bytes(config: Experiment) -> int:
-    """While tokens are scored: a clip's tubelets, and features of a few clips at a time (models/rero.py).
+    """While tokens are scored: a clip's tubelets, and a few clips' at a time in numbers (models/rero.py).
 
-    Pixels are cast and each slot's are subtracted from the next one's; features are computed of the changes.
+    Those are all pixels, and of every slot but the first the change from the one before and its features.
+    Beside them lie the embedding with the normalisation folded into it, and the maps to the features: the
+    embedding again, on the scale of a pixel, or the sketch on either scale.
     """
     tokens, geometry = config.tokens, config.candidate_geometry
-    tubelets = geometry.num_tokens * geometry.tubelet_values
+    num_tokens, values = geometry.num_tokens, geometry.tubelet_values
+    cut_up = _clips(config) * num_tokens * values
     if tokens.selection != "rero" and tokens.frame_oversampling == 1:
-        return _clips(config) * tubelets
-    width = config.model.shape.encoder.width
-    features = {"embedding": width, "sketch": sketch_width(width), "pixel": geometry.tubelet_values}
-    value = FLOAT32_BYTES if tokens.score == "pixel" else VALUE_BYTES[config.precision]
-    at_once = max(1, min(_clips(config), _SCORED_TOKENS // geometry.num_tokens))
-    scored = 2 * tubelets + geometry.num_tokens * features[tokens.score]
-    return _clips(config) * tubelets + at_once * scored * value
+        return cut_up
+    width, weight_bytes = config.model.shape.encoder.width, VALUE_BYTES[config.precision]
+    sketch = sketch_width(width)
+    features, mapped = {"embedding": (width, width), "sketch": (sketch, 2 * sketch), "pixel": (values, 0)}[
+        tokens.score
+    ]
+    at_once = max(1, min(_clips(config), _SCORED_TOKENS // num_tokens))
+    changed = num_tokens - geometry.tokens_per_slot
+    numbers = at_once * (num_tokens * values + changed * (values + features))
+    number_bytes = FLOAT32_BYTES if tokens.score == "pixel" else weight_bytes
+    return cut_up + numbers * number_bytes + (width + mapped) * values * weight_bytes
 
 
 def tubelet_bytes(config: Experiment) -> int:
@@ -69,17 +76,37 @@ def tubelet_bytes(config: Experiment) -> int:
 
 
 def target_bytes(config: Experiment) -> int:
-    """While targets are made (models/tubelets.py), which is when the forward pass holds most.
+    """While targets are made (models/tubelets.py), beside what all layers keep.
 
     All tubelets and the predicted ones in uint8; the latter's values in float32, and minus their means.
     Predictions in half precision wait for the float32 copy that the head keeps, as it does the targets.
     """
-    if config.task == "finetune":
-        return 0
     in_float32 = 2 if config.loss.normalize_targets else 1
     each = 1 + in_float32 * FLOAT32_BYTES + VALUE_BYTES[config.precision] - FLOAT32_BYTES
-    predicted = _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
-    return tubelet_bytes(config) + predicted * each
+    return tubelet_bytes(config) + _predicted_values(config) * each
+
+
+def loss_bytes(config: Experiment) -> int:
+    """While squared errors are added up, beside what all layers keep.
+
+    PyTorch's kernel holds two tensors of them; predictions in half precision are still there, too.
+    """
+    value = VALUE_BYTES[config.precision]
+    waiting = 0 if value == FLOAT32_BYTES else _predicted_values(config) * value
+    return tubelet_bytes(config) + 2 * loss_storage_bytes(config) + waiting
+
+
+def loss_storage_bytes(config: Experiment) -> int:
+    """What the loss, one number, holds on to in pre-training as long as it lives.
+
+    PyTorch's `mse_loss` makes its result as large as the errors and then says that it has one value.
+    """
+    return _predicted_values(config) * FLOAT32_BYTES
+
+
+def _predicted_values(config: Experiment) -> int:
+    """B·M·P; 0 in fine-tuning."""
+    return _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
 
 
 def _blocks(

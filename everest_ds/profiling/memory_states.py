@@ -82,20 +82,23 @@ class ModelStates:
         if self.stage == 3:
             gathered = self.num_parameters - finished if self.ranks > 1 else 0
             return (self.bucket_values + gathered) * self.value_bytes
-        held = in_backward or (self.stage == 1 and self.accumulates)
+        held = in_backward or (self.stage == 1 and self.accumulates and finished < self.num_parameters)
         return self.bucket_values * self.value_bytes if held else 0
 
     @property
     def reduction_bytes(self) -> int:
         """When the backward pass is over: stage 0 reduces a flat copy of all, others average their share."""
-        values = min(self.num_parameters, _DEFAULT_BUCKET) if self.stage == 0 else self._share(1)
-        return 0 if self.stage == 3 else values * self.value_bytes
+        if self.stage == 0:
+            return min(self.num_parameters, _DEFAULT_BUCKET) * self.value_bytes
+        has_share = self.gradient_bytes(self.num_parameters) > 0
+        return 0 if has_share else self._share(1) * self.value_bytes
 
     @property
     def update_bytes(self) -> int:
-        """For the optimiser's step: this rank's gradients, flat and in float32."""
-        in_place = self.stage == 0 and self.value_bytes == MASTER_BYTES
-        return 0 if in_place else self._share(1) * MASTER_BYTES
+        """For the optimiser's step: this rank's averaged gradients, and those flat and in float32."""
+        if self.stage == 0:
+            return 0 if self.value_bytes == MASTER_BYTES else self.num_parameters * MASTER_BYTES
+        return self.reduction_bytes + self._share(1) * MASTER_BYTES
 
     def _share(self, from_stage: int) -> int:
         """Parameters of this rank, where what is asked for is split from that stage on."""

@@ -1,0 +1,244 @@
+"""Predicted memory against the traced model, against measured allocations, and against common sense."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from everest_ds.config import Experiment
+from everest_ds.errors import ConfigError
+from everest_ds.models import build_model
+from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.profiling.allocations import track_allocations
+from everest_ds.profiling.compute import count_parameters
+from everest_ds.profiling.memory import MemoryPrediction, predict_memory, predict_step_bytes
+from everest_ds.profiling.memory_layers import layers, loss_storage_bytes
+from everest_ds.profiling.memory_trace import trace_memory
+
+MODES = ("none", "attention", "mlp", "blocks", "full")
+TASKS = ("pretrain", "finetune")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def experiment(
+    task: str = "pretrain",
+    backbone: str = "vit_small",
+    *,
+    clips: int = 2,
+    precision: str = "fp32",
+    recompute: dict[str, Any] | None = None,
+    tokens: dict[str, Any] | None = None,
+    zero_stage: int = 2,
+    **model: Any,
+) -> Experiment:
+    own = {"num_classes": 400, "drop_path": 0.1} if task == "finetune" else {}
+    return Experiment.model_validate(
+        {
+            "task": task,
+            "model": {"backbone": backbone, **own, **model},
+            "tokens": {"keep_ratio": 0.3 if task == "pretrain" else 0.6, **(tokens or {})},
+            "batch": {"micro_batch_size": clips},
+            "precision": precision,
+            "recompute": recompute or {},
+            "parallelism": {"zero_stage": zero_stage},
+        }
+    )
+
+
+def build(config: Experiment) -> nn.Module:
+    model = build_model(config).to(DTYPES[config.precision])
+    apply_recompute(model, config.recompute)
+    return model
+
+
+def inputs(config: Experiment) -> Sequence[Tensor]:
+    clip, size = config.candidate_geometry, config.batch.micro_batch_size
+    pixels = torch.zeros(size, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8)
+    return pixels, torch.arange(size), torch.zeros(size, dtype=torch.int64)
+
+
+def loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
+    output = model(clip_BFHWC, key_B)
+    found: Tensor = output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
+    return found
+
+
+def counted_bytes(config: Experiment) -> int:
+    """The most that forward and backward pass of the traced model hold besides what rests."""
+    trace = trace_memory(partial(build, config), partial(inputs, config), partial(loss, config))
+    passes = [moment.total_bytes for moment in trace.timeline if moment.phase != "optimizer"]
+    return max(passes) - sum(trace.resting_bytes.values())
+
+
+def measured_bytes(config: Experiment) -> int:
+    """The same, as torch's allocator sees it on a CPU."""
+    model, batch = build(config), inputs(config)
+    for weight in model.parameters():
+        weight.grad = torch.zeros_like(weight)
+    return track_allocations(lambda: loss(config, model, *batch).backward(), torch.device("cpu")).peak_bytes
+
+
+CHECKED = [
+    experiment("pretrain"),
+    experiment("finetune"),
+    experiment("finetune", attention="unfused"),
+    experiment("finetune", attention="unfused", clips=1),
+    experiment("pretrain", tokens={"selection": "tube"}, attention="unfused"),
+    experiment("pretrain", recompute={"mode": "full"}),
+    experiment("finetune", recompute={"mode": "full"}, attention="unfused"),
+    experiment("finetune", recompute={"mode": "attention"}, attention="unfused"),
+    experiment("finetune", recompute={"mode": "mlp"}),
+    experiment("finetune", recompute={"mode": "blocks", "every": 5}),
+    experiment("pretrain", tokens={"frame_oversampling": 1.5}),
+    experiment("pretrain", tokens={"score": "pixel"}, recompute={"mode": "full"}),
+    experiment("pretrain", tokens={"score": "sketch"}, recompute={"mode": "full"}, clips=1),
+]
+
+
+def name(config: Experiment) -> str:
+    facts = (config.task, config.tokens.selection, config.tokens.score, config.recompute.mode)
+    return "-".join((*facts, config.model.attention, str(config.batch.micro_batch_size)))
+
+
+def assert_predicted_as_counted(config: Experiment) -> None:
+    """But for the squared errors within `mse_loss`, which a trace cannot see."""
+    predicted, counted = predict_step_bytes(config), counted_bytes(config)
+    unseen = 2 * loss_storage_bytes(config)
+    assert 0.99 * counted < predicted < 1.01 * counted + unseen, name(config)
+
+
+@pytest.mark.parametrize("config", CHECKED, ids=name)
+def test_prediction_is_what_the_traced_model_holds(config: Experiment) -> None:
+    assert_predicted_as_counted(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit_small", "vit_base", "vit_large", "vit_huge"])
+@pytest.mark.parametrize("task", TASKS)
+def test_prediction_holds_for_every_size_precision_attention_and_mode(task: str, backbone: str) -> None:
+    for precision, attention, mode in product(("fp32", "fp16"), ("fused", "unfused"), MODES):
+        recompute = {"mode": mode}
+        assert_predicted_as_counted(
+            experiment(
+                task, backbone, clips=16, precision=precision, attention=attention, recompute=recompute
+            )
+        )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        experiment("pretrain", "vit_tiny"),
+        experiment("finetune", "vit_tiny", precision="bf16", attention="unfused"),
+        experiment("finetune", "vit_tiny", recompute={"mode": "full"}),
+    ],
+    ids=name,
+)
+def test_prediction_is_what_the_allocator_hands_out(config: Experiment) -> None:
+    assert predict_step_bytes(config) == pytest.approx(measured_bytes(config), rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backbone", ["vit_small", "vit_base"])
+@pytest.mark.parametrize("task", TASKS)
+def test_prediction_is_within_five_per_cent_of_measured(task: str, backbone: str) -> None:
+    for precision, attention in product(("fp32", "bf16"), ("fused", "unfused")):
+        config = experiment(task, backbone, clips=1, precision=precision, attention=attention)
+        assert predict_step_bytes(config) == pytest.approx(measured_bytes(config), rel=0.05)
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("backbone", ["vit_small", "vit_base", "vit_large", "vit_huge"])
+def test_layers_hold_every_parameter_once(task: str, backbone: str) -> None:
+    config = experiment(task, backbone)
+    assert sum(layer.num_parameters for layer in layers(config, 1)) == count_parameters(config)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_what_rests_is_what_rests_in_the_traced_model(precision: str) -> None:
+    config = experiment(precision=precision, zero_stage=0)
+    traced = trace_memory(partial(build, config), partial(inputs, config), partial(loss, config))
+    predicted, resting = predict_memory(config).parts(), traced.resting_bytes
+    for category in ("parameters", "master_parameters", "inputs"):
+        assert predicted[category] == resting[category], category
+    # AdamW counts the steps of each weight in a float32
+    assert predicted["optimizer_states"] == pytest.approx(resting["optimizer_states"], rel=1e-4)
+
+
+def test_the_peak_moves_from_the_many_tokens_of_the_decoder_to_the_encoder() -> None:
+    videomae = experiment("pretrain", "vit_base", tokens={"selection": "tube"}, attention="unfused", clips=32)
+    assert "decoder" in predict_memory(videomae).peak_at
+    assert "encoder" in predict_memory(experiment("finetune", "vit_base", clips=32)).peak_at
+
+
+def peak(prediction: MemoryPrediction) -> int:
+    assert min(prediction.parts().values()) >= 0
+    return prediction.peak_bytes
+
+
+configs = st.builds(
+    experiment,
+    st.sampled_from(TASKS),
+    st.sampled_from(["vit_tiny", "vit_small", "vit_huge"]),
+    clips=st.integers(1, 64),
+    precision=st.sampled_from(["bf16", "fp16", "fp32"]),
+    recompute=st.fixed_dictionaries({"mode": st.sampled_from(MODES)}),
+    zero_stage=st.integers(1, 3),
+    attention=st.sampled_from(["fused", "unfused"]),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs)
+def test_more_clips_take_more_and_more_ranks_take_less(config: Experiment) -> None:
+    more = config.model_copy(
+        update={
+            "batch": config.batch.model_copy(update={"micro_batch_size": config.batch.micro_batch_size + 1})
+        }
+    )
+    assert peak(predict_memory(config, 8)) < peak(predict_memory(more, 8))
+    # one rank alone has nothing to gather under ZeRO-3
+    assert peak(predict_memory(config, 16)) <= peak(predict_memory(config, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(configs.filter(lambda config: config.model.backbone != "vit_small"))
+def test_tensor_parallelism_takes_from_every_rank(config: Experiment) -> None:
+    """At the same number of data-parallel ranks."""
+    assert peak(predict_memory(config, 16, tensor_parallel=2)) < peak(predict_memory(config, 8))
+
+
+def test_recompute_saves_in_the_order_of_what_it_forgets() -> None:
+    for task, attention in product(TASKS, ("fused", "unfused")):
+        none, *some, full = (
+            predict_step_bytes(
+                experiment(task, "vit_base", clips=8, recompute={"mode": mode}, attention=attention)
+            )
+            for mode in MODES
+        )
+        assert full < min(some) and max(some) < none
+
+
+def test_offload_to_the_host_takes_from_the_device() -> None:
+    for mode in MODES[1:]:
+        kept, offloaded = (
+            predict_step_bytes(experiment("finetune", recompute={"mode": mode, "offload_to_cpu": offload}))
+            for offload in (False, True)
+        )
+        assert offloaded < kept
+
+
+@pytest.mark.parametrize(("num_ranks", "tensor_parallel"), [(8, 3), (4, 8), (16, 4)])
+def test_a_degree_that_does_not_divide_is_refused(num_ranks: int, tensor_parallel: int) -> None:
+    """ViT-S has 6 heads, its decoder 3."""
+    with pytest.raises(ConfigError, match=r"tensor parallel.*given: \d"):
+        predict_memory(experiment(), num_ranks, tensor_parallel)
