@@ -107,6 +107,7 @@ def assert_bf16_stays_near_fp32(data: int, tensor: int, offload: bool = False) -
         assert run.losses != pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32_in_every_sharded_stage() -> None:
     assert_bf16_stays_near_fp32(data=2, tensor=1)
 

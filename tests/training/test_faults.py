@@ -121,6 +121,7 @@ def resume(world: World, config: Experiment) -> str:
     return outcome(world, config)
 
 
+@pytest.mark.slow
 def test_only_damaged_checkpoints_are_refused_not_started_over(motion_data: Path, tmp_path: Path) -> None:
     config = long_run(motion_data, tmp_path)
     run_ranks(stop_at, 1, config, 1)
@@ -180,7 +181,8 @@ def not_a_number(world: World, config: Experiment, step: int, rank: int) -> str:
         return outcome(world, config)
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_of_nan_on_one_rank_stops_all_and_is_never_saved(
     motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], rank: int
 ) -> None:

@@ -59,7 +59,10 @@ def stop_after(world: World, config: Experiment, step: int) -> None:
         train(config, world)
 
 
-@pytest.mark.parametrize("stage, stop_at", [(0, 4), (1, 2), (2, 5), (3, 3)])
+@pytest.mark.parametrize(
+    "stage, stop_at",
+    [(2, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 4), (1, 2), (3, 3)))],
+)
 def test_a_stopped_run_resumes_bit_for_bit(
     motion_data: Path, tmp_path: Path, stage: int, stop_at: int
 ) -> None:
