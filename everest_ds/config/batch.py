@@ -34,6 +34,15 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
     Raises:
         ConfigError: if tensor parallelism does not divide the ranks, or the ranks not the batch.
     """
+    return plan_batch(config.batch, data_parallel_degree(config, num_ranks))
+
+
+def data_parallel_degree(config: Experiment, num_ranks: int) -> int:
+    """Copies of the model that `num_ranks` hold.
+
+    Raises:
+        ConfigError: if tensor parallelism does not divide the ranks.
+    """
     tensor = config.parallelism.tensor
     if num_ranks % tensor:
         raise ConfigError(
@@ -42,7 +51,7 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
             allowed=f"a multiple of {tensor} ranks",
             fix="change the number of ranks or parallelism.tensor",
         )
-    return plan_batch(config.batch, num_ranks // tensor)
+    return num_ranks // tensor
 
 
 def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:
