@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
@@ -21,10 +22,13 @@ _context.set_forkserver_preload(["torch", "deepspeed", "everest_ds.training.loop
 TIMEOUT_SECONDS = 240
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, *args: Any, patience_s: float = TIMEOUT_SECONDS
+) -> list[Any]:
     """Call `function(world, *args)` on `num_ranks` processes; returns what each returned, in rank order.
 
     `function` must be importable (a module-level function). Fails with the rank's traceback if one raises.
+    Ranks wait `patience_s` for each other.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"  # read by the server when it imports deepspeed
     port = free_port()
@@ -32,7 +36,7 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any) -> list[
     for rank in range(num_ranks):
         here, there = _context.Pipe(duplex=False)
         place = RankEnvironment("test", rank, num_ranks, rank, num_ranks, LOCALHOST, port)
-        process = _context.Process(target=_be_rank, args=(place, there, function, args), daemon=False)
+        process = _context.Process(target=_be_rank, args=(place, patience_s, there, function, args))
         process.start()
         there.close()
         pipes.append(here)
@@ -58,7 +62,11 @@ def _receive(pipe: Connection, rank: int) -> Any:
 
 
 def _be_rank(
-    place: RankEnvironment, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
+    place: RankEnvironment,
+    patience_s: float,
+    pipe: Connection,
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     os.environ.update(place.as_variables(), CUDA_VISIBLE_DEVICES="")
     import torch
@@ -67,7 +75,7 @@ def _be_rank(
 
     torch.set_num_threads(1)
     try:
-        value, failure = function(join_world(), *args), None
+        value, failure = function(join_world(timedelta(seconds=patience_s)), *args), None
         leave_world()
     except BaseException:
         value, failure = None, traceback.format_exc()

@@ -16,16 +16,17 @@ ALLOWED: dict[str, set[str]] = {
     "models": {"config"},
     "data": {"config"},
     "launch": set(),
-    "parallel": {"config", "models"},
+    "checkpoints": set(),
+    "parallel": {"config", "models", "checkpoints"},
     "profiling": {"config", "models"},
     "reports": set(),
-    "training": {"config", "models", "data", "parallel", "reports"},
-    "cli": {"config", "data", "launch", "parallel", "profiling", "reports", "training"},
+    "training": {"config", "models", "data", "checkpoints", "parallel", "reports"},
+    "cli": {"config", "data", "launch", "checkpoints", "parallel", "profiling", "reports", "training"},
     "__main__": {"cli"},
 }
 # library -> the only rooms that may import it
 OWNERS: dict[str, set[str]] = {
-    "torch": {"models", "data", "parallel", "training", "profiling"},
+    "torch": {"models", "data", "checkpoints", "parallel", "training", "profiling"},
     "deepspeed": {"parallel"},
     "fairscale": {"parallel"},
     "mpi4py": {"launch"},

@@ -8,7 +8,7 @@ import sys
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli import data, doctor, profile, recipes, report, train
+from everest_ds.cli import checkpoint, data, doctor, profile, recipes, report, train
 from everest_ds.errors import EverestError, ExitCode
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("profile")(profile.profile)
 app.command("report")(report.report)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
 
 

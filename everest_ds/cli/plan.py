@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.units import format_count
 
@@ -15,7 +15,7 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
     Raises:
         ConfigError, DataError: what cannot run, before any rank starts.
     """
-    plan = plan_batch(config.batch, num_ranks)
+    plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
@@ -26,6 +26,7 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
         "batch": str(plan),
         "steps": _steps(config, plan),
         "learning_rate": f"{config.schedule.base_lr * plan.global_batch_size / 256:.3g} at its peak",
+        "ranks": _ranks(config, plan),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,
         "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
@@ -45,6 +46,12 @@ def _selection(config: Experiment) -> str:
     tokens = config.tokens
     by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
     return f"{tokens.selection}{by}"
+
+
+def _ranks(config: Experiment, plan: BatchPlan) -> str:
+    tensor = config.parallelism.tensor
+    shared = f" x {tensor} tensor-parallel (neighbours in a node)" if tensor > 1 else ""
+    return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
 
 
 def _steps(config: Experiment, plan: BatchPlan) -> str:

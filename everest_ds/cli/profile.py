@@ -25,7 +25,6 @@ Subject = Annotated[
     ),
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks in all, for the memory of one of them.")]
-TensorParallel = Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")]
 Measure = Annotated[
     bool, typer.Option("--measure", help="Also time training steps, on this machine's device.")
 ]
@@ -47,7 +46,6 @@ def profile(
     subject: Subject,
     overrides: Overrides = None,
     ranks: Ranks = 1,
-    tensor_parallel: TensorParallel = 1,
     measure: Measure = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -57,12 +55,12 @@ def profile(
     """
     config = _resolve(subject, overrides or [])
     if config is None:
-        _refuse_settings(subject, overrides or [], ranks, tensor_parallel, measure)
+        _refuse_settings(subject, overrides or [], ranks, measure)
         facts, tables = _system_facts(subject), _profile_system(subject)
     else:
         facts, tables = (
-            _facts(config, ranks, tensor_parallel),
-            _profile_config(config, ranks, tensor_parallel),
+            _facts(config, ranks),
+            _profile_config(config, ranks),
         )
     print_facts(f"Profile: {subject}", facts)
     for name, title in TITLES.items():
@@ -93,12 +91,9 @@ def _resolve(subject: str, overrides: Sequence[str]) -> Experiment | None:
     return load_experiment(subject, overrides)
 
 
-def _refuse_settings(
-    subject: str, overrides: Sequence[str], ranks: int, tensor_parallel: int, measure: bool
-) -> None:
+def _refuse_settings(subject: str, overrides: Sequence[str], ranks: int, measure: bool) -> None:
     given = [*overrides, *(["--measure"] if measure else [])]
     given += [f"--ranks {ranks}"] if ranks > 1 else []
-    given += [f"--tensor-parallel {tensor_parallel}"] if tensor_parallel > 1 else []
     if given:
         raise UsageError(
             f"{subject}: a published system is profiled as it was published, on one rank",
@@ -116,7 +111,7 @@ def _profile_system(name: str) -> dict[str, Table]:
     return {**profile_peer(peer), **memory_of_peer(peer)}
 
 
-def _profile_config(config: Experiment, ranks: int, tensor_parallel: int) -> dict[str, Table]:
+def _profile_config(config: Experiment, ranks: int) -> dict[str, Table]:
     from everest_ds.parallel.recompute import apply_recompute
     from everest_ds.profiling.memory_profile import memory_of_experiment
     from everest_ds.profiling.profile import profile_experiment
@@ -124,7 +119,7 @@ def _profile_config(config: Experiment, ranks: int, tensor_parallel: int) -> dic
     def recompute(model: Any) -> None:
         apply_recompute(model, config.recompute)
 
-    memory = memory_of_experiment(config, ranks, tensor_parallel, recompute)
+    memory = memory_of_experiment(config, ranks, recompute)
     return {**profile_experiment(config), **memory}
 
 
@@ -163,9 +158,9 @@ def _system_facts(name: str) -> dict[str, Any]:
     }
 
 
-def _facts(config: Experiment, ranks: int, tensor_parallel: int) -> dict[str, Any]:
+def _facts(config: Experiment, ranks: int) -> dict[str, Any]:
     counts, model, parallelism = config.token_counts, config.model, config.parallelism
-    split = f", tensor parallel {tensor_parallel}" if tensor_parallel > 1 else ""
+    split = f", tensor parallel {parallelism.tensor}" if parallelism.tensor > 1 else ""
     return {
         "model": f"{model.backbone}, {config.task}, {config.tokens.selection}",
         "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}",

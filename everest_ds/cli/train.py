@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -79,7 +80,7 @@ def evaluate(
     if dry_run:
         _show_plan(config, nproc, json_file)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
-        _in_world(lambda world: _evaluate(config, world, json_file))
+        _in_world(config, lambda world: _evaluate(config, world, json_file))
 
 
 def _train(
@@ -91,7 +92,7 @@ def _train(
         return
     if _started_ranks(task, source, overrides, nproc, config, json_file):
         return
-    _in_world(lambda world: _train_here(config, world, json_file))
+    _in_world(config, lambda world: _train_here(config, world, json_file))
 
 
 def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
@@ -108,13 +109,13 @@ def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
 
 def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
     from everest_ds.cli.plan import describe_plan
-    from everest_ds.config import dump_experiment, plan_batch
+    from everest_ds.config import dump_experiment, plan_ranks
     from everest_ds.launch.environment import detect
     from everest_ds.parallel.ds_config import resolve_ds_config
 
     num_ranks = nproc or detect().world_size
     facts = describe_plan(config, num_ranks)
-    resolve_ds_config(config, plan_batch(config.batch, num_ranks))
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
     typer.echo(dump_experiment(config))
     print_facts(f"Plan: {config.task}", facts)
     write_json(json_file, {"plan": facts, "config": config.model_dump(mode="json")})
@@ -149,14 +150,14 @@ def _started_ranks(
     return True
 
 
-def _in_world(act: Callable[[World], None]) -> None:
+def _in_world(config: Experiment, act: Callable[[World], None]) -> None:
     """Become one rank of the world this process was started in, and act there."""
     from everest_ds.launch.environment import detect
 
     os.environ.update(detect().as_variables())
     from everest_ds.parallel.world import explained_failures, join_world, leave_world
 
-    world = join_world()
+    world = join_world(timedelta(seconds=config.run.hang_timeout_s))
     with explained_failures(world):
         act(world)
     leave_world()

@@ -1,6 +1,6 @@
 """One validated tree of settings, from YAML, recipes and dotted overrides. Knows no torch."""
 
-from everest_ds.config.batch import BatchPlan, plan_batch
+from everest_ds.config.batch import BatchPlan, plan_batch, plan_ranks
 from everest_ds.config.load import dump_experiment, find_config, flatten, load_experiment, recipe_names
 from everest_ds.config.schema import Experiment
 
@@ -12,5 +12,6 @@ __all__ = [
     "flatten",
     "load_experiment",
     "plan_batch",
+    "plan_ranks",
     "recipe_names",
 ]

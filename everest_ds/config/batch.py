@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from everest_ds.config.schema import BatchConfig
+from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError
 
 
@@ -26,6 +26,32 @@ class BatchPlan:
             f"{self.global_batch_size} clips = {self.micro_batch_size} per rank and micro-batch"
             f" x {self.grad_accum_steps} accumulated x {self.data_parallel_degree} data-parallel ranks"
         )
+
+
+def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
+    """The batch of a run on `num_ranks` processes; the ranks that share a layer share their clips too.
+
+    Raises:
+        ConfigError: if tensor parallelism does not divide the ranks, or the ranks not the batch.
+    """
+    return plan_batch(config.batch, data_parallel_degree(config, num_ranks))
+
+
+def data_parallel_degree(config: Experiment, num_ranks: int) -> int:
+    """Copies of the model that `num_ranks` hold.
+
+    Raises:
+        ConfigError: if tensor parallelism does not divide the ranks.
+    """
+    tensor = config.parallelism.tensor
+    if num_ranks % tensor:
+        raise ConfigError(
+            "parallelism.tensor does not divide the ranks",
+            given=f"tensor={tensor}, {num_ranks} ranks",
+            allowed=f"a multiple of {tensor} ranks",
+            fix="change the number of ranks or parallelism.tensor",
+        )
+    return num_ranks // tensor
 
 
 def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:

@@ -151,10 +151,25 @@ class BatchConfig(Section):
 
 
 class ParallelismConfig(Section):
-    """How the model's states are spread over the ranks."""
+    """How the model and its states are spread over the ranks."""
 
+    tensor: Literal[1, 2, 4, 8] = Field(
+        1, description="neighbouring ranks of a node that share every layer; the rest is data parallelism"
+    )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="picks ds_configs/zero<stage>.json")
+    offload_to_cpu: bool = Field(
+        False, description="optimiser, and at stage 3 weights, in host memory: zero<stage>_offload.json"
+    )
     ds_config: Path | None = Field(None, description="your own DeepSpeed JSON, of the same stage")
+
+    @model_validator(mode="after")
+    def check_offload(self) -> ParallelismConfig:
+        """There is a shipped DeepSpeed file that offloads, and no other that says whether to."""
+        if self.offload_to_cpu and self.zero_stage < 2:
+            raise ValueError(f"offload_to_cpu needs zero_stage 2 or 3, not {self.zero_stage}")
+        if self.offload_to_cpu and self.ds_config is not None:
+            raise ValueError("offload_to_cpu picks a shipped DeepSpeed file; say it in ds_config instead")
+        return self
 
 
 class RecomputeConfig(Section):
@@ -165,6 +180,9 @@ class RecomputeConfig(Section):
     )
     every: Annotated[int, Field(ge=2)] = Field(2, description="n of mode `blocks`")
     offload_to_cpu: bool = Field(False, description="keep what recomputation starts from in host memory")
+    partition: bool = Field(
+        False, description="mode `full`: of what all tensor-parallel ranks would keep, each keeps its part"
+    )
 
 
 class RunConfig(Section):
@@ -174,7 +192,9 @@ class RunConfig(Section):
     seed: int = 0
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 500
-    keep_checkpoints: PositiveInt = 2
+    keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
+    keep_every_steps: PositiveInt | None = Field(None, description="and those at multiples of this, for ever")
+    hang_timeout_s: PositiveInt = Field(600, description="a rank silent for this long is lost; ends the run")
     image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
     validate_every_epochs: PositiveInt = 1
 
@@ -221,8 +241,11 @@ class Experiment(Section):
                 f" schedule.epochs={self.schedule.epochs}"
             )
         _check_precision(self)
+        _check_tensor(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
             raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
+        if self.recompute.partition and (self.recompute.mode != "full" or self.parallelism.tensor == 1):
+            raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
         return self
 
 
@@ -277,9 +300,29 @@ def _check_tokens(config: Experiment) -> None:
         )
 
 
+def _check_tensor(config: Experiment) -> None:
+    """Heads are what is split; widths are multiples of them."""
+    shape = config.model.shape
+    heads = {"encoder": shape.encoder.heads}
+    if config.task == "pretrain":
+        heads["decoder"] = shape.decoder.heads
+    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
+    if config.parallelism.tensor not in allowed:
+        raise ValueError(
+            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
+            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
+            f" allowed: {', '.join(map(str, allowed))}"
+        )
+
+
 def _check_precision(config: Experiment) -> None:
     if config.precision == "bf16" and config.parallelism.zero_stage == 0:
         raise ValueError(
             "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
             " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
+        )
+    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: of stage 0, DeepSpeed 0.19 keeps the"
+            " float32 weights where a checkpoint cannot name them; zero_stage=1 does the same in less memory"
         )

@@ -41,6 +41,17 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
+class LinearWithoutBias(nn.Linear):
+    """`nn.Linear` whose bias is the caller's to give with the input."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x_nI: Tensor, bias_O: Tensor) -> Tensor:  # type: ignore[override]
+        """(..., I), (O,) -> (..., O)."""
+        return linear(x_nI, self.weight, bias_O)
+
+
 class _OneDNNLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:

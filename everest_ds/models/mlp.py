@@ -38,20 +38,25 @@ class GELULinear(nn.Linear):
 
     def forward(self, x_nH: Tensor) -> Tensor:
         """(..., H) -> (..., D)."""
-        return _GELULinear.apply(x_nH, self.weight, self.bias)
+        return gelu_linear(x_nH, self.weight, self.bias)
+
+
+def gelu_linear(x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor | None = None) -> Tensor:
+    """`GELULinear` of given weights: (..., H) -> (..., D)."""
+    return _GELULinear.apply(x_nH, weight_DH, bias_D)
 
 
 class _GELULinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor) -> Tensor:
+    def forward(ctx: Any, x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_nH, weight_DH)
         return linear(F.gelu(x_nH), weight_DH, bias_D)
 
     @staticmethod
-    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, grad_nD: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         x_nH, weight_DH = ctx.saved_tensors
         grad, x = grad_nD.flatten(0, -2), x_nH.flatten(0, -2)
         of_weight = grad.t() @ F.gelu(x)
         # Under autocast the product ran in half precision, on weights kept in float32.
         of_x = torch.ops.aten.gelu_backward(multiply(grad, weight_DH.to(grad.dtype)), x)
-        return of_x.view_as(x_nH), of_weight, grad.sum(dim=0)
+        return of_x.view_as(x_nH), of_weight, grad.sum(dim=0) if ctx.needs_input_grad[2] else None

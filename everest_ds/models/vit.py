@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.models.attention import ATTENTION
-from everest_ds.models.linear import Linear, linear
+from everest_ds.models.linear import Linear, LinearWithoutBias
 from everest_ds.models.mlp import MLP
 from everest_ds.models.sampling import random_uniform
 
@@ -23,9 +23,9 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, kind: str = "fused") -> None:
         super().__init__()
-        self.heads = heads
+        self.head_width = width // heads
         self.attend = ATTENTION[kind]
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = LinearWithoutBias(width, 3 * width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.proj = Linear(width, width)
@@ -33,8 +33,8 @@ class Attention(nn.Module):
     def forward(self, x_BnD: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
-        qkv = linear(x_BnD, self.qkv.weight, bias)
-        return self.proj(self.attend(qkv.unflatten(-1, (3, self.heads, -1))))
+        qkv = self.qkv(x_BnD, bias)
+        return self.proj(self.attend(qkv.unflatten(-1, (3, -1, self.head_width))))
 
 
 class Block(nn.Module):

@@ -52,8 +52,9 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
 
 def ds_config_path(config: Experiment) -> Path:
     """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
-    own = config.parallelism.ds_config
-    return own or shipped("ds_configs") / f"zero{config.parallelism.zero_stage}.json"
+    parallelism = config.parallelism
+    offload = "_offload" if parallelism.offload_to_cpu else ""
+    return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,9 @@
-"""One function that puts a model on the ranks: recompute, then DeepSpeed's engine with ZeRO."""
+"""One function that puts a model on the ranks: tensor parallelism, recompute, DeepSpeed's engine."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError
+from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
 from everest_ds.parallel.world import World
 
 Engine = Any  # deepspeed.DeepSpeedEngine; its module carries no types
@@ -27,15 +30,19 @@ def build_engine(
 
     Args:
         model: freshly built, with the same weights on every rank.
-        groups: the optimiser's parameter groups.
+        groups: the optimiser's groups of its parameters.
         ds_config: from `resolve_ds_config`.
     """
     import deepspeed  # heavy
 
     check_precision(config, world)
-    # 1. Recompute first: ZeRO-3 hooks the modules that it finds, wrapped ones included.
-    apply_recompute(model, config.recompute)
-    # 2. The optimiser sees whole parameters; ZeRO replaces them by its partitions.
+    mesh = form_mesh(world, config.parallelism.tensor)
+    # 1. Tensor parallelism exchanges modules: what follows must meet those that will run.
+    if mesh.tensor_degree > 1:
+        apply_tensor_parallel(model, mesh)
+    # 2. Recompute wraps modules before ZeRO-3 hooks the ones that it finds, wrapped ones included.
+    apply_recompute(model, config.recompute, mesh.mpu)
+    # 3. The optimiser sees this rank's parameters before ZeRO replaces them by its partitions.
     optimizer = torch.optim.AdamW(
         groups,
         lr=0.0,  # set before every step by the schedule
@@ -43,11 +50,22 @@ def build_engine(
         eps=config.optimizer.eps,
         fused=True,  # one kernel over all parameters, on GPUs and CPUs alike
     )
-    # 3. The engine casts to the training precision, moves to the device and shards.
+    # 4. The engine casts to the training precision, moves to the device and shards over the data group.
+    deepspeed.utils.groups.mpu = None  # the last engine's, which initialize() would not forget
     engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=ds_config, dist_init_required=False
+        model=model, optimizer=optimizer, config=ds_config, mpu=mesh.mpu, dist_init_required=False
     )
+    engine.clip_fp32_gradients = partial(_clip_and_tell, engine)
     return engine
+
+
+def _clip_and_tell(engine: Engine) -> None:
+    """Clip at stage 0 in fp32 as DeepSpeed does, which finds the norm there and drops it."""
+    from deepspeed.runtime.utils import clip_grad_norm_  # heavy
+
+    engine._global_grad_norm = clip_grad_norm_(
+        engine.module.parameters(), engine.gradient_clipping(), mpu=engine.mpu
+    )
 
 
 def check_precision(config: Experiment, world: World) -> None:
@@ -63,7 +81,7 @@ def check_precision(config: Experiment, world: World) -> None:
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Global norm of the last step's gradients before clipping; None where DeepSpeed does not tell."""
+    """Global norm of the last step's gradients before clipping; None at stage 0 without clipping."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
@@ -75,8 +93,8 @@ def set_learning_rate(engine: Engine, lr: float) -> None:
 
 
 def full_parameter(parameter: Tensor) -> Tensor:
-    """The float32 value of a parameter on the host, whatever its sharding. Call on every rank."""
+    """The float32 value of a parameter on the host, whatever its sharding: whole. Call on every rank."""
     from deepspeed.utils import safe_get_full_fp32_param  # heavy
 
     full = safe_get_full_fp32_param(parameter)  # None where nothing is sharded (stage 0)
-    return (parameter if full is None else full).detach().float().cpu()
+    return merge_shards(parameter, parameter if full is None else full).detach().float().cpu()

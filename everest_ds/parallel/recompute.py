@@ -7,7 +7,7 @@ path, gradients of everything):
     attention   8              every block's attention is recomputed, by fairscale
     mlp         8              every block's MLP, by fairscale
     blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale
-    full        1              every block, by DeepSpeed
+    full        1              every block, by DeepSpeed; 1/t if partitioned over t tensor-parallel ranks
 
 Both libraries cost the same time and memory here. fairscale's setting belongs to a module, so it serves the
 parts. DeepSpeed's belongs to the process, so it serves the whole: it copies to the host beside the compute
@@ -33,11 +33,14 @@ from everest_ds.errors import ConfigError
 from everest_ds.models.vit import Blocks
 
 
-def apply_recompute(model: nn.Module, config: RecomputeConfig) -> None:
+def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) -> None:
     """Make the blocks of `model` recompute what `config` says, in place, instead of what was said before.
 
     Mode `full` configures DeepSpeed for the whole process: the last model to be given this mode decides for
     all of them where the blocks' inputs are kept.
+
+    Args:
+        mpu: the mesh's, over whose tensor groups `recompute.partition` spreads what is kept.
 
     Raises:
         ConfigError: `recompute.every` is more than the blocks of any stack, or mode `full` shall offload in
@@ -46,7 +49,7 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig) -> None:
     stacks = [module for module in model.modules() if isinstance(module, Blocks)]
     _check_every(stacks, config)
     if config.mode == "full":
-        _configure_deepspeed(config.offload_to_cpu)
+        _configure_deepspeed(config, mpu)
     for stack in stacks:
         _forget_earlier(stack)
         for part in _parts(stack, config):
@@ -88,9 +91,9 @@ def _recompute_by_fairscale(module: nn.Module, offload_to_cpu: bool) -> None:
     checkpoint_wrapper(module, offload_to_cpu=offload_to_cpu)  # replaces module.forward
 
 
-def _configure_deepspeed(offload_to_cpu: bool) -> None:
-    joined = dist.is_initialized()
-    if offload_to_cpu and not joined:
+def _configure_deepspeed(config: RecomputeConfig, mpu: Any) -> None:
+    joined, offload = dist.is_initialized(), config.offload_to_cpu
+    if offload and not joined:
         raise ConfigError(
             "recompute.offload_to_cpu with recompute.mode=full: DeepSpeed 0.19.8 can be told to only in a"
             " process that has joined a world",
@@ -105,7 +108,9 @@ def _configure_deepspeed(offload_to_cpu: bool) -> None:
         # one rank, that is a copy.
         on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
         deepspeed.checkpointing.configure(
-            None, partition_activations=offload_to_cpu and on_cpu, checkpoint_in_cpu=offload_to_cpu
+            mpu if config.partition else None,
+            partition_activations=config.partition or (offload and on_cpu),
+            checkpoint_in_cpu=offload,
         )
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, UsageError
+from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, RunFolderError, UsageError
 
 T = TypeVar("T")
 
@@ -25,9 +28,12 @@ _LOST_PEER = (
     "NCCL",
     "Broken pipe",
 )
-# A rank that is silent for this long is taken for lost. Longer than the slowest honest step: the first
-# one on a cold file system.
+# A rank that is silent for this long is taken for lost, unless the run says otherwise. Longer than the
+# slowest honest step: the first one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
+# To say "here" after a failure, which the ranks that are left see within moments of each other. Less than
+# what a launcher grants to those that did not fail first.
+_ROLL_CALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -36,15 +42,22 @@ class World:
 
     Attributes:
         rank: 0 .. size - 1.
-        size: number of processes; the data-parallel degree.
+        size: number of processes.
+        local_rank: its number among the ranks of its node.
+        local_size: ranks of its node.
         device: where this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
+        store: the keys and values by which the ranks found each other, kept by rank 0 or by torchrun. It
+            answers when groups have failed.
     """
 
     rank: int
     size: int
+    local_rank: int
+    local_size: int
     device: torch.device
     control: dist.ProcessGroup
+    store: dist.Store
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +85,20 @@ class World:
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
+
+    def lost_ranks(self) -> list[int]:
+        """Which ranks do not answer any more. Call after a failure, on every rank that sees it."""
+        missing = [rank for rank in range(self.size) if rank != self.rank]
+        deadline = time.monotonic() + _ROLL_CALL_SECONDS
+        try:
+            self.store.set(f"here/{self.rank}", "")
+        except RuntimeError:
+            return [0]
+        with contextlib.suppress(RuntimeError):  # rank 0 may be done, and end, before this one
+            while missing and time.monotonic() < deadline:
+                time.sleep(0.1)
+                missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
+        return missing
 
     def share(self, make: Callable[[], T]) -> T:
         """Rank 0's `make()`, on every rank; its error too, so that nobody waits for a rank that failed."""
@@ -111,22 +138,32 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
         return _Outcome(error=error)
 
 
-def join_world() -> World:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
+    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
+    MASTER_PORT.
 
     Uses NCCL on GPUs and gloo otherwise.
+
+    Args:
+        timeout: how long a rank waits for another before it takes it for lost.
 
     Raises:
         UsageError: if a node has fewer GPUs than ranks.
         RankLostError: if the others do not come.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    device = _device(int(os.environ["LOCAL_RANK"]))
+    local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    device = _device(local_rank)
     _prepare_deepspeed(device)
+    _default_timeouts(timeout)
     try:
+        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
-            timeout=COLLECTIVE_TIMEOUT,
+            store=store,
+            rank=rank,
+            world_size=size,
+            timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
     except (RuntimeError, ValueError) as error:
@@ -136,7 +173,8 @@ def join_world() -> World:
             given=" ".join(str(error).split())[:200],
             fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
         ) from None
-    return World(rank, size, device, dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT))
+    control = dist.new_group(backend="gloo", timeout=timeout)
+    return World(rank, size, local_rank, local_size, device, control, store)
 
 
 @contextmanager
@@ -153,11 +191,25 @@ def explained_failures(world: World) -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _LOST_PEER):
             raise
-        raise RankLostError(
-            f"rank {world.rank} lost a peer",
-            given=" ".join(str(error).split())[:160],
-            fix="see that rank's log for why it ended; the same command goes on from the last checkpoint",
+        raise _lost_peer(world, error) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunFolderError(
+            f"{error.filename or 'the run folder'}: no space left",
+            given=error.strerror,
+            fix="free disk space; the same command goes on from the last checkpoint",
         ) from None
+
+
+def _lost_peer(world: World, error: RuntimeError) -> RankLostError:
+    named = ", ".join(f"rank {rank}" for rank in world.lost_ranks())
+    return RankLostError(
+        f"rank {world.rank} lost a peer" + (f": no answer from {named}" if named else ""),
+        given=" ".join(str(error).split())[:160],
+        fix="see why in its log, or in its .stacks file there if it hung;"
+        " the same command goes on from the last checkpoint",
+    )
 
 
 def leave_world() -> None:
@@ -179,6 +231,12 @@ def _device(local_rank: int) -> torch.device:
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
     return device
+
+
+def _default_timeouts(timeout: timedelta) -> None:
+    """Of the groups that DeepSpeed and fairscale make, which take no timeout: half an hour otherwise."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
 
 
 def _prepare_deepspeed(device: torch.device) -> None:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from everest_ds.config.batch import data_parallel_degree
 from everest_ds.config.schema import Experiment
-from everest_ds.errors import ConfigError
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
 from everest_ds.profiling.memory_layers import (
     Layer,
@@ -80,31 +80,30 @@ class _Moment(NamedTuple):
     in_backward: bool = False
 
 
-def predict_memory(config: Experiment, num_ranks: int = 1, tensor_parallel: int = 1) -> MemoryPrediction:
+def predict_memory(config: Experiment, num_ranks: int = 1) -> MemoryPrediction:
     """Peak memory of one rank, at the last micro-batch of a step that is not the first.
 
     Args:
         num_ranks: all of them; those that are not tensor parallel share ZeRO's states.
-        tensor_parallel: ranks that split the heads and hidden layers of every block.
 
     Raises:
-        ConfigError: if `tensor_parallel` does not divide the ranks or the heads.
+        ConfigError: if parallelism.tensor does not divide the ranks.
     """
-    _check_tensor_parallel(config, num_ranks, tensor_parallel)
-    num_parameters = sum(layer.num_parameters for layer in layers(config, tensor_parallel))
-    states = model_states(config, num_parameters, num_ranks // tensor_parallel)
-    candidates = [_add_up(config, states, moment) for moment in _moments(config, states, tensor_parallel)]
+    degree = data_parallel_degree(config, num_ranks)
+    num_parameters = sum(layer.num_parameters for layer in layers(config))
+    states = model_states(config, num_parameters, degree)
+    candidates = [_add_up(config, states, moment) for moment in _moments(config, states)]
     return max(candidates, key=lambda candidate: candidate.peak_bytes)
 
 
-def predict_step_bytes(config: Experiment, tensor_parallel: int = 1) -> int:
+def predict_step_bytes(config: Experiment) -> int:
     """The most that both passes hold besides states and clips, gradients being there already."""
-    moments = _passes(layers(config, tensor_parallel), config)
+    moments = _passes(layers(config), config)
     return max(moment.activations + moment.temporary for moment in moments)
 
 
-def _moments(config: Experiment, states: ModelStates, tensor_parallel: int) -> Iterator[_Moment]:
-    yield from _passes(layers(config, tensor_parallel), config)
+def _moments(config: Experiment, states: ModelStates) -> Iterator[_Moment]:
+    yield from _passes(layers(config), config)
     finished = states.num_parameters
     yield _Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True)
     yield _Moment("update of weights", 0, states.update_bytes, finished)
@@ -153,13 +152,3 @@ def _input_bytes(config: Experiment) -> int:
     clip = config.candidate_geometry
     pixels = clip.num_frames * clip.image_size**2 * 3
     return config.batch.micro_batch_size * (pixels + 2 * 8)
-
-
-def _check_tensor_parallel(config: Experiment, num_ranks: int, tensor_parallel: int) -> None:
-    shape = config.model.shape
-    heads = [shape.encoder.heads] + ([shape.decoder.heads] if config.task == "pretrain" else [])
-    if num_ranks % tensor_parallel or any(count % tensor_parallel for count in heads):
-        raise ConfigError(
-            "the tensor parallel degree must divide the ranks and every stack's heads",
-            given=f"{tensor_parallel} for {num_ranks} ranks and {', '.join(map(str, heads))} heads",
-        )

@@ -35,13 +35,13 @@ class Layer(NamedTuple):
     forward_bytes: int = 0
 
 
-def layers(config: Experiment, tensor_parallel: int) -> list[Layer]:
+def layers(config: Experiment) -> list[Layer]:
     """The layers of the experiment's model, one rank's share of them."""
     counts, shape = config.token_counts, config.model.shape
-    in_encoder = _blocks("encoder", config, shape.encoder, counts.num_visible, tensor_parallel)
+    in_encoder = _blocks("encoder", config, shape.encoder, counts.num_visible)
     if config.task == "finetune":
         return [_embedding(config), *in_encoder, _classifier_head(config)]
-    in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept, tensor_parallel)
+    in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept)
     return [_embedding(config), *in_encoder, _projection(config), *in_decoder, _pixel_head(config)]
 
 
@@ -114,9 +114,7 @@ def _predicted_values(config: Experiment) -> int:
     return _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
 
 
-def _blocks(
-    name: str, config: Experiment, shape: TransformerShape, num_tokens: int, tensor_parallel: int
-) -> Iterator[Layer]:
+def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
     for index in range(shape.depth):
         block = block_memory(
             config,
@@ -124,13 +122,13 @@ def _blocks(
             num_tokens,
             index=index,
             drops=name == "encoder" and config.model.drop_path > 0 and index > 0,
-            tensor_parallel=tensor_parallel,
+            tensor_parallel=config.parallelism.tensor,
         )
         yield Layer(
             f"{name} block {index + 1}",
             block.kept_bytes,
             block.backward_bytes,
-            _block_parameters(shape, tensor_parallel),
+            _block_parameters(shape, config.parallelism.tensor),
             block.forward_bytes,
         )
 

@@ -25,7 +25,7 @@ _MOMENTS = 240  # of the table over time: about what a plot can show
 
 
 def memory_of_experiment(
-    config: Experiment, num_ranks: int, tensor_parallel: int, prepare: Callable[[nn.Module], object]
+    config: Experiment, num_ranks: int, prepare: Callable[[nn.Module], object]
 ) -> dict[str, Table]:
     """Tables `memory`, `memory_peak_at` and `memory_over_time` of a rank's training step on one micro-batch.
 
@@ -37,7 +37,7 @@ def memory_of_experiment(
     Raises:
         ConfigError: if the ranks do not divide.
     """
-    predicted = predict_memory(config, num_ranks, tensor_parallel)
+    predicted = predict_memory(config, num_ranks)
     traced = trace_experiment(config, prepare)
     tables = _tables({"predicted_mib": {**predicted.parts(), PEAK: predicted.peak_bytes}}, traced)
     tables["memory_peak_at"].insert(0, {"kind": "predicted", "peak_at": predicted.peak_at})

@@ -14,6 +14,7 @@ from torch import nn
 from everest_ds.config import Experiment
 from everest_ds.data.clips import ClipBatch, EvaluationClips, evaluation_views
 from everest_ds.data.manifest import Sample
+from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 
 
@@ -52,7 +53,7 @@ def evaluate(
     model: nn.Module,
     samples: Sequence[Sample],
     config: Experiment,
-    world: World,
+    mesh: Mesh,
     segments: int,
     crops: int,
     show_progress: bool = False,
@@ -61,14 +62,16 @@ def evaluate(
 
     Args:
         samples: labelled.
+        mesh: how the ranks share the model; those of a tensor group must see the same views.
         segments: temporal views of a sample.
         crops: spatial views of each.
     """
+    world = mesh.world
     was_training = model.training
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
     loader = evaluation_views(
-        clips, config.batch.micro_batch_size, world.rank, world.size, world.device.type == "cuda"
+        clips, config.batch.micro_batch_size, mesh.data_rank, mesh.data_degree, world.device.type == "cuda"
     )
     mine = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)

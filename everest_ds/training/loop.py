@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import math
 import resource
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from everest_ds.config import BatchPlan, Experiment, plan_batch
+from everest_ds.checkpoints.folder import list_checkpoints
+from everest_ds.checkpoints.manifest import Facts
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import steps_per_epoch
-from everest_ds.errors import ConfigError, DivergedError, StoppedError
+from everest_ds.errors import CheckpointError, ConfigError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models import build_model
 from everest_ds.parallel.checkpoint import (
-    full_state_dict,
-    list_checkpoints,
+    Keep,
     load_checkpoint,
+    newest_complete,
     save_checkpoint,
-    save_weights,
+    save_model,
 )
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
+from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World
+from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
 from everest_ds.training.objective import Objective, build_objective
 from everest_ds.training.observers import (
@@ -39,11 +44,12 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_reconstruction
-from everest_ds.training.run_folder import RunFolder, read_metrics
+from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.schedule import build_schedule
 from everest_ds.training.stop import StopRequest
 from everest_ds.training.timer import StepTimer, Waited
 from everest_ds.training.utilization import ClipCost
+from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import load_encoder
 
 
@@ -57,7 +63,8 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         StoppedError: after a stop signal, with everything saved.
         EverestError: for whatever the user can put right.
     """
-    plan = plan_batch(config.batch, world.size)
+    plan = plan_ranks(config, world.size)
+    mesh = form_mesh(world, config.parallelism.tensor)
     samples = world.share(lambda: read_samples(config, "train"))
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
@@ -70,9 +77,10 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
             logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
         engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
-        run = TrainingRun(config, plan, samples, engine, folder, world, cost)
-        with StopRequest() as stop:
-            run.to_the_end(stop)
+        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost)
+        watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
+        with StopRequest() as stop, watchdog:
+            run.to_the_end(stop, watchdog)
         engine.destroy()
     finally:
         folder.close()
@@ -105,7 +113,7 @@ class TrainingRun:
         samples: Sequence[Sample],
         engine: Engine,
         folder: RunFolder,
-        world: World,
+        mesh: Mesh,
         cost: ClipCost | None,
     ) -> None:
         self.config = config
@@ -113,21 +121,24 @@ class TrainingRun:
         self.samples = samples
         self.engine = engine
         self.folder = folder
-        self.world = world
+        self.mesh = mesh
+        self.world = mesh.world
         self.cost = cost
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
         self.step = self._resume()
-        self.observers = self._start_observers() if world.is_main else []
+        self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
+        self.losses = LossWatch(samples, self.world)
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
-    def to_the_end(self, stop: StopRequest) -> None:
+    def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
         """Every remaining step, with what is due after each."""
         batches = Waited(self._batches(), self.timer)
         try:
             while not self.finished:
+                watchdog.beat()
                 with self.timer.step():
                     loss = self._train_step(batches)
                 self.step += 1
@@ -150,8 +161,10 @@ class TrainingRun:
         losses = []
         for _ in range(self.plan.grad_accum_steps):
             # A rank that cannot read a video tells the others, instead of leaving them in a collective.
-            self.batch = self.world.together(lambda: next(batches)).to(self.world.device)
+            batch = self.world.together(lambda: next(batches))
+            self.batch = batch.to(self.world.device)
             loss = self.objective(self.engine, self.batch)
+            self.losses.note(self.step + 1, loss.detach(), batch.item)
             self.engine.backward(loss)
             self.engine.step()  # updates the weights at the last micro-batch
             losses.append(loss.detach())
@@ -163,19 +176,13 @@ class TrainingRun:
     def _report(self, loss: Tensor) -> None:
         if not self._due(self.config.run.log_every_steps):
             return
-        mean_loss = float(self.world.mean(loss))
-        if not math.isfinite(mean_loss):
-            raise DivergedError(
-                f"{self.folder.path}: the loss is {mean_loss} at step {self.step}",
-                fix="lower schedule.base_lr, set optimizer.clip_grad_norm, or use precision=bf16 or fp32;"
-                " the last checkpoint is from before",
-            )
+        self.losses.check()
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
         clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
         report = StepReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
-            loss=mean_loss,
+            loss=float(self.world.mean(loss)),
             lr=self.schedule.lr(self.step - 1),
             grad_norm=gradient_norm(self.engine),
             clips_per_s=clips_per_s,
@@ -203,8 +210,9 @@ class TrainingRun:
         every_steps = self.config.run.validate_every_epochs * self.steps_per_epoch
         if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
             return
+        self.losses.check()
         samples = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, samples, self.config, self.world, segments=1, crops=1)
+        result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
         )
@@ -212,9 +220,8 @@ class TrainingRun:
         for observer in self.observers:
             observer.on_validation(report)
         if report.val_top1 > best:
-            weights = full_state_dict(self.engine.module)
-            if self.world.is_main:
-                save_weights(weights, self.folder.best_weights, {"task": self.config.task})
+            file, metadata = self.folder.best_weights, {"task": self.config.task}
+            save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
         stopping = self.world.any(stop.received is not None)
@@ -227,24 +234,54 @@ class TrainingRun:
             )
 
     def _save(self) -> None:
-        state = {
-            "task": self.config.task,
-            "world_size": self.world.size,
-            "zero_stage": self.config.parallelism.zero_stage,
-            "global_batch_size": self.plan.global_batch_size,
+        self.losses.check()
+        run = self.config.run
+        keep = Keep(run.keep_checkpoints, run.keep_every_steps)
+        save_checkpoint(self.engine, self.folder.checkpoints, self._facts(), keep, self.mesh)
+
+    def _facts(self) -> dict[str, Any]:
+        epoch, step_of_epoch = divmod(self.step, self.steps_per_epoch)
+        config, batch = self.config, self.plan.global_batch_size
+        return {
+            "step": self.step,
+            "task": config.task,
+            "global_batch_size": batch,
+            "position": {"epoch": epoch, "step_of_epoch": step_of_epoch, "clips_seen": self.step * batch},
+            "world": {
+                "ranks": self.world.size,
+                "tensor": self.mesh.tensor_degree,
+                "zero_stage": config.parallelism.zero_stage,
+                "precision": config.precision,
+            },
+            "schedule": asdict(self.schedule),
+            "random": {"seed": config.run.seed, "drawn_from": "seed, epoch and sample of each clip"},
+            "config": config.model_dump(mode="json"),
+            "versions": package_versions(),
         }
-        keep = self.config.run.keep_checkpoints
-        save_checkpoint(self.engine, self.folder.checkpoints, self.step, state, keep, self.world)
 
     def _resume(self) -> int:
-        """The step to go on from: 0, or that of the newest checkpoint."""
-        checkpoints = self.world.share(lambda: list_checkpoints(self.folder.checkpoints))
+        """The step to go on from: 0, or that of the newest complete checkpoint."""
+        found = newest_complete(self.folder.checkpoints, self.world)
         step = 0
-        if checkpoints:
-            step = int(load_checkpoint(self.engine, checkpoints[-1], self.world)["step"])
-            logger.info("resuming from %s", checkpoints[-1])
+        if found is not None:
+            path, manifest = found
+            self._check_continues(path, manifest.facts)
+            load_checkpoint(self.engine, path, manifest, self.mesh)
+            step = manifest.facts.step
+            logger.info("resuming from %s", path)
         self.world.share(lambda: self.folder.drop_metrics_after(step))
         return step
+
+    def _check_continues(self, path: Path, facts: Facts) -> None:
+        """The ranks may be others; what a step computes may not."""
+        here = self.plan.global_batch_size
+        if facts.global_batch_size != here:
+            raise CheckpointError(
+                f"{path}: saved with another global batch",
+                given=f"{self.plan} now",
+                allowed=f"{facts.global_batch_size} clips",
+                fix=f"set batch.global_batch_size={facts.global_batch_size}; accumulation follows",
+            )
 
     def _start_observers(self) -> list[Observer]:
         return [
@@ -257,7 +294,7 @@ class TrainingRun:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.world.rank, steps, pin_memory=on_gpu
+            self.samples, self.config, self.plan, self.mesh.data_rank, steps, pin_memory=on_gpu
         )
 
 

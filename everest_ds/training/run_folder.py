@@ -25,8 +25,12 @@ from everest_ds.errors import EverestError, RunFolderError
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 BEST_WEIGHTS_FILE = "best.safetensors"
-# Settings that may differ when a run goes on: they do not change what is computed.
-FREE_KEYS = ("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "data.num_workers")
+# Settings that may differ when a run goes on: they do not change what is computed. Of the batch, only the
+# global size does, which checkpoints remember.
+FREE_KEYS = (
+    *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
+    *("data.num_workers", "parallelism.", "recompute.", "batch."),
+)
 _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
 
 
@@ -51,6 +55,10 @@ class RunFolder:
     def logs(self) -> Path:
         """One log file per rank."""
         return self.path / "logs"
+
+    def stacks(self, rank: int) -> Path:
+        """Where a rank's stacks go if it hangs."""
+        return self.logs / f"rank-{rank}.stacks"
 
     @property
     def tensorboard(self) -> Path:
@@ -91,14 +99,20 @@ class RunFolder:
         """Forget rows of steps that a resumed run will do again."""
         if self.metrics.is_file():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-            self.metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            shorter = self.metrics.with_name(f".{METRICS_FILE}.tmp")
+            shorter.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            os.replace(shorter, self.metrics)
 
     def _claim(self) -> None:
-        """Hold a lock that the operating system drops with the process, however it ends."""
+        """Hold a lock that the operating system drops with the process, however it ends.
+
+        A record lock, which forked children do not hold with it: loader workers outlive a killed rank for
+        some seconds, in which the next start would be refused.
+        """
         lock = open(self.path / ".lock", "a+")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):  # either, says POSIX
             lock.seek(0)
             raise RunFolderError(
                 f"{self.path}: a run is live in this folder",
@@ -123,7 +137,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
                 given=", ".join(f"{key}={new} (there {old})" for key, old, new in changed[:4]),
-                allowed="the same config (run.* and data.num_workers may differ)",
+                allowed="the same config (parallelism, batch, recompute and run.* may differ)",
                 fix="choose another run.dir, or remove the folder to start over",
             )
 
@@ -153,9 +167,14 @@ def describe_environment(world_size: int) -> dict[str, Any]:
         "host": socket.gethostname(),
         "world_size": world_size,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in _PACKAGES},
+        "packages": package_versions(),
         "git": _git_state(),
     }
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on; None for one that is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
 
 
 def _differences(before: Experiment, now: Experiment) -> list[tuple[str, Any, Any]]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from everest_ds.checkpoints.export import load_weights
 from everest_ds.config import Experiment
 from everest_ds.data.manifest import read_class_names
 from everest_ds.errors import ConfigError
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import load_weights
+from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.evaluate import Evaluation, evaluate
@@ -39,7 +40,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     load_tensors(model, tensors, file)
     model.to(world.device)
     data = config.data
-    outcome = evaluate(model, samples, config, world, data.test_segments, data.test_crops, show_progress=True)
+    mesh = Mesh(world)  # the whole model on every rank, however it was trained
+    outcome = evaluate(model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True)
     result = {
         "weights": str(file),
         "top1": outcome.top(1),

@@ -6,36 +6,32 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from everest_ds.checkpoints.export import load_weights
+from everest_ds.checkpoints.folder import find_checkpoint
 from everest_ds.errors import CheckpointError
-from everest_ds.parallel.checkpoint import WEIGHTS_FILE, list_checkpoints, load_weights
 from everest_ds.training.run_folder import RunFolder
 
 ENCODER = "encoder."
 
 
 def find_weights(source: Path, prefer_best: bool = False) -> Path:
-    """The weights file behind a path: the file itself, or a run folder's newest (or best) weights.
+    """What `load_weights` reads for a path: a file, or a run folder's newest checkpoint (or best weights).
 
     Raises:
         CheckpointError: if there is none.
     """
-    if source.is_file():
-        return source
-    folder = RunFolder(source)
-    if prefer_best and folder.best_weights.is_file():
-        return folder.best_weights
-    checkpoints = list_checkpoints(folder.checkpoints)
-    if not checkpoints:
+    best = RunFolder(source).best_weights
+    if source.is_file() or (prefer_best and best.is_file()):
+        return source if source.is_file() else best
+    if not source.is_dir():
         raise CheckpointError(
-            f"{source}: no weights there",
-            given="a folder without a complete checkpoint" if source.is_dir() else "nothing",
-            allowed="a run folder with checkpoints, or a .safetensors file",
+            f"{source}: no weights there", allowed="a run folder, a checkpoint, or a .safetensors file"
         )
-    return checkpoints[-1] / WEIGHTS_FILE
+    return find_checkpoint(source)[0]
 
 
 def load_encoder(model: nn.Module, source: Path) -> Path:
-    """Start the encoder of `model` from a pre-training run; the rest stays as it is. Returns the file.
+    """Start the encoder of `model` from a pre-training run; the rest stays as it is. Returns what was read.
 
     Raises:
         CheckpointError: if the encoder there has another architecture.

@@ -15,6 +15,7 @@ import yaml
 
 from everest_ds.cli.app import main
 from everest_ds.config import dump_experiment
+from tests.checkpoints.made import make_checkpoint
 from tests.training.runs import experiment, losses
 
 EVEREST = [sys.executable, "-m", "everest_ds"]
@@ -172,6 +173,25 @@ def test_a_killed_rank_ends_the_others_without_a_traceback(motion_data: Path, tm
 
 
 @pytest.mark.slow
+def test_a_stopped_rank_is_lost_after_the_timeout_and_named(motion_data: Path, tmp_path: Path) -> None:
+    config = write_config(
+        motion_data,
+        tmp_path,
+        schedule={"epochs": 400, "warmup_epochs": 0},
+        run={"hang_timeout_s": 20, "save_every_steps": 1},
+    )
+    command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    wait_for_rows(run, tmp_path / "pretrain" / "metrics.jsonl", 2)
+    ranks = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    os.kill(int(ranks[1]), signal.SIGSTOP)
+    _, said = run.communicate(timeout=120)
+    assert run.returncode == 6, said
+    assert "error: rank 0 lost a peer: no answer from rank 1" in said and "Traceback" not in said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "launcher",
     [
@@ -194,8 +214,8 @@ def test_the_same_command_joins_a_world_started_by(
     )
     assert result.returncode == 0, result.stderr
     assert max(losses(tmp_path / "pretrain")) == 3
-    state = next((tmp_path / "pretrain" / "checkpoints").glob("step-*/state.json"))
-    assert json.loads(state.read_text())["world_size"] == 2
+    manifest = next((tmp_path / "pretrain" / "checkpoints").glob("step-*/manifest.json"))
+    assert json.loads(manifest.read_text())["facts"]["world"]["ranks"] == 2
 
 
 @pytest.mark.slow
@@ -212,6 +232,26 @@ def test_the_same_command_joins_a_world_started_by_mpirun(motion_data: Path, tmp
     )
     assert result.returncode == 0, result.stderr
     assert max(losses(tmp_path / "pretrain")) == 3
+
+
+def test_checkpoints_are_inspected_verified_and_exported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    make_checkpoint(tmp_path / "checkpoints", 3)
+    newest = make_checkpoint(tmp_path / "checkpoints", 6)
+    assert run_main(monkeypatch, "checkpoint", "verify", str(tmp_path)) == 0
+    assert (
+        run_main(monkeypatch, "checkpoint", "inspect", str(tmp_path), "--json", str(tmp_path / "i.json")) == 0
+    )
+    assert json.loads((tmp_path / "i.json").read_text())["facts"]["step"] == 6
+    export = ["checkpoint", "export", str(tmp_path), str(tmp_path / "w.safetensors"), "--dtype", "bf16"]
+    assert run_main(monkeypatch, *export) == 0
+    assert "w.safetensors: " in capsys.readouterr().out
+    (newest / "b.safetensors").unlink()
+    assert run_main(monkeypatch, "checkpoint", "verify", str(tmp_path)) == 4
+    assert "b.safetensors is missing" in capsys.readouterr().out
+    assert run_main(monkeypatch, "checkpoint", "inspect", str(newest)) == 4
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_recipes_are_listed(

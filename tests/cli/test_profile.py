@@ -79,7 +79,7 @@ def test_what_was_measured_can_be_reported(monkeypatch: pytest.MonkeyPatch, tmp_
         (["mvit_b", "--ranks", "4"], "on one rank"),
         (["mvit_b", "batch.micro_batch_size=4"], "as it was published"),
         (["demo_pretrain", "model.image_size=60"], "not a multiple of patch_size=8"),
-        (["demo_pretrain", "--ranks", "4", "--tensor-parallel", "3"], "3"),
+        (["demo_pretrain", "parallelism.tensor=2", "--ranks", "3"], "2, 3 ranks"),
     ],
 )
 def test_a_mistake_gets_one_line_and_a_code(

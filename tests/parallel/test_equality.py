@@ -1,137 +1,118 @@
-"""Every ZeRO stage on every number of ranks trains as one plain torch process does."""
+"""Every ZeRO stage on every mesh of data x tensor ranks trains as one plain torch process does."""
 
 from __future__ import annotations
 
-from typing import Any
+from functools import lru_cache
 
 import pytest
-import torch
 
-from everest_ds.config import Experiment, plan_batch
-from everest_ds.data.clips import ClipBatch
-from everest_ds.models import build_model
-from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.parallel.engine import build_engine, set_learning_rate
-from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.config.backbones import BACKBONES
+from tests.parallel.equality import (
+    SPLITTABLE,
+    STAGES,
+    TASKS,
+    TOLERANCE,
+    assert_equal,
+    assert_same_weights,
+    engine_runs,
+    engine_runs_on_onednn,
+    experiment,
+    plain_run,
+)
 from tests.ranks import run_ranks
 
-STEPS = 20
-GLOBAL_BATCH = 8
-STAGES = (0, 1, 2, 3)
+RECOMPUTE = [
+    {"mode": "attention"},
+    {"mode": "mlp", "offload_to_cpu": True},
+    {"mode": "blocks"},
+    {"mode": "full"},
+    {"mode": "full", "offload_to_cpu": True},
+    {"mode": "full", "partition": True},
+    {"mode": "full", "partition": True, "offload_to_cpu": True},
+]
 
 
-def experiment(
-    task: str, stage: int, num_ranks: int, recompute: str = "none", precision: str = "fp32"
-) -> Experiment:
-    """A tiny run with clipping, layer decay, drop path and two accumulated micro-batches."""
-    model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
-    tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
-    if task == "finetune":
-        model |= {"num_classes": 5, "drop_path": 0.2}
-    return Experiment.model_validate(
-        {
-            "task": task,
-            "model": model,
-            "tokens": tokens,
-            "optimizer": {"clip_grad_norm": 0.5, "layer_decay": 0.75 if task == "finetune" else 1.0},
-            "batch": {"micro_batch_size": GLOBAL_BATCH // num_ranks // 2, "grad_accum_steps": 2},
-            "precision": precision,
-            "parallelism": {"zero_stage": stage},
-            "recompute": {"mode": recompute},
-        }
-    )
+@pytest.fixture(autouse=True)
+def splittable_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "vit_tiny", SPLITTABLE)
 
 
-def learning_rate(step: int) -> float:
-    return 1e-3 * (1 + step % 5) / 5
+reference = lru_cache(plain_run)
 
 
-def global_batch(step: int) -> ClipBatch:
-    generator = torch.Generator().manual_seed(step)
-    clip = torch.randint(0, 256, (GLOBAL_BATCH, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    ids = torch.arange(GLOBAL_BATCH)
-    return ClipBatch(clip, ids % 5, ids * 1000003 + step, ids)
+def assert_stages_follow(task: str, data: int, tensor: int, stages: tuple[int, ...]) -> None:
+    configs = [experiment(task, stage, data, tensor) for stage in stages]
+    by_rank = run_ranks(engine_runs, data * tensor, configs)
+    for stage, *runs in zip(stages, *by_rank, strict=True):
+        name = f"{task}, {data} data x {tensor} tensor, ZeRO-{stage}"
+        assert_equal(runs[0], reference(task), name)
+        assert_same_weights(runs, name)
 
 
-def part(batch: ClipBatch, pieces: int, piece: int) -> ClipBatch:
-    return ClipBatch(*(tensor.chunk(pieces)[piece] for tensor in batch))
+@pytest.mark.parametrize(
+    ("task", "data", "tensor", "stages"),
+    [
+        ("pretrain", 1, 1, STAGES),
+        ("finetune", 2, 1, STAGES),
+        ("pretrain", 1, 2, STAGES),
+        ("finetune", 2, 2, (0, 3)),
+    ],
+)
+def test_a_mesh_follows_the_plain_loop(task: str, data: int, tensor: int, stages: tuple[int, ...]) -> None:
+    assert_stages_follow(task, data, tensor, stages)
 
 
-def plain_losses(task: str) -> list[float]:
-    """The reference: one process, one batch a step, torch's own AdamW and clipping."""
-    config = experiment(task, stage=0, num_ranks=1)
-    torch.manual_seed(0)
-    model = build_model(config).train()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
-    )
-    objective = build_objective(config)
-    losses = []
-    for step in range(STEPS):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step) * group["lr_scale"]
-        loss = objective(model, global_batch(step))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    return losses
+def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
+    configs = [experiment("pretrain", stage=2, data_degree=1, tensor=2)]
+    assert_equal(run_ranks(engine_runs_on_onednn, 2, configs)[0][0], reference("pretrain"), "oneDNN")
 
 
-def engine_losses(world: World, config: Experiment) -> list[float]:
-    """Mean losses over all ranks of the same steps under DeepSpeed."""
-    plan = plan_batch(config.batch, world.size)
-    torch.manual_seed(0)
-    model = build_model(config)
-    groups = parameter_groups(model, config.optimizer)
-    engine = build_engine(model, groups, config, resolve_ds_config(config, plan), world)
-    objective = build_objective(config)
-    losses = []
-    for step in range(STEPS):
-        set_learning_rate(engine, learning_rate(step))
-        micro_losses = []
-        for micro in range(plan.grad_accum_steps):
-            accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
-            loss = objective(engine, part(accumulated, world.size, world.rank))
-            engine.backward(loss)
-            engine.step()
-            micro_losses.append(loss.detach())
-        losses.append(float(world.mean(torch.stack(micro_losses).mean())))
-    engine.destroy()
-    return losses
+@pytest.mark.slow
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (1, 4)])
+def test_every_mesh_follows_the_plain_loop_at_every_stage(task: str, data: int, tensor: int) -> None:
+    assert_stages_follow(task, data, tensor, STAGES)
 
 
-def all_stages(world: World, task: str, recompute: str) -> list[list[float]]:
-    return [engine_losses(world, experiment(task, stage, world.size, recompute)) for stage in STAGES]
+def assert_recompute_follows(task: str, stage: int, data: int, tensor: int) -> None:
+    configs = [experiment(task, stage, data, tensor, recompute) for recompute in RECOMPUTE]
+    for recompute, run in zip(RECOMPUTE, run_ranks(engine_runs, data * tensor, configs)[0], strict=True):
+        assert_equal(run, reference(task), f"{task}, ZeRO-{stage}, recompute {recompute}")
 
 
-def assert_stages_follow(expected: list[float], by_stage: list[list[float]]) -> None:
-    for stage, losses in zip(STAGES, by_stage, strict=True):
-        assert losses == pytest.approx(expected, rel=1e-5), f"ZeRO stage {stage}"
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("task", "stage"), [("finetune", 0), ("pretrain", 1), ("finetune", 2), ("pretrain", 3)]
+)
+def test_every_recompute_mode_follows_the_plain_loop_under_tensor_parallelism(task: str, stage: int) -> None:
+    assert_recompute_follows(task, stage, data=1, tensor=2)
 
 
-@pytest.mark.parametrize("task", ["pretrain", "finetune"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_every_stage_follows_the_plain_loop(task: str, num_ranks: int) -> None:
-    assert_stages_follow(plain_losses(task), run_ranks(all_stages, num_ranks, task, "none")[0])
+@pytest.mark.slow
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (1, 2)])
+def test_offload_follows_the_plain_loop(data: int, tensor: int) -> None:
+    configs = [experiment("finetune", stage, data, tensor, offload=True) for stage in (2, 3)]
+    for run in run_ranks(engine_runs, data * tensor, configs)[0]:
+        assert_equal(run, reference("finetune"), f"{data} data x {tensor} tensor, offloaded")
 
 
-def test_recompute_changes_nothing() -> None:
-    assert_stages_follow(plain_losses("finetune"), run_ranks(all_stages, 2, "finetune", "blocks")[0])
-
-
-def sharded_bf16(world: World) -> list[list[float]]:
-    return [
-        engine_losses(world, experiment("pretrain", stage, world.size, precision="bf16"))
-        for stage in (1, 2, 3)
+def assert_bf16_stays_near_fp32(data: int, tensor: int, offload: bool = False) -> None:
+    stages = (2, 3) if offload else (1, 2, 3)
+    configs = [
+        experiment("pretrain", stage, data, tensor, precision="bf16", offload=offload) for stage in stages
     ]
+    expected = reference("pretrain").losses
+    for run in run_ranks(engine_runs, data * tensor, configs)[0]:
+        assert run.losses == pytest.approx(expected, rel=0.01)  # bf16 has 8 bits of mantissa
+        assert run.losses != pytest.approx(expected, rel=TOLERANCE)
 
 
+@pytest.mark.slow
 def test_bf16_stays_near_fp32_in_every_sharded_stage() -> None:
-    expected = plain_losses("pretrain")
-    for losses in run_ranks(sharded_bf16, 2)[0]:
-        assert losses == pytest.approx(expected, rel=0.01)  # bf16 has 8 bits of mantissa
-        assert losses != pytest.approx(expected, rel=1e-5)
+    assert_bf16_stays_near_fp32(data=2, tensor=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("offload", [False, True])
+def test_bf16_stays_near_fp32_under_tensor_parallelism(offload: bool) -> None:
+    assert_bf16_stays_near_fp32(data=1, tensor=2, offload=offload)

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from everest_ds.checkpoints.tensor_file import save_weights
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import save_weights
 from everest_ds.parallel.world import World
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder

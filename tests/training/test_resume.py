@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 from torch import Tensor
@@ -51,7 +53,16 @@ def stop_and_resume(world: World, config: Experiment, stop_at: int) -> str:
     return message
 
 
-@pytest.mark.parametrize("stage, stop_at", [(0, 4), (1, 2), (2, 5), (3, 3)])
+def stop_after(world: World, config: Experiment, step: int) -> None:
+    """Train until `step` and stop there, saved."""
+    with _Signalling(step, signal.SIGTERM), contextlib.suppress(StoppedError):
+        train(config, world)
+
+
+@pytest.mark.parametrize(
+    "stage, stop_at",
+    [(2, 5), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((0, 4), (1, 2), (3, 3)))],
+)
 def test_a_stopped_run_resumes_bit_for_bit(
     motion_data: Path, tmp_path: Path, stage: int, stop_at: int
 ) -> None:
@@ -92,8 +103,42 @@ def resume_error(world: World, config: Experiment) -> str:
     return "no error"
 
 
-def test_another_number_of_ranks_is_refused_by_name(motion_data: Path, tmp_path: Path) -> None:
-    config = experiment(motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0})
+def test_another_global_batch_is_refused_by_name(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(
+        motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0}, batch={"global_batch_size": None}
+    )
     run_ranks(train_rank, 2, config)
     (message,) = run_ranks(resume_error, 1, config)
-    assert "saved with another world_size; given: 1 now; allowed: 2" in message
+    assert "saved with another global batch; given: 4 clips" in message
+    assert "allowed: 8 clips; fix: set batch.global_batch_size=8" in message
+
+
+Place = tuple[int, int, int]  # ranks, ZeRO stage, tensor degree
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        ((2, 1, 1), (1, 3, 1)),
+        pytest.param(((4, 2, 1), (2, 3, 2), (1, 2, 1), (4, 0, 1)), marks=pytest.mark.slow),
+        pytest.param(((1, 0, 1), (2, 2, 2), (2, 3, 1), (4, 2, 2)), marks=pytest.mark.slow),
+    ],
+    ids=lambda path: "-".join(f"{ranks}x{stage}x{tensor}" for ranks, stage, tensor in path),
+)
+@pytest.mark.parametrize("task", ["finetune", pytest.param("pretrain", marks=pytest.mark.slow)])
+def test_a_run_moves_to_other_ranks_zero_stages_and_tensor_degrees(
+    motion_data: Path, tmp_path: Path, task: str, path: tuple[Place, ...]
+) -> None:
+    """The same losses as of the run that never moved, wherever it goes on."""
+    options: dict[str, Any] = {"batch": {"micro_batch_size": 2}, "optimizer": {"layer_decay": 0.8}}
+    run_ranks(train_rank, 1, experiment(motion_data, tmp_path / "whole", task, **options))
+    for leg, (num_ranks, stage, tensor) in enumerate(path, 1):
+        here = {"zero_stage": stage, "tensor": tensor}
+        config = experiment(motion_data, tmp_path / "moved", task, **options, parallelism=here)
+        if leg < len(path):
+            run_ranks(stop_after, num_ranks, config, 2 * leg)
+        else:
+            run_ranks(train_rank, num_ranks, config)
+    whole, moved = losses(tmp_path / "whole"), losses(tmp_path / "moved")
+    assert list(moved) == list(range(1, 10))
+    assert moved == pytest.approx(whole, rel=1e-5)

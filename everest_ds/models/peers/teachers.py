@@ -81,4 +81,4 @@ class BiasedAttention(Attention):
     def forward(self, x_BnD: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
         qkv = linear(x_BnD, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
-        return self.proj(self.attend(qkv.unflatten(-1, (3, self.heads, -1))))
+        return self.proj(self.attend(qkv.unflatten(-1, (3, -1, self.head_width))))

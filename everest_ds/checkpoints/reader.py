@@ -1,0 +1,95 @@
+"""Reading a checkpoint by parameter and range, whatever number of ranks wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from everest_ds.checkpoints.manifest import WHOLE, Cut, Manifest
+from everest_ds.errors import CheckpointError
+
+# Of every parameter: the float32 weight and AdamW's two moments.
+WEIGHT = "weight"
+STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
+
+
+def entry(state: str, name: str) -> str:
+    """The name of a parameter's state inside a file of a checkpoint."""
+    return f"{state}/{name}"
+
+
+class CheckpointReader:
+    """An open checkpoint; a context. Only what is asked for is read from the disk."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._files.clear()
+        self._stack.close()
+
+    def read(self, state: str, name: str, start: int, numel: int, cut: Cut = WHOLE) -> Tensor:
+        """Elements `start` .. `start + numel` of a shard of a parameter's state, flat, float32 on the host.
+
+        Args:
+            cut: the shard, of the parameter cut as the reader wants it, however it was when it was saved.
+
+        Raises:
+            CheckpointError: if a file does not hold what the manifest says.
+        """
+        parameter = self.manifest.parameters[name]
+        if (cut.degree, cut.outer) == (parameter.degree, parameter.outer):
+            return self._shard(state, name, cut.rank, start, numel)
+        return cut.take(self.whole(state, name))[start : start + numel]
+
+    def whole(self, state: str, name: str) -> Tensor:
+        """A parameter's state in its own shape."""
+        parameter = self.manifest.parameters[name]
+        share = parameter.numel // parameter.degree
+        shards = [self._shard(state, name, rank, 0, share) for rank in range(parameter.degree)]
+        rows = torch.stack(shards).view(parameter.degree, parameter.outer, -1)
+        return rows.transpose(0, 1).reshape(parameter.shape)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter's float32 weight, one at a time."""
+        for name in self.manifest.parameters:
+            yield name, self.whole(WEIGHT, name)
+
+    def _shard(self, state: str, name: str, rank: int, start: int, numel: int) -> Tensor:
+        values = torch.empty(numel)
+        for piece in self.manifest.parameters[name].pieces:
+            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+            if piece.shard == rank and first < last:
+                part = self._slice(piece.file, entry(state, name), first - piece.start, last - piece.start)
+                values[first - start : last - start] = part
+        return values
+
+    def _slice(self, file: str, key: str, start: int, stop: int) -> Tensor:
+        try:
+            if file not in self._files:
+                self._files[file] = self._stack.enter_context(safe_open(self.path / file, framework="pt"))
+            part: Tensor = self._files[file].get_slice(key)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self.path / file}: damaged", given=str(error)) from None
+        if part.dtype != torch.float32 or part.shape != (stop - start,):
+            raise CheckpointError(
+                f"{self.path / file}: `{key}` is not what the manifest says",
+                given=f"{part.dtype} {tuple(part.shape)}",
+                allowed=f"{torch.float32} {(stop - start,)}",
+            )
+        return part

@@ -1,0 +1,97 @@
+"""`everest-ds checkpoint`: look at, verify and export saved states; no ranks and no GPU are needed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.errors import CheckpointError, ExitCode
+
+app = typer.Typer(
+    help="Look at, verify and export checkpoints. Nothing needs converting to go on elsewhere: any number of"
+    " ranks, ZeRO stage and tensor degree resumes from any checkpoint.",
+    no_args_is_help=True,
+)
+Source = Annotated[
+    Path,
+    typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest complete one."),
+]
+
+
+@app.command()
+def inspect(source: Source, json_file: JsonFile = None) -> None:
+    """Print what a checkpoint is of: step, place in the data, who wrote it, sizes.
+
+    Example: everest-ds checkpoint inspect runs/first
+    """
+    from everest_ds.checkpoints.folder import find_checkpoint
+    from everest_ds.units import format_bytes
+
+    path, manifest = find_checkpoint(source)
+    facts = manifest.facts
+    print_facts(
+        f"Checkpoint {path}",
+        {
+            "step": facts.step,
+            "task": facts.task,
+            **facts.position,
+            "global_batch_size": facts.global_batch_size,
+            "written_by": ", ".join(f"{key} {value}" for key, value in facts.world.items()),
+            "parameters": f"{sum(p.numel for p in manifest.parameters.values()):,}"
+            f" in {len(manifest.parameters)} tensors",
+            "files": f"{len(manifest.files)}, {format_bytes(manifest.num_bytes)}",
+            "versions": ", ".join(f"{name} {version}" for name, version in facts.versions.items() if version),
+        },
+    )
+    write_json(json_file, {"checkpoint": str(path), **manifest.model_dump(mode="json")})
+
+
+@app.command()
+def verify(
+    source: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for all of its.")
+    ],
+    json_file: JsonFile = None,
+) -> None:
+    """Read every byte and compare sizes and checksums; exit 4 if something is missing or damaged.
+
+    Example: everest-ds checkpoint verify runs/first
+    """
+    from everest_ds.checkpoints.folder import list_checkpoints
+
+    paths = list_checkpoints(source / "checkpoints") or [source]
+    rows = [{"checkpoint": str(path), "problem": _problem(path)} for path in paths]
+    print_table("Checkpoints", rows)
+    write_json(json_file, rows)
+    if any(row["problem"] != "none" for row in rows):
+        raise typer.Exit(ExitCode.CHECKPOINT)
+
+
+@app.command()
+def export(
+    source: Source,
+    file: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
+) -> None:
+    """Write the weights as one safetensors file, tensor by tensor, whatever number of ranks saved them.
+
+    Example: everest-ds checkpoint export runs/first encoder.safetensors --dtype bf16
+    """
+    from everest_ds.checkpoints.export import export_weights
+    from everest_ds.units import format_bytes
+
+    path = export_weights(source, file, dtype)
+    typer.echo(f"{file}: {format_bytes(file.stat().st_size)} of {dtype} weights from {path}")
+
+
+def _problem(path: Path) -> str:
+    from everest_ds.checkpoints.folder import verify
+
+    try:
+        verify(path)
+    except CheckpointError as error:
+        return str(error)
+    return "none"

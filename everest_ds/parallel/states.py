@@ -1,0 +1,246 @@
+"""Where DeepSpeed keeps the float32 weights and AdamW's moments: one view of them for all ZeRO stages.
+
+Of each parameter, or of its shard of one that a tensor group shares, a rank holds at most one run of
+elements: all of them at stage 0, what falls into its part of a flattened group at stages 1 and 2, an equal
+share at stage 3. Nothing here is gathered: a rank saves the elements that it holds, and reads those that it
+will hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.checkpoints.manifest import WHOLE, Cut
+from everest_ds.checkpoints.reader import STATES, WEIGHT
+from everest_ds.parallel.mesh import Mesh
+from everest_ds.parallel.tensor_parallel import split_of
+
+_MOMENTS = tuple(state for state in STATES if state != WEIGHT)
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+@dataclass(frozen=True)
+class Held:
+    """Elements `start` .. `start + numel` of a flattened parameter, or shard of one, held by this rank.
+
+    Attributes:
+        shape: of the whole parameter.
+        cut: the shard that this rank has of it.
+        saved_here: this rank is the one to save them; another holds them too where it is False.
+    """
+
+    name: str
+    parameter: Any  # nn.Parameter, with what DeepSpeed hangs on it
+    shape: tuple[int, ...]
+    cut: Cut
+    start: int
+    numel: int
+    saved_here: bool
+
+
+class ModelStates(Protocol):
+    """The states of a model under one way of sharding."""
+
+    def held(self) -> Iterator[Held]:
+        """What this rank holds, in the order of the parameters."""
+
+    def get(self, held: Held, state: str) -> Tensor:
+        """Those elements of a state: float32, flat, on the host."""
+
+    def put(self, held: Held, state: str, values: Tensor) -> None:
+        """Set them. Call `refresh` after the last."""
+
+    def refresh(self) -> None:
+        """Make what the next forward pass computes with follow the float32 weights. Call on every rank."""
+
+    def slots(self) -> list[dict[str, Any]]:
+        """AdamW's own records on this rank, made if there are none yet: a step count and moments each."""
+
+
+def model_states(engine: Any, mesh: Mesh) -> ModelStates:
+    """The view that fits the engine's ZeRO stage."""
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return _Replicated(engine, mesh)
+    return _Partitioned(engine, mesh) if stage == 3 else _Flattened(engine, mesh)
+
+
+def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
+    """The shape of a parameter before any rank had a part of it only."""
+    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    split = split_of(parameter)
+    if split is not None:
+        shape[split.dim] *= mesh.tensor_degree
+    return tuple(shape)
+
+
+def _held(
+    name: str, parameter: Any, mesh: Mesh, start: int, numel: int, saved_by_data_rank: bool = True
+) -> Held:
+    shape, split = whole_shape(parameter, mesh), split_of(parameter)
+    if split is None:  # the same on every rank of the tensor group, of which one saves it
+        return Held(name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0)
+    cut = Cut(mesh.tensor_rank, mesh.tensor_degree, math.prod(shape[: split.dim]) * split.pieces)
+    return Held(name, parameter, shape, cut, start, numel, saved_by_data_rank)
+
+
+def optimizer_step(states: ModelStates) -> int:
+    """How many steps AdamW has counted."""
+    return max(int(slot["step"]) for slot in states.slots())
+
+
+def set_optimizer_step(states: ModelStates, step: int) -> None:
+    """Let AdamW go on counting from `step`."""
+    for slot in states.slots():
+        slot["step"].fill_(step)
+
+
+def loss_scale(engine: Any) -> dict[str, int | float] | None:
+    """State of the fp16 loss scaler; None in other precisions."""
+    if not engine.fp16_enabled():
+        return None
+    scaler = engine.optimizer.loss_scaler
+    return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
+
+
+def set_loss_scale(engine: Any, saved: dict[str, int | float] | None) -> None:
+    """Go on with a saved loss scale; without one, as DeepSpeed starts."""
+    if saved is not None and engine.fp16_enabled():
+        for name, value in saved.items():
+            setattr(engine.optimizer.loss_scaler, name, value)
+
+
+class _Replicated:
+    """Stage 0: torch's AdamW over whole parameters, the same on every rank."""
+
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
+        self._module: nn.Module = engine.module
+        self._optimizer: torch.optim.AdamW = engine.optimizer
+        self._mesh = mesh
+
+    def held(self) -> Iterator[Held]:
+        parameters = list(self._module.named_parameters())
+        total = sum(parameter.numel() for _, parameter in parameters)
+        before = 0
+        for name, parameter in parameters:
+            writer = before * self._mesh.data_degree // total  # ranks write about the same number of bytes
+            yield _held(name, parameter, self._mesh, 0, parameter.numel(), writer == self._mesh.data_rank)
+            before += parameter.numel()
+
+    def get(self, held: Held, state: str) -> Tensor:
+        return self._tensor(held.parameter, state).detach().cpu().view(-1)
+
+    @torch.no_grad()
+    def put(self, held: Held, state: str, values: Tensor) -> None:
+        self._tensor(held.parameter, state).copy_(values.view_as(held.parameter))
+
+    def refresh(self) -> None:
+        pass  # the forward pass computes with these very tensors
+
+    def slots(self) -> list[dict[str, Any]]:
+        return _slots(self._optimizer, list(self._module.parameters()))
+
+    def _tensor(self, parameter: nn.Parameter, state: str) -> Tensor:
+        if state == WEIGHT:
+            return parameter
+        moment: Tensor = self._optimizer.state[parameter][state]
+        return moment
+
+
+class _Flattened:
+    """Stages 1 and 2: each group of parameters is one flat tensor, of which every rank holds a part."""
+
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
+        self._module: nn.Module = engine.module
+        self._mesh = mesh
+        self._zero = engine.optimizer
+        self._optimizer: torch.optim.AdamW = engine.optimizer.optimizer
+        self._parts: list[Tensor] = [group["params"][0] for group in self._optimizer.param_groups]
+
+    def held(self) -> Iterator[Held]:
+        parameter: Any
+        for name, parameter in self._module.named_parameters():
+            mapping = parameter._hp_mapping  # None if no element falls into this rank's part
+            if mapping is not None:
+                address = mapping.lp_fragment_address
+                yield _held(name, parameter, self._mesh, address.start, address.numel)
+
+    def get(self, held: Held, state: str) -> Tensor:
+        return self._elements(held, state).detach().cpu()
+
+    def put(self, held: Held, state: str, values: Tensor) -> None:
+        self._elements(held, state).copy_(values)
+
+    def refresh(self) -> None:
+        self._zero.update_lp_params()
+
+    def slots(self) -> list[dict[str, Any]]:
+        return _slots(self._optimizer, self._parts)
+
+    def _elements(self, held: Held, state: str) -> Tensor:
+        mapping = held.parameter._hp_mapping
+        part = self._parts[mapping.param_group_index]
+        source: Tensor = part.detach() if state == WEIGHT else self._optimizer.state[part][state]
+        return source.narrow(0, mapping.hp_fragment_address.start, held.numel)
+
+
+class _Partitioned:
+    """Stage 3: every parameter is cut into equal shares, the last ones filled up with zeros."""
+
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
+        self._module: nn.Module = engine.module
+        self._zero = engine.optimizer
+        self._mesh = mesh
+
+    def held(self) -> Iterator[Held]:
+        parameter: Any
+        for name, parameter in self._module.named_parameters():
+            share = parameter.ds_tensor.ds_numel
+            start = self._mesh.data_rank * share
+            numel = min(share, parameter.ds_numel - start)
+            if numel > 0:
+                yield _held(name, parameter, self._mesh, start, numel)
+
+    def get(self, held: Held, state: str) -> Tensor:
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # heavy
+
+        if state == WEIGHT:
+            share: Tensor = safe_get_local_fp32_param(held.parameter)
+        else:
+            share = safe_get_local_optimizer_state(held.parameter, state)
+        return share.detach().cpu()[: held.numel]
+
+    def put(self, held: Held, state: str, values: Tensor) -> None:
+        from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state  # heavy
+
+        share = torch.zeros(held.parameter.ds_tensor.ds_numel)
+        share[: held.numel] = values
+        if state == WEIGHT:
+            safe_set_local_fp32_param(held.parameter, share)
+            held.parameter.ds_tensor.data.copy_(share)
+        else:
+            safe_set_local_optimizer_state(held.parameter, share, state)
+
+    def refresh(self) -> None:
+        # Small parameters stay whole between steps: cut them to the new shares, then gather them again.
+        self._zero.checkpoint_event_prologue()
+        self._zero.checkpoint_event_epilogue()
+
+    def slots(self) -> list[dict[str, Any]]:
+        return _slots(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
+
+
+def _slots(optimizer: torch.optim.AdamW, tensors: list[Tensor]) -> list[dict[str, Any]]:
+    """AdamW makes its record of a tensor at that tensor's first step; a resumed run needs it before."""
+    for tensor in tensors:
+        slot = optimizer.state[tensor]
+        if not slot:
+            slot["step"] = torch.zeros((), dtype=torch.float32, device=tensor.device)
+            slot.update({moment: torch.zeros_like(tensor) for moment in _MOMENTS})
+    return [optimizer.state[tensor] for tensor in tensors]

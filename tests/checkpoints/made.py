@@ -1,0 +1,67 @@
+"""Small checkpoints written without a model or ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from everest_ds.checkpoints.folder import commit, start_saving
+from everest_ds.checkpoints.manifest import Facts, Manifest, Parameter, Piece
+from everest_ds.checkpoints.reader import STATES, entry
+from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
+
+SHAPES = {"encoder.weight": (3, 5), "encoder.bias": (7,), "scale": ()}
+
+
+def states_of(name: str) -> dict[str, Tensor]:
+    """Known values of a parameter's weight and moments."""
+    shape = SHAPES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    return {state: torch.randn(shape, generator=generator) for state in STATES}
+
+
+def facts(step: int) -> Facts:
+    return Facts(
+        step=step,
+        task="pretrain",
+        global_batch_size=8,
+        position={"epoch": 0, "step_of_epoch": step, "clips_seen": 8 * step},
+        world={"ranks": 2, "zero_stage": 1, "precision": "fp32"},
+        optimizer_step=step,
+        loss_scale=None,
+        schedule={"total_steps": 9},
+        random={"seed": 0},
+        config={},
+        versions={"torch": "2"},
+    )
+
+
+def write_part(saving: Path, file: str, cuts: dict[str, tuple[int, int]]) -> FileSeal:
+    """A rank's file with elements `start` .. `stop` of each parameter in `cuts`."""
+    entries = {entry(s, n): states_of(n)[s].reshape(-1)[slice(*cuts[n])] for s in STATES for n in cuts}
+    specs = {key: TensorSpec(torch.float32, tuple(tensor.shape)) for key, tensor in entries.items()}
+    return write_tensors(saving / file, specs, entries.values(), {})
+
+
+def make_checkpoint(folder: Path, step: int) -> Path:
+    """A complete checkpoint of two ranks' files; the matrix and the vector are cut between them."""
+    saving = start_saving(folder, step)
+    first = {"encoder.weight": (0, 8), "encoder.bias": (0, 1), "scale": (0, 1)}
+    second = {"encoder.weight": (8, 15), "encoder.bias": (1, 7)}
+    files = {
+        f: write_part(saving, f, cuts) for f, cuts in (("a.safetensors", first), ("b.safetensors", second))
+    }
+    parameters = {
+        name: Parameter(
+            shape=shape,
+            pieces=tuple(
+                Piece(file, 0, cuts[name][0], cuts[name][1] - cuts[name][0])
+                for file, cuts in (("a.safetensors", first), ("b.safetensors", second))
+                if name in cuts
+            ),
+        )
+        for name, shape in SHAPES.items()
+    }
+    return commit(saving, Manifest(facts=facts(step), files=files, parameters=parameters))

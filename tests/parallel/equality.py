@@ -1,0 +1,164 @@
+"""Twenty steps of a tiny run, by one plain torch process and by ranks of any mesh: equal, or a test fails."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config.backbones import BACKBONES
+from everest_ds.data.clips import ClipBatch
+from everest_ds.models import build_model, linear
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
+from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.world import World
+from everest_ds.training.objective import build_objective
+from everest_ds.training.parameters import parameter_groups
+
+STEPS = 20
+GLOBAL_BATCH = 8
+STAGES = (0, 1, 2, 3)
+TASKS = ("pretrain", "finetune")
+MAX_GRADIENT_NORM = 0.5
+TOLERANCE = 1e-5
+TINY = BACKBONES["vit_tiny"]
+# Its decoder has two heads; with four, pre-training can be split over four ranks too.
+SPLITTABLE = replace(TINY, decoder=replace(TINY.decoder, heads=4))
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """What a run left: a loss and a gradient norm each step, and the weights at the end."""
+
+    losses: list[float]
+    norms: list[float | None]
+    weights: dict[str, NDArray[np.float32]]
+
+
+def experiment(
+    task: str,
+    stage: int,
+    data_degree: int,
+    tensor: int = 1,
+    recompute: dict[str, Any] | None = None,
+    precision: str = "fp32",
+    offload: bool = False,
+) -> Experiment:
+    """Clipping, layer decay, drop path and two accumulated micro-batches."""
+    model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
+    tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
+    if task == "finetune":
+        model |= {"num_classes": 5, "drop_path": 0.2}
+    layer_decay = 0.75 if task == "finetune" else 1.0
+    return Experiment.model_validate(
+        {
+            "task": task,
+            "model": model,
+            "tokens": tokens,
+            "optimizer": {"clip_grad_norm": MAX_GRADIENT_NORM, "layer_decay": layer_decay},
+            "batch": {"micro_batch_size": GLOBAL_BATCH // data_degree // 2, "grad_accum_steps": 2},
+            "precision": precision,
+            "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
+            "recompute": recompute or {},
+        }
+    )
+
+
+def plain_run(task: str) -> Trajectory:
+    """The reference: one process, one batch a step, torch's own AdamW and clipping."""
+    config = experiment(task, stage=0, data_degree=1)
+    torch.manual_seed(0)
+    model = build_model(config).train()
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
+    )
+    objective = build_objective(config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        for group in optimizer.param_groups:
+            group["lr"] = _learning_rate(step) * group["lr_scale"]
+        loss = objective(model, global_batch(step))
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return Trajectory(losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()})
+
+
+def engine_run(world: World, config: Experiment) -> Trajectory:
+    """The same steps under DeepSpeed; losses are means over all ranks."""
+    plan = plan_ranks(config, world.size)
+    mesh = form_mesh(world, config.parallelism.tensor)
+    torch.manual_seed(0)
+    model = build_model(config)
+    groups = parameter_groups(model, config.optimizer)
+    engine = build_engine(model, groups, config, resolve_ds_config(config, plan), world)
+    objective = build_objective(config)
+    losses, norms = [], []
+    for step in range(STEPS):
+        set_learning_rate(engine, _learning_rate(step))
+        micro_losses = []
+        for micro in range(plan.grad_accum_steps):
+            accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
+            loss = objective(engine, part(accumulated, mesh.data_degree, mesh.data_rank))
+            engine.backward(loss)
+            engine.step()
+            micro_losses.append(loss.detach())
+        losses.append(float(world.mean(torch.stack(micro_losses).mean())))
+        norms.append(gradient_norm(engine))
+    weights = {name: full_parameter(p).numpy() for name, p in engine.module.named_parameters()}
+    engine.destroy()
+    return Trajectory(losses, norms, weights)
+
+
+def engine_runs(world: World, configs: list[Experiment]) -> list[Trajectory]:
+    """Several runs in one world: ranks take longer to start than to run."""
+    BACKBONES["vit_tiny"] = SPLITTABLE  # a rank is a process of its own
+    return [engine_run(world, config) for config in configs]
+
+
+def engine_runs_on_onednn(world: World, configs: list[Experiment]) -> list[Trajectory]:
+    """`engine_runs` with every product by the library that large ones go to."""
+    linear._WORTHWHILE_MACS = 0
+    return engine_runs(world, configs)
+
+
+def assert_equal(run: Trajectory, expected: Trajectory, name: str) -> None:
+    """Within 1e-5: each loss and gradient norm, and each weight tensor, relative to its own norm."""
+    assert run.losses == pytest.approx(expected.losses, rel=TOLERANCE), f"{name}: losses"
+    assert run.norms == pytest.approx(expected.norms, rel=TOLERANCE), f"{name}: gradient norms"
+    assert run.weights.keys() == expected.weights.keys(), name
+    for parameter, weight in expected.weights.items():
+        difference = np.linalg.norm(run.weights[parameter] - weight) / np.linalg.norm(weight)
+        assert difference <= TOLERANCE, f"{name}: {parameter} differs by {difference:.1e}"
+
+
+def assert_same_weights(runs: list[Trajectory], name: str) -> None:
+    """In every bit: ranks that hold copies of a weight must not drift apart."""
+    for run in runs[1:]:
+        for parameter, weight in runs[0].weights.items():
+            assert np.array_equal(run.weights[parameter], weight), f"{name}: {parameter}"
+
+
+def _learning_rate(step: int) -> float:
+    return 1e-3 * (1 + step % 5) / 5
+
+
+def global_batch(step: int) -> ClipBatch:
+    """The clips of a step, of all ranks."""
+    generator = torch.Generator().manual_seed(step)
+    clip = torch.randint(0, 256, (GLOBAL_BATCH, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    ids = torch.arange(GLOBAL_BATCH)
+    return ClipBatch(clip, ids % 5, ids * 1000003 + step, ids)
+
+
+def part(batch: ClipBatch, pieces: int, piece: int) -> ClipBatch:
+    """One of several equal pieces of a batch."""
+    return ClipBatch(*(tensor.chunk(pieces)[piece] for tensor in batch))

@@ -1,0 +1,138 @@
+"""Tensor parallelism: exact shards, sizes as they should be, what cannot be split refused, whole runs."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everest_ds.checkpoints.export import load_weights
+from everest_ds.config import Experiment
+from everest_ds.config.backbones import BACKBONES, TransformerShape
+from everest_ds.config.schema import RecomputeConfig
+from everest_ds.errors import UsageError
+from everest_ds.models import build_model
+from everest_ds.models.vit import Blocks
+from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.tensor_parallel import Split, apply_tensor_parallel, split_of
+from everest_ds.parallel.world import World
+from everest_ds.training.loop import train
+from everest_ds.training.testing import run_test
+from tests.parallel.equality import experiment as tiny_experiment
+from tests.ranks import run_ranks
+from tests.training import runs
+
+
+@given(st.sampled_from([1, 2, 4, 8]), st.sampled_from([1, 3]), st.sampled_from([0, 1]), st.integers(1, 3))
+def test_shards_merge_to_the_whole(degree: int, pieces: int, dim: int, width: int) -> None:
+    split = Split(dim, pieces)
+    shape = [5, 5]
+    shape[dim] = degree * pieces * width
+    whole = torch.arange(25 * degree * pieces * width)[: shape[0] * shape[1]].view(shape)
+    shards = [split.take(whole, rank, degree) for rank in range(degree)]
+    assert torch.equal(split.merge(shards), whole)
+    assert {shard.shape[dim] for shard in shards} == {pieces * width}
+
+
+def test_a_rank_holds_its_heads_of_q_k_and_v() -> None:
+    heads, d = 4, 2
+    qkv = torch.arange(3 * heads * d).view(3, heads, d)  # output rows, named by their number
+    shard = Split(0, pieces=3).take(qkv.flatten(), rank=1, degree=2)
+    assert torch.equal(shard.view(3, 2, d), qkv[:, 2:])
+
+
+def mesh_over_nodes_of_two(world: World) -> str:
+    """What forming groups of two, then of four says where the launcher counts two ranks on each node."""
+    placed = replace(world, local_rank=world.rank % 2, local_size=2)
+    form_mesh(placed, 2)
+    with pytest.raises(UsageError) as refusal:
+        form_mesh(placed, 4)
+    return str(refusal.value)
+
+
+def test_tensor_groups_stay_within_a_node() -> None:
+    for message in run_ranks(mesh_over_nodes_of_two, 4):
+        assert "has ranks of its tensor group on another node; given: tensor=4, rank" in message
+
+
+def live_tensor_bytes() -> int:
+    """Of every tensor that Python knows: DeepSpeed keeps a stack's inputs in Python objects."""
+    storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def kept_by_a_stack(mesh: Mesh, partition: bool) -> float:
+    """Of four blocks between forward and backward, in tensors of n x D."""
+    stack = Blocks(TransformerShape(width=64, depth=4, heads=4))
+    apply_tensor_parallel(stack, mesh)
+    apply_recompute(stack, RecomputeConfig(mode="full", partition=partition), mesh.mpu)
+    x_BnD = torch.ones(2, 256, 64).requires_grad_()
+    before = live_tensor_bytes()
+    output = stack(x_BnD, torch.arange(2))
+    return (live_tensor_bytes() - before - output.nbytes) / x_BnD.nbytes
+
+
+def kept_whole_and_in_parts(world: World) -> list[float]:
+    mesh = form_mesh(world, 2)
+    return [kept_by_a_stack(mesh, partition) for partition in (False, True)]
+
+
+def test_partitioned_recompute_keeps_half_of_each_block_on_each_of_two_ranks() -> None:
+    random_states = 4 * 2 * torch.get_rng_state().nbytes / torch.ones(2, 256, 64).nbytes
+    inputs, halves = 3, 4 / 2  # the first of four inputs is the caller's own, but its half is a copy
+    expected = pytest.approx([inputs + random_states, halves + random_states], abs=0.01)
+    assert run_ranks(kept_whole_and_in_parts, 2) == [expected] * 2
+
+
+def share_of_parameters(world: World) -> tuple[float, bool]:
+    """The part of the blocks' parameters that a rank holds, and whether optimiser groups still know them."""
+    model = build_model(tiny_experiment("pretrain", 0, data_degree=1, tensor=2))
+    before = list(model.parameters())
+    blocks = [*model.encoder.blocks.parameters(), *model.decoder.parameters()]
+    num_before = sum(p.numel() for p in blocks)
+    apply_tensor_parallel(model, form_mesh(world, 2))
+    whole = sum(p.numel() for p in blocks if split_of(p) is None)
+    num_split = sum(p.numel() for p in blocks if split_of(p) is not None)
+    same = {id(p) for p in model.parameters()} == {id(p) for p in before}
+    return num_split / (num_before - whole), same
+
+
+def test_half_of_every_large_linear_is_held_in_the_parameters_that_were_there() -> None:
+    assert BACKBONES["vit_tiny"].decoder.heads % 2 == 0
+    assert run_ranks(share_of_parameters, 2) == [(0.5, True)] * 2
+
+
+def train_and_test(world: World, config: Experiment) -> float:
+    train(config, world)
+    return run_test(config, world)["top1"]
+
+
+def test_a_whole_run_trains_validates_saves_and_tests_as_without(motion_data: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks against two that share each layer, of which both see the same clips."""
+    results = {}
+    for tensor, micro in ((1, 4), (2, 8)):
+        config = runs.experiment(
+            motion_data,
+            tmp_path / str(tensor),
+            "finetune",
+            parallelism={"zero_stage": 2, "tensor": tensor},
+            batch={"micro_batch_size": micro, "global_batch_size": 8},
+        )
+        results[tensor] = run_ranks(train_and_test, 2, config)[0]
+    assert results[2] == results[1]
+    for key in ("loss", "grad_norm", "val_loss", "val_top1"):
+        by_run = [
+            [row[key] for row in runs.metrics(tmp_path / str(tensor)) if key in row] for tensor in (1, 2)
+        ]
+        assert by_run[1] == pytest.approx(by_run[0], rel=1e-5), key
+    for file in ("best.safetensors", "checkpoints/step-00000009"):
+        (dense, _), (merged, _) = (load_weights(tmp_path / str(tensor) / file) for tensor in (1, 2))
+        assert dense.keys() == merged.keys()
+        for name, weight in dense.items():
+            assert (merged[name] - weight).norm() <= 1e-5 * weight.norm(), f"{file}: {name}"

@@ -1,0 +1,186 @@
+"""Faults at exact places of a run, and runs that suffer them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from everest_ds.checkpoints import folder, manifest, tensor_file
+from everest_ds.config import Experiment
+from everest_ds.errors import EverestError
+from everest_ds.parallel import checkpoint
+from everest_ds.parallel.world import World
+from everest_ds.training import loop
+from everest_ds.training.loop import train
+from tests.training.runs import experiment, losses
+
+STEPS_PER_EPOCH = 3
+
+
+def long_run(data: Path, path: Path, **run: object) -> Experiment:
+    """36 short steps, saved after each, of two checkpoints kept."""
+    return experiment(
+        data,
+        path,
+        model={"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4},
+        data={"num_workers": 0},
+        schedule={"epochs": 12, "warmup_epochs": 1},
+        parallelism={"zero_stage": 2},
+        run={"save_every_steps": 1, **run},
+    )
+
+
+@contextmanager
+def replaced(
+    owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """`owner.name` is `make(original)` meanwhile."""
+    original = getattr(owner, name)
+    setattr(owner, name, make(original))
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)
+
+
+def before(act: Callable[[], object], call: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Do `act` before the `call`th call of the function."""
+    calls = iter(range(1, 10**9))
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **more: Any) -> Any:
+            if next(calls) == call:
+                act()
+            return original(*args, **more)
+
+        return wrapped
+
+    return make
+
+
+def after(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Do `act` after each call of the function."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **more: Any) -> Any:
+            result = original(*args, **more)
+            act()
+            return result
+
+        return wrapped
+
+    return make
+
+
+def mid_stream(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Do `act` when half a megabyte of a file is written."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def chunks(*args: Any) -> Iterator[Any]:
+            written = 0
+            for chunk in original(*args):
+                yield chunk
+                written += len(chunk)
+                if written > 2**19:
+                    act()
+
+        return chunks
+
+    return make
+
+
+# Where in a save a rank can be hit: what is replaced, and how. The last ones happen on rank 0 alone.
+PLACES: dict[str, Callable[[Callable[[], object]], tuple[Any, str, Callable[..., Any]]]] = {
+    "before anything is written": lambda act: (checkpoint, "_write_part", before(act)),
+    "in the middle of a shard": lambda act: (tensor_file, "_chunks", mid_stream(act)),
+    "after its shard": lambda act: (checkpoint, "_write_part", after(act)),
+    "before the folder": lambda act: (checkpoint, "start_saving", before(act)),
+    "before the manifest": lambda act: (folder, "write_manifest", before(act)),
+    "between manifest and seal": lambda act: (manifest, "_write_flushed", before(act, 2)),
+    "before the rename": lambda act: (folder, "sync_folder", after(act)),
+    "after the rename": lambda act: (folder, "sync_folder", before(act, 2)),
+    "before old ones go": lambda act: (checkpoint, "prune", before(act)),
+    "while an old one goes": lambda act: (folder.shutil, "rmtree", before(act)),
+}
+ON_EVERY_RANK = list(PLACES)[:3]
+
+
+def kill_myself() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextmanager
+def at_end_of(step: int, act: Callable[[], object]) -> Iterator[None]:
+    """Do `act` when `step` is done, right before it is saved."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def save_or_stop(run: loop.TrainingRun, *args: Any) -> None:
+            if run.step == step:
+                act()
+            original(run, *args)
+
+        return save_or_stop
+
+    with replaced(loop.TrainingRun, "_save_or_stop", make):
+        yield
+
+
+def train_with_fault_in_save(
+    world: World, config: Experiment, step: int, rank: int, place: str, act: Callable[[], object]
+) -> str:
+    """Train; `act` happens to `rank` at `place` of the save of `step`. What ended the run."""
+    if world.rank != rank:
+        return outcome(world, config)
+    with ExitStack() as armed, at_end_of(step, lambda: armed.enter_context(replaced(*PLACES[place](act)))):
+        return outcome(world, config)
+
+
+def stop_at(world: World, config: Experiment, step: int) -> str:
+    """Train until `step` is done and saved; the message that ended it."""
+    with at_end_of(step, lambda: None if world.rank else os.kill(os.getpid(), signal.SIGTERM)):
+        return outcome(world, config)
+
+
+def outcome(world: World, config: Experiment) -> str:
+    """What ended a run on this rank, as its user reads it."""
+    try:
+        train(config, world)
+    except EverestError as error:
+        return f"{type(error).__name__}: {error}"
+    return "done"
+
+
+@contextmanager
+def at_forward(number: int, act: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """The loss of this rank's micro-batch `number` (from 1) goes through `act`."""
+
+    def make(original: Callable[..., Any]) -> Callable[..., Any]:
+        def build(config: Experiment) -> Callable[..., Tensor]:
+            objective, calls = original(config), iter(range(1, 10**9))
+
+            def watched(*args: Any) -> Tensor:
+                loss: Tensor = objective(*args)
+                return act(loss) if next(calls) == number else loss
+
+            return watched
+
+        return build
+
+    with replaced(loop, "build_objective", make):
+        yield
+
+
+def hang(loss: Tensor) -> Tensor:
+    time.sleep(60)
+    os._exit(1)
+
+
+def steps_done(run: Path) -> int:
+    return max(losses(run), default=0)

@@ -1,0 +1,268 @@
+"""Whatever happens to a run: the next start goes on from the last complete checkpoint, bit for bit on a CPU.
+
+Each test hurts one run many times over, starts it again each time, and holds its losses against those of a
+run that nothing happened to.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from everest_ds.checkpoints.folder import list_checkpoints
+from everest_ds.config import Experiment
+from everest_ds.errors import RankLostError
+from everest_ds.parallel.world import World, explained_failures
+from tests.checkpoints.test_folder import DAMAGES
+from tests.ranks import run_ranks
+from tests.training.faults import (
+    ON_EVERY_RANK,
+    PLACES,
+    at_forward,
+    hang,
+    kill_myself,
+    long_run,
+    outcome,
+    steps_done,
+    stop_at,
+    train_with_fault_in_save,
+)
+from tests.training.runs import losses, train_rank
+
+FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "manifest.json", "manifest.sha256")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """Losses of the run that nothing happens to."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    run_ranks(train_rank, 2, long_run(motion_data, folder))
+    return losses(folder)
+
+
+def assert_equal_so_far(folder: Path, undisturbed: dict[int, float]) -> None:
+    done = losses(folder)
+    assert done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
+
+
+def expect_killed(world_function: Callable[..., object], *args: object) -> None:
+    with pytest.raises(AssertionError, match=r"rank \d (died|failed)"):
+        run_ranks(world_function, 2, *args)
+
+
+def kill_in_save(folder: Path, config: Experiment, step: int, rank: int, place: str) -> None:
+    """Kill `rank` there; nothing but the step that was being saved may be lost."""
+    expect_killed(train_with_fault_in_save, config, step, rank, place, kill_myself)
+    found = [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+    is_done = place in ("after the rename", "before old ones go", "while an old one goes")
+    assert max(found, default=0) == (step if is_done else step - 1)
+
+
+@pytest.mark.parametrize(
+    "rank, places",
+    [
+        (1, ["in the middle of a shard"]),
+        pytest.param(0, list(PLACES), marks=pytest.mark.slow),
+        pytest.param(1, ON_EVERY_RANK, marks=pytest.mark.slow),
+    ],
+    ids=["mid-shard", "rank 0 everywhere", "rank 1 everywhere"],
+)
+def test_a_rank_killed_while_it_saves(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], rank: int, places: list[str]
+) -> None:
+    config = long_run(motion_data, tmp_path)
+    for step, place in enumerate(places, 3):
+        kill_in_save(tmp_path, config, step, rank, place)
+    run_ranks(stop_at, 2, config, len(places) + 3)
+    assert steps_done(tmp_path) == len(places) + 3
+    assert_equal_so_far(tmp_path, undisturbed)
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def damage_and_resume(world: World, config: Experiment, file: str) -> list[str]:
+    """Damage `file` of the newest checkpoint in every way; go on one step after each."""
+    folder, said = config.run.dir / "checkpoints", []
+    stop_at(world, config, 3)
+    for step, hurt in enumerate(DAMAGES.values(), 4):
+        world.share(lambda hurt=hurt: hurt(list_checkpoints(folder)[-1] / file))
+        said.append(stop_at(world, config, step))
+    return said
+
+
+@pytest.mark.parametrize(
+    "file", [pytest.param(file, marks=[pytest.mark.slow] if file != FILES[1] else []) for file in FILES]
+)
+def test_every_damage_to_every_file_costs_one_checkpoint(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], file: str
+) -> None:
+    said = run_ranks(damage_and_resume, 2, long_run(motion_data, tmp_path), file)[0]
+    assert ["StoppedError" in message for message in said] == [True] * len(DAMAGES), said
+    assert steps_done(tmp_path) == 3 + len(DAMAGES)
+    assert_equal_so_far(tmp_path, undisturbed)
+    log = (tmp_path / "logs" / "rank-0.log").read_text()
+    steps = range(3, 3 + len(DAMAGES))
+    assert re.findall(r"not resuming from .*/step-0*(\d+): ", log) == [str(step) for step in steps]
+    assert re.findall(r"INFO resuming from .*/step-0*(\d+)$", log, re.M) == [str(step - 1) for step in steps]
+    aside = [path.name for path in (tmp_path / "checkpoints").glob("damaged-*")]
+    assert len(aside) == len(DAMAGES)
+
+
+def resume(world: World, config: Experiment) -> str:
+    return outcome(world, config)
+
+
+@pytest.mark.slow
+def test_only_damaged_checkpoints_are_refused_not_started_over(motion_data: Path, tmp_path: Path) -> None:
+    config = long_run(motion_data, tmp_path)
+    run_ranks(stop_at, 1, config, 1)
+    (list_checkpoints(tmp_path / "checkpoints")[0] / FILES[0]).write_bytes(b"")
+    for _ in range(2):
+        (message,) = run_ranks(resume, 1, config)
+        assert message.startswith("CheckpointError") and "none of 1 checkpoints is complete" in message
+
+
+def full_disk_in_save(world: World, config: Experiment, step: int) -> str:
+    """The last rank's disk is full in the middle of its shard."""
+
+    def no_space() -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    return train_with_fault_in_save(world, config, step, 1, "in the middle of a shard", no_space)
+
+
+@pytest.mark.slow
+def test_a_save_that_finds_no_space_says_so_on_every_rank(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    config = long_run(motion_data, tmp_path)
+    for message in run_ranks(full_disk_in_save, 2, config, 3):
+        assert message.startswith("CheckpointError") and "No space left on device; fix: free disk" in message
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+    run_ranks(stop_at, 2, config, 5)
+    assert_equal_so_far(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_full_file_system(motion_data: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
+    """A real one: checkpoints on a tmpfs that has room for two and a half of them."""
+    run_ranks(stop_at, 2, long_run(motion_data, tmp_path / "sized"), 1)
+    size = sum(
+        file.stat().st_size for file in (tmp_path / "sized" / "checkpoints").rglob("*.*") if file.is_file()
+    )
+    config = long_run(motion_data, tmp_path / "run")
+    disk = tmp_path / "run" / "checkpoints"
+    disk.mkdir(parents=True)
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={int(2.5 * size)}", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode != 0:
+        pytest.skip("mounting a tmpfs needs root")
+    try:
+        for message in run_ranks(resume, 2, config):
+            assert message.startswith("CheckpointError") and "No space left on device" in message
+        assert [path.name for path in list_checkpoints(disk)] == ["step-00000001", "step-00000002"]
+        subprocess.run(["mount", "-o", f"remount,size={10 * size}", str(disk)], check=True)
+        run_ranks(stop_at, 2, config, 5)
+        assert_equal_so_far(tmp_path / "run", undisturbed)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def not_a_number(world: World, config: Experiment, step: int, rank: int) -> str:
+    with at_forward(step if world.rank == rank else -1, lambda loss: loss * torch.nan):
+        return outcome(world, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loss_of_nan_on_one_rank_stops_all_and_is_never_saved(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], rank: int
+) -> None:
+    config = long_run(motion_data, tmp_path, save_every_steps=3, log_every_steps=100)
+    messages = run_ranks(not_a_number, 2, config, 5, rank)
+    assert messages[0] == messages[1]
+    assert f"DivergedError: the loss is nan at step 5 on rank {rank}; given: samples " in messages[0]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000003"]
+    log = (tmp_path / "logs" / f"rank-{rank}.log").read_text()
+    assert log.count(".mp4") == 4 and all(line.split()[-1] in log for line in messages[0].split(", ")[1:3])
+    run_ranks(stop_at, 2, long_run(motion_data, tmp_path), 7)
+    done = losses(tmp_path)
+    assert done == {step: undisturbed[step] for step in done} and max(done) == 7
+
+
+def hit_in_step(
+    world: World, config: Experiment, step: int, rank: int, act: Callable[[Tensor], Tensor]
+) -> None:
+    try:
+        with at_forward(step if world.rank == rank else -1, act), explained_failures(world):
+            message = outcome(world, config)
+    except RankLostError as error:
+        message = f"RankLostError: {error}"
+    (config.run.dir / f"message-{world.rank}").write_text(message)
+
+
+def die(loss: Tensor) -> Tensor:
+    kill_myself()
+    return loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [die, hang], ids=["dies", "hangs"])
+def test_a_rank_that_dies_or_hangs_in_a_step_is_named(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], act: Callable[[Tensor], Tensor]
+) -> None:
+    config = long_run(motion_data, tmp_path, hang_timeout_s=10)
+    with pytest.raises(AssertionError, match="rank 1 died"):
+        run_ranks(hit_in_step, 2, config, 4, 1, act, patience_s=10)
+    message = (tmp_path / "message-0").read_text()
+    assert message.startswith("RankLostError: rank 0 lost a peer: no answer from rank 1")
+    if act is hang:
+        stacks = (tmp_path / "logs" / "rank-1.stacks").read_text()
+        assert "faults.py" in stacks and " in hang" in stacks and " in _train_step" in stacks
+    run_ranks(stop_at, 2, config, 6)
+    assert_equal_so_far(tmp_path, undisturbed)
+
+
+def signals_in_save(world: World, config: Experiment, step: int, numbers: tuple[int, ...]) -> str:
+    """Rank 1 gets signals one after the other in the middle of its shard."""
+
+    def send() -> None:
+        while pending:
+            os.kill(os.getpid(), pending.pop(0))
+
+    pending = list(numbers)
+    return train_with_fault_in_save(world, config, step, 1, "in the middle of a shard", send)
+
+
+TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("numbers", [(TERM, TERM), (USR1, TERM), (INT, TERM)])
+def test_two_signals_in_a_save_let_it_finish(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], numbers: tuple[int, ...]
+) -> None:
+    config = long_run(motion_data, tmp_path)
+    for message in run_ranks(signals_in_save, 2, config, 3, numbers):
+        assert message.startswith("StoppedError: stopped after step 4 of 36")
+    run_ranks(stop_at, 2, config, 6)
+    assert_equal_so_far(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_second_ctrl_c_in_a_save_ends_it_and_leaves_the_last_one(
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float]
+) -> None:
+    config = long_run(motion_data, tmp_path)
+    expect_killed(partial(signals_in_save, step=3, numbers=(INT, INT)), config)
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")][-1] == "step-00000002"
+    run_ranks(stop_at, 2, config, 5)
+    assert_equal_so_far(tmp_path, undisturbed)

@@ -1,0 +1,116 @@
+"""Memory of each rank in host RAM: while a run is set up, between its steps, and at a step's peak."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from everest_ds.cli.output import print_facts, print_table, write_json
+from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
+from everest_ds.data.clips import ClipBatch
+from everest_ds.errors import EverestError
+from everest_ds.launch.environment import detect
+from everest_ds.models import build_model
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.parallel.engine import Engine, build_engine
+from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.world import World, join_world, leave_world
+from everest_ds.profiling.allocations import measure_resident_peak, resident_bytes
+from everest_ds.training.objective import build_objective
+from everest_ds.training.parameters import parameter_groups
+
+MIB = 2**20
+WARM_UP_STEPS = 2  # the first makes the optimiser's states
+
+
+def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
+    """The engine of a run, from random weights."""
+    torch.manual_seed(config.run.seed)
+    model = build_model(config)
+    groups = parameter_groups(model, config.optimizer)
+    return build_engine(model, groups, config, resolve_ds_config(config, plan), world)
+
+
+def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
+    """A micro-batch of noise, another for every share of the clips."""
+    g, generator = config.candidate_geometry, torch.Generator().manual_seed(share)
+    shape = (size, g.num_frames, g.image_size, g.image_size, 3)
+    clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+    ids = torch.arange(size) + size * share
+    return ClipBatch(clip, ids % (config.model.num_classes or 1), ids, ids)
+
+
+def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
+    """This rank's memory in MiB, above what the process held before the model was built."""
+    world = mesh.world
+    plan, objective, engines = plan_ranks(config, world.size), build_objective(config), list[Engine]()
+    batch = random_clips(config, plan.micro_batch_size, mesh.data_rank)
+
+    def step() -> None:
+        for _ in range(plan.grad_accum_steps):
+            engines[0].backward(objective(engines[0], batch))
+            engines[0].step()
+
+    base_bytes = settled_bytes()
+    set_up_peak = measure_resident_peak(lambda: engines.append(set_up(config, plan, world)))
+    for _ in range(WARM_UP_STEPS):
+        step()
+    between_bytes = settled_bytes()
+    step_peak = measure_resident_peak(step)
+    engines[0].destroy()
+    return {
+        "set_up_mib": (set_up_peak.peak_bytes - base_bytes) / MIB,
+        "between_steps_mib": (between_bytes - base_bytes) / MIB,
+        "step_peak_mib": (step_peak.peak_bytes - base_bytes) / MIB,
+    }
+
+
+def settled_bytes() -> int:
+    """Resident bytes once the heap has given back what it can."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return resident_bytes()
+
+
+def main(
+    experiment: Annotated[str, typer.Argument(help="Recipe name, YAML file or run folder.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write facts and rows here.")] = None,
+) -> None:
+    """Measure every rank of the world that this process was started in, on CPUs.
+
+        torchrun --nproc-per-node 2 -- tools/bench_memory.py k400_pretrain_vit_large \\
+            batch.micro_batch_size=1 precision=fp32 parallelism.zero_stage=3
+    """
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory is the host's
+    try:
+        config = load_experiment(experiment, overrides or [])
+        os.environ.update(detect().as_variables())
+        world = join_world()
+        rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
+        leave_world()
+    except EverestError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(error.exit_code) from None
+    if world.is_main:
+        spread = config.parallelism
+        facts = {
+            "model": f"{config.task} {config.model.backbone}, {config.precision}",
+            "batch": f"{config.batch.micro_batch_size} clips, {config.token_counts}",
+            "mesh": f"ZeRO-{spread.zero_stage}, tensor {spread.tensor}, {world.size} ranks",
+            "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "fairscale")),
+        }
+        print_facts("Resident memory of each rank, measured", facts)
+        print_table("", [{"rank": rank, **row} for rank, row in enumerate(rows)])
+        write_json(json_file, {"facts": facts, "rows": rows})
+
+
+if __name__ == "__main__":
+    typer.run(main)
