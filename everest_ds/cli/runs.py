@@ -62,7 +62,7 @@ class Run:
     @property
     def steps(self) -> list[dict[str, Any]]:
         """Rows of training steps."""
-        return [row for row in self.metrics if "loss" in row]
+        return [row for row in self.metrics if row.get("loss") is not None]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:

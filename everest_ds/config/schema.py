@@ -195,6 +195,9 @@ class RunConfig(Section):
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
     keep_every_steps: PositiveInt | None = Field(None, description="and those at multiples of this, for ever")
     hang_timeout_s: PositiveInt = Field(600, description="a rank silent for this long is lost; ends the run")
+    max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps in a row that may be left out for a loss or gradient that is not finite"
+    )
     image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
     validate_every_epochs: PositiveInt = 1
 
@@ -242,6 +245,11 @@ class Experiment(Section):
             )
         _check_precision(self)
         _check_tensor(self)
+        if self.run.max_skipped_steps and self.parallelism.zero_stage == 0:
+            raise ValueError(
+                "run.max_skipped_steps needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19"
+                " never leaves out a step"
+            )
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
             raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
         if self.recompute.partition and (self.recompute.mode != "full" or self.parallelism.tensor == 1):

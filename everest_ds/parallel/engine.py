@@ -86,6 +86,11 @@ def gradient_norm(engine: Engine) -> float | None:
     return None if norm is None else float(norm)
 
 
+def step_skipped(engine: Engine) -> bool:
+    """Whether the last step left all weights alone since a gradient was not finite; stage 0 never looks."""
+    return bool(getattr(engine.optimizer, "overflow", False))
+
+
 def set_learning_rate(engine: Engine, lr: float) -> None:
     """Give every parameter group `lr` times its own scale."""
     for group in engine.optimizer.param_groups:

@@ -28,7 +28,7 @@ from everest_ds.parallel.checkpoint import (
     save_model,
 )
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
+from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.training.divergence import LossWatch
@@ -130,7 +130,7 @@ class TrainingRun:
         self.step = self._resume()
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
-        self.losses = LossWatch(samples, self.world)
+        self.losses = LossWatch(samples, config, self.world)
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
@@ -168,6 +168,8 @@ class TrainingRun:
             self.engine.backward(loss)
             self.engine.step()  # updates the weights at the last micro-batch
             losses.append(loss.detach())
+        if step_skipped(self.engine):
+            self.losses.skipped(self.step + 1)
         return torch.stack(losses).mean()
 
     def _due(self, every_steps: int) -> bool:
@@ -178,13 +180,14 @@ class TrainingRun:
             return
         self.losses.check()
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
+        skipped = step_skipped(self.engine)
         clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
         report = StepReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
-            loss=float(self.world.mean(loss)),
+            loss=None if skipped else float(self.world.mean(loss)),
             lr=self.schedule.lr(self.step - 1),
-            grad_norm=gradient_norm(self.engine),
+            grad_norm=None if skipped else gradient_norm(self.engine),
             clips_per_s=clips_per_s,
             data_wait_pct=100 * timer.waited / timer.seconds,
             memory_bytes=_take_peak_memory_bytes(self.world.device),

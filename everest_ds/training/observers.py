@@ -22,8 +22,8 @@ class StepReport:
     Attributes:
         step: optimiser steps done so far, this one included.
         epoch: epochs done so far, with its fraction.
-        loss: mean over all clips of the step.
-        grad_norm: global, before clipping; None where DeepSpeed does not tell.
+        loss: mean over all clips of the step; None if the step was left out.
+        grad_norm: global, before clipping; None where DeepSpeed does not tell, or the step was left out.
         clips_per_s: clips of all ranks, over the time since the last report.
         data_wait_pct: share of that time spent waiting for the loader.
         memory_bytes: peak of this rank: allocated since the last report on a GPU, resident so far on a CPU.
@@ -33,7 +33,7 @@ class StepReport:
 
     step: int
     epoch: float
-    loss: float
+    loss: float | None
     lr: float
     grad_norm: float | None
     clips_per_s: float
@@ -144,8 +144,9 @@ class ProgressBar:
     def on_step(self, report: StepReport) -> None:
         norm = "" if report.grad_norm is None else f" |g| {report.grad_norm:.2f}"
         mfu = "" if report.mfu_pct is None else f" MFU {report.mfu_pct:.1f}%"
+        loss = "left out" if report.loss is None else f"{report.loss:.4f}"
         status = (
-            f"loss {report.loss:.4f} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
+            f"loss {loss} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
             f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}{mfu}"
         )
         if self._bar.disable:

@@ -55,3 +55,10 @@ def test_ranks_that_the_degree_does_not_divide_are_refused() -> None:
 def test_settings_without_effect_are_refused(sections: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         Experiment.model_validate({"task": "pretrain", **sections})
+
+
+def test_stage_0_leaves_out_no_step() -> None:
+    tree: dict[str, Any] = {"task": "pretrain", "precision": "fp32", "run": {"max_skipped_steps": 3}}
+    Experiment.model_validate({**tree, "parallelism": {"zero_stage": 1}})
+    with pytest.raises(ValidationError, match=r"max_skipped_steps needs parallelism.zero_stage 1, 2 or 3"):
+        Experiment.model_validate({**tree, "parallelism": {"zero_stage": 0}})

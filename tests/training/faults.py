@@ -24,15 +24,16 @@ from tests.training.runs import experiment, losses
 STEPS_PER_EPOCH = 3
 
 
-def long_run(data: Path, path: Path, **run: object) -> Experiment:
-    """36 short steps, saved after each, of two checkpoints kept."""
+def long_run(data: Path, path: Path, stage: int = 2, tensor: int = 1, **run: object) -> Experiment:
+    """36 short steps of one micro-batch on two ranks, saved after each, of two checkpoints kept."""
     return experiment(
         data,
         path,
         model={"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4},
         data={"num_workers": 0},
         schedule={"epochs": 12, "warmup_epochs": 1},
-        parallelism={"zero_stage": 2},
+        batch={"micro_batch_size": 4 * tensor},
+        parallelism={"zero_stage": stage, "tensor": tensor},
         run={"save_every_steps": 1, **run},
     )
 

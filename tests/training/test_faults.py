@@ -12,6 +12,7 @@ import re
 import signal
 import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -19,7 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.folder import list_checkpoints
+from everest_ds.checkpoints.folder import checkpoint_path, list_checkpoints, verify
+from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
 from everest_ds.errors import RankLostError
 from everest_ds.parallel.world import World, explained_failures
@@ -37,7 +39,7 @@ from tests.training.faults import (
     stop_at,
     train_with_fault_in_save,
 )
-from tests.training.runs import losses, train_rank
+from tests.training.runs import losses, metrics, train_rank
 
 FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "manifest.json", "manifest.sha256")
 
@@ -196,6 +198,39 @@ def test_a_loss_of_nan_on_one_rank_stops_all_and_is_never_saved(
     run_ranks(stop_at, 2, long_run(motion_data, tmp_path), 7)
     done = losses(tmp_path)
     assert done == {step: undisturbed[step] for step in done} and max(done) == 7
+
+
+def leave_out_twice(world: World, config: Experiment, rank: int) -> str:
+    """Losses of NaN at the steps 3, 5 and 6 on one rank."""
+    with ExitStack() as faults:
+        for step in (3, 5, 6) if world.rank == rank else ():
+            faults.enter_context(at_forward(step, lambda loss: loss * torch.nan))
+        return outcome(world, config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage, tensor, rank", [(1, 1, 0), (2, 2, 1), (3, 1, 1), (3, 2, 0)])
+def test_a_step_with_nan_on_one_rank_is_left_out_by_all_as_often_as_allowed(
+    motion_data: Path, tmp_path: Path, stage: int, tensor: int, rank: int
+) -> None:
+    config = long_run(motion_data, tmp_path, stage, tensor, keep_checkpoints=4, max_skipped_steps=1)
+    messages = run_ranks(leave_out_twice, 2, config, rank)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith("DivergedError: the loss is nan at step 6 on rank")
+    assert [row["loss"] is None for row in metrics(tmp_path)] == [False, False, True, False, True]
+    before, after, later = (weights_after(tmp_path, step) for step in (2, 3, 4))
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert any(not torch.equal(after[name], later[name]) for name in after)
+    assert "step 3 left out" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert (tmp_path / "logs" / f"rank-{rank}.log").read_text().count("of the samples:") == 3
+
+
+def weights_after(run: Path, step: int) -> dict[str, Tensor]:
+    """Of a checkpoint: the parameters and, under its own name, AdamW's count of steps."""
+    path = checkpoint_path(run / "checkpoints", step)
+    manifest = verify(path)
+    with CheckpointReader(path, manifest) as reader:
+        return {**dict(reader.weights()), "steps": torch.tensor(manifest.facts.optimizer_step)}
 
 
 def hit_in_step(
