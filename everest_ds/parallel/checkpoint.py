@@ -1,96 +1,31 @@
-"""Saving and restoring a run together: every rank writes and reads the elements that it holds.
-
-What lies on the disk does not depend on the ranks that wrote it (see `everest_ds.checkpoints`), so that any
-number of ranks at any ZeRO stage goes on from it.
-"""
+"""Restoring a run together, and publishing its weights: every rank reads the elements that it will hold."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from everest_ds.checkpoints.folder import (
-    abandon_saving,
-    commit,
-    damage,
-    list_checkpoints,
-    prune,
-    set_aside,
-    start_saving,
-)
-from everest_ds.checkpoints.manifest import Cut, Facts, Manifest, Parameter, Piece, read_manifest
-from everest_ds.checkpoints.reader import STATES, CheckpointReader, entry
-from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, publish_tensors, write_tensors
+from everest_ds.checkpoints.folder import damage, list_checkpoints, set_aside
+from everest_ds.checkpoints.manifest import Manifest, read_manifest
+from everest_ds.checkpoints.reader import STATES, CheckpointReader
+from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.log import logger
 from everest_ds.parallel.engine import Engine, full_parameter
 from everest_ds.parallel.mesh import Mesh
+from everest_ds.parallel.saving import not_saved
 from everest_ds.parallel.states import (
     Held,
     ModelStates,
-    loss_scale,
     model_states,
-    optimizer_step,
     set_loss_scale,
     set_optimizer_step,
     whole_shape,
 )
 from everest_ds.parallel.world import World
-
-
-class Keep(NamedTuple):
-    """Which checkpoints stay: the newest `last`, and those at multiples of `every_steps`."""
-
-    last: int
-    every_steps: int | None
-
-
-class _Saved(NamedTuple):
-    """What one rank saved of a parameter."""
-
-    name: str
-    shape: tuple[int, ...]
-    cut: Cut
-    piece: Piece
-
-
-class _Written(NamedTuple):
-    """What one rank wrote: its file, and what is in it."""
-
-    file: str
-    seal: FileSeal
-    saved: list[_Saved]
-
-
-def save_checkpoint(engine: Engine, folder: Path, facts: dict[str, Any], keep: Keep, mesh: Mesh) -> Path:
-    """Write the checkpoint of this step and drop those that need not be kept. Call on every rank.
-
-    Args:
-        facts: those of `Facts` that are not the engine's to know.
-
-    Raises:
-        CheckpointError: on every rank, if one could not write; earlier checkpoints are untouched.
-    """
-    states, world = model_states(engine, mesh), mesh.world
-    try:
-        saving = world.share(lambda: start_saving(folder, facts["step"]))
-    except OSError as error:
-        raise _not_saved(folder, error) from None
-    try:
-        written = world.gather(world.together(lambda: _write_part(states, saving, world.rank)))
-        own = {"optimizer_step": optimizer_step(states), "loss_scale": loss_scale(engine)}
-        path = world.share(lambda: commit(saving, _manifest(Facts(**facts, **own), written)))
-        world.share(lambda: prune(folder, keep.last, keep.every_steps))
-    except OSError as error:
-        if world.is_main:
-            abandon_saving(saving)
-        raise _not_saved(folder, error) from None
-    return path
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:
@@ -150,38 +85,7 @@ def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: 
     try:
         mesh.world.together(write)
     except OSError as error:
-        raise _not_saved(file, error) from None
-
-
-def _write_part(states: ModelStates, saving: Path, rank: int) -> _Written:
-    """This rank's file: the weights first, so that an export reads them in one go."""
-    mine = [held for held in states.held() if held.saved_here]
-    file = f"rank-{rank:05d}.safetensors"
-    specs = {
-        entry(state, held.name): TensorSpec(torch.float32, (held.numel,)) for state in STATES for held in mine
-    }
-    tensors = (states.get(held, state) for state in STATES for held in mine)
-    seal = write_tensors(saving / file, specs, tensors, {})
-    return _Written(
-        file, seal, [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
-    )
-
-
-def _manifest(facts: Facts, written: list[_Written]) -> Manifest:
-    by_name: dict[str, list[_Saved]] = {}
-    for saved in chain.from_iterable(part.saved for part in written):
-        by_name.setdefault(saved.name, []).append(saved)
-    return Manifest(
-        facts=facts,
-        files={part.file: part.seal for part in written},
-        parameters={name: _parameter(saved) for name, saved in by_name.items()},
-    )
-
-
-def _parameter(saved: list[_Saved]) -> Parameter:
-    first = saved[0]
-    pieces = sorted((each.piece for each in saved), key=lambda piece: (piece.shard, piece.start))
-    return Parameter(shape=first.shape, degree=first.cut.degree, outer=first.cut.outer, pieces=tuple(pieces))
+        raise not_saved(file, error) from None
 
 
 def _read_part(states: ModelStates, path: Path, manifest: Manifest) -> None:
@@ -219,11 +123,3 @@ def _examine(path: Path, world: World) -> tuple[Manifest | None, str | None]:
 def _skip(damaged: list[tuple[Path, str]]) -> None:
     for path, problem in damaged:
         logger.warning("not resuming from %s: %s; it is now %s", path, problem, set_aside(path).name)
-
-
-def _not_saved(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: could not be saved",
-        given=error.strerror or str(error),
-        fix="free disk space and run the same command again",
-    )

@@ -17,19 +17,14 @@ from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import steps_per_epoch
-from everest_ds.errors import CheckpointError, ConfigError, StoppedError
+from everest_ds.errors import CheckpointError, ConfigError, DivergedError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import (
-    Keep,
-    load_checkpoint,
-    newest_complete,
-    save_checkpoint,
-    save_model,
-)
+from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.world import World
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
@@ -131,6 +126,7 @@ class TrainingRun:
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, config, self.world)
+        self.saving: Saving | None = None  # in the background
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
@@ -146,6 +142,9 @@ class TrainingRun:
                 self._draw()
                 self._validate()
                 self._save_or_stop(stop)
+        except DivergedError:  # on every rank, as the checkpoint of an earlier step is being written
+            self._finish_saving()
+            raise
         finally:
             for observer in self.observers:
                 observer.close()
@@ -228,8 +227,13 @@ class TrainingRun:
 
     def _save_or_stop(self, stop: StopRequest) -> None:
         stopping = self.world.any(stop.received is not None)
-        if stopping or self._due(self.config.run.save_every_steps):
+        saving = stopping or self._due(self.config.run.save_every_steps)
+        if self.saving is not None and (saving or self.saving.written()):
+            self._finish_saving()
+        if saving:
             self._save()
+        if stopping or self.finished:
+            self._finish_saving()
         if stopping and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
@@ -240,7 +244,18 @@ class TrainingRun:
         self.losses.check()
         run = self.config.run
         keep = Keep(run.keep_checkpoints, run.keep_every_steps)
-        save_checkpoint(self.engine, self.folder.checkpoints, self._facts(), keep, self.mesh)
+        background = run.save_in_background
+        if background is None:
+            background = self.world.device.type == "cuda"
+        folder = self.folder.checkpoints
+        self.saving = Saving(self.engine, folder, self._facts(), keep, self.mesh, background)
+        if not background:
+            self._finish_saving()
+
+    def _finish_saving(self) -> None:
+        if self.saving is not None:
+            saving, self.saving = self.saving, None
+            saving.finish()
 
     def _facts(self) -> dict[str, Any]:
         epoch, step_of_epoch = divmod(self.step, self.steps_per_epoch)

@@ -14,10 +14,11 @@ from everest_ds.checkpoints.folder import verify
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.config import plan_ranks
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import Keep, load_checkpoint, save_checkpoint
+from everest_ds.parallel.checkpoint import load_checkpoint
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
@@ -70,7 +71,7 @@ class Trained:
 
     def save(self, folder: Path) -> Path:
         known = facts(SAVED).model_dump(exclude={"optimizer_step", "loss_scale"})
-        return save_checkpoint(self.engine, folder, known, Keep(1, None), self.mesh)
+        return Saving(self.engine, folder, known, Keep(1, None), self.mesh, background=False).finish()
 
 
 def train_and_save(world: World, folder: Path, precision: str, layouts: list[Layout]) -> list[float]:

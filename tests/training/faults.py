@@ -15,7 +15,7 @@ from torch import Tensor
 from everest_ds.checkpoints import folder, manifest, tensor_file
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
-from everest_ds.parallel import checkpoint
+from everest_ds.parallel import saving
 from everest_ds.parallel.world import World
 from everest_ds.training import loop
 from everest_ds.training.loop import train
@@ -99,15 +99,15 @@ def mid_stream(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Call
 
 # Where in a save a rank can be hit: what is replaced, and how. The last ones happen on rank 0 alone.
 PLACES: dict[str, Callable[[Callable[[], object]], tuple[Any, str, Callable[..., Any]]]] = {
-    "before anything is written": lambda act: (checkpoint, "_write_part", before(act)),
+    "before anything is written": lambda act: (saving, "_writer", before(act)),
     "in the middle of a shard": lambda act: (tensor_file, "_chunks", mid_stream(act)),
-    "after its shard": lambda act: (checkpoint, "_write_part", after(act)),
-    "before the folder": lambda act: (checkpoint, "start_saving", before(act)),
+    "after its shard": lambda act: (saving, "write_tensors", after(act)),
+    "before the folder": lambda act: (saving, "start_saving", before(act)),
     "before the manifest": lambda act: (folder, "write_manifest", before(act)),
     "between manifest and seal": lambda act: (manifest, "_write_flushed", before(act, 2)),
     "before the rename": lambda act: (folder, "sync_folder", after(act)),
     "after the rename": lambda act: (folder, "sync_folder", before(act, 2)),
-    "before old ones go": lambda act: (checkpoint, "prune", before(act)),
+    "before old ones go": lambda act: (saving, "prune", before(act)),
     "while an old one goes": lambda act: (folder.shutil, "rmtree", before(act)),
 }
 ON_EVERY_RANK = list(PLACES)[:3]

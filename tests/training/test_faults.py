@@ -11,8 +11,9 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -20,21 +21,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from everest_ds.checkpoints import tensor_file
 from everest_ds.checkpoints.folder import checkpoint_path, list_checkpoints, verify
 from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
 from everest_ds.errors import RankLostError
 from everest_ds.parallel.world import World, explained_failures
+from everest_ds.training.loop import TrainingRun
 from tests.checkpoints.test_folder import DAMAGES
 from tests.ranks import run_ranks
 from tests.training.faults import (
     ON_EVERY_RANK,
     PLACES,
+    at_end_of,
     at_forward,
     hang,
     kill_myself,
     long_run,
+    mid_stream,
     outcome,
+    replaced,
     steps_done,
     stop_at,
     train_with_fault_in_save,
@@ -143,10 +149,11 @@ def full_disk_in_save(world: World, config: Experiment, step: int) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("background", [False, True])
 def test_a_save_that_finds_no_space_says_so_on_every_rank(
-    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float]
+    motion_data: Path, tmp_path: Path, undisturbed: dict[int, float], background: bool
 ) -> None:
-    config = long_run(motion_data, tmp_path)
+    config = long_run(motion_data, tmp_path, save_in_background=background)
     for message in run_ranks(full_disk_in_save, 2, config, 3):
         assert message.startswith("CheckpointError") and "No space left on device; fix: free disk" in message
     assert not list((tmp_path / "checkpoints").glob(".*"))
@@ -176,6 +183,38 @@ def test_a_full_file_system(motion_data: Path, tmp_path: Path, undisturbed: dict
         assert_equal_so_far(tmp_path / "run", undisturbed)
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def saved_while_steps_go_on(world: World, config: Experiment) -> int:
+    """Rank 1's disk takes the checkpoint of step 2 when step 4 is done; when it was published."""
+    done, published = threading.Event(), []
+
+    def finish(original: Callable[[TrainingRun], None]) -> Callable[[TrainingRun], None]:
+        def noted(run: TrainingRun) -> None:
+            published.append(run.step)
+            original(run)
+
+        return noted
+
+    wait = replaced(tensor_file, "_chunks", mid_stream(done.wait))
+    with wait if world.rank else nullcontext(), replaced(TrainingRun, "_finish_saving", finish):
+        with at_end_of(4, done.set):
+            stop_at(world, config, 5)
+    return published[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_written_in_the_background_is_of_the_step_that_began_it(
+    motion_data: Path, tmp_path: Path, stage: int
+) -> None:
+    options = {"save_every_steps": 2, "keep_checkpoints": 9}
+    here = long_run(motion_data, tmp_path / "here", stage, save_in_background=False, **options)
+    there = long_run(motion_data, tmp_path / "there", stage, save_in_background=True, **options)
+    run_ranks(stop_at, 2, here, 5)
+    assert all(4 <= step <= 5 for step in run_ranks(saved_while_steps_go_on, 2, there))
+    for path in list_checkpoints(tmp_path / "here" / "checkpoints"):
+        assert verify(tmp_path / "there" / "checkpoints" / path.name).files == verify(path).files
 
 
 def not_a_number(world: World, config: Experiment, step: int, rank: int) -> str:

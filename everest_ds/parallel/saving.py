@@ -1,0 +1,167 @@
+"""Saving a run together: every rank writes the elements that it holds, in the background if asked to.
+
+What lies on the disk does not depend on the ranks that wrote it (see `everest_ds.checkpoints`), so that any
+number of ranks at any ZeRO stage goes on from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from itertools import chain
+from pathlib import Path
+from threading import Thread
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from everest_ds.checkpoints.folder import abandon_saving, commit, prune, start_saving
+from everest_ds.checkpoints.manifest import Cut, Facts, Manifest, Parameter, Piece
+from everest_ds.checkpoints.reader import STATES, entry
+from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
+from everest_ds.errors import CheckpointError
+from everest_ds.parallel.engine import Engine
+from everest_ds.parallel.mesh import Mesh
+from everest_ds.parallel.states import ModelStates, loss_scale, model_states, optimizer_step
+
+
+class Keep(NamedTuple):
+    """Which checkpoints stay: the newest `last`, and those at multiples of `every_steps`."""
+
+    last: int
+    every_steps: int | None
+
+
+class _Saved(NamedTuple):
+    """What one rank saved of a parameter."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Cut
+    piece: Piece
+
+
+class _Written(NamedTuple):
+    """What one rank wrote: its file, and what is in it."""
+
+    file: str
+    seal: FileSeal
+    saved: list[_Saved]
+
+
+class Saving:
+    """The checkpoint of this step on its way to the disk: not there, under its name, before `finish` ends.
+
+    In the background, a thread writes from a copy on the host, and the next steps need not wait. Else the
+    states themselves are written, before this returns.
+    """
+
+    def __init__(
+        self, engine: Engine, folder: Path, facts: dict[str, Any], keep: Keep, mesh: Mesh, background: bool
+    ) -> None:
+        """Start to write. Call on every rank.
+
+        Args:
+            facts: those of `Facts` that are not the engine's to know.
+
+        Raises:
+            CheckpointError: on every rank, if the folder cannot be written to.
+        """
+        self._world, self._folder, self._keep = mesh.world, folder, keep
+        states = model_states(engine, mesh)
+        own = {"optimizer_step": optimizer_step(states), "loss_scale": loss_scale(engine)}
+        self._facts = Facts(**facts, **own)
+        try:
+            self._path = self._world.share(lambda: start_saving(folder, self._facts.step))
+        except OSError as error:
+            raise not_saved(folder, error) from None
+        write = _writer(states, self._path, self._world.rank, background)
+        self._part = _in_thread(write) if background else _done(write)
+
+    def written(self) -> bool:
+        """All ranks are through with writing, with or without success. Call on every rank."""
+        return not self._world.any(not self._part.done())
+
+    def finish(self) -> Path:
+        """Wait for all ranks, publish the checkpoint, drop those that need not be kept. Call on every rank.
+
+        Raises:
+            CheckpointError: on every rank, if one could not write; earlier checkpoints are untouched.
+        """
+        world, keep = self._world, self._keep
+        try:
+            written = world.gather(world.together(self._part.result))
+            path = world.share(lambda: commit(self._path, _manifest(self._facts, written)))
+            world.share(lambda: prune(self._folder, keep.last, keep.every_steps))
+        except OSError as error:
+            if world.is_main:
+                abandon_saving(self._path)
+            raise not_saved(self._folder, error) from None
+        return path
+
+
+def not_saved(path: Path, error: OSError) -> CheckpointError:
+    """What a disk that is full, or gone, is told as."""
+    return CheckpointError(
+        f"{path}: could not be saved",
+        given=error.strerror or str(error),
+        fix="free disk space and run the same command again",
+    )
+
+
+def _done(write: Callable[[], _Written]) -> Future[_Written]:
+    future: Future[_Written] = Future()
+    try:
+        future.set_result(write())
+    except Exception as error:  # told to the other ranks when they have written, too
+        future.set_exception(error)
+    return future
+
+
+def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
+    """A daemon, unlike an executor's threads: a disk that hangs must not hold a process that has to end."""
+    future: Future[_Written] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(write())
+        except BaseException as error:
+            future.set_exception(error)
+
+    Thread(target=run, name="checkpoint", daemon=True).start()
+    return future
+
+
+def _writer(states: ModelStates, saving: Path, rank: int, copy: bool) -> Callable[[], _Written]:
+    """Writes this rank's file: the weights first, so that an export reads them in one go.
+
+    With `copy`, what is written is what the states are now; else what they will be when it is written.
+    """
+    mine = [held for held in states.held() if held.saved_here]
+    file = f"rank-{rank:05d}.safetensors"
+    specs = {
+        entry(state, held.name): TensorSpec(torch.float32, (held.numel,)) for state in STATES for held in mine
+    }
+    tensors: Iterable[Tensor] = (states.get(held, state, copy) for state in STATES for held in mine)
+    if copy:
+        tensors = list(tensors)
+    saved = [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
+    return lambda: _Written(file, write_tensors(saving / file, specs, tensors, {}), saved)
+
+
+def _manifest(facts: Facts, written: list[_Written]) -> Manifest:
+    by_name: dict[str, list[_Saved]] = {}
+    for saved in chain.from_iterable(part.saved for part in written):
+        by_name.setdefault(saved.name, []).append(saved)
+    return Manifest(
+        facts=facts,
+        files={part.file: part.seal for part in written},
+        parameters={name: _parameter(saved) for name, saved in by_name.items()},
+    )
+
+
+def _parameter(saved: list[_Saved]) -> Parameter:
+    first = saved[0]
+    pieces = sorted((each.piece for each in saved), key=lambda piece: (piece.shard, piece.start))
+    return Parameter(shape=first.shape, degree=first.cut.degree, outer=first.cut.outer, pieces=tuple(pieces))
