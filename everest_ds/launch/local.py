@@ -22,9 +22,10 @@ from everest_ds.launch.environment import LOCALHOST, RankEnvironment, free_port
 
 EVEREST = (sys.executable, "-m", "everest_ds")
 
-# After the first failure the other ranks see their connections break within a second; the rest is for rank 0
-# to print its reason and to close its logs. No longer: a rank in a collective call would wait for ever.
-GRACE_SECONDS = 10.0
+# After the first failure the other ranks see their connections break within a second, and call the roll for
+# five; the rest is for rank 0 to close its logs and print its reason on a node whose cores are taken. No
+# longer: a rank in a collective call would wait for ever.
+GRACE_SECONDS = 20.0
 # From SIGTERM to SIGKILL: time to flush files. A checkpoint cannot be saved any more, its peers are gone.
 TERMINATE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
