@@ -22,6 +22,8 @@ class JobEvent:
     """One thing that happened to a job of this run.
 
     `restarts` counts the starts before this one (SLURM_RESTART_COUNT); `step` is the last step that was done.
+    `nodes` are those of the job when it started, and those to blame when it failed; `code` is the exit code
+    of a rank that failed.
     """
 
     event: Event
@@ -30,6 +32,7 @@ class JobEvent:
     step: int | None = None
     reason: str | None = None
     nodes: str | None = None
+    code: int | None = None
     seconds: float = field(default_factory=time.time)
 
 
