@@ -139,6 +139,7 @@ class StoppedError(EverestError):
 
     def __init__(self, subject: str, *, step: int = 0, by: str = "", fix: str | None = None) -> None:
         super().__init__(subject, fix=fix)
+        self.on_every_rank = True  # all agreed to stop
         self.step = step
         self.by = by
 

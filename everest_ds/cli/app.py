@@ -8,7 +8,7 @@ import sys
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli import checkpoint, data, doctor, job, profile, recipes, report, train
+from everest_ds.cli import checkpoint, data, doctor, job, preflight, profile, recipes, report, train
 from everest_ds.errors import EverestError, ExitCode
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
 app.command("doctor")(doctor.doctor)
+app.command("preflight")(preflight.preflight)
 app.add_typer(job.app, name="job")
 
 

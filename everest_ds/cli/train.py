@@ -80,7 +80,7 @@ def evaluate(
     if dry_run:
         _show_plan(config, nproc, json_file)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
-        _in_world(config, lambda world: _evaluate(config, world, json_file))
+        in_world(config, lambda world: _evaluate(config, world, json_file))
 
 
 def _train(
@@ -92,7 +92,7 @@ def _train(
         return
     if _started_ranks(task, source, overrides, nproc, config, json_file):
         return
-    _in_world(config, lambda world: _train_here(config, world, json_file))
+    in_world(config, lambda world: _train_here(config, world, json_file))
 
 
 def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
@@ -156,7 +156,7 @@ def _started_ranks(
     return True
 
 
-def _in_world(config: Experiment, act: Callable[[World], None]) -> None:
+def in_world(config: Experiment, act: Callable[[World], None]) -> None:
     """Become one rank of the world this process was started in, and act there; a SLURM job hears the end."""
     from everest_ds.cli.ending import early_stop, noted_ending
     from everest_ds.launch.environment import detect
@@ -175,6 +175,7 @@ def _in_world(config: Experiment, act: Callable[[World], None]) -> None:
 
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
     from everest_ds.cli.plan import describe_plan
+    from everest_ds.cli.preflight import check_nodes
     from everest_ds.launch.job import current_job
     from everest_ds.training.loop import train
 
@@ -183,6 +184,10 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
         print_facts(f"{config.task}: {config.run.dir}", facts)
         write_json(json_file, {"plan": facts})
     job = current_job()
+    if job is not None:
+        checked = check_nodes(config, world)
+        if world.is_main:
+            print_facts(f"preflight: {job.nodes}", checked)
     train(config, world, _clip_cost(config, world), None if job is None else job.signal_s)
     if world.is_main:
         typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
