@@ -19,7 +19,8 @@ from tests.training.runs import losses
 REPOSITORY = Path(__file__).parents[2]
 SCRIPTS = REPOSITORY / "slurm"
 TOOL = REPOSITORY / "tools" / "local_slurm"
-PATIENCE_SECONDS = 120.0
+# A start takes 10 s on two idle cores; on busy ones it took two minutes.
+PATIENCE_SECONDS = 300.0
 
 
 def wait_for(what: Callable[[], Any], description: str, seconds: float = PATIENCE_SECONDS) -> Any:

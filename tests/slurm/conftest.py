@@ -19,7 +19,7 @@ from tests.training.runs import experiment, losses
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # A disk of one checkpoint of 3 MiB, the one that replaces it, and the logs.
 SMALL_DISK_MIB = 24
-NUM_STEPS = 400
+NUM_STEPS = 300
 
 
 def missing() -> str | None:
@@ -62,7 +62,7 @@ def recipe(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         Path("runs/unnamed"),
         model={"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4},
         data={"num_workers": 0},
-        schedule={"epochs": NUM_STEPS // 3 + 1, "warmup_epochs": 1},
+        schedule={"epochs": NUM_STEPS // 3, "warmup_epochs": 1},
         run={"save_every_steps": 10, "hang_timeout_s": 60},
     )
     file = tmp_path_factory.mktemp("recipe") / "pre.yaml"

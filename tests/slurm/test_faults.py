@@ -20,7 +20,7 @@ from tests.slurm.conftest import NUM_STEPS
 from tests.slurm.report import FaultTimes
 from tests.training.runs import losses
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 SAVE_EVERY = 10
 

@@ -11,16 +11,17 @@ import pytest
 
 from everest_ds.config import dump_experiment
 from tests.slurm.cluster import SCRIPTS, Job, LocalCluster, Run, evaluation, wait_for
+from tests.slurm.conftest import NUM_STEPS
 from tests.training.runs import experiment, losses
 
-pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 PRETRAIN = SCRIPTS / "pretrain.sbatch"
 SHORT = ("schedule.epochs=8",)  # 24 steps
 
 
 def test_submit_to_finish(undisturbed: dict[int, float]) -> None:
-    assert len(undisturbed) > 300 and undisturbed[400] < undisturbed[1]
+    assert len(undisturbed) == NUM_STEPS and undisturbed[NUM_STEPS] < undisturbed[1]
 
 
 def test_a_chain_hands_weights_on_and_ends_in_a_report(
