@@ -103,4 +103,5 @@ def fault_times(pytestconfig: pytest.Config) -> Iterator[list[FaultTimes]]:
     yield rows
     file = pytestconfig.getoption("--slurm-report")
     if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(to_markdown(rows))
