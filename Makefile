@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 # Test processes in parallel; tests that start ranks use a few processes each.
 JOBS ?= 2
 
-.PHONY: demo test test-slow lint format clean
+.PHONY: demo test test-slow test-slurm lint format clean
 
 demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: under 5 minutes on 2 cores
 	$(BIN)/python tools/demo.py
@@ -19,6 +19,9 @@ test: $(STAMP) lint  ## what must pass before every commit
 
 test-slow: $(STAMP)  ## the slower suites
 	$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+
+test-slurm: $(STAMP)  ## real jobs on a SLURM cluster that is started for it; as root, on Linux
+	$(BIN)/python -m pytest -q -rs -m slurm --slurm-report build/slurm-faults.md
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -59,7 +59,7 @@ setup(
     package_data={
         "everest_ds": ["profiling/*.yaml", "recipes/*.yaml", "reports/templates/*"],
         "everest_ds.ds_configs": ["*.json"],
-        "everest_ds.slurm": ["*.sbatch"],
+        "everest_ds.slurm": ["*.sbatch", "common.sh", "clusters/*.env"],
     },
     install_requires=REQUIRES,
     extras_require=EXTRAS,

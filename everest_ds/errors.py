@@ -22,6 +22,8 @@ class ExitCode(IntEnum):
     RANK_LOST = 6  # another rank ended: the first reason is on the console
     OUT_OF_MEMORY = 7
     DIVERGED = 8  # the loss is no longer finite
+    BAD_NODE = 9  # the preflight found a node unfit: it is named
+    RESTARTS = 10  # a SLURM job restarted too often, or without progress
     STOPPED = 75  # asked to stop; saved; the same command goes on (EX_TEMPFAIL of sysexits.h)
 
 
@@ -102,10 +104,44 @@ class DivergedError(EverestError):
     exit_code = ExitCode.DIVERGED
 
 
+class BadNodeError(EverestError):
+    """A node cannot take part in the run.
+
+    Args:
+        nodes: SLURM's list of them.
+    """
+
+    exit_code = ExitCode.BAD_NODE
+
+    # Defaults, for errors travel between ranks: an unpickled one is made of its text alone.
+    def __init__(
+        self, subject: str, *, nodes: str = "", given: object = None, fix: str | None = None
+    ) -> None:
+        super().__init__(subject, given=given, fix=fix)
+        self.nodes = nodes
+
+
+class RestartError(EverestError):
+    """A SLURM job was restarted too often, or makes no progress."""
+
+    exit_code = ExitCode.RESTARTS
+
+
 class StoppedError(EverestError):
-    """The run was asked to stop; everything is saved."""
+    """The run was asked to stop; everything is saved.
+
+    Args:
+        step: the last one that was done.
+        by: who asked.
+    """
 
     exit_code = ExitCode.STOPPED
+
+    def __init__(self, subject: str, *, step: int = 0, by: str = "", fix: str | None = None) -> None:
+        super().__init__(subject, fix=fix)
+        self.on_every_rank = True  # all agreed to stop
+        self.step = step
+        self.by = by
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:

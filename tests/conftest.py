@@ -21,6 +21,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ.setdefault("COLUMNS", "200")  # tables of the command line are not folded
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options are known only if the top conftest adds them."""
+    parser.addoption(
+        "--slurm-report", type=Path, help="write what each fault cost the SLURM runs, as Markdown"
+    )
+
+
 @pytest.fixture(scope="session")
 def motion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic motion data set: 24 training, 12 validation and 12 test videos, 32 px."""

@@ -31,6 +31,9 @@ def main() -> None:
             sys.exit(f"error: imported {place.strip()} instead of the wheel's package")
         run("-m", "everest_ds", "recipes")
         run("-m", "everest_ds", "pretrain", "k400_pretrain_vit_base", "data.train=null", "--dry-run")
+        slurm = run("-c", "from everest_ds.shipped import shipped; print(shipped('slurm'))").strip()
+        for file in ("pretrain.sbatch", "common.sh", "clusters/generic.env"):
+            open(f"{slurm}/{file}").close()
         for stage in range(4):
             run(
                 "-c",

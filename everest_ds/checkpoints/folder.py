@@ -7,28 +7,16 @@ be read under its real name is ever changed; what has to go is first renamed out
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
 from everest_ds.checkpoints.manifest import Manifest, read_manifest, write_manifest
+from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints, step_of
 from everest_ds.checkpoints.tensor_file import seal_of, sync_folder
 from everest_ds.errors import CheckpointError
 
-_NAME = re.compile(r"step-(\d{8,})")
 _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    """Where the checkpoint after `step` optimiser steps lies."""
-    return folder / f"step-{step:08d}"
-
-
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Everything named like a checkpoint, oldest step first; `damage` tells which are complete."""
-    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
-    return sorted(found, key=_step)
 
 
 def damage(path: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
@@ -118,7 +106,7 @@ def set_aside(path: Path) -> Path:
 def prune(folder: Path, keep: int, keep_every_steps: int | None) -> None:
     """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every_steps`."""
     for path in list_checkpoints(folder)[:-keep]:
-        if keep_every_steps is None or _step(path) % keep_every_steps:
+        if keep_every_steps is None or step_of(path) % keep_every_steps:
             _delete(path)
 
 
@@ -126,7 +114,3 @@ def _delete(path: Path) -> None:
     hidden = path.with_name(f"{_DELETING}{path.name}")
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))

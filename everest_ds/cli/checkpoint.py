@@ -60,7 +60,7 @@ def verify(
 
     Example: everest-ds checkpoint verify runs/first
     """
-    from everest_ds.checkpoints.folder import list_checkpoints
+    from everest_ds.checkpoints.names import list_checkpoints
 
     paths = list_checkpoints(source / "checkpoints") or [source]
     rows = [{"checkpoint": str(path), "problem": _problem(path)} for path in paths]

@@ -76,26 +76,32 @@ def evaluate(
 
     Example: everest-ds evaluate runs/finetuned --nproc 2 data.test_segments=2 data.test_crops=3
     """
-    config = _load("finetune", source, overrides or [])
+    config = load_for_task("finetune", source, overrides or [])
     if dry_run:
         _show_plan(config, nproc, json_file)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
-        _in_world(config, lambda world: _evaluate(config, world, json_file))
+        in_world(config, lambda world: _evaluate(config, world, json_file))
 
 
 def _train(
     task: str, source: str, overrides: Sequence[str], nproc: int | None, dry_run: bool, json_file: JsonFile
 ) -> None:
-    config = _load(task, source, overrides)
+    config = load_for_task(task, source, overrides)
     if dry_run:
         _show_plan(config, nproc, json_file)
         return
     if _started_ranks(task, source, overrides, nproc, config, json_file):
         return
-    _in_world(config, lambda world: _train_here(config, world, json_file))
+    in_world(config, lambda world: _train_here(config, world, json_file))
 
 
-def _load(task: str, source: str, overrides: Sequence[str]) -> Experiment:
+def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """The config of a run, which must be for `task`.
+
+    Raises:
+        ConfigError: it cannot be read.
+        UsageError: it is for another task.
+    """
     from everest_ds.config import load_experiment
 
     config = load_experiment(source, overrides)
@@ -150,28 +156,39 @@ def _started_ranks(
     return True
 
 
-def _in_world(config: Experiment, act: Callable[[World], None]) -> None:
-    """Become one rank of the world this process was started in, and act there."""
+def in_world(config: Experiment, act: Callable[[World], None]) -> None:
+    """Become one rank of the world this process was started in, and act there; a SLURM job hears the end."""
+    from everest_ds.cli.ending import early_stop, noted_ending
     from everest_ds.launch.environment import detect
+    from everest_ds.launch.job import current_job
 
-    os.environ.update(detect().as_variables())
-    from everest_ds.parallel.world import explained_failures, join_world, leave_world
+    job, place = current_job(), detect()
+    os.environ.update(place.as_variables())
+    with noted_ending(job, config.run.dir, place.rank), early_stop(job):
+        from everest_ds.parallel.world import explained_failures, join_world, leave_world
 
-    world = join_world(timedelta(seconds=config.run.hang_timeout_s))
-    with explained_failures(world):
-        act(world)
-    leave_world()
+        world = join_world(timedelta(seconds=config.run.hang_timeout_s))
+        with explained_failures(world):
+            act(world)
+        leave_world()
 
 
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
     from everest_ds.cli.plan import describe_plan
+    from everest_ds.cli.preflight import check_nodes
+    from everest_ds.launch.job import current_job
     from everest_ds.training.loop import train
 
     facts = describe_plan(config, world.size)
     if world.is_main:
         print_facts(f"{config.task}: {config.run.dir}", facts)
         write_json(json_file, {"plan": facts})
-    train(config, world, _clip_cost(config, world))
+    job = current_job()
+    if job is not None:
+        checked = check_nodes(config, world)
+        if world.is_main:
+            print_facts(f"preflight: {job.nodes}", checked)
+    train(config, world, _clip_cost(config, world), None if job is None else job.signal_s)
     if world.is_main:
         typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
 

@@ -79,8 +79,8 @@ class Finding:
 def examine() -> list[Finding]:
     """Look at interpreter, packages, accelerator, machine and tools; takes seconds, changes nothing."""
     with ThreadPoolExecutor(max_workers=3) as pool:  # each waits for a process of its own
-        torch = pool.submit(_run, [sys.executable, "-c", _TORCH_PROBE])
-        mpi = pool.submit(_run, [sys.executable, "-c", _MPI_PROBE])
+        torch = pool.submit(run_probe, [sys.executable, "-c", _TORCH_PROBE])
+        mpi = pool.submit(run_probe, [sys.executable, "-c", _MPI_PROBE])
         slurm = pool.submit(_slurm)
         return [
             _python(sys.version_info[:2]),
@@ -103,25 +103,28 @@ def main_job_can_run(findings: Sequence[Finding]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Outcome:
-    """The last line that a probe process wrote: to stdout if it succeeded, else to stderr."""
+class Outcome:
+    """The last line (or all) that a probe process wrote: to stdout if it succeeded, else to stderr."""
 
     succeeded: bool
     line: str
 
 
-def _run(command: Sequence[str]) -> _Outcome:
+def run_probe(command: Sequence[str], all_lines: bool = False) -> Outcome:
+    """Run a short program; never raises, never waits for ever."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_SECONDS, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return _Outcome(False, f"no answer in {_PROBE_SECONDS:.0f} s")
+        return Outcome(False, f"no answer in {_PROBE_SECONDS:.0f} s")
     except OSError as error:
-        return _Outcome(False, str(error))
+        return Outcome(False, str(error))
     succeeded = done.returncode == 0
+    if succeeded and all_lines:
+        return Outcome(True, done.stdout.strip())
     lines = (done.stdout if succeeded else done.stderr).strip().splitlines()
-    return _Outcome(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
+    return Outcome(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
 
 
 def _python(version: tuple[int, int]) -> Finding:
@@ -140,7 +143,7 @@ def _package(name: str) -> Finding:
         return Finding(name, "missing", "not installed", f"pip install {name}", required=True)
 
 
-def _accelerator(probe: _Outcome) -> list[Finding]:
+def _accelerator(probe: Outcome) -> list[Finding]:
     """What torch finds: the devices, the backend of torch.distributed that will serve them, and bf16."""
     if not probe.succeeded:
         return [
@@ -185,7 +188,7 @@ def _bf16(found: Mapping[str, Any]) -> Finding:
     return Finding("bf16", "warning", "not supported by the GPU", "train in fp16 or fp32")
 
 
-def _mpi_library(probe: _Outcome) -> Finding:
+def _mpi_library(probe: Outcome) -> Finding:
     if probe.succeeded:
         return Finding("MPI library", "ok", probe.line)
     return Finding("MPI library", "warning", f"only for mpirun: {probe.line}", "pip install mpi4py mpich")
@@ -230,7 +233,7 @@ def _slurm() -> Finding:
     if path is None:
         detail = "no sbatch on PATH: not needed for local runs"
         return Finding("SLURM", "warning", detail, "submit jobs from a login node of the cluster")
-    version = _run([path, "--version"])
+    version = run_probe([path, "--version"])
     if not version.succeeded:
         return Finding(
             "SLURM", "warning", f"{path}: {version.line}", "repair the configuration of SLURM's client"

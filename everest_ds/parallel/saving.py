@@ -6,6 +6,7 @@ number of ranks at any ZeRO stage goes on from it.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from itertools import chain
@@ -69,6 +70,7 @@ class Saving:
             CheckpointError: on every rank, if the folder cannot be written to.
         """
         self._world, self._folder, self._keep = mesh.world, folder, keep
+        started = time.perf_counter()
         states = model_states(engine, mesh)
         own = {"optimizer_step": optimizer_step(states), "loss_scale": loss_scale(engine)}
         self._facts = Facts(**facts, **own)
@@ -78,6 +80,11 @@ class Saving:
             raise not_saved(folder, error) from None
         write = _writer(states, self._path, self._world.rank, background)
         self._part = _in_thread(write) if background else _done(write)
+        self.seconds = 0.0  # that this rank wrote, once it has
+        self._part.add_done_callback(lambda _: self._note(time.perf_counter() - started))
+
+    def _note(self, seconds: float) -> None:
+        self.seconds = seconds
 
     def written(self) -> bool:
         """All ranks are through with writing, with or without success. Call on every rank."""

@@ -70,9 +70,13 @@ class World:
 
     def any(self, flag: bool) -> bool:
         """True on every rank if `flag` is true on one."""
-        answer = torch.tensor(int(flag))
+        return bool(self.greatest(int(flag)))
+
+    def greatest(self, value: int) -> int:
+        """The greatest of all ranks' values, on every rank."""
+        answer = torch.tensor(value)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
-        return bool(answer)
+        return int(answer)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Element-wise mean over the ranks, on the host, summed in rank order."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.folder import list_checkpoints
 from everest_ds.checkpoints.manifest import Facts
+from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
@@ -24,10 +25,11 @@ from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, sav
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
-from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.world import World
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
+from everest_ds.training.grace import FILE_NAME as GRACE_FILE
+from everest_ds.training.grace import Grace
 from everest_ds.training.objective import Objective, build_objective
 from everest_ds.training.observers import (
     MetricsFile,
@@ -40,22 +42,26 @@ from everest_ds.training.observers import (
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_reconstruction
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
+from everest_ds.training.saver import Saver
 from everest_ds.training.schedule import build_schedule
-from everest_ds.training.stop import StopRequest
+from everest_ds.training.stop import StopRequest, Wish
 from everest_ds.training.timer import StepTimer, Waited
 from everest_ds.training.utilization import ClipCost
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import load_encoder
 
 
-def train(config: Experiment, world: World, cost: ClipCost | None = None) -> RunFolder:
+def train(
+    config: Experiment, world: World, cost: ClipCost | None = None, signal_s: float | None = None
+) -> RunFolder:
     """Run the experiment to its end, or go on where its run folder stopped. Call on every rank.
 
     Args:
         cost: of a clip, to report FLOP/s and MFU; they are null without.
+        signal_s: how long before the end of its time the run gets a signal; warns if that is too short.
 
     Raises:
-        StoppedError: after a stop signal, with everything saved.
+        StoppedError: after a stop signal or the file `kill`, with everything saved.
         EverestError: for whatever the user can put right.
     """
     plan = plan_ranks(config, world.size)
@@ -72,9 +78,10 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
         if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
             logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
         engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
-        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost)
+        grace = Grace(signal_s, folder.path / GRACE_FILE if world.is_main else None)
+        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
-        with StopRequest() as stop, watchdog:
+        with StopRequest(folder.path if world.is_main else None) as stop, watchdog:
             run.to_the_end(stop, watchdog)
         engine.destroy()
     finally:
@@ -110,6 +117,7 @@ class TrainingRun:
         folder: RunFolder,
         mesh: Mesh,
         cost: ClipCost | None,
+        grace: Grace,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -119,6 +127,7 @@ class TrainingRun:
         self.mesh = mesh
         self.world = mesh.world
         self.cost = cost
+        self.grace = grace
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
@@ -126,7 +135,7 @@ class TrainingRun:
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, config, self.world)
-        self.saving: Saving | None = None  # in the background
+        self.saver = Saver(engine, folder.checkpoints, config.run, mesh, grace)
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
@@ -135,15 +144,17 @@ class TrainingRun:
         try:
             while not self.finished:
                 watchdog.beat()
+                started = time.perf_counter()
                 with self.timer.step():
                     loss = self._train_step(batches)
                 self.step += 1
                 self._report(loss)
                 self._draw()
                 self._validate()
+                self.grace.note_step(time.perf_counter() - started)
                 self._save_or_stop(stop)
         except DivergedError:  # on every rank, as the checkpoint of an earlier step is being written
-            self._finish_saving()
+            self.saver.finish()
             raise
         finally:
             for observer in self.observers:
@@ -226,36 +237,22 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        stopping = self.world.any(stop.received is not None)
-        saving = stopping or self._due(self.config.run.save_every_steps)
-        if self.saving is not None and (saving or self.saving.written()):
-            self._finish_saving()
-        if saving:
-            self._save()
-        if stopping or self.finished:
-            self._finish_saving()
-        if stopping and not self.finished:
+        wish = Wish(self.world.greatest(stop.wish()))
+        if wish or self._due(self.config.run.save_every_steps):
+            self.losses.check()
+            self.saver.save(self._facts())
+        else:
+            self.saver.poll()
+        if wish or self.finished:
+            self.saver.finish()
+        stop.granted(wish)
+        if wish.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
+                step=self.step,
+                by=wish.origin,
                 fix="run the same command again to go on",
             )
-
-    def _save(self) -> None:
-        self.losses.check()
-        run = self.config.run
-        keep = Keep(run.keep_checkpoints, run.keep_every_steps)
-        background = run.save_in_background
-        if background is None:
-            background = self.world.device.type == "cuda"
-        folder = self.folder.checkpoints
-        self.saving = Saving(self.engine, folder, self._facts(), keep, self.mesh, background)
-        if not background:
-            self._finish_saving()
-
-    def _finish_saving(self) -> None:
-        if self.saving is not None:
-            saving, self.saving = self.saving, None
-            saving.finish()
 
     def _facts(self) -> dict[str, Any]:
         epoch, step_of_epoch = divmod(self.step, self.steps_per_epoch)

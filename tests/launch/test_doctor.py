@@ -71,7 +71,7 @@ def test_python_outside_the_supported_range_is_reported() -> None:
 
 
 def test_a_torch_that_does_not_import_is_a_finding_with_its_last_error_line() -> None:
-    probe = doctor._run([sys.executable, "-c", "raise ImportError('libcudart.so.12: no such file')"])
+    probe = doctor.run_probe([sys.executable, "-c", "raise ImportError('libcudart.so.12: no such file')"])
     (finding,) = doctor._accelerator(probe)
     assert finding.status == "missing" and finding.required
     assert "libcudart.so.12" in finding.detail
@@ -79,8 +79,8 @@ def test_a_torch_that_does_not_import_is_a_finding_with_its_last_error_line() ->
 
 def test_a_probe_that_hangs_or_cannot_start_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "_PROBE_SECONDS", 0.2)
-    assert "no answer" in doctor._run([sys.executable, "-c", "import time; time.sleep(30)"]).line
-    assert "no-such-program" in doctor._run(["/no-such-program"]).line
+    assert "no answer" in doctor.run_probe([sys.executable, "-c", "import time; time.sleep(30)"]).line
+    assert "no-such-program" in doctor.run_probe(["/no-such-program"]).line
 
 
 def test_an_empty_path_is_survived_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -22,12 +22,13 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints import tensor_file
-from everest_ds.checkpoints.folder import checkpoint_path, list_checkpoints, verify
+from everest_ds.checkpoints.folder import verify
+from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints
 from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
 from everest_ds.errors import RankLostError
+from everest_ds.parallel import saving
 from everest_ds.parallel.world import World, explained_failures
-from everest_ds.training.loop import TrainingRun
 from tests.checkpoints.test_folder import DAMAGES
 from tests.ranks import run_ranks
 from tests.training.faults import (
@@ -35,6 +36,7 @@ from tests.training.faults import (
     PLACES,
     at_end_of,
     at_forward,
+    before,
     hang,
     kill_myself,
     long_run,
@@ -185,22 +187,16 @@ def test_a_full_file_system(motion_data: Path, tmp_path: Path, undisturbed: dict
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def saved_while_steps_go_on(world: World, config: Experiment) -> int:
+def saved_while_steps_go_on(world: World, config: Experiment) -> list[int]:
     """Rank 1's disk takes the checkpoint of step 2 when step 4 is done; when it was published."""
     done, published = threading.Event(), []
 
-    def finish(original: Callable[[TrainingRun], None]) -> Callable[[TrainingRun], None]:
-        def noted(run: TrainingRun) -> None:
-            published.append(run.step)
-            original(run)
-
-        return noted
-
     wait = replaced(tensor_file, "_chunks", mid_stream(done.wait))
-    with wait if world.rank else nullcontext(), replaced(TrainingRun, "_finish_saving", finish):
+    note = replaced(saving, "commit", before(lambda: published.append(steps_done(config.run.dir))))
+    with wait if world.rank else nullcontext(), note if world.is_main else nullcontext():
         with at_end_of(4, done.set):
             stop_at(world, config, 5)
-    return published[0]
+    return published
 
 
 @pytest.mark.slow
@@ -212,7 +208,7 @@ def test_a_checkpoint_written_in_the_background_is_of_the_step_that_began_it(
     here = long_run(motion_data, tmp_path / "here", stage, save_in_background=False, **options)
     there = long_run(motion_data, tmp_path / "there", stage, save_in_background=True, **options)
     run_ranks(stop_at, 2, here, 5)
-    assert all(4 <= step <= 5 for step in run_ranks(saved_while_steps_go_on, 2, there))
+    assert run_ranks(saved_while_steps_go_on, 2, there)[0] == [4]
     for path in list_checkpoints(tmp_path / "here" / "checkpoints"):
         assert verify(tmp_path / "there" / "checkpoints" / path.name).files == verify(path).files
 

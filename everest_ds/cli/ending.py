@@ -1,0 +1,64 @@
+"""How a rank of a SLURM job ends: stopped before it began, or with a word in the run's job log."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
+from everest_ds.launch.job import Job, note
+
+
+@contextmanager
+def early_stop(job: Job | None) -> Iterator[None]:
+    """In a job, a stop signal before training has its own handler means: nothing to save, start again."""
+    if job is None:
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, _leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    print(
+        f"everest-ds: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr
+    )
+    sys.stderr.flush()
+    os._exit(ExitCode.STOPPED)
+
+
+@contextmanager
+def noted_ending(job: Job | None, run: Path, rank: int) -> Iterator[None]:
+    """Write to the job log how this rank ended, if nobody else does; errors go on to where they are shown."""
+    try:
+        yield
+    except StoppedError as error:
+        if rank == 0:
+            note(job, run, "stopped", step=error.step, reason=error.by)
+        raise
+    except EverestError as error:
+        if rank == 0 or not (error.on_every_rank or error.exit_code == ExitCode.RANK_LOST):
+            nodes = error.nodes if isinstance(error, BadNodeError) else None
+            note(job, run, "failed", reason=str(error), code=error.exit_code, nodes=nodes)
+        raise
+    except Exception as error:
+        note(job, run, "failed", reason=f"{type(error).__name__}: {error}", code=ExitCode.FAILURE)
+        raise
+    if rank == 0:
+        note(job, run, "finished", step=_last_step(run))
+
+
+def _last_step(run: Path) -> int | None:
+    from everest_ds.checkpoints.names import newest_step
+
+    return newest_step(run) or None

@@ -1,0 +1,64 @@
+"""`everest-ds job begin | end`: asked by slurm/common.sh before and after a job's ranks. Not for people."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from everest_ds.cli.output import JsonFile
+from everest_ds.cli.train import Overrides, Source, load_for_task
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.launch.job import Job
+
+app = typer.Typer(hidden=True, no_args_is_help=True)
+
+Command = Annotated[
+    Literal["pretrain", "finetune", "evaluate"],
+    typer.Argument(help="What the ranks run; its arguments follow."),
+]
+
+
+@app.command()
+def begin(command: Command, source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Check the config, and whether the job may start again."""
+    from everest_ds.checkpoints.names import newest_step
+    from everest_ds.launch import job
+
+    here, run = _here(), _run(command, source, overrides)
+    run.mkdir(parents=True, exist_ok=True)
+    job.begin(here, run, newest_step(run))
+
+
+@app.command()
+def end(
+    code: int,
+    state: str,
+    command: Command,
+    source: Source,
+    overrides: Overrides = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Print `requeue`, with the nodes to blame if any are, or `stop`; say why on stderr."""
+    from everest_ds.launch import job
+
+    verdict = job.end(_here(), _run(command, source, overrides), code, state)
+    typer.echo(f"everest-ds: {verdict.reason}", err=True)
+    typer.echo(f"requeue {verdict.bad_nodes or ''}" if verdict.requeue else "stop")
+
+
+def _here() -> Job:
+    from everest_ds.launch.job import current_job
+
+    job = current_job()
+    if job is None:
+        raise UsageError("not in a SLURM job", fix="this command is for the scripts in slurm/")
+    return job
+
+
+def _run(command: str, source: str, overrides: list[str] | None) -> Path:
+    task = "finetune" if command == "evaluate" else command
+    return load_for_task(task, source, overrides or []).run.dir

@@ -1,0 +1,161 @@
+"""`everest-ds submit`: check a job, then hand it to sbatch, to one's eyes (--dry-run) or to this machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time as clock
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from everest_ds.cli.output import JsonFile
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.cli.queueing import Submission
+    from everest_ds.cli.submission import Stage, Target
+    from everest_ds.launch.sbatch import Shape
+    from everest_ds.launch.sweep_file import Candidate
+
+Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
+Job = Annotated[Kind, typer.Argument(metavar="JOB", help="pretrain|finetune|evaluate|profile|chain|sweep")]
+Words = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="RECIPE [KEY.PATH=VALUE]... [SBATCH OPTION]...",
+        help="As for the command itself; chain takes two recipes. Options that are not listed here go to"
+        " sbatch unchanged.",
+    ),
+]
+Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of a node, and ranks: one a GPU.")]
+TasksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks of a node without GPUs.")]
+Time = Annotated[str | None, typer.Option(help="Time limit, such as 1-00:00:00.")]
+Partition = Annotated[str | None, typer.Option(help="Partition.")]
+Array = Annotated[str | None, typer.Option(help="sweep: these tasks only, or %N at once. Else: 0-9%1.")]
+Dependency = Annotated[str | None, typer.Option(help="Such as afterok:123; that job may make the weights.")]
+Nodelist = Annotated[str | None, typer.Option(help="These nodes; --dry-run shows which rank runs where.")]
+Gpu = Annotated[str | None, typer.Option(help="Hold predicted memory against this GPU, such as 'A100 80GB'.")]
+Cluster = Annotated[str | None, typer.Option(help="Settings of a site: a name in slurm/clusters, or a file.")]
+MaxRestarts = Annotated[int | None, typer.Option(min=0, help="Times that the job may requeue itself.")]
+Grid = Annotated[list[str] | None, typer.Option(metavar="KEY=A,B,...", help="sweep: all combinations.")]
+Candidates = Annotated[Path | None, typer.Option(help='sweep: JSON lines of {"overrides": ["key=value"]}.')]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the sbatch command and when it would start.")]
+Local = Annotated[bool, typer.Option("--local", help="Run the same here, without SLURM.")]
+
+
+def submit(
+    job: Job,
+    words: Words,
+    nodes: Nodes = 1,
+    gpus_per_node: GpusPerNode = None,
+    ntasks_per_node: TasksPerNode = None,
+    time: Time = None,
+    partition: Partition = None,
+    array: Array = None,
+    dependency: Dependency = None,
+    nodelist: Nodelist = None,
+    gpu: Gpu = None,
+    cluster: Cluster = None,
+    max_restarts: MaxRestarts = None,
+    grid: Grid = None,
+    candidates: Candidates = None,
+    dry_run: DryRun = False,
+    local: Local = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Check a job as a whole, then queue it with SLURM; what cannot run is refused at once.
+
+    Two recipes make a chain: pretrain, finetune, evaluate, report. A sweep is an array job.
+
+    Example: everest-ds submit pretrain my.yaml run.dir=runs/a --nodes 4 --gpus-per-node 8 --time 1-00:00:00
+             everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
+             everest-ds submit sweep my.yaml run.dir=runs/lr --grid batch.micro_batch_size=8,16 ...
+    """
+    from everest_ds.cli.queueing import Queueing, Submission, as_jobs, print_plan, queue_all, show
+    from everest_ds.cli.submission import Target
+    from everest_ds.launch.rank_table import hosts_of, place_ranks
+    from everest_ds.launch.sbatch import split_options
+
+    began = clock.perf_counter()
+    positional, options = split_options(words)
+    shape = _shape(job, nodes, gpus_per_node, ntasks_per_node)
+    target = Target(shape, gpu, inputs_follow=dependency is not None)
+    stages, swept = _plan(job, positional, target, grid or [], candidates)
+    environment = _environment(cluster, max_restarts)
+    queueing = Queueing(time, partition, array, dependency, nodelist, tuple(options), environment)
+    submission = Submission(stages, swept, as_jobs(stages, swept, queueing))
+    ranks = [] if nodelist is None else place_ranks(hosts_of(nodelist, nodes), shape.ranks_per_node)
+    checked_ms = 1000 * (clock.perf_counter() - began)
+    print_plan(submission, ranks)
+    if dry_run:
+        show(submission, ranks, checked_ms, json_file)
+    elif local:
+        _run_here(submission)
+    else:
+        queue_all(submission, json_file)
+
+
+def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
+    from everest_ds.launch.sbatch import Shape
+
+    if gpus is None and tasks is None:
+        if job != "profile":
+            raise UsageError(
+                "number of ranks per node", fix="give --gpus-per-node, or --ntasks-per-node for ranks on CPUs"
+            )
+        gpus = 1
+    if gpus is not None and tasks not in (None, gpus):
+        raise UsageError("one rank a GPU", given=f"--gpus-per-node {gpus} --ntasks-per-node {tasks}")
+    return Shape(nodes, gpus or 0, gpus or tasks or 1)
+
+
+def _environment(cluster: str | None, max_restarts: int | None) -> dict[str, str]:
+    """What the scripts of slurm/ read, and what sbatch reads of the site's settings."""
+    from everest_ds.launch.cluster_file import find_cluster_file, read_cluster_file
+    from everest_ds.shipped import shipped
+
+    folder = shipped("slurm").resolve()
+    name = cluster or os.environ.get("EVEREST_CLUSTER")
+    file = None if name is None else find_cluster_file(name, folder / "clusters")
+    given = {
+        "EVEREST_PYTHON": sys.executable,
+        **({} if file is None else read_cluster_file(file)),
+        "EVEREST_SLURM": str(folder),
+        "EVEREST_CLUSTER": None if file is None else str(file),
+        "EVEREST_MAX_RESTARTS": None if max_restarts is None else str(max_restarts),
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _plan(
+    job: str, words: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
+) -> tuple[list[Stage], list[Candidate]]:
+    from everest_ds.cli import submission
+    from everest_ds.cli.chain import plan_chain
+    from everest_ds.cli.sweep import plan_sweep
+
+    if job == "chain":
+        return plan_chain(words, target), []
+    if not words:
+        raise UsageError("RECIPE is missing", fix="name a recipe, a YAML file or a run folder")
+    source, *overrides = words
+    if job == "sweep":
+        return plan_sweep(source, overrides, target, grid, candidates)
+    if grid or candidates:
+        raise UsageError("--grid and --candidates", given=job, fix="are for sweep")
+    if job == "profile":
+        return [submission.plan_profile(source, overrides, target)], []
+    return [submission.plan_command(job, source, overrides, target)], []
+
+
+def _run_here(submission: Submission) -> None:
+    from everest_ds.cli.here import run_stages, run_sweep
+
+    stages, swept = submission.stages, submission.swept
+    code = run_sweep(stages[0], swept) if swept else run_stages(stages)
+    if code:
+        raise typer.Exit(code)

@@ -1,0 +1,113 @@
+# The shared piece of the scripts in this folder: the site's settings, the ranks, signals, requeueing.
+#
+# A script sources it and calls one of
+#   everest_ranks COMMAND ARGS...   all ranks: pretrain, finetune, evaluate; stopped, requeued, resumed
+#   everest_once COMMAND ARGS...    one process on the first node: profile, report, sweep tables
+#
+# Read from the environment (all optional):
+#   EVEREST_CLUSTER       name of a file in clusters/, or the path of one (default: generic)
+#   EVEREST_PYTHON        the Python that has everest-ds (default: python3)
+#   EVEREST_MAX_RESTARTS  how often a job may be requeued (default: 50)
+#   EVEREST_SIGNAL_SECONDS  what --signal=USR1@SECONDS says, if not the scripts' own 300
+#   EVEREST_EXCLUDE_BAD_NODES  1: a node that fails the preflight is excluded when the job is requeued
+#
+# Arguments are passed on as they are, never through another shell. What to do with an exit code is decided in
+# Python (`everest-ds job`), and tested there.
+
+EVEREST_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+EVEREST_SRUN=()       # more options for srun, such as --mpi=none
+EVEREST_CONTAINER=()  # options by which srun enters a container (pyxis)
+EVEREST_WRAP=()       # a command in front of Python, such as: apptainer exec --nv image.sif
+everest_modules() { :; }
+
+everest_say() { printf 'everest-ds: %s\n' "$*" >&2; }
+
+everest_cluster_file() {
+    local name=${EVEREST_CLUSTER:-generic}
+    [[ $name == */* ]] || name=$EVEREST_SLURM/clusters/$name.env
+    [[ -r $name ]] || { everest_say "no cluster file $name; fix: EVEREST_CLUSTER=NAME of $EVEREST_SLURM/clusters/, or a path"; exit 2; }
+    printf '%s' "$name"
+}
+
+EVEREST_CLUSTER_FILE=$(everest_cluster_file) || exit 2
+set -a
+# shellcheck source=/dev/null
+source "$EVEREST_CLUSTER_FILE"
+set +a
+everest_modules || { everest_say "everest_modules of $EVEREST_CLUSTER_FILE failed"; exit 2; }
+EVEREST_PYTHON=${EVEREST_PYTHON:-python3}
+export EVEREST_SIGNAL_SECONDS=${EVEREST_SIGNAL_SECONDS:-300}
+export PYTHONUNBUFFERED=1  # the job's output is read while it runs
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun forgets it otherwise
+
+# One process here, or in the container on this node.
+everest_once() {
+    local step=()
+    (( ${#EVEREST_CONTAINER[@]} == 0 )) || step=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${EVEREST_CONTAINER[@]}")
+    "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
+}
+
+# srun's options for the number of ranks: one a GPU, one a node without, or what sbatch was told (--ntasks...).
+everest_sizes() {
+    local per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE > per_node ? SLURM_CPUS_ON_NODE / per_node : 1))}}
+    everest_size_options=()
+    [[ -z ${SLURM_NTASKS:-} ]] || return 0
+    everest_size_options=(--ntasks-per-node="$per_node")
+    if (( per_node > SLURM_CPUS_ON_NODE )); then
+        everest_say "$per_node ranks share $SLURM_CPUS_ON_NODE CPUs of a node; fix: sbatch --ntasks-per-node=$per_node --cpus-per-task=N"
+        everest_size_options+=(--overcommit)
+    fi
+}
+
+everest_note_signal() {
+    everest_signalled=1
+    everest_interrupted=1
+    [[ -z ${everest_srun:-} ]] || kill -USR1 "$everest_srun" 2>/dev/null  # srun passes it on to every rank
+}
+
+# Run srun; its exit code in everest_code. Signals to this shell reach all ranks.
+everest_run_step() {
+    local code
+    # --wait: when the first rank has ended, the others have this long to say why they end too.
+    srun --kill-on-bad-exit=0 --wait=60 "${everest_size_options[@]}" "${EVEREST_SRUN[@]}" "${EVEREST_CONTAINER[@]}" \
+        "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@" &
+    everest_srun=$!
+    everest_code=1
+    while :; do
+        everest_interrupted=
+        wait "$everest_srun"
+        code=$?
+        (( code == 127 )) || everest_code=$code  # 127: the code was fetched just before the trap
+        [[ -n $everest_interrupted ]] || break
+    done
+    everest_srun=
+}
+
+everest_requeue() {
+    local bad=$1 attempt
+    if [[ -n $bad && ${EVEREST_EXCLUDE_BAD_NODES:-0} == 1 ]]; then
+        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad" || everest_say "cannot exclude $bad"
+    fi
+    for attempt in 1 2 3 4 5 6; do  # the controller may be restarting
+        scontrol requeue "$SLURM_JOB_ID" && return 0
+        sleep 5
+    done
+    everest_say "could not requeue job $SLURM_JOB_ID; the same sbatch line goes on from the last checkpoint"
+    return 1
+}
+
+everest_ranks() {
+    local state verdict bad
+    everest_signalled=
+    trap everest_note_signal USR1 TERM
+    everest_once job begin "$@" || exit
+    everest_sizes
+    everest_code=75
+    [[ -n $everest_signalled ]] || everest_run_step "$@"
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T/%r' 2>/dev/null || true)
+    verdict=$(everest_once job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
+    read -r verdict bad <<<"$verdict"
+    [[ $verdict == requeue ]] && everest_requeue "$bad" && exit 75
+    exit "$everest_code"
+}

@@ -1,0 +1,182 @@
+"""A local SLURM cluster for a test session, and its jobs as Python objects."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.launch.job_log import JobEvent, read_events
+from tests.training.runs import losses
+
+REPOSITORY = Path(__file__).parents[2]
+SCRIPTS = REPOSITORY / "slurm"
+TOOL = REPOSITORY / "tools" / "local_slurm"
+# A start takes 10 s on two idle cores; on busy ones it took two minutes.
+PATIENCE_SECONDS = 300.0
+
+
+def wait_for(what: Callable[[], Any], description: str, seconds: float = PATIENCE_SECONDS) -> Any:
+    """The first true value of `what()`."""
+    deadline = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {description}"
+        time.sleep(0.1)
+    return value
+
+
+@dataclass(frozen=True)
+class LocalCluster:
+    """Handles of a cluster that is up in `folder`."""
+
+    folder: Path
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """The environment of its clients, who use this Python and this checkout."""
+        return {
+            **os.environ,
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "EVEREST_PYTHON": sys.executable,
+            "PYTHONPATH": str(REPOSITORY),
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def tool(self, *arguments: str) -> str:
+        """Run tools/local_slurm."""
+        return run([str(TOOL), *arguments, "--dir", str(self.folder)], self.variables)
+
+    def slurm(self, *command: str) -> str:
+        """Run a client such as scontrol."""
+        return run(command, self.variables)
+
+    def submit(
+        self, script: Path | str, *arguments: str, options: tuple[str, ...] = (), **variables: str
+    ) -> Job:
+        """sbatch on two nodes unless `options` say otherwise; output in the current folder."""
+        command = ["sbatch", "--parsable", "--nodes=2", *options, str(script), *arguments]
+        return Job(self, run(command, {**self.variables, **variables}).strip())
+
+    def calm(self) -> None:
+        """All nodes up and idle."""
+        wait_for(lambda: self._states() == {"idle"}, "all nodes idle", 60)
+
+    def _states(self) -> set[str]:
+        return set(self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split())
+
+
+@dataclass(frozen=True)
+class Job:
+    """A submitted job."""
+
+    cluster: LocalCluster
+    number: str
+
+    def show(self, *fields: str) -> list[str]:
+        """Fields of `scontrol show job`."""
+        words = self.cluster.slurm("scontrol", "-o", "show", "job", self.number).split()
+        facts = dict(word.split("=", 1) for word in words if "=" in word)
+        return [facts[name] for name in fields]
+
+    @property
+    def state(self) -> str:
+        return self.show("JobState")[0]
+
+    @property
+    def restarts(self) -> int:
+        return int(self.show("Restarts")[0])
+
+    @property
+    def nodes(self) -> list[str]:
+        """Of a running job, the batch host first."""
+        host, nodelist = self.show("BatchHost", "NodeList")
+        names = self.cluster.slurm("scontrol", "show", "hostnames", nodelist).split()
+        return [host, *(name for name in names if name != host)]
+
+    @property
+    def output(self) -> str:
+        return Path(self.show("StdOut")[0]).read_text()
+
+    def wait(self, *states: str, seconds: float = PATIENCE_SECONDS) -> str:
+        """Until it is in one of `states`, which must come before any other final one."""
+        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", *states}
+        state: str = wait_for(lambda: self.state if self.state in final else "", f"{states}", seconds)
+        assert state in states, f"{state}\n{self.output}"
+        return state
+
+    def cancel(self) -> None:
+        self.cluster.slurm("scancel", self.number)
+
+    def environments(self) -> Iterator[tuple[int, set[bytes]]]:
+        """Process id and NAME=VALUE settings of each of its processes, on all nodes."""
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                settings = set((folder / "environ").read_bytes().split(b"\0"))
+                if f"SLURM_JOB_ID={self.number}".encode() in settings and (folder / "cmdline").read_bytes():
+                    yield int(folder.name), settings
+
+    def processes(self, restarts: int | None = None) -> list[int]:
+        """Of all its starts, or of one."""
+        return [pid for pid, found in self.environments() if restarts in (None, _restart_count(found))]
+
+    def ended_everywhere(self, restarts: int | None = None) -> None:
+        """No process of it is left on any node."""
+        wait_for(lambda: not self.processes(restarts), f"no process left of job {self.number}", 15)
+
+
+def _restart_count(settings: set[bytes]) -> int:
+    found = [s for s in settings if s.startswith(b"SLURM_RESTART_COUNT=")]
+    return int(found[0].partition(b"=")[2]) if found else 0
+
+
+@dataclass
+class Run:
+    """A run folder that jobs write to."""
+
+    path: Path
+
+    @property
+    def step(self) -> int:
+        return max(losses(self.path), default=0) if (self.path / "metrics.jsonl").exists() else 0
+
+    def events(self, job: Job, kind: str | None = None) -> list[JobEvent]:
+        return [e for e in read_events(self.path) if e.job_id == job.number and kind in (None, e.event)]
+
+    def steps_beyond(self, job: Job, restarts: int, count: int = 1) -> tuple[float, int]:
+        """Wait for `count` steps of that start; when the first was seen, and the step it resumed from."""
+        started = wait_for(lambda: self._started(job, restarts), f"start {restarts} of job {job.number}")
+        seen: list[float] = []
+
+        def trains() -> bool:
+            fresh = self._written_since(started.seconds) and self.step > started.step
+            seen.extend([time.time()] if fresh else [])
+            return bool(fresh) and self.step >= started.step + count
+
+        wait_for(trains, f"steps after {started.step} of job {job.number}")
+        return seen[0], started.step
+
+    def _started(self, job: Job, restarts: int) -> JobEvent | None:
+        return next((e for e in self.events(job, "started") if e.restarts == restarts), None)
+
+    def _written_since(self, seconds: float) -> bool:
+        metrics = self.path / "metrics.jsonl"
+        return metrics.exists() and metrics.stat().st_mtime > seconds
+
+
+def run(command: list[str] | tuple[str, ...], variables: dict[str, str]) -> str:
+    """Output of a command, which must succeed."""
+    done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=90)
+    assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+    return done.stdout
+
+
+def evaluation(run_folder: Path) -> dict[str, Any]:
+    tree: dict[str, Any] = json.loads((run_folder / "evaluation.json").read_text())
+    return tree

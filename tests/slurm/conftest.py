@@ -1,0 +1,107 @@
+"""One cluster for the whole session, the run that nothing happens to, and the table of what faults cost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from everest_ds.config import dump_experiment
+from tests.slurm.cluster import SCRIPTS, LocalCluster, Run
+from tests.slurm.report import FaultTimes, to_markdown
+from tests.training.runs import experiment, losses
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
+# A disk of one checkpoint of 3 MiB, the one that replaces it, and the logs.
+SMALL_DISK_MIB = 24
+NUM_STEPS = 300
+
+
+def missing() -> str | None:
+    """Why no cluster can be started here."""
+    if sys.platform != "linux":
+        return "needs Linux"
+    search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+    absent = [name for name in PROGRAMS if shutil.which(name, path=search) is None]
+    if absent:
+        return f"not installed: {', '.join(absent)} (apt-get install slurmctld slurmd slurm-client munge)"
+    if os.geteuid() != 0 or subprocess.run(["unshare", "--net", "true"], capture_output=True).returncode:
+        return "needs root and the right to make namespaces"
+    return None
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    """Four nodes; a small disk for run folders at `small-disk` beside the cluster's folder."""
+    reason = missing()
+    if reason is not None:
+        pytest.skip(reason)
+    base = tmp_path_factory.mktemp("slurm")
+    disk = base / "small-disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_MIB}m", "small", str(disk)], check=True)
+    local = LocalCluster(base / "cluster")
+    try:
+        local.tool("up", "--nodes", "4", "--cpus", "4")
+        yield local
+    finally:
+        local.tool("down")
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def recipe(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of short steps, saved at every tenth, on whatever disk `run.dir` names."""
+    config = experiment(
+        motion_data,
+        Path("runs/unnamed"),
+        model={"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4},
+        data={"num_workers": 0},
+        schedule={"epochs": NUM_STEPS // 3, "warmup_epochs": 1},
+        run={"save_every_steps": 10, "hang_timeout_s": 60},
+    )
+    file = tmp_path_factory.mktemp("recipe") / "pre.yaml"
+    file.write_text(dump_experiment(config))
+    return file
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where jobs are submitted from."""
+    return tmp_path_factory.mktemp("work")
+
+
+@pytest.fixture(autouse=True)
+def in_work(request: pytest.FixtureRequest) -> None:
+    """Jobs write their output to the current folder."""
+    if request.node.get_closest_marker("slurm"):
+        request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("work"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: LocalCluster, recipe: Path, work: Path) -> dict[int, float]:
+    """Losses of the run that nothing happens to, from sbatch to the end."""
+    folder = work / "undisturbed"
+    job = cluster.submit(
+        SCRIPTS / "pretrain.sbatch", str(recipe), f"run.dir={folder}", options=(f"--chdir={work}",)
+    )
+    job.wait("COMPLETED")
+    job.ended_everywhere()
+    assert [e.event for e in Run(folder).events(job)] == ["started", "finished"]
+    return losses(folder)
+
+
+@pytest.fixture(scope="session")
+def fault_times(pytestconfig: pytest.Config) -> Iterator[list[FaultTimes]]:
+    """Rows of the table that `--slurm-report` asks for."""
+    rows: list[FaultTimes] = []
+    yield rows
+    file = pytestconfig.getoption("--slurm-report")
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(to_markdown(rows))

@@ -1,0 +1,114 @@
+"""The cluster as a whole: its files, its controller and its authentication daemon."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+from pathlib import Path
+
+from localslurm import conf
+from localslurm.nodes import nodes_of
+from localslurm.processes import alive, end, read_pid, run, wait_until, with_environment
+from localslurm.settings import Cluster
+
+PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
+CONTROLLER = "slurmctld"
+
+
+def missing_programs(as_root: bool) -> list[str]:
+    """What has to be installed before a cluster can start."""
+    wanted = (*PROGRAMS, "ip", "nsenter", "unshare") if as_root else PROGRAMS
+    return [name for name in wanted if shutil.which(name, path=search_path()) is None]
+
+
+def search_path() -> str:
+    """An ordinary user's PATH often lacks the folders of the daemons."""
+    return f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
+
+
+def up(cluster: Cluster) -> None:
+    """Start everything and wait until all nodes are idle."""
+    _write_files(cluster)
+    cluster.save()
+    _start_munge(cluster)
+    nodes = nodes_of(cluster)
+    nodes.prepare()
+    start_controller(cluster, clean=True)
+    for node in cluster.nodes:
+        nodes.start(node)
+    wait_until(lambda: states(cluster).count("idle") == cluster.num_nodes, 30, "the nodes did not come up")
+
+
+def down(cluster: Cluster) -> None:
+    """End everything, and remove the folder."""
+    stop_controller(cluster)
+    nodes = nodes_of(cluster)
+    for node in cluster.nodes:
+        nodes.heal(node) if cluster.pid_file(node).exists() and not cluster.as_root else None
+        nodes.crash(node)
+    nodes.clear()
+    end(read_pid(cluster.pid_file("munged")), signal.SIGTERM)
+    for pid in with_environment(f"SLURM_CONF={cluster.conf}", "LOCAL_SLURM=daemon"):
+        end(pid)
+    shutil.rmtree(cluster.path)
+
+
+def start_controller(cluster: Cluster, clean: bool = False) -> None:
+    """Start slurmctld, with an empty queue or the one that it left."""
+    run(
+        CONTROLLER, *(["-c"] if clean else []), environment={**cluster.environment(), "LOCAL_SLURM": "daemon"}
+    )
+    wait_until(lambda: bool(states(cluster)), 20, "slurmctld did not answer")
+
+
+def stop_controller(cluster: Cluster) -> None:
+    """End slurmctld as a service manager does: it saves the queue."""
+    end(read_pid(cluster.pid_file(CONTROLLER)), signal.SIGTERM)
+
+
+def states(cluster: Cluster) -> list[str]:
+    """SLURM's word on each node; empty if the controller does not answer."""
+    said = run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False, environment=cluster.environment())
+    return said.split()
+
+
+def is_up(cluster: Cluster) -> bool:
+    """Whether its controller lives."""
+    pid = read_pid(cluster.pid_file(CONTROLLER))
+    return pid is not None and alive(pid)
+
+
+def _write_files(cluster: Cluster) -> None:
+    for name in ("state", "log", "run", "dev"):
+        (cluster.path / name).mkdir(parents=True)
+    for node in cluster.nodes:
+        (cluster.path / "spool" / node).mkdir(parents=True)
+        (cluster.path / "tmp" / node).mkdir(parents=True)
+    for number in range(cluster.gpus):  # SLURM wants a character device
+        (cluster.path / "dev" / f"gpu{number}").symlink_to("/dev/null")
+    cluster.conf.write_text(conf.slurm_conf(cluster))
+    (cluster.path / "gres.conf").write_text(conf.gres_conf(cluster))
+    (cluster.path / "hosts").write_text(conf.hosts(cluster))
+    # No name server is reached from a node: asking one that refuses takes no time.
+    (cluster.path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
+
+
+def _start_munge(cluster: Cluster) -> None:
+    """A daemon of our own: no service, user or key of the machine is needed or changed."""
+    os.chmod(cluster.path, 0o755)
+    folder = cluster.path / "run"
+    os.chmod(folder, 0o755)
+    key = folder / "munge.key"
+    key.write_bytes(secrets.token_bytes(128))
+    key.chmod(0o600)
+    files = {
+        "key-file": key,
+        "socket": folder / "munge.socket",
+        "pid-file": cluster.pid_file("munged"),
+        "log-file": cluster.log_file("munged"),
+        "seed-file": folder / "munge.seed",
+    }
+    run("munged", "--force", *(f"--{name}={path}" for name, path in files.items()))
+    wait_until(Path(files["socket"]).exists, 5, "munged did not start")
