@@ -17,7 +17,7 @@ from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch
 from everest_ds.errors import EverestError
 from everest_ds.launch.environment import detect
-from everest_ds.models import build_model
+from everest_ds.models.initial import draw, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
@@ -32,10 +32,9 @@ WARM_UP_STEPS = 2  # the first makes the optimiser's states
 
 def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
     """The engine of a run, from random weights."""
-    torch.manual_seed(config.run.seed)
-    model = build_model(config)
+    model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, resolve_ds_config(config, plan), world)
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
 
 
 def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:

@@ -14,6 +14,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
+from everest_ds.models.initial import draw, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
@@ -23,6 +24,7 @@ from everest_ds.training.parameters import parameter_groups
 
 STEPS = 20
 GLOBAL_BATCH = 8
+SEED = 2
 STAGES = (0, 1, 2, 3)
 TASKS = ("pretrain", "finetune")
 MAX_GRADIENT_NORM = 0.5
@@ -66,6 +68,7 @@ def experiment(
             "precision": precision,
             "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
             "recompute": recompute or {},
+            "run": {"seed": SEED},
         }
     )
 
@@ -73,7 +76,7 @@ def experiment(
 def plain_run(task: str) -> Trajectory:
     """The reference: one process, one batch a step, torch's own AdamW and clipping."""
     config = experiment(task, stage=0, data_degree=1)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = build_model(config).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
@@ -96,10 +99,9 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
     """The same steps under DeepSpeed; losses are means over all ranks."""
     plan = plan_ranks(config, world.size)
     mesh = form_mesh(world, config.parallelism.tensor)
-    torch.manual_seed(0)
-    model = build_model(config)
+    model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    engine = build_engine(model, groups, config, resolve_ds_config(config, plan), world)
+    engine = build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
     objective = build_objective(config)
     losses, norms = [], []
     for step in range(STEPS):
