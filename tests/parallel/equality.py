@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -51,8 +53,10 @@ def experiment(
     recompute: dict[str, Any] | None = None,
     precision: str = "fp32",
     offload: bool = False,
+    ds_config: Path | None = None,
 ) -> Experiment:
     """Clipping, layer decay, drop path and two accumulated micro-batches."""
+    spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
     if task == "finetune":
@@ -66,11 +70,24 @@ def experiment(
             "optimizer": {"clip_grad_norm": MAX_GRADIENT_NORM, "layer_decay": layer_decay},
             "batch": {"micro_batch_size": GLOBAL_BATCH // data_degree // 2, "grad_accum_steps": 2},
             "precision": precision,
-            "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
+            "parallelism": spread,
             "recompute": recompute or {},
             "run": {"seed": SEED},
         }
     )
+
+
+def for_tiny_models(shipped: Path, folder: Path) -> Path:
+    """A DeepSpeed file with every size a thousandth: a tiny model meets what a large one meets.
+
+    As shipped, the parameters of a tiny one are so small that each rank keeps all of them.
+    """
+    tree = json.loads(shipped.read_text())
+    zero = tree["zero_optimization"]
+    zero |= {key: value // 1000 for key, value in zero.items() if isinstance(value, int) and value > 1000}
+    own = folder / shipped.name
+    own.write_text(json.dumps(tree))
+    return own
 
 
 def plain_run(task: str) -> Trajectory:
