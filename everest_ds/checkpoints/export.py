@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import find_checkpoint
-from everest_ds.checkpoints.reader import CheckpointReader
-from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, publish_tensors
+from everest_ds.checkpoints.reader import WEIGHT, CheckpointReader
+from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -35,6 +38,36 @@ def export_weights(source: Path, file: Path, dtype: Literal["fp32", "bf16"]) -> 
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be written", given=error.strerror) from None
     return path
+
+
+class StoredWeights(NamedTuple):
+    """Weights on the disk.
+
+    Attributes:
+        shapes: by name.
+        read: one of them, float32.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    read: Callable[[str], Tensor]
+
+
+@contextmanager
+def open_weights(source: Path) -> Iterator[StoredWeights]:
+    """Weights of a safetensors file, or of a checkpoint that is complete, to read one at a time.
+
+    Raises:
+        CheckpointError: if it is missing, damaged or something else.
+    """
+    if not source.is_dir():
+        with open_tensors(source) as opened:
+            shapes = {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}
+            yield StoredWeights(shapes, lambda name: opened.get_tensor(name).float())
+        return
+    path, manifest = find_checkpoint(source)
+    with CheckpointReader(path, manifest) as reader:
+        shapes = {name: parameter.shape for name, parameter in manifest.parameters.items()}
+        yield StoredWeights(shapes, partial(reader.whole, WEIGHT))
 
 
 def load_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

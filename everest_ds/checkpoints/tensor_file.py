@@ -10,12 +10,12 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from everest_ds.errors import CheckpointError
@@ -92,16 +92,27 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckpointError: if it is missing or not a safetensors file.
     """
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata() or {}
-        return load_file(file), metadata
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{file}: not a readable weights file",
-            given=str(error),
-            allowed="a .safetensors file, a checkpoint, or a run folder",
-        ) from None
+    with open_tensors(file) as opened:
+        return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
+
+
+@contextmanager
+def open_tensors(file: Path) -> Iterator[Any]:
+    """An open safetensors file, of which only what is asked for is read: safetensors' own reader.
+
+    Raises:
+        CheckpointError: if it is missing or not a safetensors file.
+    """
+    with ExitStack() as stack:
+        try:
+            opened = stack.enter_context(safe_open(file, framework="pt"))
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{file}: not a readable weights file",
+                given=str(error),
+                allowed="a .safetensors file, a checkpoint, or a run folder",
+            ) from None
+        yield opened
 
 
 def seal_of(file: Path) -> FileSeal:

@@ -11,7 +11,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
-from everest_ds.models.vit import LAYER_NORM_EPS, init_weights
+from everest_ds.models.vit import LAYER_NORM_EPS
 
 
 class Classifier(nn.Module):
@@ -29,9 +29,7 @@ class Classifier(nn.Module):
         self.selector = Selector(config)
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
-        self.head = nn.Linear(width, config.model.num_classes)
-        self.apply(init_weights)
-        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        self.head = _Head(width, config.model.num_classes)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
         """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random."""
@@ -39,3 +37,10 @@ class Classifier(nn.Module):
         pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B)
         x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
         return self.head(self.norm(x_BKD.mean(dim=1)))
+
+
+class _Head(nn.Linear):
+    def reset_parameters(self) -> None:
+        """Draw small weights: logits begin close to each other."""
+        nn.init.trunc_normal_(self.weight, std=0.02)
+        nn.init.zeros_(self.bias)

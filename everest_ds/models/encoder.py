@@ -5,6 +5,7 @@ Shape legend: B clips, N tokens, K any number of them, P values of a tubelet, D 
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
@@ -20,10 +21,15 @@ class Encoder(nn.Module):
         model, shape = config.model, config.model.shape.encoder
         self.embed = TubeletEmbedding(model.geometry, shape.width)
         self.blocks = Blocks(shape, model.drop_path, model.attention)
-        self.register_buffer(
-            "positions", sincos_positions(model.geometry.num_tokens, shape.width), persistent=False
-        )
         self.positions: Tensor
+        self.register_buffer(
+            "positions", torch.empty(model.geometry.num_tokens, shape.width), persistent=False
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Compute the fixed positions."""
+        self.positions = sincos_positions(*self.positions.shape)
 
     def forward(self, tubelets_BKP: Tensor, index_BK: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
         """Run the blocks on the tubelets at token indices `index_BK`: (B, K, D).

@@ -33,7 +33,22 @@ def multiply(a_nI: Tensor, b_IO: Tensor) -> Tensor:
     return a_nI @ b_IO
 
 
-class Linear(nn.Linear):
+def init_linear(module: nn.Linear) -> None:
+    """Xavier-uniform weight and zero bias, as VideoMAE begins."""
+    nn.init.xavier_uniform_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+class XavierLinear(nn.Linear):
+    """`nn.Linear` that begins as `init_linear` says."""
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights; PyTorch's constructor calls this."""
+        init_linear(self)
+
+
+class Linear(XavierLinear):
     """`nn.Linear` by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -41,7 +56,7 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias)
 
 
-class LinearWithoutBias(nn.Linear):
+class LinearWithoutBias(XavierLinear):
     """`nn.Linear` whose bias is the caller's to give with the input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:

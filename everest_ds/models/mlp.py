@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import MLP_RATIO
-from everest_ds.models.linear import Linear, linear, multiply
+from everest_ds.models.linear import Linear, XavierLinear, linear, multiply
 
 
 class MLP(nn.Module):
@@ -29,7 +29,7 @@ class MLP(nn.Module):
         return self.fc2(self.fc1(x_BnD))
 
 
-class GELULinear(nn.Linear):
+class GELULinear(XavierLinear):
     """A linear map of GELU(x), whose backward pass computes GELU(x) again.
 
     The plain pair keeps x for the one and GELU(x) for the other, together half of what a block keeps. GELU

@@ -21,7 +21,7 @@ from everest_ds.models.encoder import Encoder
 from everest_ds.models.linear import Linear
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import gather_tokens, reconstruction_targets, sincos_positions
-from everest_ds.models.vit import LAYER_NORM_EPS, Blocks, init_weights
+from everest_ds.models.vit import LAYER_NORM_EPS, Blocks
 
 
 class Reconstruction(NamedTuple):
@@ -58,16 +58,20 @@ class PretrainModel(nn.Module):
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.to_decoder = Linear(width, shape.width, bias=False)
-        self.mask_token = nn.Parameter(torch.zeros(shape.width))
+        self.mask_token = nn.Parameter(torch.empty(shape.width))
         self.decoder = Blocks(shape, attention=config.model.attention)
         self.decoder_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
         self.head = Linear(shape.width, geometry.tubelet_values)
-        self.register_buffer(
-            "decoder_positions", sincos_positions(geometry.num_tokens, shape.width), persistent=False
-        )
         self.decoder_positions: Tensor
-        self.apply(init_weights)
+        self.register_buffer(
+            "decoder_positions", torch.empty(geometry.num_tokens, shape.width), persistent=False
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the mask token and compute the decoder's fixed positions."""
         nn.init.trunc_normal_(self.mask_token, std=0.02)
+        self.decoder_positions = sincos_positions(*self.decoder_positions.shape)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Reconstruction:
         """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random."""

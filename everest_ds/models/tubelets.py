@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.linear import linear
+from everest_ds.models.linear import XavierLinear, linear
 
 # Mean and standard deviation of ImageNet's RGB values in [0, 1], which VideoMAE normalises with.
 PIXEL_MEAN = (0.485, 0.456, 0.406)
@@ -90,7 +90,7 @@ class PixelMap(NamedTuple):
         return linear(centered, self.weight_DP, self.bias_D)
 
 
-class TubeletEmbedding(nn.Linear):
+class TubeletEmbedding(XavierLinear):
     """The patch embedding: VideoMAE's Conv3d with kernel = stride, as the one linear map it is.
 
     Input values are in (frame, row, column, colour) order, as `to_tubelets` gives them and as the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.models.attention import ATTENTION
-from everest_ds.models.linear import Linear, LinearWithoutBias
+from everest_ds.models.linear import Linear, LinearWithoutBias, init_linear
 from everest_ds.models.mlp import MLP
 from everest_ds.models.sampling import random_uniform
 
@@ -26,9 +26,15 @@ class Attention(nn.Module):
         self.head_width = width // heads
         self.attend = ATTENTION[kind]
         self.qkv = LinearWithoutBias(width, 3 * width)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.q_bias = nn.Parameter(torch.empty(width))
+        self.v_bias = nn.Parameter(torch.empty(width))
         self.proj = Linear(width, width)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Zero the biases of its own."""
+        nn.init.zeros_(self.q_bias)
+        nn.init.zeros_(self.v_bias)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
@@ -80,8 +86,6 @@ class Blocks(nn.ModuleList):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform linears, zero biases, unit norms (VideoMAE); use with `model.apply`."""
+    """Xavier-uniform linears, zero biases, unit norms (VideoMAE), of any `nn.Linear`; use with `apply`."""
     if isinstance(module, nn.Linear):
-        nn.init.xavier_uniform_(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        init_linear(module)

@@ -127,15 +127,17 @@ def _passes(stack: Sequence[Layer], config: Experiment) -> Iterator[_Moment]:
 
 
 def _add_up(config: Experiment, states: ModelStates, moment: _Moment) -> MemoryPrediction:
+    finished = moment.finished_parameters
+    buffers = states.buffer_bytes(finished, moment.in_backward)
     return MemoryPrediction(
         parameters=states.parameter_bytes + _position_bytes(config),
         master_parameters=states.master_bytes,
-        gradients=states.gradient_bytes(moment.finished_parameters),
+        gradients=states.gradient_bytes(finished),
         optimizer_states=states.optimizer_bytes,
         inputs=_input_bytes(config),
         activations=moment.activations,
         temporary=moment.temporary,
-        communication_buffers=states.buffer_bytes(moment.finished_parameters, moment.in_backward),
+        communication_buffers=buffers + (states.scatter_bytes(finished) if moment.in_backward else 0),
         peak_at=moment.name,
     )
 

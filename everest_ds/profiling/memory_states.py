@@ -7,11 +7,13 @@ an engine (tests/profiling/test_memory_states.py). Ψ parameters, N data-paralle
     0       eΨ           4Ψ (a)    eΨ              8Ψ      -
     1       eΨ           4Ψ/N      eΨ (b)          8Ψ/N    buckets, within the backward pass (c)
     2       eΨ           4Ψ/N      eΨ/N (b)        8Ψ/N    buckets, within the backward pass
-    3       eΨ/N         4Ψ/N      eΨ/N            8Ψ/N    a bucket, always; gathered parameters (d)
+    3       eΨ/N         4Ψ/N      eΨ/N            8Ψ/N    a bucket, always; copies (d), gathered weights (e)
 
 (a) none in fp32. (b) Between micro-batches; of a single one the gradients are born into the bucket.
-(c) Stage 1 holds them between micro-batches, too. (d) DeepSpeed releases a parameter after its backward pass,
-for fewer than `stage3_max_reuse_distance` (a billion) others are used in between: the whole model is there.
+(c) Stage 1 holds them between micro-batches, too. (d) While a full bucket is scattered over the ranks. (e) As
+many as `stage3_max_live_parameters`, and those that are just arriving, flat, before each gets its own tensor.
+With a model of fewer than `stage3_max_reuse_distance`, DeepSpeed releases a parameter after its backward pass
+only: the whole model is there. Its default is a billion; our files set both to a few blocks.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from everest_ds.shipped import shipped
 MASTER_BYTES = 4
 ADAMW_BYTES = 2 * 4  # two moments in float32
 _DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in values
+# And of ZeRO-3: parameters on their way, there at once, kept till their next use; stepped at once.
+_DEFAULT_PREFETCH, _DEFAULT_LIVE, _DEFAULT_REUSE, _DEFAULT_SUB_GROUP = 50_000_000, 10**9, 10**9, 10**9
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class ModelStates:
         value_bytes: e.
         accumulates: a step has several micro-batches.
         bucket_values: all reduce buckets together, in values.
+        gathered_values: parameters that ZeRO-3 has whole at once, at most.
+        stepped_values: parameters that ZeRO-3's optimiser steps at once, at most.
     """
 
     stage: int
@@ -48,6 +54,8 @@ class ModelStates:
     value_bytes: int
     accumulates: bool
     bucket_values: int
+    gathered_values: int
+    stepped_values: int
 
     @property
     def parameter_bytes(self) -> int:
@@ -80,10 +88,14 @@ class ModelStates:
         if self.stage == 0:
             return 0
         if self.stage == 3:
-            gathered = self.num_parameters - finished if self.ranks > 1 else 0
+            gathered = min(self.num_parameters - finished, self.gathered_values) if self.ranks > 1 else 0
             return (self.bucket_values + gathered) * self.value_bytes
         held = in_backward or (self.stage == 1 and self.accumulates and finished < self.num_parameters)
         return self.bucket_values * self.value_bytes if held else 0
+
+    def scatter_bytes(self, finished: int) -> int:
+        """ZeRO-3's copy of a bucket, in the order of the ranks that get its parts."""
+        return min(finished, self.bucket_values) * self.value_bytes if self.stage == 3 else 0
 
     @property
     def reduction_bytes(self) -> int:
@@ -98,7 +110,8 @@ class ModelStates:
         """For the optimiser's step: this rank's averaged gradients, and those flat and in float32."""
         if self.stage == 0:
             return 0 if self.value_bytes == MASTER_BYTES else self.num_parameters * MASTER_BYTES
-        return self.reduction_bytes + self._share(1) * MASTER_BYTES
+        stepped = min(self._share(1), self.stepped_values) if self.stage == 3 else self._share(1)
+        return self.reduction_bytes + stepped * MASTER_BYTES
 
     def _share(self, from_stage: int) -> int:
         """Parameters of this rank, where what is asked for is split from that stage on."""
@@ -119,7 +132,16 @@ def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelSt
         value_bytes=VALUE_BYTES[config.precision],
         accumulates=accumulated > 1,
         bucket_values=buckets * int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
+        gathered_values=_gathered_values(zero, num_parameters),
+        stepped_values=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)),
     )
+
+
+def _gathered_values(zero: dict[str, Any], num_parameters: int) -> int:
+    if zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE) >= num_parameters:
+        return num_parameters
+    live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
+    return int(live + zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH))
 
 
 def _zero_settings(config: Experiment) -> dict[str, Any]:

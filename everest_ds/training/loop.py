@@ -20,7 +20,7 @@ from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import steps_per_epoch
 from everest_ds.errors import CheckpointError, ConfigError, DivergedError, StoppedError
 from everest_ds.log import logger, setup_logging
-from everest_ds.models import build_model
+from everest_ds.models.initial import outline
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
@@ -48,7 +48,7 @@ from everest_ds.training.stop import StopRequest, Wish
 from everest_ds.training.timer import StepTimer, Waited
 from everest_ds.training.utilization import ClipCost
 from everest_ds.training.watchdog import Watchdog
-from everest_ds.training.weights import load_encoder
+from everest_ds.training.weights import initial_weights
 
 
 def train(
@@ -73,11 +73,11 @@ def train(
     world.share(lambda: folder.open(config, ds_config, world.size))
     setup_logging(world.rank, folder.logs)
     try:
-        torch.manual_seed(config.run.seed)  # the initial weights, equal on every rank
-        model = build_model(config)
-        if config.model.init_from is not None and not list_checkpoints(folder.checkpoints):
-            logger.info("encoder weights from %s", load_encoder(model, config.model.init_from))
-        engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
+        model = outline(config)  # of which no rank ever has the whole, unless its share is that
+        groups = parameter_groups(model, config.optimizer)
+        init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
+        with initial_weights(config, init_from) as weights:
+            engine = build_engine(model, groups, config, ds_config, world, weights)
         grace = Grace(signal_s, folder.path / GRACE_FILE if world.is_main else None)
         run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)

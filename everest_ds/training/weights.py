@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor, nn
 
-from everest_ds.checkpoints.export import load_weights
+from everest_ds.checkpoints.export import StoredWeights, load_weights, open_weights
 from everest_ds.checkpoints.folder import find_checkpoint
+from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
+from everest_ds.log import logger
+from everest_ds.models.initial import NamedTensor, draw, outline
+from everest_ds.parallel.initial import InitialWeights
 from everest_ds.training.run_folder import RunFolder
 
 ENCODER = "encoder."
+_Shapes = dict[str, tuple[int, ...]]
 
 
 def find_weights(source: Path, prefer_best: bool = False) -> Path:
@@ -42,20 +50,52 @@ def load_encoder(model: nn.Module, source: Path) -> Path:
     return file
 
 
+@contextmanager
+def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[InitialWeights]:
+    """What a run starts from: drawn by its seed, or the encoder's of a pre-training run, one at a time.
+
+    Raises:
+        CheckpointError: if the encoder there has another architecture.
+    """
+    if init_from is None:
+        yield partial(draw, config)
+        return
+    file = find_weights(init_from)
+    with open_weights(file) as stored:
+        shapes = {name: tuple(p.shape) for name, p in outline(config).named_parameters()}
+        _check_same_shapes(_encoders(shapes), _encoders(stored.shapes), file)
+        logger.info("encoder weights from %s", file)
+        yield partial(_with_encoder_of, stored, config)
+
+
+def _with_encoder_of(stored: StoredWeights, config: Experiment) -> Iterator[NamedTensor]:
+    replaced = _encoders(stored.shapes)
+    for name, drawn in draw(config):
+        yield name, stored.read(name) if name in replaced else drawn
+
+
+def _encoders(shapes: _Shapes) -> _Shapes:
+    return {name: shape for name, shape in shapes.items() if name.startswith(ENCODER)}
+
+
 def load_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefix: str = "") -> None:
     """Copy `tensors` into all parameters of `model` that start with `prefix`.
 
     Raises:
         CheckpointError: naming the first parameter that is missing, unexpected or of another shape.
     """
-    wanted = {name: p for name, p in model.named_parameters() if name.startswith(prefix)}
-    for name in [*wanted, *tensors]:
-        here, there = wanted.get(name), tensors.get(name)
-        if here is None or there is None or here.shape != there.shape:
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(prefix)}
+    _check_same_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, file)
+    model.load_state_dict(tensors, strict=False)
+
+
+def _check_same_shapes(wanted: _Shapes, found: _Shapes, file: Path) -> None:
+    for name in [*wanted, *found]:
+        here, there = wanted.get(name), found.get(name)
+        if here is None or here != there:
             raise CheckpointError(
                 f"{file}: weights of another architecture, at `{name}`",
-                given="absent" if there is None else f"shape {tuple(there.shape)}",
-                allowed="absent" if here is None else f"shape {tuple(here.shape)}",
+                given="absent" if there is None else f"shape {there}",
+                allowed="absent" if here is None else f"shape {here}",
                 fix="use the model section of the run that wrote it",
             )
-    model.load_state_dict(tensors, strict=False)

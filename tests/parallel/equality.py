@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
+from everest_ds.models.initial import draw, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
@@ -23,6 +26,7 @@ from everest_ds.training.parameters import parameter_groups
 
 STEPS = 20
 GLOBAL_BATCH = 8
+SEED = 2
 STAGES = (0, 1, 2, 3)
 TASKS = ("pretrain", "finetune")
 MAX_GRADIENT_NORM = 0.5
@@ -49,8 +53,10 @@ def experiment(
     recompute: dict[str, Any] | None = None,
     precision: str = "fp32",
     offload: bool = False,
+    ds_config: Path | None = None,
 ) -> Experiment:
     """Clipping, layer decay, drop path and two accumulated micro-batches."""
+    spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
     if task == "finetune":
@@ -64,16 +70,30 @@ def experiment(
             "optimizer": {"clip_grad_norm": MAX_GRADIENT_NORM, "layer_decay": layer_decay},
             "batch": {"micro_batch_size": GLOBAL_BATCH // data_degree // 2, "grad_accum_steps": 2},
             "precision": precision,
-            "parallelism": {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload},
+            "parallelism": spread,
             "recompute": recompute or {},
+            "run": {"seed": SEED},
         }
     )
+
+
+def for_tiny_models(shipped: Path, folder: Path) -> Path:
+    """A DeepSpeed file with every size a thousandth: a tiny model meets what a large one meets.
+
+    As shipped, the parameters of a tiny one are so small that each rank keeps all of them.
+    """
+    tree = json.loads(shipped.read_text())
+    zero = tree["zero_optimization"]
+    zero |= {key: value // 1000 for key, value in zero.items() if isinstance(value, int) and value > 1000}
+    own = folder / shipped.name
+    own.write_text(json.dumps(tree))
+    return own
 
 
 def plain_run(task: str) -> Trajectory:
     """The reference: one process, one batch a step, torch's own AdamW and clipping."""
     config = experiment(task, stage=0, data_degree=1)
-    torch.manual_seed(0)
+    torch.manual_seed(SEED)
     model = build_model(config).train()
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
@@ -96,10 +116,9 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
     """The same steps under DeepSpeed; losses are means over all ranks."""
     plan = plan_ranks(config, world.size)
     mesh = form_mesh(world, config.parallelism.tensor)
-    torch.manual_seed(0)
-    model = build_model(config)
+    model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    engine = build_engine(model, groups, config, resolve_ds_config(config, plan), world)
+    engine = build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
     objective = build_objective(config)
     losses, norms = [], []
     for step in range(STEPS):

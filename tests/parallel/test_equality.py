@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from pathlib import Path
 
 import pytest
 
 from everest_ds.config.backbones import BACKBONES
+from everest_ds.shipped import shipped
 from tests.parallel.equality import (
     SPLITTABLE,
     STAGES,
@@ -17,6 +19,7 @@ from tests.parallel.equality import (
     engine_runs,
     engine_runs_on_onednn,
     experiment,
+    for_tiny_models,
     plain_run,
 )
 from tests.ranks import run_ranks
@@ -65,6 +68,18 @@ def test_a_mesh_follows_the_plain_loop(task: str, data: int, tensor: int, stages
 def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
     configs = [experiment("pretrain", stage=2, data_degree=1, tensor=2)]
     assert_equal(run_ranks(engine_runs_on_onednn, 2, configs)[0][0], reference("pretrain"), "oneDNN")
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(2, 1), (2, 2)])
+def test_zero3_follows_the_plain_loop_where_weights_come_and_go(
+    data: int, tensor: int, tmp_path: Path
+) -> None:
+    """Released after the forward pass, fetched again for the backward pass, as of a large model."""
+    own = for_tiny_models(shipped("ds_configs") / "zero3.json", tmp_path)
+    configs = [experiment(task, 3, data, tensor, ds_config=own) for task in TASKS]
+    for task, *runs in zip(TASKS, *run_ranks(engine_runs, data * tensor, configs), strict=True):
+        assert_equal(runs[0], reference(task), f"{task}, weights come and go")
+        assert_same_weights(runs, task)
 
 
 @pytest.mark.slow
