@@ -46,7 +46,7 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     """
     from rich.console import Console
 
-    rows = sorted(job_rows(find_runs(_folders(folders))), key=_number)
+    rows = in_order(job_rows(find_runs(_folders(folders))))
     if rows:
         Console().print(jobs_table(rows))
     else:
@@ -89,6 +89,11 @@ def find_rows(which: Sequence[str]) -> list[JobRow]:
         UsageError: no such run or job.
     """
     return [row for text in which for row in _find(text)]
+
+
+def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
+    """As they were submitted; those without SLURM first."""
+    return sorted(rows, key=_number)
 
 
 def jobs_table(rows: Sequence[JobRow]) -> Group:
@@ -199,7 +204,6 @@ def _live(rows: Sequence[JobRow]) -> list[JobRow]:
 
 
 def _number(row: JobRow) -> tuple[int, ...]:
-    """Jobs in the order they were submitted; those without SLURM first."""
     return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
 
 
@@ -224,11 +228,9 @@ def _submit_again(row: JobRow) -> str:
     from everest_ds.launch.slurm import submit
     from everest_ds.launch.submitted import load_job
 
-    run = row.run.absolute()
-    _, is_task, number = row.job_id.partition("_")
-    job = load_job(run.parent if is_task else run, "sweep" if is_task else row.task)
-    job = replace(job, dependency=None, array=number if is_task else job.array)
+    number = row.job_id.partition("_")[2] if row.home != row.run else None
+    job, folder = load_job(row.home, "sweep" if number else row.task)
     asked = time.time()
-    job_id = submit(job) + (f"_{number}" if is_task else "")
-    append_event(run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
+    job_id = submit(replace(job, dependency=None, array=number), folder) + (f"_{number}" if number else "")
+    append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
     return job_id
