@@ -17,7 +17,19 @@ from typing import Any
 from everest_ds.launch.environment import LOCALHOST, RankEnvironment, free_port
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "deepspeed", "everest_ds.training.loop", "tests.ranks"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "deepspeed",
+        # What a rank would import while it trains: of two seconds for a small run, most.
+        "deepspeed.module_inject.auto_ep_layer",
+        "matplotlib.pyplot",
+        "torch._inductor.compile_fx",
+        "torch.utils.tensorboard",
+        "everest_ds.training.loop",
+        "tests.ranks",
+    ]
+)
 
 TIMEOUT_SECONDS = 240
 
