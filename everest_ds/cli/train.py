@@ -148,7 +148,10 @@ def _started_ranks(
     from everest_ds.launch.local import launch_local
 
     if command != "evaluate":
+        from everest_ds.parallel.nvme import check_nvme
+
         describe_plan(config, nproc)  # refuses what cannot run before any rank starts
+        check_nvme(config)
     json_options = [] if json_file is None else ["--json", str(json_file)]
     code = launch_local(nproc, [command, source, *overrides, *json_options], log_dir=config.run.dir / "logs")
     if code:

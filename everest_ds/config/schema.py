@@ -160,6 +160,9 @@ class ParallelismConfig(Section):
     offload_to_cpu: bool = Field(
         False, description="optimiser, and at stage 3 weights, in host memory: zero<stage>_offload.json"
     )
+    offload_to_nvme: Path | None = Field(
+        None, description="a folder on a local disk: stage 3's optimiser states there, weights in host memory"
+    )
     ds_config: Path | None = Field(None, description="your own DeepSpeed JSON, of the same stage")
 
     @model_validator(mode="after")
@@ -167,8 +170,13 @@ class ParallelismConfig(Section):
         """There is a shipped DeepSpeed file that offloads, and no other that says whether to."""
         if self.offload_to_cpu and self.zero_stage < 2:
             raise ValueError(f"offload_to_cpu needs zero_stage 2 or 3, not {self.zero_stage}")
-        if self.offload_to_cpu and self.ds_config is not None:
-            raise ValueError("offload_to_cpu picks a shipped DeepSpeed file; say it in ds_config instead")
+        if self.offload_to_nvme is not None and self.zero_stage < 3:
+            raise ValueError(f"offload_to_nvme needs zero_stage 3, not {self.zero_stage}")
+        if self.offload_to_cpu and self.offload_to_nvme is not None:
+            raise ValueError("offload_to_nvme holds the weights in host memory; leave out offload_to_cpu")
+        for key in ("offload_to_cpu", "offload_to_nvme"):
+            if getattr(self, key) and self.ds_config is not None:
+                raise ValueError(f"{key} picks a shipped DeepSpeed file; say it in ds_config instead")
         return self
 
 

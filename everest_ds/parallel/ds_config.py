@@ -12,6 +12,7 @@ from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.errors import ConfigError, nearest
+from everest_ds.parallel.nvme import check_nvme, swap_folder
 from everest_ds.shipped import shipped
 
 AUTO = "auto"
@@ -29,8 +30,10 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     """Read the DeepSpeed file that the config names and fill it in.
 
     Raises:
-        ConfigError: unknown keys, another ZeRO stage, or a value that the run config owns.
+        ConfigError: unknown keys, another ZeRO stage, a value that the run config owns, or an offload that
+            this machine cannot do.
     """
+    check_nvme(config)
     path = ds_config_path(config)
     tree = _read(path)
     _check_keys(tree, path)
@@ -44,6 +47,7 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     _fill(tree, "train_micro_batch_size_per_gpu", plan.micro_batch_size, path)
     _fill(tree, "gradient_accumulation_steps", plan.grad_accum_steps, path)
     _fill(tree, "gradient_clipping", config.optimizer.clip_grad_norm or 0.0, path)
+    _fill_swap_folder(tree["zero_optimization"], config, path)
     for precision in ("bf16", "fp16"):
         if precision == config.precision or precision in tree:
             _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
@@ -53,7 +57,7 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
 def ds_config_path(config: Experiment) -> Path:
     """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
     parallelism = config.parallelism
-    offload = "_offload" if parallelism.offload_to_cpu else ""
+    offload = "_offload" if parallelism.offload_to_cpu else "_nvme" if parallelism.offload_to_nvme else ""
     return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
 
 
@@ -77,6 +81,22 @@ def _check_keys(tree: dict[str, Any], path: Path) -> None:
             if key not in known:
                 name = f"{section}.{key}" if section else key
                 raise ConfigError(f"{path}: unknown DeepSpeed key `{name}`", allowed=nearest(key, known))
+
+
+def _fill_swap_folder(zero: dict[str, Any], config: Experiment, path: Path) -> None:
+    folder = swap_folder(config)
+    if folder is not None:
+        _fill(zero["offload_optimizer"], "nvme_path", str(folder), path)
+    elif any(_device(zero, key) == "nvme" for key in ("offload_optimizer", "offload_param")):
+        raise ConfigError(
+            f"{path}: offload to nvme is owned by the run config",
+            fix="take it out and set parallelism.offload_to_nvme; weights offload to host memory at most",
+        )
+
+
+def _device(zero: dict[str, Any], key: str) -> object:
+    section = zero.get(key)
+    return section.get("device") if isinstance(section, dict) else None
 
 
 def _fill(tree: dict[str, Any], key: str, value: object, path: Path) -> None:

@@ -55,6 +55,7 @@ def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
             mine = held[name]
             shard = _shard(mine.parameter, whole, mesh).flatten()
             states.put(mine, WEIGHT, shard[mine.start : mine.start + mine.numel])
+    states.refresh()
 
 
 def _shard(parameter: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:

@@ -68,7 +68,9 @@ def model_states(engine: Any, mesh: Mesh) -> ModelStates:
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return _Replicated(engine, mesh)
-    return _Partitioned(engine, mesh) if stage == 3 else _Flattened(engine, mesh)
+    if stage < 3:
+        return _Flattened(engine, mesh)
+    return _Swapped(engine, mesh) if engine.optimizer.swap_optimizer else _Partitioned(engine, mesh)
 
 
 def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
@@ -234,6 +236,72 @@ class _Partitioned:
 
     def slots(self) -> list[dict[str, Any]]:
         return _slots(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
+
+
+class _Swapped(_Partitioned):
+    """Stage 3 with optimiser states on a disk, from which DeepSpeed fetches those of one group at a time.
+
+    Neighbouring parameters share a group, so each is fetched about once, not for every parameter.
+    """
+
+    def __init__(self, engine: Any, mesh: Mesh) -> None:
+        super().__init__(engine, mesh)
+        self._fetched: int | None = None  # group whose states are in memory, to be changed
+        self._copied: tuple[int, str] | None = None  # group and state that was read last
+        self._copy: Tensor
+
+    def get(self, held: Held, state: str) -> Tensor:
+        group, start, _ = self._place(held)
+        if self._copied != (group, state):
+            self._send_back()
+            self._fetch(group)
+            self._copied, self._copy = (group, state), self._flat(group, state).detach().cpu().clone()
+            self._send_back()
+        return self._copy.narrow(0, start, held.numel)
+
+    def put(self, held: Held, state: str, values: Tensor) -> None:
+        group, start, share = self._place(held)
+        if group != self._fetched:
+            self._send_back()
+            self._fetch(group)
+        self._copied = None
+        elements = self._flat(group, state).detach().narrow(0, start, share)
+        elements.zero_()
+        elements[: held.numel].copy_(values)
+        if state == WEIGHT:
+            held.parameter.ds_tensor.data.copy_(elements)
+
+    def refresh(self) -> None:
+        self._send_back()
+        super().refresh()
+
+    def slots(self) -> list[dict[str, Any]]:
+        self._send_back()
+        for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
+            if not self._zero.optimizer.state[flat]:
+                self._fetch(group)
+                _slots(self._zero.optimizer, [flat])
+                self._send_back()
+        return [self._zero.optimizer.state[flat] for flat in self._zero.fp32_partitioned_groups_flat]
+
+    def _place(self, held: Held) -> tuple[int, int, int]:
+        """Group of the parameter, and start and length of this rank's share in it."""
+        place: tuple[int, int, int] = self._zero.grad_position[self._zero.get_param_id(held.parameter)]
+        return place
+
+    def _flat(self, group: int, state: str) -> Tensor:
+        flat: Tensor = self._zero.fp32_partitioned_groups_flat[group]
+        return flat if state == WEIGHT else self._zero.optimizer.state[flat][state]
+
+    def _fetch(self, group: int) -> None:
+        if self._zero._swappable_optimizer_subgroup(group):  # small ones stay in memory
+            self._zero._optimizer_states_and_gradient_swap_in(group)
+        self._fetched = group
+
+    def _send_back(self) -> None:
+        if self._fetched is not None and self._zero._swappable_optimizer_subgroup(self._fetched):
+            self._zero._optimizer_states_and_gradient_swap_out(self._fetched)
+        self._fetched = None
 
 
 def _slots(optimizer: torch.optim.AdamW, tensors: list[Tensor]) -> list[dict[str, Any]]:

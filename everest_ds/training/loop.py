@@ -25,6 +25,7 @@ from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, sav
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
@@ -85,6 +86,7 @@ def train(
             run.to_the_end(stop, watchdog)
         engine.destroy()
     finally:
+        remove_swap_files(config, world.rank)
         folder.close()
     return folder
 

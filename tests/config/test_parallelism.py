@@ -48,6 +48,11 @@ def test_ranks_that_the_degree_does_not_divide_are_refused() -> None:
     [
         ({"parallelism": {"zero_stage": 1, "offload_to_cpu": True}}, "needs zero_stage 2 or 3, not 1"),
         ({"parallelism": {"offload_to_cpu": True, "ds_config": "my.json"}}, "say it in ds_config"),
+        ({"parallelism": {"zero_stage": 2, "offload_to_nvme": "/disk"}}, "needs zero_stage 3, not 2"),
+        (
+            {"parallelism": {"zero_stage": 3, "offload_to_nvme": "/disk", "offload_to_cpu": True}},
+            "leave out offload_to_cpu",
+        ),
         ({"recompute": {"mode": "full", "partition": True}}, "parallelism.tensor above 1"),
         ({"recompute": {"partition": True}, "parallelism": {"tensor": 2}}, "needs recompute.mode=full"),
     ],

@@ -18,7 +18,13 @@ from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
 from everest_ds.models.initial import draw, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.parallel.engine import build_engine, full_parameter, gradient_norm, set_learning_rate
+from everest_ds.parallel.engine import (
+    Engine,
+    build_engine,
+    full_parameter,
+    gradient_norm,
+    set_learning_rate,
+)
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
@@ -54,9 +60,11 @@ def experiment(
     precision: str = "fp32",
     offload: bool = False,
     ds_config: Path | None = None,
+    nvme: Path | None = None,
 ) -> Experiment:
     """Clipping, layer decay, drop path and two accumulated micro-batches."""
-    spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload, "ds_config": ds_config}
+    spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload}
+    spread |= {"offload_to_nvme": nvme, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
     if task == "finetune":
@@ -112,13 +120,17 @@ def plain_run(task: str) -> Trajectory:
     return Trajectory(losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()})
 
 
+def start(world: World, config: Experiment) -> Engine:
+    """The engine of a run, as `train` makes it."""
+    model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
+    groups = parameter_groups(model, config.optimizer)
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+
+
 def engine_run(world: World, config: Experiment) -> Trajectory:
     """The same steps under DeepSpeed; losses are means over all ranks."""
     plan = plan_ranks(config, world.size)
-    mesh = form_mesh(world, config.parallelism.tensor)
-    model, ds_config = outline(config), resolve_ds_config(config, plan)
-    groups = parameter_groups(model, config.optimizer)
-    engine = build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+    mesh, engine = form_mesh(world, config.parallelism.tensor), start(world, config)
     objective = build_objective(config)
     losses, norms = [], []
     for step in range(STEPS):

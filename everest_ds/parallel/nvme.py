@@ -1,0 +1,52 @@
+"""Optimiser states on a disk of the node, between the steps (ZeRO-Infinity)."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from everest_ds.config import Experiment
+from everest_ds.errors import ConfigError
+
+
+def check_nvme(config: Experiment) -> None:
+    """Refuse `parallelism.offload_to_nvme` where this machine cannot do it.
+
+    Raises:
+        ConfigError: saying what is missing and how to get it.
+    """
+    folder = config.parallelism.offload_to_nvme
+    if folder is None:
+        return
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(
+            "parallelism.offload_to_nvme: not a folder that can be written to",
+            given=str(folder),
+            fix="name a folder on a local disk of every node",
+        )
+    from deepspeed.ops.op_builder import AsyncIOBuilder  # heavy
+
+    if shutil.which("g++") is None or shutil.which("ninja") is None or not AsyncIOBuilder().is_compatible():
+        raise ConfigError(
+            "parallelism.offload_to_nvme: DeepSpeed's async_io cannot be built here",
+            fix="install libaio with its headers, a C++ compiler and ninja"
+            " (Debian: apt-get install libaio-dev g++ ninja-build), or set parallelism.offload_to_cpu=true",
+        )
+
+
+def swap_folder(config: Experiment) -> Path | None:
+    """Where this run keeps its states: a folder of its own, for several runs may share the disk."""
+    parent = config.parallelism.offload_to_nvme
+    if parent is None:
+        return None
+    run = hashlib.sha256(str(config.run.dir.resolve()).encode()).hexdigest()[:12]
+    return parent.resolve() / f"everest-ds-{run}"
+
+
+def remove_swap_files(config: Experiment, rank: int) -> None:
+    """Free the disk of what is of no use once the rank is done: checkpoints hold the states."""
+    folder = swap_folder(config)
+    if folder is not None:
+        shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)

@@ -1,0 +1,107 @@
+"""Optimiser states on a disk: the same training, checkpoints that go anywhere, and refusals that help."""
+
+from __future__ import annotations
+
+import json
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from everest_ds.checkpoints.reader import STATES
+from everest_ds.config import Experiment, plan_ranks
+from everest_ds.errors import ConfigError
+from everest_ds.parallel.checkpoint import Keep, load_checkpoint, newest_complete, save_checkpoint
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.parallel.mesh import Mesh, form_mesh
+from everest_ds.parallel.nvme import check_nvme
+from everest_ds.parallel.states import model_states
+from everest_ds.parallel.world import World
+from everest_ds.shipped import shipped
+from tests.checkpoints.made import facts
+from tests.parallel.equality import engine_runs, experiment, plain_run, start
+from tests.parallel.test_equality import assert_equal, splittable_decoder  # noqa: F401
+from tests.ranks import run_ranks
+
+reference = lru_cache(plain_run)
+
+
+def on_disk(folder: Path) -> Experiment:
+    return experiment("pretrain", 3, data_degree=2, nvme=folder)
+
+
+def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="not a folder that can be written to.*local disk of every node"):
+        check_nvme(on_disk(tmp_path / "absent"))
+
+
+def test_a_machine_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.fspath(tmp_path))
+    with pytest.raises(ConfigError, match="async_io cannot be built here.*apt-get install libaio-dev"):
+        check_nvme(on_disk(tmp_path))
+
+
+def test_nvme_in_a_file_of_ones_own_is_refused(tmp_path: Path) -> None:
+    tree = json.loads((shipped("ds_configs") / "zero3_nvme.json").read_text())
+    (tmp_path / "own.json").write_text(json.dumps(tree))
+    config = experiment("pretrain", 3, data_degree=2, ds_config=tmp_path / "own.json")
+    with pytest.raises(ConfigError, match="owned by the run config.*set parallelism.offload_to_nvme"):
+        resolve_ds_config(config, plan_ranks(config, 2))
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    try:
+        check_nvme(on_disk(tmp_path))
+    except ConfigError as error:
+        pytest.skip(str(error))
+    return tmp_path
+
+
+def states_of(engine: Any, mesh: Mesh) -> list[list[float]]:
+    view = model_states(engine, mesh)
+    held = list(view.held())
+    return [view.get(each, state).tolist() for state in STATES for each in held]
+
+
+def fill_states(engine: Any, mesh: Mesh) -> None:
+    """Numbers that no other run has."""
+    view = model_states(engine, mesh)
+    view.slots()
+    generator = torch.Generator().manual_seed(mesh.world.rank)
+    for each in list(view.held()):
+        for state in STATES:
+            view.put(each, state, torch.rand(each.numel, generator=generator))
+    view.refresh()
+
+
+def move(world: World, here: Experiment, there: Experiment, folder: Path) -> bool:
+    """Save in one way, load in another: every number of the states arrives."""
+    mesh, engine = form_mesh(world, 1), start(world, here)
+    fill_states(engine, mesh)
+    known = facts(0).model_dump(exclude={"optimizer_step", "loss_scale"})
+    save_checkpoint(engine, folder, known, Keep(1, None), mesh)
+    before = states_of(engine, mesh)
+    engine.destroy()
+    engine = start(world, there)
+    found = newest_complete(folder, world)
+    assert found is not None
+    load_checkpoint(engine, *found, mesh)
+    after = states_of(engine, mesh)
+    engine.destroy()
+    return before == after
+
+
+@pytest.mark.slow
+def test_states_on_a_disk_train_as_the_plain_loop(disk: Path) -> None:
+    assert_equal(run_ranks(engine_runs, 2, [on_disk(disk)])[0][0], reference("pretrain"), "nvme")
+
+
+@pytest.mark.slow
+def test_states_move_to_a_disk_and_back(disk: Path) -> None:
+    elsewhere = experiment("pretrain", 3, data_degree=2)
+    for number, (here, there) in enumerate(((on_disk(disk), elsewhere), (elsewhere, on_disk(disk)))):
+        assert run_ranks(move, 2, here, there, disk / str(number)) == [True, True]
