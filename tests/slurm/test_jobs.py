@@ -53,7 +53,7 @@ def test_tasks_of_an_array_are_requeued_one_by_one(cluster: LocalCluster, recipe
     script = work / "seeds.sbatch"
     script.write_text(
         "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH --output=seeds-%A_%a.out\n"
-        f'source {shlex.quote(str(SCRIPTS))}/common.sh\neverest_ranks pretrain "$1" schedule.epochs=60'
+        f'source {shlex.quote(str(SCRIPTS))}/common.sh\neverest_ranks pretrain "$1" schedule.epochs=30'
         f' run.seed="$SLURM_ARRAY_TASK_ID" run.dir={shlex.quote(str(work))}/"seed-$SLURM_ARRAY_TASK_ID"\n'
     )
     array = cluster.submit(script, str(recipe), options=("--nodes=1", "--array=1-2"))
