@@ -120,7 +120,7 @@ everest_ranks() {
     [[ -n $everest_signalled ]] || everest_run_step "$@"
     state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
     verdict=$(everest_once job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
-    read -r verdict bad <<<"$verdict"
+    read -r verdict bad <<<"${verdict##*$'\n'}"  # the last line: containers greet on stdout too
     [[ $verdict == requeue ]] && everest_requeue "$bad"
     exit "$everest_code"
 }
