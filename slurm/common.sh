@@ -36,6 +36,9 @@ source "$EVEREST_CLUSTER_FILE"
 set +a
 everest_modules || { everest_say "everest_modules of $EVEREST_CLUSTER_FILE failed"; exit 2; }
 EVEREST_PYTHON=${EVEREST_PYTHON:-python3}
+# The number of an array's task can be that of the whole array.
+everest_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+everest_job=${everest_job:-$SLURM_JOB_ID}
 export EVEREST_SIGNAL_SECONDS=${EVEREST_SIGNAL_SECONDS:-300}
 export PYTHONUNBUFFERED=1  # the job's output is read while it runs
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun forgets it otherwise
@@ -84,17 +87,27 @@ everest_run_step() {
     everest_srun=
 }
 
+# Queue this job again, without the nodes named; returns only if that fails.
 everest_requeue() {
     local bad=$1 attempt
-    if [[ -n $bad && ${EVEREST_EXCLUDE_BAD_NODES:-0} == 1 ]]; then
-        scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$bad" || everest_say "cannot exclude $bad"
-    fi
+    trap '' TERM  # SLURM ends this shell now, but a job's nodes can be excluded only once it is pending
     for attempt in 1 2 3 4 5 6; do  # the controller may be restarting
-        scontrol requeue "$SLURM_JOB_ID" && return 0
+        if scontrol requeue "$everest_job"; then
+            [[ -n $bad && ${EVEREST_EXCLUDE_BAD_NODES:-0} == 1 ]] && everest_exclude "$bad"
+            exit 75
+        fi
         sleep 5
     done
-    everest_say "could not requeue job $SLURM_JOB_ID; the same sbatch line goes on from the last checkpoint"
-    return 1
+    everest_say "could not requeue job $everest_job; the same sbatch line goes on from the last checkpoint"
+}
+
+everest_exclude() {
+    local attempt
+    for attempt in {1..50}; do
+        scontrol update "JobId=$everest_job" "ExcNodeList=$1" 2>/dev/null && return
+        sleep 0.1
+    done
+    everest_say "could not exclude $1"
 }
 
 everest_ranks() {
@@ -105,9 +118,9 @@ everest_ranks() {
     everest_sizes
     everest_code=75
     [[ -n $everest_signalled ]] || everest_run_step "$@"
-    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format='%T/%r' 2>/dev/null || true)
+    state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
     verdict=$(everest_once job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
-    read -r verdict bad <<<"$verdict"
-    [[ $verdict == requeue ]] && everest_requeue "$bad" && exit 75
+    read -r verdict bad <<<"${verdict##*$'\n'}"  # the last line: containers greet on stdout too
+    [[ $verdict == requeue ]] && everest_requeue "$bad"
     exit "$everest_code"
 }

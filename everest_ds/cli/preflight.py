@@ -38,7 +38,7 @@ def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile =
             print_facts("Preflight: these nodes can train it", facts)
             write_json(json_file, facts)
 
-    in_world(config, act)
+    in_world(config, act, tell_job=False)
 
 
 def check_nodes(config: Experiment, world: World) -> dict[str, Any]:

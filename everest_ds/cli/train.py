@@ -159,13 +159,16 @@ def _started_ranks(
     return True
 
 
-def in_world(config: Experiment, act: Callable[[World], None]) -> None:
-    """Become one rank of the world this process was started in, and act there; a SLURM job hears the end."""
+def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool = True) -> None:
+    """Become one rank of the world this process was started in, and act there.
+
+    How it ends goes into the job log of the run, in a SLURM job and unless `tell_job` is false.
+    """
     from everest_ds.cli.ending import early_stop, noted_ending
     from everest_ds.launch.environment import detect
     from everest_ds.launch.job import current_job
 
-    job, place = current_job(), detect()
+    job, place = current_job() if tell_job else None, detect()
     os.environ.update(place.as_variables())
     with noted_ending(job, config.run.dir, place.rank), early_stop(job):
         from everest_ds.parallel.world import explained_failures, join_world, leave_world

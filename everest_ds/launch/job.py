@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,7 @@ def _append(run: Path, event: JobEvent) -> None:
     try:
         append_event(run, event)
     except OSError as error:
-        print(f"everest-ds: {run}: {event.event} is not in its log: {error}", flush=True)
+        print(f"everest-ds: {run}: {event.event} is not in its log: {error}", file=sys.stderr, flush=True)
 
 
 def _count(environ: Mapping[str, str], name: str, default: int) -> int:

@@ -128,7 +128,7 @@ class Job:
 
     def ended_everywhere(self, restarts: int | None = None) -> None:
         """No process of it is left on any node."""
-        wait_for(lambda: not self.processes(restarts), f"no process left of job {self.number}", 15)
+        wait_for(lambda: not self.processes(restarts), f"no process left of job {self.number}", 60)
 
 
 def _restart_count(settings: set[bytes]) -> int:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,12 +85,16 @@ def in_work(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: LocalCluster, recipe: Path, work: Path) -> dict[int, float]:
+def undisturbed(
+    cluster: LocalCluster, recipe: Path, work: Path, fault_times: list[FaultTimes]
+) -> dict[int, float]:
     """Losses of the run that nothing happens to, from sbatch to the end."""
-    folder = work / "undisturbed"
+    folder, submitted = work / "undisturbed", time.time()
     job = cluster.submit(
         SCRIPTS / "pretrain.sbatch", str(recipe), f"run.dir={folder}", options=(f"--chdir={work}",)
     )
+    first_step, _ = Run(folder).steps_beyond(job, 0)
+    fault_times.append(FaultTimes("none: sbatch to the first step", None, first_step - submitted, 0))
     job.wait("COMPLETED")
     job.ended_everywhere()
     assert [e.event for e in Run(folder).events(job)] == ["started", "finished"]

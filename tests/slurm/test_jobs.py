@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from everest_ds.config import dump_experiment
 from tests.slurm.cluster import SCRIPTS, Job, LocalCluster, Run, evaluation, wait_for
 from tests.slurm.conftest import NUM_STEPS
+from tests.slurm.report import FaultTimes
 from tests.training.runs import experiment, losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -53,24 +55,17 @@ def test_tasks_of_an_array_are_requeued_one_by_one(cluster: LocalCluster, recipe
     script = work / "seeds.sbatch"
     script.write_text(
         "#!/bin/bash\n#SBATCH --signal=USR1@300\n#SBATCH --output=seeds-%A_%a.out\n"
-        f'source {shlex.quote(str(SCRIPTS))}/common.sh\neverest_ranks pretrain "$1" schedule.epochs=60'
+        f'source {shlex.quote(str(SCRIPTS))}/common.sh\neverest_ranks pretrain "$1" schedule.epochs=30'
         f' run.seed="$SLURM_ARRAY_TASK_ID" run.dir={shlex.quote(str(work))}/"seed-$SLURM_ARRAY_TASK_ID"\n'
     )
     array = cluster.submit(script, str(recipe), options=("--nodes=1", "--array=1-2"))
-    tasks = [wait_for(lambda n=n: _task(array, n), f"task {n} runs") for n in (1, 2)]
-    Run(work / "seed-1").steps_beyond(tasks[0], 0)
-    cluster.slurm("scancel", "--signal=USR1", f"{array.number}_1")
+    tasks = [Job(cluster, f"{array.number}_{n}") for n in (1, 2)]
+    wait_for(lambda: Run(work / "seed-2").step > 0, "task 2 trains")
+    cluster.slurm("scancel", "--signal=USR1", tasks[1].number)  # its number is the array's too
     for task in tasks:
         task.wait("COMPLETED")
-    assert [task.restarts for task in tasks] == [1, 0]
+    assert [task.restarts for task in tasks] == [0, 1]
     assert losses(work / "seed-1").keys() == losses(work / "seed-2").keys()
-
-
-def _task(array: Job, number: int) -> Job | None:
-    """The array's task as a job of its own, once it has started."""
-    log = Path.cwd() / f"seeds-{array.number}_{number}.out"
-    lines = array.cluster.slurm("squeue", "-h", "-j", f"{array.number}_{number}", "-o", "%A %T").split()
-    return Job(array.cluster, lines[0]) if lines[1:] == ["RUNNING"] and log.exists() else None
 
 
 def test_a_job_at_its_restart_limit_stops_and_says_so(
@@ -138,22 +133,37 @@ def fill(file: Path) -> None:
 
 
 def test_usr1_before_the_time_limit_requeues_the_job(
-    cluster: LocalCluster, recipe: Path, work: Path, undisturbed: dict[int, float]
+    cluster: LocalCluster,
+    recipe: Path,
+    work: Path,
+    undisturbed: dict[int, float],
+    fault_times: list[FaultTimes],
 ) -> None:
-    """SLURM looks at limits every half minute: of one minute, the signal comes after 10 to 40 s."""
+    """SLURM looks at limits every half minute, so the steps are made slow by what is due after each."""
     run = Run(work / "limited")
-    job = cluster.submit(
-        PRETRAIN,
-        str(recipe),
-        f"run.dir={run.path}",
-        options=("--time=1", "--signal=USR1@50"),
-        EVEREST_SIGNAL_SECONDS="50",
-    )
+    slow = ("run.save_every_steps=1", "run.image_every_steps=1")
+    job = cluster.submit(PRETRAIN, str(recipe), f"run.dir={run.path}", *slow)
+    run.steps_beyond(job, 0)
+    limit_soon(job, minutes=2)  # the script asks for USR1 five minutes before
+    wait_for(lambda: run.events(job, "stopped"), "stopped")
+    stopped = time.time()
     wait_for(lambda: job.restarts == 1, "requeued")
-    run.steps_beyond(job, 1)
+    requeued = time.time()
+    cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    trained, resumed_from = run.steps_beyond(job, 1)
     job.cancel()
     done = losses(run.path)
+    assert resumed_from == run.events(job, "stopped")[0].step
     assert done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
+    fault_times.append(FaultTimes("time limit, USR1 before it", requeued - stopped, trained - stopped, 0))
+
+
+def limit_soon(job: Job, minutes: int) -> None:
+    (ran,) = job.show("RunTime")
+    hours, whole, _ = map(int, ran.split(":"))
+    job.cluster.slurm(
+        "scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + whole + minutes}"
+    )
 
 
 @pytest.mark.parametrize("launcher", ["srun --mpi=pmi2", "mpirun"])

@@ -46,7 +46,6 @@ def down(cluster: Cluster) -> None:
     stop_controller(cluster)
     nodes = nodes_of(cluster)
     for node in cluster.nodes:
-        nodes.heal(node) if cluster.pid_file(node).exists() and not cluster.as_root else None
         nodes.crash(node)
     nodes.clear()
     end(read_pid(cluster.pid_file("munged")), signal.SIGTERM)
