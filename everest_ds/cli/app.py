@@ -8,7 +8,21 @@ import sys
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli import checkpoint, data, doctor, job, preflight, profile, recipes, report, train
+from everest_ds.cli import (
+    checkpoint,
+    data,
+    doctor,
+    job,
+    jobs,
+    logs,
+    preflight,
+    profile,
+    recipes,
+    report,
+    submit,
+    sweep,
+    train,
+)
 from everest_ds.errors import EverestError, ExitCode
 
 app = typer.Typer(
@@ -25,6 +39,14 @@ app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
+# Options that it does not know are sbatch's.
+app.command("submit", context_settings={"ignore_unknown_options": True})(submit.submit)
+app.command("jobs")(jobs.jobs)
+app.command("logs")(logs.logs)
+app.command("cancel")(jobs.cancel)
+app.command("requeue")(jobs.requeue)
+app.command("sweep")(sweep.sweep)
+app.command("sweep-task", hidden=True)(sweep.sweep_task)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

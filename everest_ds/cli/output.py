@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
 
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in rows[0] if rows else ():
-        numeric = all(isinstance(row[name], int | float) for row in rows)
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(value) for value in row.values()))
@@ -54,7 +55,23 @@ def write_json(file: Path | None, value: object) -> None:
         raise UsageError(f"{file}: cannot write the JSON file", given=str(error)) from None
 
 
+def write_csv(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` with their keys as the first line, if a file was asked for."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot write the CSV file", given=str(error)) from None
+
+
 def _cell(value: object) -> str:
     from rich.markup import escape
 
+    if value is None:
+        return ""
     return escape(f"{value:.2f}" if isinstance(value, float) else str(value))

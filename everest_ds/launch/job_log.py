@@ -21,9 +21,9 @@ Event = Literal["submitted", "started", "stopped", "requeued", "finished", "fail
 class JobEvent:
     """One thing that happened to a job of this run.
 
-    `restarts` counts the starts before this one (SLURM_RESTART_COUNT); `step` is the last step that was done.
+    `restarts` counts the starts before this one (SLURM_RESTART_COUNT); `step` is the last step that was done;
     `nodes` are those of the job when it started, and those to blame when it failed; `code` is the exit code
-    of a rank that failed.
+    of a rank that failed; `task` is the command of the job, of which a run can have several.
     """
 
     event: Event
@@ -33,6 +33,7 @@ class JobEvent:
     reason: str | None = None
     nodes: str | None = None
     code: int | None = None
+    task: str | None = None
     seconds: float = field(default_factory=time.time)
 
 

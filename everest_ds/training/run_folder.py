@@ -80,7 +80,7 @@ class RunFolder:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
-            self._check_same_config(config)
+            self.check_same_config(config)
             (self.path / CONFIG_FILE).write_text(dump_experiment(config))
             _write_json(self.path / "ds_config.json", ds_config)
             _write_json(self.path / "environment.json", describe_environment(world_size))
@@ -124,7 +124,12 @@ class RunFolder:
         lock.flush()
         self._lock = lock
 
-    def _check_same_config(self, config: Experiment) -> None:
+    def check_same_config(self, config: Experiment) -> None:
+        """Whether `config` may go on in this folder.
+
+        Raises:
+            RunFolderError: if it belongs to another config.
+        """
         file = self.path / CONFIG_FILE
         if not file.is_file():
             return

@@ -1,0 +1,79 @@
+"""`everest-ds submit chain`: pretrain -> finetune -> evaluate -> report, each after the one before."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+from everest_ds.cli.submission import Stage, Target, check_run, load_task, without_gpus
+from everest_ds.errors import UsageError
+
+_STAGES = ("pretrain", "finetune", "evaluate")
+
+
+def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
+    """Four jobs; fine-tuning starts from the pre-training run's weights.
+
+    Args:
+        words: the two recipes, then overrides: `finetune.key.path=value` for one stage, else for all.
+
+    Raises:
+        EverestError: whatever would end one of the jobs at its start.
+    """
+    if len(words) < 2:
+        raise UsageError("chain needs two recipes", given=" ".join(words), allowed="PRETRAIN FINETUNE")
+    sources, given = dict(zip(("pretrain", "finetune"), words[:2], strict=True)), words[2:]
+    overrides = {stage: _for_stage(stage, given) for stage in _STAGES}
+    before = load_task("pretrain", sources["pretrain"], overrides["pretrain"])
+    overrides["finetune"].append(f"model.init_from={json.dumps(str(before.run.dir))}")
+    after = load_task("finetune", sources["finetune"], overrides["finetune"])
+    if before.run.dir == after.run.dir:
+        raise UsageError(
+            "both runs of the chain have one run.dir",
+            given=str(after.run.dir),
+            fix="give pretrain.run.dir=... and finetune.run.dir=...",
+        )
+    trained, tuned = str(before.run.dir), str(after.run.dir)
+    later = replace(target, inputs_follow=True)
+    shape = target.shape
+    tested = load_task("evaluate", sources["finetune"], [*overrides["finetune"], *overrides["evaluate"]])
+    return [
+        Stage(
+            "pretrain",
+            (sources["pretrain"], *overrides["pretrain"]),
+            before.run.dir,
+            shape,
+            check_run("pretrain", before, target),
+        ),
+        Stage(
+            "finetune",
+            (sources["finetune"], *overrides["finetune"]),
+            after.run.dir,
+            shape,
+            check_run("finetune", after, later),
+        ),
+        Stage(
+            "evaluate",
+            (tuned, *_own("evaluate", given)),
+            after.run.dir,
+            shape,
+            check_run("evaluate", tested, later),
+        ),
+        Stage(
+            "report",
+            (trained, tuned, "--out", str(after.run.dir / "report")),
+            after.run.dir,
+            without_gpus(target).shape,
+        ),
+    ]
+
+
+def _for_stage(stage: str, given: Sequence[str]) -> list[str]:
+    """What is said to this stage, after what is said to all."""
+    common = [text for text in given if text.partition(".")[0] not in _STAGES]
+    return common + _own(stage, given)
+
+
+def _own(stage: str, given: Sequence[str]) -> list[str]:
+    return [text.removeprefix(f"{stage}.") for text in given if text.startswith(f"{stage}.")]

@@ -1,0 +1,209 @@
+"""`everest-ds jobs | cancel | requeue`: our runs' jobs in one table, and what to do with them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everest_ds.cli.job_rows import JobRow, find_runs, job_rows
+from everest_ds.cli.output import JsonFile, write_json
+from everest_ds.errors import UsageError
+from everest_ds.launch.job_state import is_job_id
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Folders = Annotated[
+    list[Path] | None,
+    typer.Argument(metavar="[FOLDER]...", help="Run folders, or folders of runs; without any: runs."),
+]
+Which = Annotated[list[str], typer.Argument(metavar="RUN|JOB...", help="Run folders, or jobs' numbers.")]
+Now = Annotated[bool, typer.Option("--now", help="End it at once: the steps since the last save are lost.")]
+
+RUNS = Path("runs")
+_STYLES = {
+    "running": "green",
+    "finished": "bold green",
+    "queued": "cyan",
+    "requeued": "yellow",
+    "stopped": "yellow",
+    "ending": "yellow",
+    "held": "yellow",
+    "forgotten": "dim",
+}
+
+
+def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
+    """All jobs of our runs: state, progress, loss, speed, restarts, why, what to do next, where the logs are.
+
+    Example: everest-ds jobs runs/first
+    """
+    from rich.console import Console
+
+    rows = job_rows(find_runs(_folders(folders)))
+    if rows:
+        Console().print(jobs_table(rows))
+    else:
+        typer.echo("no jobs: everest-ds submit pretrain RECIPE queues one")
+    write_json(json_file, [_as_json(row) for row in rows])
+
+
+def cancel(which: Which, now: Now = False) -> None:
+    """Stop jobs for good. What runs saves at its next step first; what waits leaves the queue.
+
+    Example: everest-ds cancel runs/first
+    """
+    from everest_ds.launch.slurm import call
+
+    for row in _live(find_rows(which)):
+        if row.slurm is not None and row.slurm.runs and not now:
+            (row.run / "kill").touch()
+            typer.echo(f"{row.job_id}: saves at its next step and stops  (--now does not wait)")
+        else:
+            call(["scancel", row.job_id])
+            typer.echo(f"{row.job_id}: cancelled")
+
+
+def requeue(which: Which) -> None:
+    """Start jobs again from their newest checkpoints: running ones too; ended ones by submitting them anew.
+
+    Example: everest-ds requeue runs/first
+    """
+    for row in find_rows(which):
+        typer.echo(f"{row.job_id}: {_requeue(row)}")
+
+
+def find_rows(which: Sequence[str]) -> list[JobRow]:
+    """The newest job of each run, or the very job of each number.
+
+    Raises:
+        UsageError: no such run or job.
+    """
+    return [row for text in which for row in _find(text)]
+
+
+def jobs_table(rows: Sequence[JobRow]) -> Table:
+    """For a terminal of 100 columns and more."""
+    from rich.table import Table
+
+    table = Table(title="everest-ds jobs", title_justify="left", title_style="bold", show_lines=True)
+    for name in ("run", "job", "state", "progress"):
+        table.add_column(name, overflow="fold")
+    for name in ("loss", "clips/s", "restarts"):
+        table.add_column(name, justify="right")
+    table.add_column("on", overflow="fold")
+    table.add_column("why; what next; logs", overflow="fold")
+    for row in rows:
+        table.add_row(*_cells(row))
+    return table
+
+
+def _cells(row: JobRow) -> list[str]:
+    from rich.markup import escape
+
+    style = _STYLES.get(row.verdict.state, "red")
+    state = row.slurm
+    why = [escape(row.verdict.reason)] if row.verdict.reason else []
+    return [
+        escape(str(row.run)) + (f"\n[dim]{row.task}[/dim]" if row.task else ""),
+        row.job_id,
+        f"[{style}]{row.verdict.state}[/{style}]" + (f"\n[dim]{state.elapsed}[/dim]" if state else ""),
+        _progress(row),
+        "" if row.progress.loss is None else f"{row.progress.loss:.4f}",
+        "" if row.progress.clips_per_s is None else f"{row.progress.clips_per_s:.1f}",
+        str(row.restarts),
+        escape(state.nodes) if state else "",
+        "\n".join([*why, escape(row.verdict.next), f"[dim]{escape(str(row.log))}[/dim]"]),
+    ]
+
+
+def _progress(row: JobRow) -> str:
+    progress = row.progress
+    if progress.step is None:
+        return "" if progress.top1 is None else f"top-1 {progress.top1:.1f} %"
+    if progress.share is None:
+        return f"step {progress.step}"
+    filled = round(10 * progress.share)
+    bar = f"[green]{'━' * filled}[/green][dim]{'━' * (10 - filled)}[/dim]"
+    return f"{bar} {100 * progress.share:.0f} %\n[dim]{progress.step} of {progress.total_steps}[/dim]"
+
+
+def _as_json(row: JobRow) -> dict[str, Any]:
+    return {
+        "run": str(row.run),
+        "job": row.job_id,
+        "task": row.task,
+        "state": row.verdict.state,
+        "reason": row.verdict.reason,
+        "next": row.verdict.next,
+        "restarts": row.restarts,
+        "slurm": row.slurm and vars(row.slurm),
+        "progress": vars(row.progress),
+        "log": str(row.log),
+        "events": [{**vars(event), "time": _local_time(event.seconds)} for event in row.events],
+    }
+
+
+def _local_time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _folders(given: Sequence[Path] | None) -> list[Path]:
+    missing = [folder for folder in given or [] if not folder.is_dir()]
+    if missing:
+        raise UsageError(f"{missing[0]}: no such folder", fix="give run folders, or folders of runs")
+    return list(given or [RUNS])
+
+
+def _find(text: str) -> list[JobRow]:
+    if Path(text).is_dir():
+        rows = job_rows(find_runs([Path(text)]))
+        live = _live(rows)
+        chosen = live or rows[-1:]
+    elif is_job_id(text):
+        rows = job_rows(find_runs([RUNS]))
+        chosen = [row for row in rows if row.job_id == text or row.job_id.startswith(f"{text}_")]
+    else:
+        chosen = []
+    if not chosen:
+        raise UsageError("no such run or job", given=repr(text), fix="`everest-ds jobs` lists them")
+    return chosen
+
+
+def _live(rows: Sequence[JobRow]) -> list[JobRow]:
+    return [row for row in rows if not row.is_over]
+
+
+def _requeue(row: JobRow) -> str:
+    from everest_ds.launch.slurm import call
+
+    if row.slurm is None or row.slurm.is_over:
+        return f"submitted again as job {_submit_again(row)}"
+    if row.verdict.state == "held":
+        call(["scontrol", "release", row.job_id])
+        return "released"
+    if row.slurm.waits:
+        return "waits in the queue already"
+    call(["scontrol", "requeue", row.job_id])
+    return "requeued"
+
+
+def _submit_again(row: JobRow) -> str:
+    from everest_ds.launch.job_log import JobEvent, append_event
+    from everest_ds.launch.slurm import submit
+    from everest_ds.launch.submitted import load_job
+
+    run = row.run.absolute()
+    _, is_task, number = row.job_id.partition("_")
+    job = load_job(run.parent if is_task else run, "sweep" if is_task else row.task)
+    job = replace(job, dependency=None, array=number if is_task else job.array)
+    asked = time.time()
+    job_id = submit(job) + (f"_{number}" if is_task else "")
+    append_event(run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
+    return job_id

@@ -1,0 +1,114 @@
+"""`everest-ds logs`: the end of a run's logs, and what comes next, from one rank or from all together."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from everest_ds.cli.job_rows import JobRow
+from everest_ds.cli.jobs import find_rows
+from everest_ds.errors import UsageError
+
+Which = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, or a job's number.")]
+Rank = Annotated[int, typer.Option(min=0, help="Whose log.")]
+AllRanks = Annotated[bool, typer.Option("--all", help="All ranks, in order of time.")]
+OfJob = Annotated[bool, typer.Option("--job", help="What the job printed, instead of the ranks' logs.")]
+Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")]
+Lines = Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of the end to begin with.")]
+
+_POLL_SECONDS = 0.2
+_ASK_SLURM_SECONDS = 5.0
+_STAMP = len("2026-01-01 00:00:00,000")
+
+
+def logs(
+    which: Which,
+    rank: Rank = 0,
+    all_ranks: AllRanks = False,
+    of_job: OfJob = False,
+    follow: Follow = False,
+    lines: Lines = 20,
+) -> None:
+    """Print the end of a run's logs; they go on across restarts.
+
+    Example: everest-ds logs runs/first -f
+    """
+    row = find_rows([which])[-1]
+    pattern = "slurm*.out" if of_job else "rank-*.log" if all_ranks else f"rank-{rank}.log"
+    tails = Tails(row.run / "logs", pattern)
+    shown = tails.last(lines)
+    if not shown and not follow:
+        raise UsageError(f"{row.run / 'logs' / pattern}: nothing there yet", fix="wait with -f, or try --job")
+    _print(shown)
+    if follow:
+        _follow(tails, _is_over(row))
+
+
+def _follow(tails: Tails, is_over: Callable[[], bool]) -> None:
+    asked = time.monotonic()
+    while True:
+        _print(tails.new())
+        if time.monotonic() - asked > _ASK_SLURM_SECONDS:
+            over, asked = is_over(), time.monotonic()
+            if over:
+                _print(tails.new())
+                return
+        time.sleep(_POLL_SECONDS)
+
+
+def _is_over(row: JobRow) -> Callable[[], bool]:
+    from everest_ds.launch.job_state import query_jobs
+
+    def ask() -> bool:
+        state = query_jobs([row.job_id]).get(row.job_id)
+        return state is None or state.is_over
+
+    return ask
+
+
+@dataclass
+class Tails:
+    """The ends of all files of a folder that match a pattern, those too that come later."""
+
+    folder: Path
+    pattern: str
+    read: dict[Path, int] = field(default_factory=dict)
+
+    def last(self, count: int) -> list[str]:
+        """The last `count` lines of all files together, in order of time; the rest counts as read."""
+        return self.new()[-count:] if count else self.new()[:0]
+
+    def new(self) -> list[str]:
+        """Whole lines since the last call, in order of time, labelled where there are several files."""
+        files = sorted(self.folder.glob(self.pattern))
+        label = len(files) > 1
+        stamped = [
+            (stamp, f"[{file.stem}] {line}" if label else line)
+            for file in files
+            for stamp, line in self._lines(file)
+        ]
+        return [line for _, line in sorted(stamped, key=lambda pair: pair[0])]
+
+    def _lines(self, file: Path) -> Iterator[tuple[str, str]]:
+        """New whole lines; one without a time belongs to the one before it."""
+        with open(file, "rb") as stream:
+            stream.seek(self.read.get(file, 0))
+            data = stream.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self.read[file] = self.read.get(file, 0) + len(whole)
+        stamp = ""
+        for line in whole.decode(errors="replace").splitlines():
+            stamp = line[:_STAMP] if line[:4].isdigit() else stamp
+            yield stamp, line
+
+
+def _print(lines: list[str]) -> None:
+    for line in lines:
+        print(line)
+    sys.stdout.flush()

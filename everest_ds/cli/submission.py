@@ -1,0 +1,212 @@
+"""What a job will be, checked as a whole before it waits in a queue: config, ranks, files, memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from everest_ds.cli.plan import describe_plan
+from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError, nearest
+from everest_ds.launch.sbatch import Shape
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.profiling.devices import DEVICES, Device
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.training.run_folder import RunFolder
+from everest_ds.units import format_bytes
+
+# data.<split> that a command opens
+_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a submission: a command of `everest-ds`, which is a script of slurm/ too.
+
+    Attributes:
+        arguments: of the command.
+        run: the run folder that keeps the job's log; None if the job has none.
+        facts: the checked plan, for people.
+    """
+
+    command: str
+    arguments: tuple[str, ...]
+    run: Path | None
+    shape: Shape
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the jobs shall run on.
+
+    Attributes:
+        gpu: a name of `DEVICES`, to hold predicted memory against; None: not checked.
+        inputs_follow: a job that this one waits for will make weights that are not there yet.
+    """
+
+    shape: Shape
+    gpu: str | None = None
+    inputs_follow: bool = False
+
+
+def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """The config of `command`.
+
+    Raises:
+        UsageError: the recipe is for another task.
+    """
+    config = load_experiment(source, overrides)
+    task = "finetune" if command == "evaluate" else command
+    if config.task != task:
+        raise UsageError(
+            f"{source}: is for task {config.task}",
+            fix=f"submit {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
+        )
+    return config
+
+
+def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:
+    """A job of one run: pretrain, finetune or evaluate.
+
+    Raises:
+        EverestError: whatever would end the job at its start, and memory that will not suffice.
+    """
+    config = load_task(command, source, overrides)
+    facts = check_run(command, config, target)
+    return Stage(command, (source, *overrides), config.run.dir, target.shape, facts)
+
+
+def plan_profile(source: str, overrides: Sequence[str], target: Target) -> Stage:
+    """A job that profiles a recipe on one GPU; it has no run folder."""
+    load_experiment(source, overrides)
+    if target.shape.num_ranks > 1:
+        raise UsageError(
+            "profile measures one rank", given=f"{target.shape.num_ranks} ranks", fix="one node, one GPU"
+        )
+    return Stage("profile", (source, *overrides), None, target.shape)
+
+
+def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any]:
+    """Everything that can be known before the nodes are there; the plan, for people."""
+    shape = target.shape
+    _check_tensor(config, shape)
+    _check_files(command, config)
+    if (
+        config.parallelism.ds_config is not None
+    ):  # shipped ones are right; reading DeepSpeed's keys takes seconds
+        resolve_ds_config(config, plan_ranks(config, shape.num_ranks))
+    _check_weights(command, config, target.inputs_follow)
+    if command == "evaluate":
+        return {"run": str(config.run.dir), "ranks": str(shape.num_ranks)}
+    RunFolder(config.run.dir).check_same_config(config)
+    facts = describe_plan(config, shape.num_ranks)
+    return {"run": str(config.run.dir), **facts, "memory": _check_memory(config, target)}
+
+
+def find_gpu(name: str) -> Device:
+    """A product by its short name, however it is written.
+
+    Raises:
+        UsageError: it is not known.
+    """
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c.isalnum())
+
+    close = [known for known in DEVICES if plain(name) in plain(known)]
+    found = [known for known in close if plain(known) == plain(name)]
+    if not found:
+        allowed = ", ".join(close) if close else nearest(name, DEVICES)
+        raise UsageError("--gpu", given=repr(name), allowed=allowed)
+    return DEVICES[found[0]]
+
+
+def _check_tensor(config: Experiment, shape: Shape) -> None:
+    tensor = config.parallelism.tensor
+    if shape.ranks_per_node % tensor:
+        raise ConfigError(
+            "parallelism.tensor: a tensor group would span nodes",
+            given=f"tensor={tensor}, {shape.ranks_per_node} ranks per node",
+            allowed=f"a multiple of {tensor} ranks per node",
+            fix="change --gpus-per-node or parallelism.tensor",
+        )
+
+
+def _check_files(command: str, config: Experiment) -> None:
+    for split in _SPLITS[command]:
+        manifest: Path | None = getattr(config.data, split)
+        if manifest is None and split != "val":
+            raise ConfigError(
+                f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt"
+            )
+        if manifest is not None and not manifest.is_file():
+            raise DataError(f"data.{split}: no such manifest", given=str(manifest.absolute()))
+    names = config.data.class_names
+    if command == "evaluate" and names is not None and not names.is_file():
+        raise DataError("data.class_names: no such file", given=str(names.absolute()))
+
+
+def _check_weights(command: str, config: Experiment, follow: bool) -> None:
+    source = config.run.dir if command == "evaluate" else config.model.init_from
+    if source is not None and not follow and not source.exists():
+        key = "run.dir" if command == "evaluate" else "model.init_from"
+        raise CheckpointError(
+            f"{key}: no weights there",
+            given=str(source.absolute()),
+            fix="name a run folder that has trained, or the job that makes it with --dependency",
+        )
+    folder = config.run.dir
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise UsageError("run.dir: cannot be written", given=str(folder), fix="choose another run.dir")
+
+
+def _check_memory(config: Experiment, target: Target) -> str:
+    needed = predict_memory(config, target.shape.num_ranks)
+    text = f"{format_bytes(needed.peak_bytes)} of a rank at its peak (predicted; {needed.peak_at})"
+    if target.gpu is None:
+        return f"{text}; --gpu NAME checks it"
+    device = find_gpu(target.gpu)
+    if needed.peak_bytes > device.memory_bytes:
+        raise ConfigError(
+            f"a training step does not fit into a {target.gpu}",
+            given=f"{text}, batch.micro_batch_size={config.batch.micro_batch_size}",
+            allowed=format_bytes(device.memory_bytes),
+            fix=_what_fits(config, target.shape.num_ranks, device.memory_bytes),
+        )
+    return f"{text}, {100 * needed.peak_bytes / device.memory_bytes:.0f} % of a {target.gpu}"
+
+
+def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
+    """The largest micro-batch, else the least recomputation, with which a step fits."""
+    batch = config.batch
+    for clips in range(batch.micro_batch_size - 1, 0, -1):
+        smaller = config.model_copy(update={"batch": batch.model_copy(update={"micro_batch_size": clips})})
+        if _runs(smaller, num_ranks) and _fits(smaller, num_ranks, memory_bytes):
+            return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
+    for mode in ("attention", "mlp", "full"):
+        recompute = config.recompute.model_copy(update={"mode": mode})
+        if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
+            return f"recompute.mode={mode}"
+    return "parallelism.zero_stage=3, parallelism.tensor, more ranks, or a larger GPU"
+
+
+def _runs(config: Experiment, num_ranks: int) -> bool:
+    try:
+        plan_ranks(config, num_ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def _fits(config: Experiment, num_ranks: int, memory_bytes: int) -> bool:
+    return predict_memory(config, num_ranks).peak_bytes <= memory_bytes
+
+
+def without_gpus(target: Target) -> Target:
+    """The same target for a job that computes nothing: one rank on one node."""
+    return replace(target, shape=Shape(), gpu=None)

@@ -1,0 +1,156 @@
+"""A sweep's candidates, one JSON object a line: task N of an array job takes line N."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.errors import UsageError
+
+FILE_NAME = "sweep.jsonl"
+_ARRAY_ITEM = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([1-9][0-9]{0,8}))?)?")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One run of a sweep.
+
+    Attributes:
+        name: of its run folder within the sweep's.
+        task: pretrain or finetune.
+        settings: the overrides that tell it from the others, for people.
+        overrides: all of them, run.dir too.
+    """
+
+    name: str
+    task: str
+    recipe: str
+    settings: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+
+def write_candidates(file: Path, candidates: Sequence[Candidate]) -> None:
+    """One line each, all ASCII."""
+    file.write_text("".join(json.dumps(asdict(candidate)) + "\n" for candidate in candidates))
+
+
+def read_candidates(file: Path) -> list[Candidate]:
+    """What `write_candidates` wrote.
+
+    Raises:
+        UsageError: not such a file.
+    """
+    try:
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        return [Candidate(**{k: _frozen(v) for k, v in row.items()}) for row in rows]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{file}: not the candidates of a sweep", given=str(error)) from None
+
+
+def read_settings(file: Path) -> list[tuple[str | None, tuple[str, ...]]]:
+    """A user's or the tuner's candidates: `{"name": ..., "overrides": ["key=value", ...]}` a line.
+
+    Raises:
+        UsageError: naming the line that is not one.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file}: not readable", given=str(error)) from None
+    return [_settings(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def expand_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
+    """`["a=1,2", "b=x"]` -> `[("a=1", "b=x"), ("a=2", "b=x")]`; commas in brackets or quotes do not split.
+
+    Raises:
+        UsageError: an axis without a key, a value, or given twice.
+    """
+    keys = [axis.partition("=")[0] for axis in axes]
+    for key, axis in zip(keys, axes, strict=True):
+        if not key or "=" not in axis or keys.count(key) > 1:
+            raise UsageError("--grid", given=repr(axis), allowed="key.path=value,value,... once for each key")
+    choices = [
+        [f"{key}={value}" for value in split_values(axis.partition("=")[2])]
+        for key, axis in zip(keys, axes, strict=True)
+    ]
+    return list(itertools.product(*choices))
+
+
+def split_values(text: str) -> list[str]:
+    """`1,[2,3],"a,b"` -> `['1', '[2,3]', '"a,b"']`."""
+    values, depth, quote = [""], 0, ""
+    for character in text:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        depth += not quote and (character in "[{")
+        depth -= not quote and (character in "]}")
+        if character == "," and depth == 0 and not quote:
+            values.append("")
+        else:
+            values[-1] += character
+    return values
+
+
+def expand_array(spec: str, count: int) -> list[int]:
+    """`0-6:2,9%3` -> `[0, 2, 4, 6, 9]`: the tasks of sbatch's `--array`.
+
+    Raises:
+        UsageError: malformed, or a task that is no line of `count`.
+    """
+    tasks: list[int] = []
+    for item in spec.partition("%")[0].split(","):
+        span = _span(item)
+        if not span or span[-1] >= count:
+            raise UsageError(
+                "--array", given=spec, allowed=f"tasks from 0 to {count - 1}, as in 0-3,7 or 0-7%2"
+            )
+        tasks.extend(span)
+    return tasks
+
+
+def check_name(name: object) -> str:
+    """A candidate's name is a folder's.
+
+    Raises:
+        UsageError: it could not be one.
+    """
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise UsageError("name of a candidate", given=repr(name), allowed="the name of a folder")
+    return name
+
+
+def _span(item: str) -> range:
+    match = _ARRAY_ITEM.fullmatch(item)
+    if match is None:
+        return range(0)
+    first, last, step = match.groups()
+    return range(int(first), int(last or first) + 1, int(step or 1))
+
+
+def _settings(file: Path, number: int, line: str) -> tuple[str | None, tuple[str, ...]]:
+    try:
+        row: Any = json.loads(line)
+        overrides = row["overrides"]
+        if isinstance(overrides, dict):
+            overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        if not all(isinstance(text, str) for text in overrides):
+            raise TypeError("an override is no text")
+        return (check_name(row["name"]) if "name" in row else None), tuple(overrides)
+    except (ValueError, TypeError, KeyError) as error:
+        raise UsageError(
+            f"{file}:{number}: not a candidate",
+            given=f"{type(error).__name__}: {error}",
+            allowed='{"name": "wide", "overrides": ["key.path=value"]}',
+        ) from None
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
