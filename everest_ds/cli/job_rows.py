@@ -66,11 +66,17 @@ class JobRow:
         return self.slurm is None or self.slurm.is_over
 
     @property
+    def output(self) -> Path:
+        """What the job prints; the tasks of a sweep print side by side."""
+        home = self.run.parent if "_" in self.job_id else self.run
+        file = home / "logs" / f"slurm-{self.job_id}.out"
+        return file.with_name("slurm.out") if "\\" in str(file.absolute()) else file
+
+    @property
     def log(self) -> Path:
-        """What to read: rank 0's log of a training, else what the job printed."""
+        """What to read: rank 0's log of a training, else what the job prints."""
         rank = self.run / "logs" / "rank-0.log"
-        printed = sorted((self.run / "logs").glob("slurm-*.out"), key=_changed)
-        return rank if rank.is_file() or not printed else printed[-1]
+        return rank if self.task in (*_TRAINING, "sweep") and rank.is_file() else self.output
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
@@ -160,7 +166,3 @@ def _read_json(file: Path) -> dict[str, Any]:
         return dict(json.loads(file.read_text()))
     except (OSError, ValueError):
         return {}
-
-
-def _changed(file: Path) -> float:
-    return file.stat().st_mtime

@@ -17,7 +17,7 @@ from everest_ds.errors import UsageError
 from everest_ds.launch.job_state import is_job_id
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 Folders = Annotated[
     list[Path] | None,
@@ -88,39 +88,54 @@ def find_rows(which: Sequence[str]) -> list[JobRow]:
     return [row for text in which for row in _find(text)]
 
 
-def jobs_table(rows: Sequence[JobRow]) -> Table:
-    """For a terminal of 100 columns and more."""
+def jobs_table(rows: Sequence[JobRow]) -> Group:
+    """One line a job; below, why it is in that state, what to do next, and what to read."""
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(title="everest-ds jobs", title_justify="left", title_style="bold", show_lines=True)
-    for name in ("run", "job", "state", "progress"):
-        table.add_column(name, overflow="fold")
-    for name in ("loss", "clips/s", "restarts"):
-        table.add_column(name, justify="right")
+    table = Table(title="everest-ds jobs", title_justify="left", title_style="bold", box=None)
+    for name in ("job", "run", "task", "state", "progress"):
+        table.add_column(name, overflow="fold", no_wrap=name != "run")
+    for name in ("loss", "clips/s", "time", "restarts"):
+        table.add_column(name, justify="right", no_wrap=True)
     table.add_column("on", overflow="fold")
-    table.add_column("why; what next; logs", overflow="fold")
+    advice = Table.grid(padding=(0, 1, 0, 2))
     for row in rows:
         table.add_row(*_cells(row))
-    return table
+        advice.add_row(row.job_id, _advice(row))
+    return Group(table, "", advice)
 
 
 def _cells(row: JobRow) -> list[str]:
     from rich.markup import escape
 
-    style = _STYLES.get(row.verdict.state, "red")
-    state = row.slurm
-    why = [escape(row.verdict.reason)] if row.verdict.reason else []
+    state, progress = row.slurm, row.progress
     return [
-        escape(str(row.run)) + (f"\n[dim]{row.task}[/dim]" if row.task else ""),
         row.job_id,
-        f"[{style}]{row.verdict.state}[/{style}]" + (f"\n[dim]{state.elapsed}[/dim]" if state else ""),
+        escape(str(row.run)),
+        row.task,
+        _styled(row.verdict.state),
         _progress(row),
-        "" if row.progress.loss is None else f"{row.progress.loss:.4f}",
-        "" if row.progress.clips_per_s is None else f"{row.progress.clips_per_s:.1f}",
+        "" if progress.loss is None else f"{progress.loss:.4f}",
+        "" if progress.clips_per_s is None else f"{progress.clips_per_s:.1f}",
+        state.elapsed if state else "",
         str(row.restarts),
         escape(state.nodes) if state else "",
-        "\n".join([*why, escape(row.verdict.next), f"[dim]{escape(str(row.log))}[/dim]"]),
     ]
+
+
+def _advice(row: JobRow) -> str:
+    from rich.markup import escape
+
+    why = f"{_styled(row.verdict.state)}: " + (
+        f"{escape(row.verdict.reason)}. " if row.verdict.reason else ""
+    )
+    return f"{why}[bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
+
+
+def _styled(state: str) -> str:
+    style = _STYLES.get(state, "red")
+    return f"[{style}]{state}[/{style}]"
 
 
 def _progress(row: JobRow) -> str:
@@ -131,7 +146,7 @@ def _progress(row: JobRow) -> str:
         return f"step {progress.step}"
     filled = round(10 * progress.share)
     bar = f"[green]{'━' * filled}[/green][dim]{'━' * (10 - filled)}[/dim]"
-    return f"{bar} {100 * progress.share:.0f} %\n[dim]{progress.step} of {progress.total_steps}[/dim]"
+    return f"{bar} {progress.step} of {progress.total_steps}"
 
 
 def _as_json(row: JobRow) -> dict[str, Any]:

@@ -40,11 +40,13 @@ def logs(
     Example: everest-ds logs runs/first -f
     """
     row = find_rows([which])[-1]
-    pattern = "slurm*.out" if of_job else "rank-*.log" if all_ranks else f"rank-{rank}.log"
-    tails = Tails(row.run / "logs", pattern)
+    pattern = "rank-*.log" if all_ranks else f"rank-{rank}.log"
+    tails = Tails(row.output.parent, row.output.name) if of_job else Tails(row.run / "logs", pattern)
     shown = tails.last(lines)
     if not shown and not follow:
-        raise UsageError(f"{row.run / 'logs' / pattern}: nothing there yet", fix="wait with -f, or try --job")
+        raise UsageError(
+            f"{tails.folder / tails.pattern}: nothing there yet", fix="wait with -f, or try --job"
+        )
     _print(shown)
     if follow:
         _follow(tails, _is_over(row))

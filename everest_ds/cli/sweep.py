@@ -47,7 +47,7 @@ def sweep(folder: Folder, json_file: JsonFile = None, csv_file: CsvFile = None) 
     write_csv(csv_file, table)
 
 
-def sweep_task(file: Path, number: int) -> None:
+def candidate(file: Path, number: int) -> None:
     """Write the command and the arguments of one candidate, each ended by NUL; for slurm/sweep.sbatch."""
     swept = read_candidates(file)
     chosen = swept[expand_array(str(number), len(swept))[0]]

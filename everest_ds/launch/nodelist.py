@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from everest_ds.errors import UsageError
 
@@ -28,11 +28,20 @@ def expand_nodelist(nodelist: str) -> list[str]:
         raise _malformed(nodelist)
     hosts: list[str] = []
     for element in re.finditer(_ELEMENT, nodelist):
-        choices = [_choices(piece, nodelist) for piece in _PIECE.findall(element.group())]
+        pieces = _PIECE.findall(element.group())
+        choices = [_choices(piece, nodelist) for piece in pieces]
         if len(hosts) + math.prod(len(choice) for choice in choices) > MAX_HOSTS:
             raise _malformed(nodelist)
-        hosts.extend("".join(parts) for parts in itertools.product(*choices))
+        hosts.extend("".join(parts) for parts in _in_slurms_order(pieces, choices))
     return hosts
+
+
+def _in_slurms_order(pieces: Sequence[str], choices: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """Combinations as SLURM counts them: the last bracket fastest, then the first, the second, ..."""
+    last = max((i for i, piece in enumerate(pieces) if piece.startswith("[")), default=0)
+    for before in itertools.product(*reversed(choices[:last])):
+        for after in itertools.product(*choices[last:]):
+            yield (*reversed(before), *after)
 
 
 def _choices(piece: str, nodelist: str) -> Sequence[str]:

@@ -29,6 +29,8 @@ NEXT = {
     "rank lost": f"{_GO_ON}; `everest-ds logs {{run}} --job` names the rank",
     "out of memory": "submit again with a lower batch.micro_batch_size, or with recompute.mode=attention",
     "out of host memory": "submit again with fewer data.num_workers, or with more --mem",
+    "bad node": f"{_GO_ON}; tell the site about the node, or --exclude it",
+    "too many restarts": "put the reason right, then `everest-ds requeue {run}`",
     "diverged": "lower schedule.base_lr or set optimizer.clip_grad_norm, in another run.dir",
     "dependency failed": "mend the job before it, then submit again",
     "failed": _READ_LOGS,
@@ -52,6 +54,8 @@ _OF_EXIT_CODE = {
     ExitCode.OUT_OF_MEMORY: "out of memory",
     ExitCode.RANK_LOST: "rank lost",
     ExitCode.DIVERGED: "diverged",
+    ExitCode.BAD_NODE: "bad node",
+    ExitCode.RESTARTS: "too many restarts",
 }
 _MEANING = {
     ExitCode.FAILURE: "a bug, or something unforeseen",
@@ -61,6 +65,8 @@ _MEANING = {
     ExitCode.RUN_FOLDER: "the run folder",
     ExitCode.RANK_LOST: "another rank was lost",
     ExitCode.OUT_OF_MEMORY: "accelerator memory is full",
+    ExitCode.BAD_NODE: "the preflight found a node unfit",
+    ExitCode.RESTARTS: "restarted too often, or without progress",
     ExitCode.DIVERGED: "the loss is no longer finite",
     ExitCode.STOPPED: "stopped as asked, saved",
 }

@@ -1,0 +1,78 @@
+"""The sbatch command: held against golden files, and nothing in it for a shell to read."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from everest_ds.errors import UsageError
+from everest_ds.launch.sbatch import BatchJob, Shape, as_shell, job_name, sbatch_command, split_options
+
+GOLDEN = Path(__file__).parent / "golden"
+
+PRETRAIN = BatchJob(
+    script=Path("/opt/everest/slurm/pretrain.sbatch"),
+    arguments=("my.yaml", "schedule.epochs=800"),
+    name=job_name("pretrain", Path("runs/first")),
+    shape=Shape(nodes=4, gpus_per_node=8, ranks_per_node=8),
+    logs=Path("/data/runs/first/logs"),
+    time="1-00:00:00",
+    partition="gpu",
+)
+JOBS = {
+    "pretrain": PRETRAIN,
+    "cpu_ranks": replace(PRETRAIN, shape=Shape(nodes=2, ranks_per_node=4), time=None, partition=None),
+    "after_another": replace(PRETRAIN, dependency="afterok:123", options=("--qos=high", "--exclusive")),
+    "sweep": replace(PRETRAIN, arguments=("/data/lr/sweep.jsonl",), array="0-9%2"),
+    "no_run_folder": replace(PRETRAIN, logs=None),
+    "hostile_names": replace(
+        PRETRAIN,
+        arguments=('it\'s a "recipe".yaml', "run.dir=$(touch /tmp/x)\n`reboot`", "a;b|c&d"),
+        name=job_name("pretrain", Path("runs/$(touch x)\n100 %")),
+        logs=Path("/data/$(touch x)\n100 %/logs"),
+    ),
+    "backslash": replace(PRETRAIN, logs=Path("/data/a\\b/logs")),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_the_command_is_the_golden_one(name: str) -> None:
+    command = "\n".join(as_shell([word]) for word in sbatch_command(JOBS[name])) + "\n"
+    file = GOLDEN / f"{name}.txt"
+    if os.environ.get("ACCEPT_GOLDEN"):
+        file.write_text(command)
+    assert command == file.read_text(), f"if this is meant: ACCEPT_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+@pytest.mark.parametrize(
+    ("words", "positional", "options"),
+    [
+        ("my.yaml a.b=1 --qos=high", "my.yaml a.b=1", "--qos=high"),
+        ("--qos high my.yaml a.b=1", "my.yaml a.b=1", "--qos high"),
+        ("--exclusive my.yaml", "my.yaml", "--exclusive"),
+        ("-A team -p gpu my.yaml -H a.b=1", "my.yaml a.b=1", "-A team -p gpu -H"),
+        ("-Ateam my.yaml", "my.yaml", "-Ateam"),
+        ("my.yaml --export A=1 a.b=2", "my.yaml a.b=2", "--export A=1"),
+        ("my.yaml --mail-type", "my.yaml", "--mail-type"),
+    ],
+)
+def test_unknown_options_are_told_from_overrides(words: str, positional: str, options: str) -> None:
+    assert split_options(words.split()) == (positional.split(), options.split())
+
+
+@pytest.mark.parametrize("option", ["-N2", "--ntasks=4", "--gres=gpu:2", "--output=x", "--wrap=ls", "-a0-3"])
+def test_an_option_that_would_change_what_was_checked_is_refused(option: str) -> None:
+    with pytest.raises(UsageError, match="fix: use "):
+        split_options(["my.yaml", option])
+
+
+@given(st.text(max_size=40))
+def test_a_job_name_is_harmless_whatever_the_run_is_called(text: str) -> None:
+    name = job_name("pretrain", Path("runs") / text.replace("/", "").replace("\0", ""))
+    assert name.replace(".", "").replace("-", "").replace("_", "").isascii()
+    assert name.isprintable() and not set(name) & set(" %$`'\"\\;&|") and len(name) <= 80
