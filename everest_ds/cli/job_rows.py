@@ -66,6 +66,11 @@ class JobRow:
         return self.slurm is None or self.slurm.is_over
 
     @property
+    def trains(self) -> bool:
+        """Whether the job goes through steps, and so can save; a plain sbatch does not say what it runs."""
+        return self.task in (*_TRAINING, "sweep", "")
+
+    @property
     def output(self) -> Path:
         """What the job prints; the tasks of a sweep print side by side."""
         home = self.run.parent if "_" in self.job_id else self.run
@@ -76,7 +81,7 @@ class JobRow:
     def log(self) -> Path:
         """What to read: rank 0's log of a training, else what the job prints."""
         rank = self.run / "logs" / "rank-0.log"
-        return rank if self.task in (*_TRAINING, "sweep") and rank.is_file() else self.output
+        return rank if self.trains and rank.is_file() else self.output
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:

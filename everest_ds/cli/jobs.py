@@ -46,7 +46,7 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     """
     from rich.console import Console
 
-    rows = job_rows(find_runs(_folders(folders)))
+    rows = sorted(job_rows(find_runs(_folders(folders))), key=_number)
     if rows:
         Console().print(jobs_table(rows))
     else:
@@ -60,10 +60,13 @@ def cancel(which: Which, now: Now = False) -> None:
     Example: everest-ds cancel runs/first
     """
     from everest_ds.launch.slurm import call
+    from everest_ds.training.stop import KILL_FILE
 
-    for row in _live(find_rows(which)):
-        if row.slurm is not None and row.slurm.runs and not now:
-            (row.run / "kill").touch()
+    for row in find_rows(which):
+        if row.is_over:
+            typer.echo(f"{row.job_id}: is over: {row.verdict.state}")
+        elif row.slurm is not None and row.slurm.runs and row.trains and not now:
+            (row.run / KILL_FILE).touch()
             typer.echo(f"{row.job_id}: saves at its next step and stops  (--now does not wait)")
         else:
             call(["scancel", row.job_id])
@@ -195,9 +198,16 @@ def _live(rows: Sequence[JobRow]) -> list[JobRow]:
     return [row for row in rows if not row.is_over]
 
 
+def _number(row: JobRow) -> tuple[int, ...]:
+    """Jobs in the order they were submitted; those without SLURM first."""
+    return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
+
+
 def _requeue(row: JobRow) -> str:
     from everest_ds.launch.slurm import call
+    from everest_ds.training.stop import KILL_FILE
 
+    (row.run / KILL_FILE).unlink(missing_ok=True)  # a wish that nobody lived to grant
     if row.slurm is None or row.slurm.is_over:
         return f"submitted again as job {_submit_again(row)}"
     if row.verdict.state == "held":

@@ -103,8 +103,9 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     if command == "evaluate":
         return {"run": str(config.run.dir), "ranks": str(shape.num_ranks)}
     RunFolder(config.run.dir).check_same_config(config)
-    facts = describe_plan(config, shape.num_ranks)
-    return {"run": str(config.run.dir), **facts, "memory": _check_memory(config, target)}
+    plan_ranks(config, shape.num_ranks)
+    memory = _check_memory(config, target)
+    return {"run": str(config.run.dir), **describe_plan(config, shape.num_ranks), "memory": memory}
 
 
 def find_gpu(name: str) -> Device:

@@ -72,6 +72,7 @@ class BatchJob:
     partition: str | None = None
     array: str | None = None
     dependency: str | None = None
+    nodelist: str | None = None
     options: tuple[str, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -131,6 +132,7 @@ def _named_options(job: BatchJob) -> list[str]:
         "--time": job.time,
         "--partition": job.partition,
         "--array": job.array,
+        "--nodelist": job.nodelist,
         "--dependency": job.dependency,
         "--kill-on-invalid-dep": "yes" if job.dependency else None,
         "--output": None if job.logs is None else _output_pattern(job.logs, job.array is not None),

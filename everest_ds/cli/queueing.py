@@ -1,0 +1,156 @@
+"""From checked stages to sbatch: the jobs, what --dry-run shows of them, and queueing them in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import typer
+
+from everest_ds.cli.output import print_facts, write_json
+from everest_ds.cli.submission import Stage
+from everest_ds.cli.sweep import keep_candidates
+from everest_ds.errors import EverestError, UsageError
+from everest_ds.launch.rank_table import RankPlace
+from everest_ds.launch.sbatch import BatchJob, as_shell, job_name, sbatch_command
+from everest_ds.launch.slurm import answer, has_slurm, test_only
+from everest_ds.launch.submitted import queue
+from everest_ds.launch.sweep_file import Candidate, expand_array
+from everest_ds.shipped import shipped
+
+# In a chain: the id of the job before, which --dry-run cannot know.
+_JOB_BEFORE = "afterok:JOB-BEFORE"
+
+
+@dataclass(frozen=True)
+class Queueing:
+    """What only the queue needs to know, in sbatch's words."""
+
+    time: str | None
+    partition: str | None
+    array: str | None
+    dependency: str | None
+    nodelist: str | None
+    options: tuple[str, ...]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Submission:
+    """Stages that follow one another, and the job of each; `swept` if the only one is an array of runs."""
+
+    stages: Sequence[Stage]
+    swept: Sequence[Candidate]
+    jobs: Sequence[BatchJob]
+
+
+def as_jobs(stages: Sequence[Stage], swept: Sequence[Candidate], queueing: Queueing) -> list[BatchJob]:
+    """One job a stage; each waits for the one before it.
+
+    Raises:
+        UsageError: `--array` does not fit what is run.
+    """
+    array = _array(queueing.array, stages, swept)
+    return [
+        BatchJob(
+            script=shipped("slurm").resolve() / f"{stage.command}.sbatch",
+            arguments=stage.arguments,
+            name=job_name(stage.command, stage.run or Path(stage.arguments[0])),
+            shape=stage.shape,
+            logs=None if stage.run is None else stage.run / "logs",
+            time=queueing.time,
+            partition=queueing.partition,
+            array=array,
+            dependency=_JOB_BEFORE if number else queueing.dependency,
+            nodelist=queueing.nodelist if stage.shape == stages[0].shape else None,
+            options=queueing.options,
+            environment=queueing.environment,
+        )
+        for number, stage in enumerate(stages)
+    ]
+
+
+def print_plan(submission: Submission, ranks: Sequence[RankPlace]) -> None:
+    """What was checked, and with --nodelist where the ranks sit."""
+    seats = {}
+    if ranks:
+        first, last = ranks[0], ranks[-1]
+        seats = {"seats": f"rank 0 on {first.host} ... rank {last.rank} on {last.host}"}
+    for stage in submission.stages:
+        if stage.facts:
+            print_facts(f"Plan: {stage.command}", {**stage.facts, **seats})
+
+
+def show(
+    submission: Submission, ranks: Sequence[RankPlace], checked_ms: float, json_file: Path | None
+) -> None:
+    """The commands as a shell would want them, and what `sbatch --test-only` says of the first."""
+    rows = []
+    for stage, job in zip(submission.stages, submission.jobs, strict=True):
+        command, environment, says = sbatch_command(job), dict(job.environment), _when(job)
+        for name, value in environment.items():
+            typer.echo(f"export {as_shell([f'{name}={value}'])}")
+        typer.echo(f"{as_shell(command)}\n# {says}\n")
+        rows.append({"command": command, "environment": environment, "says": says, "plan": stage.facts})
+    seats = [place._asdict() for place in ranks]
+    write_json(json_file, {"jobs": rows, "ranks": seats, "checked_ms": checked_ms})
+
+
+def queue_all(submission: Submission, json_file: Path | None) -> None:
+    """Hand every job to sbatch; if it refuses one, those before it are taken back.
+
+    Raises:
+        UsageError: SLURM is not here, or refuses.
+        RunFolderError: a run folder cannot be written.
+    """
+    if not has_slurm():
+        raise UsageError("SLURM is not installed here", fix="add --local to run the same on this machine")
+    if submission.swept:
+        keep_candidates(submission.stages[0], submission.swept)
+    queued: list[str] = []
+    for stage, job in zip(submission.stages, submission.jobs, strict=True):
+        after = replace(job, dependency=f"afterok:{queued[-1]}") if queued else job
+        try:
+            queued.append(queue(after, stage.command, _runs_of(stage, job, submission.swept), stage.run))
+        except EverestError:
+            for job_id in queued:  # half a chain is not what was asked for
+                answer(["scancel", job_id])
+            raise
+        where = "" if stage.run is None else f" in {as_shell([str(stage.run)])}"
+        typer.echo(f"{stage.command}: job {queued[-1]}{where}")
+    runs = dict.fromkeys(as_shell([str(stage.run)]) for stage in submission.stages if stage.run)
+    if runs:
+        typer.echo(f"watch: everest-ds jobs {' '.join(runs)}")
+    rows = zip(submission.stages, queued, strict=True)
+    write_json(json_file, [{"job": job_id, "command": s.command, "run": s.run} for s, job_id in rows])
+
+
+def _array(asked: str | None, stages: Sequence[Stage], swept: Sequence[Candidate]) -> str | None:
+    if swept:
+        every = f"0-{len(swept) - 1}"
+        array = every if asked is None else f"{every}{asked}" if asked.startswith("%") else asked
+        expand_array(array, len(swept))
+        return array
+    if asked is not None and (len(stages) > 1 or not asked.endswith("%1")):
+        raise UsageError(
+            "--array: one run is trained by one job at a time",
+            given=asked,
+            allowed="for pretrain and finetune, tasks one after another, such as 0-9%1",
+        )
+    return asked
+
+
+def _when(job: BatchJob) -> str:
+    if job.dependency is not None:
+        return "starts after the job it depends on"
+    return test_only(job) if has_slurm() else "no SLURM here to say when it would start"
+
+
+def _runs_of(stage: Stage, job: BatchJob, swept: Sequence[Candidate]) -> dict[str, Path]:
+    """Suffix of the job's id -> the run folder that logs it."""
+    if stage.run is None:
+        return {}
+    if not swept:
+        return {"": stage.run}
+    return {f"_{task}": stage.run / swept[task].name for task in expand_array(job.array or "0", len(swept))}

@@ -1,0 +1,139 @@
+"""`everest-ds submit` up to sbatch: what is refused, what is planned, and how fast."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.test_cli import run_main, write_config
+
+NO_SLURM = "/nowhere"
+
+
+@pytest.fixture
+def recipes(motion_data: Path, tmp_path: Path) -> Path:
+    """A folder with pretrain.yaml and finetune.yaml."""
+    for task in ("pretrain", "finetune"):
+        write_config(motion_data, tmp_path, task)
+    return tmp_path
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> Any:
+    """What --dry-run writes as JSON, on a machine without SLURM."""
+    monkeypatch.setenv("PATH", NO_SLURM)
+    file = folder / "plan.json"
+    assert run_main(monkeypatch, "submit", *arguments, "--dry-run", "--json", str(file)) == 0
+    return json.loads(file.read_text())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("pretrain {0}/pretrain.yaml", "fix: give --gpus-per-node"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 3", "3 data-parallel ranks"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 1 --nodes 2 parallelism.tensor=2", "would span nodes"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --ntasks-per-node 4", "one rank a GPU"),
+        ("pretrain {0}/finetune.yaml --gpus-per-node 2", "is for task finetune"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 data.train=no.txt", "data.train: no such manifest"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 model.bakbone=x", "did you mean backbone?"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 -N 4", "fix: use --nodes"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --array=0-3", "one job at a time"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --nodelist=a[1-2]", "--nodes 1"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --cluster mars", "one of ethernet, example, generic"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --gpu v100", "V100 SXM 16GB, V100 SXM 32GB"),
+        (
+            "pretrain {0}/pretrain.yaml --gpus-per-node 2 --gpu t4 model.backbone=vit_huge"
+            " batch.micro_batch_size=8192 batch.global_batch_size=null",
+            "does not fit into a t4",
+        ),
+        (
+            "finetune {0}/finetune.yaml --gpus-per-node 2 model.init_from=nowhere",
+            "model.init_from: no weights",
+        ),
+        ("evaluate {0}/finetune.yaml --gpus-per-node 2", "run.dir: no weights there"),
+        ("chain {0}/pretrain.yaml --gpus-per-node 2", "chain needs two recipes"),
+        ("chain {0}/pretrain.yaml {0}/finetune.yaml --gpus-per-node 2 run.dir=a", "have one run.dir"),
+        ("sweep {0}/pretrain.yaml --gpus-per-node 2", "one of the two"),
+        (
+            "sweep {0}/pretrain.yaml --gpus-per-node 2 --grid batch.micro_batch_size=4,3",
+            "candidate 001 (batch.micro_batch_size=3)",
+        ),
+        ("sweep {0}/pretrain.yaml --gpus-per-node 2 --grid run.seed=1,2 --array 0-2", "tasks from 0 to 1"),
+        ("profile {0}/pretrain.yaml --nodes 2", "profile measures one rank"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2", "add --local"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_it_queues(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    recipes: Path,
+    arguments: str,
+    says: str,
+) -> None:
+    monkeypatch.setenv("PATH", NO_SLURM)
+    code = run_main(monkeypatch, "submit", *arguments.format(recipes).split())
+    error = capsys.readouterr().err
+    assert says in error and error.startswith("error: ") and error.count("\n") == 1 and code in (2, 3, 4)
+    assert not list(recipes.glob("*/jobs.jsonl"))
+
+
+def test_a_chain_hands_each_stage_its_own_overrides(monkeypatch: pytest.MonkeyPatch, recipes: Path) -> None:
+    overrides = ["schedule.epochs=4", "finetune.schedule.epochs=5", "evaluate.data.test_crops=3"]
+    sources = [str(recipes / f"{task}.yaml") for task in ("pretrain", "finetune")]
+    jobs = planned(monkeypatch, recipes, "chain", *sources, "--gpus-per-node", "2", *overrides)["jobs"]
+    before, after = (json.dumps(str(recipes / task)) for task in ("pretrain", "finetune"))
+    words = [job["command"][job["command"].index(_script(job)) + 1 :] for job in jobs]
+    assert [Path(_script(job)).stem for job in jobs] == ["pretrain", "finetune", "evaluate", "report"]
+    assert words[0] == [sources[0], "schedule.epochs=4"]
+    both = ["schedule.epochs=4", "schedule.epochs=5"]
+    assert words[1] == [sources[1], *both, f"model.init_from={before}"]
+    assert words[2] == [json.loads(after), "data.test_crops=3"]
+    assert all("--dependency=afterok:JOB-BEFORE" in job["command"] for job in jobs[1:])
+
+
+def test_a_sweep_names_its_runs_and_writes_nothing_when_dry(
+    monkeypatch: pytest.MonkeyPatch, recipes: Path
+) -> None:
+    (recipes / "c.jsonl").write_text('{"name": "wide", "overrides": ["run.seed=3"]}\n{"overrides": []}\n')
+    words = ["sweep", str(recipes / "pretrain.yaml"), "--ntasks-per-node", "2", "--array", "%1"]
+    job = planned(monkeypatch, recipes, *words, "--candidates", str(recipes / "c.jsonl"))["jobs"][0]
+    assert "--array=0-1%1" in job["command"] and not (recipes / "pretrain").exists()
+
+
+def test_a_sites_settings_reach_sbatch(monkeypatch: pytest.MonkeyPatch, recipes: Path) -> None:
+    site = recipes / "a b.env"
+    site.write_text('SBATCH_PARTITION="it\'s gpu"\n: ${EVEREST_PYTHON:=/opt/python}\nNCCL_X=1\n')
+    words = ["pretrain", str(recipes / "pretrain.yaml"), "--ntasks-per-node", "2", "--cluster", str(site)]
+    monkeypatch.delenv("EVEREST_PYTHON", raising=False)
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    file = recipes / "plan.json"
+    assert run_main(monkeypatch, "submit", *words, "--dry-run", "--json", str(file)) == 0
+    environment = json.loads(file.read_text())["jobs"][0]["environment"]
+    assert environment["SBATCH_PARTITION"] == "it's gpu" and environment["EVEREST_PYTHON"] == "/opt/python"
+    assert environment["EVEREST_CLUSTER"] == str(site) and "NCCL_X" not in environment
+
+
+def test_a_plan_for_8192_gpus_takes_less_than_a_second(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "train.txt").write_text("".join(f"{number}.mp4\n" for number in range(9000)))
+    began = time.process_time()
+    plan = planned(
+        monkeypatch,
+        tmp_path,
+        *("pretrain", "k400_pretrain_vit_base", f"data.train={tmp_path}/train.txt", "--gpu", "h100 sxm"),
+        *("batch.micro_batch_size=1", "batch.global_batch_size=8192"),
+        *("--nodes", "1024", "--gpus-per-node", "8", "--nodelist", "rack[01-32]n[01-32]"),
+    )
+    assert time.process_time() - began < 1  # the processor's, for the machine may be busy
+    assert len(plan["ranks"]) == 8192
+    assert plan["ranks"][-1] == {"rank": 8191, "host": "rack32n32", "local_rank": 7}
+    assert "--nodes=1024" in plan["jobs"][0]["command"]
+
+
+def _script(job: dict[str, Any]) -> str:
+    return next(word for word in job["command"] if word.endswith(".sbatch"))
