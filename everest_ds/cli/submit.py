@@ -78,14 +78,14 @@ def submit(
     from everest_ds.cli.queueing import Queueing, Submission, as_jobs, print_plan, queue_all, show
     from everest_ds.cli.submission import Target
     from everest_ds.launch.rank_table import hosts_of, place_ranks
-    from everest_ds.launch.sbatch import split_options
+    from everest_ds.launch.sbatch import signal_seconds, split_options
 
     began = clock.perf_counter()
     positional, options = split_options(words)
     shape = _shape(job, nodes, gpus_per_node, ntasks_per_node)
     target = Target(shape, gpu, inputs_follow=dependency is not None)
     stages, swept = _plan(job, positional, target, grid or [], candidates)
-    environment = _environment(cluster, max_restarts)
+    environment = _environment(cluster, max_restarts, signal_seconds(options))
     queueing = Queueing(time, partition, array, dependency, nodelist, tuple(options), environment)
     submission = Submission(stages, swept, as_jobs(stages, swept, queueing))
     ranks = [] if nodelist is None else place_ranks(hosts_of(nodelist, nodes), shape.ranks_per_node)
@@ -113,7 +113,7 @@ def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
     return Shape(nodes, gpus or 0, gpus or tasks or 1)
 
 
-def _environment(cluster: str | None, max_restarts: int | None) -> dict[str, str]:
+def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
     """What the scripts of slurm/ read, and what sbatch reads of the site's settings."""
     from everest_ds.launch.cluster_file import find_cluster_file, read_cluster_file
     from everest_ds.shipped import shipped
@@ -126,9 +126,10 @@ def _environment(cluster: str | None, max_restarts: int | None) -> dict[str, str
         **({} if file is None else read_cluster_file(file)),
         "EVEREST_SLURM": str(folder),
         "EVEREST_CLUSTER": None if file is None else str(file),
-        "EVEREST_MAX_RESTARTS": None if max_restarts is None else str(max_restarts),
+        "EVEREST_MAX_RESTARTS": max_restarts,
+        "EVEREST_SIGNAL_SECONDS": signal_seconds,
     }
-    return {name: value for name, value in given.items() if value is not None}
+    return {name: str(value) for name, value in given.items() if value is not None}
 
 
 def _plan(

@@ -29,6 +29,7 @@ _OURS = {
     **dict.fromkeys(("-o", "--output", "-e", "--error"), "run.dir; a job's output is in RUN/logs"),
     **dict.fromkeys(("--wrap", "--test-only"), "--dry-run"),
 }
+_SIGNAL = re.compile(r"[= ](?:[RB]+:)?[A-Z0-9]+@([0-9]{1,9})(?: |$)")
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -112,6 +113,13 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return positional, options
 
 
+def signal_seconds(options: Sequence[str]) -> int | None:
+    """How long before the end SLURM shall send a signal: of `--signal=[B:]USR1@SECONDS` among the options."""
+    given = " ".join(options).partition("--signal")[2]
+    match = _SIGNAL.match(given)
+    return int(match[1]) if match else None
+
+
 def _takes_next(word: str) -> bool:
     attached = "=" in word if word.startswith("--") else len(word) > 2
     return not attached and word not in _FLAGS
@@ -141,8 +149,8 @@ def _named_options(job: BatchJob) -> list[str]:
 
 
 def _output_pattern(folder: Path, is_array: bool) -> str:
-    """SLURM expands % in the whole path, and a backslash anywhere turns that off."""
+    """SLURM expands % in the whole path; a backslash anywhere turns that off, and each must be doubled."""
     path = str(folder.absolute())
     if "\\" in path:
-        return f"{path}/slurm.out"
+        return path.replace("\\", "\\\\") + "/slurm.out"
     return path.replace("%", "%%") + ("/slurm-%A_%a.out" if is_array else "/slurm-%j.out")

@@ -137,7 +137,7 @@ def _reason(word: str, state: JobState | None, events: Sequence[JobEvent]) -> st
         return told[-1]
     if state is None or word in ("running", "ending", "finished"):
         return ""
-    if state.exit_code and word not in ("queued", "requeued", "held"):
+    if state.exit_code and state.reason in ("", "NonZeroExitCode"):
         return explain_exit_code(state.exit_code)
     return state.reason
 

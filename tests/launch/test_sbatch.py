@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.sbatch import BatchJob, Shape, as_shell, job_name, sbatch_command, split_options
+from everest_ds.launch.sbatch import (
+    BatchJob,
+    Shape,
+    as_shell,
+    job_name,
+    sbatch_command,
+    signal_seconds,
+    split_options,
+)
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -69,6 +77,14 @@ def test_unknown_options_are_told_from_overrides(words: str, positional: str, op
 def test_an_option_that_would_change_what_was_checked_is_refused(option: str) -> None:
     with pytest.raises(UsageError, match="fix: use "):
         split_options(["my.yaml", option])
+
+
+@pytest.mark.parametrize(
+    ("options", "seconds"),
+    [("--signal=USR1@600", 600), ("--qos x --signal B:TERM@90 -H", 90), ("--signal=USR1", None), ("", None)],
+)
+def test_the_time_between_signal_and_end_is_read(options: str, seconds: int | None) -> None:
+    assert signal_seconds(options.split()) == seconds
 
 
 @given(st.text(max_size=40))
