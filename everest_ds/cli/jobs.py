@@ -46,7 +46,7 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     """
     from rich.console import Console
 
-    rows = sorted(job_rows(find_runs(_folders(folders))), key=_number)
+    rows = in_order(job_rows(find_runs(_folders(folders))))
     if rows:
         Console().print(jobs_table(rows))
     else:
@@ -89,6 +89,11 @@ def find_rows(which: Sequence[str]) -> list[JobRow]:
         UsageError: no such run or job.
     """
     return [row for text in which for row in _find(text)]
+
+
+def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
+    """As they were submitted; those without SLURM first."""
+    return sorted(rows, key=_number)
 
 
 def jobs_table(rows: Sequence[JobRow]) -> Group:
@@ -199,7 +204,6 @@ def _live(rows: Sequence[JobRow]) -> list[JobRow]:
 
 
 def _number(row: JobRow) -> tuple[int, ...]:
-    """Jobs in the order they were submitted; those without SLURM first."""
     return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
 
 

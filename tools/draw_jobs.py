@@ -1,0 +1,26 @@
+"""Draw the table of `everest-ds jobs`, for docs/jobs.svg: python tools/draw_jobs.py FILE FOLDER..."""
+
+from __future__ import annotations
+
+import io
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from everest_ds.cli.job_rows import find_runs, job_rows
+from everest_ds.cli.jobs import in_order, jobs_table
+
+WIDTH = 130
+
+
+def main() -> None:
+    """Write the picture."""
+    file, *folders = sys.argv[1:]
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
+    console.print(jobs_table(in_order(job_rows(find_runs(map(Path, folders))))))
+    console.save_svg(file, title="everest-ds jobs")
+
+
+if __name__ == "__main__":
+    main()
