@@ -14,6 +14,7 @@ from everest_ds.config import load_experiment
 from everest_ds.errors import EverestError
 from everest_ds.launch.job_log import FILE_NAME, JobEvent, read_events
 from everest_ds.launch.job_state import JobState, query_jobs
+from everest_ds.launch.sweep_file import FILE_NAME as SWEEP_FILE
 from everest_ds.launch.verdict import Verdict, judge
 from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
 from everest_ds.units import GIB
@@ -71,10 +72,14 @@ class JobRow:
         return self.task in (*_TRAINING, "sweep", "")
 
     @property
+    def home(self) -> Path:
+        """The folder that the job was submitted for: the run's, or its sweep's."""
+        return self.run.parent if (self.run.parent / SWEEP_FILE).is_file() else self.run
+
+    @property
     def output(self) -> Path:
-        """What the job prints; the tasks of a sweep print side by side."""
-        home = self.run.parent if "_" in self.job_id else self.run
-        file = home / "logs" / f"slurm-{self.job_id}.out"
+        """What the job prints."""
+        file = self.home / "logs" / f"slurm-{self.job_id}.out"
         return file.with_name("slurm.out") if "\\" in str(file.absolute()) else file
 
     @property

@@ -228,11 +228,9 @@ def _submit_again(row: JobRow) -> str:
     from everest_ds.launch.slurm import submit
     from everest_ds.launch.submitted import load_job
 
-    run = row.run.absolute()
-    _, is_task, number = row.job_id.partition("_")
-    job = load_job(run.parent if is_task else run, "sweep" if is_task else row.task)
-    job = replace(job, dependency=None, array=number if is_task else job.array)
+    number = row.job_id.partition("_")[2] if row.home != row.run else None
+    job, folder = load_job(row.home, "sweep" if number else row.task)
     asked = time.time()
-    job_id = submit(job) + (f"_{number}" if is_task else "")
-    append_event(run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
+    job_id = submit(replace(job, dependency=None, array=number), folder) + (f"_{number}" if number else "")
+    append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
     return job_id

@@ -16,7 +16,7 @@ from everest_ds.launch.rank_table import RankPlace
 from everest_ds.launch.sbatch import BatchJob, as_shell, job_name, sbatch_command
 from everest_ds.launch.slurm import answer, has_slurm, test_only
 from everest_ds.launch.submitted import queue
-from everest_ds.launch.sweep_file import Candidate, expand_array
+from everest_ds.launch.sweep_file import MAX_TASKS, Candidate, expand_array
 from everest_ds.shipped import shipped
 
 # In a chain: the id of the job before, which --dry-run cannot know.
@@ -58,7 +58,7 @@ def as_jobs(stages: Sequence[Stage], swept: Sequence[Candidate], queueing: Queue
             arguments=stage.arguments,
             name=job_name(stage.command, stage.run or Path(stage.arguments[0])),
             shape=stage.shape,
-            logs=None if stage.run is None else stage.run / "logs",
+            logs=None if stage.run is None else stage.run.absolute() / "logs",
             time=queueing.time,
             partition=queueing.partition,
             array=array,
@@ -151,6 +151,7 @@ def _runs_of(stage: Stage, job: BatchJob, swept: Sequence[Candidate]) -> dict[st
     """Suffix of the job's id -> the run folder that logs it."""
     if stage.run is None:
         return {}
-    if not swept:
+    if job.array is None:
         return {"": stage.run}
-    return {f"_{task}": stage.run / swept[task].name for task in expand_array(job.array or "0", len(swept))}
+    tasks = expand_array(job.array, len(swept) or MAX_TASKS)
+    return {f"_{task}": stage.run / swept[task].name if swept else stage.run for task in tasks}

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from everest_ds.errors import UsageError
 from everest_ds.launch.sbatch import BatchJob, sbatch_command
@@ -18,13 +19,15 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def submit(job: BatchJob) -> str:
-    """Queue the job; its id.
+def submit(job: BatchJob, folder: Path | None = None) -> str:
+    """Queue the job, from `folder` instead of the current one if it is given; its id.
 
     Raises:
         UsageError: sbatch refuses it, in its own words, or is not there.
     """
-    output = call(sbatch_command(job), job.environment)
+    if folder is not None and not folder.is_dir():
+        raise UsageError(f"{folder}: the folder that the job was submitted from is gone")
+    output = call(sbatch_command(job), job.environment, folder)
     return output.strip().partition(";")[0]  # "id;cluster" where there are several
 
 
@@ -35,13 +38,15 @@ def test_only(job: BatchJob) -> str:
     return " ".join((done.stderr or done.stdout).split())
 
 
-def call(words: Sequence[str], environment: Mapping[str, str] | None = None) -> str:
+def call(
+    words: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path | None = None
+) -> str:
     """Standard output of one command.
 
     Raises:
         UsageError: it is not there, or refuses, in its own words.
     """
-    done = _run(words, environment or {})
+    done = _run(words, environment or {}, folder)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split())
         raise UsageError(f"{words[0]} refuses", given=reason or f"exit code {done.returncode}")
@@ -56,11 +61,14 @@ def answer(words: Sequence[str]) -> str | None:
         return None
 
 
-def _run(words: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+def _run(
+    words: Sequence[str], environment: Mapping[str, str], folder: Path | None = None
+) -> subprocess.CompletedProcess[str]:
     try:
         return subprocess.run(
             words,
             env={**os.environ, **environment},
+            cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -42,8 +41,8 @@ def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | No
     return job_id
 
 
-def load_job(home: Path, command: str) -> BatchJob:
-    """The job as `queue` wrote it down.
+def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
+    """The job as `queue` wrote it down, and the folder that its relative names were meant from.
 
     Raises:
         RunFolderError: there is none.
@@ -55,8 +54,8 @@ def load_job(home: Path, command: str) -> BatchJob:
         raise RunFolderError(
             f"{home}: no job was submitted from here", given=str(error), fix="use everest-ds submit"
         ) from None
-    os.chdir(row.pop("folder"))  # relative names were meant from there
-    return BatchJob(
+    folder = Path(row.pop("folder"))
+    job = BatchJob(
         **{
             **row,
             "script": Path(row["script"]),
@@ -66,6 +65,7 @@ def load_job(home: Path, command: str) -> BatchJob:
             "options": tuple(row["options"]),
         }
     )
+    return job, folder
 
 
 def _file(home: Path, command: str) -> Path:

@@ -13,6 +13,8 @@ from typing import Any
 from everest_ds.errors import UsageError
 
 FILE_NAME = "sweep.jsonl"
+# SLURM's own bound on the tasks of an array, at most.
+MAX_TASKS = 4_000_001
 _ARRAY_ITEM = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([1-9][0-9]{0,8}))?)?")
 
 
