@@ -101,7 +101,7 @@ def jobs_table(rows: Sequence[JobRow]) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    table = Table(title="everest-ds jobs", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     for name in ("job", "run", "task", "state", "progress"):
         table.add_column(name, overflow="fold", no_wrap=name != "run")
     for name in ("loss", "clips/s", "time", "restarts"):
@@ -135,10 +135,10 @@ def _cells(row: JobRow) -> list[str]:
 def _advice(row: JobRow) -> str:
     from rich.markup import escape
 
-    why = f"{_styled(row.verdict.state)}: " + (
-        f"{escape(row.verdict.reason)}. " if row.verdict.reason else ""
-    )
-    return f"{why}[bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
+    # Of our own errors what is wrong will do here; given, allowed and fix are in the log.
+    reason = row.verdict.reason.partition("; given: ")[0]
+    why = _styled(row.verdict.state) + (f": {escape(reason)}." if reason else ".")
+    return f"{why} [bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
 
 
 def _styled(state: str) -> str:

@@ -38,14 +38,14 @@ def jobs_of(cluster: LocalCluster, folder: Path) -> list[dict[str, Any]]:
 
 
 def until(cluster: LocalCluster, folder: Path, *states: str) -> list[dict[str, Any]]:
-    """Rows of the jobs below `folder`, once these are their states."""
+    """Rows of the jobs below `folder`, whose states shall be these when nothing submitted here lives."""
 
-    def reached() -> list[dict[str, Any]]:
-        rows = jobs_of(cluster, folder)
-        live = [row for row in rows if row["state"] in ("queued", "requeued", "running", "ending")]
-        return [] if live else rows
+    def all_over() -> bool:
+        names = cluster.slurm("squeue", "-h", "--states=PD,R,CG", "-o", "%j").splitlines()
+        return not any(name.startswith("everest-") for name in names)
 
-    rows: list[dict[str, Any]] = wait_for(reached, f"jobs {states}", 300)
+    wait_for(all_over, f"jobs {states}", 300)
+    rows = jobs_of(cluster, folder)
     assert [row["state"] for row in rows] == list(states), json.dumps(rows, indent=1)
     return rows
 
