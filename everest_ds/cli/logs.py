@@ -39,7 +39,7 @@ def logs(
 
     Example: everest-ds logs runs/first -f
     """
-    row = find_rows([which])[-1]
+    row = find_rows([which])[0]
     pattern = "rank-*.log" if all_ranks else f"rank-{rank}.log"
     tails = Tails(row.output.parent, row.output.name) if of_job else Tails(row.run / "logs", pattern)
     shown = tails.last(lines)
