@@ -68,7 +68,10 @@ def _is_over(row: JobRow) -> Callable[[], bool]:
     from everest_ds.launch.job_state import query_jobs
 
     def ask() -> bool:
-        state = query_jobs([row.job_id]).get(row.job_id)
+        try:
+            state = query_jobs([row.job_id]).get(row.job_id)
+        except UsageError:  # the controller is away; the job may go on without it
+            return False
         return state is None or state.is_over
 
     return ask
