@@ -32,7 +32,7 @@ def main() -> None:
         run("-m", "everest_ds", "recipes")
         run("-m", "everest_ds", "pretrain", "k400_pretrain_vit_base", "data.train=null", "--dry-run")
         slurm = run("-c", "from everest_ds.shipped import shipped; print(shipped('slurm'))").strip()
-        for file in ("pretrain.sbatch", "common.sh", "clusters/generic.env"):
+        for file in ("pretrain.sbatch", "sweep.sbatch", "common.sh", "clusters/generic.env"):
             open(f"{slurm}/{file}").close()
         for stage in range(4):
             run(

@@ -11,7 +11,7 @@ from rich.console import Console
 from everest_ds.cli.job_rows import find_runs, job_rows
 from everest_ds.cli.jobs import in_order, jobs_table
 
-WIDTH = 130
+WIDTH = 120
 
 
 def main() -> None:

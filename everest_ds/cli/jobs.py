@@ -76,14 +76,24 @@ def cancel(which: Which, now: Now = False) -> None:
 def requeue(which: Which) -> None:
     """Start jobs again from their newest checkpoints: running ones too; ended ones by submitting them anew.
 
+    Of a run with several jobs (finetune, evaluate) the unfinished ones follow one another again.
+
     Example: everest-ds requeue runs/first
     """
+    from everest_ds.training.stop import KILL_FILE
+
+    before: dict[Path, str] = {}
     for row in find_rows(which):
-        typer.echo(f"{row.job_id}: {_requeue(row)}")
+        (row.run / KILL_FILE).unlink(missing_ok=True)  # a wish that nobody lived to grant
+        if row.is_over:
+            before[row.run] = _submit_again(row, before.get(row.run))
+            typer.echo(f"{row.job_id}: submitted again as job {before[row.run]}")
+        else:
+            typer.echo(f"{row.job_id}: {_requeue(row)}")
 
 
 def find_rows(which: Sequence[str]) -> list[JobRow]:
-    """The newest job of each run, or the very job of each number.
+    """The jobs of each run that live, else those that are unfinished, else the last; or the job of a number.
 
     Raises:
         UsageError: no such run or job.
@@ -101,7 +111,7 @@ def jobs_table(rows: Sequence[JobRow]) -> Group:
     from rich.console import Group
     from rich.table import Table
 
-    table = Table(title="everest-ds jobs", title_justify="left", title_style="bold", box=None)
+    table = Table(box=None)
     for name in ("job", "run", "task", "state", "progress"):
         table.add_column(name, overflow="fold", no_wrap=name != "run")
     for name in ("loss", "clips/s", "time", "restarts"):
@@ -135,10 +145,10 @@ def _cells(row: JobRow) -> list[str]:
 def _advice(row: JobRow) -> str:
     from rich.markup import escape
 
-    why = f"{_styled(row.verdict.state)}: " + (
-        f"{escape(row.verdict.reason)}. " if row.verdict.reason else ""
-    )
-    return f"{why}[bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
+    # Of our own errors what is wrong will do here; given, allowed and fix are in the log.
+    reason = row.verdict.reason.partition("; given: ")[0]
+    why = _styled(row.verdict.state) + (f": {escape(reason)}." if reason else ".")
+    return f"{why} [bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
 
 
 def _styled(state: str) -> str:
@@ -187,8 +197,8 @@ def _folders(given: Sequence[Path] | None) -> list[Path]:
 def _find(text: str) -> list[JobRow]:
     if Path(text).is_dir():
         rows = job_rows(find_runs([Path(text)]))
-        live = _live(rows)
-        chosen = live or rows[-1:]
+        live = [row for row in rows if not row.is_over]
+        chosen = live or [row for row in rows if row.verdict.state != "finished"] or rows[-1:]
     elif is_job_id(text):
         rows = job_rows(find_runs([RUNS]))
         chosen = [row for row in rows if row.job_id == text or row.job_id.startswith(f"{text}_")]
@@ -199,31 +209,23 @@ def _find(text: str) -> list[JobRow]:
     return chosen
 
 
-def _live(rows: Sequence[JobRow]) -> list[JobRow]:
-    return [row for row in rows if not row.is_over]
-
-
 def _number(row: JobRow) -> tuple[int, ...]:
     return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
 
 
 def _requeue(row: JobRow) -> str:
     from everest_ds.launch.slurm import call
-    from everest_ds.training.stop import KILL_FILE
 
-    (row.run / KILL_FILE).unlink(missing_ok=True)  # a wish that nobody lived to grant
-    if row.slurm is None or row.slurm.is_over:
-        return f"submitted again as job {_submit_again(row)}"
     if row.verdict.state == "held":
         call(["scontrol", "release", row.job_id])
         return "released"
-    if row.slurm.waits:
+    if row.slurm is None or row.slurm.waits:
         return "waits in the queue already"
     call(["scontrol", "requeue", row.job_id])
     return "requeued"
 
 
-def _submit_again(row: JobRow) -> str:
+def _submit_again(row: JobRow, after: str | None) -> str:
     from everest_ds.launch.job_log import JobEvent, append_event
     from everest_ds.launch.slurm import submit
     from everest_ds.launch.submitted import load_job
@@ -231,6 +233,7 @@ def _submit_again(row: JobRow) -> str:
     number = row.job_id.partition("_")[2] if row.home != row.run else None
     job, folder = load_job(row.home, "sweep" if number else row.task)
     asked = time.time()
-    job_id = submit(replace(job, dependency=None, array=number), folder) + (f"_{number}" if number else "")
+    job = replace(job, dependency=f"afterok:{after}" if after else None, array=number)
+    job_id = submit(job, folder) + (f"_{number}" if number else "")
     append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
     return job_id

@@ -39,7 +39,7 @@ def logs(
 
     Example: everest-ds logs runs/first -f
     """
-    row = find_rows([which])[-1]
+    row = find_rows([which])[0]
     pattern = "rank-*.log" if all_ranks else f"rank-{rank}.log"
     tails = Tails(row.output.parent, row.output.name) if of_job else Tails(row.run / "logs", pattern)
     shown = tails.last(lines)
@@ -68,7 +68,10 @@ def _is_over(row: JobRow) -> Callable[[], bool]:
     from everest_ds.launch.job_state import query_jobs
 
     def ask() -> bool:
-        state = query_jobs([row.job_id]).get(row.job_id)
+        try:
+            state = query_jobs([row.job_id]).get(row.job_id)
+        except UsageError:  # the controller is away; the job may go on without it
+            return False
         return state is None or state.is_over
 
     return ask

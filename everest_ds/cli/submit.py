@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from everest_ds.launch.sweep_file import Candidate
 
 Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
-Job = Annotated[Kind, typer.Argument(metavar="JOB", help="pretrain|finetune|evaluate|profile|chain|sweep")]
+Job = Annotated[Kind, typer.Argument(metavar="JOB", help="What to run.")]
 Words = Annotated[
     list[str],
     typer.Argument(
@@ -35,7 +35,7 @@ GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of a node, an
 TasksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks of a node without GPUs.")]
 Time = Annotated[str | None, typer.Option(help="Time limit, such as 1-00:00:00.")]
 Partition = Annotated[str | None, typer.Option(help="Partition.")]
-Array = Annotated[str | None, typer.Option(help="sweep: these tasks only, or %N at once. Else: 0-9%1.")]
+Array = Annotated[str | None, typer.Option(help="Of a sweep: these tasks, or %N at once. Of one run: 0-9%1.")]
 Dependency = Annotated[str | None, typer.Option(help="Such as afterok:123; that job may make the weights.")]
 Nodelist = Annotated[str | None, typer.Option(help="These nodes; --dry-run shows which rank runs where.")]
 Gpu = Annotated[str | None, typer.Option(help="Hold predicted memory against this GPU, such as 'A100 80GB'.")]

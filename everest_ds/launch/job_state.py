@@ -9,7 +9,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from everest_ds.launch.slurm import answer
+from everest_ds.errors import UsageError
+from everest_ds.launch.slurm import answer, call, has_slurm
 
 _SQUEUE = "JobArrayID JobID State exit_code RestartCnt TimeUsed NumNodes NodeList Reason".split()
 _SACCT = "JobID JobIDRaw State ExitCode Elapsed NNodes NodeList Reason".split()
@@ -64,7 +65,11 @@ def is_job_id(text: str) -> bool:
 
 
 def query_jobs(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """What SLURM knows of these jobs, under both ids of each; those it has forgotten are left out."""
+    """What SLURM knows of these jobs, under both ids of each; those it has forgotten are left out.
+
+    Raises:
+        UsageError: the controller does not answer.
+    """
     wanted = sorted({job_id for job_id in job_ids if is_job_id(job_id)})
     found: dict[str, JobState] = {}
     for first in range(0, len(wanted), _AT_ONCE):
@@ -125,7 +130,14 @@ def parse_sacct(text: str) -> list[JobState]:
 def _ask_squeue(job_ids: Sequence[str]) -> list[JobState]:
     fields = ",".join(f"{name}:|" for name in _SQUEUE[:-1]) + f",{_SQUEUE[-1]}:"
     words = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(job_ids)}", "-O", fields]
-    return parse_squeue(answer(words) or "")
+    if not has_slurm():
+        return []
+    try:
+        return parse_squeue(call(words))
+    except UsageError as error:
+        if "Invalid job id" in str(error):  # it has forgotten all of them
+            return []
+        raise
 
 
 def _ask_sacct(job_ids: Sequence[str]) -> list[JobState]:

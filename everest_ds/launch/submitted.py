@@ -52,7 +52,9 @@ def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
         row = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise RunFolderError(
-            f"{home}: no job was submitted from here", given=str(error), fix="use everest-ds submit"
+            f"{home}: no job was submitted from here",
+            given=str(error),
+            fix="send it again as it was sent, or use everest-ds submit",
         ) from None
     folder = Path(row.pop("folder"))
     job = BatchJob(

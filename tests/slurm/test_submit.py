@@ -38,14 +38,14 @@ def jobs_of(cluster: LocalCluster, folder: Path) -> list[dict[str, Any]]:
 
 
 def until(cluster: LocalCluster, folder: Path, *states: str) -> list[dict[str, Any]]:
-    """Rows of the jobs below `folder`, once these are their states."""
+    """Rows of the jobs below `folder`, whose states shall be these when nothing submitted here lives."""
 
-    def reached() -> list[dict[str, Any]]:
-        rows = jobs_of(cluster, folder)
-        live = [row for row in rows if row["state"] in ("queued", "requeued", "running", "ending")]
-        return [] if live else rows
+    def all_over() -> bool:
+        names = cluster.slurm("squeue", "-h", "--states=PD,R,CG", "-o", "%j").splitlines()
+        return not any(name.startswith("everest-") for name in names)
 
-    rows: list[dict[str, Any]] = wait_for(reached, f"jobs {states}", 300)
+    wait_for(all_over, f"jobs {states}", 300)
+    rows = jobs_of(cluster, folder)
     assert [row["state"] for row in rows] == list(states), json.dumps(rows, indent=1)
     return rows
 
@@ -125,17 +125,36 @@ def test_a_run_is_requeued_cancelled_and_submitted_again(
     wait_for(lambda: not second.processes(), "no process left", 60)
 
 
-def test_a_dry_run_has_slurms_word_and_a_refusal_leaves_nothing_queued(
-    cluster: LocalCluster, recipe: Path, work: Path
-) -> None:
-    words = ["submit", "chain", str(recipe), str(work / "fine.yaml"), "--ntasks-per-node=1"]
+@pytest.fixture
+def chain(recipe: Path, motion_data: Path, work: Path) -> list[str]:
+    """`submit chain` of runs `earlier` and `later`."""
     size = {"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4}
-    config = experiment(Path("data"), work / "later", "finetune", model=size)
-    data = load_experiment(recipe).data
-    config = config.model_copy(update={"data": data.model_copy(update={"val": None, "test": data.train})})
-    (work / "fine.yaml").write_text(dump_experiment(config))
+    config = experiment(motion_data, work / "later", "finetune", model=size)
+    (work / "later.yaml").write_text(dump_experiment(config))
+    recipes = [str(recipe), str(work / "later.yaml")]
+    return ["submit", "chain", *recipes, f"pretrain.run.dir={work}/earlier", "--ntasks-per-node=1"]
+
+
+def test_what_is_unfinished_of_a_run_is_submitted_again_in_its_order(
+    cluster: LocalCluster, chain: list[str], work: Path
+) -> None:
+    everest(cluster, *chain, "--hold")
+    everest(cluster, "cancel", "later", "earlier")
+    assert [row["state"] for row in jobs_of(cluster, work / "later")] == ["cancelled"] * 3
+    everest(cluster, "requeue", "later")
+    rows = jobs_of(cluster, work / "later")
+    waits = [cluster.slurm("squeue", "-h", "-j", row["job"], "-o", "%E").strip() for row in rows]
+    everest(cluster, "cancel", "later")
+    assert [row["task"] for row in rows] == ["finetune", "evaluate", "report"]
+    assert [f"afterok:{row['job']}" in word for row, word in zip(rows, waits[1:], strict=False)] == [True] * 2
+
+
+def test_a_dry_run_has_slurms_word_and_a_refusal_leaves_nothing_queued(
+    cluster: LocalCluster, chain: list[str]
+) -> None:
+    words = chain
     assert "to start at" in everest(cluster, *words, "--dry-run")
     refused = everest(cluster, *words, "--partition=no-such-partition", code=2)
     assert "sbatch refuses; given: sbatch: error: " in refused and "partition" in refused
     assert "no-such-partition" in everest(cluster, *words, "--partition=no-such-partition", "--dry-run")
-    assert not cluster.slurm("squeue", "-h", "--name=everest-pretrain-unnamed")
+    assert not cluster.slurm("squeue", "-h", "--name=everest-pretrain-earlier")
