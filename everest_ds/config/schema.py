@@ -201,7 +201,7 @@ class RunConfig(Section):
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 500
     save_in_background: bool | None = Field(
-        None, description="write from a copy in host memory while steps go on; default: on GPUs"
+        None, description="write from a copy in host memory while steps go on; default: from GPUs"
     )
     keep_checkpoints: PositiveInt = Field(2, description="the newest ones")
     keep_every_steps: PositiveInt | None = Field(None, description="and those at multiples of this, for ever")

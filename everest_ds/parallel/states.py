@@ -250,7 +250,7 @@ class _Swapped(_Partitioned):
         self._copied: tuple[int, str] | None = None  # group and state that was read last
         self._copy: Tensor
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:  # what is fetched is a copy
         group, start, _ = self._place(held)
         if self._copied != (group, state):
             self._send_back()

@@ -137,7 +137,7 @@ class TrainingRun:
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, config, self.world)
-        self.saver = Saver(engine, folder.checkpoints, config.run, mesh, grace)
+        self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
         self.batch: ClipBatch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:

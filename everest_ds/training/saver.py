@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config.schema import RunConfig
+from everest_ds.config import Experiment
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.saving import Keep, Saving
@@ -15,11 +15,14 @@ from everest_ds.training.grace import Grace
 class Saver:
     """The checkpoints of a run, at most one of which is being written. Call everything on every rank."""
 
-    def __init__(self, engine: Engine, folder: Path, run: RunConfig, mesh: Mesh, grace: Grace) -> None:
+    def __init__(self, engine: Engine, folder: Path, config: Experiment, mesh: Mesh, grace: Grace) -> None:
         self._engine, self._folder, self._mesh, self._grace = engine, folder, mesh, grace
+        run, parallelism = config.run, config.parallelism
         self._keep = Keep(run.keep_checkpoints, run.keep_every_steps)
-        on_gpu = mesh.world.device.type == "cuda"  # whose states are copied to the host in any case
-        self._in_background = on_gpu if run.save_in_background is None else run.save_in_background
+        offloads = parallelism.offload_to_cpu or parallelism.offload_to_nvme is not None
+        # States on a GPU are copied to the host in any case; of those on the host, a copy would be extra.
+        copied = mesh.world.device.type == "cuda" and not offloads
+        self._in_background = copied if run.save_in_background is None else run.save_in_background
         self._writing: Saving | None = None
 
     def save(self, facts: dict[str, Any]) -> None:
