@@ -73,3 +73,8 @@ def test_torch_distributed_stays_in_parallel() -> None:
     for file in SOURCES:
         if room(file) != "parallel":
             assert not any(name.startswith("torch.distributed") for name in imports(file)), file
+
+
+def test_every_folder_of_sources_is_a_package() -> None:
+    """One that is not works in a checkout, and is missing from the wheel."""
+    assert all((folder / "__init__.py").is_file() for folder in {file.parent for file in SOURCES})

@@ -31,6 +31,8 @@ def main() -> None:
             sys.exit(f"error: imported {place.strip()} instead of the wheel's package")
         run("-m", "everest_ds", "recipes")
         run("-m", "everest_ds", "pretrain", "k400_pretrain_vit_base", "data.train=null", "--dry-run")
+        run("-m", "everest_ds", "submit", "profile", "k400_pretrain_vit_base", "--dry-run")
+        run("-c", "import everest_ds.training.loop")
         slurm = run("-c", "from everest_ds.shipped import shipped; print(shipped('slurm'))").strip()
         for file in ("pretrain.sbatch", "sweep.sbatch", "common.sh", "clusters/generic.env"):
             open(f"{slurm}/{file}").close()

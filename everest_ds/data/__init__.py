@@ -1,0 +1,1 @@
+"""Manifests, decoding, choice of frames, and the clips that reach a model."""

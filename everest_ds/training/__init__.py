@@ -1,0 +1,1 @@
+"""Steps, the loop, evaluation, observers, and the run folder."""
