@@ -98,11 +98,11 @@ def for_tiny_models(shipped: Path, folder: Path) -> Path:
     return own
 
 
-def plain_run(task: str) -> Trajectory:
+def plain_run(task: str, device: torch.device = torch.device("cpu")) -> Trajectory:
     """The reference: one process, one batch a step, torch's own AdamW and clipping."""
     config = experiment(task, stage=0, data_degree=1)
     torch.manual_seed(SEED)
-    model = build_model(config).train()
+    model = build_model(config).train().to(device)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
     )
@@ -111,13 +111,14 @@ def plain_run(task: str) -> Trajectory:
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step) * group["lr_scale"]
-        loss = objective(model, global_batch(step))
+        loss = objective(model, global_batch(step).to(device))
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT_NORM)))
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return Trajectory(losses, norms, {name: p.detach().numpy() for name, p in model.named_parameters()})
+    weights = {name: p.detach().cpu().numpy() for name, p in model.named_parameters()}
+    return Trajectory(losses, norms, weights)
 
 
 def start(world: World, config: Experiment) -> Engine:
@@ -138,7 +139,8 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
         micro_losses = []
         for micro in range(plan.grad_accum_steps):
             accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
-            loss = objective(engine, part(accumulated, mesh.data_degree, mesh.data_rank))
+            mine = part(accumulated, mesh.data_degree, mesh.data_rank).to(world.device)
+            loss = objective(engine, mine)
             engine.backward(loss)
             engine.step()
             micro_losses.append(loss.detach())

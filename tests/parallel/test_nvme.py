@@ -14,10 +14,11 @@ import torch
 from everest_ds.checkpoints.reader import STATES
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
-from everest_ds.parallel.checkpoint import Keep, load_checkpoint, newest_complete, save_checkpoint
+from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import check_nvme
+from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.states import model_states
 from everest_ds.parallel.world import World
 from everest_ds.shipped import shipped
@@ -83,7 +84,7 @@ def move(world: World, here: Experiment, there: Experiment, folder: Path) -> boo
     mesh, engine = form_mesh(world, 1), start(world, here)
     fill_states(engine, mesh)
     known = facts(0).model_dump(exclude={"optimizer_step", "loss_scale"})
-    save_checkpoint(engine, folder, known, Keep(1, None), mesh)
+    Saving(engine, folder, known, Keep(1, None), mesh, background=False).finish()
     before = states_of(engine, mesh)
     engine.destroy()
     engine = start(world, there)
