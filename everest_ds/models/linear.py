@@ -21,8 +21,8 @@ _WORTHWHILE_MACS = 10**8
 
 def linear(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """`F.linear`: (..., I) -> (..., O)."""
-    if _goes_to_onednn(x_nI, weight_OI):
-        return _OneDNNLinear.apply(x_nI, weight_OI, bias_O)
+    if _goes_to_onednn(x_nI, weight_OI) or _may_be_released(x_nI, weight_OI):
+        return _Linear.apply(x_nI, weight_OI, bias_O)
     return F.linear(x_nI, weight_OI, bias_O)
 
 
@@ -67,12 +67,19 @@ class LinearWithoutBias(XavierLinear):
         return linear(x_nI, self.weight, bias_O)
 
 
-class _OneDNNLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """Keeps the weight itself for the backward pass, where `F.linear` keeps its transpose.
+
+    That one would hold on to the memory of a weight that ZeRO-3 has released meanwhile, so to all of them.
+    """
+
     @staticmethod
     def forward(ctx: Any, x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(x_nI, weight_OI)
         ctx.has_bias = bias_O is not None
-        return _onednn(x_nI, weight_OI, bias_O)
+        if _goes_to_onednn(x_nI, weight_OI):
+            return _onednn(x_nI, weight_OI, bias_O)
+        return F.linear(x_nI, weight_OI, bias_O)
 
     @staticmethod
     def backward(ctx: Any, grad_nO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -84,6 +91,13 @@ class _OneDNNLinear(torch.autograd.Function):
             grad.t() @ x_nI.flatten(0, -2) if of_weight else None,  # MKL is as fast on these
             grad.sum(dim=0) if of_bias and ctx.has_bias else None,
         )
+
+
+def _may_be_released(x_nI: Tensor, weight_OI: Tensor) -> bool:
+    """Parameters are; what is computed from them is not. Under autocast none are kept as they are."""
+    kind = x_nI.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return weight_OI.is_leaf and weight_OI.requires_grad and not autocast
 
 
 def _goes_to_onednn(x_nI: Tensor, weight_OI: Tensor) -> bool:

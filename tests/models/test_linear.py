@@ -62,3 +62,15 @@ def test_small_maps_and_other_precisions_stay_with_torch(
     with Operators() as called:
         assert torch.equal(linear(x, weight), F.linear(x, weight))
     assert "mkldnn::_linear_pointwise" not in called.names
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_backward_pass_reads_the_weight_where_it_is_by_then(dtype: torch.dtype) -> None:
+    """ZeRO-3 releases it between the passes: a view of where it was would keep that memory."""
+    weight = torch.nn.Parameter(torch.randn(6, 4).to(dtype))
+    x = torch.randn(3, 4).to(dtype).requires_grad_()
+    output = linear(x, weight)
+    weight.data = elsewhere = 2 * weight.detach()
+    output.backward(torch.ones_like(output))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.ones_like(output) @ elsewhere)

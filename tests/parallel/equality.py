@@ -32,6 +32,8 @@ from everest_ds.training.parameters import parameter_groups
 
 STEPS = 20
 GLOBAL_BATCH = 8
+# After 20 steps a bias that began at zero is small, and so is what it is compared with. Of seeds 0 to 5, two
+# bring one such bias 1.5e-5 from the plain loop's by another order of sums alone, in one process.
 SEED = 2
 STAGES = (0, 1, 2, 3)
 TASKS = ("pretrain", "finetune")
