@@ -113,6 +113,13 @@ class DataConfig(Section):
     test_segments: PositiveInt = 5
     test_crops: PositiveInt = 3
     num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
+    repeats: PositiveInt = Field(
+        1, description="random crops of each decoded clip in training; an epoch decodes each video once"
+    )
+    read_timeout_s: PositiveInt = Field(60, description="a video that takes longer to read counts as broken")
+    max_broken_pct: Annotated[float, Field(ge=0, le=100)] = Field(
+        1.0, description="share of an epoch's videos that may be unreadable before the run stops"
+    )
 
 
 class LossConfig(Section):
@@ -239,6 +246,11 @@ class Experiment(Section):
             raise ValueError(
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
                 f" schedule.epochs={self.schedule.epochs}"
+            )
+        if self.batch.micro_batch_size % self.data.repeats:
+            raise ValueError(
+                f"batch.micro_batch_size={self.batch.micro_batch_size} counts clips: it must be a multiple of"
+                f" data.repeats={self.data.repeats}, which are cut from each video"
             )
         _check_precision(self)
         _check_tensor(self)

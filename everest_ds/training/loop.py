@@ -16,7 +16,7 @@ from everest_ds.checkpoints.manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
-from everest_ds.data.order import steps_per_epoch
+from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.errors import CheckpointError, ConfigError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models import build_model
@@ -31,6 +31,7 @@ from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World
+from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
 from everest_ds.training.objective import Objective, build_objective
@@ -126,8 +127,11 @@ class TrainingRun:
         self.cost = cost
         self.objective: Objective = build_objective(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
-        self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
+        self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
+        self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
         self.step = self._resume()
+        self.broken = BrokenVideos(samples, config.data.max_broken_pct, folder.broken, self.world)
+        self.broken.forget_after(self.step)
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, self.world)
@@ -177,6 +181,7 @@ class TrainingRun:
         if not self._due(self.config.run.log_every_steps):
             return
         self.losses.check()
+        replaced = self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
         clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
         report = StepReport(
@@ -187,6 +192,7 @@ class TrainingRun:
             grad_norm=gradient_norm(self.engine),
             clips_per_s=clips_per_s,
             data_wait_pct=100 * timer.waited / timer.seconds,
+            replaced_videos=replaced,
             memory_bytes=_take_peak_memory_bytes(self.world.device),
             tflops_per_s=None if cost is None else cost.tflops_per_s(clips_per_s, num_ranks),
             mfu_pct=None if cost is None else cost.mfu_pct(clips_per_s, num_ranks),
@@ -214,7 +220,12 @@ class TrainingRun:
         samples = self.world.share(lambda: read_samples(self.config, "val"))
         result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
-            self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            val_loss=result.loss,
+            val_top1=result.top(1),
+            val_top5=result.top(5),
+            val_missing=len(result.missing),
         )
         best = self.world.share(lambda: _best_top1(self.folder.path))
         for observer in self.observers:
@@ -235,6 +246,7 @@ class TrainingRun:
 
     def _save(self) -> None:
         self.losses.check()
+        self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
         run = self.config.run
         keep = Keep(run.keep_checkpoints, run.keep_every_steps)
         save_checkpoint(self.engine, self.folder.checkpoints, self._facts(), keep, self.mesh)
@@ -246,7 +258,13 @@ class TrainingRun:
             "step": self.step,
             "task": config.task,
             "global_batch_size": batch,
-            "position": {"epoch": epoch, "step_of_epoch": step_of_epoch, "clips_seen": self.step * batch},
+            "position": {
+                "epoch": epoch,
+                "step_of_epoch": step_of_epoch,
+                "clips_seen": self.step * batch,
+                "samples": len(self.samples),
+                "fingerprint": self.data_fingerprint,
+            },
             "world": {
                 "ranks": self.world.size,
                 "tensor": self.mesh.tensor_degree,
@@ -273,8 +291,15 @@ class TrainingRun:
         return step
 
     def _check_continues(self, path: Path, facts: Facts) -> None:
-        """The ranks may be others; what a step computes may not."""
+        """The ranks may be others; what a step computes may not, nor which samples it takes."""
         here = self.plan.global_batch_size
+        if facts.position.get("fingerprint", self.data_fingerprint) != self.data_fingerprint:
+            raise CheckpointError(
+                f"{path}: saved with other training samples; the rest of the epoch is not known",
+                given=f"{len(self.samples)} samples in data.train now",
+                allowed=f"the {facts.position.get('samples')} there were, in their order",
+                fix="bring back the manifest, or start over in another run.dir",
+            )
         if facts.global_batch_size != here:
             raise CheckpointError(
                 f"{path}: saved with another global batch",
@@ -294,7 +319,7 @@ class TrainingRun:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.mesh.data_rank, steps, pin_memory=on_gpu
+            self.samples, self.config, self.plan, self.mesh.data_rank, steps, on_gpu, self.broken.note
         )
 
 

@@ -46,7 +46,9 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
         "weights": str(file),
         "top1": outcome.top(1),
         "top5": outcome.top(5),
-        "num_clips": len(samples),
+        "num_clips": len(outcome.labels),
+        "num_missing": len(outcome.missing),
+        "missing": {str(samples[index].path): reason for index, reason in outcome.missing.items()},
         "views": f"{data.test_segments} segments x {data.test_crops} crops",
         "classes": _by_class(outcome, names),
     }
