@@ -122,6 +122,23 @@ class DataConfig(Section):
     )
 
 
+class AugmentConfig(Section):
+    """Fine-tuning's augmentation beyond crops and flips, on the device. 0 turns each off."""
+
+    rand_augment_ops: Annotated[int, Field(ge=0)] = Field(0, description="of a clip; half of them apply")
+    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    erase_probability: Probability = Field(0.0, description="of noise in a random box of a clip")
+    mixup_alpha: NonNegative = Field(
+        0.0, description="neighbours mixed, the share drawn from Beta(alpha, alpha)"
+    )
+    cutmix_alpha: NonNegative = Field(0.0, description="a box from the neighbour, its area drawn as mixup's")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels become shares of classes."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
+
+
 class LossConfig(Section):
     """What is minimised."""
 
@@ -213,6 +230,7 @@ class Experiment(Section):
     model: ModelConfig = ModelConfig()
     tokens: TokensConfig = TokensConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -247,11 +265,7 @@ class Experiment(Section):
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
                 f" schedule.epochs={self.schedule.epochs}"
             )
-        if self.batch.micro_batch_size % self.data.repeats:
-            raise ValueError(
-                f"batch.micro_batch_size={self.batch.micro_batch_size} counts clips: it must be a multiple of"
-                f" data.repeats={self.data.repeats}, which are cut from each video"
-            )
+        _check_micro_batch(self)
         _check_precision(self)
         _check_tensor(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
@@ -310,6 +324,22 @@ def _check_tokens(config: Experiment) -> None:
             f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
             " keep_ratio must exceed 1 - mask_ratio"
         )
+
+
+def _check_micro_batch(config: Experiment) -> None:
+    micro, repeats, augment = config.batch.micro_batch_size, config.data.repeats, config.augment
+    if micro % repeats:
+        raise ValueError(
+            f"batch.micro_batch_size={micro} counts clips: it must be a multiple of data.repeats={repeats},"
+            " which are cut from each video"
+        )
+    if augment.mixes and micro % (2 * repeats):
+        raise ValueError(
+            f"augment.mixup_alpha and cutmix_alpha mix neighbours: batch.micro_batch_size={micro} must be a"
+            f" multiple of {2 * repeats} (2 x data.repeats)"
+        )
+    if config.task == "pretrain" and augment != AugmentConfig():
+        raise ValueError("augment is for task finetune: pre-training would reconstruct what it draws")
 
 
 def _check_tensor(config: Experiment) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from everest_ds.checkpoints.folder import list_checkpoints
 from everest_ds.checkpoints.manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import ClipBatch, training_batches
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import fingerprint, steps_per_epoch
@@ -126,6 +127,7 @@ class TrainingRun:
         self.world = mesh.world
         self.cost = cost
         self.objective: Objective = build_objective(config)
+        self.augment = Augmentation(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
@@ -166,7 +168,7 @@ class TrainingRun:
         for _ in range(self.plan.grad_accum_steps):
             # A rank that cannot read a video tells the others, instead of leaving them in a collective.
             batch = self.world.together(lambda: next(batches))
-            self.batch = batch.to(self.world.device)
+            self.batch = self.augment(batch.to(self.world.device), batch.key.tolist())
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), batch.item)
             self.engine.backward(loss)

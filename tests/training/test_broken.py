@@ -47,7 +47,8 @@ def test_a_run_goes_on_without_a_broken_video_and_replays_after_a_stop(
 
 def test_evaluation_says_how_many_videos_are_missing(motion_data: Path, tmp_path: Path) -> None:
     test = with_a_broken_video(motion_data, tmp_path, "test")
-    config = experiment(motion_data, tmp_path / "run", "finetune", data={"test": str(test)})
+    augment = {"rand_augment_ops": 4, "erase_probability": 0.5, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}
+    config = experiment(motion_data, tmp_path / "run", "finetune", data={"test": str(test)}, augment=augment)
     results = run_ranks(train_and_test, 2, config)
     assert results[0] == results[1] and results[0]["num_clips"] == 11 and results[0]["num_missing"] == 1
     assert list(results[0]["missing"]) == [str(tmp_path / "empty.mp4")]  # type: ignore[call-overload]
