@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,8 @@ from everest_ds.config.tokens import (
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Decoder = Literal["decord", "pyav", "torchcodec"]
+DECODERS: tuple[str, ...] = get_args(Decoder)
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -113,6 +115,12 @@ class DataConfig(Section):
     test_segments: PositiveInt = 5
     test_crops: PositiveInt = 3
     num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
+    decoder: Decoder = Field(
+        "decord", description="of MP4 (torchcodec: WebM too); PyAV decodes what the other two do not exactly"
+    )
+    decode_short_side: PositiveInt | None = Field(
+        None, description="shrink larger pictures to this short side as they are decoded, pixels"
+    )
 
 
 class LossConfig(Section):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.data.decode import open_video
+from everest_ds.data.decode import open_sample
 from everest_ds.data.frames import train_frames, view_frames
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
@@ -71,7 +71,7 @@ class TrainingClips(Dataset[ClipBatch]):
         key = sample_key(self.seed, visit.epoch, visit.sample)
         rng = np.random.default_rng(key)
         data = self.data
-        with open_video(sample.path) as video, _about(sample):
+        with open_sample(sample, data) as video, _about(sample):
             frames = train_frames(
                 video.num_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng
             )
@@ -100,7 +100,7 @@ class EvaluationClips(Dataset[ClipBatch]):
     def __getitem__(self, item: int) -> ClipBatch:
         view = self.views[item]
         sample = self.samples[view.sample]
-        with open_video(sample.path) as video, _about(sample):
+        with open_sample(sample, self.data) as video, _about(sample):
             frames = view_frames(
                 video.num_frames,
                 self.geometry.num_frames,

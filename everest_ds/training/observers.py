@@ -45,13 +45,18 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One validation: mean loss and accuracies in per cent."""
+    """One validation: mean loss and accuracies in per cent, of the videos that could be read.
+
+    Attributes:
+        val_missing: videos that could not; nothing took their place.
+    """
 
     step: int
     epoch: float
     val_loss: float
     val_top1: float
     val_top5: float
+    val_missing: int
 
 
 class Observer(Protocol):
@@ -155,6 +160,7 @@ class ProgressBar:
 
     def on_validation(self, report: ValidationReport) -> None:
         text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}% top-5 {report.val_top5:.2f}%"
+        text += f", {report.val_missing} videos missing" if report.val_missing else ""
         logger.info("epoch %.0f %s", report.epoch, text)
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
