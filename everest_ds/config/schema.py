@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,8 @@ from everest_ds.config.tokens import (
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Decoder = Literal["decord", "pyav", "torchcodec"]
+DECODERS: tuple[str, ...] = get_args(Decoder)
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -119,6 +121,12 @@ class DataConfig(Section):
     read_timeout_s: PositiveInt = Field(60, description="a video that takes longer to read counts as broken")
     max_broken_pct: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="share of an epoch's videos that may be unreadable before the run stops"
+    )
+    decoder: Decoder = Field(
+        "decord", description="of MP4 (torchcodec: WebM too); PyAV decodes what the other two do not exactly"
+    )
+    decode_short_side: PositiveInt | None = Field(
+        None, description="shrink larger pictures to this short side as they are decoded, pixels"
     )
 
 

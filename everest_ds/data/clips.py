@@ -62,7 +62,7 @@ class TrainingClips:
     """Random clips, `data.repeats` of a sample; what is random follows from (seed, epoch, sample)."""
 
     def __init__(self, samples: Sequence[Sample], config: Experiment) -> None:
-        self.reader = SampleReader(samples)
+        self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.data = config.data
@@ -80,11 +80,11 @@ class TrainingClips:
             try:
                 frames = self.reader.read(candidate, partial(self._choose, visit))
             except DataError as error:
-                failures.append(Failure(visit.epoch, visit.sample, candidate, str(error)))
+                failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
                 return Loaded([self._clip(frames, visit, candidate, r) for r in self._repeats], failures)
         raise DataError(
-            f"{self.samples[visit.sample].path}: cannot be read, nor {len(failures) - 1} others in its place",
+            f"{self.samples[visit.sample].name}: cannot be read, nor {len(failures) - 1} others in its place",
             given=failures[0].reason,
             fix="check the storage; `everest-ds data check` lists all such files",
         )
@@ -115,7 +115,7 @@ class EvaluationClips:
     """
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, segments: int, crops: int) -> None:
-        self.reader = SampleReader(samples)
+        self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.data = config.data
@@ -137,7 +137,7 @@ class EvaluationClips:
         except DataError as error:
             side = self.geometry.image_size
             black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
-            failure = Failure(0, view.sample, view.sample, str(error))
+            failure = Failure.of(error, epoch=0, slot=view.sample, sample=view.sample)
             return Loaded([_single(black, label, key, MISSING)], [failure])
         box = view_box(frames.shape[1], frames.shape[2], view.crop, self.crops)
         return Loaded([_single(crop_resize(frames, box, self.geometry.image_size), label, key, item)], [])

@@ -13,6 +13,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from multiprocessing import active_children
+from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -28,6 +29,7 @@ T = TypeVar("T")
 
 _BATCHES_AHEAD = 4  # per worker
 _POLL_S = 5.0  # how soon a dead or stuck worker is noticed
+_DEATH_S = 30.0  # for a worker whose connection broke: it may still be writing a core dump
 _CRASHES = 2  # of one video until it counts as broken: the first may have been an accident
 
 
@@ -74,27 +76,34 @@ def load(
     undelivered = _Undelivered(batches)
     crashes: Counter[int] = Counter()
     while True:
-        try:
-            for loaded in _pass(source, undelivered, data, pin_memory):
-                undelivered.delivered()
-                for failure in loaded.failures:
-                    on_failure(failure)
-                yield loaded.clips
+        for loaded in _pass(source, undelivered, data, pin_memory):
+            if isinstance(loaded, _Lost):
+                _note_crash(source.reader, crashes, loaded)
+                break
+            undelivered.delivered()
+            for failure in loaded.failures:
+                on_failure(failure)
+            yield loaded.clips
+        else:
             return
-        except _WorkerLostError as lost:
-            path = source.reader.samples[lost.sample].path
-            logger.warning("%s: %s; starting the workers anew", path, lost.reason)
-            crashes[lost.sample] += 1
-            if crashes[lost.sample] == _CRASHES:
-                source.reader.given_up[lost.sample] = lost.reason
 
 
-class _WorkerLostError(Exception):
-    """A video took a worker with it."""
+class _Lost(NamedTuple):
+    """A video took a worker with it.
 
-    def __init__(self, sample: int, reason: str) -> None:
-        self.sample = sample
-        self.reason = reason
+    No exception: its traceback would keep the old workers' queues alive, and the next would inherit them.
+    """
+
+    sample: int
+    reason: str
+
+
+def _note_crash(reader: SampleReader, crashes: Counter[int], lost: _Lost) -> None:
+    name = reader.samples[lost.sample].name
+    logger.warning("%s: %s; starting the workers anew", name, lost.reason)
+    crashes[lost.sample] += 1
+    if crashes[lost.sample] == _CRASHES:
+        reader.given_up[lost.sample] = lost.reason
 
 
 class _Undelivered:
@@ -159,8 +168,10 @@ class _Guarded:
             return error
 
 
-def _pass(source: Source, batches: _Undelivered, data: DataConfig, pin_memory: bool) -> Iterator[Loaded]:
-    """All batches with one set of workers."""
+def _pass(
+    source: Source, batches: _Undelivered, data: DataConfig, pin_memory: bool
+) -> Iterator[Loaded | _Lost]:
+    """All batches with one set of workers, or those until one is lost."""
     notes = _Notes(data.num_workers)
 
     def start(worker: int) -> None:
@@ -192,22 +203,24 @@ def _pass(source: Source, batches: _Undelivered, data: DataConfig, pin_memory: b
 def _watched(loader: DataLoader[Any], notes: _Notes, timeout_s: float) -> Iterator[Any]:
     """What the loader's workers deliver, until one of them is lost."""
     iterator, workers = _start(loader)
-    try:
-        while True:
-            try:
-                loaded = next(iterator)
-            except StopIteration:
-                return
-            except RuntimeError:  # nothing came for a while
-                lost = _find_lost(workers, notes, timeout_s)
-                if lost is not None:
-                    raise lost from None
-                if any(worker.exitcode is not None for worker in workers):
-                    raise
-            else:
-                yield loaded
-    finally:
-        del iterator  # ends its workers
+    while True:
+        lost = None
+        try:
+            yield next(iterator)
+        except StopIteration:
+            return
+        except (RuntimeError, OSError, EOFError) as error:
+            broken = not isinstance(error, RuntimeError)  # a batch's memory went with its worker
+            if broken:
+                wait([worker.sentinel for worker in workers], timeout=_DEATH_S)
+            lost = _find_lost(workers, notes, timeout_s)
+            if lost is None and (broken or any(worker.exitcode is not None for worker in workers)):
+                raise
+            # else if none is lost, nothing came for a while, and nobody is to blame
+        if lost is not None:
+            del iterator  # ends its workers
+            yield lost
+            return
 
 
 def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
@@ -222,17 +235,17 @@ def _start(loader: DataLoader[Any]) -> tuple[Iterator[Any], list[BaseProcess]]:
     return iterator, [child for child in active_children() if child not in before]
 
 
-def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _WorkerLostError | None:
+def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _Lost | None:
     for worker in workers:
         if worker.exitcode:
             return _of_dead(worker, notes)
     for process, sample in notes.stuck(timeout_s):
         os.kill(process, signal.SIGKILL)  # it may hold a lock of the decoder for ever
-        return _WorkerLostError(sample, f"reading it takes longer than {timeout_s:g} s")
+        return _Lost(sample, f"reading it takes longer than {timeout_s:g} s")
     return None
 
 
-def _of_dead(worker: BaseProcess, notes: _Notes) -> _WorkerLostError:
+def _of_dead(worker: BaseProcess, notes: _Notes) -> _Lost:
     code = worker.exitcode or 0
     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
     sample = notes.of(worker.pid or 0)
@@ -242,7 +255,7 @@ def _of_dead(worker: BaseProcess, notes: _Notes) -> _WorkerLostError:
             given=how,
             fix="if the machine ran out of memory, lower data.num_workers or batch.micro_batch_size",
         )
-    return _WorkerLostError(sample, f"it crashes the video decoder ({how})")
+    return _Lost(sample, f"it crashes the video decoder ({how})")
 
 
 def _collate(items: list[Loaded | EverestError]) -> Loaded | EverestError:

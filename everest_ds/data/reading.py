@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from everest_ds.data.decode import open_video
+from everest_ds.config import DataConfig
+from everest_ds.data.decode import open_sample
+from everest_ds.data.frames import TooShortError
 from everest_ds.data.manifest import Sample
 from everest_ds.errors import DataError
 
@@ -27,12 +29,19 @@ class Failure(NamedTuple):
         slot: the sample whose place in the epoch it is, itself or the one that it was to stand in for.
         sample: which.
         reason: what is wrong with it.
+        damaged: False: it is only too short for this clip.
     """
 
     epoch: int
     slot: int
     sample: int
     reason: str
+    damaged: bool
+
+    @classmethod
+    def of(cls, error: DataError, *, epoch: int, slot: int, sample: int) -> Failure:
+        """What became of reading `sample`."""
+        return cls(epoch, slot, sample, str(error), not isinstance(error, TooShortError))
 
 
 class SampleReader:
@@ -43,8 +52,9 @@ class SampleReader:
         watch: told which sample is being read, and None when that has ended.
     """
 
-    def __init__(self, samples: Sequence[Sample]) -> None:
+    def __init__(self, samples: Sequence[Sample], data: DataConfig) -> None:
         self.samples = samples
+        self.data = data
         self.given_up: dict[int, str] = {}
         self.watch: Callable[[int | None], None] = lambda index: None
 
@@ -65,8 +75,10 @@ class SampleReader:
                 time.sleep(_PAUSE_S)
             self.watch(index)
             try:
-                with open_video(self.samples[index].path) as video:
+                with open_sample(self.samples[index], self.data) as video:
                     return video.read(choose(video.num_frames))
+            except TooShortError:
+                raise
             except (DataError, OSError) as error:
                 reason = str(error)
             finally:

@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from everest_ds.config import DataConfig
+from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
 from everest_ds.errors import DataError
@@ -23,13 +25,15 @@ class BrokenVideos:
     """What could not be read, epoch by epoch.
 
     Args:
-        max_pct: share of all samples that an epoch may lack, in per cent.
-        file: where they are written down.
+        data: of the run: its `max_broken_pct`, and `train`, whose ledger learns of damaged files, so that
+            later runs leave them out. This run does not: its order would change.
+        file: where the run writes them down.
     """
 
-    def __init__(self, samples: Sequence[Sample], max_pct: float, file: Path, world: World) -> None:
+    def __init__(self, samples: Sequence[Sample], data: DataConfig, file: Path, world: World) -> None:
         self._samples = samples
-        self._max_pct = max_pct
+        self._manifest = data.train
+        self._max_pct = data.max_broken_pct
         self._file = file
         self._world = world
         self._noted: list[Failure] = []  # since the last `collect`, of this rank
@@ -71,13 +75,24 @@ class BrokenVideos:
     def _write(self, step: int, failures: list[Failure]) -> None:
         with open(self._file, "a") as file:
             for failure in failures:
-                path = str(self._samples[failure.sample].path)
-                logger.warning("epoch %d: cannot read %s: %s", failure.epoch, path, failure.reason)
-                file.write(json.dumps({"step": step, **failure._asdict(), "path": path}) + "\n")
+                name = self._samples[failure.sample].name
+                logger.warning("epoch %d: cannot read %s: %s", failure.epoch, name, failure.reason)
+                file.write(json.dumps({"step": step, **failure._asdict(), "video": name}) + "\n")
+        if self._manifest is not None:
+            self._tell(Ledger.of_manifest(self._manifest), [f for f in failures if f.damaged])
+
+    def _tell(self, ledger: Ledger, damaged: list[Failure]) -> None:
+        try:
+            for failure in damaged:
+                sample = self._samples[failure.sample]
+                if ledger.broken(sample) is None:
+                    ledger.record(sample, failure.reason, by_run=True)
+        except DataError as error:  # data sets often lie where a run may not write; it has its own file
+            logger.warning("%s", error)
 
     def _too_many(self, epoch: int, slots: list[int]) -> DataError:
         reasons = {failure.sample: failure.reason for failure in self._known}
-        first = f"{self._samples[slots[0]].path}: {reasons[slots[0]]}"
+        first = f"{self._samples[slots[0]].name}: {reasons[slots[0]]}"
         error = DataError(
             f"too many videos cannot be read in epoch {epoch}",
             given=f"{len(slots)} of {len(self._samples)}, as {first}",

@@ -97,10 +97,10 @@ def _average(
 ) -> Evaluation:
     present = [index for index in range(len(samples)) if index not in missing]
     for index, reason in sorted(missing.items()):
-        logger.warning("missing from the evaluation: %s: %s", samples[index].path, reason)
+        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
     if not present:
-        path, reason = samples[0].path, missing[0]
-        raise DataError("none of the videos to evaluate on can be read", given=f"{path}: {reason}")
+        name, reason = samples[0].name, missing[0]
+        raise DataError("none of the videos to evaluate on can be read", given=f"{name}: {reason}")
     means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
     labels = np.array([samples[index].label for index in present])
     return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))

@@ -16,9 +16,9 @@ from everest_ds.checkpoints.manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import ClipBatch, training_batches
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
-from everest_ds.errors import CheckpointError, ConfigError, StoppedError
+from everest_ds.errors import CheckpointError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models import build_model
 from everest_ds.parallel.checkpoint import (
@@ -47,6 +47,7 @@ from everest_ds.training.observers import (
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_reconstruction
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
+from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.schedule import build_schedule
 from everest_ds.training.stop import StopRequest
 from everest_ds.training.timer import StepTimer, Waited
@@ -67,11 +68,13 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
     """
     plan = plan_ranks(config, world.size)
     mesh = form_mesh(world, config.parallelism.tensor)
-    samples = world.share(lambda: read_samples(config, "train"))
+    folder = RunFolder(config.run.dir)
+    usable = world.share(lambda: read_training_samples(config, folder.excluded))
+    samples = usable.samples
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
-    folder = RunFolder(config.run.dir)
     world.share(lambda: folder.open(config, ds_config, world.size))
+    world.share(lambda: settle(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)
     try:
         torch.manual_seed(config.run.seed)  # the initial weights, equal on every rank
@@ -87,22 +90,6 @@ def train(config: Experiment, world: World, cost: ClipCost | None = None) -> Run
     finally:
         folder.close()
     return folder
-
-
-def read_samples(config: Experiment, split: str) -> list[Sample]:
-    """The samples of `data.<split>`.
-
-    Raises:
-        ConfigError: if the config names no such manifest.
-        DataError: if the manifest is missing or wrong.
-    """
-    manifest: Path | None = getattr(config.data, split)
-    if manifest is None:
-        raise ConfigError(f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt")
-    classify = config.task == "finetune"
-    return read_manifest(
-        manifest, root=config.data.root, num_classes=config.model.num_classes, labelled=classify
-    )
 
 
 class TrainingRun:
@@ -132,7 +119,7 @@ class TrainingRun:
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
         self.step = self._resume()
-        self.broken = BrokenVideos(samples, config.data.max_broken_pct, folder.broken, self.world)
+        self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
@@ -219,15 +206,15 @@ class TrainingRun:
         if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
             return
         self.losses.check()
-        samples = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
+        usable = self.world.share(lambda: read_samples(self.config, "val"))
+        result = evaluate(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
             val_loss=result.loss,
             val_top1=result.top(1),
             val_top5=result.top(5),
-            val_missing=len(result.missing),
+            val_missing=len(usable.excluded) + len(result.missing),
         )
         best = self.world.share(lambda: _best_top1(self.folder.path))
         for observer in self.observers:

@@ -15,13 +15,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.config import BatchPlan, Experiment
+from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
-from everest_ds.data.decode import Video
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.data.order import epoch_order, stand_ins, steps_per_epoch, training_visits
 from everest_ds.data.reading import Failure
+from everest_ds.data.video import Video
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 
@@ -131,15 +131,15 @@ def test_a_read_that_fails_once_is_tried_again(
     samples: list[Sample], motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: Counter[Path] = Counter()
-    open_video = reading.open_video
+    open_sample = reading.open_sample
 
-    def stumbling(path: Path) -> Video:
-        seen[path] += 1
-        if seen[path] == 1:
+    def stumbling(sample: Sample, data: DataConfig) -> Video:
+        seen[sample.path] += 1
+        if seen[sample.path] == 1:
             raise OSError("stale file handle")
-        return open_video(path)
+        return open_sample(sample, data)
 
-    monkeypatch.setattr(reading, "open_video", stumbling)
+    monkeypatch.setattr(reading, "open_sample", stumbling)
     config = experiment(motion_data, tmp_path, data={"num_workers": 0})
     batches, failures = load_all(samples, config, 1, range(1))
     assert not failures and len(batches) == 1 and set(seen.values()) == {2}
@@ -156,16 +156,16 @@ def test_a_video_that_takes_its_worker_along_is_named_and_replaced(
     deed: str,
     reason: str,
 ) -> None:
-    open_video = reading.open_video
+    open_sample = reading.open_sample
 
-    def deadly(path: Path) -> Video:
-        if path == samples[7].path:
+    def deadly(sample: Sample, data: DataConfig) -> Video:
+        if sample == samples[7]:
             os.kill(os.getpid(), signal.SIGSEGV) if deed == "crash" else time.sleep(600)
-        return open_video(path)
+        return open_sample(sample, data)
 
     config = experiment(motion_data, tmp_path, data={"num_workers": 2, "read_timeout_s": 1})
     expected, _ = load_all(samples, config, 1, range(3))
-    monkeypatch.setattr(reading, "open_video", deadly)
+    monkeypatch.setattr(reading, "open_sample", deadly)
     monkeypatch.setattr(loader, "_POLL_S", 0.3)
     batches, failures = load_all(samples, config, 1, range(3))
     (failure,) = failures
@@ -216,8 +216,12 @@ def test_resuming_decodes_nothing_that_was_seen(
     samples: list[Sample], motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
-    open_video = reading.open_video
-    monkeypatch.setattr(reading, "open_video", lambda path: (opened.append(path), open_video(path))[1])
+    open_sample = reading.open_sample
+    monkeypatch.setattr(
+        reading,
+        "open_sample",
+        lambda sample, data: (opened.append(sample.path), open_sample(sample, data))[1],
+    )
     config = experiment(motion_data, tmp_path, data={"num_workers": 0})
     load_all(samples, config, 1, range(1000, 1001))
     order = epoch_order(0, 333, 24)
