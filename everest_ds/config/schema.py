@@ -116,10 +116,10 @@ class DataConfig(Section):
     test_crops: PositiveInt = 3
     num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
     decoder: Decoder = Field(
-        "decord", description="of MP4 (torchcodec: WebM too); PyAV decodes what the other two do not exactly"
+        "decord", description="PyAV stands in for files of which the others do not give exact frames"
     )
     decode_short_side: PositiveInt | None = Field(
-        None, description="shrink larger pictures to this short side as they are decoded, pixels"
+        None, description="shrink larger pictures to this short side as PyAV decodes them, pixels"
     )
 
 

@@ -190,15 +190,44 @@ def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator
         yield from decoded
 
 
-def stored_size(path: Path) -> Size:
-    """Of a video's pictures, before they are turned upright.
+class Header(NamedTuple):
+    """What a video file says about itself.
+
+    Attributes:
+        containers: FFmpeg's names of its format.
+        codec: of the pictures.
+        size: of the pictures as stored, before they are turned upright.
+        has_closed_groups: no picture that follows a key frame is shown before it.
+    """
+
+    containers: frozenset[str]
+    codec: str
+    size: Size
+    has_closed_groups: bool
+
+
+def probe(path: Path) -> Header:
+    """Read a file's header and packets: a few per cent of the time that a clip takes.
 
     Raises:
         DataError: not a readable video.
     """
     container, stream = _open(path)
-    with container:
-        return Size(stream.codec_context.width, stream.codec_context.height)
+    with container, _naming(path):
+        codec = stream.codec_context
+        size = Size(codec.width, codec.height)
+        packets, _ = _packets(path, container, stream)
+        formats = frozenset(container.format.name.split(","))
+        return Header(formats, codec.name, size, _has_closed_groups(packets))
+
+
+def _has_closed_groups(packets: list[_Packet]) -> bool:
+    earliest = float("inf")  # of what is decoded later
+    for packet in reversed(packets):
+        if packet.pts is None or (packet.is_key and earliest < packet.pts):
+            return False
+        earliest = min(earliest, packet.pts)
+    return True
 
 
 def _rgb(frame: Any, short_side: int | None) -> Picture:
