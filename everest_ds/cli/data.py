@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from everest_ds.cli.data_index import index
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.data_reencode import reencode
+from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
 from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +48,7 @@ def synth(
 
 
 app.command()(index)
+app.command()(reencode)
 
 
 @app.command()
@@ -113,14 +113,3 @@ def data_config(decoder: str) -> DataConfig:
         raise UsageError("--decoder", given=decoder, allowed=", ".join(DECODERS))
     require_decoder(decoder)
     return DataConfig.model_validate({"decoder": decoder})
-
-
-@contextmanager
-def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; call what this gives with the number that are done."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(what, total=total)
-        yield lambda done: progress.update(task, completed=done)

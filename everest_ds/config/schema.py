@@ -123,10 +123,10 @@ class DataConfig(Section):
         1.0, description="share of an epoch's videos that may be unreadable before the run stops"
     )
     decoder: Decoder = Field(
-        "decord", description="of MP4 (torchcodec: WebM too); PyAV decodes what the other two do not exactly"
+        "decord", description="PyAV stands in for files of which the others do not give exact frames"
     )
     decode_short_side: PositiveInt | None = Field(
-        None, description="shrink larger pictures to this short side as they are decoded, pixels"
+        None, description="shrink larger pictures to this short side as PyAV decodes them, pixels"
     )
 
 

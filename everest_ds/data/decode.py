@@ -10,16 +10,20 @@ from pathlib import Path
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decode_decord import DecordVideo
-from everest_ds.data.decode_pyav import PyAVVideo
+from everest_ds.data.decode_pyav import Header, PyAVVideo, probe
 from everest_ds.data.decode_torchcodec import TorchcodecVideo, import_torchcodec
 from everest_ds.data.manifest import Sample
-from everest_ds.data.video import Video, Window
+from everest_ds.data.video import Video, Window, shrunk
 from everest_ds.errors import ConfigError, DataError
 
 DEFAULT_DECODER = "decord"
-_MP4, _MATROSKA = "MP4", "Matroska"
-# decoder -> the containers of which it gives every picture exactly; PyAV reads the rest.
-_EXACT: dict[str, tuple[str, ...]] = {"decord": (_MP4,), "torchcodec": (_MP4, _MATROSKA), "pyav": ()}
+# decoder -> containers and codecs of which it gives every picture exactly, as the tests have found; PyAV
+# reads the rest. Of MPEG-4 and HEVC in MP4, decord 0.6.0 returns neighbours; of VP8, torchcodec counts
+# pictures that are never shown; of AVI with reordered pictures, neither is right.
+_EXACT: dict[str, tuple[set[str], set[str]]] = {
+    "decord": ({"mp4"}, {"h264", "vp9"}),
+    "torchcodec": ({"mp4", "matroska"}, {"h264", "hevc", "vp9", "av1", "mpeg4"}),
+}
 _NOT_A_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -34,10 +38,10 @@ def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | Non
         DataError: the file is missing, empty, not a video, cut off, or holds no picture.
         ConfigError: the decoder is not installed.
     """
-    container = _container(path)
-    if container in _EXACT[decoder]:
-        with suppress(DataError):  # PyAV knows more codecs, and says more plainly what is wrong
-            return DecordVideo(path, short_side) if decoder == "decord" else TorchcodecVideo(path, short_side)
+    _check_file(path)
+    if decoder in _EXACT and _is_exact(decoder, probe(path), short_side):
+        with suppress(DataError):  # PyAV says more plainly what is wrong
+            return DecordVideo(path) if decoder == "decord" else TorchcodecVideo(path)
     return PyAVVideo(path, short_side)
 
 
@@ -67,26 +71,31 @@ def require_decoder(decoder: str) -> None:
         ) from None
 
 
-def _container(path: Path) -> str:
-    """The kind of file by its first bytes, whatever its name.
+def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
+    """Whether the decoder gives the same frames of this file as PyAV."""
+    if shrunk(header.size, short_side) is not None:
+        return False  # each decoder shrinks in its own way
+    if decoder == "torchcodec" and any(side % 2 for side in header.size):
+        return False  # chroma of odd sizes depends on the version of FFmpeg
+    if decoder == "decord" and not header.has_closed_groups:
+        return False  # decord returns neighbours
+    containers, codecs = _EXACT[decoder]
+    return bool(header.containers & containers) and header.codec in codecs
 
-    Raises:
-        DataError: no file that could be read, or nothing in it.
-    """
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file that can be read, or has nothing in it. (Of a pipe, FFmpeg waits for data.)"""
     try:
         mode = stat.S_IFMT(os.stat(path).st_mode)
         if mode != stat.S_IFREG:
             raise DataError(f"{path}: not a file", given=_NOT_A_FILE.get(mode, "a device"))
         with open(path, "rb") as file:
-            head = file.read(8)
+            empty = not file.read(1)
     except FileNotFoundError:
         dangling = ", the link leads nowhere" if path.is_symlink() else ""
         raise DataError(f"{path}: no such video file{dangling}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read", given=error.strerror) from None
-    if not head:
+    if empty:
         fix = "replace the file, or take it out of the manifest"
         raise DataError(f"{path}: the video file is empty", given="0 bytes", fix=fix)
-    if head[4:8] == b"ftyp":
-        return _MP4
-    return _MATROSKA if head[:4] == b"\x1aE\xdf\xa3" else "other"

@@ -1,7 +1,7 @@
-"""Pictures of MP4 files through decord, which is exact there.
+"""Pictures through decord, which is exact for H.264 and the like in MP4.
 
-Not so elsewhere (decord 0.6.0): of AVI, which stores no time of showing, some sets of indices come back
-wrong; of WebM, pictures that are never shown are counted; and nothing says so.
+Not so elsewhere (decord 0.6.0): of AVI, which stores no time of showing, and of MPEG-4, some sets of indices
+come back wrong; of WebM, pictures that are never shown are counted; and nothing says so.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from typing import Any
 
 import torch
 
-from everest_ds.data.decode_pyav import PyAVVideo, stored_size
-from everest_ds.data.video import FIX, Video, shrunk
+from everest_ds.data.decode_pyav import PyAVVideo
+from everest_ds.data.video import FIX, Video
 from everest_ds.errors import DataError
 
 
 class DecordVideo(Video):
     """An open video file; see `decode.open_video`."""
 
-    def __init__(self, path: Path, short_side: int | None = None) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._short_side = short_side
         self._reader: Any = self._open()
         self.num_frames = len(self._reader)
         if self.num_frames == 0:
@@ -42,17 +41,13 @@ class DecordVideo(Video):
                 self._reader = None  # its thread is dead now
         # decord's thread reads ahead, the further the busier the machine, and may have met damage that no
         # wanted picture needs. PyAV decodes what is asked for, and names what it cannot.
-        with PyAVVideo(self.path, self._short_side) as video:
+        with PyAVVideo(self.path) as video:
             return video.read(indices)
 
     def _open(self) -> Any:
         decord = _import_decord()
-        # decord has to be told the size before it knows the video's.
-        scaled = shrunk(stored_size(self.path), self._short_side) if self._short_side else None
-        width, height = scaled or (-1, -1)
         try:
-            path = str(self.path.absolute())
-            reader = decord.VideoReader(path, width=width, height=height, num_threads=1)
+            reader = decord.VideoReader(str(self.path.absolute()), num_threads=1)
             # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
             # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
             # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).

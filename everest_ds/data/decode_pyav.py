@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,7 +60,7 @@ class PyAVVideo(Video):
 
     def _index(self) -> int:
         """Learn where the pictures are; how many there are."""
-        with _naming(self.path):
+        with naming(self.path):
             packets, first = _packets(self.path, self._container, self._stream)
             self._numbers: dict[int | None, int] | None = None  # by timestamp, where timestamps serve
             self._keys: list[tuple[int, _Packet]] = []
@@ -77,7 +78,7 @@ class PyAVVideo(Video):
     def _pictures(self, wanted: list[int]) -> dict[int, Picture]:
         """The pictures `wanted` (ascending), by number."""
         found: dict[int, Picture] = {}
-        with _naming(self.path):
+        with naming(self.path):
             for key, group in groupby(wanted, self._key_before):
                 found |= self._pictures_after(key, list(group))
         if len(found) < len(wanted):
@@ -124,7 +125,7 @@ class PyAVVideo(Video):
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Say of which file FFmpeg complains."""
     import av  # heavy, and needed only where videos are read
 
@@ -138,7 +139,7 @@ def _open(path: Path) -> tuple[Any, Any]:
     """The container and its first video stream."""
     import av
 
-    with _naming(path):
+    with naming(path):
         # FFmpeg takes a relative `a:b.mp4` for protocol `a`; titles in other encodings are common.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     stream = next(iter(container.streams.video), None)
@@ -190,15 +191,47 @@ def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator
         yield from decoded
 
 
-def stored_size(path: Path) -> Size:
-    """Of a video's pictures, before they are turned upright.
+class Header(NamedTuple):
+    """What a video file says about itself.
+
+    Attributes:
+        containers: FFmpeg's names of its format.
+        codec: of the pictures.
+        size: of the pictures as stored, before they are turned upright.
+        has_closed_groups: no picture that follows a key frame is shown before it.
+        frame_rate: pictures a second, on average.
+    """
+
+    containers: frozenset[str]
+    codec: str
+    size: Size
+    has_closed_groups: bool
+    frame_rate: Fraction
+
+
+def probe(path: Path) -> Header:
+    """Read a file's header and packets: a few per cent of the time that a clip takes.
 
     Raises:
         DataError: not a readable video.
     """
     container, stream = _open(path)
-    with container:
-        return Size(stream.codec_context.width, stream.codec_context.height)
+    with container, naming(path):
+        codec = stream.codec_context
+        size = Size(codec.width, codec.height)
+        packets, _ = _packets(path, container, stream)
+        formats = frozenset(container.format.name.split(","))
+        rate = stream.average_rate or Fraction(25)
+        return Header(formats, codec.name, size, _has_closed_groups(packets), rate)
+
+
+def _has_closed_groups(packets: list[_Packet]) -> bool:
+    earliest = float("inf")  # of what is decoded later
+    for packet in reversed(packets):
+        if packet.pts is None or (packet.is_key and earliest < packet.pts):
+            return False
+        earliest = min(earliest, packet.pts)
+    return True
 
 
 def _rgb(frame: Any, short_side: int | None) -> Picture:
