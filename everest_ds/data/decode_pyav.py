@@ -97,10 +97,10 @@ class PyAVVideo(Video):
         for time in times:
             if time is not None:
                 self._container.seek(time, stream=self._stream)
-                found = self._collect(_from_key_frame(self._decoded(), wanted[0]), wanted)
+                found = self._collect(_from_key_frame(self._decoded(set(wanted)), wanted[0]), wanted)
                 if len(found) == len(wanted):
                     return found
-        return self._collect(self._from_start(), wanted)
+        return self._collect(self._from_start(set(wanted)), wanted)
 
     def _collect(self, decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
         """Those of the pictures `wanted` (ascending) that come up undamaged."""
@@ -113,15 +113,25 @@ class PyAVVideo(Video):
                 break
         return found
 
-    def _from_start(self) -> Iterator[tuple[int, Any]]:
+    def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
         self._container, self._stream = _open(self.path)
-        return self._decoded()
+        return self._decoded(wanted)
 
-    def _decoded(self) -> Iterator[tuple[int, Any]]:
-        """Decoded pictures with their numbers, -1 for one that the index does not know."""
-        for count, frame in enumerate(self._container.decode(self._stream)):
-            yield (count if self._numbers is None else self._numbers.get(frame.pts, -1)), frame
+    def _decoded(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+        """Decoded pictures with their numbers, -1 for one that the index does not know.
+
+        Those that are not wanted and that no other picture refers to may be left out (None: none is).
+        """
+        if self._numbers is None or wanted is None:
+            for count, frame in enumerate(self._container.decode(self._stream)):
+                yield (count if self._numbers is None else self._numbers.get(frame.pts, -1)), frame
+            return
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "DEFAULT" if self._numbers.get(packet.pts) in wanted else "NONREF"
+            for frame in packet.decode():
+                yield self._numbers.get(frame.pts, -1), frame
 
 
 @contextmanager
