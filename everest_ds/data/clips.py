@@ -78,25 +78,26 @@ class TrainingClips:
         others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
         for candidate in chain([visit.sample], others):
             try:
-                frames = self.reader.read(candidate, partial(self._choose, visit))
+                frames = self.reader.read(candidate, partial(self.choose, visit))
             except DataError as error:
                 failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
-                return Loaded([self._clip(frames, visit, candidate, r) for r in self._repeats], failures)
+                return Loaded(self.crops(frames, visit, candidate), failures)
         raise DataError(
             f"{self.samples[visit.sample].name}: cannot be read, nor {len(failures) - 1} others in its place",
             given=failures[0].reason,
             fix="check the storage; `everest-ds data check` lists all such files",
         )
 
-    @property
-    def _repeats(self) -> range:
-        return range(self.data.repeats)
-
-    def _choose(self, visit: Visit, video_frames: int) -> list[int]:
+    def choose(self, visit: Visit, video_frames: int) -> list[int]:
+        """Which frames of a video of so many a visit takes."""
         rng = np.random.default_rng(sample_key(self.seed, *visit))
         data = self.data
         return train_frames(video_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng)
+
+    def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[ClipBatch]:
+        """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
+        return [self._clip(frames, visit, sample, repeat) for repeat in range(self.data.repeats)]
 
     def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> ClipBatch:
         key = sample_key(self.seed, *visit, repeat)
