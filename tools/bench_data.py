@@ -4,12 +4,14 @@
         --peer videomae=../VideoMAE --gpu-rate "vit_base on an H100=900" --json data.json
 
 Every cell of the table is measured once a round, one after the other, so that what else the machine does
-meets all of them; medians are over the rounds, ratios to the peer over ratios within a round.
+meets all of them; medians are over the rounds, ratios to the peer are of one round. CPU time is that
+of the rank and its workers: what a clip costs where other programs run too.
 """
 
 from __future__ import annotations
 
 import os
+import resource
 import statistics
 import tempfile
 import time
@@ -94,10 +96,10 @@ def main(
         cells = [Cell(s, d, w, r) for s in sources for w in workers for d in decoder for r in repeats]
         if bench.peer:
             cells += [Cell(source, "videomae", w, 0) for source in sources for w in workers]
-        rates = measure(bench, cells, rounds)
+        found = measure(bench, cells, rounds)
         stages = [stage_times(bench, s, d, r) for s in sources for d in decoder for r in repeats]
-        rows = [row(cell, rates, stages) for cell in cells]
-        fed = feeding(rows, stages, gpu_rate, cores)
+        rows = [row(cell, found, stages) for cell in cells]
+        fed = feeding(stages, gpu_rate, cores)
         print_table("Clips a second", rows)
         print_table("CPU ms of a clip, by stage, in one process", stages)
         if fed:
@@ -106,7 +108,7 @@ def main(
         for line in advice:
             typer.echo(f"- {line}")
     facts = {"environment": describe_environment(1), "videos": [sample.name for sample in given]}
-    raw = [{**asdict(cell), "clips_per_s": rates[cell]} for cell in cells]
+    raw = [{**asdict(cell), "runs": [asdict(run) for run in found[cell]]} for cell in cells]
     tables = {"cells": rows, "stages": stages, "feeds": fed, "advice": advice, "measurements": raw}
     write_json(json_file, {**facts, **tables})
 
@@ -183,22 +185,46 @@ def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
     )
 
 
-def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list[float]]:
-    """Clips a second of each cell, once a round."""
-    rates: dict[Cell, list[float]] = {cell: [] for cell in cells}
+@dataclass(frozen=True)
+class Measurement:
+    """One run through a few batches, from the start of the workers to their end."""
+
+    clips: int
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def clips_per_s(self) -> float:
+        """By the clock on the wall."""
+        return self.clips / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Of a clip."""
+        return 1000 * self.cpu_seconds / self.clips
+
+
+def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list[Measurement]]:
+    """Each cell, once a round."""
+    found: dict[Cell, list[Measurement]] = {cell: [] for cell in cells}
     with progress_of("measuring", rounds * len(cells)) as on_progress:
         for number in range(rounds):
             for done, cell in enumerate(cells, start=1):
-                rates[cell].append(_rate(bench, cell, number))
+                found[cell].append(_measure(bench, cell, number))
                 on_progress(number * len(cells) + done)
-    return rates
+    return found
 
 
-def _rate(bench: Bench, cell: Cell, number: int) -> float:
-    """From the start of the workers to the last batch."""
-    start = time.perf_counter()
+def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
+    start, cpu = time.perf_counter(), _cpu_seconds()
     clips = sum(_peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number))
-    return clips / (time.perf_counter() - start)
+    return Measurement(clips, time.perf_counter() - start, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
 def _our_batches(bench: Bench, cell: Cell, number: int) -> Iterator[int]:
@@ -255,30 +281,32 @@ def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[s
     return {**facts, **{k: round(v, 2) for k, v in per_clip.items()}, "total": round(total, 2)}
 
 
-def row(cell: Cell, rates: dict[Cell, list[float]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What the table says of a cell."""
-    own = rates[cell]
-    peer = rates.get(Cell(cell.source, "videomae", cell.workers, 0))
-    ratio = statistics.median(a / b for a, b in zip(own, peer, strict=True)) if peer else None
-    expected = next((1000 / s["total"] for s in stages if _same(s, cell)), None)
-    predicted = None if expected is None else expected * min(cell.workers, os.cpu_count() or 1)
+    own = found[cell]
+    peer = found.get(Cell(cell.source, "videomae", cell.workers, 0))
+    pairs = list(zip(own, peer, strict=True)) if peer else []
+    rates = [each.clips_per_s for each in own]
     return {
         **asdict(cell),
-        "clips_per_s": round(statistics.median(own), 2),
-        "least": round(min(own), 2),
-        "most": round(max(own), 2),
-        "predicted": "-" if predicted is None else round(predicted, 2),
-        "times_the_peer": "-" if ratio is None else round(ratio, 2),
+        "clips_per_s": round(statistics.median(rates), 2),
+        "range": f"{min(rates):.2f}-{max(rates):.2f}",
+        "x_peer": _median([a.clips_per_s / b.clips_per_s for a, b in pairs]),
+        "cpu_ms": _median([each.cpu_ms for each in own]),
+        "stages_ms": next((s["total"] for s in stages if _same(s, cell)), None),
+        "cpu_x_peer": _median([b.cpu_ms / a.cpu_ms for a, b in pairs]),
     }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
 
 
 def _same(stage: dict[str, Any], cell: Cell) -> bool:
     return (stage["source"], stage["decoder"], stage["repeats"]) == (cell.source, cell.decoder, cell.repeats)
 
 
-def feeding(
-    rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: int
-) -> list[dict[str, Any]]:
+def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: int) -> list[dict[str, Any]]:
     """For each way to load, how many GPUs the cores of a node feed; data-bound above that."""
     found = []
     for stage in stages:
