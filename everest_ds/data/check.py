@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decode import open_sample
+from everest_ds.data.decode_pyav import find_missing_end
 from everest_ds.data.isolation import Lost, map_isolated
 from everest_ds.data.ledger import Ledger, Problem
 from everest_ds.data.manifest import Sample
@@ -90,6 +91,7 @@ def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> F
             for first in range(0, count, _AT_ONCE) if every_frame else ():
                 video.read(range(first, min(first + _AT_ONCE, count)))
             video.read([0, count - 1])
+        fault = find_missing_end(sample.path) if sample.span is None else ""
     except DataError as error:
         return Finding(str(error).removeprefix(f"{sample.path}: "), 0)
-    return Finding("", count)
+    return Finding(fault, 0 if fault else count)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 from contextlib import suppress
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 
 from everest_ds.config import DataConfig
@@ -24,6 +26,8 @@ _EXACT: dict[str, tuple[set[str], set[str]]] = {
     "decord": ({"mp4"}, {"h264", "vp9"}),
     "torchcodec": ({"mp4", "matroska"}, {"h264", "hevc", "vp9", "av1", "mpeg4"}),
 }
+_TRIM_EVERY = 50  # files opened
+_opened = count(1)
 _NOT_A_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
@@ -39,6 +43,8 @@ def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | Non
         ConfigError: the decoder is not installed.
     """
     _check_file(path)
+    if next(_opened) % _TRIM_EVERY == 0:
+        _give_back_memory()
     if decoder in _EXACT and _is_exact(decoder, probe(path), short_side):
         with suppress(DataError):  # PyAV says more plainly what is wrong
             return DecordVideo(path) if decoder == "decord" else TorchcodecVideo(path)
@@ -81,6 +87,12 @@ def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
         return False  # decord returns neighbours
     containers, codecs = _EXACT[decoder]
     return bool(header.containers & containers) and header.codec in codecs
+
+
+def _give_back_memory() -> None:
+    """Return what is free to the system: between FFmpeg's buffers glibc keeps it, more and more of it."""
+    with suppress(AttributeError):  # only glibc has this, and only it needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_file(path: Path) -> None:

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from everest_ds.data.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
+# What a whole file may lack of the length that its header tells: a share, and a last frame without duration.
+_LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
 
@@ -233,6 +235,26 @@ def probe(path: Path) -> Header:
         formats = frozenset(container.format.name.split(","))
         rate = stream.average_rate or Fraction(25)
         return Header(formats, codec.name, size, _has_closed_groups(packets), rate)
+
+
+def find_missing_end(path: Path) -> str:
+    """What a Matroska file lacks of the length that its header tells; empty: nothing.
+
+    FFmpeg takes a file of this kind that was cut off for one that ends there.
+
+    Raises:
+        DataError: not a readable video.
+    """
+    container, _ = _open(path)
+    with container, naming(path):
+        if "matroska" not in container.format.name or not container.duration:
+            return ""
+        packets = (packet for packet in container.demux() if packet.pts is not None)
+        ends = [(packet.pts + (packet.duration or 0)) * packet.time_base for packet in packets]
+        end_s, length_s = float(max(ends, default=Fraction(0))), container.duration / 1e6
+    if end_s >= _LEAST_LENGTH * length_s - _LAST_FRAME_S:
+        return ""
+    return f"cut off; given: {end_s:.1f} s; allowed: {length_s:.1f} s, as its header says"
 
 
 def _has_closed_groups(packets: list[_Packet]) -> bool:

@@ -46,11 +46,12 @@ def write_video(
     codec: str = "libx264",
     times: list[int] | None = None,
     pix_fmt: str = "yuv420p",
+    header: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
     """Write RGB `pictures` (H, W, 3), uint8, at `times` in 25ths of a second; default: in a row."""
     height, width, _ = pictures[0].shape
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=header) as container:
         stream = container.add_stream(codec, rate=25, options=options)
         stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.max_b_frames = int(options.get("bf", 0))

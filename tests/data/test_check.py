@@ -12,6 +12,8 @@ from everest_ds.data.check import Checked, check_manifest
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import Sample
 
+from .conftest import noisy_pictures, write_video
+
 
 def run_check(samples: Sequence[Sample], ledger: Ledger, **options: object) -> Checked:
     defaults = {"min_frames": 16, "workers": 2, "on_progress": lambda done: None}
@@ -45,6 +47,15 @@ def test_problems_come_in_the_order_of_the_manifest_with_reasons(
     assert progress == list(range(11))
     assert ledger.known(samples[1]).num_frames == 24  # type: ignore[union-attr]
     assert run_check(samples, ledger).num_known == len(samples)
+
+
+def test_a_matroska_file_cut_off_is_found_by_the_length_in_its_header(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.webm", noisy_pictures(200), "libvpx-vp9", g="20")
+    live = write_video(tmp_path / "live.mkv", noisy_pictures(60), header={"live": "1"})
+    (tmp_path / "cut.webm").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    samples = [Sample(tmp_path / name, None) for name in ("whole.webm", "cut.webm", live.name)]
+    (problem,) = run_check(samples, Ledger.read(tmp_path / "ledger")).problems
+    assert problem.sample == samples[1] and "as its header says" in problem.reason
 
 
 @pytest.mark.parametrize(("min_frames", "reasons"), [(24, []), (25, ["24 frames; allowed: 25 or more"])])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 from pathlib import Path
 
@@ -166,3 +167,16 @@ def test_a_decoder_that_is_not_installed_says_what_to_install(monkeypatch: pytes
     monkeypatch.setitem(__import__("sys").modules, "torchcodec", None)
     with pytest.raises(ConfigError, match=r"data\.decoder=torchcodec.*pip install"):
         require_decoder("torchcodec")
+
+
+def test_a_forked_worker_decodes_what_its_parent_has_open(synthetic_video: Path, decoder: str) -> None:
+    with open_video(synthetic_video, decoder) as video, multiprocessing.get_context("fork").Pool(1) as pool:
+        here = video.read([7, 20])
+        there = pool.apply_async(first_values, (synthetic_video, decoder)).get(timeout=60)
+        assert there == here[:, 0, 0, 0].tolist() == video.read([7, 20])[:, 0, 0, 0].tolist()
+
+
+def first_values(path: Path, decoder: str) -> list[int]:
+    """Of two frames."""
+    with open_video(path, decoder) as video:
+        return [int(value) for value in video.read([7, 20])[:, 0, 0, 0]]
