@@ -118,6 +118,9 @@ class DataConfig(Section):
     repeats: PositiveInt = Field(
         1, description="random crops of each decoded clip in training; an epoch decodes each video once"
     )
+    pack_tokens: bool = Field(
+        False, description="workers select the tokens and send no others; needs tokens.score=pixel"
+    )
     read_timeout_s: PositiveInt = Field(60, description="a video that takes longer to read counts as broken")
     max_broken_pct: Annotated[float, Field(ge=0, le=100)] = Field(
         1.0, description="share of an epoch's videos that may be unreadable before the run stops"
@@ -274,6 +277,7 @@ class Experiment(Section):
                 f" schedule.epochs={self.schedule.epochs}"
             )
         _check_micro_batch(self)
+        _check_packing(self)
         _check_precision(self)
         _check_tensor(self)
         if self.recompute.offload_to_cpu and self.recompute.mode == "none":
@@ -348,6 +352,20 @@ def _check_micro_batch(config: Experiment) -> None:
         )
     if config.task == "pretrain" and augment != AugmentConfig():
         raise ValueError("augment is for task finetune: pre-training would reconstruct what it draws")
+
+
+def _check_packing(config: Experiment) -> None:
+    tokens = config.tokens
+    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
+    if config.data.pack_tokens and not by_pixels:
+        raise ValueError(
+            "data.pack_tokens needs tokens.selection=rero, score=pixel and frame_oversampling=1: workers have"
+            " no weights to score with"
+        )
+    if config.data.pack_tokens and config.augment != AugmentConfig():
+        raise ValueError(
+            "data.pack_tokens selects before augment would change the clips; turn one of them off"
+        )
 
 
 def _check_tensor(config: Experiment) -> None:

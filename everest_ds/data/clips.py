@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +23,8 @@ from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.data.transforms import crop_resize, train_box, view_box
 from everest_ds.errors import DataError
 
+# A clip (F, H, W, 3) to the tubelets (K, P) that are kept of it, and which tokens they are (K,).
+Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
 # A view is the same in every evaluation of every run, what is drawn for it included.
 _VIEW_SEED = 0
 # Beside a clip's key: what is drawn in space is not what is drawn in time.
@@ -45,9 +47,42 @@ class ClipBatch(NamedTuple):
     key: Tensor
     item: Tensor
 
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return self.clip, self.key
+
     def to(self, device: torch.device) -> ClipBatch:
         """The batch on `device`, copied without waiting where the memory is pinned."""
         return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class PackedBatch(NamedTuple):
+    """A batch of which the loader's workers chose the tokens.
+
+    Attributes:
+        clip: uint8 (B, K, P), the kept tubelets; once unpacked (B, F, H, W, 3).
+        label, key, item: as those of a `ClipBatch`.
+        kept: int32 (B, K), which tokens those are, ascending.
+    """
+
+    clip: Tensor
+    label: Tensor
+    key: Tensor
+    item: Tensor
+    kept: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return self.clip, self.key, self.kept
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """As that of a `ClipBatch`."""
+        return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+Batch = ClipBatch | PackedBatch
 
 
 class View(NamedTuple):
@@ -61,12 +96,13 @@ class View(NamedTuple):
 class TrainingClips:
     """Random clips, `data.repeats` of a sample; what is random follows from (seed, epoch, sample)."""
 
-    def __init__(self, samples: Sequence[Sample], config: Experiment) -> None:
+    def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
         self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.data = config.data
         self.seed = config.run.seed
+        self.pack = pack
 
     def __getitem__(self, visit: Visit) -> Loaded:
         """The clips of a visit: of its sample, or where that cannot be read of the first stand-in that can.
@@ -95,17 +131,21 @@ class TrainingClips:
         data = self.data
         return train_frames(video_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng)
 
-    def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[ClipBatch]:
+    def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
         """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
         return [self._clip(frames, visit, sample, repeat) for repeat in range(self.data.repeats)]
 
-    def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> ClipBatch:
+    def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> Batch:
         key = sample_key(self.seed, *visit, repeat)
         rng = np.random.default_rng((key, _SPACE))
         box = train_box(frames.shape[1], frames.shape[2], self.data.train_crop, rng)
         flip = self.data.horizontal_flip and rng.random() < 0.5
         clip = crop_resize(frames, box, self.geometry.image_size, flip)
-        return _single(clip, self.samples[sample].label, key, sample)
+        single = _single(clip, self.samples[sample].label, key, sample)
+        if self.pack is None:
+            return single
+        tubelets, kept = self.pack(clip)
+        return PackedBatch(tubelets, *single[1:], kept)
 
 
 class EvaluationClips:
@@ -158,14 +198,16 @@ def training_batches(
     steps: range,
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
-) -> Iterator[ClipBatch]:
+    pack: Pack | None = None,
+) -> Iterator[Any]:
     """This rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
 
     Args:
+        pack: called in the workers on each clip: the batches are then `PackedBatch`, else `ClipBatch`.
         on_failure: told of each sample that could not be read, when the batch that it is missing from comes.
     """
     visits = training_visits(len(samples), plan, config.run.seed, rank, steps.start, steps.stop)
-    return load(TrainingClips(samples, config), visits, config.data, pin_memory, on_failure)
+    return load(TrainingClips(samples, config, pack), visits, config.data, pin_memory, on_failure)
 
 
 def evaluation_views(

@@ -15,7 +15,7 @@ from everest_ds.checkpoints.folder import list_checkpoints
 from everest_ds.checkpoints.manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.augment import Augmentation
-from everest_ds.data.clips import ClipBatch, training_batches
+from everest_ds.data.clips import Batch, PackedBatch, training_batches
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.errors import CheckpointError, StoppedError
@@ -44,6 +44,7 @@ from everest_ds.training.observers import (
     TensorBoard,
     ValidationReport,
 )
+from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_reconstruction
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
@@ -115,6 +116,7 @@ class TrainingRun:
         self.cost = cost
         self.objective: Objective = build_objective(config)
         self.augment = Augmentation(config)
+        self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
@@ -124,7 +126,7 @@ class TrainingRun:
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, self.world)
-        self.batch: ClipBatch  # the last micro-batch, for pictures
+        self.batch: Batch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
         """Every remaining step, with what is due after each."""
@@ -148,20 +150,26 @@ class TrainingRun:
         """All steps are done."""
         return self.step == self.schedule.total_steps
 
-    def _train_step(self, batches: Iterator[ClipBatch]) -> Tensor:
+    def _train_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns this rank's mean loss, without waiting for it."""
         set_learning_rate(self.engine, self.schedule.lr(self.step))
         losses = []
         for _ in range(self.plan.grad_accum_steps):
             # A rank that cannot read a video tells the others, instead of leaving them in a collective.
             batch = self.world.together(lambda: next(batches))
-            self.batch = self.augment(batch.to(self.world.device), batch.key.tolist())
+            self.batch = self._on_device(batch)
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), batch.item)
             self.engine.backward(loss)
             self.engine.step()  # updates the weights at the last micro-batch
             losses.append(loss.detach())
         return torch.stack(losses).mean()
+
+    def _on_device(self, batch: Batch) -> Batch:
+        here = batch.to(self.world.device)
+        if isinstance(here, PackedBatch):
+            return unpack(here, self.config.model.geometry)
+        return self.augment(here, batch.key.tolist())
 
     def _due(self, every_steps: int) -> bool:
         return self.finished or self.step % every_steps == 0
@@ -195,7 +203,7 @@ class TrainingRun:
         if self.config.task != "pretrain" or not self._due(self.config.run.image_every_steps):
             return
         batch, config = self.batch, self.config
-        shown = self.engine(batch.clip, batch.key)  # on every rank: sharded parameters are gathered
+        shown = self.engine(*batch.arguments)  # on every rank: sharded parameters are gathered
         for observer in self.observers:
             normalized = config.loss.normalize_targets
             picture = draw_reconstruction(batch.clip, shown, config.model.geometry, normalized)
@@ -304,11 +312,18 @@ class TrainingRun:
             ProgressBar(self.schedule.total_steps, self.step),
         ]
 
-    def _batches(self) -> Iterator[ClipBatch]:
+    def _batches(self) -> Iterator[Batch]:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.mesh.data_rank, steps, on_gpu, self.broken.note
+            self.samples,
+            self.config,
+            self.plan,
+            self.mesh.data_rank,
+            steps,
+            pin_memory=on_gpu,
+            on_failure=self.broken.note,
+            pack=self.pack,
         )
 
 

@@ -29,7 +29,7 @@ BEST_WEIGHTS_FILE = "best.safetensors"
 # global size does, which checkpoints remember.
 FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
-    *("data.num_workers", "data.decoder", "data.read_timeout_s", "data.max_broken_pct"),
+    *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
     *("parallelism.", "recompute.", "batch."),
 )
 _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
