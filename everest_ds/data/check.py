@@ -65,10 +65,12 @@ def check_manifest(
         min_frames: a shorter video is a problem, though not broken: the ledger keeps its frames.
         workers: number of processes.
         on_progress: told how many samples are done, after each.
-        every_frame: decode all frames, and look again at what the ledger calls whole.
+        every_frame: decode all frames, also of what was found whole by its ends.
         timeout_s: a file that keeps a decoder longer is broken.
     """
-    known = {} if every_frame else {i: e for i, s in enumerate(samples) if (e := ledger.known(s)) is not None}
+    known = {
+        i: entry for i, s in enumerate(samples) if (entry := ledger.known(s)) and entry.settles(every_frame)
+    }
     left = [i for i in range(len(samples)) if i not in known]
     entries = dict(known)
     on_progress(len(entries))
@@ -76,7 +78,8 @@ def check_manifest(
     outcomes = map_isolated(inspect, [samples[i] for i in left], workers=workers, timeout_s=timeout_s)
     for place, outcome in outcomes:
         finding = Finding(f"the decoder {outcome.reason}", 0) if isinstance(outcome, Lost) else outcome
-        entries[left[place]] = ledger.record(samples[left[place]], finding.reason, finding.num_frames)
+        index = left[place]
+        entries[index] = ledger.record(samples[index], *finding, every_frame=every_frame)
         on_progress(len(entries))
     faults = [(sample, entries[i].fault(min_frames)) for i, sample in enumerate(samples)]
     problems = [Problem(sample, reason) for sample, reason in faults if reason]

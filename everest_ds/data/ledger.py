@@ -18,6 +18,7 @@ from everest_ds.data.manifest import Sample
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
+Source = Literal["ends", "every_frame", "run"]
 Stamp = tuple[int, int]  # bytes, time of change in ns; (-1, -1): there is no such file
 
 
@@ -30,7 +31,7 @@ class Entry:
         reason: why it is broken; empty: it is not.
         num_frames: pictures of the sample; 0 where they could not be counted.
         num_bytes, changed_ns: of the file, when it was looked at.
-        source: who found out: `check`, or `run` for a training run that failed on it.
+        source: who found out: a check of the ends, one of every frame, or a training run that failed on it.
     """
 
     video: str
@@ -38,13 +39,19 @@ class Entry:
     num_frames: int
     num_bytes: int
     changed_ns: int
-    source: Literal["check", "run"]
+    source: Source
 
     def fault(self, min_frames: int) -> str:
         """Why a clip of `min_frames` frames cannot be cut from it; empty: it can."""
         if self.reason or self.num_frames >= min_frames:
             return self.reason
         return f"too short; given: {self.num_frames} frames; allowed: {min_frames} or more"
+
+    def settles(self, every_frame: bool) -> bool:
+        """Whether a check, of every frame or of the ends, would find out nothing more."""
+        return self.source == "every_frame" or (
+            self.source == "ends" and (self.reason != "" or not every_frame)
+        )
 
     @property
     def stamp(self) -> Stamp:
@@ -118,18 +125,28 @@ class Ledger:
             return None
         return fault if entry.stamp == stamp(sample.path) else None
 
-    def record(self, sample: Sample, reason: str, num_frames: int = 0, *, by_run: bool = False) -> Entry:
+    def record(
+        self,
+        sample: Sample,
+        reason: str,
+        num_frames: int = 0,
+        *,
+        by_run: bool = False,
+        every_frame: bool = False,
+    ) -> Entry:
         """Append what was found out; several processes may do so at once.
 
         Args:
             reason: why the sample is broken; empty: it is not.
-            by_run: a run found out, not a check.
+            by_run: a run found out, not a check; a check looks again.
+            every_frame: all frames were decoded, not just those at the ends.
 
         Raises:
             DataError: the file cannot be written.
         """
         size, changed = stamp(sample.path)
-        entry = Entry(sample.name, reason, num_frames, size, changed, "run" if by_run else "check")
+        source: Source = "run" if by_run else "every_frame" if every_frame else "ends"
+        entry = Entry(sample.name, reason, num_frames, size, changed, source)
         try:
             with open(self.path, "ab+") as file:
                 file.write(b"" if _at_line_start(file) else b"\n")

@@ -96,3 +96,11 @@ def test_damage_between_the_ends_takes_a_check_of_every_frame(synthetic_video: P
     assert not run_check(samples, ledger).problems
     (problem,) = run_check(samples, ledger, every_frame=True).problems
     assert "Invalid data" in problem.reason
+    assert run_check(samples, Ledger.read(ledger.path), every_frame=True).num_known == 1
+
+
+def test_what_a_run_failed_on_is_looked_at_again(synthetic_video: Path, tmp_path: Path) -> None:
+    sample, ledger = Sample(synthetic_video, None), Ledger.read(tmp_path / "ledger")
+    ledger.record(sample, "the storage stumbled", by_run=True)
+    assert ledger.broken(sample)
+    assert not run_check([sample], ledger).problems and ledger.broken(sample) is None

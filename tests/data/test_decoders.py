@@ -20,7 +20,6 @@ from .conftest import all_frames, lay_down, noisy_pictures, write_video
 
 UNEVEN = [0, 1, 2, 7, 8, 9, 30, 31, 50, 51, 52, 100, 101, 102, 110, 111, 130, 131, 132, 133]
 REAL = (
-    "balle-jbart.mp4",
     "balle1-vp9.avi",
     "bikes.mp4",
     "carphone_pristine.mp4",

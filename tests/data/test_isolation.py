@@ -27,12 +27,12 @@ def act(item: str) -> str:
 
 def test_crashes_and_hangs_are_results_of_their_items_alone() -> None:
     items = ["a", "abort", "b", "hang", "exit", "c", "abort"]
-    results = dict(map_isolated(act, items, workers=2, timeout_s=3))
+    results = dict(map_isolated(act, items, workers=2, timeout_s=2))
     assert [results[i] for i in range(len(items))] == [
         "A",
         Lost("crashed (SIGABRT)"),
         "B",
-        Lost("hung for more than 3 s"),
+        Lost("hung for more than 2 s"),
         Lost("ended with exit code 7"),
         "C",
         Lost("crashed (SIGABRT)"),
