@@ -29,6 +29,7 @@ REQUIRES = [
     "av>=12",
 ]
 EXTRAS = {
+    "torchcodec": ["torchcodec>=0.13"],  # data.decoder=torchcodec; needs FFmpeg's libraries on the system
     "mpi": ["mpich"],  # an MPI library for mpi4py where the system has none
     "dev": [
         "fvcore>=0.1.5.post20221221",  # counts MACs its own way: a cross-check of profiling

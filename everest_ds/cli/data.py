@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
-from everest_ds.errors import ExitCode
+from everest_ds.cli.data_index import index
+from everest_ds.cli.data_reencode import reencode
+from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
+from everest_ds.errors import ExitCode, UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.config import DataConfig
 
 app = typer.Typer(help="Make, index and check data sets of videos.", no_args_is_help=True)
 Workers = Annotated[int, typer.Option(min=1, help="Processes to use.")]
@@ -29,20 +34,11 @@ def synth(
     json_file: JsonFile = None,
 ) -> None:
     """Write a labelled motion data set of real H.264 files; the label is the motion of an object."""
-    from rich.progress import Progress
-
     from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
 
     counts = {"train": train, "val": val, "test": test}
-    with Progress(transient=True) as progress:
-        task = progress.add_task("writing videos", total=sum(counts.values()))
-        manifests = synthesize(
-            folder,
-            counts,
-            SyntheticSpec(frames, size, seed),
-            workers,
-            lambda done: progress.update(task, completed=done),
-        )
+    with progress_of("writing videos", sum(counts.values())) as on_progress:
+        manifests = synthesize(folder, counts, SyntheticSpec(frames, size, seed), workers, on_progress)
     rows = [
         {"split": split, "videos": count, "classes": len(MOTIONS), "manifest": str(manifest)}
         for (split, count), manifest in zip(counts.items(), manifests, strict=True)
@@ -51,29 +47,8 @@ def synth(
     write_json(json_file, rows)
 
 
-@app.command()
-def index(
-    folder: Annotated[Path, typer.Argument(help="A folder with one sub-folder of videos per class.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the manifests.")] = None,
-    val: Annotated[float, typer.Option(min=0, max=1, help="Share for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(min=0, max=1, help="Share for test.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Equal seeds give equal splits.")] = 0,
-    json_file: JsonFile = None,
-) -> None:
-    """Write train, val and test manifests and class names for a folder of videos."""
-    from everest_ds.data.manifest import index_folder, split_samples, write_manifest
-
-    samples, classes = index_folder(folder)
-    splits = split_samples(samples, (1 - val - test, val, test), seed)
-    target = out or folder
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "classes.txt").write_text("\n".join(classes) + "\n")
-    rows = []
-    for name, part in zip(("train", "val", "test"), splits, strict=True):
-        write_manifest(target / f"{name}.txt", part, target)
-        rows.append({"split": name, "videos": len(part), "manifest": str(target / f"{name}.txt")})
-    print_table(f"{len(samples)} videos of {len(classes)} classes", rows)
-    write_json(json_file, rows)
+app.command()(index)
+app.command()(reencode)
 
 
 @app.command()
@@ -81,29 +56,60 @@ def check(
     manifest: Annotated[Path, typer.Argument(help="A list of `path label` lines.")],
     root: Annotated[Path | None, typer.Option(help="Folder of relative paths.")] = None,
     min_frames: Annotated[int, typer.Option(min=1, help="Shortest video that is long enough.")] = 1,
+    every_frame: Annotated[
+        bool, typer.Option("--every-frame", help="Decode every frame of every one.")
+    ] = False,
+    decoder: Annotated[str, typer.Option(help="As data.decoder: decord, pyav or torchcodec.")] = "decord",
+    timeout: Annotated[float, typer.Option(min=0.1, help="A video that takes longer is broken, s.")] = 120.0,
     workers: Workers = CORES,
     json_file: JsonFile = None,
 ) -> None:
-    """Open every video of a manifest, decode both ends, and list what is broken; exit 3 if any is."""
-    from rich.progress import Progress
+    """Open every video of a manifest, decode both ends, and list what is broken; exit 3 if any is.
 
+    What is found out is kept in the ledger beside the manifest (MANIFEST.ledger.jsonl): a check that was
+    stopped goes on, files that have not changed are not looked at again, and training leaves out by name
+    what is broken.
+    """
     from everest_ds.data.check import check_manifest
+    from everest_ds.data.ledger import Ledger
     from everest_ds.data.manifest import read_manifest
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
-    with Progress(transient=True) as progress:
-        task = progress.add_task("checking videos", total=len(samples))
-        problems = check_manifest(
+    ledger = Ledger.of_manifest(manifest)
+    with progress_of("checking videos", len(samples)) as on_progress:
+        checked = check_manifest(
             samples,
+            ledger,
+            data_config(decoder),
             min_frames=min_frames,
             workers=workers,
-            on_progress=lambda done: progress.update(task, completed=done),
+            on_progress=on_progress,
+            every_frame=every_frame,
+            timeout_s=timeout,
         )
-    rows = [{"video": str(p.path), "problem": p.reason} for p in problems]
+    rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in checked.problems]
+    known = f", {checked.num_known} of them known from {ledger.path}" if checked.num_known else ""
     if rows:
-        print_table(f"{len(rows)} of {len(samples)} videos are broken", rows)
+        print_table(f"{len(rows)} of {len(samples)} videos are broken{known}", rows)
     else:
-        typer.echo(f"{manifest}: all {len(samples)} videos are readable")
-    write_json(json_file, {"checked": len(samples), "problems": rows})
+        typer.echo(f"{manifest}: all {len(samples)} videos are readable{known}")
+    facts = {"checked": len(samples), "known": checked.num_known, "ledger": str(ledger.path)}
+    write_json(json_file, {**facts, "problems": rows})
     if rows:
         raise typer.Exit(ExitCode.DATA)
+
+
+def data_config(decoder: str) -> DataConfig:
+    """The `data` section that reads videos so.
+
+    Raises:
+        ConfigError: there is no such decoder here.
+    """
+    from everest_ds.config import DataConfig
+    from everest_ds.config.schema import DECODERS
+    from everest_ds.data.decode import require_decoder
+
+    if decoder not in DECODERS:
+        raise UsageError("--decoder", given=decoder, allowed=", ".join(DECODERS))
+    require_decoder(decoder)
+    return DataConfig.model_validate({"decoder": decoder})

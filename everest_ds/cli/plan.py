@@ -25,7 +25,7 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
         f"{counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan),
-        "learning_rate": f"{config.schedule.base_lr * plan.global_batch_size / 256:.3g} at its peak",
+        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at its peak",
         "ranks": _ranks(config, plan),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,

@@ -88,12 +88,12 @@ def _write_token(run: Path) -> Path:
 
 def _needed_files(config: Experiment) -> list[Path]:
     """The manifests, and three of the videos."""
-    from everest_ds.training.loop import read_samples
+    from everest_ds.training.samples import read_samples
 
     data = config.data
     files = [file for file in (data.train, data.val, data.test, data.class_names) if file is not None]
     if data.train is not None:
-        videos = [sample.path for sample in read_samples(config, "train")]
+        videos = [sample.path for sample in read_samples(config, "train").samples]
         files += [videos[0], videos[len(videos) // 2], videos[-1]] if videos else []
     return files
 

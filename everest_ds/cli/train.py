@@ -216,7 +216,7 @@ def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:
     result = run_test(config, world)
     if not world.is_main:
         return
-    summary: dict[str, Any] = {k: v for k, v in result.items() if k != "classes"}
+    summary: dict[str, Any] = {k: v for k, v in result.items() if k not in ("classes", "missing")}
     print_table("By class", result["classes"])
     print_facts(f"evaluate: {config.run.dir}", summary)
     write_json(json_file, result)

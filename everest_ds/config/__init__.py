@@ -2,10 +2,11 @@
 
 from everest_ds.config.batch import BatchPlan, plan_batch, plan_ranks
 from everest_ds.config.load import dump_experiment, find_config, flatten, load_experiment, recipe_names
-from everest_ds.config.schema import Experiment
+from everest_ds.config.schema import DataConfig, Experiment
 
 __all__ = [
     "BatchPlan",
+    "DataConfig",
     "Experiment",
     "dump_experiment",
     "find_config",

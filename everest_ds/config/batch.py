@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError
@@ -10,21 +10,32 @@ from everest_ds.errors import ConfigError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The resolved batch of one optimiser step, in clips."""
+    """The resolved batch of one optimiser step, in clips.
+
+    Attributes:
+        repeats: clips that are cut from each sample (`data.repeats`).
+    """
 
     micro_batch_size: int
     grad_accum_steps: int
     data_parallel_degree: int
+    repeats: int = 1
 
     @property
     def global_batch_size(self) -> int:
         """Clips of one optimiser step over all ranks."""
         return self.micro_batch_size * self.grad_accum_steps * self.data_parallel_degree
 
+    @property
+    def samples_per_step(self) -> int:
+        """Samples of one optimiser step: what epochs are divided into and learning rates scale with."""
+        return self.global_batch_size // self.repeats
+
     def __str__(self) -> str:
         return (
             f"{self.global_batch_size} clips = {self.micro_batch_size} per rank and micro-batch"
             f" x {self.grad_accum_steps} accumulated x {self.data_parallel_degree} data-parallel ranks"
+            + (f", {self.repeats} from each sample" if self.repeats > 1 else "")
         )
 
 
@@ -34,7 +45,9 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
     Raises:
         ConfigError: if tensor parallelism does not divide the ranks, or the ranks not the batch.
     """
-    return plan_batch(config.batch, data_parallel_degree(config, num_ranks))
+    return replace(
+        plan_batch(config.batch, data_parallel_degree(config, num_ranks)), repeats=config.data.repeats
+    )
 
 
 def data_parallel_degree(config: Experiment, num_ranks: int) -> int:

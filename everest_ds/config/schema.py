@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -25,6 +25,8 @@ from everest_ds.config.tokens import (
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
 PositiveInt = Annotated[int, Field(ge=1)]
+Decoder = Literal["decord", "pyav", "torchcodec"]
+DECODERS: tuple[str, ...] = get_args(Decoder)
 NonNegative = Annotated[float, Field(ge=0.0)]
 
 
@@ -113,6 +115,39 @@ class DataConfig(Section):
     test_segments: PositiveInt = 5
     test_crops: PositiveInt = 3
     num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
+    repeats: PositiveInt = Field(
+        1, description="random crops of each decoded clip in training; an epoch decodes each video once"
+    )
+    pack_tokens: bool = Field(
+        False, description="workers select the tokens and send no others; needs tokens.score=pixel"
+    )
+    read_timeout_s: PositiveInt = Field(60, description="a video that takes longer to read counts as broken")
+    max_broken_pct: Annotated[float, Field(ge=0, le=100)] = Field(
+        1.0, description="share of an epoch's videos that may be unreadable before the run stops"
+    )
+    decoder: Decoder = Field(
+        "decord", description="PyAV stands in for files of which the others do not give exact frames"
+    )
+    decode_short_side: PositiveInt | None = Field(
+        None, description="shrink larger pictures to this short side as PyAV decodes them, pixels"
+    )
+
+
+class AugmentConfig(Section):
+    """Fine-tuning's augmentation beyond crops and flips, on the device. 0 turns each off."""
+
+    rand_augment_ops: Annotated[int, Field(ge=0)] = Field(0, description="of a clip; half of them apply")
+    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    erase_probability: Probability = Field(0.0, description="of noise in a random box of a clip")
+    mixup_alpha: NonNegative = Field(
+        0.0, description="neighbours mixed, the share drawn from Beta(alpha, alpha)"
+    )
+    cutmix_alpha: NonNegative = Field(0.0, description="a box from the neighbour, its area drawn as mixup's")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether labels become shares of classes."""
+        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
 class LossConfig(Section):
@@ -220,6 +255,7 @@ class Experiment(Section):
     model: ModelConfig = ModelConfig()
     tokens: TokensConfig = TokensConfig()
     data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
     loss: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -254,6 +290,8 @@ class Experiment(Section):
                 f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
                 f" schedule.epochs={self.schedule.epochs}"
             )
+        _check_micro_batch(self)
+        _check_packing(self)
         _check_precision(self)
         _check_tensor(self)
         if self.run.max_skipped_steps and self.parallelism.zero_stage == 0:
@@ -316,6 +354,36 @@ def _check_tokens(config: Experiment) -> None:
         raise ValueError(
             f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
             " keep_ratio must exceed 1 - mask_ratio"
+        )
+
+
+def _check_micro_batch(config: Experiment) -> None:
+    micro, repeats, augment = config.batch.micro_batch_size, config.data.repeats, config.augment
+    if micro % repeats:
+        raise ValueError(
+            f"batch.micro_batch_size={micro} counts clips: it must be a multiple of data.repeats={repeats},"
+            " which are cut from each video"
+        )
+    if augment.mixes and micro % (2 * repeats):
+        raise ValueError(
+            f"augment.mixup_alpha and cutmix_alpha mix neighbours: batch.micro_batch_size={micro} must be a"
+            f" multiple of {2 * repeats} (2 x data.repeats)"
+        )
+    if config.task == "pretrain" and augment != AugmentConfig():
+        raise ValueError("augment is for task finetune: pre-training would reconstruct what it draws")
+
+
+def _check_packing(config: Experiment) -> None:
+    tokens = config.tokens
+    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
+    if config.data.pack_tokens and not by_pixels:
+        raise ValueError(
+            "data.pack_tokens needs tokens.selection=rero, score=pixel and frame_oversampling=1: workers have"
+            " no weights to score with"
+        )
+    if config.data.pack_tokens and config.augment != AugmentConfig():
+        raise ValueError(
+            "data.pack_tokens selects before augment would change the clips; turn one of them off"
         )
 
 

@@ -1,32 +1,35 @@
-"""Data sets of clips: random ones for training, fixed views for evaluation; and their loaders.
+"""Data sets of clips: random ones for training, fixed views for evaluation.
 
 A clip is a uint8 tensor (frame, row, column, colour); nothing here is floating point.
 """
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
 
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.data.decode import open_video
 from everest_ds.data.frames import train_frames, view_frames
+from everest_ds.data.loader import Loaded, load
 from everest_ds.data.manifest import Sample
-from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
+from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
+from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.data.transforms import crop_resize, train_box, view_box
-from everest_ds.errors import DataError, EverestError
+from everest_ds.errors import DataError
 
-T = TypeVar("T")
-
-
+# A clip (F, H, W, 3) to the tubelets (K, P) that are kept of it, and which tokens they are (K,).
+Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
 # A view is the same in every evaluation of every run, what is drawn for it included.
 _VIEW_SEED = 0
+# Beside a clip's key: what is drawn in space is not what is drawn in time.
+_SPACE = 1
+MISSING = -1  # `ClipBatch.item` of a view whose video cannot be read
 
 
 class ClipBatch(NamedTuple):
@@ -34,7 +37,7 @@ class ClipBatch(NamedTuple):
 
     Attributes:
         clip: uint8 (B, F, H, W, 3).
-        label: int64 (B,); -1 where the manifest has none.
+        label: int64 (B,), -1 where the manifest has none; float32 (B, classes) once clips were mixed.
         key: int64 (B,), the random keys of the clips.
         item: int64 (B,), which sample (training) or which view (evaluation) this is.
     """
@@ -44,9 +47,42 @@ class ClipBatch(NamedTuple):
     key: Tensor
     item: Tensor
 
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return self.clip, self.key
+
     def to(self, device: torch.device) -> ClipBatch:
         """The batch on `device`, copied without waiting where the memory is pinned."""
         return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class PackedBatch(NamedTuple):
+    """A batch of which the loader's workers chose the tokens.
+
+    Attributes:
+        clip: uint8 (B, K, P), the kept tubelets; once unpacked (B, F, H, W, 3).
+        label, key, item: as those of a `ClipBatch`.
+        kept: int32 (B, K), which tokens those are, ascending.
+    """
+
+    clip: Tensor
+    label: Tensor
+    key: Tensor
+    item: Tensor
+    kept: Tensor
+
+    @property
+    def arguments(self) -> tuple[Tensor, ...]:
+        """What a model is called with."""
+        return self.clip, self.key, self.kept
+
+    def to(self, device: torch.device) -> PackedBatch:
+        """As that of a `ClipBatch`."""
+        return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+Batch = ClipBatch | PackedBatch
 
 
 class View(NamedTuple):
@@ -57,34 +93,70 @@ class View(NamedTuple):
     crop: int
 
 
-class TrainingClips(Dataset[ClipBatch]):
-    """Random clips; what is random follows from (seed, epoch, sample)."""
+class TrainingClips:
+    """Random clips, `data.repeats` of a sample; what is random follows from (seed, epoch, sample)."""
 
-    def __init__(self, samples: Sequence[Sample], config: Experiment) -> None:
+    def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
+        self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.data = config.data
         self.seed = config.run.seed
+        self.pack = pack
 
-    def __getitem__(self, visit: Visit) -> ClipBatch:
-        sample = self.samples[visit.sample]
-        key = sample_key(self.seed, visit.epoch, visit.sample)
-        rng = np.random.default_rng(key)
+    def __getitem__(self, visit: Visit) -> Loaded:
+        """The clips of a visit: of its sample, or where that cannot be read of the first stand-in that can.
+
+        Raises:
+            DataError: none can.
+        """
+        failures: list[Failure] = []
+        others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
+        for candidate in chain([visit.sample], others):
+            try:
+                frames = self.reader.read(candidate, partial(self.choose, visit))
+            except DataError as error:
+                failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
+            else:
+                return Loaded(self.crops(frames, visit, candidate), failures)
+        raise DataError(
+            f"{self.samples[visit.sample].name}: cannot be read, nor {len(failures) - 1} others in its place",
+            given=failures[0].reason,
+            fix="check the storage; `everest-ds data check` lists all such files",
+        )
+
+    def choose(self, visit: Visit, video_frames: int) -> list[int]:
+        """Which frames of a video of so many a visit takes."""
+        rng = np.random.default_rng(sample_key(self.seed, *visit))
         data = self.data
-        with open_video(sample.path) as video, _about(sample):
-            frames = train_frames(
-                video.num_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng
-            )
-            clip = video.read(frames)
-        box = train_box(clip.shape[1], clip.shape[2], data.train_crop, rng)
-        flip = data.horizontal_flip and rng.random() < 0.5
-        return _item(crop_resize(clip, box, self.geometry.image_size, flip), sample, key, visit.sample)
+        return train_frames(video_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng)
+
+    def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
+        """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
+        return [self._clip(frames, visit, sample, repeat) for repeat in range(self.data.repeats)]
+
+    def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> Batch:
+        key = sample_key(self.seed, *visit, repeat)
+        rng = np.random.default_rng((key, _SPACE))
+        box = train_box(frames.shape[1], frames.shape[2], self.data.train_crop, rng)
+        flip = self.data.horizontal_flip and rng.random() < 0.5
+        clip = crop_resize(frames, box, self.geometry.image_size, flip)
+        single = _single(clip, self.samples[sample].label, key, sample)
+        if self.pack is None:
+            return single
+        tubelets, kept = self.pack(clip)
+        return PackedBatch(tubelets, *single[1:], kept)
 
 
-class EvaluationClips(Dataset[ClipBatch]):
-    """Every view of every sample: `segments` places in time times `crops` places in space."""
+class EvaluationClips:
+    """Every view of every sample: `segments` places in time times `crops` places in space.
+
+    A view that cannot be read is black and says so (`MISSING`): nothing takes its place, and the ranks still
+    compute as many batches.
+    """
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, segments: int, crops: int) -> None:
+        self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.data = config.data
@@ -97,22 +169,25 @@ class EvaluationClips(Dataset[ClipBatch]):
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, item: int) -> ClipBatch:
+    def __getitem__(self, item: int) -> Loaded:
         view = self.views[item]
-        sample = self.samples[view.sample]
-        with open_video(sample.path) as video, _about(sample):
-            frames = view_frames(
-                video.num_frames,
-                self.geometry.num_frames,
-                self.data.frame_stride,
-                self.data.sampling,
-                view.segment,
-                self.segments,
-            )
-            clip = video.read(frames)
-        box = view_box(clip.shape[1], clip.shape[2], view.crop, self.crops)
         key = sample_key(_VIEW_SEED, 0, item)
-        return _item(crop_resize(clip, box, self.geometry.image_size), sample, key, item)
+        label = self.samples[view.sample].label
+        try:
+            frames = self.reader.read(view.sample, partial(self._choose, view))
+        except DataError as error:
+            side = self.geometry.image_size
+            black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
+            failure = Failure.of(error, epoch=0, slot=view.sample, sample=view.sample)
+            return Loaded([_single(black, label, key, MISSING)], [failure])
+        box = view_box(frames.shape[1], frames.shape[2], view.crop, self.crops)
+        return Loaded([_single(crop_resize(frames, box, self.geometry.image_size), label, key, item)], [])
+
+    def _choose(self, view: View, video_frames: int) -> list[int]:
+        data, num_frames = self.data, self.geometry.num_frames
+        return view_frames(
+            video_frames, num_frames, data.frame_stride, data.sampling, view.segment, self.segments
+        )
 
 
 def training_batches(
@@ -122,83 +197,33 @@ def training_batches(
     rank: int,
     steps: range,
     pin_memory: bool,
-) -> Iterator[ClipBatch]:
-    """This rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use."""
+    on_failure: Callable[[Failure], None],
+    pack: Pack | None = None,
+) -> Iterator[Any]:
+    """This rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
+
+    Args:
+        pack: called in the workers on each clip: the batches are then `PackedBatch`, else `ClipBatch`.
+        on_failure: told of each sample that could not be read, when the batch that it is missing from comes.
+    """
     visits = training_visits(len(samples), plan, config.run.seed, rank, steps.start, steps.stop)
-    return _load(TrainingClips(samples, config), visits, config.data.num_workers, pin_memory)
+    return load(TrainingClips(samples, config, pack), visits, config.data, pin_memory, on_failure)
 
 
 def evaluation_views(
-    clips: EvaluationClips, batch_size: int, rank: int, num_ranks: int, pin_memory: bool
+    clips: EvaluationClips,
+    batch_size: int,
+    rank: int,
+    num_ranks: int,
+    pin_memory: bool,
+    on_failure: Callable[[Failure], None],
 ) -> Iterator[ClipBatch]:
     """This rank's share of the views; see `evaluation_batches`."""
     batches = evaluation_batches(len(clips), batch_size, rank, num_ranks)
-    return _load(clips, iter(batches), clips.data.num_workers, pin_memory)
+    return load(clips, iter(batches), clips.data, pin_memory, on_failure)
 
 
-class _about:  # noqa: N801 - reads as a preposition in a `with`
-    """Name the sample's file in errors that do not know it."""
-
-    def __init__(self, sample: Sample) -> None:
-        self.path = str(sample.path)
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, DataError) and self.path not in str(error):
-            raise DataError(f"{self.path}: {error}") from None
-
-
-def _item(clip: Tensor, sample: Sample, key: int, item: int) -> ClipBatch:
-    label = -1 if sample.label is None else sample.label
-    return ClipBatch(clip, torch.tensor(label), torch.tensor(key), torch.tensor(item))
-
-
-class _Reporting(Dataset[object]):
-    """Hands a typed error over as a value: raised inside a worker it would arrive as a traceback's text."""
-
-    def __init__(self, clips: Dataset[ClipBatch]) -> None:
-        self.clips = clips
-
-    def __getitem__(self, item: object) -> ClipBatch | EverestError:
-        try:
-            return self.clips[item]
-        except EverestError as error:
-            return error
-
-
-def _collate(items: list[ClipBatch | EverestError]) -> ClipBatch | EverestError:
-    for item in items:
-        if isinstance(item, EverestError):
-            return item
-    batch: ClipBatch = default_collate(items)
-    return batch
-
-
-def _load(
-    clips: Dataset[ClipBatch], batches: Iterator[list[T]], num_workers: int, pin_memory: bool
-) -> Iterator[ClipBatch]:
-    loader = DataLoader(
-        _Reporting(clips),
-        batch_sampler=batches,
-        collate_fn=_collate,
-        num_workers=num_workers,
-        worker_init_fn=_start_worker,
-        # Children of the rank itself: they see it die, and end. Python's own default differs by version.
-        multiprocessing_context="fork" if num_workers else None,
-        pin_memory=pin_memory,
-        prefetch_factor=4 if num_workers else None,
+def _single(clip: Tensor, label: int | None, key: int, item: int) -> ClipBatch:
+    return ClipBatch(
+        clip, torch.tensor(-1 if label is None else label), torch.tensor(key), torch.tensor(item)
     )
-    for batch in loader:
-        if isinstance(batch, EverestError):
-            raise batch
-        yield batch
-
-
-def _start_worker(worker: int) -> None:
-    # A worker inherits the rank's handlers: it must neither save a checkpoint nor outlive a Ctrl-C.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)

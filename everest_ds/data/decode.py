@@ -2,67 +2,112 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import ctypes
+import os
+import stat
 from contextlib import suppress
+from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol
 
-import torch
-
+from everest_ds.config import DataConfig
 from everest_ds.data.decode_decord import DecordVideo
-from everest_ds.data.decode_pyav import PyAVVideo
-from everest_ds.errors import DataError
+from everest_ds.data.decode_pyav import Header, PyAVVideo, probe
+from everest_ds.data.decode_torchcodec import TorchcodecVideo, import_torchcodec
+from everest_ds.data.manifest import Sample
+from everest_ds.data.video import Video, Window, shrunk
+from everest_ds.errors import ConfigError, DataError
+
+DEFAULT_DECODER = "decord"
+# decoder -> containers and codecs of which it gives every picture exactly, as the tests have found; PyAV
+# reads the rest. Of MPEG-4 and HEVC in MP4, decord 0.6.0 returns neighbours; of VP8, torchcodec counts
+# pictures that are never shown; of AVI with reordered pictures, neither is right.
+_EXACT: dict[str, tuple[set[str], set[str]]] = {
+    "decord": ({"mp4"}, {"h264", "vp9"}),
+    "torchcodec": ({"mp4", "matroska"}, {"h264", "hevc", "vp9", "av1", "mpeg4"}),
+}
+_TRIM_EVERY = 50  # files opened
+_opened = count(1)
+_NOT_A_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-class Video(Protocol):
-    """An open video file, of the process that opened it. Use it in a `with`, or `close` it.
+def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | None = None) -> Video:
+    """Open a video file: through `decoder` where that is exact, through PyAV elsewhere.
 
-    Attributes:
-        num_frames: number of pictures in the file.
-    """
+    Args:
+        decoder: `decord`, `pyav` or `torchcodec`.
+        short_side: shrink larger pictures to this as they are decoded, pixels.
 
-    num_frames: int
-
-    def __enter__(self) -> Video: ...
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-    def close(self) -> None:
-        """Free the decoder; the video cannot be read any more."""
-
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
-
-        Errors:
-            DataError: an index outside 0..num_frames-1, or the file is damaged where it is read.
-        """
-
-
-def open_video(path: Path) -> Video:
-    """Open a video file: through decord where that is exact (MP4), through PyAV elsewhere.
-
-    Errors:
+    Raises:
         DataError: the file is missing, empty, not a video, cut off, or holds no picture.
+        ConfigError: the decoder is not installed.
     """
-    if not path.exists():
-        raise DataError(f"{path}: no such video file")
-    if not path.is_file():
-        raise DataError(f"{path}: not a file", given="a folder" if path.is_dir() else "a device")
+    _check_file(path)
+    if next(_opened) % _TRIM_EVERY == 0:
+        _give_back_memory()
+    if decoder in _EXACT and _is_exact(decoder, probe(path), short_side):
+        with suppress(DataError):  # PyAV says more plainly what is wrong
+            return DecordVideo(path) if decoder == "decord" else TorchcodecVideo(path)
+    return PyAVVideo(path, short_side)
+
+
+def open_sample(sample: Sample, data: DataConfig) -> Video:
+    """Open a sample of a manifest, as `data` says; see `open_video`."""
+    video = open_video(sample.path, data.decoder, data.decode_short_side)
+    return video if sample.span is None else Window(video, sample.span)
+
+
+def require_decoder(decoder: str) -> None:
+    """Refuse a decoder that is not installed, before any video is opened.
+
+    Raises:
+        ConfigError: naming what to install.
+    """
+    if decoder != "torchcodec":
+        return  # the others come with this package
+    given = "not installed" if find_spec("torchcodec") is None else None
     try:
+        import_torchcodec()
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            "data.decoder=torchcodec cannot be used",
+            given=given or f"installed, but: {str(error).strip().splitlines()[0]}",
+            fix="pip install 'everest-ds[torchcodec]' and FFmpeg's libraries (apt-get install ffmpeg),"
+            " or take data.decoder=decord",
+        ) from None
+
+
+def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
+    """Whether the decoder gives the same frames of this file as PyAV."""
+    if shrunk(header.size, short_side) is not None:
+        return False  # each decoder shrinks in its own way
+    if decoder == "torchcodec" and any(side % 2 for side in header.size):
+        return False  # chroma of odd sizes depends on the version of FFmpeg
+    if decoder == "decord" and not header.has_closed_groups:
+        return False  # decord returns neighbours
+    containers, codecs = _EXACT[decoder]
+    return bool(header.containers & containers) and header.codec in codecs
+
+
+def _give_back_memory() -> None:
+    """Return what is free to the system: between FFmpeg's buffers glibc keeps it, more and more of it."""
+    with suppress(AttributeError):  # only glibc has this, and only it needs it
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _check_file(path: Path) -> None:
+    """Refuse what is no file that can be read, or has nothing in it. (Of a pipe, FFmpeg waits for data.)"""
+    try:
+        mode = stat.S_IFMT(os.stat(path).st_mode)
+        if mode != stat.S_IFREG:
+            raise DataError(f"{path}: not a file", given=_NOT_A_FILE.get(mode, "a device"))
         with open(path, "rb") as file:
-            head = file.read(8)
+            empty = not file.read(1)
+    except FileNotFoundError:
+        dangling = ", the link leads nowhere" if path.is_symlink() else ""
+        raise DataError(f"{path}: no such video file{dangling}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read", given=error.strerror) from None
-    if not head:
-        raise DataError(
-            f"{path}: the video file is empty",
-            given="0 bytes",
-            fix="replace the file, or take it out of the manifest",
-        )
-    if head[4:8] == b"ftyp":  # MP4
-        with suppress(DataError):  # PyAV knows more codecs, and says more plainly what is wrong
-            return DecordVideo(path)
-    return PyAVVideo(path)
+    if empty:
+        fix = "replace the file, or take it out of the manifest"
+        raise DataError(f"{path}: the video file is empty", given="0 bytes", fix=fix)

@@ -1,7 +1,7 @@
-"""Pictures of MP4 files through decord, which is exact there.
+"""Pictures through decord, which is exact for H.264 and the like in MP4.
 
-Not so elsewhere (decord 0.6.0): of AVI, which stores no time of showing, some sets of indices come back
-wrong; of WebM, pictures that are never shown are counted; and nothing says so.
+Not so elsewhere (decord 0.6.0): of AVI, which stores no time of showing, and of MPEG-4, some sets of indices
+come back wrong; of WebM, pictures that are never shown are counted; and nothing says so.
 """
 
 from __future__ import annotations
@@ -9,45 +9,30 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from everest_ds.data.decode_pyav import PyAVVideo
+from everest_ds.data.video import FIX, Video
 from everest_ds.errors import DataError
 
-_FIX = "replace the file, or take it out of the manifest (`everest-ds data check` lists all such files)"
 
-
-class DecordVideo:
-    """An open video file; see `decode.Video`."""
+class DecordVideo(Video):
+    """An open video file; see `decode.open_video`."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
         self._reader: Any = self._open()
         self.num_frames = len(self._reader)
         if self.num_frames == 0:
-            raise DataError(f"{path}: the video holds no picture", fix=_FIX)
-
-    def __enter__(self) -> DecordVideo:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            raise DataError(f"{path}: the video holds no picture", fix=FIX)
 
     def close(self) -> None:
-        """Free the decoder."""
+        """See `Video.close`."""
         self._reader = None
 
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """See `decode.Video.read`."""
-        outside = [i for i in indices if not 0 <= i < self.num_frames]
-        if outside or not len(indices):
-            allowed = f"0..{self.num_frames - 1}"
-            raise DataError(f"{self._path}: no such frame", given=outside or "no index", allowed=allowed)
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
         decord = _import_decord()
         if self._reader is not None:
             try:
@@ -56,13 +41,13 @@ class DecordVideo:
                 self._reader = None  # its thread is dead now
         # decord's thread reads ahead, the further the busier the machine, and may have met damage that no
         # wanted picture needs. PyAV decodes what is asked for, and names what it cannot.
-        with PyAVVideo(self._path) as video:
+        with PyAVVideo(self.path) as video:
             return video.read(indices)
 
     def _open(self) -> Any:
         decord = _import_decord()
         try:
-            reader = decord.VideoReader(str(self._path.absolute()), num_threads=1)
+            reader = decord.VideoReader(str(self.path.absolute()), num_threads=1)
             # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
             # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
             # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).
@@ -74,7 +59,7 @@ class DecordVideo:
 
     def _unreadable(self, error: Exception) -> DataError:
         reason = " ".join(str(error).split("\n")[0].split())[:160]
-        return DataError(f"{self._path}: not a readable video", given=reason, fix=_FIX)
+        return DataError(f"{self.path}: not a readable video", given=reason, fix=FIX)
 
 
 def _import_decord() -> Any:

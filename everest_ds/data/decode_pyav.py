@@ -11,19 +11,21 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from everest_ds.data.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
+# What a whole file may lack of the length that its header tells: a share, and a last frame without duration.
+_LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
-_FIX = "replace the file, or take it out of the manifest"
 
 
 class _Packet(NamedTuple):
@@ -32,56 +34,36 @@ class _Packet(NamedTuple):
     is_key: bool
 
 
-class PyAVVideo:
-    """An open video file; see `decode.Video`.
+class PyAVVideo(Video):
+    """An open video file; see `decode.open_video`."""
 
-    Attributes:
-        num_frames: number of pictures in the file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, short_side: int | None = None) -> None:
+        self.path = path
+        self._short_side = short_side
         self._container, self._stream = _open(path)
         try:
             self.num_frames = self._index()
             if self.num_frames == 0:
-                raise DataError(f"{path}: the video holds no picture", fix=_FIX)
+                raise DataError(f"{path}: the video holds no picture", fix=FIX)
         except BaseException:
             self.close()
             raise
 
-    def __enter__(self) -> PyAVVideo:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
-        """Free the decoder; the video cannot be read any more."""
+        """See `Video.close`."""
         self._container.close()
 
-    def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
-
-        Errors:
-            DataError: an index outside 0..num_frames-1, or the file is damaged where it is read.
-        """
-        outside = [i for i in indices if not 0 <= i < self.num_frames]
-        if outside or not len(indices):
-            allowed = f"0..{self.num_frames - 1}"
-            raise DataError(f"{self._path}: no such frame", given=outside or "no index", allowed=allowed)
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
         pictures = self._pictures(sorted(set(indices)))
         sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures.values()})
         if len(sizes) > 1:
-            raise DataError(f"{self._path}: the picture size changes within the video", given=sizes, fix=_FIX)
+            raise DataError(f"{self.path}: the picture size changes within the video", given=sizes, fix=FIX)
         return torch.from_numpy(np.stack([pictures[i] for i in indices]))
 
     def _index(self) -> int:
         """Learn where the pictures are; how many there are."""
-        with _naming(self._path):
-            packets, first = _packets(self._path, self._container, self._stream)
+        with naming(self.path):
+            packets, first = _packets(self.path, self._container, self._stream)
             self._numbers: dict[int | None, int] | None = None  # by timestamp, where timestamps serve
             self._keys: list[tuple[int, _Packet]] = []
             if not _timestamps_serve(self._container, self._stream, packets):
@@ -98,12 +80,12 @@ class PyAVVideo:
     def _pictures(self, wanted: list[int]) -> dict[int, Picture]:
         """The pictures `wanted` (ascending), by number."""
         found: dict[int, Picture] = {}
-        with _naming(self._path):
+        with naming(self.path):
             for key, group in groupby(wanted, self._key_before):
                 found |= self._pictures_after(key, list(group))
         if len(found) < len(wanted):
             missing = [i for i in wanted if i not in found]
-            raise DataError(f"{self._path}: damaged, cannot decode frames {missing}", fix=_FIX)
+            raise DataError(f"{self.path}: damaged, cannot decode frames {missing}", fix=FIX)
         return found
 
     def _key_before(self, number: int) -> _Packet | None:
@@ -117,47 +99,68 @@ class PyAVVideo:
         for time in times:
             if time is not None:
                 self._container.seek(time, stream=self._stream)
-                found = _collect(_from_key_frame(self._decoded(), wanted[0]), wanted)
+                found = self._collect(_from_key_frame(self._decoded(set(wanted)), wanted[0]), wanted)
                 if len(found) == len(wanted):
                     return found
-        return _collect(self._from_start(), wanted)
+        return self._collect(self._from_start(set(wanted)), wanted)
 
-    def _from_start(self) -> Iterator[tuple[int, Any]]:
+    def _collect(self, decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
+        """Those of the pictures `wanted` (ascending) that come up undamaged."""
+        found: dict[int, Picture] = {}
+        numbers = set(wanted)
+        for number, frame in decoded:
+            if number in numbers and not frame.is_corrupt:
+                found[number] = _rgb(frame, self._short_side)
+            if number >= wanted[-1]:
+                break
+        return found
+
+    def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
-        self._container, self._stream = _open(self._path)
-        return self._decoded()
+        self._container, self._stream = _open(self.path)
+        return self._decoded(wanted)
 
-    def _decoded(self) -> Iterator[tuple[int, Any]]:
-        """Decoded pictures with their numbers, -1 for one that the index does not know."""
-        for count, frame in enumerate(self._container.decode(self._stream)):
-            yield (count if self._numbers is None else self._numbers.get(frame.pts, -1)), frame
+    def _decoded(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+        """Decoded pictures with their numbers, -1 for one that the index does not know.
+
+        Those that are not wanted and that no other picture refers to may be left out (None: none is).
+        """
+        if self._numbers is None or wanted is None:
+            for count, frame in enumerate(self._container.decode(self._stream)):
+                yield (count if self._numbers is None else self._numbers.get(frame.pts, -1)), frame
+            return
+        context = self._stream.codec_context
+        for packet in self._container.demux(self._stream):
+            context.skip_frame = "DEFAULT" if self._numbers.get(packet.pts) in wanted else "NONREF"
+            for frame in packet.decode():
+                yield self._numbers.get(frame.pts, -1), frame
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Say of which file FFmpeg complains."""
     import av  # heavy, and needed only where videos are read
 
     try:
         yield
     except av.FFmpegError as error:
-        raise DataError(f"{path}: not a readable video ({error.strerror})", fix=_FIX) from error
+        raise DataError(f"{path}: not a readable video ({error.strerror})", fix=FIX) from error
 
 
 def _open(path: Path) -> tuple[Any, Any]:
     """The container and its first video stream."""
     import av
 
-    with _naming(path):
+    with naming(path):
         # FFmpeg takes a relative `a:b.mp4` for protocol `a`; titles in other encodings are common.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     stream = next(iter(container.streams.video), None)
     if stream is None:
         container.close()
-        raise DataError(f"{path}: the file has no video stream", fix=_FIX)
+        raise DataError(f"{path}: the file has no video stream", fix=FIX)
     if stream.codec_context is None:
         container.close()
-        raise DataError(f"{path}: FFmpeg has no decoder for this video", fix=_FIX)
+        raise DataError(f"{path}: FFmpeg has no decoder for this video", fix=FIX)
     stream.codec_context.thread_count = 1
     return container, stream
 
@@ -168,7 +171,7 @@ def _packets(path: Path, container: Any, stream: Any) -> tuple[list[_Packet], An
     first = None
     for packet in container.demux(stream):
         if packet.is_corrupt:
-            raise DataError(f"{path}: cut off or damaged after {len(packets)} frames", fix=_FIX)
+            raise DataError(f"{path}: cut off or damaged after {len(packets)} frames", fix=FIX)
         if packet.size and not packet.is_discard:  # an edit list discards; the end of the file has no size
             packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
         if packet.size and first is None:
@@ -200,19 +203,71 @@ def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator
         yield from decoded
 
 
-def _collect(decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
-    """Those of the pictures `wanted` (ascending) that come up undamaged."""
-    found: dict[int, Picture] = {}
-    numbers = set(wanted)
-    for number, frame in decoded:
-        if number in numbers and not frame.is_corrupt:
-            found[number] = _rgb(frame)
-        if number >= wanted[-1]:
-            break
-    return found
+class Header(NamedTuple):
+    """What a video file says about itself.
+
+    Attributes:
+        containers: FFmpeg's names of its format.
+        codec: of the pictures.
+        size: of the pictures as stored, before they are turned upright.
+        has_closed_groups: no picture that follows a key frame is shown before it.
+        frame_rate: pictures a second, on average.
+    """
+
+    containers: frozenset[str]
+    codec: str
+    size: Size
+    has_closed_groups: bool
+    frame_rate: Fraction
 
 
-def _rgb(frame: Any) -> Picture:
+def probe(path: Path) -> Header:
+    """Read a file's header and packets: a few per cent of the time that a clip takes.
+
+    Raises:
+        DataError: not a readable video.
+    """
+    container, stream = _open(path)
+    with container, naming(path):
+        codec = stream.codec_context
+        size = Size(codec.width, codec.height)
+        packets, _ = _packets(path, container, stream)
+        formats = frozenset(container.format.name.split(","))
+        rate = stream.average_rate or Fraction(25)
+        return Header(formats, codec.name, size, _has_closed_groups(packets), rate)
+
+
+def find_missing_end(path: Path) -> str:
+    """What a Matroska file lacks of the length that its header tells; empty: nothing.
+
+    FFmpeg takes a file of this kind that was cut off for one that ends there.
+
+    Raises:
+        DataError: not a readable video.
+    """
+    container, _ = _open(path)
+    with container, naming(path):
+        if "matroska" not in container.format.name or not container.duration:
+            return ""
+        packets = (packet for packet in container.demux() if packet.pts is not None)
+        ends = [(packet.pts + (packet.duration or 0)) * packet.time_base for packet in packets]
+        end_s, length_s = float(max(ends, default=Fraction(0))), container.duration / 1e6
+    if end_s >= _LEAST_LENGTH * length_s - _LAST_FRAME_S:
+        return ""
+    return f"cut off; given: {end_s:.1f} s; allowed: {length_s:.1f} s, as its header says"
+
+
+def _has_closed_groups(packets: list[_Packet]) -> bool:
+    earliest = float("inf")  # of what is decoded later
+    for packet in reversed(packets):
+        if packet.pts is None or (packet.is_key and earliest < packet.pts):
+            return False
+        earliest = min(earliest, packet.pts)
+    return True
+
+
+def _rgb(frame: Any, short_side: int | None) -> Picture:
     """The picture upright: phones store it lying, with the rotation beside it."""
-    picture: Picture = frame.to_ndarray(format="rgb24")
+    width, height = shrunk(Size(frame.width, frame.height), short_side) or (frame.width, frame.height)
+    picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

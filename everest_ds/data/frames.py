@@ -9,6 +9,10 @@ from everest_ds.errors import DataError
 Indices = list[int]
 
 
+class TooShortError(DataError):
+    """A video from which no such clip can be cut; there is nothing wrong with the file."""
+
+
 def train_frames(
     video_frames: int, num_frames: int, stride: int, sampling: str, rng: np.random.Generator
 ) -> Indices:
@@ -54,7 +58,7 @@ def _from_segments(video_frames: int, num_frames: int, offset: np.ndarray) -> In
 def _check_length(video_frames: int, num_frames: int, stride: int, sampling: str) -> None:
     needed = frames_needed(num_frames, stride, sampling)
     if video_frames < needed:
-        raise DataError(
+        raise TooShortError(
             "video too short for a clip",
             given=f"{video_frames} frames",
             allowed=f"at least {needed} ({num_frames} frames at stride {stride})"

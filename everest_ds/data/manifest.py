@@ -2,7 +2,8 @@
 
 A manifest is UTF-8 text with one `path label` a line, as VideoMAE's lists are. Path and label are separated
 by spaces, a tab, a comma or a semicolon; the label is the last field, so a path may hold separators itself,
-or stand in double quotes as in CSV. Empty lines and lines that begin with `#` do not count.
+or stand in double quotes as in CSV. `path#34-274 label` stands for the frames 34 to 273 of a longer video.
+Empty lines and lines that begin with `#` do not count.
 """
 
 from __future__ import annotations
@@ -21,23 +22,31 @@ _LAYOUT = "FOLDER/CLASS/VIDEO, a video being a file in " + " ".join(VIDEO_SUFFIX
 _FORM = "`path label`, the label a whole number from 0, the separator a space, tab, comma or semicolon"
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LABEL = r"(?P<label>-?[0-9]{1,18})"
-_QUOTED = re.compile(rf'"(?P<path>(?:[^"]|"")+)"(?:{_SEPARATOR}{_LABEL})?')
-_PLAIN = re.compile(rf"(?P<path>.+?){_SEPARATOR}{_LABEL}")
+_SPAN = r"(?:#(?P<first>[0-9]{1,12})-(?P<stop>[0-9]{1,12}))?"
+_QUOTED = re.compile(rf'"(?P<path>(?:[^"]|"")+)"{_SPAN}(?:{_SEPARATOR}{_LABEL})?')
+_PLAIN = re.compile(rf"(?P<path>.+?){_SPAN}(?:{_SEPARATOR}{_LABEL})?")
 _NOT_IN_A_LINE = re.compile(r"[\n\r\ud800-\udfff]")  # line ends, and names that are not UTF-8
 _BLANKS = " \t\r"
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One video.
+    """One video, or a part of one.
 
     Attributes:
         path: the file.
         label: its class, from 0; None where the manifest has none.
+        span: the part, from frame span[0] up to before span[1]; None: all of it.
     """
 
     path: Path
     label: int | None
+    span: tuple[int, int] | None = None
+
+    @property
+    def name(self) -> str:
+        """The file, and which part of it: what messages and ledgers call this sample."""
+        return str(self.path) + _span_text(self.span)
 
 
 def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, labelled: bool) -> list[Sample]:
@@ -57,13 +66,15 @@ def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, lab
     for number, line in enumerate(_lines(file, "manifest"), start=1):
         if not line or line.startswith("#"):
             continue
-        path, label = _parse(line)
+        path, span, label = _parse(line)
         if label is None and labelled:
             raise DataError(f"{file}:{number}: no label", given=repr(line), allowed=_FORM)
         if label is not None and (label < 0 or (num_classes is not None and label >= num_classes)):
             allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
             raise DataError(f"{file}:{number}: label out of range", given=label, allowed=allowed)
-        samples.append(Sample(folder / path, label))
+        if span is not None and span[0] >= span[1]:
+            raise DataError(f"{file}:{number}: no frames", given=repr(line), allowed="path#FIRST-STOP label")
+        samples.append(Sample(folder / path, label, span))
     if not samples:
         raise DataError(f"{file}: the manifest is empty", allowed=_FORM)
     return samples
@@ -145,8 +156,8 @@ def _class(sample: Sample) -> int:
     return -1 if sample.label is None else sample.label
 
 
-def _order(sample: Sample) -> tuple[int, Path]:
-    return _class(sample), sample.path
+def _order(sample: Sample) -> tuple[int, Path, tuple[int, int]]:
+    return _class(sample), sample.path, sample.span or (0, 0)
 
 
 def _is_video(path: Path) -> bool:
@@ -175,15 +186,18 @@ def _lines(file: Path, kind: str) -> list[str]:
     return [line.strip(_BLANKS) for line in text.split("\n")]
 
 
-def _parse(line: str) -> tuple[str, int | None]:
+def _parse(line: str) -> tuple[str, tuple[int, int] | None, int | None]:
     match = _QUOTED.fullmatch(line)
-    if match:
-        path = match["path"].replace('""', '"')
-    else:
-        match = _PLAIN.fullmatch(line)
-        path = match["path"] if match else line
-    label = match["label"] if match else None
-    return path, None if label is None else int(label)
+    path = match["path"].replace('""', '"') if match else ""
+    match = match or _PLAIN.fullmatch(line)
+    assert match is not None  # the plain form takes any line that is not empty
+    span = None if match["first"] is None else (int(match["first"]), int(match["stop"]))
+    label = None if match["label"] is None else int(match["label"])
+    return path or match["path"], span, label
+
+
+def _span_text(span: tuple[int, int] | None) -> str:
+    return "" if span is None else f"#{span[0]}-{span[1]}"
 
 
 def _line(sample: Sample, root: Path) -> str:
@@ -191,8 +205,9 @@ def _line(sample: Sample, root: Path) -> str:
     text = str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
     if _NOT_IN_A_LINE.search(text):
         raise DataError(f"{text!r}: a manifest cannot hold this path", fix="rename the file")
-    end = "" if sample.label is None else f" {sample.label}"
+    end = _span_text(sample.span) + ("" if sample.label is None else f" {sample.label}")
     plain = text + end
-    if plain == plain.strip(_BLANKS) and plain[0] not in "#\ufeff" and _parse(plain) == (text, sample.label):
+    same = _parse(plain) == (text, sample.span, sample.label)
+    if plain == plain.strip(_BLANKS) and plain[0] not in "#\ufeff" and same:
         return plain
     return '"' + text.replace('"', '""') + '"' + end

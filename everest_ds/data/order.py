@@ -1,13 +1,13 @@
 """Which samples come when: a pure function of (seed, epoch), so that any step can be replayed on any rank.
 
-A training step takes the next `global_batch_size` samples of the epoch's order; the last, incomplete batch
-of an epoch is left out.
+A training step takes the next `samples_per_step` samples of the epoch's order and cuts `repeats` clips from
+each. What does not fill a last step is left out: fewer samples than a step has, other ones in each epoch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ import numpy as np
 
 from everest_ds.config import BatchPlan
 from everest_ds.errors import DataError
+
+_MAX_STAND_INS = 8  # where so many in a row cannot be read, something else is wrong
 
 
 class Visit(NamedTuple):
@@ -24,10 +26,31 @@ class Visit(NamedTuple):
     sample: int  # its place in the manifest
 
 
-def sample_key(seed: int, epoch: int, index: int) -> int:
-    """The 63-bit random key of a visit: everything random about it follows from this number."""
-    digest = hashlib.blake2b(f"{seed}/{epoch}/{index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") >> 1
+def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
+    """The 63-bit random key of a clip: everything random about it follows from this number."""
+    name = f"{seed}/{epoch}/{index}" + (f"/{repeat}" if repeat else "")
+    return _hash(name) >> 1
+
+
+def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[int]:
+    """Which samples are tried, one after the other, where sample `index` cannot be read.
+
+    It follows from the sample, not from what other samples did or on which rank they are: so no other clip
+    of the epoch changes, and any number of ranks takes the same stand-in.
+    """
+    for attempt in range(min(_MAX_STAND_INS, num_samples - 1)):
+        other = _hash(f"{seed}/{epoch}/{index}/stand-in {attempt}") % (num_samples - 1)
+        yield other + (other >= index)
+
+
+def fingerprint(names: Iterable[str], seed: int) -> int:
+    """A number that changes with the samples, with their order in the manifest, or with the seed."""
+    return _hash("\0".join([str(seed), *names])) >> 1
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+    return int.from_bytes(digest, "big")
 
 
 def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:
@@ -36,7 +59,7 @@ def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:
     Raises:
         DataError: if the data set is smaller than one global batch.
     """
-    steps = num_samples // plan.global_batch_size
+    steps = num_samples // plan.samples_per_step
     if steps == 0:
         raise DataError(
             "data.train has fewer samples than one global batch",
@@ -55,14 +78,14 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 def training_visits(
     num_samples: int, plan: BatchPlan, seed: int, rank: int, start_step: int, stop_step: int
 ) -> Iterator[list[Visit]]:
-    """The micro-batches of one rank from `start_step` up to `stop_step`, across epochs."""
+    """The micro-batches of one rank, in samples, from `start_step` up to `stop_step`, across epochs."""
     per_epoch = steps_per_epoch(num_samples, plan)
     for step in range(start_step, stop_step):
         epoch, offset = divmod(step, per_epoch)
-        first = offset * plan.global_batch_size
-        batch = epoch_order(seed, epoch, num_samples)[first : first + plan.global_batch_size]
+        first = offset * plan.samples_per_step
+        batch = epoch_order(seed, epoch, num_samples)[first : first + plan.samples_per_step]
         # (accumulation, rank, micro-batch): each accumulated micro-step is one contiguous piece.
-        shares = batch.reshape(plan.grad_accum_steps, plan.data_parallel_degree, plan.micro_batch_size)
+        shares = batch.reshape(plan.grad_accum_steps, plan.data_parallel_degree, -1)
         for share in shares[:, rank]:
             yield [Visit(epoch, int(index)) for index in share]
 

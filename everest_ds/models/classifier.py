@@ -31,10 +31,14 @@ class Classifier(nn.Module):
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.head = _Head(width, config.model.num_classes)
 
-    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random."""
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random.
+
+        Args:
+            keep_BK: the tokens to keep, where the loader has chosen them.
+        """
         embedding = self.encoder.embed()
-        pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B)
+        pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
         x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
         return self.head(self.norm(x_BKD.mean(dim=1)))
 

@@ -73,10 +73,14 @@ class PretrainModel(nn.Module):
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder_positions = sincos_positions(*self.decoder_positions.shape)
 
-    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Reconstruction:
-        """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random."""
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Reconstruction:
+        """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random.
+
+        Args:
+            keep_BK: the kept tokens, where the loader has chosen them.
+        """
         embedding = self.encoder.embed()
-        pixels_BNP, slots_BT, visible_BV, predicted_BM = self.selector(clip_BFHWC, embedding, key_B)
+        pixels_BNP, slots_BT, visible_BV, predicted_BM = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
         x_BVD = self.encoder(gather_tokens(pixels_BNP, visible_BV), visible_BV, embedding, key_B)
         prediction_BMP = self.decode(self.to_decoder(self.norm(x_BVD)), visible_BV, predicted_BM, key_B)
         target_BMP = reconstruction_targets(gather_tokens(pixels_BNP, predicted_BM), self.normalize_targets)

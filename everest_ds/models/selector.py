@@ -51,13 +51,20 @@ class Selector(nn.Module):
         self.counts = config.token_counts
 
     @torch.no_grad()
-    def forward(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> Selection:
-        """Choose from uint8 clips of S candidate slots; the keys (B,) drive what is random."""
+    def forward(
+        self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
+    ) -> Selection:
+        """Choose from uint8 clips of S candidate slots; the keys (B,) drive what is random.
+
+        Args:
+            keep_BK: the tokens to keep, where the loader has chosen them.
+        """
         pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
         if self.tokens.selection in _TUBES:
             split = _TUBES[self.tokens.selection](self.geometry, self.counts.num_visible, key_B)
         else:
-            keep_BK = self._keep(pixels_BNP, embedding, key_B)
+            if keep_BK is None:
+                keep_BK = self._keep(pixels_BNP, embedding, key_B)
             split = split_kept(keep_BK, self.counts.num_visible, key_B)
         return Selection(pixels_BNP, slots_BT, *split)
 

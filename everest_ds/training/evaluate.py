@@ -1,9 +1,12 @@
-"""Evaluation of a classifier: every view of every sample, averaged, the same on any number of ranks."""
+"""Evaluation of a classifier: every view of every sample, averaged, the same on any number of ranks.
+
+A sample of which a view cannot be read is missing: from every figure, and by name.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -12,23 +15,28 @@ from rich.progress import track
 from torch import nn
 
 from everest_ds.config import Experiment
-from everest_ds.data.clips import ClipBatch, EvaluationClips, evaluation_views
+from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
 from everest_ds.data.manifest import Sample
+from everest_ds.data.reading import Failure
+from everest_ds.errors import DataError
+from everest_ds.log import logger
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier said about each sample.
+    """What a classifier said about each sample that could be read.
 
     Attributes:
         probabilities: float32 (samples, classes), softmax averaged over the views.
         labels: int64 (samples,).
+        missing: the other samples' numbers, and why.
     """
 
     probabilities: NDArray[np.float32]
     labels: NDArray[np.int64]
+    missing: dict[int, str] = field(default_factory=dict)
 
     @property
     def loss(self) -> float:
@@ -65,20 +73,37 @@ def evaluate(
         mesh: how the ranks share the model; those of a tensor group must see the same views.
         segments: temporal views of a sample.
         crops: spatial views of each.
+
+    Raises:
+        DataError: none of the samples can be read.
     """
     world = mesh.world
     was_training = model.training
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
+    on_gpu, failures = world.device.type == "cuda", list[Failure]()
     loader = evaluation_views(
-        clips, config.batch.micro_batch_size, mesh.data_rank, mesh.data_degree, world.device.type == "cuda"
+        clips, config.batch.micro_batch_size, mesh.data_rank, mesh.data_degree, on_gpu, failures.append
     )
     mine = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
+    missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
     by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
-    views = np.stack([by_view[item] for item in range(len(clips))])
-    mean = views.reshape(len(samples), segments * crops, -1).mean(axis=1)
-    return Evaluation(mean, np.array([sample.label for sample in samples]))
+    return _average(by_view, samples, segments * crops, missing)
+
+
+def _average(
+    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
+) -> Evaluation:
+    present = [index for index in range(len(samples)) if index not in missing]
+    for index, reason in sorted(missing.items()):
+        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
+    if not present:
+        name, reason = samples[0].name, missing[0]
+        raise DataError("none of the videos to evaluate on can be read", given=f"{name}: {reason}")
+    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
+    labels = np.array([samples[index].label for index in present])
+    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
 
 
 def _predict(
@@ -87,4 +112,5 @@ def _predict(
     for batch in track(loader, "evaluating", total=None, disable=not show, transient=True):
         here = batch.to(world.device)
         probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
-        yield from zip(batch.item.tolist(), probabilities, strict=True)
+        pairs = zip(batch.item.tolist(), probabilities, strict=True)
+        yield from (pair for pair in pairs if pair[0] != MISSING)

@@ -15,10 +15,11 @@ from torch import Tensor
 from everest_ds.checkpoints.manifest import Facts
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
-from everest_ds.data.clips import ClipBatch, training_batches
-from everest_ds.data.manifest import Sample, read_manifest
-from everest_ds.data.order import steps_per_epoch
-from everest_ds.errors import CheckpointError, ConfigError, DivergedError, StoppedError
+from everest_ds.data.augment import Augmentation
+from everest_ds.data.clips import Batch, PackedBatch, training_batches
+from everest_ds.data.manifest import Sample
+from everest_ds.data.order import fingerprint, steps_per_epoch
+from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial import outline
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
@@ -27,6 +28,7 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
+from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
 from everest_ds.training.grace import FILE_NAME as GRACE_FILE
@@ -40,9 +42,11 @@ from everest_ds.training.observers import (
     TensorBoard,
     ValidationReport,
 )
+from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_reconstruction
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
+from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
 from everest_ds.training.schedule import build_schedule
 from everest_ds.training.stop import StopRequest, Wish
@@ -67,11 +71,13 @@ def train(
     """
     plan = plan_ranks(config, world.size)
     mesh = form_mesh(world, config.parallelism.tensor)
-    samples = world.share(lambda: read_samples(config, "train"))
+    folder = RunFolder(config.run.dir)
+    usable = world.share(lambda: read_training_samples(config, folder.excluded))
+    samples = usable.samples
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
-    folder = RunFolder(config.run.dir)
     world.share(lambda: folder.open(config, ds_config, world.size))
+    world.share(lambda: settle(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)
     try:
         model = outline(config)  # of which no rank ever has the whole, unless its share is that
@@ -89,22 +95,6 @@ def train(
         remove_swap_files(config, world.rank)
         folder.close()
     return folder
-
-
-def read_samples(config: Experiment, split: str) -> list[Sample]:
-    """The samples of `data.<split>`.
-
-    Raises:
-        ConfigError: if the config names no such manifest.
-        DataError: if the manifest is missing or wrong.
-    """
-    manifest: Path | None = getattr(config.data, split)
-    if manifest is None:
-        raise ConfigError(f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt")
-    classify = config.task == "finetune"
-    return read_manifest(
-        manifest, root=config.data.root, num_classes=config.model.num_classes, labelled=classify
-    )
 
 
 class TrainingRun:
@@ -131,14 +121,19 @@ class TrainingRun:
         self.cost = cost
         self.grace = grace
         self.objective: Objective = build_objective(config)
+        self.augment = Augmentation(config)
+        self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
-        self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.global_batch_size)
+        self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
+        self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
         self.step = self._resume()
+        self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
+        self.broken.forget_after(self.step)
         self.observers = self._start_observers() if self.world.is_main else []
         self.timer = StepTimer()
         self.losses = LossWatch(samples, config, self.world)
         self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
-        self.batch: ClipBatch  # the last micro-batch, for pictures
+        self.batch: Batch  # the last micro-batch, for pictures
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
         """Every remaining step, with what is due after each."""
@@ -167,14 +162,14 @@ class TrainingRun:
         """All steps are done."""
         return self.step == self.schedule.total_steps
 
-    def _train_step(self, batches: Iterator[ClipBatch]) -> Tensor:
+    def _train_step(self, batches: Iterator[Batch]) -> Tensor:
         """One optimiser step; returns this rank's mean loss, without waiting for it."""
         set_learning_rate(self.engine, self.schedule.lr(self.step))
         losses = []
         for _ in range(self.plan.grad_accum_steps):
             # A rank that cannot read a video tells the others, instead of leaving them in a collective.
             batch = self.world.together(lambda: next(batches))
-            self.batch = batch.to(self.world.device)
+            self.batch = self._on_device(batch)
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), batch.item)
             self.engine.backward(loss)
@@ -184,6 +179,12 @@ class TrainingRun:
             self.losses.skipped(self.step + 1)
         return torch.stack(losses).mean()
 
+    def _on_device(self, batch: Batch) -> Batch:
+        here = batch.to(self.world.device)
+        if isinstance(here, PackedBatch):
+            return unpack(here, self.config.model.geometry)
+        return self.augment(here, batch.key.tolist())
+
     def _due(self, every_steps: int) -> bool:
         return self.finished or self.step % every_steps == 0
 
@@ -191,6 +192,7 @@ class TrainingRun:
         if not self._due(self.config.run.log_every_steps):
             return
         self.losses.check()
+        replaced = self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
         skipped = step_skipped(self.engine)
         clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
@@ -202,6 +204,7 @@ class TrainingRun:
             grad_norm=None if skipped else gradient_norm(self.engine),
             clips_per_s=clips_per_s,
             data_wait_pct=100 * timer.waited / timer.seconds,
+            replaced_videos=replaced,
             memory_bytes=_take_peak_memory_bytes(self.world.device),
             tflops_per_s=None if cost is None else cost.tflops_per_s(clips_per_s, num_ranks),
             mfu_pct=None if cost is None else cost.mfu_pct(clips_per_s, num_ranks),
@@ -215,7 +218,7 @@ class TrainingRun:
         if self.config.task != "pretrain" or not self._due(self.config.run.image_every_steps):
             return
         batch, config = self.batch, self.config
-        shown = self.engine(batch.clip, batch.key)  # on every rank: sharded parameters are gathered
+        shown = self.engine(*batch.arguments)  # on every rank: sharded parameters are gathered
         for observer in self.observers:
             normalized = config.loss.normalize_targets
             picture = draw_reconstruction(batch.clip, shown, config.model.geometry, normalized)
@@ -226,10 +229,15 @@ class TrainingRun:
         if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
             return
         self.losses.check()
-        samples = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
+        usable = self.world.share(lambda: read_samples(self.config, "val"))
+        result = evaluate(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
-            self.step, self.step / self.steps_per_epoch, result.loss, result.top(1), result.top(5)
+            step=self.step,
+            epoch=self.step / self.steps_per_epoch,
+            val_loss=result.loss,
+            val_top1=result.top(1),
+            val_top5=result.top(5),
+            val_missing=len(usable.excluded) + len(result.missing),
         )
         best = self.world.share(lambda: _best_top1(self.folder.path))
         for observer in self.observers:
@@ -242,6 +250,7 @@ class TrainingRun:
         wish = Wish(self.world.greatest(stop.wish()))
         if wish or self._due(self.config.run.save_every_steps):
             self.losses.check()
+            self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
             self.saver.save(self._facts())
         else:
             self.saver.poll()
@@ -263,7 +272,13 @@ class TrainingRun:
             "step": self.step,
             "task": config.task,
             "global_batch_size": batch,
-            "position": {"epoch": epoch, "step_of_epoch": step_of_epoch, "clips_seen": self.step * batch},
+            "position": {
+                "epoch": epoch,
+                "step_of_epoch": step_of_epoch,
+                "clips_seen": self.step * batch,
+                "samples": len(self.samples),
+                "fingerprint": self.data_fingerprint,
+            },
             "world": {
                 "ranks": self.world.size,
                 "tensor": self.mesh.tensor_degree,
@@ -290,8 +305,15 @@ class TrainingRun:
         return step
 
     def _check_continues(self, path: Path, facts: Facts) -> None:
-        """The ranks may be others; what a step computes may not."""
+        """The ranks may be others; what a step computes may not, nor which samples it takes."""
         here = self.plan.global_batch_size
+        if facts.position.get("fingerprint", self.data_fingerprint) != self.data_fingerprint:
+            raise CheckpointError(
+                f"{path}: saved with other training samples; the rest of the epoch is not known",
+                given=f"{len(self.samples)} samples in data.train now",
+                allowed=f"the {facts.position.get('samples')} there were, in their order",
+                fix="bring back the manifest, or start over in another run.dir",
+            )
         if facts.global_batch_size != here:
             raise CheckpointError(
                 f"{path}: saved with another global batch",
@@ -307,11 +329,18 @@ class TrainingRun:
             ProgressBar(self.schedule.total_steps, self.step),
         ]
 
-    def _batches(self) -> Iterator[ClipBatch]:
+    def _batches(self) -> Iterator[Batch]:
         steps = range(self.step, self.schedule.total_steps)
         on_gpu = self.world.device.type == "cuda"
         return training_batches(
-            self.samples, self.config, self.plan, self.mesh.data_rank, steps, pin_memory=on_gpu
+            self.samples,
+            self.config,
+            self.plan,
+            self.mesh.data_rank,
+            steps,
+            pin_memory=on_gpu,
+            on_failure=self.broken.note,
+            pack=self.pack,
         )
 
 

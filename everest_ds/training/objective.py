@@ -9,20 +9,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config import Experiment
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clips import Batch
 
 Forward = Callable[..., Any]
-Objective = Callable[[Forward, ClipBatch], Tensor]
+Objective = Callable[[Forward, Batch], Tensor]
 
 
 def build_objective(config: Experiment) -> Objective:
     """The training loss of the experiment's task."""
     if config.task == "pretrain":
-        return lambda forward, batch: forward(batch.clip, batch.key).loss
+        return lambda forward, batch: forward(*batch.arguments).loss
     smoothing = config.loss.label_smoothing
 
-    def classification_loss(forward: Forward, batch: ClipBatch) -> Tensor:
-        logits = forward(batch.clip, batch.key)
+    def classification_loss(forward: Forward, batch: Batch) -> Tensor:
+        logits = forward(*batch.arguments)
         return F.cross_entropy(logits.float(), batch.label, label_smoothing=smoothing)
 
     return classification_loss

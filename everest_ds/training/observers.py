@@ -26,6 +26,7 @@ class StepReport:
         grad_norm: global, before clipping; None where DeepSpeed does not tell, or the step was left out.
         clips_per_s: clips of all ranks, over the time since the last report.
         data_wait_pct: share of that time spent waiting for the loader.
+        replaced_videos: of this epoch so far, those that could not be read and others stood in for.
         memory_bytes: peak of this rank: allocated since the last report on a GPU, resident so far on a CPU.
         tflops_per_s: useful TFLOP/s of each rank, waiting included; None if the cost of a clip is not known.
         mfu_pct: share of the device's peak rate that this is; None for an unknown device.
@@ -38,6 +39,7 @@ class StepReport:
     grad_norm: float | None
     clips_per_s: float
     data_wait_pct: float
+    replaced_videos: int
     memory_bytes: int
     tflops_per_s: float | None
     mfu_pct: float | None
@@ -45,13 +47,18 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One validation: mean loss and accuracies in per cent."""
+    """One validation: mean loss and accuracies in per cent, of the videos that could be read.
+
+    Attributes:
+        val_missing: videos that could not; nothing took their place.
+    """
 
     step: int
     epoch: float
     val_loss: float
     val_top1: float
     val_top5: float
+    val_missing: int
 
 
 class Observer(Protocol):
@@ -148,6 +155,7 @@ class ProgressBar:
         status = (
             f"loss {loss} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
             f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}{mfu}"
+            + (f" replaced videos {report.replaced_videos}" if report.replaced_videos else "")
         )
         if self._bar.disable:
             logger.info("step %d/%d epoch %.2f %s", report.step, self._total, report.epoch, status)
@@ -156,6 +164,7 @@ class ProgressBar:
 
     def on_validation(self, report: ValidationReport) -> None:
         text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}% top-5 {report.val_top5:.2f}%"
+        text += f", {report.val_missing} videos missing" if report.val_missing else ""
         logger.info("epoch %.0f %s", report.epoch, text)
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:

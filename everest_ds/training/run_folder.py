@@ -1,7 +1,7 @@
 """The folder of a run: everything needed to understand, resume or repeat it, and a lock while it lives.
 
-config.yaml  ds_config.json  environment.json   what was asked, resolved; with what versions
-metrics.jsonl  tensorboard/  logs/              what happened
+config.yaml  ds_config.json  environment.json  excluded.json   what was asked, resolved; with what versions
+metrics.jsonl  broken.jsonl  tensorboard/  logs/               what happened
 checkpoints/  best.safetensors                  what was learned
 """
 
@@ -29,7 +29,8 @@ BEST_WEIGHTS_FILE = "best.safetensors"
 # global size does, which checkpoints remember.
 FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
-    *("data.num_workers", "parallelism.", "recompute.", "batch."),
+    *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
+    *("parallelism.", "recompute.", "batch."),
 )
 _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
 
@@ -50,6 +51,16 @@ class RunFolder:
     def metrics(self) -> Path:
         """One JSON object a line: training steps and validations."""
         return self.path / METRICS_FILE
+
+    @property
+    def broken(self) -> Path:
+        """One JSON object a line: videos that could not be read, and when."""
+        return self.path / "broken.jsonl"
+
+    @property
+    def excluded(self) -> Path:
+        """Name -> reason: the training samples that this run leaves out from its beginning to its end."""
+        return self.path / "excluded.json"
 
     @property
     def logs(self) -> Path:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.schema import ScheduleConfig
 
-REFERENCE_BATCH = 256  # rates are given for this global batch, as in VideoMAE
+REFERENCE_BATCH = 256  # rates are given for so many samples a step, as in VideoMAE
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Schedule:
         return self.min_lr + (self.peak_lr - self.min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def build_schedule(config: ScheduleConfig, steps_per_epoch: int, global_batch_size: int) -> Schedule:
-    """Scale the configured rates to the global batch, and epochs to steps."""
-    scale = global_batch_size / REFERENCE_BATCH
+def build_schedule(config: ScheduleConfig, steps_per_epoch: int, samples_per_step: int) -> Schedule:
+    """Scale the configured rates to the samples of a step, and epochs to steps."""
+    scale = samples_per_step / REFERENCE_BATCH
     return Schedule(
         total_steps=config.epochs * steps_per_epoch,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),

@@ -14,8 +14,8 @@ from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.evaluate import Evaluation, evaluate
-from everest_ds.training.loop import read_samples
 from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import find_weights, load_tensors
 
 RESULT_FILE = "evaluation.json"
@@ -33,7 +33,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
         CheckpointError: if the run has no weights, or of another architecture.
     """
     file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
-    samples = world.share(lambda: read_samples(config, "test"))
+    usable = world.share(lambda: read_samples(config, "test"))
+    samples = usable.samples
     names = world.share(lambda: class_names(config))
     model = build_model(config)
     tensors, _ = world.together(lambda: load_weights(file))
@@ -42,11 +43,15 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     data = config.data
     mesh = Mesh(world)  # the whole model on every rank, however it was trained
     outcome = evaluate(model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True)
+    missing = {problem.sample.name: problem.reason for problem in usable.excluded}
+    missing |= {samples[index].name: reason for index, reason in outcome.missing.items()}
     result = {
         "weights": str(file),
         "top1": outcome.top(1),
         "top5": outcome.top(5),
-        "num_clips": len(samples),
+        "num_clips": len(outcome.labels),
+        "num_missing": len(missing),
+        "missing": missing,
         "views": f"{data.test_segments} segments x {data.test_crops} crops",
         "classes": _by_class(outcome, names),
     }

@@ -11,17 +11,54 @@ import pytest
 REAL_VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
 
 
-def write_video(path: Path, pictures: list[np.ndarray], codec: str = "libx264", **options: str) -> Path:
-    """Write RGB `pictures` (H, W, 3), uint8, at 25 frames a second."""
+# The rotation matrix of an MP4 track header: in 16.16 fixed point, the last number in 2.30.
+TURNS = {
+    0: (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
+    90: (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
+}
+
+
+def all_frames(path: Path) -> np.ndarray:
+    """Every picture in order, without seeking."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def noisy_pictures(count: int, height: int = 96, width: int = 128) -> list[np.ndarray]:
+    """Pictures that all differ and that a codec must predict from one another: a texture that drifts."""
+    texture = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    return [np.ascontiguousarray(np.roll(texture, (i, 3 * i), (0, 1))[:height, :width]) for i in range(count)]
+
+
+def lay_down(path: Path) -> None:
+    """Let an MP4 file say that its pictures must be turned by 90 degrees to be upright."""
+    matrix = {
+        angle: b"".join(n.to_bytes(4, "big", signed=True) for n in turn) for angle, turn in TURNS.items()
+    }
+    data = path.read_bytes()
+    track = data.index(b"tkhd")  # the header of the track, after that of the whole film
+    path.write_bytes(data[:track] + data[track:].replace(matrix[0], matrix[90], 1))
+
+
+def write_video(
+    path: Path,
+    pictures: list[np.ndarray],
+    codec: str = "libx264",
+    times: list[int] | None = None,
+    pix_fmt: str = "yuv420p",
+    header: dict[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """Write RGB `pictures` (H, W, 3), uint8, at `times` in 25ths of a second; default: in a row."""
     height, width, _ = pictures[0].shape
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", options=header) as container:
         stream = container.add_stream(codec, rate=25, options=options)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
         stream.codec_context.max_b_frames = int(options.get("bf", 0))
         stream.codec_context.gop_size = int(options.get("g", 12))
-        for number, picture in enumerate(pictures):
+        for time, picture in zip(times or range(len(pictures)), pictures, strict=True):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number
+            frame.pts = time
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path

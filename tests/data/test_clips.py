@@ -122,7 +122,7 @@ def test_a_visit_replays_exactly_and_another_epoch_differs(motion_data: Path, tm
     clips = TrainingClips(
         read_manifest(motion_data / "train.txt", root=None, num_classes=6, labelled=True), config
     )
-    once, again, later = clips[Visit(0, 3)], clips[Visit(0, 3)], clips[Visit(1, 3)]
+    once, again, later = (clips[visit].clips[0] for visit in (Visit(0, 3), Visit(0, 3), Visit(1, 3)))
     assert torch.equal(once.clip, again.clip) and once.key == again.key
     assert not torch.equal(once.clip, later.clip) and once.label == later.label == 3
     assert once.clip.dtype == torch.uint8 and once.clip.shape == (4, 32, 32, 3)
@@ -134,7 +134,7 @@ def test_the_number_of_workers_changes_nothing(motion_data: Path, tmp_path: Path
     def batches(workers: int) -> list[torch.Tensor]:
         config = experiment(motion_data, tmp_path, data={"num_workers": workers})
         plan = BatchPlan(4, 1, 1)
-        return [b.clip for b in training_batches(samples, config, plan, 0, range(2, 8), pin_memory=False)]
+        return [b.clip for b in training_batches(samples, config, plan, 0, range(2, 8), False, print)]
 
     for alone, many in zip(batches(0), batches(3), strict=True):
         assert torch.equal(alone, many)
@@ -144,14 +144,15 @@ def test_views_are_counted_segment_by_crop(motion_data: Path, tmp_path: Path) ->
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
     clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=3)
     assert len(clips) == 12 * 6
-    assert torch.equal(clips[6].clip, clips[7].clip)  # a square frame has one crop only
-    assert not torch.equal(clips[6].clip, clips[9].clip)  # but two segments
+    first, crop, segment = (clips[item].clips[0].clip for item in (6, 7, 9))
+    assert torch.equal(first, crop)  # a square frame has one crop only
+    assert not torch.equal(first, segment)  # but two segments
 
 
 def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path, tokens={"frame_oversampling": 2.0})
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
-    assert TrainingClips(samples, config)[Visit(0, 3)].clip.shape == (8, 32, 32, 3)
+    assert TrainingClips(samples, config)[Visit(0, 3)].clips[0].clip.shape == (8, 32, 32, 3)
     views = EvaluationClips(samples, config, segments=2, crops=1)
-    assert views[0].clip.shape == (8, 32, 32, 3)
-    assert len({int(views[i].key) for i in range(6)}) == 6
+    assert views[0].clips[0].clip.shape == (8, 32, 32, 3)
+    assert len({int(views[i].clips[0].key) for i in range(6)}) == 6

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from everest_ds.data.decode import open_video
 from everest_ds.errors import DataError
 
-from .conftest import write_video
+from .conftest import all_frames, lay_down, noisy_pictures, write_video
 
 REAL = (
     "Effet_force_magnetique.ogv",
@@ -37,24 +37,6 @@ CONTAINERS = (
     ("webm", "libvpx-vp9", False),
     ("webm", "libvpx", False),
 )
-
-# The rotation matrix of an MP4 track header: in 16.16 fixed point, the last number in 2.30.
-TURNS = {
-    0: (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
-    90: (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
-}
-
-
-def all_frames(path: Path) -> np.ndarray:
-    """Every picture in order, without seeking."""
-    with av.open(str(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
-def noisy_pictures(count: int) -> list[np.ndarray]:
-    """Pictures that all differ and that a codec must predict from one another: a texture that drifts."""
-    texture = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
-    return [np.ascontiguousarray(np.roll(texture, (i, 3 * i), (0, 1))[:96, :128]) for i in range(count)]
 
 
 def test_frames_are_rgb_bytes_in_the_order_of_showing(synthetic_video: Path) -> None:
@@ -134,12 +116,7 @@ def test_a_picture_stored_lying_comes_upright(tmp_path: Path) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
     picture[:, :16] = 255  # white at the left: at the top once turned clockwise
     path = write_video(tmp_path / "lying.mp4", [picture] * 2)
-    matrix = {
-        angle: b"".join(n.to_bytes(4, "big", signed=True) for n in turn) for angle, turn in TURNS.items()
-    }
-    data = path.read_bytes()
-    track = data.index(b"tkhd")  # the header of the track, after that of the whole film
-    path.write_bytes(data[:track] + data[track:].replace(matrix[0], matrix[90], 1))
+    lay_down(path)
     with open_video(path) as video:
         frame = video.read([0])[0]
     assert frame.shape == (64, 32, 3)

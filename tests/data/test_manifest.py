@@ -122,11 +122,22 @@ names = st.text(
 @given(paths=st.lists(st.lists(names, min_size=1, max_size=3), min_size=1), data=st.data())
 def test_what_is_written_is_read_back(tmp_path: Path, paths: list[list[str]], data: st.DataObject) -> None:
     label = data.draw(st.sampled_from([st.integers(0, 10**6), st.none() | st.integers(0, 10**6)]))
-    samples = [Sample(tmp_path.joinpath(*parts), data.draw(label)) for parts in paths]
+    span = st.none() | st.tuples(st.integers(0, 10**6), st.integers(10**6 + 1, 10**9))
+    samples = [Sample(tmp_path.joinpath(*parts), data.draw(label), data.draw(span)) for parts in paths]
     file = tmp_path / "list.txt"
     write_manifest(file, samples, tmp_path)
     labelled = all(sample.label is not None for sample in samples)
     assert read_manifest(file, root=None, num_classes=None, labelled=labelled) == samples
+
+
+def test_a_line_may_stand_for_a_part_of_a_video(tmp_path: Path) -> None:
+    file = manifest(tmp_path, 'full/a.mp4#34-274 1\n"b c.mp4"#0-5,0\n"d#1-2" 0\n')
+    samples = read_manifest(file, root=None, num_classes=None, labelled=True)
+    names = [sample.name.removeprefix(f"{tmp_path}/") for sample in samples]
+    assert names == ["full/a.mp4#34-274", "b c.mp4#0-5", "d#1-2"]
+    assert [sample.span for sample in samples] == [(34, 274), (0, 5), None]
+    with pytest.raises(DataError, match="no frames"):
+        read_manifest(manifest(tmp_path, "a.mp4#5-5 0"), root=None, num_classes=None, labelled=True)
 
 
 def test_simple_names_are_written_as_plainly_as_videomae_reads_them(tmp_path: Path) -> None:

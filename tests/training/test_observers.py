@@ -21,7 +21,14 @@ from tests.training.runs import Row, experiment, metrics
 
 
 def report(**more: float | None) -> StepReport:
-    facts = {"loss": 1.0, "lr": 0.1, "grad_norm": None, "clips_per_s": 4.0, "data_wait_pct": 0.0}
+    facts = {
+        "loss": 1.0,
+        "lr": 0.1,
+        "grad_norm": None,
+        "clips_per_s": 4.0,
+        "data_wait_pct": 0.0,
+        "replaced_videos": 0,
+    }
     cost = {"memory_bytes": 2**20, "tflops_per_s": 3.0, "mfu_pct": 7.5}
     return StepReport(step=1, epoch=0.5, **{**facts, **cost, **more})  # type: ignore[arg-type]
 

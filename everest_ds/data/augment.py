@@ -1,0 +1,134 @@
+"""Augmentation of fine-tuning beyond crops and flips: RandAugment, random erasing, mixup and cutmix.
+
+All of it works on uint8 batches where they are, on the device, and is drawn on the host from the clips' keys,
+so from (seed, epoch, sample): the same on any number of ranks and workers, and after a restart. Mixing pairs
+neighbours of the epoch's order, which share a micro-batch however the batch is split.
+
+Shape legend: B clips, F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from everest_ds.config import Experiment
+from everest_ds.config.schema import AugmentConfig
+from everest_ds.data.augment_ops import FILL, OPERATIONS
+from everest_ds.data.clips import ClipBatch
+
+# Beside a clip's key: what is drawn for one purpose is not what is drawn for another (`clips` has 0 and 1).
+_COLOURS, _ERASING, _MIXING = 2, 3, 4
+# As VideoMAE's fine-tuning: each operation comes in every other clip, its strength varies.
+_OPERATION_PROBABILITY, _STRENGTH_STD, _MAX_MAGNITUDE = 0.5, 0.5, 10.0
+_ERASED_AREA, _ERASED_LOG_ASPECT = (0.02, 1 / 3), (math.log(0.3), -math.log(0.3))
+_ERASED_STD = (58, 57, 57)  # ImageNet's standard deviation: noise like normalised pixels
+_CUTMIX_SHARE = 0.5  # of mixed pairs, where there is mixup too
+
+
+class Augmentation:
+    """Augments batches as `augment` of a config says; what is all off leaves them as they are."""
+
+    def __init__(self, config: Experiment) -> None:
+        self.config = config.augment
+        self.repeats = config.data.repeats
+        self.num_classes = config.model.num_classes or 0
+
+    def __call__(self, batch: ClipBatch, keys: list[int]) -> ClipBatch:
+        """The batch, augmented in place; its labels are float32 (B, classes) where clips are mixed.
+
+        Args:
+            batch: on the device.
+            keys: of its clips, from the host: asking the device for them would wait for it.
+        """
+        for clip, key in zip(batch.clip, keys, strict=True):
+            rand_augment(clip, key, self.config)
+            erase(clip, key, self.config.erase_probability)
+        return self._mix(batch, keys) if self.config.mixes else batch
+
+    def _mix(self, batch: ClipBatch, keys: list[int]) -> ClipBatch:
+        labels = F.one_hot(batch.label, self.num_classes).float()
+        for one in range(len(keys)):
+            # crops of one sample are neighbours too, and are not mixed with each other
+            group, repeat = divmod(one, self.repeats)
+            if group % 2 == 0:
+                other = (group + 1) * self.repeats + repeat
+                rng = np.random.default_rng((keys[one], keys[other], _MIXING))
+                kept = mix_clips(batch.clip[one], batch.clip[other], rng, self.config)
+                own = labels[one].clone()
+                labels[one] = kept * own + (1 - kept) * labels[other]
+                labels[other] = kept * labels[other] + (1 - kept) * own
+        return batch._replace(label=labels)
+
+
+def rand_augment(clip_FHWC: Tensor, key: int, config: AugmentConfig) -> None:
+    """Change a clip by some of RandAugment's operations, in place."""
+    rng = np.random.default_rng((key, _COLOURS))
+    for operation in rng.choice(len(OPERATIONS), config.rand_augment_ops):
+        apply, sign = rng.random() < _OPERATION_PROBABILITY, 1 if rng.random() < 0.5 else -1
+        magnitude = rng.normal(config.rand_augment_magnitude, _STRENGTH_STD)
+        strength = float(np.clip(magnitude / _MAX_MAGNITUDE, 0, 1))
+        if apply:
+            clip_FHWC.copy_(OPERATIONS[operation](clip_FHWC, strength, sign))
+
+
+def erase(clip_FHWC: Tensor, key: int, probability: float) -> None:
+    """Put noise into a random box of a clip, in place.
+
+    The same noise in every frame: changing noise would be what moves most, and ReRo would keep all of it.
+    """
+    rng = np.random.default_rng((key, _ERASING))
+    if rng.random() >= probability:
+        return
+    height, width = clip_FHWC.shape[1:3]
+    top, left, box_height, box_width = _erased_box(height, width, rng)
+    generator = torch.Generator(clip_FHWC.device).manual_seed(int(rng.integers(2**63)))
+    shape = (box_height, box_width)
+    for colour, (mean, std) in enumerate(zip(FILL, _ERASED_STD, strict=True)):
+        noise = torch.randn(shape, generator=generator, device=clip_FHWC.device)
+        values = (noise * std + mean).round().clamp(0, 255).to(torch.uint8)
+        clip_FHWC[:, top : top + box_height, left : left + box_width, colour] = values
+
+
+def mix_clips(one: Tensor, other: Tensor, rng: np.random.Generator, config: AugmentConfig) -> float:
+    """Mix two clips (F, H, W, 3) into each other, in place; the share that each keeps of itself."""
+    share = _CUTMIX_SHARE if config.mixup_alpha else 1.0
+    if config.cutmix_alpha and rng.random() < share:
+        return _cutmix(one, other, float(rng.beta(config.cutmix_alpha, config.cutmix_alpha)), rng)
+    kept = float(rng.beta(config.mixup_alpha, config.mixup_alpha))
+    mine, theirs = one.float(), other.float()
+    one.copy_((kept * mine + (1 - kept) * theirs).round())
+    other.copy_((kept * theirs + (1 - kept) * mine).round())
+    return kept
+
+
+def _cutmix(one: Tensor, other: Tensor, kept: float, rng: np.random.Generator) -> float:
+    height, width = one.shape[1:3]
+    side = math.sqrt(1 - kept)
+    top, bottom = _span(height, side, rng)
+    left, right = _span(width, side, rng)
+    box = (slice(None), slice(top, bottom), slice(left, right))
+    cut = one[box].clone()
+    one[box] = other[box]
+    other[box] = cut
+    return 1 - (bottom - top) * (right - left) / (height * width)
+
+
+def _span(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
+    """A part about a uniform random centre; it ends where the picture does."""
+    center, half = int(rng.integers(length)), int(length * share) // 2
+    return max(0, center - half), min(length, center + half)
+
+
+def _erased_box(height: int, width: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+    for _ in range(10):
+        area = height * width * rng.uniform(*_ERASED_AREA)
+        aspect = math.exp(rng.uniform(*_ERASED_LOG_ASPECT))
+        h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if h < height and w < width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return 0, 0, height // 4, width // 4

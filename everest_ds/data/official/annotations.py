@@ -1,0 +1,110 @@
+"""What an official annotation says, and how to read the files that say it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everest_ds.errors import DataError, nearest
+
+
+class Listed(NamedTuple):
+    """A video that an annotation file lists.
+
+    Attributes:
+        names: the names its file may have, without suffix, best first; `CLASS/VIDEO` or `VIDEO`.
+        label: its class; None where the annotation tells none.
+        parent: the name of a longer video that it is a part of.
+        span: which frames of the parent, as `Sample.span`.
+    """
+
+    names: tuple[str, ...]
+    label: int | None
+    parent: str | None = None
+    span: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """All of a data set's annotation.
+
+    Attributes:
+        classes: names, in label order.
+        splits: what is listed, by split (`train`, `val`, `test`).
+    """
+
+    classes: list[str]
+    splits: dict[str, list[Listed]]
+
+
+def find_file(folder: Path, *names: str) -> Path | None:
+    """The first of `names` that is a file in `folder`."""
+    return next((folder / name for name in names if (folder / name).is_file()), None)
+
+
+def need_file(folder: Path, *names: str) -> Path:
+    """The first of `names` that is a file in `folder`.
+
+    Raises:
+        DataError: none is.
+    """
+    file = find_file(folder, *names)
+    if file is None:
+        raise DataError(f"{folder}: an annotation file is missing", allowed=" or ".join(names))
+    return file
+
+
+def read_text(file: Path) -> str:
+    """The text of an annotation file.
+
+    Raises:
+        DataError: it cannot be read as UTF-8.
+    """
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: cannot read the annotation", given=str(error)) from None
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        DataError: it is not JSON.
+    """
+    try:
+        return json.loads(read_text(file))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}: not JSON", given=str(error)) from None
+
+
+def read_rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file with a header.
+
+    Raises:
+        DataError: the file lacks one of `columns`, or a row does.
+    """
+    rows = csv.DictReader(read_text(file).splitlines())
+    for row in rows:
+        lacking = [column for column in columns if row.get(column) in (None, "")]
+        if lacking:
+            given = ", ".join(rows.fieldnames or ())
+            raise DataError(
+                f"{file}:{rows.line_num}: no {' and no '.join(lacking)}", given=f"columns {given}"
+            )
+        yield row
+
+
+def label_of(name: str, classes: dict[str, int], file: Path) -> int:
+    """The label of class `name`.
+
+    Raises:
+        DataError: there is no such class.
+    """
+    if name not in classes:
+        raise DataError(f"{file}: no such class", given=repr(name), allowed=nearest(name, classes))
+    return classes[name]

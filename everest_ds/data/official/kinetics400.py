@@ -1,0 +1,75 @@
+"""Kinetics-400: `train`, `val` and `test` as CSV or JSON of DeepMind; files named YOUTUBEID_SSSSSS_EEEEEE.
+
+Labels number the class names in alphabetical order, as every published model does. The first release of the
+test split tells no labels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from everest_ds.data.official.annotations import (
+    Annotations,
+    Listed,
+    find_file,
+    label_of,
+    need_file,
+    read_json,
+    read_rows,
+)
+from everest_ds.errors import DataError
+
+_SPLITS = {"train": ("train",), "val": ("val", "validate", "validation"), "test": ("test",)}
+
+
+class _Clip(NamedTuple):
+    video: str
+    start_s: str
+    end_s: str
+    label: str
+
+
+def read(folder: Path, fold: int) -> Annotations:
+    """The annotation in `folder`; there is one fold."""
+    needed = need_file(folder, *_names("train"))
+    files = {split: find_file(folder, *_names(split)) for split in _SPLITS}
+    clips = {split: list(_clips(file)) for split, file in files.items() if file is not None}
+    names = sorted({clip.label for part in clips.values() for clip in part if clip.label})
+    numbers = {name: number for number, name in enumerate(names)}
+    splits = {split: [_listed(clip, numbers, needed) for clip in part] for split, part in clips.items()}
+    return Annotations(names, splits)
+
+
+def _names(split: str) -> list[str]:
+    return [
+        f"{prefix}{name}.{suffix}"
+        for suffix in ("csv", "json")
+        for prefix in ("", "kinetics_", "kinetics400_", "kinetics_400_")
+        for name in _SPLITS[split]
+    ]
+
+
+def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> Listed:
+    times = (f"{int(float(time)):06d}" for time in (clip.start_s, clip.end_s))
+    cut = "_".join((clip.video, *times))
+    return Listed((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
+
+
+def _clips(file: Path) -> Iterator[_Clip]:
+    if file.suffix == ".csv":
+        for row in read_rows(file, "youtube_id", "time_start", "time_end"):
+            yield _Clip(row["youtube_id"], row["time_start"], row["time_end"], _plain(row.get("label") or ""))
+        return
+    for video, facts in read_json(file).items():
+        try:
+            start, end = facts["annotations"]["segment"]
+        except (KeyError, TypeError, ValueError):
+            raise DataError(f"{file}: no annotations.segment", given=video) from None
+        yield _Clip(video, start, end, _plain(facts["annotations"].get("label") or ""))
+
+
+def _plain(label: str) -> str:
+    """Some releases quote labels, some put underscores."""
+    return label.strip().strip('"').replace("_", " ")

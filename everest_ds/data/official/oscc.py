@@ -1,0 +1,47 @@
+"""Ego4D object-state-change classification (OSCC): clips of 8 seconds within full videos named by video_uid.
+
+Frames are counted in Ego4D's canonical videos, 30 a second. A clip that was cut out already, named by its
+unique_id, is taken as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.official.annotations import Annotations, Listed, find_file, need_file, read_json
+from everest_ds.errors import DataError
+
+_CLASSES = ["no object state change", "object state change"]
+_FILES = {
+    "train": ("fho_oscc-pnr_train.json",),
+    "val": ("fho_oscc-pnr_val.json",),
+    "test": ("fho_oscc-pnr_test_unannotated.json", "fho_oscc-pnr_test.json"),
+}
+
+
+def read(folder: Path, fold: int) -> Annotations:
+    """The annotation in `folder`; there is one fold."""
+    need_file(folder, *_FILES["train"])
+    files = {split: find_file(folder, *names) for split, names in _FILES.items()}
+    splits = {split: _listed(file) for split, file in files.items() if file is not None}
+    return Annotations(_CLASSES, splits)
+
+
+def _listed(file: Path) -> list[Listed]:
+    content = read_json(file)
+    clips = content["clips"] if isinstance(content, dict) and "clips" in content else content
+    if not isinstance(clips, list):
+        raise DataError(f"{file}: no list of clips", allowed='{"clips": [...]}')
+    return [_clip(clip, file) for clip in clips]
+
+
+def _clip(clip: dict[str, Any], file: Path) -> Listed:
+    try:
+        span = int(clip["parent_start_frame"]), int(clip["parent_end_frame"])
+        own, parent = str(clip["unique_id"]), str(clip["video_uid"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file}: a clip is incomplete", given=f"{error} in {str(clip)[:80]}") from None
+    # As the authors' loader reads it: what is not plainly false is a change.
+    label = int(clip["state_change"] is not False) if "state_change" in clip else None
+    return Listed((own,), label, parent, span)

@@ -1,0 +1,61 @@
+"""The data sets that are known by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from everest_ds.data.official import hmdb51, kinetics400, oscc, ssv2, ucf101
+from everest_ds.data.official.annotations import Annotations
+from everest_ds.errors import UsageError, nearest
+
+
+@dataclass(frozen=True)
+class OfficialDataset:
+    """A data set whose authors publish its annotation.
+
+    Attributes:
+        name: what the command line calls it.
+        title: what people call it.
+        read: its annotation from a folder, for a fold.
+        num_classes: of the whole data set.
+        num_folds: official divisions into training and test.
+        judged_on: the split with labels that results are published for.
+        recipes: those that it is trained with; they say stride, sampling, test views and flips.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path, int], Annotations]
+    num_classes: int
+    num_folds: int
+    judged_on: str
+
+    @property
+    def recipes(self) -> dict[str, str]:
+        """Task -> recipe."""
+        return {task: f"{self.name}_{task}_vit_base" for task in ("pretrain", "finetune")}
+
+
+DATASETS = {
+    dataset.name: dataset
+    for dataset in (
+        OfficialDataset("k400", "Kinetics-400", kinetics400.read, 400, 1, "val"),
+        OfficialDataset("ssv2", "Something-Something v2", ssv2.read, 174, 1, "val"),
+        OfficialDataset("ucf101", "UCF101", ucf101.read, 101, 3, "test"),
+        OfficialDataset("hmdb51", "HMDB51", hmdb51.read, 51, 3, "test"),
+        OfficialDataset("oscc", "Ego4D OSCC", oscc.read, 2, 1, "val"),
+    )
+}
+
+
+def find_dataset(name: str) -> OfficialDataset:
+    """The data set of that name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in DATASETS:
+        raise UsageError("no such data set", given=repr(name), allowed=nearest(name, DATASETS))
+    return DATASETS[name]

@@ -1,0 +1,65 @@
+"""Something-Something v2: JSON lists of videos with their templates; files named by number.
+
+The labels file maps the templates, without brackets, to label numbers. Labels of the test split came later,
+as `id;template` lines.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from everest_ds.data.official.annotations import (
+    Annotations,
+    Listed,
+    find_file,
+    label_of,
+    need_file,
+    read_json,
+    read_text,
+)
+from everest_ds.errors import DataError
+
+_PREFIX = "something-something-v2-"
+_FILES = {"train": "train.json", "val": "validation.json", "test": "test.json"}
+_ANSWERS = "test-answers.csv"
+
+
+def read(folder: Path, fold: int) -> Annotations:
+    """The annotation in `folder`; there is one fold."""
+    file = need_file(folder, *_either("labels.json"))
+    numbers = {name: int(number) for name, number in read_json(file).items()}
+    if sorted(numbers.values()) != list(range(len(numbers))):
+        raise DataError(f"{file}: the labels are not 0..{len(numbers) - 1}")
+    files = {split: find_file(folder, *_either(name)) for split, name in _FILES.items()}
+    files["train"] = need_file(folder, *_either(_FILES["train"]))
+    answers = _answers(folder)
+    splits = {
+        split: [_listed(entry, numbers, answers, file) for entry in read_json(file)]
+        for split, file in files.items()
+        if file is not None
+    }
+    return Annotations(sorted(numbers, key=numbers.__getitem__), splits)
+
+
+def _either(name: str) -> tuple[str, str]:
+    return _PREFIX + name, name
+
+
+def _listed(entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path) -> Listed:
+    if "id" not in entry:
+        raise DataError(f"{file}: an entry without id", given=str(entry)[:80])
+    number = str(entry["id"])
+    template = entry.get("template") or answers.get(number)
+    label = None if template is None else label_of(_plain(template), numbers, file)
+    return Listed((number,), label)
+
+
+def _plain(template: str) -> str:
+    return template.replace("[", "").replace("]", "")
+
+
+def _answers(folder: Path) -> dict[str, str]:
+    file = find_file(folder, *_either(_ANSWERS))
+    lines = [] if file is None else read_text(file).splitlines()
+    return {number: template for number, _, template in (line.partition(";") for line in lines if line)}

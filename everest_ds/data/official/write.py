@@ -1,0 +1,59 @@
+"""An indexed data set as files: manifests, class names, what is missing, and configs to train with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from everest_ds.data.manifest import write_manifest
+from everest_ds.data.official.registry import OfficialDataset
+from everest_ds.data.official.tree import Indexed
+from everest_ds.errors import DataError
+
+MISSING_FILE = "missing.txt"
+
+
+def write_index(dataset: OfficialDataset, indexed: Indexed, out: Path) -> dict[str, Path]:
+    """Write `<split>.txt`, `classes.txt`, `missing.txt`, `pretrain.yaml` and `finetune.yaml` into `out`.
+
+    A split of which no file is there gets no manifest.
+
+    Returns:
+        The manifests, by split.
+
+    Raises:
+        DataError: `out` cannot be written.
+    """
+    manifests = {split: out / f"{split}.txt" for split, samples in indexed.splits.items() if samples}
+    lines = [f"{split} {name}\n" for split, names in indexed.missing.items() for name in names]
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for split, manifest in manifests.items():
+            write_manifest(manifest, indexed.splits[split], out)
+        (out / "classes.txt").write_text("".join(f"{name}\n" for name in indexed.classes), encoding="utf-8")
+        (out / MISSING_FILE).write_text("".join(lines), encoding="utf-8")
+        for task, tree in _configs(dataset, indexed, out.absolute(), manifests).items():
+            (out / f"{task}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{out}: cannot write the data set", given=error.strerror) from None
+    return manifests
+
+
+def _configs(
+    dataset: OfficialDataset, indexed: Indexed, out: Path, manifests: Mapping[str, Path]
+) -> dict[str, dict[str, Any]]:
+    train = str(out / "train.txt") if "train" in manifests else None
+    judged = str(out / f"{dataset.judged_on}.txt") if dataset.judged_on in manifests else None
+    names = str(out / "classes.txt")
+    finetune = {"train": train, "val": judged, "test": judged, "class_names": names}
+    return {
+        "pretrain": {"base": dataset.recipes["pretrain"], "data": {"train": train}},
+        "finetune": {
+            "base": dataset.recipes["finetune"],
+            "model": {"num_classes": len(indexed.classes)},
+            "data": finetune,
+        },
+    }

@@ -1,0 +1,255 @@
+"""Write the videos of a manifest anew so that clips decode fast: smaller, with key frames close together.
+
+A clip of a few frames costs the decoding of everything from the key frame before it. Frames keep their
+numbers: what is written has one picture for each of the source's, in order, upright, without sound. A part of
+a video becomes a video.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from everest_ds.config import DataConfig
+from everest_ds.data.decode import open_sample
+from everest_ds.data.decode_pyav import naming, probe
+from everest_ds.data.frames import frames_needed, train_frames
+from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.ledger import Ledger
+from everest_ds.data.manifest import Sample
+from everest_ds.data.video import Video
+from everest_ds.errors import DataError
+
+HANG_S = 1800.0
+MIN_PSNR_DB = 20.0  # of the first and last picture: below, something else went wrong than compression
+_AT_ONCE = 32  # frames held in memory
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How videos are written.
+
+    Attributes:
+        short_side: of the pictures, pixels; smaller ones stay as they are.
+        gop: frames from key frame to key frame.
+        crf: x264's constant quality; lower is better and larger.
+        preset: x264's effort.
+    """
+
+    short_side: int = 256
+    gop: int = 8
+    crf: int = 20
+    preset: str = "medium"
+
+
+class Job(NamedTuple):
+    """A sample and the file that it becomes."""
+
+    sample: Sample
+    target: Path
+
+
+class Reencoded(NamedTuple):
+    """What became of a manifest.
+
+    Attributes:
+        samples: the new ones, in the manifest's order.
+        failed: the others, as (sample, reason).
+        num_known: samples that were there already.
+    """
+
+    samples: list[Sample]
+    failed: list[tuple[Sample, str]]
+    num_known: int
+
+
+class Gain(NamedTuple):
+    """Decoding a training clip before and after: medians of interleaved runs."""
+
+    clips: int
+    before_ms: float
+    after_ms: float
+    before_bytes: int
+    after_bytes: int
+
+
+def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
+    """Where each sample goes: below `out` as it lay below `root`, as MP4.
+
+    Raises:
+        DataError: two samples would become one file.
+    """
+    jobs: dict[Path, Job] = {}
+    for sample in samples:
+        path = sample.path
+        place = path.relative_to(root) if path.is_relative_to(root) else Path(*path.absolute().parts[1:])
+        part = "" if sample.span is None else f"_{sample.span[0]}-{sample.span[1]}"
+        target = out / place.with_name(f"{place.stem}{part}.mp4")
+        if target.absolute() == path.absolute():
+            raise DataError(f"{path}: would be overwritten", fix="choose another --out")
+        other = jobs.setdefault(target, Job(sample, target)).sample
+        if other.name != sample.name:
+            raise DataError(
+                f"{target}: of two videos", given=f"{other.name}, {sample.name}", fix="rename one"
+            )
+    return list(jobs.values())
+
+
+def reencode(
+    jobs: Sequence[Job],
+    ledger: Ledger,
+    encoding: Encoding,
+    *,
+    workers: int,
+    on_progress: Callable[[int], None],
+    timeout_s: float = HANG_S,
+) -> Reencoded:
+    """Write every job's file, verify it, and keep in `ledger` (of the new files) that it is whole.
+
+    What the ledger knows to be whole is not written again: stopped at any time, the work goes on.
+    """
+    made = [Sample(job.target, job.sample.label) for job in jobs]
+    reasons = {i: "" for i, sample in enumerate(made) if _is_whole(sample, ledger)}
+    num_known = len(reasons)
+    left = [i for i in range(len(jobs)) if i not in reasons]
+    on_progress(num_known)
+    outcomes = map_isolated(
+        partial(write_verified, encoding=encoding),
+        [jobs[i] for i in left],
+        workers=workers,
+        timeout_s=timeout_s,
+    )
+    for place, outcome in outcomes:
+        index = left[place]
+        if isinstance(outcome, Lost):
+            reasons[index] = f"the decoder or encoder {outcome.reason}"
+        elif isinstance(outcome, str):
+            reasons[index] = outcome
+        else:
+            reasons[index] = ""
+            ledger.record(made[index], "", outcome)
+        on_progress(len(reasons))
+    failed = [(job.sample, reasons[i]) for i, job in enumerate(jobs) if reasons[i]]
+    return Reencoded([s for i, s in enumerate(made) if not reasons[i]], failed, num_known)
+
+
+def write_verified(job: Job, encoding: Encoding) -> int | str:
+    """Write one file; how many frames it has, or what is wrong with the source or with what was written.
+
+    The file takes its name only after it was verified.
+    """
+    partial_file = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp.mp4")
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        with naming(job.target):
+            count = _write(job.sample, partial_file, encoding)
+        _verify(job.sample, partial_file, count, encoding)
+        os.replace(partial_file, job.target)
+    except DataError as error:
+        return str(error).removeprefix(f"{job.sample.path}: ")
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    finally:
+        partial_file.unlink(missing_ok=True)
+    return count
+
+
+def measure_gain(
+    pairs: Sequence[tuple[Sample, Sample]], data: DataConfig, num_frames: int, repeats: int = 3
+) -> Gain | None:
+    """Time to open and decode random training clips of the old and the new files; None: all are too short."""
+    needed = frames_needed(num_frames, data.frame_stride, data.sampling)
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for number, pair in enumerate(pairs):
+        for repeat in range(repeats):
+            for side, sample in enumerate(pair):
+                start = time.perf_counter()
+                with open_sample(sample, data) as video:
+                    if video.num_frames < needed:
+                        break
+                    rng = np.random.default_rng([number, repeat])
+                    frames = train_frames(video.num_frames, num_frames, data.frame_stride, data.sampling, rng)
+                    video.read(frames)
+                times[side].append(1e3 * (time.perf_counter() - start))
+    if not times[1]:
+        return None
+    before, after = (float(np.median(times[side])) for side in (0, 1))
+    sizes = [sum(pair[side].path.stat().st_size for pair in pairs) for side in (0, 1)]
+    return Gain(len(times[1]), before, after, *sizes)
+
+
+def _is_whole(sample: Sample, ledger: Ledger) -> bool:
+    entry = ledger.known(sample)
+    return entry is not None and not entry.reason and entry.num_frames > 0
+
+
+def _reading(encoding: Encoding) -> DataConfig:
+    """PyAV reads everything exactly, and shrinks."""
+    return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
+
+
+def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
+    import av
+
+    rate, header = probe(sample.path).frame_rate, {"movflags": "faststart"}
+    with (
+        open_sample(sample, _reading(encoding)) as video,
+        av.open(str(target), "w", options=header) as container,
+    ):
+        options = {"crf": str(encoding.crf), "preset": encoding.preset}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.gop_size = encoding.gop
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for number, picture in enumerate(_pictures(video)):
+            if number == 0:
+                stream.height, stream.width = picture.shape[:2]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            frame.time_base = 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        return video.num_frames
+
+
+def _pictures(video: Video) -> Iterator[np.ndarray[Any, Any]]:
+    """All of them, with even sides: 4:2:0 halves them."""
+    for first in range(0, video.num_frames, _AT_ONCE):
+        for picture in video.read(range(first, min(first + _AT_ONCE, video.num_frames))):
+            yield _even(picture)
+
+
+def _even(picture: torch.Tensor) -> np.ndarray[Any, Any]:
+    height, width = (max(2, side - side % 2) for side in picture.shape[:2])
+    return picture[:height, :width].contiguous().numpy()
+
+
+def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> None:
+    """As many frames, and the first and last look as the source's do.
+
+    Raises:
+        DataError: they do not.
+    """
+    with (
+        open_sample(sample, _reading(encoding)) as source,
+        open_sample(Sample(target, None), DataConfig()) as new,
+    ):
+        if new.num_frames != count:
+            raise DataError("written with another number of frames", given=new.num_frames, allowed=count)
+        expected = [_even(picture) for picture in source.read([0, count - 1])]
+        written = new.read([0, count - 1]).numpy()
+    for before, after in zip(expected, written, strict=True):
+        error = np.square(before.astype(np.float32) - after).mean()
+        psnr = 10 * np.log10(255**2 / max(error, 1e-3))
+        if psnr < MIN_PSNR_DB:
+            raise DataError(
+                "written too poorly", given=f"{psnr:.1f} dB", allowed=f"{MIN_PSNR_DB:g} dB or more"
+            )

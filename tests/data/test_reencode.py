@@ -1,0 +1,70 @@
+"""What is re-encoded has the source's frames under the same numbers, or is not there at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from everest_ds.cli.app import main
+from everest_ds.data.decode import open_video
+from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.reencode import plan_jobs
+from everest_ds.errors import DataError
+
+from .conftest import lay_down, noisy_pictures, write_video
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
+    monkeypatch.setattr("sys.argv", ["everest-ds", "data", "reencode", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        main()
+    return int(end.value.code or 0)
+
+
+def test_frames_keep_their_numbers_and_files_their_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = tmp_path / "source", tmp_path / "out"
+    (source / "deep").mkdir(parents=True)
+    write_video(source / "deep" / "a.avi", noisy_pictures(20, 75, 100), "mpeg4")
+    lay_down(write_video(source / "b.mp4", noisy_pictures(12), g="12"))
+    (source / "c.mp4").write_text("not a video")
+    (source / "list.txt").write_text("deep/a.avi 3\nb.mp4 1\nb.mp4#4-10 2\nc.mp4 0\n")
+    options = ["--short-side", 48, "--gop", 4, "--workers", 1, "--stride", 1, "--frames", 5, "--json"]
+    words = [source / "list.txt", "--out", out, *options, tmp_path / "facts.json"]
+    assert command(monkeypatch, *words) == 3
+    facts = json.loads((tmp_path / "facts.json").read_text())
+    assert facts["failed"] == 1 and facts["decode_after_ms"] > 0 and "c.mp4" in facts["problems"][0][0]
+    samples = read_manifest(out / "list.txt", root=None, num_classes=None, labelled=True)
+    assert samples == [
+        Sample(out / "deep" / "a.mp4", 3),
+        Sample(out / "b.mp4", 1),
+        Sample(out / "b_4-10.mp4", 2),
+    ]
+    for sample, first, count in zip(samples, (0, 0, 4), (20, 12, 6), strict=True):
+        origin = source / ("deep/a.avi" if first == 0 and count == 20 else "b.mp4")
+        with open_video(sample.path) as new, open_video(origin, short_side=48) as old:
+            assert new.num_frames == count
+            frames, expected = new.read(range(count)), old.read(range(first, first + count))
+            assert min(frames.shape[1:3]) == 48
+            expected = expected[:, : frames.shape[1], : frames.shape[2]].float()
+            nearest = [int((expected - frame).abs().mean((1, 2, 3)).argmin()) for frame in frames]
+            assert nearest == list(range(count))
+        with av.open(str(sample.path)) as container:
+            keys = [packet.is_keyframe for packet in container.demux(video=0) if packet.size]
+        assert all(keys[::4]) and np.mean(keys) < 0.5
+    assert not list(out.rglob("*.tmp*"))
+    assert command(monkeypatch, *words) == 3
+    assert json.loads((tmp_path / "facts.json").read_text())["there_already"] == 3
+
+
+def test_two_videos_never_become_one_file_nor_a_video_itself(tmp_path: Path) -> None:
+    pair = [Sample(tmp_path / "a.avi", 0), Sample(tmp_path / "a.webm", 0)]
+    with pytest.raises(DataError, match="of two videos"):
+        plan_jobs(pair, tmp_path, tmp_path / "out")
+    with pytest.raises(DataError, match="would be overwritten"):
+        plan_jobs([Sample(tmp_path / "a.mp4", 0)], tmp_path, tmp_path)

@@ -1,0 +1,344 @@
+"""How many clips a second the loader delivers, where its time goes, and how many GPUs that feeds.
+
+    python tools/bench_data.py FOLDER_OF_VIDEOS --workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8 \\
+        --peer videomae=../VideoMAE --gpu-rate "vit_base on an H100=900" --json data.json
+
+Every cell of the table is measured once a round, one after the other, so that what else the machine does
+meets all of them; medians are over the rounds, ratios to the peer are of one round. CPU time is that
+of the rank and its workers: what a clip costs where other programs run too.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from peer_loaders import videomae_loader
+from torch.utils.data import default_collate
+
+from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
+from everest_ds.config import BatchPlan, Experiment
+from everest_ds.data.clips import TrainingClips, training_batches
+from everest_ds.data.decode import open_sample
+from everest_ds.data.frames import frames_needed
+from everest_ds.data.ledger import Ledger
+from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
+from everest_ds.data.order import Visit
+from everest_ds.data.reencode import Encoding, plan_jobs, reencode
+from everest_ds.errors import DataError, EverestError, UsageError
+from everest_ds.training.run_folder import describe_environment
+
+_STAGES = ("open", "decode", "crop", "collate")
+_HEADROOM = 1.25  # of loader over model: below it, what varies from clip to clip makes the model wait
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One way to load.
+
+    Attributes:
+        source: which files: `as given` or `gop N`.
+        decoder: `data.decoder`, or the peer's name.
+        repeats: clips cut from each decode; 0 for a peer.
+    """
+
+    source: str
+    decoder: str
+    workers: int
+    repeats: int
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What stays the same."""
+
+    sources: dict[str, list[Sample]]
+    batch_size: int
+    batches: int
+    size: int
+    peer: Path | None
+    scratch: Path
+
+
+def main(
+    videos: Annotated[Path, typer.Argument(help="A folder of videos, or a manifest.")],
+    decoder: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["decord", "pyav"],  # noqa: B006
+    workers: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1],  # noqa: B006
+    repeats: Annotated[list[int], typer.Option(help="data.repeats; repeat for several.")] = [1, 4],  # noqa: B006
+    gop: Annotated[list[int], typer.Option(help="Also from copies re-encoded so.")] = [],  # noqa: B006
+    short_side: Annotated[int, typer.Option(help="Of those copies, pixels.")] = 256,
+    size: Annotated[int, typer.Option(help="Of the clips, pixels.")] = 224,
+    batch: Annotated[int, typer.Option(help="Clips of a micro-batch.")] = 8,
+    batches: Annotated[int, typer.Option(help="Micro-batches a measurement.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Measurements of each cell.")] = 5,
+    peer: Annotated[str | None, typer.Option(help="videomae=FOLDER of a clone.")] = None,
+    gpu_rate: Annotated[list[str], typer.Option(help="MODEL=CLIPS_PER_S that one GPU trains.")] = [],  # noqa: B006
+    cores: Annotated[int, typer.Option(help="Of the node to advise on.")] = os.cpu_count() or 1,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure the loader, and say what it can feed."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        given = find_videos(videos)
+        sources = {"as given": given} | {
+            f"gop {n}": reencoded(given, Path(folder) / f"gop{n}", Encoding(short_side, n)) for n in gop
+        }
+        bench = Bench(sources, batch, batches, size, parse_peer(peer), Path(folder))
+        cells = [Cell(s, d, w, r) for s in sources for w in workers for d in decoder for r in repeats]
+        if bench.peer:
+            cells += [Cell(source, "videomae", w, 0) for source in sources for w in workers]
+        found = measure(bench, cells, rounds)
+        stages = [stage_times(bench, s, d, r) for s in sources for d in decoder for r in repeats]
+        rows = [row(cell, found, stages) for cell in cells]
+        fed = feeding(stages, gpu_rate, cores)
+        print_table("Clips a second", rows)
+        print_table("CPU ms of a clip, by stage, in one process", stages)
+        if fed:
+            print_table(f"What {cores} cores feed", fed)
+        advice = advise(rows, stages)
+        for line in advice:
+            typer.echo(f"- {line}")
+    facts = {"environment": describe_environment(1), "videos": [sample.name for sample in given]}
+    raw = [{**asdict(cell), "runs": [asdict(run) for run in found[cell]]} for cell in cells]
+    tables = {"cells": rows, "stages": stages, "feeds": fed, "advice": advice, "measurements": raw}
+    write_json(json_file, {**facts, **tables})
+
+
+def find_videos(place: Path) -> list[Sample]:
+    """The samples that are long enough for a clip; the others are named.
+
+    Raises:
+        DataError: there are none.
+    """
+    if place.is_dir():
+        paths = sorted(p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
+        samples = [Sample(path.absolute(), 0) for path in paths]
+    else:
+        samples = read_manifest(place, root=None, num_classes=None, labelled=False)
+    data = experiment(Cell("", "pyav", 0, 1), 8, 224).data
+    needed, fit = frames_needed(16, data.frame_stride, data.sampling), []
+    for sample in samples:
+        try:
+            with open_sample(sample, data) as video:
+                if video.num_frames < needed:
+                    raise DataError(f"{sample.name}: {video.num_frames} frames, a clip spans {needed}")
+            fit.append(sample)
+        except DataError as error:
+            typer.echo(f"left out: {error}", err=True)
+    if not fit:
+        raise DataError(f"{place}: no video that is long enough")
+    return fit
+
+
+def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[Sample]:
+    """Copies, as `everest-ds data reencode` makes them."""
+    out.mkdir()
+    root = Path(os.path.commonpath([sample.path.parent for sample in samples]))
+    with progress_of(f"re-encoding, GOP {encoding.gop}", len(samples)) as on_progress:
+        made = reencode(
+            plan_jobs(samples, root, out),
+            Ledger.read(out / "ledger"),
+            encoding,
+            workers=os.cpu_count() or 1,
+            on_progress=on_progress,
+        )
+    if made.failed:
+        sample, reason = made.failed[0]
+        raise DataError(f"{sample.name}: cannot be re-encoded", given=reason)
+    return made.samples
+
+
+def parse_peer(text: str | None) -> Path | None:
+    """The folder of `videomae=FOLDER`."""
+    if text is None:
+        return None
+    name, _, folder = text.partition("=")
+    if name != "videomae" or not folder:
+        raise UsageError("--peer", given=text, allowed="videomae=FOLDER")
+    return Path(folder)
+
+
+def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
+    """VideoMAE's pre-training clips: 16 frames at stride 4, multi-scale crop."""
+    return Experiment.model_validate(
+        {
+            "task": "pretrain",
+            "model": {"image_size": size},
+            "data": {
+                "decoder": cell.decoder,
+                "num_workers": cell.workers,
+                "repeats": cell.repeats,
+                "frame_stride": 4,
+                "train_crop": "multi_scale",
+            },
+            "batch": {"micro_batch_size": batch_size},
+        }
+    )
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One run through a few batches, from the start of the workers to their end."""
+
+    clips: int
+    seconds: float
+    cpu_seconds: float
+
+    @property
+    def clips_per_s(self) -> float:
+        """By the clock on the wall."""
+        return self.clips / self.seconds
+
+    @property
+    def cpu_ms(self) -> float:
+        """Of a clip."""
+        return 1000 * self.cpu_seconds / self.clips
+
+
+def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list[Measurement]]:
+    """Each cell, once a round."""
+    found: dict[Cell, list[Measurement]] = {cell: [] for cell in cells}
+    with progress_of("measuring", rounds * len(cells)) as on_progress:
+        for number in range(rounds):
+            for done, cell in enumerate(cells, start=1):
+                found[cell].append(_measure(bench, cell, number))
+                on_progress(number * len(cells) + done)
+    return found
+
+
+def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
+    start, cpu = time.perf_counter(), _cpu_seconds()
+    clips = sum(_peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number))
+    return Measurement(clips, time.perf_counter() - start, _cpu_seconds() - cpu)
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the workers that have ended."""
+    usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
+def _our_batches(bench: Bench, cell: Cell, number: int) -> Iterator[int]:
+    config = experiment(cell, bench.batch_size, bench.size)
+    plan = BatchPlan(bench.batch_size, 1, 1, cell.repeats)
+    samples = enough(bench.sources[cell.source], plan.samples_per_step * bench.batches)
+    steps = range(number * bench.batches, (number + 1) * bench.batches)
+    for batch in training_batches(samples, config, plan, 0, steps, False, _refuse):
+        yield len(batch.clip)
+
+
+def _peer_batches(bench: Bench, cell: Cell) -> Iterator[int]:
+    assert bench.peer is not None
+    videos = [s.path for s in enough(bench.sources[cell.source], bench.batch_size * bench.batches)]
+    loader = videomae_loader(
+        bench.peer, videos, bench.scratch / "videomae.csv", bench.batch_size, cell.workers
+    )
+    for clips, _ in loader:
+        yield len(clips)
+
+
+def enough(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Exactly `count` samples, each video as often as the others, but for one."""
+    return [samples[i % len(samples)] for i in range(count)]
+
+
+def _refuse(failure: object) -> None:
+    raise DataError("a video cannot be read", given=failure)
+
+
+def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[str, Any]:
+    """CPU time of each stage of the samples in this process, per clip."""
+    config = experiment(Cell(source, decoder, 0, repeats), bench.batch_size, bench.size)
+    samples = bench.sources[source]
+    clips = TrainingClips(samples, config)
+    spent = dict.fromkeys(_STAGES, 0.0)
+
+    def timed(stage: str, act: Callable[[], Any]) -> Any:
+        start = time.process_time()
+        result = act()
+        spent[stage] += time.process_time() - start
+        return result
+
+    visits = [Visit(epoch, index) for epoch in range(3) for index in range(len(samples))]
+    for visit in visits:
+        video = timed("open", lambda: open_sample(samples[visit.sample], config.data))  # noqa: B023
+        with video:
+            frames = timed("decode", lambda: video.read(clips.choose(visit, video.num_frames)))  # noqa: B023
+        cut = timed("crop", lambda: clips.crops(frames, visit, visit.sample))  # noqa: B023
+        timed("collate", lambda: default_collate(cut))  # noqa: B023
+    per_clip = {stage: 1000 * s / (len(visits) * repeats) for stage, s in spent.items()}
+    facts = {"source": source, "decoder": decoder, "repeats": repeats}
+    total = sum(per_clip.values())
+    return {**facts, **{k: round(v, 2) for k, v in per_clip.items()}, "total": round(total, 2)}
+
+
+def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the table says of a cell."""
+    own = found[cell]
+    peer = found.get(Cell(cell.source, "videomae", cell.workers, 0))
+    pairs = list(zip(own, peer, strict=True)) if peer else []
+    rates = [each.clips_per_s for each in own]
+    return {
+        **asdict(cell),
+        "clips_per_s": round(statistics.median(rates), 2),
+        "range": f"{min(rates):.2f}-{max(rates):.2f}",
+        "x_peer": _median([a.clips_per_s / b.clips_per_s for a, b in pairs]),
+        "cpu_ms": _median([each.cpu_ms for each in own]),
+        "stages_ms": next((s["total"] for s in stages if _same(s, cell)), None),
+        "cpu_x_peer": _median([b.cpu_ms / a.cpu_ms for a, b in pairs]),
+    }
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return round(statistics.median(values), 2) if values else None
+
+
+def _same(stage: dict[str, Any], cell: Cell) -> bool:
+    return (stage["source"], stage["decoder"], stage["repeats"]) == (cell.source, cell.decoder, cell.repeats)
+
+
+def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: int) -> list[dict[str, Any]]:
+    """For each way to load, how many GPUs the cores of a node feed; data-bound above that."""
+    found = []
+    for stage in stages:
+        node = cores * 1000 / stage["total"]
+        facts = {name: stage[name] for name in ("source", "decoder", "repeats")}
+        found.append({**facts, "data_bound_above_clips_per_s": round(node, 1)})
+        for text in gpu_rates:
+            model, _, rate = text.rpartition("=")
+            found[-1][f"GPUs of {model}"] = round(node / (float(rate) * _HEADROOM), 2)
+    return found
+
+
+def advise(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> list[str]:
+    """What would help most, from what was measured."""
+    ours = [row for row in rows if row["repeats"]]
+    best = max((row for row in ours if row["repeats"] == 1), key=lambda row: row["clips_per_s"], default=None)
+    lines = ["data.num_workers: as many as the cores of the node divided by its GPUs"]
+    if best:
+        lines.append(f"fastest without repeats: data.decoder={best['decoder']} from files {best['source']}")
+    for stage in stages:
+        if stage["source"] == "as given" and stage["repeats"] == 1 and stage["decode"] > stage["total"] / 2:
+            share = 100 * (stage["open"] + stage["decode"]) / stage["total"]
+            lines.append(
+                f"{stage['decoder']}: {share:.0f} % of a clip is decoding: `everest-ds data reencode`"
+                " (short GOP, short side 256) or data.repeats above 1"
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    try:
+        typer.run(main)
+    except EverestError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
