@@ -94,7 +94,12 @@ class _Linear(torch.autograd.Function):
 
 
 def _may_be_released(x_nI: Tensor, weight_OI: Tensor) -> bool:
-    """Parameters are; what is computed from them is not. Under autocast none are kept as they are."""
+    """Parameters are; what is computed from them is not. Under autocast none are kept as they are.
+
+    Without gradients, as inside another autograd function, nothing is kept at all.
+    """
+    if not torch.is_grad_enabled():
+        return False
     kind = x_nI.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return weight_OI.is_leaf and weight_OI.requires_grad and not autocast
