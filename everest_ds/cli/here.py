@@ -8,7 +8,7 @@ from pathlib import Path
 from subprocess import call
 
 from everest_ds.cli.submission import Stage
-from everest_ds.cli.sweep import keep_candidates
+from everest_ds.cli.sweep_plan import keep_candidates
 from everest_ds.errors import ExitCode
 from everest_ds.launch.job_log import Event, JobEvent, append_event
 from everest_ds.launch.sweep_file import Candidate

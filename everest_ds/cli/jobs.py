@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.job_rows import JobRow, find_runs, job_rows
 from everest_ds.cli.output import JsonFile, write_json
 from everest_ds.errors import UsageError
 from everest_ds.launch.job_state import is_job_id
 
 if TYPE_CHECKING:
     from rich.console import Group
+
+    from everest_ds.cli.job_rows import JobRow
 
 Folders = Annotated[
     list[Path] | None,
@@ -45,6 +46,8 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     Example: everest-ds jobs runs/first
     """
     from rich.console import Console
+
+    from everest_ds.cli.job_rows import find_runs, job_rows
 
     rows = in_order(job_rows(find_runs(_folders(folders))))
     if rows:
@@ -195,6 +198,8 @@ def _folders(given: Sequence[Path] | None) -> list[Path]:
 
 
 def _find(text: str) -> list[JobRow]:
+    from everest_ds.cli.job_rows import find_runs, job_rows
+
     if Path(text).is_dir():
         rows = job_rows(find_runs([Path(text)]))
         live = [row for row in rows if not row.is_over]

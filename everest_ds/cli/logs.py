@@ -7,13 +7,15 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.job_rows import JobRow
 from everest_ds.cli.jobs import find_rows
 from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.cli.job_rows import JobRow
 
 Which = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, or a job's number.")]
 Rank = Annotated[int, typer.Option(min=0, help="Whose log.")]

@@ -137,7 +137,7 @@ def _plan(
 ) -> tuple[list[Stage], list[Candidate]]:
     from everest_ds.cli import submission
     from everest_ds.cli.chain import plan_chain
-    from everest_ds.cli.sweep import plan_sweep
+    from everest_ds.cli.sweep_plan import plan_sweep
 
     if job == "chain":
         return plan_chain(words, target), []
