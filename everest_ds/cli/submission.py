@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -184,16 +185,21 @@ def _check_memory(config: Experiment, target: Target) -> str:
 
 def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
     """The largest micro-batch, else the least recomputation, with which a step fits."""
-    batch = config.batch
-    for clips in range(batch.micro_batch_size - 1, 0, -1):
-        smaller = config.model_copy(update={"batch": batch.model_copy(update={"micro_batch_size": clips})})
-        if _runs(smaller, num_ranks) and _fits(smaller, num_ranks, memory_bytes):
-            return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
+    smaller = [_with_clips(config, clips) for clips in range(1, config.batch.micro_batch_size)]
+    possible = [one for one in smaller if _runs(one, num_ranks)]
+    num_fitting = bisect(possible, False, key=lambda one: not _fits(one, num_ranks, memory_bytes))
+    if num_fitting:
+        clips = possible[num_fitting - 1].batch.micro_batch_size
+        return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
     for mode in ("attention", "mlp", "full"):
         recompute = config.recompute.model_copy(update={"mode": mode})
         if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
             return f"recompute.mode={mode}"
     return "parallelism.zero_stage=3, parallelism.tensor, more ranks, or a larger GPU"
+
+
+def _with_clips(config: Experiment, clips: int) -> Experiment:
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": clips})})
 
 
 def _runs(config: Experiment, num_ranks: int) -> bool:

@@ -141,7 +141,7 @@ def test_help_and_import_are_light() -> None:
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: Path) -> None:
-    config = write_config(motion_data, tmp_path, schedule={"epochs": 40, "warmup_epochs": 0})
+    config = write_config(motion_data, tmp_path, schedule={"epochs": 20, "warmup_epochs": 0})
     command = [*EVEREST, "pretrain", str(config), "--nproc", "2"]
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
@@ -154,7 +154,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: 
     assert (tmp_path / "pretrain" / "checkpoints" / f"step-{done:08d}").is_dir()
     second = subprocess.run([*command, "run.log_every_steps=5"], capture_output=True, text=True, timeout=240)
     assert second.returncode == 0, second.stderr
-    assert max(losses(tmp_path / "pretrain")) == 120
+    assert max(losses(tmp_path / "pretrain")) == 60
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What squeue and sacct print, read back; the texts were taken down from SLURM 22.05 and its manual."""
+"""What squeue and sacct print, read back: written after SLURM 22.05 and its manual."""
 
 from __future__ import annotations
 

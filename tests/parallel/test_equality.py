@@ -70,6 +70,7 @@ def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
     assert_equal(run_ranks(engine_runs_on_onednn, 2, configs)[0][0], reference("pretrain"), "oneDNN")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "tensor"), [(2, 1), (2, 2)])
 def test_zero3_follows_the_plain_loop_where_weights_come_and_go(
     data: int, tensor: int, tmp_path: Path
