@@ -18,7 +18,7 @@ test: $(STAMP) lint  ## what must pass before every commit
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not slurm"
 
 test-slow: $(STAMP)  ## the slower suites
-	$(BIN)/python -m pytest -q -m "slow and not gpu and not slurm"
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm"
 
 test-slurm: $(STAMP)  ## real jobs on a SLURM cluster that is started for it; as root, on Linux
 	$(BIN)/python -m pytest -q -rs -m slurm --slurm-report build/slurm-faults.md
