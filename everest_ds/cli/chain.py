@@ -38,21 +38,12 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
     later = replace(target, inputs_follow=True)
     shape = target.shape
     tested = load_task("evaluate", sources["finetune"], [*overrides["finetune"], *overrides["evaluate"]])
+    trainings = [
+        Stage(task, (sources[task], *overrides[task]), run.run.dir, shape, check_run(task, run, place))
+        for task, run, place in (("pretrain", before, target), ("finetune", after, later))
+    ]
     return [
-        Stage(
-            "pretrain",
-            (sources["pretrain"], *overrides["pretrain"]),
-            before.run.dir,
-            shape,
-            check_run("pretrain", before, target),
-        ),
-        Stage(
-            "finetune",
-            (sources["finetune"], *overrides["finetune"]),
-            after.run.dir,
-            shape,
-            check_run("finetune", after, later),
-        ),
+        *trainings,
         Stage(
             "evaluate",
             (tuned, *_own("evaluate", given)),

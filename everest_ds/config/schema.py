@@ -1,7 +1,7 @@
 """The one config tree of a run: model, tokens, data, loss, optimizer, schedule, batch, ... run.
 
-Every section is frozen and refuses unknown keys. Checks that need two sections live in
-`Experiment.check_sections_agree`; all of them run before a GPU is touched.
+Every section is frozen and refuses unknown keys. Checks that need two sections live in `agreement.py`; all of
+them run before a GPU is touched.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from everest_ds.config.agreement import check_sections_agree
 from everest_ds.config.backbones import BACKBONES, Backbone
 from everest_ds.config.tokens import (
-    RUNNING_CELL_PERIOD,
     ClipGeometry,
     TokenCounts,
     classify_counts,
@@ -143,6 +143,11 @@ class AugmentConfig(Section):
         0.0, description="neighbours mixed, the share drawn from Beta(alpha, alpha)"
     )
     cutmix_alpha: NonNegative = Field(0.0, description="a box from the neighbour, its area drawn as mixup's")
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything is on."""
+        return self != AugmentConfig()
 
     @property
     def mixes(self) -> bool:
@@ -281,135 +286,7 @@ class Experiment(Section):
         return replace(own, num_frames=num_slots * own.tubelet_size)
 
     @model_validator(mode="after")
-    def check_sections_agree(self) -> Experiment:
+    def check_agreement(self) -> Experiment:
         """What one section says must be possible under the others."""
-        _check_task(self)
-        _check_tokens(self)
-        if self.schedule.warmup_epochs >= self.schedule.epochs:
-            raise ValueError(
-                f"schedule.warmup_epochs={self.schedule.warmup_epochs:g} leaves nothing of"
-                f" schedule.epochs={self.schedule.epochs}"
-            )
-        _check_micro_batch(self)
-        _check_packing(self)
-        _check_precision(self)
-        _check_tensor(self)
-        if self.run.max_skipped_steps and self.parallelism.zero_stage == 0:
-            raise ValueError(
-                "run.max_skipped_steps needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19"
-                " never leaves out a step"
-            )
-        if self.recompute.offload_to_cpu and self.recompute.mode == "none":
-            raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
-        if self.recompute.partition and (self.recompute.mode != "full" or self.parallelism.tensor == 1):
-            raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
+        check_sections_agree(self)
         return self
-
-
-_SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
-
-
-def _check_task(config: Experiment) -> None:
-    allowed = _SELECTIONS[config.task]
-    if config.tokens.selection not in allowed:
-        raise ValueError(
-            f"tokens.selection={config.tokens.selection} is not for task {config.task};"
-            f" allowed: {', '.join(allowed)}"
-        )
-    if config.task == "finetune" and config.model.num_classes is None:
-        raise ValueError("model.num_classes is needed to fine-tune; give the number of classes")
-
-
-def _check_scores(config: Experiment) -> None:
-    tokens, num_slots = config.tokens, config.model.geometry.num_slots
-    if tokens.score == "sketch" and tokens.distance == "l1":
-        raise ValueError(
-            "tokens: score=sketch loses distance=l1; take distance l2 or cosine, or score embedding"
-        )
-    if tokens.selection == "rero" and num_slots < 2:
-        raise ValueError("tokens.selection=rero compares neighbouring slots: it needs two tubelets in time")
-    if tokens.frame_oversampling > 1 and config.candidate_geometry.num_slots == num_slots:
-        raise ValueError(
-            f"tokens.frame_oversampling={tokens.frame_oversampling:g} of {num_slots} slots adds none;"
-            f" take 1 (no IIFS) or at least {1 + 1 / num_slots:.3g}"
-        )
-
-
-def _check_tokens(config: Experiment) -> None:
-    _check_scores(config)
-    counts, num_slots = config.token_counts, config.model.geometry.num_slots
-    if config.tokens.selection == "dual" and num_slots % RUNNING_CELL_PERIOD:
-        raise ValueError(
-            f"tokens.selection=dual needs a multiple of {RUNNING_CELL_PERIOD} slots, so that running cells"
-            f" predict every place equally often; model.num_frames={config.model.num_frames} at"
-            f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
-        )
-    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
-    if counts.num_kept < 1 or counts.num_visible < 1:
-        raise ValueError(
-            f"tokens: {where} leaves {counts.num_kept} kept and {counts.num_visible} visible of"
-            f" {counts.num_tokens} tokens; raise keep_ratio or lower mask_ratio"
-        )
-    if config.task == "pretrain" and counts.num_predicted < 1:
-        raise ValueError(
-            f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
-            " keep_ratio must exceed 1 - mask_ratio"
-        )
-
-
-def _check_micro_batch(config: Experiment) -> None:
-    micro, repeats, augment = config.batch.micro_batch_size, config.data.repeats, config.augment
-    if micro % repeats:
-        raise ValueError(
-            f"batch.micro_batch_size={micro} counts clips: it must be a multiple of data.repeats={repeats},"
-            " which are cut from each video"
-        )
-    if augment.mixes and micro % (2 * repeats):
-        raise ValueError(
-            f"augment.mixup_alpha and cutmix_alpha mix neighbours: batch.micro_batch_size={micro} must be a"
-            f" multiple of {2 * repeats} (2 x data.repeats)"
-        )
-    if config.task == "pretrain" and augment != AugmentConfig():
-        raise ValueError("augment is for task finetune: pre-training would reconstruct what it draws")
-
-
-def _check_packing(config: Experiment) -> None:
-    tokens = config.tokens
-    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
-    if config.data.pack_tokens and not by_pixels:
-        raise ValueError(
-            "data.pack_tokens needs tokens.selection=rero, score=pixel and frame_oversampling=1: workers have"
-            " no weights to score with"
-        )
-    if config.data.pack_tokens and config.augment != AugmentConfig():
-        raise ValueError(
-            "data.pack_tokens selects before augment would change the clips; turn one of them off"
-        )
-
-
-def _check_tensor(config: Experiment) -> None:
-    """Heads are what is split; widths are multiples of them."""
-    shape = config.model.shape
-    heads = {"encoder": shape.encoder.heads}
-    if config.task == "pretrain":
-        heads["decoder"] = shape.decoder.heads
-    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
-    if config.parallelism.tensor not in allowed:
-        raise ValueError(
-            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
-            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
-            f" allowed: {', '.join(map(str, allowed))}"
-        )
-
-
-def _check_precision(config: Experiment) -> None:
-    if config.precision == "bf16" and config.parallelism.zero_stage == 0:
-        raise ValueError(
-            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
-            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
-        )
-    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
-        raise ValueError(
-            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: of stage 0, DeepSpeed 0.19 keeps the"
-            " float32 weights where a checkpoint cannot name them; zero_stage=1 does the same in less memory"
-        )

@@ -9,23 +9,11 @@ import pytest
 import torch
 
 from everest_ds.checkpoints.tensor_file import save_weights
-from everest_ds.config import Experiment
-from everest_ds.errors import EverestError
 from everest_ds.models import build_model
-from everest_ds.parallel.world import World
-from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
 from tests.ranks import run_ranks
+from tests.training.faults import outcome
 from tests.training.runs import experiment, train_rank
-
-
-def error_of(world: World, config: Experiment) -> str:
-    """The error that ends a run on this rank."""
-    try:
-        train(config, world)
-    except EverestError as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
 
 
 def manifest_with(data: Path, folder: Path, line: str) -> Path:
@@ -64,7 +52,7 @@ def test_a_broken_video_stops_every_rank_with_its_name(
         batch={"micro_batch_size": 1, "global_batch_size": 25},
         schedule={"epochs": 1, "warmup_epochs": 0},
     )
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     assert message.startswith("DataError") and name in message
     assert "\n" not in message and "Traceback" not in message
 
@@ -75,21 +63,21 @@ def test_one_rank_that_cannot_read_stops_the_others_with_its_reason(
     (tmp_path / "empty.mp4").touch()
     manifest = manifest_with(motion_data, tmp_path, f"{tmp_path / 'empty.mp4'} 0")
     config = experiment(motion_data, tmp_path / "run", data={"train": str(manifest)})
-    messages = run_ranks(error_of, 2, config)
+    messages = run_ranks(outcome, 2, config)
     assert messages[0] == messages[1]
     assert "empty.mp4: the video file is empty" in messages[0]
 
 
 def test_a_short_video_says_what_is_needed(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path, data={"frame_stride": 7})
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     assert "too short for a clip; given: 20 frames; allowed: at least 22" in message
     assert ".mp4" in message
 
 
 def test_a_data_set_smaller_than_a_batch_is_refused(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path, batch={"global_batch_size": 64})
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     assert "fewer samples than one global batch; given: 24 samples, 64 clips" in message
 
 
@@ -100,7 +88,7 @@ def test_weights_of_another_architecture_name_the_parameter(motion_data: Path, t
     config = experiment(
         motion_data, tmp_path / "run", "finetune", model={"init_from": str(tmp_path / "other.safetensors")}
     )
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     assert "another architecture, at `encoder.embed.weight`" in message
     assert "given: shape (128, 1536); allowed: shape (128, 384)" in message
 
@@ -110,7 +98,7 @@ def test_a_pickle_is_not_opened_as_weights(motion_data: Path, tmp_path: Path) ->
     config = experiment(
         motion_data, tmp_path / "run", "finetune", model={"init_from": str(tmp_path / "weights.pth")}
     )
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     assert "weights.pth: not a readable weights file" in message
 
 
@@ -118,7 +106,7 @@ def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_
     short = {"epochs": 1, "warmup_epochs": 0}
     run_ranks(train_rank, 1, experiment(motion_data, tmp_path, schedule=short))
     changed = experiment(motion_data, tmp_path, schedule=short, tokens={"mask_ratio": 0.8})
-    (message,) = run_ranks(error_of, 1, changed)
+    (message,) = run_ranks(outcome, 1, changed)
     assert "belongs to a run with another config; given: tokens.mask_ratio=0.8 (there 0.75)" in message
 
 
@@ -126,12 +114,12 @@ def test_a_live_folder_is_refused(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path)
     live = RunFolder(tmp_path)
     live.open(config, {}, 1)
-    (message,) = run_ranks(error_of, 1, config)
+    (message,) = run_ranks(outcome, 1, config)
     live.close()
     assert "a run is live in this folder; given: process" in message
 
 
 def test_a_diverging_loss_stops_the_run(motion_data: Path, tmp_path: Path) -> None:
     wild = {"epochs": 3, "warmup_epochs": 0, "base_lr": 1e12}
-    (message,) = run_ranks(error_of, 1, experiment(motion_data, tmp_path, schedule=wild))
+    (message,) = run_ranks(outcome, 1, experiment(motion_data, tmp_path, schedule=wild))
     assert message.startswith("DivergedError") and "schedule.base_lr" in message

@@ -1,0 +1,160 @@
+"""What one section of a config says must be possible under the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everest_ds.config.tokens import RUNNING_CELL_PERIOD
+
+if TYPE_CHECKING:
+    from everest_ds.config.schema import Experiment
+
+
+def check_sections_agree(config: Experiment) -> None:
+    """Every check that needs two sections.
+
+    Raises:
+        ValueError: naming the keys, what they say, and what would do.
+    """
+    _check_task(config)
+    _check_tokens(config)
+    _check_schedule(config)
+    _check_micro_batch(config)
+    _check_packing(config)
+    _check_precision(config)
+    _check_tensor(config)
+    _check_skipping(config)
+    _check_recompute(config)
+
+
+_SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
+
+
+def _check_task(config: Experiment) -> None:
+    allowed = _SELECTIONS[config.task]
+    if config.tokens.selection not in allowed:
+        raise ValueError(
+            f"tokens.selection={config.tokens.selection} is not for task {config.task};"
+            f" allowed: {', '.join(allowed)}"
+        )
+    if config.task == "finetune" and config.model.num_classes is None:
+        raise ValueError("model.num_classes is needed to fine-tune; give the number of classes")
+
+
+def _check_scores(config: Experiment) -> None:
+    tokens, num_slots = config.tokens, config.model.geometry.num_slots
+    if tokens.score == "sketch" and tokens.distance == "l1":
+        raise ValueError(
+            "tokens: score=sketch loses distance=l1; take distance l2 or cosine, or score embedding"
+        )
+    if tokens.selection == "rero" and num_slots < 2:
+        raise ValueError("tokens.selection=rero compares neighbouring slots: it needs two tubelets in time")
+    if tokens.frame_oversampling > 1 and config.candidate_geometry.num_slots == num_slots:
+        raise ValueError(
+            f"tokens.frame_oversampling={tokens.frame_oversampling:g} of {num_slots} slots adds none;"
+            f" take 1 (no IIFS) or at least {1 + 1 / num_slots:.3g}"
+        )
+
+
+def _check_tokens(config: Experiment) -> None:
+    _check_scores(config)
+    counts, num_slots = config.token_counts, config.model.geometry.num_slots
+    if config.tokens.selection == "dual" and num_slots % RUNNING_CELL_PERIOD:
+        raise ValueError(
+            f"tokens.selection=dual needs a multiple of {RUNNING_CELL_PERIOD} slots, so that running cells"
+            f" predict every place equally often; model.num_frames={config.model.num_frames} at"
+            f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
+        )
+    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
+    if counts.num_kept < 1 or counts.num_visible < 1:
+        raise ValueError(
+            f"tokens: {where} leaves {counts.num_kept} kept and {counts.num_visible} visible of"
+            f" {counts.num_tokens} tokens; raise keep_ratio or lower mask_ratio"
+        )
+    if config.task == "pretrain" and counts.num_predicted < 1:
+        raise ValueError(
+            f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
+            " keep_ratio must exceed 1 - mask_ratio"
+        )
+
+
+def _check_micro_batch(config: Experiment) -> None:
+    micro, repeats, augment = config.batch.micro_batch_size, config.data.repeats, config.augment
+    if micro % repeats:
+        raise ValueError(
+            f"batch.micro_batch_size={micro} counts clips: it must be a multiple of data.repeats={repeats},"
+            " which are cut from each video"
+        )
+    if augment.mixes and micro % (2 * repeats):
+        raise ValueError(
+            f"augment.mixup_alpha and cutmix_alpha mix neighbours: batch.micro_batch_size={micro} must be a"
+            f" multiple of {2 * repeats} (2 x data.repeats)"
+        )
+    if config.task == "pretrain" and augment.changes:
+        raise ValueError("augment is for task finetune: pre-training would reconstruct what it draws")
+
+
+def _check_packing(config: Experiment) -> None:
+    tokens = config.tokens
+    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
+    if config.data.pack_tokens and not by_pixels:
+        raise ValueError(
+            "data.pack_tokens needs tokens.selection=rero, score=pixel and frame_oversampling=1: workers have"
+            " no weights to score with"
+        )
+    if config.data.pack_tokens and config.augment.changes:
+        raise ValueError(
+            "data.pack_tokens selects before augment would change the clips; turn one of them off"
+        )
+
+
+def _check_tensor(config: Experiment) -> None:
+    """Heads are what is split; widths are multiples of them."""
+    shape = config.model.shape
+    heads = {"encoder": shape.encoder.heads}
+    if config.task == "pretrain":
+        heads["decoder"] = shape.decoder.heads
+    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
+    if config.parallelism.tensor not in allowed:
+        raise ValueError(
+            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
+            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
+            f" allowed: {', '.join(map(str, allowed))}"
+        )
+
+
+def _check_precision(config: Experiment) -> None:
+    if config.precision == "bf16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
+            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
+        )
+    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: of stage 0, DeepSpeed 0.19 keeps the"
+            " float32 weights where a checkpoint cannot name them; zero_stage=1 does the same in less memory"
+        )
+
+
+def _check_schedule(config: Experiment) -> None:
+    if config.schedule.warmup_epochs >= config.schedule.epochs:
+        raise ValueError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} leaves nothing of"
+            f" schedule.epochs={config.schedule.epochs}"
+        )
+
+
+def _check_skipping(config: Experiment) -> None:
+    if config.run.max_skipped_steps and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "run.max_skipped_steps needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19"
+            " never leaves out a step"
+        )
+
+
+def _check_recompute(config: Experiment) -> None:
+    recompute = config.recompute
+    if recompute.offload_to_cpu and recompute.mode == "none":
+        raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
+    if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
+        raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
