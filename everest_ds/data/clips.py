@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.data.frames import train_frames, view_frames
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import Loaded, load
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
@@ -100,6 +100,7 @@ class TrainingClips:
         self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
+        self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
         self.data = config.data
         self.seed = config.run.seed
         self.pack = pack
@@ -128,8 +129,7 @@ class TrainingClips:
     def choose(self, visit: Visit, video_frames: int) -> list[int]:
         """Which frames of a video of so many a visit takes."""
         rng = np.random.default_rng(sample_key(self.seed, *visit))
-        data = self.data
-        return train_frames(video_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng)
+        return self.frames.for_training(video_frames, rng)
 
     def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
         """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
@@ -159,6 +159,7 @@ class EvaluationClips:
         self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
+        self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
         self.data = config.data
         self.segments = segments
         self.crops = crops
@@ -184,10 +185,7 @@ class EvaluationClips:
         return Loaded([_single(crop_resize(frames, box, self.geometry.image_size), label, key, item)], [])
 
     def _choose(self, view: View, video_frames: int) -> list[int]:
-        data, num_frames = self.data, self.geometry.num_frames
-        return view_frames(
-            video_frames, num_frames, data.frame_stride, data.sampling, view.segment, self.segments
-        )
+        return self.frames.for_view(video_frames, view.segment, self.segments)
 
 
 def training_batches(
