@@ -162,9 +162,10 @@ def test_views_are_counted_segment_by_crop(motion_data: Path, tmp_path: Path) ->
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
     clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=3)
     assert len(clips) == 12 * 6
-    first, crop, segment = (clips[item].clips[0].clip for item in (6, 7, 9))
+    first, crop, segment = (clip.clip for clip in clips[6, 7, 9].clips)
     assert torch.equal(first, crop)  # a square frame has one crop only
     assert not torch.equal(first, segment)  # but two segments
+    assert all(torch.equal(clips[i,].clips[0].clip, one) for i, one in ((6, first), (9, segment)))
 
 
 def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: Path, tmp_path: Path) -> None:
@@ -172,5 +173,5 @@ def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: P
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
     assert TrainingClips(samples, config)[Visit(0, 3)].clips[0].clip.shape == (8, 32, 32, 3)
     views = EvaluationClips(samples, config, segments=2, crops=1)
-    assert views[0].clips[0].clip.shape == (8, 32, 32, 3)
-    assert len({int(views[i].clips[0].key) for i in range(6)}) == 6
+    assert views[0,].clips[0].clip.shape == (8, 32, 32, 3)
+    assert len({int(views[i,].clips[0].key) for i in range(6)}) == 6
