@@ -19,7 +19,10 @@ only: the whole model is there. Its default is a billion; our files set both to 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from everest_ds.config.schema import Experiment
@@ -120,7 +123,7 @@ class ModelStates:
 
 def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelStates:
     """States of `num_parameters` parameters, sharded over `ranks` by the config's DeepSpeed file."""
-    zero, batch = _zero_settings(config), config.batch
+    zero, batch = zero_settings(config), config.batch
     stage = config.parallelism.zero_stage
     # ZeRO-1 and 2 with overlapping communication fill one bucket while the other is reduced
     buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
@@ -137,14 +140,19 @@ def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelSt
     )
 
 
-def _gathered_values(zero: dict[str, Any], num_parameters: int) -> int:
+def _gathered_values(zero: Mapping[str, Any], num_parameters: int) -> int:
     if zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE) >= num_parameters:
         return num_parameters
     live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
     return int(live + zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH))
 
 
-def _zero_settings(config: Experiment) -> dict[str, Any]:
+def zero_settings(config: Experiment) -> Mapping[str, Any]:
+    """The `zero_optimization` section of the config's DeepSpeed file."""
     stage = config.parallelism.zero_stage
-    path = config.parallelism.ds_config or shipped("ds_configs") / f"zero{stage}.json"
+    return _read_zero(config.parallelism.ds_config or shipped("ds_configs") / f"zero{stage}.json")
+
+
+@cache
+def _read_zero(path: Path) -> Mapping[str, Any]:
     return json.loads(path.read_text())["zero_optimization"]
