@@ -19,16 +19,15 @@ from typing import NamedTuple
 
 from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.profiling.memory_layers import layers
-from everest_ds.profiling.memory_states import zero_settings
 from everest_ds.tuning.collectives import Collective, collective, data_group, tensor_group
 from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
 
-_DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in values
-_DEFAULT_REUSE = 10**9
+_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
 _SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
 
@@ -83,7 +82,12 @@ def tensor_terms(
 
 
 def state_terms(
-    config: Experiment, plan: BatchPlan, num_ranks: int, machine: Machine, passes: Passes
+    config: Experiment,
+    plan: BatchPlan,
+    num_ranks: int,
+    machine: Machine,
+    passes: Passes,
+    zero: ZeroSettings,
 ) -> Iterator[Term]:
     """Everything that ZeRO does, in the order of a step."""
     degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
@@ -91,21 +95,27 @@ def state_terms(
     part = -(-num_parameters // degree) if stage else num_parameters
     states = _States(num_parameters, part, VALUE_BYTES[config.precision], stage)
     if degree > 1:
-        yield from _reduction_terms(config, plan, num_ranks, machine, states, passes)
-    if config.parallelism.offload_to_cpu:
+        yield from _reduction_terms(config, plan, num_ranks, machine, states, passes, zero)
+    if zero.offloads_optimizer:
         yield from _offload_terms(plan, machine, states, passes)
     yield _bucket_term(config, plan, machine, states)
-    yield _update_term(config, machine, states)
+    yield _update_term(config, machine, states, zero.offloads_optimizer)
     yield _engine_term(config, plan, machine)
 
 
 def _reduction_terms(
-    config: Experiment, plan: BatchPlan, num_ranks: int, machine: Machine, states: _States, passes: Passes
+    config: Experiment,
+    plan: BatchPlan,
+    num_ranks: int,
+    machine: Machine,
+    states: _States,
+    passes: Passes,
+    zero: ZeroSettings,
 ) -> Iterator[Term]:
-    zero, stage, times = zero_settings(config), states.stage, plan.grad_accum_steps
+    stage, times = states.stage, plan.grad_accum_steps
     group = data_group(num_ranks, config.parallelism.tensor, machine.ranks_per_node)
     weights = states.num_parameters * states.value_bytes
-    bucket = int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET))
+    bucket = zero.reduce_bucket_values if stage else _ALLREDUCE_VALUES
     buckets = -(-states.num_parameters // bucket)
     name = "reduce_scatter" if stage == 3 else "all_reduce"
     one = collective(name, weights / buckets, group, machine)
@@ -116,11 +126,9 @@ def _reduction_terms(
         one = collective("all_gather", weights, group, machine)
         yield _hidden_term("gather updated weights", "all_gather", one, 1, 1, 0.0, machine)
     if stage == 3:
-        messages = -(
-            -states.num_parameters // int(zero.get("stage3_prefetch_bucket_size", _DEFAULT_BUCKET // 10))
-        )
+        messages = -(-states.num_parameters // zero.prefetch_values)
         one = collective("all_gather", weights / messages, group, machine)
-        both = zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE) < states.num_parameters
+        both = zero.reuse_values < states.num_parameters
         yield _hidden_term(
             "gather weights forward", "all_gather", one, messages, times, passes.forward_s, machine
         )
@@ -177,9 +185,8 @@ def _bucket_term(config: Experiment, plan: BatchPlan, machine: Machine, states: 
     )
 
 
-def _update_term(config: Experiment, machine: Machine, states: _States) -> Term:
+def _update_term(config: Experiment, machine: Machine, states: _States, offloaded: bool) -> Term:
     """AdamW on this rank's part; ZeRO makes its gradients flat and float32, and copies the weights back."""
-    offloaded = config.parallelism.offload_to_cpu
     rate = machine.host_adam_values_per_s if offloaded else machine.adam_values_per_s
     copied = states.part * 2 * (states.value_bytes + 2 * FLOAT32_BYTES) if states.stage else 0
     seconds = states.part / rate + copied / machine.memory_bytes_per_s[config.precision]

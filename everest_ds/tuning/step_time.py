@@ -13,6 +13,7 @@ from typing import get_args
 
 from everest_ds.config.batch import BatchPlan, plan_ranks
 from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.tuning.compute_time import (
@@ -81,8 +82,13 @@ class StepPrediction:
         return next(term for term in self.terms if term.name == name)
 
 
-def predict_step(config: Experiment, num_ranks: int, machine: Machine) -> StepPrediction:
+def predict_step(
+    config: Experiment, num_ranks: int, machine: Machine, zero: ZeroSettings | None = None
+) -> StepPrediction:
     """Time of one step of `config` on `num_ranks` ranks of `machine`.
+
+    Args:
+        zero: instead of what the config's DeepSpeed file says.
 
     Raises:
         ConfigError: the ranks do not divide; the machine has no such precision; states are on NVMe.
@@ -102,7 +108,7 @@ def predict_step(config: Experiment, num_ranks: int, machine: Machine) -> StepPr
         *compute,
         _launch_term(passes, again, plan, machine),
         *tensor_terms(config, plan, machine, in_blocks),
-        *state_terms(config, plan, num_ranks, machine, seen),
+        *state_terms(config, plan, num_ranks, machine, seen, zero or zero_settings(config)),
     ]
     terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
