@@ -130,3 +130,13 @@ def _said(one: Tried, peak: int, memory_bytes: int) -> str:
     left = memory_bytes - peak
     close = f"close: {format_bytes(left)} left" if 0 <= left < CLOSE_SHARE * memory_bytes else ""
     return "; ".join(text for text in (one.note, close) if text)
+
+
+def pareto_front(standings: Sequence[Standing]) -> list[Standing]:
+    """Those that no other beats in both speed and memory, smallest first; refused ones do not count."""
+    front: list[Standing] = []
+    usable = (standing for standing in standings if not standing.refused)
+    for standing in sorted(usable, key=lambda one: (one.peak_bytes, -one.clips_per_s)):
+        if not front or standing.clips_per_s > front[-1].clips_per_s:
+            front.append(standing)
+    return front

@@ -1,0 +1,149 @@
+"""From the search's candidates to trials, and from trials to what is recommended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from everest_ds.cli.output import print_table
+from everest_ds.cli.trial_run import Setup
+from everest_ds.cli.trials import Array, Entry, try_by_slurm, try_here
+from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
+from everest_ds.config import Experiment, load_experiment
+from everest_ds.config.zero_settings import zero_settings
+from everest_ds.errors import UsageError
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.training.run_folder import package_versions
+from everest_ds.tuning.baselines import Baseline, natural_baselines
+from everest_ds.tuning.correction import traits_of
+from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
+from everest_ds.tuning.space import Sharding
+from everest_ds.tuning.standing import Result, Tried, weigh
+from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.winner import deepspeed_file
+
+_BASELINE = "ZeRO-2"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate with the name under which it is tried; a baseline is one too."""
+
+    name: str
+    candidate: Candidate
+    entry: Entry
+
+
+def run_trials(
+    setup: Setup, cluster: Cluster, result: SearchResult, count: int, array: Array | None
+) -> Candidate:
+    """Try the best `count` candidates and the baselines, show what came out, and pick the winner.
+
+    Raises:
+        UsageError: nothing that was tried came to its end.
+    """
+    ranked = [_contender(setup, cluster, candidate) for candidate in result.ranked]
+    baselines = [_baseline(setup, cluster, one) for one in _baselines(setup, cluster, ranked)]
+    chosen = [one.entry for one in [*ranked[:count], *baselines]]
+    place = _place(cluster)
+    tried = try_here(setup, chosen, place) if array is None else try_by_slurm(setup, chosen, place, array)
+    others = [one.entry for one in ranked[count:]]
+    weighed = weigh([entry.tried for entry in (*tried, *others)], cluster.machine.memory_bytes)
+    _show(setup, cluster, result, weighed)
+    by_name = {one.name: one.candidate for one in (*ranked, *baselines)}
+    if weighed.recommended is None:
+        raise UsageError(
+            "no trial came to its end, so nothing is recommended",
+            fix=f"see {setup.folder}/report.html, then more --trials, or the same command when jobs are done",
+        )
+    return by_name[weighed.recommended.tried.name]
+
+
+def candidate_name(candidate: Candidate) -> str:
+    """`ZeRO-2, tensor 2, bf16, micro-batch 8, recompute full`."""
+    recompute = candidate.config.recompute
+    parts = [str(candidate.sharding), f"micro-batch {candidate.config.batch.micro_batch_size}"]
+    if recompute.mode != "none":
+        parts.append(describe_recompute(recompute))
+    if candidate.own_buckets:
+        parts.append("own buckets")
+    return ", ".join(parts)
+
+
+def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contender:
+    name, overrides, config = candidate_name(candidate), candidate.overrides, candidate.config
+    if candidate.own_buckets:
+        file = _write_deepspeed(setup, candidate)
+        overrides = (*overrides, f"parallelism.ds_config={file}")
+        parallelism = config.parallelism.model_copy(update={"ds_config": file})
+        config = config.model_copy(update={"parallelism": parallelism})
+    return Contender(name, candidate, Entry(_tried(name, overrides, candidate, cluster), config))
+
+
+def _write_deepspeed(setup: Setup, candidate: Candidate) -> Path:
+    stage, bucket = candidate.sharding.stage, candidate.zero.reduce_bucket
+    file = (setup.runs / f"zero{stage}-{bucket}.json").absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(deepspeed_file(candidate))
+    return file
+
+
+def _baselines(setup: Setup, cluster: Cluster, ranked: Sequence[Contender]) -> list[Baseline]:
+    if not ranked:
+        return []
+    batch = ranked[0].candidate.config.batch.global_batch_size or 0
+
+    def load(overrides: Sequence[str]) -> Experiment:
+        return load_experiment(setup.source, [*setup.overrides, *overrides])
+
+    return natural_baselines(load, cluster.num_ranks, batch)
+
+
+def _baseline(setup: Setup, cluster: Cluster, one: Baseline) -> Contender:
+    config, zero = one.config, zero_settings(one.config)
+    spread = config.parallelism
+    candidate = Candidate(
+        Sharding(config.precision, spread.zero_stage, spread.tensor, spread.offload_to_cpu),
+        config,
+        zero,
+        False,
+        predict_memory(config, cluster.num_ranks),
+        predict_step(config, cluster.num_ranks, cluster.machine, zero),
+        load_experiment(setup.source, setup.overrides),
+    )
+    tried = replace(_tried(one.name, one.overrides, candidate, cluster), note=one.note)
+    return Contender(one.name, candidate, Entry(tried, config))
+
+
+def _tried(name: str, overrides: tuple[str, ...], candidate: Candidate, cluster: Cluster) -> Tried:
+    return Tried(
+        name,
+        overrides,
+        traits_of(candidate.config),
+        candidate.step.clips,
+        candidate.step.step_s,
+        needed_bytes(candidate.memory, cluster.machine),
+    )
+
+
+def _place(cluster: Cluster) -> dict[str, Any]:
+    machine = cluster.machine
+    return {
+        "device": machine.device,
+        "ranks_per_node": machine.ranks_per_node,
+        "versions": package_versions(),
+    }
+
+
+def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result) -> None:
+    machine = cluster.machine
+    rows = ranking_rows(weighed.standings, machine.memory_bytes)
+    print_table("Candidates after trials", rows)
+    dropped = [dropped._asdict() for dropped in result.dropped]
+    subject = f"{setup.source} on {cluster.num_ranks} x {machine.device}"
+    page = trials_page(subject, weighed, machine.memory_bytes, dropped, _BASELINE)
+    typer.echo(f"report: {write_page(setup.folder, 'report', page)}")
