@@ -21,7 +21,7 @@ from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.profiling.memory_layers import layers
+from everest_ds.profiling.memory_layers import rank_parameters
 from everest_ds.tuning.collectives import Collective, collective, data_group, tensor_group
 from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
@@ -91,7 +91,7 @@ def state_terms(
 ) -> Iterator[Term]:
     """Everything that ZeRO does, in the order of a step."""
     degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
-    num_parameters = sum(layer.num_parameters for layer in layers(config))
+    num_parameters = rank_parameters(config)
     part = -(-num_parameters // degree) if stage else num_parameters
     states = _States(num_parameters, part, VALUE_BYTES[config.precision], stage)
     if degree > 1:
