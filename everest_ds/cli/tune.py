@@ -1,4 +1,4 @@
-"""`everest-ds tune`: with which sharding, micro-batch and recompute mode a job should run, before it queues."""
+"""`everest-ds tune`: with which sharding, micro-batch and recompute mode a job should run."""
 
 from __future__ import annotations
 

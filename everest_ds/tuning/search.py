@@ -1,14 +1,14 @@
 """The search: every sharding, recompute mode and micro-batch that runs and fits, ranked by predicted time.
 
 What cannot be fastest is not looked at: where a micro-batch fits without recompute or offload, it takes
-longer with them, so those are tried with others only (`_faster`). What shardings share, the memory of
+longer with them, so those are tried with others only (`_done_faster`). What shardings share, the memory of
 forward and backward pass on a rank, is predicted once.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -180,24 +180,26 @@ class _Search:
         for recompute in space.recomputes(sharded):
             way = _Way(sharding, recompute)
             config = sharded.model_copy(update={"recompute": recompute})
-            configs = {clips: with_micro_batch(config, clips) for clips in micro_batches}
-            memory = {clips: self._memory(one, zero) for clips, one in configs.items()}
-            self._note_fitting(way, memory)
-            tried = [self._candidate(way, configs[c], memory[c], zero) for c in self._worth_trying(way)]
+            done_faster = self._done_faster(way)
+            configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
+            remembered = [(one, self._memory(one, zero)) for one in configs]
+            fitting = [(one, memory) for one, memory in remembered if self._over(memory) <= 0]
+            self.fitting[way] = done_faster.union(one.batch.micro_batch_size for one, _ in fitting)
+            if not self.fitting[way]:
+                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in remembered)
+                self.shortages[way] = min(shortages)
+            tried = [self._candidate(sharding, one, memory, zero) for one, memory in fitting]
             if tried:
                 yield self._with_best_buckets(min(tried, key=lambda candidate: candidate.order))
 
-    def _note_fitting(self, way: _Way, memory: Mapping[int, MemoryPrediction]) -> None:
-        over = {c: needed_bytes(m, self.machine) - self.machine.memory_bytes for c, m in memory.items()}
-        self.fitting[way] = frozenset(clips for clips, size in over.items() if size <= 0)
-        if not self.fitting[way]:
-            self.shortages[way] = min((size, clips) for clips, size in over.items())
+    def _over(self, memory: MemoryPrediction) -> int:
+        return needed_bytes(memory, self.machine) - self.machine.memory_bytes
 
-    def _worth_trying(self, way: _Way) -> list[int]:
-        """Micro-batches that fit, in this way and in none that is faster."""
-        faster = () if self.options.exhaustive else self._faster(way)
-        others = (self.fitting.get(other, frozenset()) for other in faster)
-        return sorted(self.fitting[way].difference(*others))
+    def _done_faster(self, way: _Way) -> frozenset[int]:
+        """Micro-batches that fit in a way that takes less time with them."""
+        if self.options.exhaustive:
+            return frozenset()
+        return frozenset().union(*(self.fitting.get(other, ()) for other in self._faster(way)))
 
     def _faster(self, way: _Way) -> Iterator[_Way]:
         """Ways that take less time with the same micro-batch."""
@@ -220,24 +222,25 @@ class _Search:
         return peak_of(passes, model_states(config, passes.num_parameters, self.num_ranks // tensor, zero))
 
     def _candidate(
-        self, way: _Way, config: Experiment, memory: MemoryPrediction, zero: ZeroSettings, own: bool = False
+        self,
+        sharding: Sharding,
+        config: Experiment,
+        memory: MemoryPrediction,
+        zero: ZeroSettings,
+        own_buckets: bool = False,
     ) -> Candidate:
         self.predicted += 1
         step = predict_step(config, self.num_ranks, self.machine, zero)
-        return Candidate(way.sharding, config, zero, own, memory, step, self.base)
+        return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
         """The same with other buckets, if that is worth a DeepSpeed file of its own."""
         sharding, config = candidate.sharding, candidate.config
         if sharding.stage == 0 or sharding.offload or config.parallelism.ds_config is not None:
             return candidate
-        others = []
-        for size in BUCKETS:
-            zero = candidate.zero.with_buckets(size)
-            memory = self._memory(config, zero)
-            if needed_bytes(memory, self.machine) <= self.machine.memory_bytes:
-                way = _Way(sharding, config.recompute)
-                others.append(self._candidate(way, config, memory, zero, own=True))
+        wider = [candidate.zero.with_buckets(size) for size in BUCKETS]
+        fitting = [(zero, memory) for zero in wider if self._over(memory := self._memory(config, zero)) <= 0]
+        others = [self._candidate(sharding, config, memory, zero, True) for zero, memory in fitting]
         best = min(others, key=lambda other: other.order, default=candidate)
         return best if best.step.step_s < _WORTH_A_FILE * candidate.step.step_s else candidate
 
