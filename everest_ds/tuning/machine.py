@@ -80,7 +80,8 @@ class Machine:
         peak_flops_per_s: by precision; empty where no data sheet says.
         products: attained by matrix products over their intensity, by precision.
         attention: attained by fused attention, both ways, over the tokens of a clip, by precision.
-        memory_bytes_per_s: of operators that only move and add, by precision.
+        memory_bytes_per_s: of a model's operators that only move and add, by precision.
+        copy_bytes_per_s: of large tensors that are read and written once, such as states.
         adam_values_per_s: parameters that the optimiser steps on the device.
         launch_s: the host's time for one operator.
         step_s: the engine's and the trainer's own, a step.
@@ -105,6 +106,7 @@ class Machine:
     products: Mapping[str, RateCurve]
     attention: Mapping[str, RateCurve]
     memory_bytes_per_s: Mapping[str, float]
+    copy_bytes_per_s: float
     adam_values_per_s: float
     launch_s: float
     step_s: float

@@ -94,7 +94,7 @@ def state_terms(
         yield from _reduction_terms(config, plan, num_ranks, machine, states, passes)
     if config.parallelism.offload_to_cpu:
         yield from _offload_terms(plan, machine, states, passes)
-    yield _bucket_term(config, plan, machine, states)
+    yield _bucket_term(plan, machine, states)
     yield _update_term(config, machine, states)
     yield _engine_term(config, plan, machine)
 
@@ -160,13 +160,13 @@ def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -
     return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
 
 
-def _bucket_term(config: Experiment, plan: BatchPlan, machine: Machine, states: _States) -> Term:
+def _bucket_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
     """Gradients are added up, copied into buckets, and out of them."""
     passes = {0: 1, 1: 1}.get(states.stage, plan.grad_accum_steps)
     moved = 4 * states.num_parameters * states.value_bytes * passes
     if plan.grad_accum_steps > 1:
         moved += 3 * states.num_parameters * states.value_bytes * (plan.grad_accum_steps - 1)
-    seconds = moved / machine.memory_bytes_per_s[config.precision]
+    seconds = moved / machine.copy_bytes_per_s
     return Term(
         "gradients into buckets",
         "optimizer",
@@ -182,7 +182,7 @@ def _update_term(config: Experiment, machine: Machine, states: _States) -> Term:
     offloaded = config.parallelism.offload_to_cpu
     rate = machine.host_adam_values_per_s if offloaded else machine.adam_values_per_s
     copied = states.part * 2 * (states.value_bytes + 2 * FLOAT32_BYTES) if states.stage else 0
-    seconds = states.part / rate + copied / machine.memory_bytes_per_s[config.precision]
+    seconds = states.part / rate + copied / machine.copy_bytes_per_s
     numbers = {"million values": states.part / 1e6, "million a second": rate / 1e6, "copied MB": copied / 1e6}
     return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate + copies", numbers)
 
