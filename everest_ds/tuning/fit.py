@@ -49,6 +49,7 @@ class Measurements:
     memory_bytes: int
     asynchronous: bool
     num_ranks: int
+    threads: int
     products: Mapping[str, Sequence[tuple[Sequence[float], float]]]
     attention: Mapping[str, Sequence[tuple[float, float]]]
     moving: Mapping[str, float]
@@ -94,6 +95,7 @@ def fit_machine(found: Measurements, peak_flops_per_s: Mapping[str, float], sour
         decode_s=decode_s,
         decode_pixels_per_s=decode_pixels_per_s,
         spare_cores=found.spare_cores,
+        threads=found.threads,
         baseline_bytes=found.baseline_bytes,
         source=source,
     )

@@ -94,6 +94,7 @@ class Machine:
         decode_s: one core's time for a clip, beside that for its frames.
         decode_pixels_per_s: pixels of a video that one core decodes, crops and scales.
         spare_cores: with which a rank's workers decode while it computes; 0 if they are the same.
+        threads: with which a rank computes, where that is on its host.
         baseline_bytes: what a rank holds before there is a model, where that counts: on a CPU.
         watts: of a rank's share of its node, under load; None if unknown.
         source: where the numbers come from, for people.
@@ -119,6 +120,7 @@ class Machine:
     decode_s: float
     decode_pixels_per_s: float
     spare_cores: float
+    threads: int = 0
     baseline_bytes: int = 0
     watts: float | None = None
     source: str = ""
