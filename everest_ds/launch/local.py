@@ -101,7 +101,7 @@ class _Group:
                 stdin=subprocess.DEVNULL,
                 stdout=output if place.rank else None,
                 stderr=output if place.rank else None,
-                preexec_fn=_end_with_parent(os.getpid()),
+                preexec_fn=end_with_parent(os.getpid()),
             )
         self.ranks.append(process)
 
@@ -198,7 +198,7 @@ def _rank_variables(place: RankEnvironment) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
+def end_with_parent(parent: int) -> Callable[[], None] | None:
     """What a child runs before its program: Linux shall kill it when the launcher dies. Elsewhere nothing."""
     if sys.platform != "linux":
         return None
