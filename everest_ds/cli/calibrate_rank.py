@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import tempfile
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, quantiles
 from typing import NamedTuple
 
 import torch
@@ -27,7 +29,7 @@ from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.fit import CollectiveSample, Measurements, TrainedStep
 
-_STEPS, _WARM_UP = 9, 3  # of a tiny model; the first make states and start workers
+_STEPS, _WARM_UP = 6, 4  # a rank's clips of a tiny model, each seen twice; first steps make states
 _CLIP_SIZES = (64, 224)
 _CLIP_FRAMES = 16
 
@@ -51,55 +53,49 @@ _GPU = _Shapes(
 def measure(world: World) -> Measurements:
     """Everything. Call on every rank."""
     on_gpu, device = world.device.type == "cuda", world.device
-    shapes = _GPU if on_gpu else _CPU
+    shapes, threads, precisions = _GPU if on_gpu else _CPU, torch.get_num_threads(), _precisions(world.device)
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as own:
         folder = Path(world.share(lambda: own))
-        steps, baseline_bytes = _train_tiny(world, folder)  # first: memory of later measurements stays
-        clips = [(pixels, _mean(world, seconds)) for pixels, seconds in _decode(world, folder)]
-    precisions = _precisions(device)
-    copy, adam = (_mean(world, f(device)) for f in (rates.copy_bytes_per_s, rates.adam_values_per_s))
-    threads = torch.get_num_threads()
+        with redirect_stdout(io.StringIO()):
+            steps, baseline_bytes = _train_tiny(world, folder)  # first: memory of later measurements stays
+        clips = _decode(world, folder)
+    # of a core's time that a rank gets, where they take turns
+    turn = 1.0 if on_gpu else min(1.0, available_cores() / (world.local_size * threads))
+
+    def usual(rate: float) -> float:
+        return turn * fmean(world.gather(rate))
+
+    copy, adam = usual(rates.copy_bytes_per_s(device)), usual(rates.adam_values_per_s(device))
+    linear = {name: rates.linear_rates(device, name, shapes.rows, shapes.widths) for name in precisions}
+    attention = {name: rates.attention_rates(device, name, shapes.tokens) for name in precisions}
     return Measurements(
         device=device_name(device),
         memory_bytes=_memory_bytes(world),
         asynchronous=on_gpu,
         num_ranks=world.size,
         threads=threads,
-        products={name: _products(world, name, shapes) for name in precisions},
-        attention={name: _attention(world, name, shapes) for name in precisions},
-        moving={
-            name: _mean(world, rates.moving_bytes_per_s(device, name, *_rows(shapes))) for name in precisions
+        products={name: [(r.shape, usual(r.flops_per_s)) for r in found] for name, found in linear.items()},
+        attention={
+            name: [(float(r.shape[0]), usual(r.flops_per_s)) for r in found]
+            for name, found in attention.items()
         },
+        moving={name: usual(rates.moving_bytes_per_s(device, name, *_rows(shapes))) for name in precisions},
         copy_bytes_per_s=copy,
         adam_values_per_s=adam,
-        launch_s=_mean(world, rates.launch_seconds(device)),
-        host_bytes_per_s=_mean(world, rates.host_bytes_per_s(device)),
-        host_adam_values_per_s=_mean(world, rates.adam_values_per_s(torch.device("cpu"))) if on_gpu else adam,
+        launch_s=1 / usual(1 / rates.launch_seconds(device)),
+        host_bytes_per_s=usual(rates.host_bytes_per_s(device)) if on_gpu else copy / 2,
+        host_adam_values_per_s=usual(rates.adam_values_per_s(torch.device("cpu"))) if on_gpu else adam,
         collectives=[CollectiveSample(*row) for row in measure_collectives(world, shapes.sizes)],
-        clips=clips,
+        clips=[(pixels, 1 / usual(1 / seconds)) for pixels, seconds in clips],
         steps=steps,
         spare_cores=max(0.0, available_cores() / world.local_size - (1 if on_gpu else threads)),
         baseline_bytes=0 if on_gpu else baseline_bytes,
     )
 
 
-def _mean(world: World, value: float) -> float:
-    return fmean(world.gather(value))
-
-
 def _rows(shapes: _Shapes) -> tuple[int, int]:
     """Of a middling micro-batch."""
     return shapes.rows[-2], shapes.widths[1]
-
-
-def _products(world: World, precision: str, shapes: _Shapes) -> list[tuple[Sequence[float], float]]:
-    found = rates.linear_rates(world.device, precision, shapes.rows, shapes.widths)
-    return [(rate.shape, _mean(world, rate.flops_per_s)) for rate in found]
-
-
-def _attention(world: World, precision: str, shapes: _Shapes) -> list[tuple[float, float]]:
-    found = rates.attention_rates(world.device, precision, shapes.tokens)
-    return [(rate.shape[0], _mean(world, rate.flops_per_s)) for rate in found]
 
 
 def _precisions(device: torch.device) -> list[str]:
@@ -126,9 +122,9 @@ def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], int]:
         train(config, world)
         rows = world.share(partial(read_metrics, config.run.dir))
         seconds = [(1 - row["data_wait_pct"] / 100) * world.size / row["clips_per_s"] for row in rows]
-        steps.append(TrainedStep(config, world.size, median(seconds[_WARM_UP:])))
+        steps.append(TrainedStep(config, world.size, quantiles(seconds[_WARM_UP:], n=4)[0]))
         held = rows[-1]["memory_bytes"] - predict_memory(config, world.size).peak_bytes
-        baseline = baseline or int(_mean(world, held))
+        baseline = baseline or held
     return steps, baseline
 
 
@@ -158,6 +154,6 @@ def _decode(world: World, folder: Path) -> list[tuple[float, float]]:
         )
         clips = TrainingClips([Sample(folder / str(size) / "train" / "00000.mp4", 0)], config)
         world.barrier()
-        seconds = rates.mean_time(partial(clips.__getitem__, Visit(0, 0)), torch.device("cpu"))
+        seconds = rates.best_time(partial(clips.__getitem__, Visit(0, 0)), torch.device("cpu"))
         rows.append((float(_CLIP_FRAMES * size**2), seconds))
     return rows

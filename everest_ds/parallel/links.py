@@ -67,17 +67,18 @@ def _calls(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> dict[str, C
 
 
 def _seconds(world: World, call: Callable[[], object]) -> float:
-    """Mean of a few calls on the slowest rank."""
+    """Of the middle one of a few calls, on the slowest rank."""
     call()
-    _finish(world)
-    started = time.perf_counter()
-    for _ in range(_REPEATS):
+    seconds = torch.empty(_REPEATS)
+    for number in range(_REPEATS):
+        _finish(world)
+        started = time.perf_counter()
         call()
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    seconds = torch.tensor((time.perf_counter() - started) / _REPEATS)
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds[number] = time.perf_counter() - started
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=world.control)
-    return float(seconds)
+    return float(seconds.median())
 
 
 def _finish(world: World) -> None:

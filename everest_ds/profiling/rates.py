@@ -1,6 +1,7 @@
 """Measured rates of this machine's device over the shapes of our models: what a calibration is made of.
 
-Call on all ranks at the same time: those of a CPU share its cores and its memory.
+Call on all ranks at the same time: those of a CPU share its caches and its memory. Ranks that take turns
+on its cores are not seen here, since the fastest call is one that nobody interrupted: the caller knows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from everest_ds.models.vit import Block
 from everest_ds.profiling.compute import FLOPS_PER_MAC
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_MIN_REPEATS, _MIN_SECONDS = 3, 0.08
+_MIN_REPEATS, _MIN_SECONDS = 5, 0.04
 _LAUNCHED_TOGETHER = 10  # on a GPU, so that the host's time for each is hidden
 _HEAD_WIDTH = 64  # of S, B and L; H has 80
 _LOGITS = 2**21  # of attention, at once: a few clips' heads
@@ -64,7 +65,7 @@ def _linear_rate(device: torch.device, precision: str, rows: int, width: int) ->
         gradient.t() @ x
 
     flops = 3 * FLOPS_PER_MAC * rows * width * outputs
-    return Rate((rows, width, outputs), flops / mean_time(products, device))
+    return Rate((rows, width, outputs), flops / best_time(products, device))
 
 
 def attention_rates(device: torch.device, precision: str, tokens: Sequence[int]) -> list[Rate]:
@@ -77,7 +78,7 @@ def _attention_rate(device: torch.device, precision: str, n: int) -> Rate:
     clips = max(1, _LOGITS // (heads * n * n))
     qkv = _noise((clips, n, 3, heads, _HEAD_WIDTH), device, precision).requires_grad_()
     gradient = _noise((clips, n, heads * _HEAD_WIDTH), device, precision)
-    seconds = mean_time(lambda: torch.autograd.grad(fused_attention(qkv), qkv, gradient), device)
+    seconds = best_time(lambda: torch.autograd.grad(fused_attention(qkv), qkv, gradient), device)
     return Rate((n,), 7 * FLOPS_PER_MAC * clips * heads * n * n * _HEAD_WIDTH / seconds)
 
 
@@ -101,7 +102,7 @@ def moving_bytes_per_s(device: torch.device, precision: str, rows: int, width: i
         (wide.sum(dim=0), wide[:, : 3 * width].sum(dim=0))
 
     moved = (10 + 8 + 14 + 27) * rows * width * x.element_size()
-    return moved / mean_time(passes, device)
+    return moved / best_time(passes, device)
 
 
 def launch_seconds(device: torch.device) -> float:
@@ -109,7 +110,7 @@ def launch_seconds(device: torch.device) -> float:
     block = Block(_HEAD_WIDTH, 1).to(device)
     x = torch.zeros(1, 2, _HEAD_WIDTH, device=device)
     key = torch.zeros(1, dtype=torch.int64, device=device)
-    seconds = mean_time(lambda: block(x, key).sum().backward(), device)
+    seconds = best_time(lambda: block(x, key).sum().backward(), device)
     operators = 65  # of tuning/compute_time.py's BLOCK_LAUNCHES
     return seconds / operators
 
@@ -119,37 +120,36 @@ def adam_values_per_s(device: torch.device) -> float:
     weight = torch.zeros(_STEPPED_VALUES, device=device, requires_grad=True)
     weight.grad = torch.full_like(weight, 1e-3)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
-    return _STEPPED_VALUES / mean_time(optimizer.step, device)
+    return _STEPPED_VALUES / best_time(optimizer.step, device)
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
     """Of memory that is read and written once."""
     source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * _COPIED_BYTES / mean_time(lambda: target.copy_(source), device)
+    return 2 * _COPIED_BYTES / best_time(lambda: target.copy_(source), device)
 
 
 def host_bytes_per_s(device: torch.device) -> float:
-    """Between device and pinned host memory; on a CPU a copy."""
-    if device.type == "cpu":
-        return copy_bytes_per_s(device) / 2
+    """From pinned host memory to a GPU."""
     source = torch.zeros(_COPIED_BYTES // 4, pin_memory=True)
     target = torch.empty(_COPIED_BYTES // 4, device=device)
-    return _COPIED_BYTES / mean_time(lambda: target.copy_(source, non_blocking=True), device)
+    return _COPIED_BYTES / best_time(lambda: target.copy_(source, non_blocking=True), device)
 
 
-def mean_time(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of a call, waiting for a core included: the mean over enough time for ranks to take turns."""
+def best_time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several calls: what others do on the machine meanwhile is not its rate."""
+    together = _LAUNCHED_TOGETHER if device.type == "cuda" else 1
     call()
     wait(device)
-    calls, started = 0, time.perf_counter()
-    while calls < _MIN_REPEATS or time.perf_counter() - started < _MIN_SECONDS:
-        call()
-        calls += 1
-        if device.type != "cuda" or calls % _LAUNCHED_TOGETHER == 0:
-            wait(device)
-    wait(device)
-    return (time.perf_counter() - started) / calls
+    seconds: list[float] = []
+    while len(seconds) < _MIN_REPEATS or sum(seconds) < _MIN_SECONDS:
+        started = time.perf_counter()
+        for _ in range(together):
+            call()
+        wait(device)
+        seconds.append((time.perf_counter() - started) / together)
+    return min(seconds)
 
 
 def wait(device: torch.device) -> None:

@@ -26,6 +26,7 @@ from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
 
+_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
 _SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
 
@@ -114,7 +115,8 @@ def state_terms(
 def _reduction_term(
     plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
 ) -> Term:
-    buckets = -(-states.num_parameters // zero.reduce_bucket_values)
+    bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
+    buckets = -(-states.num_parameters // bucket)
     how = "reduce_scatter" if states.stage == 3 else "all_reduce"
     one = collective(how, states.weight_bytes / buckets, group, machine)
     times = plan.grad_accum_steps if states.stage >= 2 else 1

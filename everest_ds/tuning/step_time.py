@@ -16,7 +16,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.memory_layers import layers
+from everest_ds.profiling.memory_layers import rank_parameters
 from everest_ds.tuning.compute_time import (
     Rates,
     Work,
@@ -136,7 +136,7 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
     rates = Rates(machine, config.precision)
     parts, stacks, mode = tuple(_parts(config, rates)), tuple(_stacks(config, rates)), config.recompute.mode
     again = total(*(stack.block.again(mode).times(stack.recomputing) for stack in stacks))
-    return StepWork(parts, stacks, again, sum(layer.num_parameters for layer in layers(config)))
+    return StepWork(parts, stacks, again, rank_parameters(config))
 
 
 def step_of(
