@@ -70,6 +70,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_per_rank(num_ranks: int) -> int:
+    """Threads that each of `num_ranks` ranks on this machine computes with."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // num_ranks))
+
+
 class _Failure(NamedTuple):
     rank: int
     code: int  # as subprocess gives it: -9 is an end by SIGKILL
@@ -188,9 +193,9 @@ def _last_lines(file: Path, start: int) -> list[str]:
 
 
 def _rank_variables(place: RankEnvironment) -> dict[str, str]:
-    threads = max(1, available_cores() // place.local_world_size)
     # Each rank's torch takes every core unless told otherwise, and N ranks then stand in each other's way.
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **place.as_variables()}
+    threads = threads_per_rank(place.local_world_size)
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
 def end_with_parent(parent: int) -> Callable[[], None] | None:
