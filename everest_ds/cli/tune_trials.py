@@ -85,7 +85,7 @@ def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contende
 
 
 def _write_deepspeed(setup: Setup, candidate: Candidate) -> Path:
-    stage, bucket = candidate.sharding.stage, candidate.zero.reduce_bucket
+    stage, bucket = candidate.sharding.stage, candidate.zero.reduce_bucket_values
     file = (setup.runs / f"zero{stage}-{bucket}.json").absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(deepspeed_file(candidate))
