@@ -25,7 +25,7 @@ def trials_page(
         subject: recipe, ranks and machine, for the lead.
         memory_bytes: what a rank may use.
         dropped: families that the search left out, with reasons.
-        baseline: name of the candidate that the winner is compared with.
+        baseline: what the winner is compared with.
     """
     sections = [
         Section("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
@@ -99,7 +99,7 @@ def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[
             "memory, GiB": _short(one.peak_bytes / GIB),
             "free, %": round(100 * (1 - one.peak_bytes / memory_bytes)),
             "by": "measured" if one.tried.measured else "predicted",
-            "remarks": one.refused or one.note,
+            "remarks": "; ".join(text for text in (one.refused, one.note) if text),
         }
         for number, one in enumerate(standings, 1)
     ]
@@ -135,7 +135,7 @@ def _headline(result: Result, baseline: str) -> dict[str, str]:
         return {"recommended": "nothing: no trial came to its end"}
     figures = {"recommended": winner.tried.name, "measured": f"{winner.clips_per_s:.4g} clips/s"}
     for one in result.standings:
-        if one.tried.name == baseline and one.tried.measured and one is not winner:
+        if one.tried.baseline == baseline and one.tried.measured and one is not winner:
             figures[f"of {baseline}"] = f"{winner.clips_per_s / one.clips_per_s:.2f} x"
     figures["median error of predicted time"] = f"{median(map(abs, result.time_errors_pct)):.0f} %"
     figures["median error of predicted memory"] = f"{median(map(abs, result.memory_errors_pct)):.0f} %"

@@ -24,6 +24,7 @@ from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_
 from everest_ds.tuning.space import Sharding
 from everest_ds.tuning.standing import Result, Tried, weigh
 from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.trials import trial_key
 from everest_ds.tuning.winner import deepspeed_file
 
 _BASELINE = "ZeRO-2"
@@ -47,14 +48,15 @@ def run_trials(
         UsageError: nothing that was tried came to its end.
     """
     ranked = [_contender(setup, cluster, candidate) for candidate in result.ranked]
-    baselines = [_baseline(setup, cluster, one) for one in _baselines(setup, cluster, ranked)]
-    chosen = [one.entry for one in [*ranked[:count], *baselines]]
+    for baseline in _baselines(setup, cluster, ranked):
+        ranked = _with_baseline(setup, cluster, ranked, baseline)
+    chosen = [one.entry for n, one in enumerate(ranked) if n < count or one.entry.tried.baseline]
+    others = [one.entry for one in ranked if one.entry not in chosen]
     place = _place(cluster)
     tried = try_here(setup, chosen, place) if array is None else try_by_slurm(setup, chosen, place, array)
-    others = [one.entry for one in ranked[count:]]
     weighed = weigh([entry.tried for entry in (*tried, *others)], cluster.machine.memory_bytes)
     _show(setup, cluster, result, weighed)
-    by_name = {one.name: one.candidate for one in (*ranked, *baselines)}
+    by_name = {one.name: one.candidate for one in ranked}
     if weighed.recommended is None:
         raise UsageError(
             "no trial came to its end, so nothing is recommended",
@@ -103,6 +105,21 @@ def _baselines(setup: Setup, cluster: Cluster, ranked: Sequence[Contender]) -> l
     return natural_baselines(load, cluster.num_ranks, batch)
 
 
+def _with_baseline(
+    setup: Setup, cluster: Cluster, ranked: Sequence[Contender], baseline: Baseline
+) -> list[Contender]:
+    """The baseline marked among the candidates, or put behind them if it is none."""
+
+    def key(config: Experiment) -> str:
+        return trial_key(config, cluster.num_ranks, {})
+
+    own = key(baseline.config)
+    same = [one for one in ranked if key(one.entry.config) == own] or [_baseline(setup, cluster, baseline)]
+    tried = replace(same[0].entry.tried, baseline=baseline.name, note=baseline.note)
+    marked = replace(same[0], entry=replace(same[0].entry, tried=tried))
+    return [marked if one is same[0] else one for one in ranked] + [marked] * (same[0] not in ranked)
+
+
 def _baseline(setup: Setup, cluster: Cluster, one: Baseline) -> Contender:
     config, zero = one.config, zero_settings(one.config)
     spread = config.parallelism
@@ -115,8 +132,7 @@ def _baseline(setup: Setup, cluster: Cluster, one: Baseline) -> Contender:
         predict_step(config, cluster.num_ranks, cluster.machine, zero),
         load_experiment(setup.source, setup.overrides),
     )
-    tried = replace(_tried(one.name, one.overrides, candidate, cluster), note=one.note)
-    return Contender(one.name, candidate, Entry(tried, config))
+    return Contender(one.name, candidate, Entry(_tried(one.name, one.overrides, candidate, cluster), config))
 
 
 def _tried(name: str, overrides: tuple[str, ...], candidate: Candidate, cluster: Cluster) -> Tried:
@@ -141,9 +157,16 @@ def _place(cluster: Cluster) -> dict[str, Any]:
 
 def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result) -> None:
     machine = cluster.machine
-    rows = ranking_rows(weighed.standings, machine.memory_bytes)
-    print_table("Candidates after trials", rows)
+    print_table("Candidates after trials", _rows_to_show(weighed, machine.memory_bytes))
     dropped = [dropped._asdict() for dropped in result.dropped]
     subject = f"{setup.source} on {cluster.num_ranks} x {machine.device}"
     page = trials_page(subject, weighed, machine.memory_bytes, dropped, _BASELINE)
     typer.echo(f"report: {write_page(setup.folder, 'report', page)}")
+
+
+def _rows_to_show(weighed: Result, memory_bytes: int) -> list[dict[str, Any]]:
+    """Those that were tried, and those that may be faster than all of them."""
+    rows = ranking_rows(weighed.standings, memory_bytes)
+    first = next((n for n, one in enumerate(weighed.standings) if one is weighed.recommended), len(rows))
+    pairs = zip(rows, weighed.standings, strict=True)
+    return [row for n, (row, one) in enumerate(pairs) if one.tried.trial or n < min(first, 10)]
