@@ -8,20 +8,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table
+from everest_ds.cli.output import JsonFile, write_csv, write_json
 from everest_ds.cli.train import Overrides, Source
-from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.cli.tune_tables import Costs
     from everest_ds.config import Experiment
-    from everest_ds.tuning.search import Cluster, SearchResult
+    from everest_ds.tuning.search import Cluster, Options, SearchResult
 
 _COST = "Cost and energy"
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")]
 Gpu = Annotated[
     str | None,
-    typer.Option(help="Such as h100-80gb, a100-40gb, l40s; or a YAML file with a device's numbers."),
+    typer.Option(
+        help="Such as h100-80gb, a100-40gb, l40s; or a YAML file of its numbers. Default: this machine."
+    ),
 ]
 Nodes = Annotated[
     int | None, typer.Option(min=1, help="Nodes that they are on. Default: as few as hold 8 each.")
@@ -86,9 +87,11 @@ def tune(
 
     Example: everest-ds tune k400_pretrain_vit_base model.backbone=vit_huge --gpus 64 --gpu h100-80gb
     """
+    from everest_ds.cli.tune_show import print_answer, print_explained, print_question
     from everest_ds.cli.tune_tables import Costs
     from everest_ds.config import load_experiment
-    from everest_ds.tuning.search import Options, search
+    from everest_ds.tuning.batches import keep_global_batch
+    from everest_ds.tuning.search import Options
     from everest_ds.tuning.space import SEARCHED
 
     config = load_experiment(source, overrides or [])
@@ -96,17 +99,54 @@ def tune(
     given = {text.partition("=")[0] for text in overrides or []}
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
     costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
+    print_question(keep_global_batch(config, cluster.num_ranks, global_batch), cluster)
     began = clock.process_time()
-    result = search(config, cluster, options)
-    _show(result, cluster, costs, top, clock.process_time() - began)
+    result = _search(config, cluster, options)
+    print_answer(result, cluster, costs, top, clock.process_time() - began)
+    if explain is not None:
+        print_explained(result.ranked, explain, cluster)
+    _write(result, source, cluster, costs, out, json_file, csv_file)
 
 
 def _cluster(gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None) -> Cluster:
-    from everest_ds.cli.tune_cluster import cluster_of
+    from everest_ds.cli.tune_cluster import cluster_here, cluster_of
 
-    if gpu is None:
-        raise UsageError("--gpu is missing", fix="say which, such as --gpu h100-80gb")
-    return cluster_of(gpu, gpus, nodes, interconnect)
+    return cluster_here(gpus) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+
+
+def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
+    from everest_ds.tuning.nearest import fits_nowhere
+    from everest_ds.tuning.search import search
+
+    result = search(config, cluster, options)
+    if not result.ranked:
+        raise fits_nowhere(config, cluster, options, result.dropped)
+    return result
+
+
+def _write(
+    result: SearchResult,
+    source: str,
+    cluster: Cluster,
+    costs: Costs,
+    out: Path | None,
+    json_file: Path | None,
+    csv_file: Path | None,
+) -> None:
+    from everest_ds.cli.tune_tables import as_json, candidate_rows, dropped_rows
+    from everest_ds.cli.tune_winner import default_folder, next_command, write_winner
+
+    rows, winner = candidate_rows(result.ranked, cluster, costs), result.ranked[0]
+    write_csv(csv_file, rows)
+    found = {
+        "cluster": {"ranks": cluster.num_ranks, "machine": cluster.machine.as_json()},
+        "candidates": as_json(rows, result.ranked, cluster.machine),
+        "dropped": dropped_rows(result.dropped),
+    }
+    write_json(json_file, found)
+    file = write_winner(winner, source, cluster, out or default_folder(source))
+    typer.echo(f"rank 1: {file}, held against DeepSpeed's own checks and a dry run. Next:")
+    typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
 
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:
@@ -119,13 +159,3 @@ def _num_samples(config: Experiment, clips: int | None) -> int | None:
     return len(
         read_manifest(data.train, root=data.root, num_classes=config.model.num_classes, labelled=labelled)
     )
-
-
-def _show(result: SearchResult, cluster: Cluster, costs: Costs, top: int, seconds: float) -> None:
-    from everest_ds.cli.tune_tables import candidate_rows, dropped_rows
-    from everest_ds.tuning.reasons import slower_families
-
-    shown = result.ranked[:top]
-    print_table("Candidates (predicted)", candidate_rows(shown, cluster, costs))
-    slower = slower_families(result.ranked, top)
-    print_table("Not shown", dropped_rows([*slower, *result.dropped]))

@@ -19,6 +19,17 @@ def cluster_of(gpu: str, num_gpus: int, nodes: int | None, interconnect: str | N
     return Cluster(machine_from_sheet(name, device, interconnect, a_node), num_gpus)
 
 
+def cluster_here(num_ranks: int) -> Cluster:
+    """So many ranks of this machine, as it was calibrated.
+
+    Raises:
+        UsageError: it was not.
+    """
+    from everest_ds.cli.calibrate import machine_here
+
+    return Cluster(machine_here(num_ranks), num_ranks)
+
+
 def _ranks_per_node(num_gpus: int, nodes: int | None) -> int:
     if nodes is None:
         return next(each for each in range(RANKS_PER_NODE, 0, -1) if num_gpus % each == 0)

@@ -78,7 +78,11 @@ class Candidate:
         """`key=value` for all that differs from the config as it was given, buckets apart."""
         given = dict(flatten(self.base.model_dump(mode="json")))
         own = flatten(self.config.model_dump(mode="json"))
-        return tuple(f"{key}={json.dumps(value)}" for key, value in own if given[key] != value)
+        return tuple(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in own
+            if given[key] != value
+        )
 
     @property
     def order(self) -> tuple[float, float]:
