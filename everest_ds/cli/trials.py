@@ -87,7 +87,7 @@ def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -
 def try_by_slurm(
     setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any], array: Array
 ) -> list[Entry]:
-    """Collect what array jobs have done, and submit what none has been asked to do."""
+    """Collect what array jobs have done, and submit what none has been asked to do; without waiting."""
     todo = {
         run_name(setup, entry, place): entry
         for entry in with_trials(setup, entries, place)

@@ -9,17 +9,21 @@ from typing import Any
 
 import typer
 
+from everest_ds.cli.calibrate import facts_here
 from everest_ds.cli.output import print_table
 from everest_ds.cli.trial_run import Setup
 from everest_ds.cli.trials import Array, Entry, try_by_slurm, try_here
 from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
+from everest_ds.cli.tune_tables import dropped_rows
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import UsageError
+from everest_ds.profiling.devices import DEVICES, find_device
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.training.run_folder import package_versions
 from everest_ds.tuning.baselines import Baseline, natural_baselines
 from everest_ds.tuning.correction import traits_of
+from everest_ds.tuning.reasons import slower_families
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Sharding
 from everest_ds.tuning.standing import Result, Tried, weigh
@@ -39,28 +43,56 @@ class Contender:
     entry: Entry
 
 
+@dataclass(frozen=True)
+class TrialOptions:
+    """How to try: the best `count` here, or by sbatch with these options of it."""
+
+    count: int
+    steps: int
+    timeout_s: float
+    sbatch: str | None
+
+
 def run_trials(
-    setup: Setup, cluster: Cluster, result: SearchResult, count: int, array: Array | None
-) -> Candidate:
-    """Try the best `count` candidates and the baselines, show what came out, and pick the winner.
+    source: str,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    result: SearchResult,
+    folder: Path,
+    options: TrialOptions,
+) -> Candidate | None:
+    """Try the best candidates and the baselines, show what came out, and pick the winner.
+
+    Returns:
+        None while SLURM has them.
 
     Raises:
-        UsageError: nothing that was tried came to its end.
+        UsageError: nothing that was tried came to its end; or this machine is not the one to try on.
     """
+    task, count = result.ranked[0].config.task, options.count
+    setup = Setup(task, source, tuple(overrides), cluster.num_ranks, folder, options.steps, options.timeout_s)
+    if options.sbatch is None:
+        _check_here(cluster)
     ranked = [_contender(setup, cluster, candidate) for candidate in result.ranked]
     for baseline in _baselines(setup, cluster, ranked):
         ranked = _with_baseline(setup, cluster, ranked, baseline)
     chosen = [one.entry for n, one in enumerate(ranked) if n < count or one.entry.tried.baseline]
     others = [one.entry for one in ranked if one.entry not in chosen]
     place = _place(cluster)
-    tried = try_here(setup, chosen, place) if array is None else try_by_slurm(setup, chosen, place, array)
+    if options.sbatch is None:
+        tried = try_here(setup, chosen, place)
+    else:
+        tried = try_by_slurm(setup, chosen, place, _array(cluster, options.sbatch))
     weighed = weigh([entry.tried for entry in (*tried, *others)], cluster.machine.memory_bytes)
     _show(setup, cluster, result, weighed)
     by_name = {one.name: one.candidate for one in ranked}
+    if any(entry.tried.trial is None for entry in tried):
+        return None
     if weighed.recommended is None:
         raise UsageError(
             "no trial came to its end, so nothing is recommended",
-            fix=f"see {setup.folder}/report.html, then more --trials, or the same command when jobs are done",
+            given=f"{len(tried)} trials; {setup.folder / 'report.html'} says why",
+            fix=f"--trials {2 * count}",
         )
     return by_name[weighed.recommended.tried.name]
 
@@ -74,6 +106,23 @@ def candidate_name(candidate: Candidate) -> str:
     if candidate.own_buckets:
         parts.append("own buckets")
     return ", ".join(parts)
+
+
+def _check_here(cluster: Cluster) -> None:
+    """Whether trials on this machine would tell anything of the cluster."""
+    here, wanted = facts_here()["device"], cluster.machine.device
+    product = find_device(here)
+    if here != wanted and product is not DEVICES.get(wanted):
+        raise UsageError(
+            "--trials run on this machine",
+            given=f"{wanted} asked for, {here} here",
+            fix='--sbatch "--time=30:00 ..." tries them on the cluster; or leave out --gpu',
+        )
+
+
+def _array(cluster: Cluster, options: str) -> Array:
+    ranks, a_node = cluster.num_ranks, min(cluster.num_ranks, cluster.machine.ranks_per_node)
+    return Array(-(-ranks // a_node), a_node if cluster.machine.asynchronous else 0, a_node, options)
 
 
 def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contender:
@@ -158,7 +207,7 @@ def _place(cluster: Cluster) -> dict[str, Any]:
 def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result) -> None:
     machine = cluster.machine
     print_table("Candidates after trials", _rows_to_show(weighed, machine.memory_bytes))
-    dropped = [dropped._asdict() for dropped in result.dropped]
+    dropped = dropped_rows([*slower_families(result.ranked, len(result.ranked)), *result.dropped])
     subject = f"{setup.source} on {cluster.num_ranks} x {machine.device}"
     page = trials_page(subject, weighed, machine.memory_bytes, dropped, _BASELINE)
     typer.echo(f"report: {write_page(setup.folder, 'report', page)}")

@@ -9,8 +9,7 @@ from everest_ds.tuning.correction import Correction, Observed, errors_pct, fit_c
 from everest_ds.tuning.trials import Trial
 from everest_ds.units import format_bytes
 
-# Of a device's memory: with less than this left a run is said to be close to its end.
-CLOSE_SHARE = 0.08
+CLOSE_PCT = 8  # of memory left over, below which it is said
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,7 @@ def _refusal(one: Tried, peak: float, memory_bytes: int, failed_at: float) -> st
 def _said(one: Tried, peak: float, memory_bytes: int) -> str:
     left = memory_bytes - peak
     baseline = f"baseline: {one.baseline}" if one.baseline else ""
-    close = f"close: {format_bytes(left)} left" if 0 <= left < CLOSE_SHARE * memory_bytes else ""
+    close = f"close: {format_bytes(left)} left" if 0 <= left < CLOSE_PCT / 100 * memory_bytes else ""
     return "; ".join(text for text in (baseline, one.note, close) if text)
 
 
