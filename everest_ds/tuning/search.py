@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from everest_ds.config.load import flatten
@@ -18,7 +18,12 @@ from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
 from everest_ds.profiling.memory_states import model_states
-from everest_ds.tuning.batches import does_not_split, keep_global_batch, with_micro_batch
+from everest_ds.tuning.batches import (
+    does_not_split,
+    keep_global_batch,
+    nearest_batches,
+    with_micro_batch,
+)
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.space import Dropped, Sharding, Space
 from everest_ds.tuning.step_time import StepPrediction, predict_step
@@ -115,6 +120,20 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
     return _Search(config, cluster, options or Options()).run()
 
 
+def candidates_of_all_kinds(
+    config: Experiment, cluster: Cluster, options: Options | None = None
+) -> list[Candidate]:
+    """Of every sharding and recompute mode that fits the best, fastest first: to compare them, not to choose.
+
+    A global batch that cannot be split over so many ranks is raised to the next that can.
+    """
+    options, ranks = options or Options(), cluster.num_ranks
+    kept = keep_global_batch(config, ranks, options.global_batch)
+    a_node = min(cluster.machine.ranks_per_node, ranks)
+    total = next(n for n in nearest_batches(kept, ranks, a_node) if n >= (kept.batch.global_batch_size or 0))
+    return search(config, cluster, replace(options, global_batch=total, exhaustive=True)).ranked
+
+
 def describe_recompute(recompute: RecomputeConfig) -> str:
     """For people: `blocks/2 + offload`."""
     every = f"/{recompute.every}" if recompute.mode == "blocks" else ""
@@ -144,7 +163,7 @@ class _Search:
         self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: dict[tuple[Sharding, str], list[int]] = {}  # of tensor 1, reason: tensor degrees
+        self.refused: list[tuple[Sharding, str]] = []  # and why
         self.fitting: dict[_Way, frozenset[int]] = {}
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
         self.passes: dict[tuple[str, int, RecomputeConfig, int], Passes] = {}
@@ -160,7 +179,7 @@ class _Search:
             offloads=self.machine.asynchronous,
         )
         found = [way for sharding in space.shardings() for way in self._of_sharding(space, sharding)]
-        if not found and all("divides badly" in dropped.reason for dropped in self.dropped):
+        if not found and not self.fitting:
             raise does_not_split(self.config, self.num_ranks, space.ranks_per_node)
         ranked = sorted(found, key=lambda candidate: candidate.order)
         return SearchResult(ranked, self._all_dropped(found), (self.remembered, self.predicted))
@@ -178,7 +197,7 @@ class _Search:
         try:
             sharded = space.sharded(sharding)
         except ConfigError as error:
-            self._refuse(sharding, str(error))
+            self.refused.append((sharding, str(error)))
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
@@ -250,36 +269,42 @@ class _Search:
 
     def _all_dropped(self, found: Sequence[Candidate]) -> list[Dropped]:
         used = {way for one in found for way in (one.sharding, one.config.recompute)}
-        for sharding, reason in self._unused(used, lambda way: way.sharding):
-            self._refuse(sharding, reason)
         modes: dict[str, list[str]] = {}
-        for recompute, reason in self._unused(used, lambda way: way.recompute):
+        for recompute, reason, _ in self._unused(used, lambda way: way.recompute):
             modes.setdefault(reason, []).append(describe_recompute(recompute))
         return [
             *self.dropped,
-            *(_of_shardings(one, reason, tensors) for (one, reason), tensors in self.refused.items()),
+            *_by_reason(self.refused),
+            *(
+                Dropped(str(one), why, short)
+                for one, why, short in self._unused(used, lambda way: way.sharding)
+            ),
             *(Dropped(f"recompute {', '.join(names)}", reason) for reason, names in modes.items()),
         ]
 
-    def _refuse(self, sharding: Sharding, reason: str) -> None:
-        self.refused.setdefault((sharding._replace(tensor=1), reason), []).append(sharding.tensor)
-
-    def _unused(self, used: Collection[Any], part: Callable[[_Way], Any]) -> Iterator[tuple[Any, str]]:
-        """Shardings, or recompute modes, of which no candidate is, and why."""
+    def _unused(
+        self, used: Collection[Any], part: Callable[[_Way], Any]
+    ) -> Iterator[tuple[Any, str, int | None]]:
+        """Shardings, or recompute modes, of which no candidate is; why, and by how many bytes."""
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
             ways = [way for way in self.fitting if part(way) == unused]
             if any(self.fitting[way] for way in ways):
-                yield unused, "gains nothing: what fits with it fits without"  # and faster
+                yield unused, "gains nothing: what fits with it fits without", None  # and is faster
                 continue
             way = min(ways, key=lambda way: self.shortages[way])
             shortage, clips = self.shortages[way]
             where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
-            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})"
+            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
 
 
-def _of_shardings(sharding: Sharding, reason: str, tensors: Sequence[int]) -> Dropped:
-    """One line for all tensor degrees of a sharding that have one reason."""
-    family = str(sharding._replace(tensor=tensors[0]))
-    if len(tensors) > 1:
-        family = f"{sharding}; tensor {', '.join(map(str, tensors))}"
-    return Dropped(family, reason)
+def _by_reason(refused: Sequence[tuple[Sharding, str]]) -> Iterator[Dropped]:
+    """A line for each reason, not one for each of up to 24 shardings."""
+    reasons: dict[str, list[Sharding]] = {}
+    for sharding, reason in refused:
+        reasons.setdefault(reason, []).append(sharding)
+    for reason, shardings in reasons.items():
+        stages = sorted({f"{one.stage}{' offload' if one.offload else ''}" for one in shardings})
+        tensors = sorted({one.tensor for one in shardings})
+        precisions = sorted({one.precision for one in shardings})
+        family = f"ZeRO-{', '.join(stages)}; tensor {', '.join(map(str, tensors))}; {', '.join(precisions)}"
+        yield Dropped(family, reason)

@@ -48,10 +48,12 @@ class Dropped(NamedTuple):
     Attributes:
         family: for people, such as `ZeRO-0, bf16`.
         reason: why not.
+        shortage_bytes: of memory, at best; None if that is not why.
     """
 
     family: str
     reason: str
+    shortage_bytes: int | None = None
 
 
 @dataclass(frozen=True)
