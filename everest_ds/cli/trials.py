@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -41,6 +42,7 @@ _OUTCOMES: dict[str, Outcome] = {
     "diverged": "crash",
     "rank lost": "crash",
 }
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -
 def try_by_slurm(
     setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any], array: Array
 ) -> list[Entry]:
-    """Collect what array jobs have done, and submit what none has been asked to do."""
+    """Collect what array jobs have done, and submit what none has been asked to do; without waiting."""
     todo = {
         run_name(setup, entry, place): entry
         for entry in with_trials(setup, entries, place)
@@ -107,7 +109,8 @@ def try_by_slurm(
 
 def run_name(setup: Setup, entry: Entry, place: Mapping[str, Any]) -> str:
     """Of the run folder: what it is, and the key that no other trial has."""
-    return f"{entry.tried.name.replace(' ', '-')}-{trial_key(entry.config, setup.num_ranks, place)}"
+    name = _NOT_IN_A_NAME.sub("-", entry.tried.name)
+    return f"{name}-{trial_key(entry.config, setup.num_ranks, place)}"
 
 
 def _known(entry: Entry, trial: Trial | None) -> Entry:

@@ -8,7 +8,6 @@ import typer
 
 from everest_ds.cli.output import print_facts, print_table
 from everest_ds.cli.tune_tables import (
-    CLOSE_PCT,
     Costs,
     candidate_rows,
     close_calls,
@@ -19,6 +18,7 @@ from everest_ds.config import Experiment
 from everest_ds.errors import UsageError
 from everest_ds.tuning.reasons import slower_families, why_slower
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult
+from everest_ds.tuning.standing import CLOSE_PCT
 from everest_ds.tuning.step_time import predict_step
 from everest_ds.units import format_bytes
 

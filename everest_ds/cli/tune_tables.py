@@ -11,10 +11,10 @@ from everest_ds.data.order import steps_per_epoch
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.search import Candidate, Cluster, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Dropped
+from everest_ds.tuning.standing import CLOSE_PCT
 from everest_ds.units import GIB, format_bytes, format_duration
 
 Row = dict[str, Any]
-CLOSE_PCT = 8  # of memory left over, from which on it is said
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
 _BESIDES = ("optimizer", "overhead")
 _HEADINGS = {"communication": "comm.", "recompute": "again"}  # columns of numbers are narrow

@@ -53,8 +53,8 @@ def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = No
     return config.model_copy(update={"batch": kept})
 
 
-def nearest_batches(config: Experiment, num_ranks: int, ranks_per_node: int) -> list[int]:
-    """The global batches at and next to the config's that some tensor degree can split, ascending."""
+def does_not_split(config: Experiment, num_ranks: int, ranks_per_node: int) -> UsageError:
+    """The error of a global batch that no tensor degree can split, with the nearest that one can."""
     total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
     steps = {
         num_ranks // tensor * unit
@@ -63,15 +63,10 @@ def nearest_batches(config: Experiment, num_ranks: int, ranks_per_node: int) -> 
     }
     near = {step * (total // step + more) for step in steps for more in (0, 1)} - {0}
     below, above = [n for n in near if n <= total], [n for n in near if n > total]
-    return sorted({max(below, default=min(above)), min(above)})
-
-
-def does_not_split(config: Experiment, num_ranks: int, ranks_per_node: int) -> UsageError:
-    """The error of a global batch that no tensor degree can split, with the nearest that one can."""
-    nearest = nearest_batches(config, num_ranks, ranks_per_node)
+    nearest = sorted({max(below, default=min(above)), min(above)})
     return UsageError(
         "batch.global_batch_size cannot be split over the ranks",
-        given=f"{config.batch.global_batch_size} clips, {num_ranks} ranks",
+        given=f"{total} clips, {num_ranks} ranks",
         allowed=f"the nearest: {' or '.join(map(str, nearest))}",
         fix=f"--global-batch {nearest[-1]}, or another number of ranks",
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from everest_ds.config.load import flatten
@@ -21,7 +21,6 @@ from everest_ds.profiling.memory_states import model_states
 from everest_ds.tuning.batches import (
     does_not_split,
     keep_global_batch,
-    nearest_batches,
     with_micro_batch,
 )
 from everest_ds.tuning.machine import Machine
@@ -118,20 +117,6 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
         UsageError: the global batch cannot be split over the ranks.
     """
     return _Search(config, cluster, options or Options()).run()
-
-
-def candidates_of_all_kinds(
-    config: Experiment, cluster: Cluster, options: Options | None = None
-) -> list[Candidate]:
-    """Of every sharding and recompute mode that fits the best, fastest first: to compare them, not to choose.
-
-    A global batch that cannot be split over so many ranks is raised to the next that can.
-    """
-    options, ranks = options or Options(), cluster.num_ranks
-    kept = keep_global_batch(config, ranks, options.global_batch)
-    a_node = min(cluster.machine.ranks_per_node, ranks)
-    total = next(n for n in nearest_batches(kept, ranks, a_node) if n >= (kept.batch.global_batch_size or 0))
-    return search(config, cluster, replace(options, global_batch=total, exhaustive=True)).ranked
 
 
 def describe_recompute(recompute: RecomputeConfig) -> str:
