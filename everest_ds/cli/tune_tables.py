@@ -18,7 +18,7 @@ Row = dict[str, Any]
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
 _BESIDES = ("optimizer", "overhead")
 _HEADINGS = {"communication": "comm.", "recompute": "again"}  # columns of numbers are narrow
-_MAY_BE_UNUSED = ("again", "offload", "data")
+_MAY_BE_UNUSED = ("again", "comm.", "offload", "data")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from everest_ds.tuning.batches import (
     with_micro_batch,
 )
 from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.space import Dropped, Sharding, Space
+from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
 from everest_ds.tuning.step_time import StepPrediction, predict_step
 from everest_ds.units import format_bytes
 
@@ -148,7 +148,7 @@ class _Search:
         self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: list[tuple[Sharding, str]] = []  # and why
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
         self.fitting: dict[_Way, frozenset[int]] = {}
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
         self.passes: dict[tuple[str, int, RecomputeConfig, int], Passes] = {}
@@ -170,6 +170,9 @@ class _Search:
         return SearchResult(ranked, self._all_dropped(found), (self.remembered, self.predicted))
 
     def _precisions(self) -> Sequence[str]:
+        if self.config.parallelism.offload_to_nvme is not None:
+            reason = "disks are not in the cost model; other shardings are tried"
+            self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
         own, possible = self.config.precision, self.machine.precisions
         if own not in possible:
             reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
@@ -182,7 +185,7 @@ class _Search:
         try:
             sharded = space.sharded(sharding)
         except ConfigError as error:
-            self.refused.append((sharding, str(error)))
+            self.refused.append((sharding, str(error), None))
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
@@ -257,13 +260,10 @@ class _Search:
         modes: dict[str, list[str]] = {}
         for recompute, reason, _ in self._unused(used, lambda way: way.recompute):
             modes.setdefault(reason, []).append(describe_recompute(recompute))
+        shardings = [*self.refused, *self._unused(used, lambda way: way.sharding)]
         return [
             *self.dropped,
-            *_by_reason(self.refused),
-            *(
-                Dropped(str(one), why, short)
-                for one, why, short in self._unused(used, lambda way: way.sharding)
-            ),
+            *by_reason(shardings),
             *(Dropped(f"recompute {', '.join(names)}", reason) for reason, names in modes.items()),
         ]
 
@@ -280,16 +280,3 @@ class _Search:
             shortage, clips = self.shortages[way]
             where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
             yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
-
-
-def _by_reason(refused: Sequence[tuple[Sharding, str]]) -> Iterator[Dropped]:
-    """A line for each reason, not one for each of up to 24 shardings."""
-    reasons: dict[str, list[Sharding]] = {}
-    for sharding, reason in refused:
-        reasons.setdefault(reason, []).append(sharding)
-    for reason, shardings in reasons.items():
-        stages = sorted({f"{one.stage}{' offload' if one.offload else ''}" for one in shardings})
-        tensors = sorted({one.tensor for one in shardings})
-        precisions = sorted({one.precision for one in shardings})
-        family = f"ZeRO-{', '.join(stages)}; tensor {', '.join(map(str, tensors))}; {', '.join(precisions)}"
-        yield Dropped(family, reason)
