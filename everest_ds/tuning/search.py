@@ -18,9 +18,13 @@ from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
 from everest_ds.profiling.memory_states import model_states
-from everest_ds.tuning.batches import does_not_split, keep_global_batch, with_micro_batch
+from everest_ds.tuning.batches import (
+    does_not_split,
+    keep_global_batch,
+    with_micro_batch,
+)
 from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.space import Dropped, Sharding, Space
+from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
 from everest_ds.tuning.step_time import StepPrediction, predict_step
 from everest_ds.units import format_bytes
 
@@ -144,7 +148,7 @@ class _Search:
         self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: dict[tuple[Sharding, str], list[int]] = {}  # of tensor 1, reason: tensor degrees
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
         self.fitting: dict[_Way, frozenset[int]] = {}
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
         self.passes: dict[tuple[str, int, RecomputeConfig, int], Passes] = {}
@@ -160,12 +164,15 @@ class _Search:
             offloads=self.machine.asynchronous,
         )
         found = [way for sharding in space.shardings() for way in self._of_sharding(space, sharding)]
-        if not found and all("divides badly" in dropped.reason for dropped in self.dropped):
+        if not found and not self.fitting:
             raise does_not_split(self.config, self.num_ranks, space.ranks_per_node)
         ranked = sorted(found, key=lambda candidate: candidate.order)
         return SearchResult(ranked, self._all_dropped(found), (self.remembered, self.predicted))
 
     def _precisions(self) -> Sequence[str]:
+        if self.config.parallelism.offload_to_nvme is not None:
+            reason = "disks are not in the cost model; other shardings are tried"
+            self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
         own, possible = self.config.precision, self.machine.precisions
         if own not in possible:
             reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
@@ -178,7 +185,7 @@ class _Search:
         try:
             sharded = space.sharded(sharding)
         except ConfigError as error:
-            self._refuse(sharding, str(error))
+            self.refused.append((sharding, str(error), None))
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
@@ -250,36 +257,26 @@ class _Search:
 
     def _all_dropped(self, found: Sequence[Candidate]) -> list[Dropped]:
         used = {way for one in found for way in (one.sharding, one.config.recompute)}
-        for sharding, reason in self._unused(used, lambda way: way.sharding):
-            self._refuse(sharding, reason)
         modes: dict[str, list[str]] = {}
-        for recompute, reason in self._unused(used, lambda way: way.recompute):
+        for recompute, reason, _ in self._unused(used, lambda way: way.recompute):
             modes.setdefault(reason, []).append(describe_recompute(recompute))
+        shardings = [*self.refused, *self._unused(used, lambda way: way.sharding)]
         return [
             *self.dropped,
-            *(_of_shardings(one, reason, tensors) for (one, reason), tensors in self.refused.items()),
+            *by_reason(shardings),
             *(Dropped(f"recompute {', '.join(names)}", reason) for reason, names in modes.items()),
         ]
 
-    def _refuse(self, sharding: Sharding, reason: str) -> None:
-        self.refused.setdefault((sharding._replace(tensor=1), reason), []).append(sharding.tensor)
-
-    def _unused(self, used: Collection[Any], part: Callable[[_Way], Any]) -> Iterator[tuple[Any, str]]:
-        """Shardings, or recompute modes, of which no candidate is, and why."""
+    def _unused(
+        self, used: Collection[Any], part: Callable[[_Way], Any]
+    ) -> Iterator[tuple[Any, str, int | None]]:
+        """Shardings, or recompute modes, of which no candidate is; why, and by how many bytes."""
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
             ways = [way for way in self.fitting if part(way) == unused]
             if any(self.fitting[way] for way in ways):
-                yield unused, "gains nothing: what fits with it fits without"  # and faster
+                yield unused, "gains nothing: what fits with it fits without", None  # and is faster
                 continue
             way = min(ways, key=lambda way: self.shortages[way])
             shortage, clips = self.shortages[way]
             where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
-            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})"
-
-
-def _of_shardings(sharding: Sharding, reason: str, tensors: Sequence[int]) -> Dropped:
-    """One line for all tensor degrees of a sharding that have one reason."""
-    family = str(sharding._replace(tensor=tensors[0]))
-    if len(tensors) > 1:
-        family = f"{sharding}; tensor {', '.join(map(str, tensors))}"
-    return Dropped(family, reason)
+            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
