@@ -40,7 +40,7 @@ def test_trials_are_an_array_job_that_the_same_command_reads(
     wait_for(all_over, "the trials", 200)
     said = everest(cluster, *command)
     trials = read_trials(out)
-    assert {trial.outcome for trial in trials.values()} == {"measured"} and len(trials) >= 2
+    assert {trial.outcome for trial in trials.values()} == {"measured"} and len(trials) >= 2, trials
     assert "best of the trials" in said and (out / "report.html").is_file()
     assert load_experiment(out / "winner.yaml").batch.global_batch_size == 8
     assert "sweep: job" not in said
