@@ -1,8 +1,8 @@
 """The search: every sharding, recompute mode and micro-batch that runs and fits, ranked by predicted time.
 
 What cannot be fastest is not looked at: where a micro-batch fits without recompute or offload, it takes
-longer with them, so those are tried with others only (`_done_faster`). What shardings share, the memory of
-forward and backward pass on a rank, is predicted once.
+longer with them, so those are tried with others only (`_done_faster`). What shardings share, memory and
+work of forward and backward pass on a rank, is predicted once.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
@@ -25,7 +26,7 @@ from everest_ds.tuning.batches import (
 )
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
-from everest_ds.tuning.step_time import StepPrediction, predict_step
+from everest_ds.tuning.step_time import StepPrediction, StepWork, predict_work, step_of
 from everest_ds.units import format_bytes
 
 BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, beside those of the DeepSpeed file
@@ -92,7 +93,8 @@ class Candidate:
     def order(self) -> tuple[float, float]:
         """Fastest first; among those that wait for data equally long, the one that would wait longest."""
         seconds = self.step.step_s
-        return float(f"{seconds:.4g}"), seconds - self.step.split()["data"]
+        without_data = seconds - self.step.split()["data"]
+        return float(f"{seconds:.4g}"), float(f"{without_data:.6g}")  # sums in other orders are ties
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,9 @@ def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
     return machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
 
 
+_Key = tuple[str, int, RecomputeConfig, int]
+
+
 class _Way(NamedTuple):
     """A sharding and a recompute mode."""
 
@@ -151,7 +156,8 @@ class _Search:
         self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
         self.fitting: dict[_Way, frozenset[int]] = {}
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
-        self.passes: dict[tuple[str, int, RecomputeConfig, int], Passes] = {}
+        self.passes: dict[_Key, Passes] = {}
+        self.work: dict[_Key, StepWork] = {}
         self.remembered = self.predicted = 0
 
     def run(self) -> SearchResult:
@@ -224,13 +230,12 @@ class _Search:
             yield _Way(sharding, RecomputeConfig(every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
-        tensor = config.parallelism.tensor
-        key = (config.precision, tensor, config.recompute, config.batch.micro_batch_size)
+        key, degree = _key(config), self.num_ranks // config.parallelism.tensor
         if key not in self.passes:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
         self.remembered += 1
-        return peak_of(passes, model_states(config, passes.num_parameters, self.num_ranks // tensor, zero))
+        return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
 
     def _candidate(
         self,
@@ -241,7 +246,10 @@ class _Search:
         own_buckets: bool = False,
     ) -> Candidate:
         self.predicted += 1
-        step = predict_step(config, self.num_ranks, self.machine, zero)
+        key, plan = _key(config), plan_ranks(config, self.num_ranks)
+        if key not in self.work:
+            self.work[key] = predict_work(config, self.machine)
+        step = step_of(self.work[key], config, plan, self.machine, zero)
         return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
@@ -280,3 +288,8 @@ class _Search:
             shortage, clips = self.shortages[way]
             where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
             yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
+
+
+def _key(config: Experiment) -> _Key:
+    """Of what forward and backward pass on a rank depend on."""
+    return config.precision, config.parallelism.tensor, config.recompute, config.batch.micro_batch_size

@@ -17,9 +17,9 @@ def test_no_machine_is_better_than_its_sheet(name: str) -> None:
     for precision, curve in machine.products.items():
         peak = device.peak_flops_per_s(precision)
         assert peak is not None
-        assert 0.55 * peak < curve.flops_per_s[-1] < peak  # the best of what others measured
-        assert list(curve.flops_per_s) == sorted(curve.flops_per_s)
-        assert max(machine.attention[precision].flops_per_s) < peak
+        assert 0.55 * peak < curve.rates[-1] < peak  # the best of what others measured
+        assert list(curve.rates) == sorted(curve.rates)
+        assert max(machine.attention[precision].rates) < peak
     assert Machine.from_json(machine.as_json()) == machine
 
 
@@ -34,4 +34,4 @@ def test_published_ceilings_are_met() -> None:
     """stas00/ml-engineering: 794.5 and 271.2 TFLOP/s are the most that H100 and A100 give."""
     for name, best in (("H100 SXM", 794.5e12), ("A100 80GB", 271.2e12)):
         machine = machine_from_sheet(name, DEVICES[name])
-        assert machine.products["bf16"].flops_per_s[-1] == pytest.approx(best, rel=0.01)
+        assert machine.products["bf16"].rates[-1] == pytest.approx(best, rel=0.01)
