@@ -58,8 +58,16 @@ Clips = Annotated[
         rich_help_panel=_COST,
     ),
 ]
-GpuHour = Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, rich_help_panel=_COST)]
-Kwh = Annotated[float | None, typer.Option("--price-per-kwh", min=0, rich_help_panel=_COST)]
+GpuHour = Annotated[
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0, help="In any currency.", rich_help_panel=_COST),
+]
+Kwh = Annotated[
+    float | None,
+    typer.Option(
+        "--price-per-kwh", min=0, help="Of what the GPUs draw at most, by data sheet.", rich_help_panel=_COST
+    ),
+]
 Trials = Annotated[
     int | None,
     typer.Option(
