@@ -27,7 +27,7 @@ def test_trials_are_an_array_job_that_the_same_command_reads(
         "--gpus=1",
         "--trials=1",
         "--trial-steps=6",
-        "--sbatch=--time=5",
+        "--sbatch=--time=10",
         f"--out={out}",
     ]
     said = everest(cluster, *command)
