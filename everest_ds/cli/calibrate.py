@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from everest_ds.parallel.world import World
     from everest_ds.tuning.machine import Machine
 
+# On a CPU it decides how often memory is new, which costs as much as a step's arithmetic (docs/parallel.md).
+_ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
 _AGAIN = "everest-ds tune --calibrate --nproc {}"
 
 
@@ -56,7 +58,8 @@ def facts_here() -> dict[str, str]:
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {name: version(name) for name in ("torch", "deepspeed")}
-    return {"device": device_name(device), "cores": str(available_cores()), **versions}
+    allocator = os.environ.get(_ALLOCATOR, "unset")
+    return {"device": device_name(device), "cores": str(available_cores()), _ALLOCATOR: allocator, **versions}
 
 
 def calibrate(nproc: int | None, file: Path | None) -> None:

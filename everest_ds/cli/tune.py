@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everest_ds.cli.output import JsonFile, write_csv, write_json
-from everest_ds.cli.train import Overrides, Source
+from everest_ds.cli.train import Overrides
+from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.cli.tune_tables import Costs
     from everest_ds.config import Experiment
     from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
 
-_COST, _TRIALS = "Cost and energy", "Trials"
+_COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
+Source = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
+]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")]
 Gpu = Annotated[
     str | None,
@@ -58,8 +62,16 @@ Clips = Annotated[
         rich_help_panel=_COST,
     ),
 ]
-GpuHour = Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, rich_help_panel=_COST)]
-Kwh = Annotated[float | None, typer.Option("--price-per-kwh", min=0, rich_help_panel=_COST)]
+GpuHour = Annotated[
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0, help="In any currency.", rich_help_panel=_COST),
+]
+Kwh = Annotated[
+    float | None,
+    typer.Option(
+        "--price-per-kwh", min=0, help="Of what the GPUs draw at most, by data sheet.", rich_help_panel=_COST
+    ),
+]
 Trials = Annotated[
     int | None,
     typer.Option(
@@ -84,10 +96,37 @@ Sbatch = Annotated[
 AsksWhatIf = Annotated[
     bool, typer.Option("--what-if", help="A page on where each choice starts to pay, over 1 to 1,024 GPUs.")
 ]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Measure this machine for all later tunings, in two minutes; no RECIPE. Under srun its ranks.",
+        rich_help_panel=_HERE,
+    ),
+]
+MostRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Measure up to N ranks. Default: one a GPU, or a core.",
+        rich_help_panel=_HERE,
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Where measurements are kept. Default: in the user's cache.",
+        rich_help_panel=_HERE,
+    ),
+]
 
 
 def tune(
-    source: Source,
+    source: Source = None,
     overrides: Overrides = None,
     gpus: Gpus = 1,
     gpu: Gpu = None,
@@ -108,6 +147,9 @@ def tune(
     trial_seconds: TrialSeconds = 900,
     sbatch: Sbatch = None,
     what_if: AsksWhatIf = False,
+    calibrate: Calibrate = False,
+    nproc: MostRanks = None,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Predict the fastest way to run a recipe on a cluster, in seconds and without a GPU, and say why.
 
@@ -116,6 +158,9 @@ def tune(
 
     Example: everest-ds tune k400_pretrain_vit_base model.backbone=vit_huge --gpus 64 --gpu h100-80gb
     """
+    if source is None or calibrate:
+        _calibrate(source, calibrate, nproc, calibration)
+        return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
     from everest_ds.cli.tune_tables import Costs
     from everest_ds.cli.tune_trials import TrialOptions, candidate_name, run_trials
@@ -126,7 +171,7 @@ def tune(
     from everest_ds.tuning.space import SEARCHED
 
     config = load_experiment(source, overrides or [])
-    cluster = _cluster(gpu, gpus, nodes, interconnect)
+    cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
     given = {text.partition("=")[0] for text in overrides or []}
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
     costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
@@ -150,10 +195,22 @@ def tune(
     _write_winner(winner, title, source, cluster, folder)
 
 
-def _cluster(gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None) -> Cluster:
+def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path | None) -> None:
+    if not wanted:
+        raise UsageError("no RECIPE", fix="everest-ds recipes lists them; --calibrate needs none")
+    if source is not None:
+        raise UsageError("--calibrate measures the machine, not a recipe", given=source, fix="leave it out")
+    from everest_ds.cli.calibrate import calibrate
+
+    calibrate(nproc, file)
+
+
+def _cluster(
+    gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None, calibration: Path | None
+) -> Cluster:
     from everest_ds.cli.tune_cluster import cluster_here, cluster_of
 
-    return cluster_here(gpus) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+    return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
 
 
 def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:

@@ -49,8 +49,8 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
         typer.echo(line)
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Not among them", dropped_rows(dropped))
-    remembered, timed = result.evaluations
-    typer.echo(f"searched in {seconds:.2f} s: memory of {remembered} candidates, time of {timed}")
+    sized, timed = result.evaluations
+    typer.echo(f"searched in {seconds:.2f} s: memory of {sized} candidates, time of {timed}")
 
 
 def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> None:

@@ -16,12 +16,12 @@ from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
-from everest_ds.errors import ConfigError
+from everest_ds.errors import ConfigError, UsageError
 from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
 from everest_ds.profiling.memory_states import model_states
 from everest_ds.tuning.batches import (
-    does_not_split,
     keep_global_batch,
+    nothing_runs,
     with_micro_batch,
 )
 from everest_ds.tuning.machine import Machine
@@ -116,7 +116,7 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
     """The candidates for `config` on a cluster; none if the model fits nowhere.
 
     Raises:
-        UsageError: the global batch cannot be split over the ranks.
+        UsageError: the global batch cannot be split over the ranks, or nothing that is pinned can run.
     """
     return _Search(config, cluster, options or Options()).run()
 
@@ -158,7 +158,7 @@ class _Search:
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
         self.passes: dict[_Key, Passes] = {}
         self.work: dict[_Key, StepWork] = {}
-        self.remembered = self.predicted = 0
+        self.num_memories = self.num_times = 0
 
     def run(self) -> SearchResult:
         space = Space(
@@ -171,15 +171,19 @@ class _Search:
         )
         found = [way for sharding in space.shardings() for way in self._of_sharding(space, sharding)]
         if not found and not self.fitting:
-            raise does_not_split(self.config, self.num_ranks, space.ranks_per_node)
+            reasons = dict.fromkeys(reason for _, reason, _ in self.refused)
+            raise nothing_runs(self.config, self.num_ranks, space.ranks_per_node, list(reasons))
         ranked = sorted(found, key=lambda candidate: candidate.order)
-        return SearchResult(ranked, self._all_dropped(found), (self.remembered, self.predicted))
+        return SearchResult(ranked, self._all_dropped(found), (self.num_memories, self.num_times))
 
     def _precisions(self) -> Sequence[str]:
         if self.config.parallelism.offload_to_nvme is not None:
             reason = "disks are not in the cost model; other shardings are tried"
             self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
         own, possible = self.config.precision, self.machine.precisions
+        if own not in possible and "precision" in self.options.pinned:
+            said = f"precision: {self.machine.device} has no fast one"
+            raise UsageError(said, given=own, allowed=", ".join(possible))
         if own not in possible:
             reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
             self.dropped.append(Dropped(own, reason))
@@ -199,11 +203,11 @@ class _Search:
             config = sharded.model_copy(update={"recompute": recompute})
             done_faster = self._done_faster(way)
             configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
-            remembered = [(one, self._memory(one, zero)) for one in configs]
-            fitting = [(one, memory) for one, memory in remembered if self._over(memory) <= 0]
+            needed = [(one, self._memory(one, zero)) for one in configs]
+            fitting = [(one, memory) for one, memory in needed if self._over(memory) <= 0]
             self.fitting[way] = done_faster.union(one.batch.micro_batch_size for one, _ in fitting)
             if not self.fitting[way]:
-                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in remembered)
+                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in needed)
                 self.shortages[way] = min(shortages)
             tried = [self._candidate(sharding, one, memory, zero) for one, memory in fitting]
             if tried:
@@ -234,7 +238,7 @@ class _Search:
         if key not in self.passes:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
-        self.remembered += 1
+        self.num_memories += 1
         return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
 
     def _candidate(
@@ -245,7 +249,7 @@ class _Search:
         zero: ZeroSettings,
         own_buckets: bool = False,
     ) -> Candidate:
-        self.predicted += 1
+        self.num_times += 1
         key, plan = _key(config), plan_ranks(config, self.num_ranks)
         if key not in self.work:
             self.work[key] = predict_work(config, self.machine)

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
-from everest_ds.errors import ConfigError, EverestError, UsageError
+from everest_ds.errors import EverestError, UsageError
 from everest_ds.profiling.devices import DEVICES
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.tuning.machine import Machine
@@ -152,6 +152,24 @@ def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can() -> 
         find(config, 16)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("parallelism.tensor=8", "nothing can run; given: divides badly: a tensor group lies within a node"),
+        ("batch.micro_batch_size=24", "no micro-batch is a part of a rank's 64 clips"),
+    ],
+)
+def test_keys_with_which_nothing_runs_are_said(given: str, said: str) -> None:
+    config, pinned = recipe("model.backbone=vit_huge", given), frozenset((given.partition("=")[0],))
+    with pytest.raises(UsageError, match=said):
+        find(config, 4, pinned=pinned)
+
+
+def test_a_precision_that_was_given_is_not_replaced() -> None:
+    with pytest.raises(UsageError, match="no fast one; given: bf16; allowed: fp32, fp16"):
+        find(recipe("precision=bf16"), on=machine("T4"), pinned=frozenset(("precision",)))
+
+
 def test_a_precision_that_the_device_lacks_is_replaced_and_said() -> None:
     result = find(recipe(), on=machine("V100 SXM 32GB"))
     assert {one.sharding.precision for one in result.ranked} == {"fp32", "fp16"}
@@ -174,8 +192,3 @@ def test_what_is_slower_says_which_part_of_the_step_makes_it_so() -> None:
     assert "communication-bound" in why_slower(tensor, best)
     families = [one.family for one in slower_families(result.ranked, 1)]
     assert str(best.sharding) not in families and len(families) == len(set(families))
-
-
-def test_an_unknown_precision_of_a_model_that_agrees_with_nothing_is_no_crash() -> None:
-    with pytest.raises(ConfigError, match="no rates|precision"):
-        predict_step(recipe("precision=bf16"), 1, machine("T4"))
