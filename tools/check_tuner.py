@@ -1,4 +1,4 @@
-"""How far the tuner's predictions are from measured steps of the real trainer on this machine: the error table.
+"""How far the tuner's predictions are from measured steps of the real trainer here: the error table.
 
     MALLOC_MMAP_THRESHOLD_=262144 python tools/check_tuner.py --json tuner.json
 
