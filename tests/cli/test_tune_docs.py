@@ -40,6 +40,7 @@ def test_a_command_of_the_guide_runs_as_it_stands(
     assert (tmp_path / "tuned" / words[2] / "winner.yaml").is_file()
 
 
+@pytest.mark.slow
 def test_trials_of_the_guide_for_a_cluster_are_planned_up_to_sbatch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
