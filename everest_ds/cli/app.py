@@ -22,6 +22,7 @@ from everest_ds.cli import (
     submit,
     sweep,
     train,
+    tune,
 )
 from everest_ds.errors import EverestError, ExitCode
 
@@ -38,6 +39,7 @@ app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 # Options that it does not know are sbatch's.
 app.command("submit", context_settings={"ignore_unknown_options": True})(submit.submit)

@@ -12,8 +12,8 @@ from everest_ds.profiling.measured import Measured
 from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by_batch, trained_configs
 from everest_ds.profiling.systems import BACKBONES, SYSTEMS
 from everest_ds.profiling.tables import Row
-from everest_ds.reports.efficiency_page import Plot
 from everest_ds.reports.efficiency_plots import Bubble, Line, draw_bubbles, draw_lines, draw_stacks
+from everest_ds.reports.page import Plot
 from everest_ds.units import GIB
 
 _CLIPS = 32  # of the stacks

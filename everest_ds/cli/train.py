@@ -114,17 +114,28 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
 
 
 def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
-    from everest_ds.cli.plan import describe_plan
-    from everest_ds.config import dump_experiment, plan_ranks
+    from everest_ds.config import dump_experiment
     from everest_ds.launch.environment import detect
-    from everest_ds.parallel.ds_config import resolve_ds_config
 
-    num_ranks = nproc or detect().world_size
-    facts = describe_plan(config, num_ranks)
-    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    facts = check_plan(config, nproc or detect().world_size)
     typer.echo(dump_experiment(config))
     print_facts(f"Plan: {config.task}", facts)
     write_json(json_file, {"plan": facts, "config": config.model_dump(mode="json")})
+
+
+def check_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
+    """What `--dry-run` checks, and tells.
+
+    Raises:
+        EverestError: what cannot run.
+    """
+    from everest_ds.cli.plan import describe_plan
+    from everest_ds.config import plan_ranks
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    facts = describe_plan(config, num_ranks)
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    return facts
 
 
 def _started_ranks(
@@ -200,9 +211,9 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
 
 
 def _clip_cost(config: Experiment, world: World) -> ClipCost:
-    from everest_ds.profiling.compute import predict_macs
+    from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
     from everest_ds.profiling.devices import peak_flops_per_s
-    from everest_ds.profiling.time import FLOPS_PER_MAC, compute_dtype, device_name
+    from everest_ds.profiling.time import compute_dtype, device_name
     from everest_ds.training.utilization import ClipCost
 
     dtype = compute_dtype(config.precision, world.device)
