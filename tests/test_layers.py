@@ -19,9 +19,20 @@ ALLOWED: dict[str, set[str]] = {
     "checkpoints": set(),
     "parallel": {"config", "models", "checkpoints"},
     "profiling": {"config", "models"},
+    "tuning": {"config", "profiling"},
     "reports": set(),
     "training": {"config", "models", "data", "checkpoints", "parallel", "reports"},
-    "cli": {"config", "data", "launch", "checkpoints", "parallel", "profiling", "reports", "training"},
+    "cli": {
+        "config",
+        "data",
+        "launch",
+        "checkpoints",
+        "parallel",
+        "profiling",
+        "reports",
+        "training",
+        "tuning",
+    },
     "__main__": {"cli"},
 }
 # library -> the only rooms that may import it
