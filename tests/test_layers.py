@@ -17,16 +17,24 @@ ALLOWED: dict[str, set[str]] = {
     "data": {"config"},
     "launch": set(),
     "checkpoints": set(),
+    "interchange": {"config", "models", "checkpoints"},
+    "inference": {"config", "models", "data", "interchange"},
     "parallel": {"config", "models", "checkpoints"},
     "profiling": {"config", "models"},
     "reports": set(),
-    "training": {"config", "models", "data", "checkpoints", "parallel", "reports"},
-    "cli": {"config", "data", "launch", "checkpoints", "parallel", "profiling", "reports", "training"},
+    "training": {"config", "models", "data", "checkpoints", "interchange", "parallel", "reports"},
+    "cli": {
+        *{"config", "data", "launch", "checkpoints", "interchange", "inference"},
+        *{"parallel", "profiling", "reports", "training"},
+    },
     "__main__": {"cli"},
 }
 # library -> the only rooms that may import it
 OWNERS: dict[str, set[str]] = {
-    "torch": {"models", "data", "checkpoints", "parallel", "training", "profiling"},
+    "torch": {
+        *{"models", "data", "checkpoints", "interchange", "inference"},
+        *{"parallel", "training", "profiling"},
+    },
     "deepspeed": {"parallel"},
     "fairscale": {"parallel"},
     "mpi4py": {"launch"},
