@@ -124,6 +124,9 @@ class DataConfig(Section):
     sampling: Literal["stride", "segments"] = Field(
         "stride", description="frames at a fixed stride, or one from each of num_frames equal segments"
     )
+    short_videos: Literal["leave_out", "hold_last_frame"] = Field(
+        "leave_out", description="videos shorter than a clip: left out by name, or their last frame repeated"
+    )
     train_crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     horizontal_flip: bool = Field(False, description="random in training; wrong where left is not right")
     test_segments: PositiveInt = 5

@@ -122,9 +122,9 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
         widths = [stacks[name].get(part, 0.0) for name in names]
         axes.barh(names, widths, left=left, color=color, label=part, height=0.62)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for name, total in zip(names, left, strict=True):
+    for place, total in enumerate(left):
         axes.annotate(
-            f"{total:,.1f}", (total, name), (4, 0), textcoords="offset points", va="center", fontsize=9
+            f"{total:,.1f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
     axes.invert_yaxis()
     axes.margins(x=0.09)
