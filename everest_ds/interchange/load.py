@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from everest_ds.interchange.source import open_source, outline_of
+from everest_ds.log import logger
 
 
 def load_model(source: str | Path, *overrides: str, features: bool = False, entry: str | None = None) -> Any:
@@ -32,6 +33,8 @@ def load_model(source: str | Path, *overrides: str, features: bool = False, entr
         ConfigError: if an override does not fit.
     """
     with open_source(Path(source), overrides, entry) as stored:
+        if stored.assumed:
+            logger.warning("%s does not tell its clips; assumed: %s", source, ", ".join(stored.assumed))
         model: Any = outline_of(stored.config, "encoder" if features else stored.layout.kind)
         model.to_empty(device="cpu")
         _compute_buffers(model)
