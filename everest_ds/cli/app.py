@@ -12,6 +12,7 @@ from everest_ds.cli import (
     checkpoint,
     data,
     doctor,
+    inference,
     job,
     jobs,
     logs,
@@ -37,6 +38,8 @@ app = typer.Typer(
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
+app.command("features")(inference.features)
+app.command("predict")(inference.predict)
 app.command("profile")(profile.profile)
 app.command("report")(report.report)
 # Options that it does not know are sbatch's.

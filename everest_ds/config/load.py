@@ -31,12 +31,28 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     tree = choose(_read_with_bases(found, ()), found)
     if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
+    return build_experiment(tree, overrides, path)
+
+
+def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Experiment:
+    """Apply `key.path=value` overrides to a tree of settings, then validate.
+
+    Args:
+        origin: where the tree is from; errors name it.
+
+    Raises:
+        ConfigError: naming the key, what was given and what is allowed.
+    """
     for text in overrides:
         _apply_override(tree, text)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
+<<<<<<< HEAD
         raise _explain(error, found.path) from None
+=======
+        raise _explain(error, origin) from None
+>>>>>>> d1898c8ca38db4c2966bc058e3fa8725b885b7a8
 
 
 def dump_experiment(config: Experiment) -> str:
