@@ -1,19 +1,14 @@
 """One validated tree of settings, from YAML, recipes and dotted overrides. Knows no torch."""
 
 from everest_ds.config.batch import BatchPlan, plan_batch, plan_ranks
-<<<<<<< HEAD
-from everest_ds.config.load import dump_experiment, find_config, flatten, load_experiment
-from everest_ds.config.recipes import recipe_names
-=======
 from everest_ds.config.load import (
     build_experiment,
     dump_experiment,
     find_config,
     flatten,
     load_experiment,
-    recipe_names,
 )
->>>>>>> d1898c8ca38db4c2966bc058e3fa8725b885b7a8
+from everest_ds.config.recipes import recipe_names
 from everest_ds.config.schema import DataConfig, Experiment
 
 __all__ = [

@@ -31,7 +31,7 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     tree = choose(_read_with_bases(found, ()), found)
     if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
-    return build_experiment(tree, overrides, path)
+    return build_experiment(tree, overrides, found.path)
 
 
 def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Experiment:
@@ -48,11 +48,7 @@ def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Expe
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-<<<<<<< HEAD
-        raise _explain(error, found.path) from None
-=======
         raise _explain(error, origin) from None
->>>>>>> d1898c8ca38db4c2966bc058e3fa8725b885b7a8
 
 
 def dump_experiment(config: Experiment) -> str:
