@@ -23,6 +23,7 @@ from everest_ds.cli import (
     submit,
     sweep,
     train,
+    visualize,
 )
 from everest_ds.errors import EverestError, ExitCode
 
@@ -50,6 +51,7 @@ app.command("cancel")(jobs.cancel)
 app.command("requeue")(jobs.requeue)
 app.command("sweep")(sweep.sweep)
 job.app.command("candidate")(sweep.candidate)
+app.command("visualize")(visualize.visualize)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")
