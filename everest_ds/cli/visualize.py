@@ -11,7 +11,7 @@ from everest_ds.cli.output import JsonFile, print_facts, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.models.watch import Seen
+    from everest_ds.inference.look import Seen
 
 Source = Annotated[
     str,
