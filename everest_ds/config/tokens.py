@@ -14,7 +14,8 @@ def exact_floor(ratio: float, count: int) -> int:
 
     Binary floating point gets such counts wrong: `int(0.29 * 100)` is 28.
     """
-    return int(Fraction(repr(ratio)) * count)
+    product = Fraction(repr(ratio)) * count
+    return product.numerator // product.denominator  # not int(): torch.compile fails on it in Python 3.10
 
 
 @dataclass(frozen=True)
