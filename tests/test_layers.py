@@ -21,11 +21,12 @@ ALLOWED: dict[str, set[str]] = {
     "inference": {"config", "models", "data", "interchange"},
     "parallel": {"config", "models", "checkpoints"},
     "profiling": {"config", "models"},
+    "tuning": {"config", "profiling"},
     "reports": set(),
     "training": {"config", "models", "data", "checkpoints", "interchange", "parallel", "reports"},
     "cli": {
         *{"config", "data", "launch", "checkpoints", "interchange", "inference"},
-        *{"parallel", "profiling", "reports", "training"},
+        *{"parallel", "profiling", "tuning", "reports", "training"},
     },
     "__main__": {"cli"},
 }

@@ -7,8 +7,8 @@ from everest_ds.config.load import (
     find_config,
     flatten,
     load_experiment,
-    recipe_names,
 )
+from everest_ds.config.recipes import recipe_names
 from everest_ds.config.schema import DataConfig, Experiment
 
 __all__ = [

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment
+from everest_ds.config.zero_settings import ds_config_path
 from everest_ds.errors import ConfigError, nearest
 from everest_ds.parallel.nvme import check_nvme, swap_folder
-from everest_ds.shipped import shipped
 
 AUTO = "auto"
 # Top-level keys of DeepSpeed's JSON that act on training with a client optimiser. Others, such as
@@ -52,13 +52,6 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
         if precision == config.precision or precision in tree:
             _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
     return {"steps_per_print": 2**31, **tree}
-
-
-def ds_config_path(config: Experiment) -> Path:
-    """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
-    parallelism = config.parallelism
-    offload = "_offload" if parallelism.offload_to_cpu else "_nvme" if parallelism.offload_to_nvme else ""
-    return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,205 @@
+"""Time of what ranks do for model states: sums, gathers, copies and the optimiser's step.
+
+What DeepSpeed 0.19.8 sends of Ψ parameters of e bytes, over N data-parallel ranks, in a micro-batches:
+
+    stage   gradients                                weights
+    0       all-reduce eΨ, after the last backward   -
+    1       all-reduce eΨ, in the last backward      all-gather eΨ, after the update
+    2       a · all-reduce eΨ, in each backward      all-gather eΨ, after the update
+    3       a · reduce-scatter eΨ, in each backward  a · 2 all-gathers eΨ, one in each pass
+
+Stages 1 and 2 reduce whole buckets on all ranks (`use_multi_rank_bucket_allreduce`); each keeps its part.
+At stage 3 one all-gather does where the whole model may stay gathered (`stage3_max_reuse_distance`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+from everest_ds.config.batch import BatchPlan
+from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings
+from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
+from everest_ds.profiling.memory_layers import layers
+from everest_ds.tuning.collectives import Collective, collective, data_group, tensor_group
+from everest_ds.tuning.compute_time import BlockTime
+from everest_ds.tuning.machine import Machine
+from everest_ds.tuning.term import Term
+
+_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
+_SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
+_TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
+
+
+class Passes(NamedTuple):
+    """Seconds of one micro-batch's forward and backward pass, behind which communication can hide."""
+
+    forward_s: float
+    backward_s: float
+
+
+class _States(NamedTuple):
+    """Of one rank: parameters, its part of them, bytes of a value, and where gradients are reduced."""
+
+    num_parameters: int
+    part: int
+    value_bytes: int
+    stage: int
+
+
+def tensor_terms(
+    config: Experiment,
+    plan: BatchPlan,
+    machine: Machine,
+    stacks: Mapping[str, tuple[BlockTime, int, int]],
+) -> Iterator[Term]:
+    """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
+    mode, tensor = config.recompute.mode, config.parallelism.tensor
+    again = {"none": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
+    group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
+    kept = 0.0
+    for block, depth, recomputing in stacks.values():
+        one = collective("all_reduce", block.tensor_bytes, group, machine)
+        count = 2 * _SUMS_OF_A_BLOCK * depth + again * recomputing
+        sums, seconds, sent = sums + count, seconds + count * one.seconds, sent + count * one.sent_bytes
+        kept += recomputing * block.tensor_bytes
+    if tensor > 1:
+        total_s = plan.grad_accum_steps * seconds
+        numbers = {"sums a micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": tensor}
+        formula = "4 sums of B·n·D a block, and those repeated by recompute; never hidden"
+        yield Term("tensor-parallel sums", "communication", total_s, total_s, formula, numbers)
+    if config.recompute.partition:
+        one = collective("all_gather", kept, group, machine)
+        total_s = plan.grad_accum_steps * one.seconds
+        formula = "inputs of recomputed blocks, put together again"
+        yield Term("gather block inputs", "communication", total_s, total_s, formula, {"MB": kept / 1e6})
+    if config.recompute.offload_to_cpu:
+        share = tensor if config.recompute.partition else 1
+        yield _copy_term(
+            "block inputs to host and back", 2 * kept / share * plan.grad_accum_steps, machine, 0.0
+        )
+
+
+def state_terms(
+    config: Experiment,
+    plan: BatchPlan,
+    num_ranks: int,
+    machine: Machine,
+    passes: Passes,
+    zero: ZeroSettings,
+) -> Iterator[Term]:
+    """Everything that ZeRO does, in the order of a step."""
+    degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
+    num_parameters = sum(layer.num_parameters for layer in layers(config))
+    part = -(-num_parameters // degree) if stage else num_parameters
+    states = _States(num_parameters, part, VALUE_BYTES[config.precision], stage)
+    if degree > 1:
+        yield from _reduction_terms(config, plan, num_ranks, machine, states, passes, zero)
+    if zero.offloads_optimizer:
+        yield from _offload_terms(plan, machine, states, passes)
+    yield _bucket_term(config, plan, machine, states)
+    yield _update_term(config, machine, states, zero.offloads_optimizer)
+    yield _engine_term(config, plan, machine)
+
+
+def _reduction_terms(
+    config: Experiment,
+    plan: BatchPlan,
+    num_ranks: int,
+    machine: Machine,
+    states: _States,
+    passes: Passes,
+    zero: ZeroSettings,
+) -> Iterator[Term]:
+    stage, times = states.stage, plan.grad_accum_steps
+    group = data_group(num_ranks, config.parallelism.tensor, machine.ranks_per_node)
+    weights = states.num_parameters * states.value_bytes
+    bucket = zero.reduce_bucket_values if stage else _ALLREDUCE_VALUES
+    buckets = -(-states.num_parameters // bucket)
+    name = "reduce_scatter" if stage == 3 else "all_reduce"
+    one = collective(name, weights / buckets, group, machine)
+    passing = times if stage >= 2 else 1
+    behind = passes.backward_s if stage else 0.0  # stage 0 begins when the backward pass is over
+    yield _hidden_term("reduce gradients", name, one, buckets, passing, behind, machine)
+    if stage in (1, 2):
+        one = collective("all_gather", weights, group, machine)
+        yield _hidden_term("gather updated weights", "all_gather", one, 1, 1, 0.0, machine)
+    if stage == 3:
+        messages = -(-states.num_parameters // zero.prefetch_values)
+        one = collective("all_gather", weights / messages, group, machine)
+        both = zero.reuse_values < states.num_parameters
+        yield _hidden_term(
+            "gather weights forward", "all_gather", one, messages, times, passes.forward_s, machine
+        )
+        if both:
+            # beside the reduction of gradients, which has taken its part of the backward pass
+            left = max(0.0, passes.backward_s - buckets * one.seconds)
+            yield _hidden_term("gather weights backward", "all_gather", one, messages, times, left, machine)
+
+
+def _hidden_term(
+    name: str, how: str, one: Collective, messages: int, times: int, behind_s: float, machine: Machine
+) -> Term:
+    """`messages` collectives in each of so many passes; all but one can hide behind `behind_s` of compute."""
+    busy = messages * one.seconds
+    exposed = max(one.seconds, busy - behind_s) if machine.asynchronous and behind_s else busy
+    numbers = {
+        "collectives": messages * times,
+        "ms each": 1e3 * one.seconds,
+        "sent MB each": one.sent_bytes / 1e6,
+    }
+    return Term(name, "communication", times * exposed, times * busy, f"{how} by {one.algorithm}", numbers)
+
+
+def _offload_terms(plan: BatchPlan, machine: Machine, states: _States, passes: Passes) -> Iterator[Term]:
+    """Gradients go to the host in each backward pass; updated or gathered weights come back."""
+    share, times = states.part * states.value_bytes, plan.grad_accum_steps
+    yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
+    if states.stage == 3:
+        yield _copy_term("weights from host", 2 * times * share, machine, times * sum(passes))
+    else:
+        yield _copy_term("updated weights from host", share, machine, 0.0)
+
+
+def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -> Term:
+    busy = machine.host_link.seconds(num_bytes)
+    exposed = max(0.0, busy - behind_s) if machine.asynchronous else busy
+    return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
+
+
+def _bucket_term(config: Experiment, plan: BatchPlan, machine: Machine, states: _States) -> Term:
+    """Gradients are added up, copied into buckets, and out of them."""
+    passes = {0: 1, 1: 1}.get(states.stage, plan.grad_accum_steps)
+    moved = 4 * states.num_parameters * states.value_bytes * passes
+    if plan.grad_accum_steps > 1:
+        moved += 3 * states.num_parameters * states.value_bytes * (plan.grad_accum_steps - 1)
+    seconds = moved / machine.memory_bytes_per_s[config.precision]
+    return Term(
+        "gradients into buckets",
+        "optimizer",
+        seconds,
+        seconds,
+        "4eΨ, and 3eΨ to add one up",
+        {"MB": moved / 1e6},
+    )
+
+
+def _update_term(config: Experiment, machine: Machine, states: _States, offloaded: bool) -> Term:
+    """AdamW on this rank's part; ZeRO makes its gradients flat and float32, and copies the weights back."""
+    rate = machine.host_adam_values_per_s if offloaded else machine.adam_values_per_s
+    copied = states.part * 2 * (states.value_bytes + 2 * FLOAT32_BYTES) if states.stage else 0
+    seconds = states.part / rate + copied / machine.memory_bytes_per_s[config.precision]
+    numbers = {"million values": states.part / 1e6, "million a second": rate / 1e6, "copied MB": copied / 1e6}
+    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate + copies", numbers)
+
+
+def _engine_term(config: Experiment, plan: BatchPlan, machine: Machine) -> Term:
+    """Python of engine and trainer: by tensor of parameters in each micro-batch, and once a step."""
+    shape = config.model.shape
+    depth = shape.encoder.depth + (shape.decoder.depth if config.task == "pretrain" else 0)
+    tensors = depth * _TENSORS_OF_A_BLOCK + _OTHER_TENSORS
+    each = machine.parameter_s.get(config.parallelism.zero_stage, 0.0)
+    seconds = machine.step_s + plan.grad_accum_steps * tensors * each
+    numbers = {"tensors": tensors, "µs each": 1e6 * each, "ms a step": 1e3 * machine.step_s}
+    return Term("engine", "overhead", seconds, seconds, "a step, and tensors · micro-batches", numbers)
