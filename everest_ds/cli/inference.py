@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, print_table, progress_of, write_json
+from everest_ds.cli.output import JsonFile, print_facts, print_table, progress_of, write_csv, write_json
 from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
+    from everest_ds.data.ledger import Problem
     from everest_ds.inference.views import Views
 
 Model = Annotated[
@@ -30,6 +31,9 @@ Overrides = Annotated[
     ),
 ]
 Segments = Annotated[int, typer.Option(min=1, help="Places in time to look at, averaged.")]
+Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
+CORES = min(8, os.cpu_count() or 1)
+_PLACES = ("second", "third", "fourth", "fifth")
 Crops = Annotated[int, typer.Option(min=1, help="Places in space to look at, averaged.")]
 
 
@@ -40,7 +44,7 @@ def features(
     overrides: Overrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
-    workers: Annotated[int, typer.Option(min=0, help="Decoding processes.")] = min(8, os.cpu_count() or 1),
+    workers: Workers = CORES,
     json_file: JsonFile = None,
 ) -> None:
     """Write one vector a video: the encoder's mean over the tokens that it keeps.
@@ -75,44 +79,94 @@ def features(
         "tokens": _tokens(network.config),
     }
     print_facts(f"{out}", facts)
-    rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in done.problems]
-    write_json(json_file, {**facts, "problems": rows})
-    if rows:
-        print_table(f"{len(rows)} of {len(samples)} videos cannot be read", rows)
-        raise typer.Exit(ExitCode.DATA)
+    problems = _problem_rows(done.problems)
+    write_json(json_file, {**facts, "problems": problems})
+    _end_with(problems, len(samples))
 
 
 def predict(
-    video: Annotated[Path, typer.Argument(help="A video.")],
+    videos: Annotated[
+        Path, typer.Argument(help="A video, a folder of videos, however nested, or a manifest.")
+    ],
     model: Model,
     overrides: Overrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
     classes: Annotated[Path | None, typer.Option(help="Class names, one a line, in label order.")] = None,
     picture: Annotated[
-        Path | None, typer.Option(help="Where to draw the kept tokens. Default: VIDEO.kept.png, here.")
+        Path | None,
+        typer.Option(help="Of one video: where to draw its kept tokens. Default: VIDEO.kept.png, here."),
+    ] = None,
+    workers: Workers = CORES,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="Also write a line a video.")
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Name the five likeliest classes of a video, and draw the tokens that the model looked at.
+    """Name the five likeliest classes of each video; of a single one, also draw the tokens that were kept.
+
+    Videos that cannot be read are listed; exit 3 if there are any.
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
+    from everest_ds.data.manifest import list_samples
     from everest_ds.inference import predict as inference
+
+    samples = list_samples(videos)
+    single = len(samples) == 1
+    network = _load(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
+    names = _class_names(network, classes)
+    views = _views(segments, crops)
+    with progress_of("looking", len(samples) * views.num_views) as on_progress:
+        done = inference.predict(network, samples, views, on_progress)
+    best = {samples[index].name: _best(row, names) for index, row in done.probabilities.items()}
+    if single and best:
+        print_table(f"{videos}", next(iter(best.values())))
+        _draw_kept(network, samples[0].path, picture or Path(f"{videos.stem}.kept.png"))
+    elif best:
+        print_table(f"{len(best)} videos of {videos}", [_line(video, rows) for video, rows in best.items()])
+    write_csv(csv_file, [_line(video, rows) for video, rows in best.items()])
+    problems = _problem_rows(done.problems)
+    write_json(json_file, {"videos": best, "problems": problems})
+    _end_with(problems, len(samples))
+
+
+def _best(probabilities: Any, names: list[str]) -> list[dict[str, Any]]:
+    labels = probabilities.argsort()[::-1][:5]
+    return [{"class": names[i], "probability_pct": round(100 * float(probabilities[i]), 2)} for i in labels]
+
+
+def _line(video: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "video": video,
+        **rows[0],
+        **{f"{place}": row["class"] for place, row in zip(_PLACES, rows[1:], strict=False)},
+    }
+
+
+def _draw_kept(network: Any, video: Path, file: Path) -> None:
+    from matplotlib.image import imsave  # heavy
+
+    from everest_ds.inference.predict import see
     from everest_ds.reports.kept_tokens import draw_kept
 
-    network = _load(model, ["data.num_workers=0", *(overrides or [])])
-    names = _class_names(network, classes)
-    with progress_of("looking", segments * crops) as on_progress:
-        probabilities = inference.predict(network, video, _views(segments, crops), on_progress)
-    best = probabilities.argsort()[::-1][:5]
-    rows = [{"class": names[label], "probability_pct": 100 * float(probabilities[label])} for label in best]
-    print_table(f"{video}", rows)
-    sight = inference.see(network, video)
-    target = picture or Path(f"{video.stem}.kept.png")
-    _draw(target, draw_kept(*sight))
-    typer.echo(f"{target}: {sight.kept_Thw.mean():.0%} of the tokens ({_tokens(network.config)})")
-    write_json(json_file, {"video": str(video), "top": rows, "picture": str(target)})
+    sight = see(network, video)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        imsave(file, draw_kept(*sight))
+    except OSError as error:
+        raise UsageError(f"{file}: cannot write the picture", given=error.strerror) from None
+    typer.echo(f"{file}: {sight.kept_Thw.mean():.0%} of the tokens ({_tokens(network.config)})")
+
+
+def _problem_rows(problems: list[Problem]) -> list[dict[str, Any]]:
+    return [{"video": problem.sample.name, "problem": problem.reason} for problem in problems]
+
+
+def _end_with(problems: list[dict[str, Any]], num_videos: int) -> None:
+    if problems:
+        print_table(f"{len(problems)} of {num_videos} videos cannot be read", problems)
+        raise typer.Exit(ExitCode.DATA)
 
 
 def _load(model: Path, overrides: list[str], features: bool = False) -> Any:
@@ -142,13 +196,3 @@ def _class_names(model: Any, file: Path | None) -> list[str]:
     if len(names) != count:
         raise UsageError(f"{file}: not the model's classes", given=f"{len(names)} names", allowed=count)
     return list(names)
-
-
-def _draw(file: Path, image: Any) -> None:
-    from matplotlib.image import imsave  # heavy
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        imsave(file, image)
-    except OSError as error:
-        raise UsageError(f"{file}: cannot write the picture", given=error.strerror) from None

@@ -1,11 +1,11 @@
-"""What a classifier sees in a video.
+"""What a classifier sees in videos.
 
 Shape legend: F frames, H x W pixels, T slots, h x w tokens of a slot, K kept tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 
 from everest_ds.config import Experiment
+from everest_ds.data.ledger import Problem
 from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
-from everest_ds.errors import DataError, UsageError
+from everest_ds.errors import UsageError
 from everest_ds.inference.views import Views, over_views, read_clip
 from everest_ds.models.classifier import Classifier
 from everest_ds.models.tubelets import from_tubelets
@@ -35,32 +36,44 @@ class Sight(NamedTuple):
     kept_Thw: NDArray[np.bool_]
 
 
+class Predictions(NamedTuple):
+    """What a classifier said.
+
+    Attributes:
+        probabilities: float32 (classes,) of each sample that could be read, by its index.
+        problems: the others.
+    """
+
+    probabilities: dict[int, NDArray[np.float32]]
+    problems: list[Problem]
+
+
 def predict(
-    model: Any, video: Path, views: Views = Views(), on_progress: Callable[[int], None] = lambda done: None
-) -> NDArray[np.float32]:
-    """Probabilities (classes,), averaged over the views.
+    model: Any,
+    samples: Sequence[Sample],
+    views: Views = Views(),
+    on_progress: Callable[[int], None] = lambda done: None,
+) -> Predictions:
+    """Class probabilities of videos, averaged over the views.
 
     Args:
-        model: a classifier as `load_model` gives it.
+        model: a classifier as `load_model` gives it, on the device to use.
         on_progress: told how many views are done.
 
     Raises:
         UsageError: it is no classifier.
-        DataError: the video cannot be read, or is too short.
     """
     config: Experiment = model.config
     if not isinstance(model, Classifier):
-        raise UsageError(
-            "this model predicts no classes", given=type(model).__name__, fix="fine-tune it first"
-        )
+        raise UsageError("this model names no classes", given=type(model).__name__, fix="fine-tune it first")
+    problems: list[Problem] = []
 
-    def refuse(failure: Failure) -> None:
-        raise DataError(f"{video}: {failure.reason}")
+    def note(failure: Failure) -> None:
+        problems.append(Problem(samples[failure.sample], failure.reason))
 
     softmax = partial(torch.softmax, dim=1)
-    samples = [Sample(video, None)]
-    ((_, found),) = over_views(model, samples, config, views, refuse, on_progress, softmax)
-    return found.numpy()
+    found = over_views(model, samples, config, views, note, on_progress, softmax)
+    return Predictions({index: row.numpy() for index, row in found}, problems)
 
 
 @torch.no_grad()
