@@ -23,6 +23,7 @@ from everest_ds.cli import (
     submit,
     sweep,
     train,
+    tune,
     visualize,
 )
 from everest_ds.errors import EverestError, ExitCode
@@ -42,6 +43,7 @@ app.command("evaluate")(train.evaluate)
 app.command("features")(inference.features)
 app.command("predict")(inference.predict)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 # Options that it does not know are sbatch's.
 app.command("submit", context_settings={"ignore_unknown_options": True})(submit.submit)

@@ -14,9 +14,9 @@ from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by
 from everest_ds.profiling.systems import BACKBONES, SYSTEMS
 from everest_ds.profiling.tables import Row
 from everest_ds.reports.clip_pictures import CAPTIONS
-from everest_ds.reports.efficiency_page import Plot
 from everest_ds.reports.efficiency_plots import Bubble, Line, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.figure import png_as_svg
+from everest_ds.reports.page import Plot
 from everest_ds.units import GIB
 
 _CLIPS = 32  # of the stacks

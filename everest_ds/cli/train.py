@@ -13,6 +13,7 @@ from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
+    from everest_ds.cli.plan import Epoch
     from everest_ds.cli.prediction import Gpus
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
@@ -130,14 +131,12 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
 
 
 def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
-    from everest_ds.cli.plan import count_samples, describe_plan
+    from everest_ds.cli.plan import count_samples
     from everest_ds.cli.prediction import describe_prediction
-    from everest_ds.config import dump_experiment, plan_ranks
-    from everest_ds.parallel.ds_config import resolve_ds_config
+    from everest_ds.config import dump_experiment
 
     epoch = count_samples(config, planned=True)
-    plan = {"plan": describe_plan(config, gpus.count, epoch)}
-    resolve_ds_config(config, plan_ranks(config, gpus.count))
+    plan = {"plan": check_plan(config, gpus.count, epoch)}
     if trains:
         plan["predicted"] = describe_prediction(config, gpus, epoch and epoch.num_samples)
     typer.echo(dump_experiment(config))
@@ -159,6 +158,21 @@ def _planned_gpus(nproc: int | None, on: str | None) -> Gpus:
     if nproc not in (None, gpus.count):
         raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
     return gpus
+
+
+def check_plan(config: Experiment, num_ranks: int, epoch: Epoch | None = None) -> dict[str, Any]:
+    """What `--dry-run` checks, and tells.
+
+    Raises:
+        EverestError: what cannot run.
+    """
+    from everest_ds.cli.plan import describe_plan
+    from everest_ds.config import plan_ranks
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    facts = describe_plan(config, num_ranks, epoch)
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    return facts
 
 
 def _started_ranks(

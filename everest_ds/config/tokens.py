@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 
 def exact_floor(ratio: float, count: int) -> int:
@@ -81,6 +82,7 @@ class TokenCounts:
 RUNNING_CELL_PERIOD = 4
 
 
+@lru_cache  # asked for in every part of every prediction
 def pretrain_counts(
     geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
 ) -> TokenCounts:
@@ -100,6 +102,7 @@ def pretrain_counts(
     return TokenCounts(n, kept, int((1 - Fraction(repr(mask_ratio))) * n))
 
 
+@lru_cache
 def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
     """Token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
     n = geometry.num_tokens

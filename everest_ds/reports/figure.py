@@ -23,6 +23,14 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
+def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
+    """A figure of the given size in inches, with several pairs of axes side by side on one scale."""
+    from matplotlib.figure import Figure  # heavy
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+
+
 def to_png(figure: Figure) -> bytes:
     """The figure as a PNG file's bytes."""
     buffer = io.BytesIO()

@@ -80,7 +80,8 @@ class Machine:
         peak_flops_per_s: by precision; empty where no data sheet says.
         products: attained by matrix products over their intensity, by precision.
         attention: attained by fused attention, both ways, over the tokens of a clip, by precision.
-        memory_bytes_per_s: of operators that only move and add, by precision.
+        memory_bytes_per_s: of a model's operators that only move and add, by precision.
+        copy_bytes_per_s: of large tensors that are read and written once, such as states.
         adam_values_per_s: parameters that the optimiser steps on the device.
         launch_s: the host's time for one operator.
         step_s: the engine's and the trainer's own, a step.
@@ -93,6 +94,7 @@ class Machine:
         decode_s: one core's time for a clip, beside that for its frames.
         decode_pixels_per_s: pixels of a video that one core decodes, crops and scales.
         spare_cores: with which a rank's workers decode while it computes; 0 if they are the same.
+        threads: with which a rank computes, where that is on its host.
         baseline_bytes: what a rank holds before there is a model, where that counts: on a CPU.
         watts: of a rank's share of its node, under load; None if unknown.
         source: where the numbers come from, for people.
@@ -105,6 +107,7 @@ class Machine:
     products: Mapping[str, RateCurve]
     attention: Mapping[str, RateCurve]
     memory_bytes_per_s: Mapping[str, float]
+    copy_bytes_per_s: float
     adam_values_per_s: float
     launch_s: float
     step_s: float
@@ -117,6 +120,7 @@ class Machine:
     decode_s: float
     decode_pixels_per_s: float
     spare_cores: float
+    threads: int = 0
     baseline_bytes: int = 0
     watts: float | None = None
     source: str = ""

@@ -77,6 +77,7 @@ def machine_from_sheet(
         products={p: _products(device, p, peak) for p, peak in peaks.items()},
         attention={p: _attention(device, peak) for p, peak in peaks.items()},
         memory_bytes_per_s=dict.fromkeys(peaks, bytes_per_s),
+        copy_bytes_per_s=bytes_per_s,
         adam_values_per_s=bytes_per_s / _ADAMW_BYTES,
         launch_s=_LAUNCH_S,
         step_s=_STEP_S,
