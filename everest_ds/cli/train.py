@@ -13,7 +13,6 @@ from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.plan import Epoch
     from everest_ds.cli.prediction import Gpus
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
@@ -135,9 +134,9 @@ def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool
     from everest_ds.cli.prediction import describe_prediction
     from everest_ds.config import dump_experiment
 
-    epoch = count_samples(config, planned=True)
-    plan = {"plan": check_plan(config, gpus.count, epoch)}
+    plan = {"plan": check_plan(config, gpus.count, planned=True)}
     if trains:
+        epoch = count_samples(config, planned=True)
         plan["predicted"] = describe_prediction(config, gpus, epoch and epoch.num_samples)
     typer.echo(dump_experiment(config))
     for title, facts in plan.items():
@@ -160,7 +159,7 @@ def _planned_gpus(nproc: int | None, on: str | None) -> Gpus:
     return gpus
 
 
-def check_plan(config: Experiment, num_ranks: int, epoch: Epoch | None = None) -> dict[str, Any]:
+def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
     """What `--dry-run` checks, and tells.
 
     Raises:
@@ -170,7 +169,7 @@ def check_plan(config: Experiment, num_ranks: int, epoch: Epoch | None = None) -
     from everest_ds.config import plan_ranks
     from everest_ds.parallel.ds_config import resolve_ds_config
 
-    facts = describe_plan(config, num_ranks, epoch)
+    facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, plan_ranks(config, num_ranks))
     return facts
 

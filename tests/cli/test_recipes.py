@@ -43,7 +43,7 @@ def test_every_published_setting_has_a_recipe() -> None:
 def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     config, gpus = load_experiment(name), parse_gpus(REFERENCE)
     epoch = count_samples(config, planned=True)
-    facts = describe_plan(config, gpus.count, epoch)
+    facts = describe_plan(config, gpus.count, planned=True)
     resolve_ds_config(config, plan_ranks(config, gpus.count))
     predicted = describe_prediction(config, gpus, epoch and epoch.num_samples)
     assert facts["steps"].endswith("is not there)")
