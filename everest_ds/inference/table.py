@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
@@ -63,7 +64,8 @@ def write_table(file: Path, table: FeatureTable) -> None:
     except OSError as error:
         raise DataError(f"{file}: cannot be written", given=error.strerror) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def read_table(file: Path) -> FeatureTable:
