@@ -113,7 +113,7 @@ class Watch:
     def _on_attention(self, attention: Attention) -> Any:
         def record(module: nn.Module, inputs: tuple[Any, ...], qkv_Bnx: Tensor) -> None:
             qkv = qkv_Bnx[: self._num_clips].detach().unflatten(-1, (3, -1, attention.head_width))
-            self._weights_Bnn.append(attention_weights(qkv).float().mean(dim=1))
+            self._weights_Bnn.append(attention_weights(qkv.float()).mean(dim=1))
 
         return record
 
