@@ -85,6 +85,14 @@ def test_fewer_gpus_accumulate_the_published_batch_and_others_hear_the_nearest(
     assert "nearest with micro_batch_size=32: 192 or 384" in capsys.readouterr().err
 
 
+def test_a_batch_too_small_for_the_reference_is_planned_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("pretrain", "k400_pretrain_vit_base", "--dry-run", "batch.global_batch_size=32")
+    assert run_main(monkeypatch, *small) == 0
+    assert "1 x A100 80GB" in capsys.readouterr().out
+
+
 def test_recipes_are_listed_by_family_and_filtered(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
