@@ -187,11 +187,10 @@ def _tokens(config: Any) -> str:
 
 
 def _class_names(model: Any, file: Path | None) -> list[str]:
-    """From the file, the model's own, those of its run, or numbers."""
+    """From the file, the model's own, or numbers."""
     from everest_ds.data.manifest import read_class_names
 
     count = model.config.model.num_classes or 0
-    file = file or (None if model.class_names else model.config.data.class_names)
     names = read_class_names(file) if file else model.class_names or [f"class {i}" for i in range(count)]
     if len(names) != count:
         raise UsageError(f"{file}: not the model's classes", given=f"{len(names)} names", allowed=count)

@@ -33,7 +33,7 @@ class Extracted(NamedTuple):
     """What came of it.
 
     Attributes:
-        table: all rows, in the order of the videos; None if none could be read.
+        table: the videos' rows in their order, then those that it had of others; None if it has none.
         num_known: rows that were there already.
         problems: videos that are not in it.
     """
@@ -120,12 +120,13 @@ class _Store:
         self.tables.append(table)
 
     def finish(self, names: Sequence[str]) -> FeatureTable | None:
-        """Write the table, in the order of `names`, and remove the parts."""
+        """Write the table, `names` first and in their order, and remove the parts."""
         if not self.tables:
             return None
         whole = join(self.tables)
         place = {str(name): row for row, name in enumerate(whole.video)}
-        table = rows_of(whole, [place[name] for name in names if name in place])
+        others = [name for name in place if name not in set(names)]
+        table = rows_of(whole, [place[name] for name in (*names, *others) if name in place])
         write_table(self.file, table)
         shutil.rmtree(self.folder, ignore_errors=True)
         return table

@@ -33,7 +33,7 @@ from everest_ds.interchange.tensors import Shape
 WEIGHT_KEYS = ("model", "module", "model_state", "model_state_dict", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
 _DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
-CONFIG_FILE = "config.json"
+CONFIG_FILE, PREPROCESSING_FILE = "config.json", "preprocessor_config.json"
 SAFETENSORS_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
 _PICKLE_FILE = "pytorch_model.bin"
 
@@ -49,6 +49,7 @@ class RawWeights:
         metadata: of a safetensors file.
         arguments: of the originals' training script, where they were saved with the weights.
         transformers: the model's config.json.
+        preprocessing: its preprocessor_config.json.
         left_out: what else is in the file.
     """
 
@@ -58,6 +59,7 @@ class RawWeights:
     metadata: Mapping[str, str] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
     transformers: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
 
 
@@ -72,16 +74,22 @@ def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> 
     Raises:
         CheckpointError: if there are no weights that can be read.
     """
-    if path.is_dir() and (path / _DEEPSPEED_FILE).is_file():
+    if (path / _DEEPSPEED_FILE).is_file():
         path = path / _DEEPSPEED_FILE
-    folder = path if path.is_dir() else path.parent
-    config = _read_json(folder / CONFIG_FILE) if path.is_dir() or path.suffix == ".safetensors" else {}
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        with _open_own(path, prefer_best) as raw:
+            yield raw
+        return
     with ExitStack() as stack:
-        if path.is_dir() and not config:
-            yield stack.enter_context(_open_own(path, prefer_best))
-            return
-        raw = _open_files(_files(path), entry, stack)
-        yield replace(_with_older_names(raw), transformers=config)
+        raw = _with_older_names(_open_files(_files(path), entry, stack))
+        if raw.path.suffix == ".safetensors" or path.is_dir():
+            beside = raw.path.parent
+            raw = replace(
+                raw,
+                transformers=_read_json(beside / CONFIG_FILE),
+                preprocessing=_read_json(beside / PREPROCESSING_FILE),
+            )
+        yield raw
 
 
 @contextmanager

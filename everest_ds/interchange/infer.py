@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment, build_experiment
 from everest_ds.config.backbones import BACKBONES
+from everest_ds.data.manifest import read_class_names
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights
 from everest_ds.interchange.layouts import EMBEDDING, Layout
+from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
 Tree = dict[str, Any]
 # config.json does not say it: transformers leaves this one as PyTorch has it.
@@ -30,7 +32,7 @@ class Described(NamedTuple):
 
     Attributes:
         assumed: settings that nothing in the file tells, as `key=value`.
-        class_names: in label order, if the file names them.
+        class_names: in label order, if the file or its run names them.
     """
 
     config: Experiment
@@ -53,7 +55,8 @@ def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Descr
     missing = {key: value for key, value in _USUAL.items() if key not in told["model"]}
     told["model"] = {**missing, **told["model"]}
     assumed = [f"model.{key}={value}" for key, value in missing.items() if f"model.{key}" not in given]
-    return Described(build_experiment(told, overrides, raw.path), assumed, _class_names(raw))
+    config = build_experiment(told, overrides, raw.path)
+    return Described(config, assumed, _class_names(raw, config))
 
 
 def _told(layout: Layout, raw: RawWeights) -> Tree:
@@ -128,11 +131,23 @@ def _by_transformers(raw: RawWeights) -> Tree:
             raise CheckpointError(
                 f"{raw.path}: config.json: `{key}` is not ours", given=said[key], allowed=allowed
             )
+    _check_normalization(raw)
     names = ("image_size", "patch_size", "num_frames", "tubelet_size")
     model: Tree = {name: said[name] for name in names if name in said}
     model["norm_eps"] = said.get("layer_norm_eps", 1e-12)
     model["last_norm_eps"] = TRANSFORMERS_LAST_EPS
     return {"model": model, "loss": {"normalize_targets": said.get("norm_pix_loss", True)}}
+
+
+def _check_normalization(raw: RawWeights) -> None:
+    for key, ours in {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}.items():
+        theirs = raw.preprocessing.get(key, ours)
+        if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
+            raise CheckpointError(
+                f"{raw.path}: a model of pixels that are normalised otherwise, by preprocessor_config.json",
+                given=f"{key} {theirs}",
+                allowed=list(ours),
+            )
 
 
 def _by_arguments(said: Mapping[str, Any]) -> Tree:
@@ -161,11 +176,13 @@ def _kept(dropped: float) -> float:
     return round(1 - dropped, 10)  # as one writes it: 0.3, and not what is left of 1 - 0.7
 
 
-def _class_names(raw: RawWeights) -> list[str] | None:
+def _class_names(raw: RawWeights, config: Experiment) -> list[str] | None:
     if "classes" in raw.metadata:
         names: list[str] = json.loads(raw.metadata["classes"])
         return names
     labels: dict[str, str] = raw.transformers.get("id2label", {})
     names = [labels[key] for key in sorted(labels, key=int)]
+    if config.data.class_names is not None and config.data.class_names.is_file():  # of a run
+        names = read_class_names(config.data.class_names)
     unnamed = [f"LABEL_{number}" for number in range(len(names))]
     return names if names and names != unnamed else None

@@ -12,7 +12,7 @@ from torch import Tensor
 from everest_ds.checkpoints.tensor_file import save_weights
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import MLP_RATIO
-from everest_ds.interchange.files import CONFIG_FILE, SAFETENSORS_FILE
+from everest_ds.interchange.files import CONFIG_FILE, PREPROCESSING_FILE, SAFETENSORS_FILE
 from everest_ds.interchange.layouts import Kind
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
@@ -34,7 +34,7 @@ def save_folder(
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(state, folder / SAFETENSORS_FILE, {"format": "pt"})
     _write_json(folder / CONFIG_FILE, _config(kind, config, class_names))
-    _write_json(folder / "preprocessor_config.json", _preprocessing(config))
+    _write_json(folder / PREPROCESSING_FILE, _preprocessing(config))
 
 
 def _config(kind: Kind, config: Experiment, class_names: list[str] | None) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def test_a_second_run_reads_only_what_is_new_or_was_repaired(
     monkeypatch.setattr(features, "over_views", spy)
     done = run(model, videos, tmp_path / "a.npz")
     assert seen == ["3.mp4", "new.mp4"] and done.problems == [] and done.num_known == 7
-    assert len(read_table(tmp_path / "a.npz").video) == 9
+    run(model, videos / "new.mp4", tmp_path / "a.npz")
+    assert len(read_table(tmp_path / "a.npz").video) == 9  # what it is not asked for, it keeps
 
 
 def test_a_table_of_another_model_or_other_tokens_is_refused(

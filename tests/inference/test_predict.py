@@ -60,7 +60,7 @@ def test_what_is_seen_is_what_the_model_keeps(motion_data: Path, model: Path) ->
     assert np.array_equal(sight.clip_FHWC, batch.clip[0].numpy())
 
 
-def test_classes_of_a_run_are_named_by_its_config(
+def test_a_folder_of_videos_and_a_list_of_names(
     monkeypatch: pytest.MonkeyPatch, motion_data: Path, model: Path, tmp_path: Path
 ) -> None:
     names = ["--classes", str(motion_data / "classes.txt")]

@@ -225,6 +225,13 @@ def test_a_transformers_model_of_another_architecture_is_refused(
     assert says in str(refused.value)
 
 
+def test_other_normalisation_of_pixels_is_refused(tmp_path: Path) -> None:
+    systems.classifier().save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+    with pytest.raises(CheckpointError, match="normalised otherwise.*given: image_mean"):
+        load_model(tmp_path)
+
+
 def test_other_positions_do_not_go_where_they_are_not_known(tmp_path: Path) -> None:
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
     for system, positions in (("mvd", "flat"), ("videomae", "grid"), ("transformers", "grid")):

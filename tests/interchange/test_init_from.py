@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from everest_ds import load_model
+from everest_ds.checkpoints.export import export_weights
 from everest_ds.config import Experiment
+from everest_ds.data.synthetic import MOTIONS
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.convert import convert
 from everest_ds.training.weights import initial_weights
@@ -79,10 +81,17 @@ def test_a_run_from_a_dense_checkpoint_becomes_a_model_of_transformers(
     log = (tmp_path / "run" / "logs" / "rank-0.log").read_text()
     assert f"encoder weights from {tmp_path / 'videomae.pth'}" in log
     ours = load_model(tmp_path / "run", "tokens.selection=none")
+    clip = systems.clips(motion_data)
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    export_weights(checkpoint, tmp_path / "exported.safetensors", "fp32")
+    for same in (checkpoint, tmp_path / "exported.safetensors"):
+        again = load_model(same, "tokens.selection=none")
+        assert again.config.model.num_frames == 8 and again.config.data.frame_stride == 2
+        assert torch.equal(systems.outputs(again, clip), systems.outputs(ours, clip))
     done = convert(tmp_path / "run", tmp_path / "hub", "transformers")
+    assert load_model(tmp_path / "hub").class_names == ours.class_names == list(MOTIONS)
     assert "this model keeps 0.5 of the tokens (rero)" in done.notes
     theirs = systems.transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "hub").eval()
-    clip = systems.clips(motion_data)
     systems.assert_same(
         systems.outputs(ours, clip), systems.their_logits(systems.as_the_originals(theirs), clip)
     )
