@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from everest_ds.parallel.world import World
     from everest_ds.tuning.machine import Machine
 
+# On a CPU it decides how often memory is new, which costs as much as a step's arithmetic (docs/parallel.md).
+_ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
 _AGAIN = "everest-ds tune --calibrate --nproc {}"
 
 
@@ -49,14 +51,18 @@ def facts_here() -> dict[str, str]:
     """What the rates of a machine depend on."""
     from importlib.metadata import version
 
-    import torch
-
     from everest_ds.launch.local import available_cores
+    from everest_ds.profiling.here import this_device
     from everest_ds.profiling.time import device_name
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {name: version(name) for name in ("torch", "deepspeed")}
-    return {"device": device_name(device), "cores": str(available_cores()), **versions}
+    allocator = os.environ.get(_ALLOCATOR, "unset")
+    return {
+        "device": device_name(this_device()),
+        "cores": str(available_cores()),
+        _ALLOCATOR: allocator,
+        **versions,
+    }
 
 
 def calibrate(nproc: int | None, file: Path | None) -> None:
@@ -70,12 +76,11 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
     if "WORLD_SIZE" in os.environ:
         _as_rank(file)
         return
-    import torch
-
     from everest_ds.launch.local import available_cores, launch_local
+    from everest_ds.profiling.here import num_gpus
 
-    on_gpus = torch.cuda.is_available()
-    most = nproc or (torch.cuda.device_count() if on_gpus else available_cores())
+    on_gpus = num_gpus() > 0
+    most = nproc or num_gpus() or available_cores()
     for number in [most] if on_gpus else _up_to(most):
         typer.echo(f"measuring {number} rank{'s' if number > 1 else ''} at the same time ...", err=True)
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)

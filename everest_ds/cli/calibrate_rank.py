@@ -6,13 +6,11 @@ import io
 import os
 import tempfile
 from collections.abc import Sequence
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import partial
 from pathlib import Path
 from statistics import fmean, quantiles
 from typing import NamedTuple
-
-import torch
 
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.data.clips import TrainingClips
@@ -23,6 +21,7 @@ from everest_ds.launch.local import available_cores
 from everest_ds.parallel.links import measure_collectives
 from everest_ds.parallel.world import World
 from everest_ds.profiling import rates
+from everest_ds.profiling.here import HOST, free_bytes, num_threads, precisions_of
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.time import device_name
 from everest_ds.training.loop import train
@@ -53,11 +52,11 @@ _GPU = _Shapes(
 def measure(world: World) -> Measurements:
     """Everything. Call on every rank."""
     on_gpu, device = world.device.type == "cuda", world.device
-    shapes, threads, precisions = _GPU if on_gpu else _CPU, torch.get_num_threads(), _precisions(world.device)
+    shapes, threads, precisions = _GPU if on_gpu else _CPU, num_threads(), precisions_of(device)
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as own:
         folder = Path(world.share(lambda: own))
-        with redirect_stdout(io.StringIO()):
-            steps, baseline_bytes = _train_tiny(world, folder)  # first: memory of later measurements stays
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            steps, baseline = _train_tiny(world, folder)  # first: memory of later measurements stays
         clips = _decode(world, folder)
     # of a core's time that a rank gets, where they take turns
     turn = 1.0 if on_gpu else min(1.0, available_cores() / (world.local_size * threads))
@@ -68,63 +67,51 @@ def measure(world: World) -> Measurements:
     copy, adam = usual(rates.copy_bytes_per_s(device)), usual(rates.adam_values_per_s(device))
     linear = {name: rates.linear_rates(device, name, shapes.rows, shapes.widths) for name in precisions}
     attention = {name: rates.attention_rates(device, name, shapes.tokens) for name in precisions}
+    moving = {name: rates.moving_rates(device, name, shapes.rows, shapes.widths[-1:]) for name in precisions}
     return Measurements(
         device=device_name(device),
         memory_bytes=_memory_bytes(world),
         asynchronous=on_gpu,
         num_ranks=world.size,
         threads=threads,
-        products={name: [(r.shape, usual(r.flops_per_s)) for r in found] for name, found in linear.items()},
+        products={name: [(r.shape, usual(r.rate)) for r in found] for name, found in linear.items()},
         attention={
-            name: [(float(r.shape[0]), usual(r.flops_per_s)) for r in found]
-            for name, found in attention.items()
+            name: [(float(r.shape[0]), usual(r.rate)) for r in found] for name, found in attention.items()
         },
-        moving={name: usual(rates.moving_bytes_per_s(device, name, *_rows(shapes))) for name in precisions},
+        moving={name: [(float(r.shape[0]), usual(r.rate)) for r in found] for name, found in moving.items()},
         copy_bytes_per_s=copy,
+        fresh_bytes_per_s=usual(rates.fresh_bytes_per_s(device)),
         adam_values_per_s=adam,
         launch_s=1 / usual(1 / rates.launch_seconds(device)),
         host_bytes_per_s=usual(rates.host_bytes_per_s(device)) if on_gpu else copy / 2,
-        host_adam_values_per_s=usual(rates.adam_values_per_s(torch.device("cpu"))) if on_gpu else adam,
+        host_adam_values_per_s=usual(rates.adam_values_per_s(HOST)) if on_gpu else adam,
         collectives=[CollectiveSample(*row) for row in measure_collectives(world, shapes.sizes)],
         clips=[(pixels, 1 / usual(1 / seconds)) for pixels, seconds in clips],
         steps=steps,
         spare_cores=max(0.0, available_cores() / world.local_size - (1 if on_gpu else threads)),
-        baseline_bytes=0 if on_gpu else baseline_bytes,
+        baseline_bytes=0 if on_gpu else baseline[1],
     )
-
-
-def _rows(shapes: _Shapes) -> tuple[int, int]:
-    """Of a middling micro-batch."""
-    return shapes.rows[-2], shapes.widths[1]
-
-
-def _precisions(device: torch.device) -> list[str]:
-    if device.type == "cpu":
-        return ["fp32", "bf16"]
-    return ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
 
 
 def _memory_bytes(world: World) -> int:
     """What a rank may use: what is free on its GPU, or its share of the host."""
     if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        return free + torch.cuda.memory_reserved(world.device)
+        return free_bytes(world.device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
 
 
-def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], int]:
+def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], dict[int, int]]:
     """A few steps of the real trainer at each ZeRO stage; and what a rank holds beside the model's memory."""
     counts, spec = {"train": _STEPS * world.size}, SyntheticSpec(num_frames=4, size=32)
     world.share(lambda: synthesize(folder, counts, spec, workers=1))
-    steps, baseline = [], 0
+    steps, baseline = [], {}
     for stage in (0, 1, 2, 3):
         config = _tiny(folder, stage)
         train(config, world)
         rows = world.share(partial(read_metrics, config.run.dir))
         seconds = [(1 - row["data_wait_pct"] / 100) * world.size / row["clips_per_s"] for row in rows]
         steps.append(TrainedStep(config, world.size, quantiles(seconds[_WARM_UP:], n=4)[0]))
-        held = rows[-1]["memory_bytes"] - predict_memory(config, world.size).peak_bytes
-        baseline = baseline or held
+        baseline[stage] = rows[-1]["memory_bytes"] - predict_memory(config, world.size).peak_bytes
     return steps, baseline
 
 
@@ -154,6 +141,6 @@ def _decode(world: World, folder: Path) -> list[tuple[float, float]]:
         )
         clips = TrainingClips([Sample(folder / str(size) / "train" / "00000.mp4", 0)], config)
         world.barrier()
-        seconds = rates.best_time(partial(clips.__getitem__, Visit(0, 0)), torch.device("cpu"))
+        seconds = rates.best_time(partial(clips.__getitem__, Visit(0, 0)), HOST)
         rows.append((float(_CLIP_FRAMES * size**2), seconds))
     return rows

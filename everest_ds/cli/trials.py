@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -41,6 +43,9 @@ _OUTCOMES: dict[str, Outcome] = {
     "diverged": "crash",
     "rank lost": "crash",
 }
+# A signal that nobody minds: a trial that comes to its time limit shall not be saved, requeued and resumed.
+_NO_WARNING = ("--signal=CONT@10",)
+_NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -
 def try_by_slurm(
     setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any], array: Array
 ) -> list[Entry]:
-    """Collect what array jobs have done, and submit what none has been asked to do."""
+    """Collect what array jobs have done, and submit what none has been asked to do; without waiting."""
     todo = {
         run_name(setup, entry, place): entry
         for entry in with_trials(setup, entries, place)
@@ -107,7 +112,8 @@ def try_by_slurm(
 
 def run_name(setup: Setup, entry: Entry, place: Mapping[str, Any]) -> str:
     """Of the run folder: what it is, and the key that no other trial has."""
-    return f"{entry.tried.name.replace(' ', '-')}-{trial_key(entry.config, setup.num_ranks, place)}"
+    name = _NOT_IN_A_NAME.sub("-", entry.tried.name)
+    return f"{name}-{trial_key(entry.config, setup.num_ranks, place)}"
 
 
 def _known(entry: Entry, trial: Trial | None) -> Entry:
@@ -167,6 +173,8 @@ def _submit(setup: Setup, entries: Mapping[str, Entry], array: Array) -> None:
     digest = sha256("\n".join(entries).encode()).hexdigest()[:8]
     folder = setup.runs / f"array-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
+    for name in entries:  # of an earlier job that was stopped
+        shutil.rmtree(folder / name, ignore_errors=True)
     lines = [
         json.dumps({"name": name, "overrides": list(entry.tried.overrides)})
         for name, entry in entries.items()
@@ -176,9 +184,10 @@ def _submit(setup: Setup, entries: Mapping[str, Entry], array: Array) -> None:
     place = f"run.dir={json.dumps(str(folder))}"
     submit(
         "sweep",
-        [setup.source, *overrides, place, *shlex.split(array.options)],
+        [setup.source, *overrides, place, *_NO_WARNING, *shlex.split(array.options)],
         nodes=array.nodes,
         gpus_per_node=array.gpus_per_node or None,
         ntasks_per_node=array.ranks_per_node,
         candidates=candidates,
+        max_restarts=0,
     )

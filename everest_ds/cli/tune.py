@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from everest_ds.cli.output import JsonFile, write_csv, write_json
-from everest_ds.cli.train import Overrides, Source
+from everest_ds.cli.train import Overrides
+from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.cli.tune_tables import Costs
     from everest_ds.config import Experiment
-    from everest_ds.tuning.search import Cluster, Options, SearchResult
+    from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
 
-_COST = "Cost and energy"
+_COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
+Source = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
+]
 Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")]
 Gpu = Annotated[
     str | None,
@@ -58,12 +62,71 @@ Clips = Annotated[
         rich_help_panel=_COST,
     ),
 ]
-GpuHour = Annotated[float | None, typer.Option("--price-per-gpu-hour", min=0, rich_help_panel=_COST)]
-Kwh = Annotated[float | None, typer.Option("--price-per-kwh", min=0, rich_help_panel=_COST)]
+GpuHour = Annotated[
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0, help="In any currency.", rich_help_panel=_COST),
+]
+Kwh = Annotated[
+    float | None,
+    typer.Option(
+        "--price-per-kwh", min=0, help="Of what the GPUs draw at most, by data sheet.", rich_help_panel=_COST
+    ),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Run the best K and two baselines for a few steps, and rank again by what is measured.",
+        rich_help_panel=_TRIALS,
+    ),
+]
+TrialSteps = Annotated[int, typer.Option(min=5, help="Steps of a trial.", rich_help_panel=_TRIALS)]
+TrialSeconds = Annotated[
+    float, typer.Option(min=1, help="After which a trial here is given up.", rich_help_panel=_TRIALS)
+]
+Sbatch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTIONS",
+        help='Try as an array job, with sbatch options such as "--time=30:00 -p gpu". Default: here.',
+        rich_help_panel=_TRIALS,
+    ),
+]
+AsksWhatIf = Annotated[
+    bool, typer.Option("--what-if", help="A page on where each choice starts to pay, over 1 to 1,024 GPUs.")
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Measure this machine for all later tunings, in two minutes; no RECIPE. Under srun its ranks.",
+        rich_help_panel=_HERE,
+    ),
+]
+MostRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Measure up to N ranks. Default: one a GPU, or a core.",
+        rich_help_panel=_HERE,
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Where measurements are kept. Default: in the user's cache.",
+        rich_help_panel=_HERE,
+    ),
+]
 
 
 def tune(
-    source: Source,
+    source: Source = None,
     overrides: Overrides = None,
     gpus: Gpus = 1,
     gpu: Gpu = None,
@@ -79,6 +142,14 @@ def tune(
     clips: Clips = None,
     gpu_hour: GpuHour = None,
     kwh: Kwh = None,
+    trials: Trials = None,
+    trial_steps: TrialSteps = 10,
+    trial_seconds: TrialSeconds = 900,
+    sbatch: Sbatch = None,
+    what_if: AsksWhatIf = False,
+    calibrate: Calibrate = False,
+    nproc: MostRanks = None,
+    calibration: CalibrationFile = None,
 ) -> None:
     """Predict the fastest way to run a recipe on a cluster, in seconds and without a GPU, and say why.
 
@@ -87,15 +158,20 @@ def tune(
 
     Example: everest-ds tune k400_pretrain_vit_base model.backbone=vit_huge --gpus 64 --gpu h100-80gb
     """
+    if source is None or calibrate:
+        _calibrate(source, calibrate, nproc, calibration)
+        return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
     from everest_ds.cli.tune_tables import Costs
+    from everest_ds.cli.tune_trials import TrialOptions, candidate_name, run_trials
+    from everest_ds.cli.tune_winner import default_folder
     from everest_ds.config import load_experiment
     from everest_ds.tuning.batches import keep_global_batch
     from everest_ds.tuning.search import Options
     from everest_ds.tuning.space import SEARCHED
 
     config = load_experiment(source, overrides or [])
-    cluster = _cluster(gpu, gpus, nodes, interconnect)
+    cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
     given = {text.partition("=")[0] for text in overrides or []}
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
     costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
@@ -105,13 +181,36 @@ def tune(
     print_answer(result, cluster, costs, top, clock.process_time() - began)
     if explain is not None:
         print_explained(result.ranked, explain, cluster)
-    _write(result, source, cluster, costs, out, json_file, csv_file)
+    _write_tables(result, cluster, costs, json_file, csv_file)
+    folder = out or default_folder(source)
+    if what_if:
+        _ask_what_if(config, gpu, interconnect, options, gpus, folder)
+    winner, title = result.ranked[0], "rank 1"
+    if trials is not None:
+        how = TrialOptions(trials, trial_steps, trial_seconds, sbatch)
+        tried = run_trials(source, overrides or [], cluster, result, folder, how)
+        if tried is None:
+            return
+        winner, title = tried, f"best of the trials, {candidate_name(tried)}"
+    _write_winner(winner, title, source, cluster, folder)
 
 
-def _cluster(gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None) -> Cluster:
+def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path | None) -> None:
+    if not wanted:
+        raise UsageError("no RECIPE", fix="everest-ds recipes lists them; --calibrate needs none")
+    if source is not None:
+        raise UsageError("--calibrate measures the machine, not a recipe", given=source, fix="leave it out")
+    from everest_ds.cli.calibrate import calibrate
+
+    calibrate(nproc, file)
+
+
+def _cluster(
+    gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None, calibration: Path | None
+) -> Cluster:
     from everest_ds.cli.tune_cluster import cluster_here, cluster_of
 
-    return cluster_here(gpus) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+    return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
 
 
 def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
@@ -124,19 +223,12 @@ def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchRes
     return result
 
 
-def _write(
-    result: SearchResult,
-    source: str,
-    cluster: Cluster,
-    costs: Costs,
-    out: Path | None,
-    json_file: Path | None,
-    csv_file: Path | None,
+def _write_tables(
+    result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
 ) -> None:
     from everest_ds.cli.tune_tables import as_json, candidate_rows, dropped_rows
-    from everest_ds.cli.tune_winner import default_folder, next_command, write_winner
 
-    rows, winner = candidate_rows(result.ranked, cluster, costs), result.ranked[0]
+    rows = candidate_rows(result.ranked, cluster, costs)
     write_csv(csv_file, rows)
     found = {
         "cluster": {"ranks": cluster.num_ranks, "machine": cluster.machine.as_json()},
@@ -144,9 +236,24 @@ def _write(
         "dropped": dropped_rows(result.dropped),
     }
     write_json(json_file, found)
-    file = write_winner(winner, source, cluster, out or default_folder(source))
-    typer.echo(f"rank 1: {file}, held against DeepSpeed's own checks and a dry run. Next:")
+
+
+def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
+    from everest_ds.cli.tune_winner import next_command, write_winner
+
+    file = write_winner(winner, source, cluster, folder)
+    typer.echo(f"{title}: {file}, held against DeepSpeed's own checks and a dry run. Next:")
     typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
+
+
+def _ask_what_if(
+    config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
+) -> None:
+    from everest_ds.cli.tune_report import what_if_page, write_page
+    from everest_ds.cli.tune_what_if import ask
+
+    page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
+    typer.echo(f"what if: {write_page(folder, 'what_if', page)}")
 
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from everest_ds.errors import UsageError
 from everest_ds.profiling.device_file import device_of
 from everest_ds.tuning.search import Cluster
@@ -19,7 +21,7 @@ def cluster_of(gpu: str, num_gpus: int, nodes: int | None, interconnect: str | N
     return Cluster(machine_from_sheet(name, device, interconnect, a_node), num_gpus)
 
 
-def cluster_here(num_ranks: int) -> Cluster:
+def cluster_here(num_ranks: int, calibration: Path | None = None) -> Cluster:
     """So many ranks of this machine, as it was calibrated.
 
     Raises:
@@ -27,7 +29,7 @@ def cluster_here(num_ranks: int) -> Cluster:
     """
     from everest_ds.cli.calibrate import machine_here
 
-    return Cluster(machine_here(num_ranks), num_ranks)
+    return Cluster(machine_here(num_ranks, calibration), num_ranks)
 
 
 def _ranks_per_node(num_gpus: int, nodes: int | None) -> int:

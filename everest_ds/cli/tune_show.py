@@ -8,7 +8,6 @@ import typer
 
 from everest_ds.cli.output import print_facts, print_table
 from everest_ds.cli.tune_tables import (
-    CLOSE_PCT,
     Costs,
     candidate_rows,
     close_calls,
@@ -19,6 +18,7 @@ from everest_ds.config import Experiment
 from everest_ds.errors import UsageError
 from everest_ds.tuning.reasons import slower_families, why_slower
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult
+from everest_ds.tuning.standing import CLOSE_PCT
 from everest_ds.tuning.step_time import predict_step
 from everest_ds.units import format_bytes
 
@@ -49,8 +49,8 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
         typer.echo(line)
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Not among them", dropped_rows(dropped))
-    remembered, timed = result.evaluations
-    typer.echo(f"searched in {seconds:.2f} s: memory of {remembered} candidates, time of {timed}")
+    sized, timed = result.evaluations
+    typer.echo(f"searched in {seconds:.2f} s: memory of {sized} candidates, time of {timed}")
 
 
 def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> None:

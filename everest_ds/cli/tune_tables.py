@@ -10,14 +10,15 @@ from everest_ds.config import plan_ranks
 from everest_ds.data.order import steps_per_epoch
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.search import Candidate, Cluster, describe_recompute, needed_bytes
+from everest_ds.tuning.space import Dropped
+from everest_ds.tuning.standing import CLOSE_PCT
 from everest_ds.units import GIB, format_bytes, format_duration
 
 Row = dict[str, Any]
-CLOSE_PCT = 8  # of memory left over, from which on it is said
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
 _BESIDES = ("optimizer", "overhead")
 _HEADINGS = {"communication": "comm.", "recompute": "again"}  # columns of numbers are narrow
-_MAY_BE_UNUSED = ("again", "offload", "data")
+_MAY_BE_UNUSED = ("again", "comm.", "offload", "data")
 
 
 @dataclass(frozen=True)
@@ -78,9 +79,9 @@ def close_calls(ranked: Sequence[Candidate], machine: Machine) -> list[str]:
     return [f"rank {rank} leaves {pct:.1f} %" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT]
 
 
-def dropped_rows(dropped: Sequence[tuple[str, str]]) -> list[Row]:
+def dropped_rows(dropped: Sequence[Dropped]) -> list[Row]:
     """Families and reasons."""
-    return [{"family": family, "why_not": reason} for family, reason in dropped]
+    return [{"family": one.family, "why_not": one.reason} for one in dropped]
 
 
 def as_json(rows: Sequence[Row], ranked: Sequence[Candidate], machine: Machine) -> list[Mapping[str, Any]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import cycle
 from typing import NamedTuple
 
 import torch
@@ -27,18 +28,19 @@ _HEAD_WIDTH = 64  # of S, B and L; H has 80
 _LOGITS = 2**21  # of attention, at once: a few clips' heads
 _STEPPED_VALUES = 2**22
 _COPIED_BYTES = 2**26
+_CACHE_BYTES = 2**26  # more than what caches hold
 
 
 class Rate(NamedTuple):
     """What one size attains.
 
     Attributes:
-        shape: rows, inputs and outputs of a linear map; or tokens alone, of attention.
-        flops_per_s: two for a multiply-accumulate.
+        shape: rows, inputs and outputs of a linear map; tokens of attention; or bytes of a tensor.
+        rate: floating-point operations a second, two for a multiply-accumulate; or bytes a second.
     """
 
     shape: tuple[int, ...]
-    flops_per_s: float
+    rate: float
 
 
 def linear_rates(
@@ -55,11 +57,15 @@ def linear_rates(
 
 def _linear_rate(device: torch.device, precision: str, rows: int, width: int) -> Rate:
     outputs = MLP_RATIO * width
-    x, weight, gradient = (
-        _noise(size, device, precision) for size in ((rows, width), (outputs, width), (rows, outputs))
+    x, gradient = (_noise(size, device, precision) for size in ((rows, width), (rows, outputs)))
+    size_bytes = width * outputs * DTYPES[precision].itemsize
+    # as in a model, a weight has left the caches when its turn comes again
+    weights = cycle(
+        [_noise((outputs, width), device, precision) for _ in range(-(-_CACHE_BYTES // size_bytes))]
     )
 
     def products() -> None:
+        weight = next(weights)
         multiply(x, weight.t())
         multiply(gradient, weight)
         gradient.t() @ x
@@ -82,11 +88,18 @@ def _attention_rate(device: torch.device, precision: str, n: int) -> Rate:
     return Rate((n,), 7 * FLOPS_PER_MAC * clips * heads * n * n * _HEAD_WIDTH / seconds)
 
 
-def moving_bytes_per_s(device: torch.device, precision: str, rows: int, width: int) -> float:
-    """Of what a block does beside its products and attention, by tuning/compute_time.py's count of passes.
+def moving_rates(
+    device: torch.device, precision: str, rows: Sequence[int], widths: Sequence[int]
+) -> list[Rate]:
+    """Bytes a second of what a block does beside its products and attention, over the bytes of a tensor.
 
-    Norms, sums, GELU and its gradient, sums over rows; 59 passes over (rows, width) forward and backward.
+    Norms, sums, GELU and its gradient, sums over rows: 59 passes over (rows, width) forward and backward, by
+    tuning/compute_time.py's count.
     """
+    return [_moving_rate(device, precision, n, width) for width in widths for n in rows]
+
+
+def _moving_rate(device: torch.device, precision: str, rows: int, width: int) -> Rate:
     x = _noise((rows, width), device, precision).requires_grad_()
     wide = _noise((rows, MLP_RATIO * width), device, precision)
     weight = torch.ones(width, device=device, dtype=DTYPES[precision])
@@ -101,8 +114,8 @@ def moving_bytes_per_s(device: torch.device, precision: str, rows: int, width: i
         torch.ops.aten.gelu_backward(wide, wide)
         (wide.sum(dim=0), wide[:, : 3 * width].sum(dim=0))
 
-    moved = (10 + 8 + 14 + 27) * rows * width * x.element_size()
-    return moved / best_time(passes, device)
+    tensor_bytes = rows * width * x.element_size()
+    return Rate((tensor_bytes,), (10 + 8 + 14 + 27) * tensor_bytes / best_time(passes, device))
 
 
 def launch_seconds(device: torch.device) -> float:
@@ -128,6 +141,12 @@ def copy_bytes_per_s(device: torch.device) -> float:
     source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPIED_BYTES / best_time(lambda: target.copy_(source), device)
+
+
+def fresh_bytes_per_s(device: torch.device) -> float:
+    """Of memory that is written for the first time since it was allocated."""
+    count = _COPIED_BYTES // 4
+    return _COPIED_BYTES / best_time(lambda: torch.empty(count, device=device).fill_(1.0), device)
 
 
 def host_bytes_per_s(device: torch.device) -> float:

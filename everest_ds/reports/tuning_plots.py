@@ -42,7 +42,7 @@ def draw_agreement(pairs: Sequence[Pair], quantity: str, unit: str) -> str:
         ends, [(1 - _BAND) * x for x in ends], [(1 + _BAND) * x for x in ends], color=LINE, alpha=0.6
     )
     axes.plot(ends, ends, color=SOFT, linewidth=1)
-    for number, (group, color) in enumerate(group_colors([pair.group for pair in pairs]).items()):
+    for number, (group, color) in enumerate(group_colors(sorted({pair.group for pair in pairs})).items()):
         mine = [pair for pair in pairs if pair.group == group]
         axes.scatter(
             [pair.predicted for pair in mine],
@@ -55,13 +55,11 @@ def draw_agreement(pairs: Sequence[Pair], quantity: str, unit: str) -> str:
             label=group,
             zorder=3,
         )
-    for set_scale, set_limits in ((axes.set_xscale, axes.set_xlim), (axes.set_yscale, axes.set_ylim)):
-        set_scale("log")
-        set_limits(*ends)
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}")
-        axis.set_minor_formatter(lambda value, _: f"{value:g}" if ends[1] / ends[0] < 5 else "")
-    axes.tick_params(which="minor", labelsize=8, colors=SOFT)
+    ticks = _ticks(*ends)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
     axes.set_xlabel(f"predicted {quantity}, {unit}")
     axes.set_ylabel(f"measured {quantity}, {unit}")
     finish(axes)
@@ -106,7 +104,7 @@ def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
     Args:
         panels: trait -> value -> (GPUs, per cent of the best candidate's speed).
     """
-    figure, all_axes = new_panels(11.8, 4.2, len(panels))
+    figure, all_axes = new_panels(11.8, 4.4, len(panels))
     gpus = sorted({count for lines in panels.values() for points in lines.values() for count, _ in points})
     for axes, (trait, lines) in zip(all_axes, panels.items(), strict=True):
         for number, (value, color) in enumerate(group_colors(list(lines)).items()):
@@ -118,10 +116,20 @@ def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
         axes.set_ylim(0, 104)
         axes.set_title(trait, fontsize=10, color=INK)
         axes.set_xlabel("GPUs")
-        axes.legend(frameon=False, fontsize=8.5, loc="lower center", ncols=2)
+        axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
         finish(axes, legend=False)
     all_axes[0].set_ylabel("% of the fastest candidate's clips/s (predicted)")
     return to_svg(figure)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values from `low` to `high`, about a factor of 2 apart; closer if there were too few."""
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(n / 10 for n in range(10, 100, 2))):
+        values = [step * 10.0**power for power in range(-6, 9) for step in steps]
+        ticks = [float(f"{value:.3g}") for value in values if low <= value <= high]
+        if len(ticks) >= 4:
+            break
+    return ticks
 
 
 def _labelled(front: Sequence[Place], most: int = 8) -> Sequence[Place]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from everest_ds.config.agreement import check_sections_agree
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
@@ -53,14 +55,22 @@ def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = No
     return config.model_copy(update={"batch": kept})
 
 
-def does_not_split(config: Experiment, num_ranks: int, ranks_per_node: int) -> UsageError:
-    """The error of a global batch that no tensor degree can split, with the nearest that one can."""
+def nothing_runs(
+    config: Experiment, num_ranks: int, ranks_per_node: int, reasons: Sequence[str]
+) -> UsageError:
+    """The error of a search in which every sharding was refused for one of `reasons`.
+
+    If no tensor degree can split the global batch, it names the nearest that one can.
+    """
     total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
     steps = {
         num_ranks // tensor * unit
         for tensor in TENSORS
         if ranks_per_node % tensor == 0 and num_ranks % tensor == 0 and _splits(config, tensor)
     }
+    if any(total % step == 0 for step in steps):
+        fix = "leave out some of the keys that you gave"
+        return UsageError("nothing can run", given="; or ".join(reasons), fix=fix)
     near = {step * (total // step + more) for step in steps for more in (0, 1)} - {0}
     below, above = [n for n in near if n <= total], [n for n in near if n > total]
     nearest = sorted({max(below, default=min(above)), min(above)})

@@ -8,7 +8,7 @@ predicts each trial from the others, and none at all where none helps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import exp, log
 from statistics import fmean, median
@@ -17,6 +17,7 @@ from everest_ds.config import Experiment
 
 # Below this many trials of a value of a trait, its factor would be noise.
 _FEWEST = 2
+_WORTH_A_FACTOR = 0.9  # by which the error must fall: chance finds some trait that seems to matter
 
 
 @dataclass(frozen=True)
@@ -75,14 +76,15 @@ def traits_of(config: Experiment) -> dict[str, str]:
 
 
 def fit_correction(observed: Sequence[Observed]) -> Correction:
-    """The way of correcting that leave-one-out finds best; simpler ones win ties."""
+    """The way of correcting that leave-one-out finds best; simpler ones come first."""
     if len(observed) < _FEWEST:
         return Correction()
-    ways = [Correction(), *(_fit(observed, trait) for trait in (None, *observed[0].traits))]
-    errors = [_left_out_errors(observed, way, number == 0) for number, way in enumerate(ways)]
-    best = min(range(len(ways)), key=lambda number: (round(fmean(errors[number]), 3), number))
-    way = ways[best]
-    return Correction(way.trait, way.common, way.factors, 100 * (exp(median(errors[best])) - 1))
+    best, errors = Correction(), [abs(log(one.ratio)) for one in observed]
+    for trait in (None, *observed[0].traits):
+        left_out = _left_out_errors(observed, trait)
+        if fmean(left_out) < _WORTH_A_FACTOR * fmean(errors):
+            best, errors = _fit(observed, trait), left_out
+    return replace(best, error_pct=100 * (exp(median(errors)) - 1))
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -111,13 +113,12 @@ def _fit(observed: Sequence[Observed], trait: str | None) -> Correction:
     return Correction(trait, common, factors)
 
 
-def _left_out_errors(observed: Sequence[Observed], way: Correction, untouched: bool) -> list[float]:
+def _left_out_errors(observed: Sequence[Observed], trait: str | None) -> list[float]:
     """|log(predicted / measured)| of each, corrected by what the others say."""
     errors = []
     for number, one in enumerate(observed):
         others = [*observed[:number], *observed[number + 1 :]]
-        factor = 1.0 if untouched else _fit(others, way.trait).factor(one.traits)
-        errors.append(abs(log(factor / one.ratio)))
+        errors.append(abs(log(_fit(others, trait).factor(one.traits) / one.ratio)))
     return errors
 
 

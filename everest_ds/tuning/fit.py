@@ -40,7 +40,7 @@ class Measurements:
     Attributes:
         products: by precision, (rows, inputs, outputs) and FLOP/s.
         attention: by precision, tokens and FLOP/s.
-        moving: by precision, bytes a second.
+        moving: by precision, bytes of a tensor and bytes a second.
         clips: (pixels, seconds) of decoding one.
         steps: of a tiny model, one for each ZeRO stage.
     """
@@ -52,8 +52,9 @@ class Measurements:
     threads: int
     products: Mapping[str, Sequence[tuple[Sequence[float], float]]]
     attention: Mapping[str, Sequence[tuple[float, float]]]
-    moving: Mapping[str, float]
+    moving: Mapping[str, Sequence[tuple[float, float]]]
     copy_bytes_per_s: float
+    fresh_bytes_per_s: float
     adam_values_per_s: float
     launch_s: float
     host_bytes_per_s: float
@@ -81,8 +82,9 @@ def fit_machine(found: Measurements, peak_flops_per_s: Mapping[str, float], sour
             name: fit_curve((intensity(*s), r) for s, r in rows) for name, rows in found.products.items()
         },
         attention={name: fit_curve(rows) for name, rows in found.attention.items()},
-        memory_bytes_per_s=found.moving,
+        moving={name: fit_curve(rows) for name, rows in found.moving.items()},
         copy_bytes_per_s=found.copy_bytes_per_s,
+        fresh_bytes_per_s=found.fresh_bytes_per_s,
         adam_values_per_s=found.adam_values_per_s,
         launch_s=found.launch_s,
         step_s=0.0,

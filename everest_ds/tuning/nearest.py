@@ -21,7 +21,8 @@ def fits_nowhere(
     config: Experiment, cluster: Cluster, options: Options, dropped: list[Dropped]
 ) -> UsageError:
     """The error of a search without candidates."""
-    best = next((one for one in dropped if one.reason.startswith("out of memory")), dropped[0])
+    short = [one for one in dropped if one.shortage_bytes is not None]
+    best = min(short, key=lambda one: one.shortage_bytes or 0)
     machine = cluster.machine
     ways = [*_more_ranks(config, cluster, options), *_larger_devices(config, cluster, options)]
     if config.model.attention == "unfused":

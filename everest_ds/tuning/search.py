@@ -1,8 +1,8 @@
 """The search: every sharding, recompute mode and micro-batch that runs and fits, ranked by predicted time.
 
 What cannot be fastest is not looked at: where a micro-batch fits without recompute or offload, it takes
-longer with them, so those are tried with others only (`_done_faster`). What shardings share, the memory of
-forward and backward pass on a rank, is predicted once.
+longer with them, so those are tried with others only (`_done_faster`). What shardings share, memory and
+work of forward and backward pass on a rank, is predicted once.
 """
 
 from __future__ import annotations
@@ -12,16 +12,21 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
-from everest_ds.errors import ConfigError
+from everest_ds.errors import ConfigError, UsageError
 from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
 from everest_ds.profiling.memory_states import model_states
-from everest_ds.tuning.batches import does_not_split, keep_global_batch, with_micro_batch
+from everest_ds.tuning.batches import (
+    keep_global_batch,
+    nothing_runs,
+    with_micro_batch,
+)
 from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.space import Dropped, Sharding, Space
-from everest_ds.tuning.step_time import StepPrediction, predict_step
+from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
+from everest_ds.tuning.step_time import StepPrediction, StepWork, predict_work, step_of
 from everest_ds.units import format_bytes
 
 BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, beside those of the DeepSpeed file
@@ -88,7 +93,8 @@ class Candidate:
     def order(self) -> tuple[float, float]:
         """Fastest first; among those that wait for data equally long, the one that would wait longest."""
         seconds = self.step.step_s
-        return float(f"{seconds:.4g}"), seconds - self.step.split()["data"]
+        without_data = seconds - self.step.split()["data"]
+        return float(f"{seconds:.4g}"), float(f"{without_data:.6g}")  # sums in other orders are ties
 
 
 @dataclass(frozen=True)
@@ -110,7 +116,7 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
     """The candidates for `config` on a cluster; none if the model fits nowhere.
 
     Raises:
-        UsageError: the global batch cannot be split over the ranks.
+        UsageError: the global batch cannot be split over the ranks, or nothing that is pinned can run.
     """
     return _Search(config, cluster, options or Options()).run()
 
@@ -131,6 +137,9 @@ def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
     return machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
 
 
+_Key = tuple[str, int, RecomputeConfig, int]
+
+
 class _Way(NamedTuple):
     """A sharding and a recompute mode."""
 
@@ -144,11 +153,12 @@ class _Search:
         self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: dict[tuple[Sharding, str], list[int]] = {}  # of tensor 1, reason: tensor degrees
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
         self.fitting: dict[_Way, frozenset[int]] = {}
         self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
-        self.passes: dict[tuple[str, int, RecomputeConfig, int], Passes] = {}
-        self.remembered = self.predicted = 0
+        self.passes: dict[_Key, Passes] = {}
+        self.work: dict[_Key, StepWork] = {}
+        self.num_memories = self.num_times = 0
 
     def run(self) -> SearchResult:
         space = Space(
@@ -160,13 +170,20 @@ class _Search:
             offloads=self.machine.asynchronous,
         )
         found = [way for sharding in space.shardings() for way in self._of_sharding(space, sharding)]
-        if not found and all("divides badly" in dropped.reason for dropped in self.dropped):
-            raise does_not_split(self.config, self.num_ranks, space.ranks_per_node)
+        if not found and not self.fitting:
+            reasons = dict.fromkeys(reason for _, reason, _ in self.refused)
+            raise nothing_runs(self.config, self.num_ranks, space.ranks_per_node, list(reasons))
         ranked = sorted(found, key=lambda candidate: candidate.order)
-        return SearchResult(ranked, self._all_dropped(found), (self.remembered, self.predicted))
+        return SearchResult(ranked, self._all_dropped(found), (self.num_memories, self.num_times))
 
     def _precisions(self) -> Sequence[str]:
+        if self.config.parallelism.offload_to_nvme is not None:
+            reason = "disks are not in the cost model; other shardings are tried"
+            self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
         own, possible = self.config.precision, self.machine.precisions
+        if own not in possible and "precision" in self.options.pinned:
+            said = f"precision: {self.machine.device} has no fast one"
+            raise UsageError(said, given=own, allowed=", ".join(possible))
         if own not in possible:
             reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
             self.dropped.append(Dropped(own, reason))
@@ -178,7 +195,7 @@ class _Search:
         try:
             sharded = space.sharded(sharding)
         except ConfigError as error:
-            self._refuse(sharding, str(error))
+            self.refused.append((sharding, str(error), None))
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
@@ -186,11 +203,11 @@ class _Search:
             config = sharded.model_copy(update={"recompute": recompute})
             done_faster = self._done_faster(way)
             configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
-            remembered = [(one, self._memory(one, zero)) for one in configs]
-            fitting = [(one, memory) for one, memory in remembered if self._over(memory) <= 0]
+            needed = [(one, self._memory(one, zero)) for one in configs]
+            fitting = [(one, memory) for one, memory in needed if self._over(memory) <= 0]
             self.fitting[way] = done_faster.union(one.batch.micro_batch_size for one, _ in fitting)
             if not self.fitting[way]:
-                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in remembered)
+                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in needed)
                 self.shortages[way] = min(shortages)
             tried = [self._candidate(sharding, one, memory, zero) for one, memory in fitting]
             if tried:
@@ -217,13 +234,12 @@ class _Search:
             yield _Way(sharding, RecomputeConfig(every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
-        tensor = config.parallelism.tensor
-        key = (config.precision, tensor, config.recompute, config.batch.micro_batch_size)
+        key, degree = _key(config), self.num_ranks // config.parallelism.tensor
         if key not in self.passes:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
-        self.remembered += 1
-        return peak_of(passes, model_states(config, passes.num_parameters, self.num_ranks // tensor, zero))
+        self.num_memories += 1
+        return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
 
     def _candidate(
         self,
@@ -233,8 +249,11 @@ class _Search:
         zero: ZeroSettings,
         own_buckets: bool = False,
     ) -> Candidate:
-        self.predicted += 1
-        step = predict_step(config, self.num_ranks, self.machine, zero)
+        self.num_times += 1
+        key, plan = _key(config), plan_ranks(config, self.num_ranks)
+        if key not in self.work:
+            self.work[key] = predict_work(config, self.machine)
+        step = step_of(self.work[key], config, plan, self.machine, zero)
         return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
@@ -250,36 +269,31 @@ class _Search:
 
     def _all_dropped(self, found: Sequence[Candidate]) -> list[Dropped]:
         used = {way for one in found for way in (one.sharding, one.config.recompute)}
-        for sharding, reason in self._unused(used, lambda way: way.sharding):
-            self._refuse(sharding, reason)
         modes: dict[str, list[str]] = {}
-        for recompute, reason in self._unused(used, lambda way: way.recompute):
+        for recompute, reason, _ in self._unused(used, lambda way: way.recompute):
             modes.setdefault(reason, []).append(describe_recompute(recompute))
+        shardings = [*self.refused, *self._unused(used, lambda way: way.sharding)]
         return [
             *self.dropped,
-            *(_of_shardings(one, reason, tensors) for (one, reason), tensors in self.refused.items()),
+            *by_reason(shardings),
             *(Dropped(f"recompute {', '.join(names)}", reason) for reason, names in modes.items()),
         ]
 
-    def _refuse(self, sharding: Sharding, reason: str) -> None:
-        self.refused.setdefault((sharding._replace(tensor=1), reason), []).append(sharding.tensor)
-
-    def _unused(self, used: Collection[Any], part: Callable[[_Way], Any]) -> Iterator[tuple[Any, str]]:
-        """Shardings, or recompute modes, of which no candidate is, and why."""
+    def _unused(
+        self, used: Collection[Any], part: Callable[[_Way], Any]
+    ) -> Iterator[tuple[Any, str, int | None]]:
+        """Shardings, or recompute modes, of which no candidate is; why, and by how many bytes."""
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
             ways = [way for way in self.fitting if part(way) == unused]
             if any(self.fitting[way] for way in ways):
-                yield unused, "gains nothing: what fits with it fits without"  # and faster
+                yield unused, "gains nothing: what fits with it fits without", None  # and is faster
                 continue
             way = min(ways, key=lambda way: self.shortages[way])
             shortage, clips = self.shortages[way]
             where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
-            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})"
+            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
 
 
-def _of_shardings(sharding: Sharding, reason: str, tensors: Sequence[int]) -> Dropped:
-    """One line for all tensor degrees of a sharding that have one reason."""
-    family = str(sharding._replace(tensor=tensors[0]))
-    if len(tensors) > 1:
-        family = f"{sharding}; tensor {', '.join(map(str, tensors))}"
-    return Dropped(family, reason)
+def _key(config: Experiment) -> _Key:
+    """Of what forward and backward pass on a rank depend on."""
+    return config.precision, config.parallelism.tensor, config.recompute, config.batch.micro_batch_size

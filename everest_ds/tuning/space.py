@@ -7,7 +7,7 @@ key that is pinned keeps the config's value.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
@@ -48,10 +48,33 @@ class Dropped(NamedTuple):
     Attributes:
         family: for people, such as `ZeRO-0, bf16`.
         reason: why not.
+        shortage_bytes: of memory, at best; None if that is not why.
     """
 
     family: str
     reason: str
+    shortage_bytes: int | None = None
+
+
+def by_reason(shardings: Iterable[tuple[Sharding, str, int | None]]) -> Iterator[Dropped]:
+    """A line for each reason and what is short, not one for each of up to 24 shardings."""
+    reasons: dict[tuple[str, int | None], list[Sharding]] = {}
+    for sharding, reason, shortage in shardings:
+        reasons.setdefault((reason, shortage), []).append(sharding)
+    for (reason, shortage), alike in reasons.items():
+        yield Dropped(_together(alike), reason, shortage)
+
+
+def _together(shardings: Sequence[Sharding]) -> str:
+    """`ZeRO-2, 2 offload; tensor 1, 2; bf16`."""
+    if len(shardings) == 1:
+        return str(shardings[0])
+    stages = sorted({f"{one.stage}{' offload' if one.offload else ''}" for one in shardings})
+    tensors, precisions = (
+        sorted({one.tensor for one in shardings}),
+        sorted({one.precision for one in shardings}),
+    )
+    return f"ZeRO-{', '.join(stages)}; tensor {', '.join(map(str, tensors))}; {', '.join(precisions)}"
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,17 @@ from everest_ds.tuning.correction import Correction, Observed, errors_pct, fit_c
 from everest_ds.tuning.trials import Trial
 from everest_ds.units import format_bytes
 
-# Of a device's memory: with less than this left a run is said to be close to its end.
-CLOSE_SHARE = 0.08
+CLOSE_PCT = 8  # of memory left over, below which it is said
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate as the cost model sees it, and its trial if it had one."""
+    """A candidate as the cost model sees it, and its trial if it had one.
+
+    Attributes:
+        baseline: the name of the baseline that it is, or "".
+        note: for people, such as how the baseline differs from its name.
+    """
 
     name: str
     overrides: tuple[str, ...]
@@ -24,6 +28,7 @@ class Tried:
     predicted_s: float
     predicted_bytes: int
     trial: Trial | None = None
+    baseline: str = ""
     note: str = ""
 
     @property
@@ -39,7 +44,7 @@ class Standing:
     Attributes:
         step_s, peak_bytes: measured, or predicted and corrected.
         refused: why it is not to be recommended; "" if nothing speaks against it.
-        note: a warning, or what a baseline stands for.
+        note: that it is a baseline, or that memory is nearly full.
     """
 
     tried: Tried
@@ -115,7 +120,8 @@ def _stand(one: Tried, time: Correction, memory: Correction, memory_bytes: int, 
         return Standing(one, trial.step_s, trial.peak_bytes, "", _said(one, trial.peak_bytes, memory_bytes))
     step_s = time.factor(one.traits) * one.predicted_s
     peak = memory.factor(one.traits) * one.predicted_bytes
-    return Standing(one, step_s, peak, _refusal(one, peak, memory_bytes, failed_at), one.note)
+    refused = _refusal(one, peak, memory_bytes, failed_at)
+    return Standing(one, step_s, peak, refused, _said(one, peak, memory_bytes))
 
 
 def _refusal(one: Tried, peak: float, memory_bytes: int, failed_at: float) -> str:
@@ -126,7 +132,18 @@ def _refusal(one: Tried, peak: float, memory_bytes: int, failed_at: float) -> st
     return "needs as much memory as one that ran out of it" if peak >= failed_at else ""
 
 
-def _said(one: Tried, peak: int, memory_bytes: int) -> str:
+def _said(one: Tried, peak: float, memory_bytes: int) -> str:
     left = memory_bytes - peak
-    close = f"close: {format_bytes(left)} left" if 0 <= left < CLOSE_SHARE * memory_bytes else ""
-    return "; ".join(text for text in (one.note, close) if text)
+    baseline = f"baseline: {one.baseline}" if one.baseline else ""
+    close = f"close: {format_bytes(left)} left" if 0 <= left < CLOSE_PCT / 100 * memory_bytes else ""
+    return "; ".join(text for text in (baseline, one.note, close) if text)
+
+
+def pareto_front(standings: Sequence[Standing]) -> list[Standing]:
+    """Those that no other beats in both speed and memory, smallest first; refused ones do not count."""
+    front: list[Standing] = []
+    usable = (standing for standing in standings if not standing.refused)
+    for standing in sorted(usable, key=lambda one: (one.peak_bytes, -one.clips_per_s)):
+        if not front or standing.clips_per_s > front[-1].clips_per_s:
+            front.append(standing)
+    return front

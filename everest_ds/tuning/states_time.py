@@ -107,7 +107,7 @@ def state_terms(
         yield from _gather_terms(plan, group, machine, zero, states, passes)
     if zero.offloads_optimizer:
         yield from _offload_terms(plan, machine, zero, states, passes)
-    yield _bucket_term(plan, machine, states)
+    yield _gradient_term(plan, machine, states)
     yield _update_term(machine, zero, states)
     yield _engine_term(config, plan, machine)
 
@@ -176,30 +176,33 @@ def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -
     return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
 
 
-def _bucket_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
-    """Gradients are added up, copied into buckets, and out of them."""
-    passes = {0: 1, 1: 1}.get(states.stage, plan.grad_accum_steps)
-    moved = 4 * states.num_parameters * states.value_bytes * passes
-    if plan.grad_accum_steps > 1:
-        moved += 3 * states.num_parameters * states.value_bytes * (plan.grad_accum_steps - 1)
-    seconds = moved / machine.copy_bytes_per_s
-    return Term(
-        "gradients into buckets",
-        "optimizer",
-        seconds,
-        seconds,
-        "4eΨ, and 3eΨ to add one up",
-        {"MB": moved / 1e6},
-    )
+def _gradient_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
+    """Every backward pass writes new gradients; they are added up, and copied into and out of buckets."""
+    times, each = plan.grad_accum_steps, states.weight_bytes
+    bucketed = (times if states.stage >= 2 else 1) if plan.data_parallel_degree > 1 or states.stage else 0
+    copied = 3 * each * (times - 1) + 4 * each * bucketed
+    seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
+    formula = "eΨ new in each pass; 3eΨ to add one up, 4eΨ through a bucket"
+    return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 
 def _update_term(machine: Machine, zero: ZeroSettings, states: _States) -> Term:
-    """AdamW on this rank's part; ZeRO makes its gradients flat and float32, and copies the weights back."""
+    """AdamW on this rank's part; ZeRO makes gradients flat and float32, takes their norm, copies weights."""
     rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
-    copied = states.part * 2 * (states.value_bytes + 2 * FLOAT32_BYTES) if states.stage else 0
-    seconds = states.part / rate + copied / machine.copy_bytes_per_s
-    numbers = {"million values": states.part / 1e6, "million a second": rate / 1e6, "copied MB": copied / 1e6}
-    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate + copies", numbers)
+    value, fresh, copied = states.value_bytes, 0, 0
+    if states.stage:
+        fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
+        copied = states.part * (2 * value + 2 * value + FLOAT32_BYTES)
+    moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    numbers = {
+        "million values": states.part / 1e6,
+        "million a second": rate / 1e6,
+        "new MB": fresh / 1e6,
+        "copied MB": copied / 1e6,
+    }
+    seconds = states.part / rate + moved_s
+    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
 
 
 def _engine_term(config: Experiment, plan: BatchPlan, machine: Machine) -> Term:

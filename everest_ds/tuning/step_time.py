@@ -104,12 +104,21 @@ class StepWork(NamedTuple):
     again: Work
     num_parameters: int
 
-    @property
-    def passes(self) -> Passes:
-        """What communication can hide behind."""
-        forward = sum(part.forward.seconds for part in self.parts)
-        backward = sum(part.backward.seconds for part in self.parts)
-        return Passes(forward, backward + self.again.seconds, self.num_parameters)
+    def device(self) -> tuple[Work, Work]:
+        """All that the device does in the forward and in the backward pass."""
+        forward, backward = other_launches()
+        return (
+            total(forward, *(part.forward for part in self.parts)),
+            total(backward, *(part.backward for part in self.parts), self.again),
+        )
+
+    def passes(self, machine: Machine) -> Passes:
+        """What communication can hide behind: where the host launches too slowly, its time."""
+        launched = [
+            work.launches * machine.launch_s if machine.asynchronous else 0.0 for work in self.device()
+        ]
+        forward_s, backward_s = map(max, launched, (work.seconds for work in self.device()))
+        return Passes(forward_s, backward_s, self.num_parameters)
 
 
 def predict_step(
@@ -149,7 +158,7 @@ def step_of(
         _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),
         _launch_term(work, plan, machine),
         *tensor_terms(config, plan, machine, work.stacks),
-        *state_terms(config, plan, machine, zero, work.passes),
+        *state_terms(config, plan, machine, zero, work.passes(machine)),
     ]
     terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
@@ -219,19 +228,14 @@ def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches:
 
 
 def _launch_term(step: StepWork, plan: BatchPlan, machine: Machine) -> Term:
-    in_parts = (work for part in step.parts for work in (part.forward, part.backward))
-    work = total(*in_parts, step.again, *other_launches())
-    busy = plan.grad_accum_steps * work.launches * machine.launch_s
-    hidden = plan.grad_accum_steps * work.seconds if machine.asynchronous else 0.0
-    numbers = {"operators": work.launches, "µs each": 1e6 * machine.launch_s}
-    return Term(
-        "launches",
-        "overhead",
-        max(0.0, busy - hidden),
-        busy,
-        "operators · launch, beside compute on GPUs",
-        numbers,
-    )
+    """In each pass, what launches take beyond the device's time; all of it where they stand in a row."""
+    passes = [(work.launches * machine.launch_s, work.seconds) for work in step.device()]
+    busy = sum(launched for launched, _ in passes)
+    beyond = sum(max(0.0, launched - device_s) for launched, device_s in passes)
+    exposed = beyond if machine.asynchronous else busy
+    numbers = {"operators": sum(work.launches for work in step.device()), "µs each": 1e6 * machine.launch_s}
+    formula, times = "operators · launch, beside compute on GPUs", plan.grad_accum_steps
+    return Term("launches", "overhead", times * exposed, times * busy, formula, numbers)
 
 
 def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:

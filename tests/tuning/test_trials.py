@@ -12,7 +12,7 @@ from everest_ds.config import load_experiment
 from everest_ds.errors import RunFolderError
 from everest_ds.tuning.baselines import natural_baselines
 from everest_ds.tuning.correction import Observed, fit_correction, kendall_tau
-from everest_ds.tuning.standing import Tried, weigh
+from everest_ds.tuning.standing import Tried, pareto_front, weigh
 from everest_ds.tuning.trials import (
     FILE_NAME,
     Outcome,
@@ -119,6 +119,7 @@ def test_what_ran_out_of_memory_is_never_recommended_nor_what_needs_as_much() ->
     assert order[:3] == ["unseen", "good", "slower"]
     assert result.recommended and result.recommended.tried.name == "good"
     assert "close" in result.recommended.note
+    assert [standing.tried.name for standing in pareto_front(result.standings)] == ["slower", "unseen"]
     refused = {standing.tried.name: standing.refused for standing in result.standings if standing.refused}
     assert refused.keys() == {"fastest", "larger", "beyond"}
     assert refused["fastest"].startswith("oom") and "as the trials show" in refused["beyond"]
