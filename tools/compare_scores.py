@@ -62,7 +62,7 @@ def main(
     torch.manual_seed(0)
     model = Classifier(config)
     if weights is not None:
-        load_encoder(model, weights)
+        load_encoder(model, config, weights)
     embedding = PixelMap(*(t.detach() for t in model.encoder.embed()))
     batch = torch.stack([read(file, config, stride) for file in clips or draw_clips(image_size)])
     arms = [EXACT, RANDOM, *CHEAPER]

@@ -12,6 +12,7 @@ from everest_ds.cli import (
     checkpoint,
     data,
     doctor,
+    inference,
     job,
     jobs,
     logs,
@@ -23,6 +24,7 @@ from everest_ds.cli import (
     sweep,
     train,
     tune,
+    visualize,
 )
 from everest_ds.errors import EverestError, ExitCode
 
@@ -38,6 +40,8 @@ app = typer.Typer(
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
+app.command("features")(inference.features)
+app.command("predict")(inference.predict)
 app.command("profile")(profile.profile)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)
@@ -49,6 +53,7 @@ app.command("cancel")(jobs.cancel)
 app.command("requeue")(jobs.requeue)
 app.command("sweep")(sweep.sweep)
 job.app.command("candidate")(sweep.candidate)
+app.command("visualize")(visualize.visualize)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

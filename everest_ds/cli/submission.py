@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.cli.plan import describe_plan
+from everest_ds.cli.prediction import memory_text
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
 from everest_ds.launch.sbatch import Shape
@@ -151,7 +152,7 @@ def _check_weights(command: str, config: Experiment, follow: bool) -> None:
 
 def _check_memory(config: Experiment, target: Target) -> str:
     needed = predict_memory(config, target.shape.num_ranks)
-    text = f"{format_bytes(needed.peak_bytes)} of a rank at its peak (predicted; {needed.peak_at})"
+    text = memory_text(needed)
     if target.gpu is None:
         return f"{text}; --gpu NAME checks it"
     device = DEVICES[find_product(target.gpu)]

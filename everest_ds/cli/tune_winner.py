@@ -7,7 +7,7 @@ from pathlib import Path
 
 from everest_ds.cli.train import check_plan
 from everest_ds.config import Experiment, find_config, load_experiment, plan_ranks
-from everest_ds.config.load import RECIPES
+from everest_ds.config.recipes import RECIPES
 from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import check_by_deepspeed, resolve_ds_config
 from everest_ds.tuning.search import Candidate, Cluster
@@ -67,7 +67,7 @@ def default_folder(source: str) -> Path:
 def _base(source: str, folder: Path) -> str:
     """`source` as a file in `folder` names it: a recipe by its name, other files from there."""
     found = find_config(source)
-    return found.stem if found.parent == RECIPES else os.path.relpath(found, folder)
+    return source if found.path.parent == RECIPES else os.path.relpath(found.path, folder)
 
 
 def _without_missing_manifest(config: Experiment) -> Experiment:

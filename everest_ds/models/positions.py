@@ -1,7 +1,8 @@
-"""Fixed sine-cosine positions by place in a grid, as MAE has them for images and MVD for video.
+"""Fixed sine-cosine positions: `flat` numbers tokens along one axis, as VideoMAE does; `grid` tells where a
+token is by slot, row and column, as MVD does (and MAE for images).
 
-`tubelets.sincos_positions` numbers tokens along one axis instead, which is VideoMAE's way. Sources:
-github.com/facebookresearch/mae and github.com/ruiwang2021/mvd (modeling_teacher.py, modeling_finetune.py).
+Sources of the grids: github.com/facebookresearch/mae and github.com/ruiwang2021/mvd (modeling_teacher.py,
+modeling_finetune.py).
 
 Shape legend: L = G·G places of a grid, T slots, N = T·L tokens, D width.
 """
@@ -12,6 +13,14 @@ import torch
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.models.tubelets import sincos_positions
+
+
+def fixed_positions(kind: str, geometry: ClipGeometry, width: int) -> Tensor:
+    """The table that `model.positions` names: float32 (N, D)."""
+    if kind == "grid":
+        return video_positions(geometry, width)
+    return sincos_positions(geometry.num_tokens, width)
 
 
 def image_positions(grid_size: int, width: int) -> Tensor:
