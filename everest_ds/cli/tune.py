@@ -277,12 +277,8 @@ def _ask_what_if(
 
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:
-    """Videos of an epoch: as given, or counted if the manifest is here."""
-    data, labelled = config.data, config.task == "finetune"
-    if clips is not None or data.train is None or not data.train.is_file():
-        return clips
-    from everest_ds.data.manifest import read_manifest
+    """Videos of an epoch: as given, or as in the manifest or the official data set."""
+    from everest_ds.cli.plan import count_samples
 
-    return len(
-        read_manifest(data.train, root=data.root, num_classes=config.model.num_classes, labelled=labelled)
-    )
+    epoch = count_samples(config, planned=True) if clips is None else None
+    return epoch.num_samples if epoch else clips
