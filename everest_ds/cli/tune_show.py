@@ -44,7 +44,7 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     """The ranked table, what to mind, and what is not in it."""
     shown = result.ranked[:top]
     title = f"{len(shown)} of {len(result.ranked)} candidates, in ms a step (predicted)"
-    print_table(title, candidate_rows(shown, cluster, costs))
+    print_table(title, candidate_rows(shown, cluster, costs), key="rank")
     for line in _to_mind(result.ranked, shown, cluster):
         typer.echo(line)
     dropped = [*slower_families(result.ranked, top), *result.dropped]

@@ -38,8 +38,8 @@ class Costs:
 def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) -> list[Row]:
     """A row for each, in their order."""
     rows = [
-        {"rank": rank, **_settings(one, cluster), **_memory(one, cluster.machine), **_times(one)}
-        | total_of(one, cluster, costs)
+        {"rank": rank, **_settings(one, cluster), **_speed(one), **total_of(one, cluster, costs)}
+        | {**_memory(one, cluster.machine), **_split(one)}
         for rank, one in enumerate(ranked, start=1)
     ]
     unused = [name for name in _MAY_BE_UNUSED if not any(row[name] for row in rows)]
@@ -118,16 +118,18 @@ def _free_pct(candidate: Candidate, machine: Machine) -> float:
     return 100 * (1 - needed_bytes(candidate.memory, machine) / machine.memory_bytes)
 
 
-def _times(candidate: Candidate) -> Row:
-    """Milliseconds of a step: compute, recompute, exposed communication, ..., and all of it."""
-    split, step = candidate.step.split(), candidate.step
-    seconds: dict[str, float] = {_HEADINGS.get(group, group): split[group] for group in split}
-    seconds["other"] = sum(seconds.pop(group) for group in _BESIDES)
-    row: Row = {name: round(1e3 * value, 1) for name, value in seconds.items()}
-    mfu = step.mfu_pct
+def _speed(candidate: Candidate) -> Row:
+    step, mfu = candidate.step, candidate.step.mfu_pct
     return {
-        **row,
         "step_ms": round(1e3 * step.step_s, 1),
         "clips/s": round(step.clips_per_s, 1),
         "MFU_%": None if mfu is None else round(mfu, 1),
     }
+
+
+def _split(candidate: Candidate) -> Row:
+    """Milliseconds of a step: compute, recompute, exposed communication, ..."""
+    split = candidate.step.split()
+    seconds: dict[str, float] = {_HEADINGS.get(group, group): split[group] for group in split}
+    seconds["other"] = sum(seconds.pop(group) for group in _BESIDES)
+    return {name: round(1e3 * value, 1) for name, value in seconds.items()}
