@@ -61,7 +61,13 @@ def check_by_deepspeed(resolved: dict[str, Any]) -> None:
     Raises:
         ConfigError: what DeepSpeed says.
     """
-    from deepspeed.runtime.config import DeepSpeedConfig  # heavy
+    import torch  # heavy, as those below
+
+    from everest_ds.parallel.world import prepare_deepspeed
+
+    # Told the device, it does not warn that it had to look for one.
+    prepare_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.runtime.config import DeepSpeedConfig
 
     try:
         DeepSpeedConfig(deepcopy(resolved))  # fills in what it is given
