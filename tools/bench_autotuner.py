@@ -122,8 +122,12 @@ def _autotuner_environment(folder: Path, gpus: int) -> dict[str, str]:
 def _timed(command: Sequence[str], folder: Path, environment: dict[str, str]) -> float:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
-    with open(folder / "output.txt", "wb") as output:
-        subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output, check=True)
+    file = folder / "output.txt"
+    with open(file, "wb") as output:
+        done = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output)
+    if done.returncode:
+        said = file.read_text(errors="replace").strip().splitlines()
+        raise UsageError(f"{file}: exit code {done.returncode}", given=said[-1] if said else "nothing said")
     return time.perf_counter() - began
 
 

@@ -51,15 +51,18 @@ def facts_here() -> dict[str, str]:
     """What the rates of a machine depend on."""
     from importlib.metadata import version
 
-    import torch
-
     from everest_ds.launch.local import available_cores
+    from everest_ds.profiling.here import this_device
     from everest_ds.profiling.time import device_name
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = {name: version(name) for name in ("torch", "deepspeed")}
     allocator = os.environ.get(_ALLOCATOR, "unset")
-    return {"device": device_name(device), "cores": str(available_cores()), _ALLOCATOR: allocator, **versions}
+    return {
+        "device": device_name(this_device()),
+        "cores": str(available_cores()),
+        _ALLOCATOR: allocator,
+        **versions,
+    }
 
 
 def calibrate(nproc: int | None, file: Path | None) -> None:
@@ -73,12 +76,11 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
     if "WORLD_SIZE" in os.environ:
         _as_rank(file)
         return
-    import torch
-
     from everest_ds.launch.local import available_cores, launch_local
+    from everest_ds.profiling.here import num_gpus
 
-    on_gpus = torch.cuda.is_available()
-    most = nproc or (torch.cuda.device_count() if on_gpus else available_cores())
+    on_gpus = num_gpus() > 0
+    most = nproc or num_gpus() or available_cores()
     for number in [most] if on_gpus else _up_to(most):
         typer.echo(f"measuring {number} rank{'s' if number > 1 else ''} at the same time ...", err=True)
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)

@@ -12,8 +12,6 @@ from pathlib import Path
 from statistics import fmean, quantiles
 from typing import NamedTuple
 
-import torch
-
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.data.clips import TrainingClips
 from everest_ds.data.manifest import Sample
@@ -23,6 +21,7 @@ from everest_ds.launch.local import available_cores
 from everest_ds.parallel.links import measure_collectives
 from everest_ds.parallel.world import World
 from everest_ds.profiling import rates
+from everest_ds.profiling.here import HOST, free_bytes, num_threads, precisions_of
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.time import device_name
 from everest_ds.training.loop import train
@@ -53,7 +52,7 @@ _GPU = _Shapes(
 def measure(world: World) -> Measurements:
     """Everything. Call on every rank."""
     on_gpu, device = world.device.type == "cuda", world.device
-    shapes, threads, precisions = _GPU if on_gpu else _CPU, torch.get_num_threads(), _precisions(world.device)
+    shapes, threads, precisions = _GPU if on_gpu else _CPU, num_threads(), precisions_of(device)
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as own:
         folder = Path(world.share(lambda: own))
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -85,7 +84,7 @@ def measure(world: World) -> Measurements:
         adam_values_per_s=adam,
         launch_s=1 / usual(1 / rates.launch_seconds(device)),
         host_bytes_per_s=usual(rates.host_bytes_per_s(device)) if on_gpu else copy / 2,
-        host_adam_values_per_s=usual(rates.adam_values_per_s(torch.device("cpu"))) if on_gpu else adam,
+        host_adam_values_per_s=usual(rates.adam_values_per_s(HOST)) if on_gpu else adam,
         collectives=[CollectiveSample(*row) for row in measure_collectives(world, shapes.sizes)],
         clips=[(pixels, 1 / usual(1 / seconds)) for pixels, seconds in clips],
         steps=steps,
@@ -94,17 +93,10 @@ def measure(world: World) -> Measurements:
     )
 
 
-def _precisions(device: torch.device) -> list[str]:
-    if device.type == "cpu":
-        return ["fp32", "bf16"]
-    return ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
-
-
 def _memory_bytes(world: World) -> int:
     """What a rank may use: what is free on its GPU, or its share of the host."""
     if world.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(world.device)
-        return free + torch.cuda.memory_reserved(world.device)
+        return free_bytes(world.device)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
 
 
@@ -149,6 +141,6 @@ def _decode(world: World, folder: Path) -> list[tuple[float, float]]:
         )
         clips = TrainingClips([Sample(folder / str(size) / "train" / "00000.mp4", 0)], config)
         world.barrier()
-        seconds = rates.best_time(partial(clips.__getitem__, Visit(0, 0)), torch.device("cpu"))
+        seconds = rates.best_time(partial(clips.__getitem__, Visit(0, 0)), HOST)
         rows.append((float(_CLIP_FRAMES * size**2), seconds))
     return rows

@@ -23,7 +23,7 @@ from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.trials import Outcome, summarise_steps
 
 OUTPUT_FILE = "trial.out"
-_VIDEOS = 16  # synthetic ones, taken in turn
+_VIDEOS = 8  # synthetic ones, taken in turn
 _STORED = 256 / 224  # videos are stored a little larger than what is cropped from them
 _REASON_LENGTH = 300
 # What a process without memory says, where no error of ours does.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time as clock
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +15,7 @@ from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.cli.tune_tables import Costs
+    from everest_ds.cli.tune_trials import TrialOptions
     from everest_ds.config import Experiment
     from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
 
@@ -163,17 +165,14 @@ def tune(
         return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
     from everest_ds.cli.tune_tables import Costs
-    from everest_ds.cli.tune_trials import TrialOptions, candidate_name, run_trials
+    from everest_ds.cli.tune_trials import TrialOptions
     from everest_ds.cli.tune_winner import default_folder
     from everest_ds.config import load_experiment
     from everest_ds.tuning.batches import keep_global_batch
-    from everest_ds.tuning.search import Options
-    from everest_ds.tuning.space import SEARCHED
 
     config = load_experiment(source, overrides or [])
     cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
-    given = {text.partition("=")[0] for text in overrides or []}
-    options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
+    options = _options(global_batch, any_precision, overrides or [])
     costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
     print_question(keep_global_batch(config, cluster.num_ranks, global_batch), cluster)
     began = clock.process_time()
@@ -185,14 +184,8 @@ def tune(
     folder = out or default_folder(source)
     if what_if:
         _ask_what_if(config, gpu, interconnect, options, gpus, folder)
-    winner, title = result.ranked[0], "rank 1"
-    if trials is not None:
-        how = TrialOptions(trials, trial_steps, trial_seconds, sbatch)
-        tried = run_trials(source, overrides or [], cluster, result, folder, how)
-        if tried is None:
-            return
-        winner, title = tried, f"best of the trials, {candidate_name(tried)}"
-    _write_winner(winner, title, source, cluster, folder)
+    how = None if trials is None else TrialOptions(trials, trial_steps, trial_seconds, sbatch)
+    _write_best(result, how, source, overrides or [], cluster, folder)
 
 
 def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path | None) -> None:
@@ -211,6 +204,14 @@ def _cluster(
     from everest_ds.cli.tune_cluster import cluster_here, cluster_of
 
     return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+
+
+def _options(global_batch: int | None, any_precision: bool, overrides: Sequence[str]) -> Options:
+    from everest_ds.tuning.search import Options
+    from everest_ds.tuning.space import SEARCHED
+
+    given = {text.partition("=")[0] for text in overrides}
+    return Options(global_batch, any_precision, frozenset(given & SEARCHED))
 
 
 def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
@@ -236,6 +237,25 @@ def _write_tables(
         "dropped": dropped_rows(result.dropped),
     }
     write_json(json_file, found)
+
+
+def _write_best(
+    result: SearchResult,
+    how: TrialOptions | None,
+    source: str,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    folder: Path,
+) -> None:
+    """The files of rank 1, or of the best of its trials as soon as these are over."""
+    if how is None:
+        _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
+        return
+    from everest_ds.cli.tune_trials import candidate_name, run_trials
+
+    tried = run_trials(source, overrides, cluster, result, folder, how)
+    if tried is not None:
+        _write_winner(tried, f"best of the trials, {candidate_name(tried)}", source, cluster, folder)
 
 
 def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:

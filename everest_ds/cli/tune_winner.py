@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from everest_ds.cli.train import check_plan
@@ -51,12 +50,13 @@ def check_written(file: Path, num_ranks: int) -> None:
     check_plan(_without_missing_manifest(config), num_ranks)
 
 
-def next_command(task: str, file: Path, cluster: Cluster, overrides: Sequence[str] = ()) -> str:
-    """The command that queues it."""
+def next_command(task: str, file: Path, cluster: Cluster) -> str:
+    """The command that queues it, or that runs it here: CPU ranks are this machine's."""
+    if not cluster.machine.asynchronous:
+        return f"everest-ds {task} {file} --nproc {cluster.num_ranks}"
     nodes = -(-cluster.num_ranks // cluster.machine.ranks_per_node)
     a_node = cluster.num_ranks // nodes
-    words = ["everest-ds submit", task, str(file), *overrides, f"--nodes {nodes} --gpus-per-node {a_node}"]
-    return " ".join(words)
+    return f"everest-ds submit {task} {file} --nodes {nodes} --gpus-per-node {a_node}"
 
 
 def default_folder(source: str) -> Path:
