@@ -30,7 +30,7 @@ from everest_ds.tuning.fit import CollectiveSample, Measurements, TrainedStep
 
 _STEPS, _WARM_UP = 6, 4  # a rank's clips of a tiny model, each seen twice; first steps make states
 _CLIP_SIZES = (64, 224)
-# A rank that is predicted to need this much of its memory fits: peaks were measured up to 9 % above predictions
+# A rank that is predicted to need this much of its memory fits: peaks were measured up to 9 % above that
 # (ViT-B in bf16 on a CPU, whose engine needs more while it is set up).
 _USABLE_SHARE = 0.9
 _CLIP_FRAMES = 16
