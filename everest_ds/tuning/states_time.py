@@ -27,6 +27,7 @@ from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
 
 _ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
+_FLOAT64_BYTES = 8
 _SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
 
@@ -108,7 +109,7 @@ def state_terms(
     if zero.offloads_optimizer:
         yield from _offload_terms(plan, machine, zero, states, passes)
     yield _gradient_term(plan, machine, states)
-    yield _update_term(machine, zero, states)
+    yield _update_term(machine, config.precision, zero, states)
     yield _engine_term(config, plan, machine)
 
 
@@ -187,19 +188,21 @@ def _gradient_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
     return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 
-def _update_term(machine: Machine, zero: ZeroSettings, states: _States) -> Term:
+def _update_term(machine: Machine, precision: str, zero: ZeroSettings, states: _States) -> Term:
     """AdamW on this rank's part; ZeRO makes gradients flat and float32, takes their norm, copies weights."""
     rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
-    value, fresh, copied = states.value_bytes, 0, 0
+    value, fresh, copied, widened = states.value_bytes, 0, 0, 0
     if states.stage:
         fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
-        copied = states.part * (2 * value + 2 * value + FLOAT32_BYTES)
+        copied = states.part * (2 * value + value + FLOAT32_BYTES)
+        widened = states.part * (value + _FLOAT64_BYTES)  # for the norm, a tensor at a time
     moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    moved_s += widened / machine.moving[precision].at(widened)
     numbers = {
         "million values": states.part / 1e6,
         "million a second": rate / 1e6,
         "new MB": fresh / 1e6,
-        "copied MB": copied / 1e6,
+        "copied MB": (copied + widened) / 1e6,
     }
     seconds = states.part / rate + moved_s
     return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
