@@ -54,7 +54,7 @@ def bench(
         _ours(f"everest-ds tune --trials {trials}", recipe, gpus, out / "tried", ["--trials", str(trials)]),
         _theirs(recipe, config, gpus, out / "deepspeed"),
     ]
-    rows = _measured(answers, recipe, config, gpus, rounds, out)
+    rows = _measured(answers, config, gpus, rounds, out)
     print_table(f"{source} on {gpus} ranks", rows)
     write_json(json_file, rows)
 
@@ -144,19 +144,34 @@ def _answer(name: str, seconds: float, config: Experiment, file: Path, experimen
 
 
 def _measured(
-    answers: Sequence[dict[str, Any]], recipe: Path, config: Experiment, gpus: int, rounds: int, out: Path
+    answers: Sequence[dict[str, Any]], config: Experiment, gpus: int, rounds: int, out: Path
 ) -> list[dict[str, Any]]:
-    """Each answer through the trainer, in turn; the fastest of its rounds."""
+    """Each answer through the trainer, answers in turn; the fastest of its rounds. Equal answers run once."""
+    clips = {one["answer"]: _clips(one["file"], gpus) for one in answers}
+    files = {one["answer"]: one["file"] for one in answers}
+    runs: dict[str, list[dict[str, Any]]] = {answer: [] for answer in files}
+    for again in range(rounds):
+        for number, (answer, file) in enumerate(files.items()):
+            setup = Setup(config.task, file, (), gpus, out, _STEPS, _PATIENCE_S)
+            overrides = trial_overrides(setup, load_experiment(file))
+            runs[answer].append(_run(setup, overrides, out / f"run-{number}-{again}", clips[answer]))
     rows = []
-    for number, answer in enumerate(answers):
-        clips = plan_ranks(load_experiment(answer["file"]), gpus).global_batch_size
-        setup = Setup(config.task, answer["file"], (), gpus, out, _STEPS, _PATIENCE_S)
-        overrides = trial_overrides(setup, load_experiment(answer["file"]))
-        runs = [_run(setup, overrides, out / f"run-{number}-{again}", clips) for again in range(rounds)]
-        best = min(runs, key=lambda run: run["step_s"])
-        measured = {"clips": clips, "step s": best["step_s"], "clips/s": clips / best["step_s"]}
-        rows.append({**answer, **measured, "memory GiB": best["peak_bytes"] / GIB})
-    return [{name: value for name, value in row.items() if name != "file"} for row in rows]
+    for one in answers:
+        best = min(runs[one["answer"]], key=lambda run: run["step_s"])
+        rows.append(
+            {
+                **{name: value for name, value in one.items() if name != "file"},
+                "clips": clips[one["answer"]],
+                "step s": best["step_s"],
+                "clips/s": clips[one["answer"]] / best["step_s"],
+                "memory GiB": best["peak_bytes"] / GIB,
+            }
+        )
+    return rows
+
+
+def _clips(file: str, gpus: int) -> int:
+    return plan_ranks(load_experiment(file), gpus).global_batch_size
 
 
 def _run(setup: Setup, overrides: Sequence[str], run: Path, clips: int) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from everest_ds.reports.figure import new_figure, new_panels, to_svg
 _SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half of a page's width, and all of it
 _BAND = 0.2  # within which a prediction counts as good
 _MARKERS = "osD^vP*X"
+# Within a decade, from coarse to fine.
+_STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9))
 
 
 @dataclass(frozen=True)
@@ -86,12 +88,13 @@ def draw_front(places: Sequence[Place], limit_gib: float) -> str:
             color=INK,
             va="top",
         )
-    if xs and limit_gib < 3 * max(place.memory_gib for place in places):
+    if limit_gib < 1.25 * max(place.memory_gib for place in places):
         axes.axvline(
             limit_gib, color=INK, linewidth=0.9, linestyle=":", label=f"{limit_gib:.3g} GiB of a rank"
         )
-    axes.set_xlim(left=0)
-    axes.margins(x=0.14, y=0.1)
+    reach = [place.memory_gib for place in places]
+    axes.set_xlim(0.0 if min(reach) < max(reach) / 2 else 0.9 * min(reach), 1.25 * max(reach))
+    axes.margins(y=0.1)
     axes.set_xlabel("peak memory of a rank, GiB")
     axes.set_ylabel("clips/s of all ranks")
     finish(axes)
@@ -123,8 +126,9 @@ def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values from `low` to `high`, about a factor of 2 apart; closer if there were too few."""
-    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), tuple(n / 10 for n in range(10, 100, 2))):
+    """Round values from `low` to `high`; closer together if there were too few."""
+    ticks: list[float] = []
+    for steps in _STEPS:
         values = [step * 10.0**power for power in range(-6, 9) for step in steps]
         ticks = [float(f"{value:.3g}") for value in values if low <= value <= high]
         if len(ticks) >= 4:
