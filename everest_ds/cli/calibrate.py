@@ -82,7 +82,8 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
     on_gpus = num_gpus() > 0
     most = nproc or num_gpus() or available_cores()
     for number in [most] if on_gpus else _up_to(most):
-        typer.echo(f"measuring {number} rank{'s' if number > 1 else ''} at the same time ...", err=True)
+        told = f"{number} ranks at the same time" if number > 1 else "1 rank"
+        typer.echo(f"measuring {told} ...", err=True)
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)
         if code:
             raise typer.Exit(code)

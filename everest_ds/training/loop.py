@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
+from everest_ds.resident import peak_bytes, reset_peak
 from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
@@ -344,12 +344,14 @@ class TrainingRun:
 
 
 def _take_peak_memory_bytes(device: torch.device) -> int:
-    """The most allocated on a GPU since this was last called; the most resident in host memory so far."""
+    """The most since this was last called: allocated on a GPU, resident in host memory on a CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
+    reset_peak()
+    return peak
 
 
 def _best_top1(run: Path) -> float:

@@ -67,7 +67,7 @@ def summarise_steps(rows: Sequence[Mapping[str, Any]], clips: int) -> dict[str, 
         raise RunFolderError("metrics of a trial", given=f"{len(steps)} steps", allowed="more than warm-up")
     return {
         "step_s": clips / median(row["clips_per_s"] for row in settled),
-        "peak_bytes": max(row["memory_bytes"] for row in steps),
+        "peak_bytes": max(row["memory_bytes"] for row in settled),
         "data_wait_pct": median(row["data_wait_pct"] for row in settled),
     }
 
