@@ -26,7 +26,7 @@ REQUIRES = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "safetensors>=0.4.5",
-    "av>=12",
+    "av>=12,<19",  # 19 opens files with other arguments
 ]
 EXTRAS = {
     "torchcodec": ["torchcodec>=0.13"],  # data.decoder=torchcodec; needs FFmpeg's libraries on the system

@@ -17,11 +17,11 @@ class Epoch(NamedTuple):
     source: str = ""
 
 
-def describe_plan(config: Experiment, num_ranks: int, epoch: Epoch | None = None) -> dict[str, Any]:
+def describe_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
     """Model, tokens, batch arithmetic and predicted compute, for a table.
 
     Args:
-        epoch: default: as `data.train` says.
+        planned: the data need not be there yet; see `count_samples`.
 
     Raises:
         ConfigError, DataError: what cannot run, before any rank starts.
@@ -35,7 +35,7 @@ def describe_plan(config: Experiment, num_ranks: int, epoch: Epoch | None = None
         "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}), "
         f"{counts.num_visible} in the encoder",
         "batch": str(plan),
-        "steps": _steps(config, plan, epoch or count_samples(config)),
+        "steps": _steps(config, plan, count_samples(config, planned)),
         "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at its peak",
         "ranks": _ranks(config, plan),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",

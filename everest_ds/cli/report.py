@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from everest_ds.profiling.published import Cell
     from everest_ds.profiling.tables import Row
     from everest_ds.reports.efficiency import Heading
-    from everest_ds.reports.efficiency_page import Plot
+    from everest_ds.reports.page import Plot
 
 Runs = Annotated[
     list[Path] | None,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
-from everest_ds.errors import UsageError
+from everest_ds.errors import EverestError, UsageError
 
 if TYPE_CHECKING:
     from everest_ds.cli.prediction import Gpus
@@ -86,7 +86,7 @@ def evaluate(
     """
     config = load_for_task("finetune", source, overrides or [])
     if dry_run:
-        _show_plan(config, _planned_gpus(nproc, None), json_file, trains=False)
+        _show_plan(config, _planned_gpus(config, nproc, None), json_file, trains=False)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
         in_world(config, lambda world: _evaluate(config, world, json_file))
 
@@ -104,7 +104,7 @@ def _train(
     if on is not None and not dry_run:
         raise UsageError("--on is for --dry-run", given=f"--on {on}", fix="add --dry-run, or give --nproc")
     if dry_run:
-        _show_plan(config, _planned_gpus(nproc, on), json_file)
+        _show_plan(config, _planned_gpus(config, nproc, on), json_file)
         return
     if _started_ranks(task, source, overrides, nproc, config, json_file):
         return
@@ -130,15 +130,13 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
 
 
 def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
-    from everest_ds.cli.plan import count_samples, describe_plan
+    from everest_ds.cli.plan import count_samples
     from everest_ds.cli.prediction import describe_prediction
-    from everest_ds.config import dump_experiment, plan_ranks
-    from everest_ds.parallel.ds_config import resolve_ds_config
+    from everest_ds.config import dump_experiment
 
-    epoch = count_samples(config, planned=True)
-    plan = {"plan": describe_plan(config, gpus.count, epoch)}
-    resolve_ds_config(config, plan_ranks(config, gpus.count))
+    plan = {"plan": check_plan(config, gpus.count, planned=True)}
     if trains:
+        epoch = count_samples(config, planned=True)
         plan["predicted"] = describe_prediction(config, gpus, epoch and epoch.num_samples)
     typer.echo(dump_experiment(config))
     for title, facts in plan.items():
@@ -146,19 +144,48 @@ def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool
     write_json(json_file, {**plan, "config": config.model_dump(mode="json")})
 
 
-def _planned_gpus(nproc: int | None, on: str | None) -> Gpus:
-    """The GPUs of a dry run: those named, or the reference's kind for the ranks that there are to be."""
+def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus:
+    """The GPUs of a dry run: those named, or as many of the reference's kind as there are to be ranks.
+
+    Where nothing says how many, it is the whole reference, or one where batch or data are too small for that.
+    """
     from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
     from everest_ds.launch.environment import detect
 
-    if on is None:
-        count = nproc or detect().world_size
-        reference = parse_gpus(REFERENCE)
-        return Gpus(count, reference.product) if nproc or count > 1 else reference
-    gpus = parse_gpus(on)
-    if nproc not in (None, gpus.count):
-        raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
-    return gpus
+    if on is not None:
+        gpus = parse_gpus(on)
+        if nproc not in (None, gpus.count):
+            raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
+        return gpus
+    count, reference = nproc or detect().world_size, parse_gpus(REFERENCE)
+    if nproc is None and count == 1 and _can_plan(config, reference.count):
+        return reference
+    return Gpus(count, reference.product)
+
+
+def _can_plan(config: Experiment, num_ranks: int) -> bool:
+    from everest_ds.cli.plan import describe_plan
+
+    try:
+        describe_plan(config, num_ranks, planned=True)
+    except EverestError:
+        return False
+    return True
+
+
+def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
+    """What `--dry-run` checks, and tells.
+
+    Raises:
+        EverestError: what cannot run.
+    """
+    from everest_ds.cli.plan import describe_plan
+    from everest_ds.config import plan_ranks
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    facts = describe_plan(config, num_ranks, planned)
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    return facts
 
 
 def _started_ranks(

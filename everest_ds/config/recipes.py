@@ -56,7 +56,9 @@ def choose(tree: Tree, source: Source) -> Tree:
     members = _members(variants)
     if source.variant not in members:
         raise ConfigError(
-            f"{source.path}: describes several configs", allowed=", ".join(members), fix="name one as `base`"
+            f"{source.path}: describes several recipes",
+            allowed=", ".join(members),
+            fix=f"name one, such as {source.path.stem}_{next(iter(members))}",
         )
     for part, choice in members[source.variant]:
         tree = merge(tree, variants[part].get(choice) or {})

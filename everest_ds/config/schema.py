@@ -266,7 +266,7 @@ class RunConfig(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps in a row that may be left out for a loss or gradient that is not finite"
     )
-    image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
+    image_every_steps: PositiveInt = Field(500, description="pictures of a clip to TensorBoard")
     validate_every_epochs: PositiveInt = 1
 
 

@@ -99,11 +99,15 @@ class Selector(nn.Module):
         num_slots, num_drawn = self.candidates.num_slots, self.geometry.num_slots
         if num_slots == num_drawn:
             return pixels, torch.arange(num_slots, device=pixels.device).expand(len(pixels), -1)
-        places = self.geometry.tokens_per_slot
-        num_kept = exact_floor(self.tokens.keep_ratio, self.candidates.num_tokens)
-        keep_BK = select_tokens(self.importance(pixels, num_slots, embedding), num_kept)
-        slots_BT = draw_slots(tokens_per_slot(keep_BK, num_slots, places), num_drawn, key_B)
-        return gather_slots(pixels, slots_BT, places), slots_BT
+        slots_BT = draw_slots(self.count_tokens(pixels, embedding), num_drawn, key_B)
+        return gather_slots(pixels, slots_BT, self.geometry.tokens_per_slot), slots_BT
+
+    def count_tokens(self, candidates_BNP: Tensor, embedding: PixelMap) -> Tensor:
+        """How many of the candidates' ReRo tokens lie in each slot: c (B, S)."""
+        num_slots, num_tokens = self.candidates.num_slots, self.candidates.num_tokens
+        num_kept = exact_floor(self.tokens.keep_ratio, num_tokens)
+        keep_BK = select_tokens(self.importance(candidates_BNP, num_slots, embedding), num_kept)
+        return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
     def _keep(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
         """Token indices (B, K) to compute on, ascending."""

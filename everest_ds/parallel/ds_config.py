@@ -7,6 +7,7 @@ that sets one of them to something else is refused, not obeyed.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,20 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
         if precision == config.precision or precision in tree:
             _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
     return {"steps_per_print": 2**31, **tree}
+
+
+def check_by_deepspeed(resolved: dict[str, Any]) -> None:
+    """Hold a resolved file against DeepSpeed's own validation, as its engine does at the start.
+
+    Raises:
+        ConfigError: what DeepSpeed says.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig  # heavy
+
+    try:
+        DeepSpeedConfig(deepcopy(resolved))  # fills in what it is given
+    except (AssertionError, ValueError, TypeError, KeyError) as error:  # pydantic's are ValueErrors
+        raise ConfigError("refused by DeepSpeed", given=" ".join(str(error).split())) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from everest_ds.profiling.memory_layers import (
     layers,
     loss_bytes,
     loss_storage_bytes,
+    rank_parameters,
     scoring_bytes,
     target_bytes,
 )
@@ -131,7 +132,7 @@ def predict_passes(config: Experiment) -> Passes:
     stack = layers(config)
     return Passes(
         moments=tuple(_moments(stack, config)),
-        num_parameters=sum(layer.num_parameters for layer in stack),
+        num_parameters=rank_parameters(config),
         position_bytes=_position_bytes(config),
         input_bytes=_input_bytes(config),
         host_bytes=sum(layer.host_bytes for layer in stack),

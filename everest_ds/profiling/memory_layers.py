@@ -12,6 +12,7 @@ from typing import NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import sketch_width
+from everest_ds.profiling.compute import count_parameters
 from everest_ds.profiling.memory_blocks import (
     FLOAT32_BYTES,
     VALUE_BYTES,
@@ -52,6 +53,16 @@ def layers(config: Experiment) -> list[Layer]:
         return [_embedding(config), *in_encoder, _classifier_head(config)]
     in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept)
     return [_embedding(config), *in_encoder, _projection(config), *in_decoder, _pixel_head(config)]
+
+
+def rank_parameters(config: Experiment) -> int:
+    """Parameters of one rank: tensor parallelism splits the blocks."""
+    shape, tensor = config.model.shape, config.parallelism.tensor
+    stacks = [shape.encoder] if config.task == "finetune" else [shape.encoder, shape.decoder]
+    elsewhere = (
+        stack.depth * (_block_parameters(stack, 1) - _block_parameters(stack, tensor)) for stack in stacks
+    )
+    return count_parameters(config) - sum(elsewhere)
 
 
 def scoring_bytes(config: Experiment) -> int:

@@ -5,6 +5,8 @@ Shape legend: F frames, H x W pixels, C = 3 colours, T slots, h x w tokens of a 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -30,8 +32,12 @@ def draw_kept(clip_FHWC: Image, kept_Thw: Kept) -> Image:
 
 def dim_discarded(clip_FHWC: Image, kept_Thw: Kept) -> Image:
     """The clip, frame by frame, with the pixels of discarded tokens darkened."""
-    frames, height, width, _ = clip_FHWC.shape
-    lit = kept_Thw
-    for axis, size in enumerate((frames, height, width)):
-        lit = lit.repeat(size // lit.shape[axis], axis)
-    return np.where(lit[..., None], clip_FHWC, np.rint(clip_FHWC * _DIM)).astype(np.uint8)
+    lit_FHW = spread(kept_Thw, clip_FHWC.shape[:3])
+    return np.where(lit_FHW[..., None], clip_FHWC, np.rint(clip_FHWC * _DIM)).astype(np.uint8)
+
+
+def spread(tokens_Thw: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+    """One value a token -> one a pixel of its tubelet, (F, H, W) = `shape`."""
+    for axis, size in enumerate(shape):
+        tokens_Thw = tokens_Thw.repeat(size // tokens_Thw.shape[axis], axis)
+    return tokens_Thw

@@ -44,7 +44,7 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.pictures import draw_reconstruction
+from everest_ds.training.pictures import draw, watch
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
@@ -215,14 +215,13 @@ class TrainingRun:
 
     @torch.no_grad()
     def _draw(self) -> None:
-        if self.config.task != "pretrain" or not self._due(self.config.run.image_every_steps):
+        if not self._due(self.config.run.image_every_steps):
             return
-        batch, config = self.batch, self.config
-        shown = self.engine(*batch.arguments)  # on every rank: sharded parameters are gathered
+        seen = watch(self.engine, self.engine.module, self.batch)
+        pictures = draw(seen) if self.observers else {}
         for observer in self.observers:
-            normalized = config.loss.normalize_targets
-            picture = draw_reconstruction(batch.clip, shown, config.model.geometry, normalized)
-            observer.on_picture(self.step, "reconstruction", picture)
+            for name, picture in pictures.items():
+                observer.on_picture(self.step, name, picture)
 
     def _validate(self) -> None:
         every_steps = self.config.run.validate_every_epochs * self.steps_per_epoch

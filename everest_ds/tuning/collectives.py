@@ -57,10 +57,10 @@ class Collective(NamedTuple):
 NOTHING = Collective(0.0, 0.0, "none")
 
 
-def data_group(num_ranks: int, tensor: int, ranks_per_node: int) -> Group:
-    """The ranks that share ZeRO's states: every `tensor`-th one."""
-    nodes = max(1, -(-num_ranks // ranks_per_node))
-    return Group(num_ranks // tensor, min(nodes, num_ranks // tensor), min(tensor, ranks_per_node))
+def data_group(degree: int, tensor: int, ranks_per_node: int) -> Group:
+    """The `degree` ranks that share ZeRO's states: every `tensor`-th one."""
+    nodes = -(-degree * tensor // ranks_per_node)
+    return Group(degree, min(nodes, degree), min(tensor, ranks_per_node))
 
 
 def tensor_group(tensor: int) -> Group:

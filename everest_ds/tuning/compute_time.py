@@ -72,7 +72,7 @@ class Rates:
     def __init__(self, machine: Machine, precision: str) -> None:
         self.products: RateCurve = machine.products[precision]
         self.attention: RateCurve = machine.attention[precision]
-        self.bytes_per_s = machine.memory_bytes_per_s[precision]
+        self.moved: RateCurve = machine.moving[precision]
 
     def linear(self, rows: float, inputs: float, outputs: float, products: int = 1) -> Work:
         """`products` of a linear map's three, on so many rows."""
@@ -84,9 +84,10 @@ class Rates:
         """Products within attention over `num_tokens` tokens of each clip."""
         return Work(macs, FLOPS_PER_MAC * macs / self.attention.at(num_tokens))
 
-    def moving(self, num_bytes: float) -> Work:
-        """Operators that read and write so much."""
-        return Work(moving_s=num_bytes / self.bytes_per_s, moved_bytes=num_bytes)
+    def moving(self, passes: float, tensor_bytes: float) -> Work:
+        """Operators that read or write so many tensors."""
+        num_bytes = passes * tensor_bytes
+        return Work(moving_s=num_bytes / self.moved.at(tensor_bytes), moved_bytes=num_bytes)
 
 
 @dataclass(frozen=True)
@@ -131,13 +132,13 @@ def block_time(
     launched, launched_back = (Work(launches=count) for count in BLOCK_LAUNCHES)
     return BlockTime(
         attention=total(projections, attending),
-        mlp=total(in_mlp, rates.moving(2 * MLP_RATIO * one_tensor / t)),
-        rest=total(rates.moving((10 + passes) * one_tensor), launched),
+        mlp=total(in_mlp, rates.moving(2 * MLP_RATIO / t, one_tensor)),
+        rest=total(rates.moving(10 + passes, one_tensor), launched),
         backward=total(
             projections.times(2),
             in_mlp.times(2),
             attending_back,
-            rates.moving((14 + passes + 27 / t) * one_tensor),
+            rates.moving(14 + passes + 27 / t, one_tensor),
             launched_back,
         ),
         tensor_bytes=one_tensor,
@@ -159,8 +160,8 @@ def _attending(
     product = rates.linear(num_tokens, shape.width / shape.heads, num_tokens).times(batch)
     passes, passes_back = _UNFUSED_PASSES
     return (
-        total(product.times(_FORWARD_PRODUCTS), rates.moving(passes * logits)),
-        total(product.times(_UNFUSED_BACKWARD_PRODUCTS), rates.moving(passes_back * logits)),
+        total(product.times(_FORWARD_PRODUCTS), rates.moving(passes, logits)),
+        total(product.times(_UNFUSED_BACKWARD_PRODUCTS), rates.moving(passes_back, logits)),
     )
 
 
@@ -172,10 +173,10 @@ def selection_time(config: Experiment, rates: Rates) -> Work:
     clips, geometry = config.batch.micro_batch_size, config.candidate_geometry
     macs = clips * predict_macs(config).score_macs
     values = clips * geometry.num_tokens * geometry.tubelet_values
-    scored = values * 5 * VALUE_BYTES[config.precision] if config.tokens.selection == "rero" else 0
+    scored = 5 * VALUE_BYTES[config.precision] if config.tokens.selection == "rero" else 0
     width, rows = config.model.shape.encoder.width, clips * geometry.num_tokens
     rate = rates.products.at(intensity(rows, geometry.tubelet_values, width))
-    return total(Work(macs, FLOPS_PER_MAC * macs / rate), rates.moving(2 * values + scored))
+    return total(Work(macs, FLOPS_PER_MAC * macs / rate), rates.moving(2 + scored, values))
 
 
 def embedding_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
@@ -183,8 +184,8 @@ def embedding_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
     geometry, width, value = _facts(config)
     rows = config.batch.micro_batch_size * config.token_counts.num_visible
     product = rates.linear(rows, geometry.tubelet_values, width)
-    folding = rates.moving(6 * width * geometry.tubelet_values * value)
-    tokens = rates.moving(rows * (2 * geometry.tubelet_values + 3 * width) * value)
+    folding = rates.moving(6, width * geometry.tubelet_values * value)
+    tokens = rates.moving(2 * geometry.tubelet_values / width + 3, rows * width * value)
     return total(product, folding, tokens), total(product, folding)
 
 
@@ -194,7 +195,7 @@ def projection_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
     narrow, clips = config.model.shape.decoder.width, config.batch.micro_batch_size
     seen, decoded = clips * config.token_counts.num_visible, clips * config.token_counts.num_kept
     product = rates.linear(seen, width, narrow)
-    moving = rates.moving((2 * seen * width + 5 * decoded * narrow) * value)
+    moving = total(rates.moving(2, seen * width * value), rates.moving(5, decoded * narrow * value))
     return total(product, moving), total(product.times(2), moving)
 
 
@@ -203,13 +204,13 @@ def head_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
     geometry, width, value = _facts(config)
     clips = config.batch.micro_batch_size
     if config.task == "finetune":
-        mean = rates.moving(clips * config.token_counts.num_kept * width * value)
+        mean = rates.moving(1, clips * config.token_counts.num_kept * width * value)
         return mean, mean
     rows, narrow = clips * config.token_counts.num_predicted, config.model.shape.decoder.width
     product = rates.linear(rows, narrow, geometry.tubelet_values)
     numbers = rows * geometry.tubelet_values * FLOAT32_BYTES
-    targets = rates.moving((10 if config.loss.normalize_targets else 3) * numbers)
-    loss, norm = rates.moving(4 * numbers), rates.moving(3 * rows * narrow * value)
+    targets = rates.moving(10 if config.loss.normalize_targets else 3, numbers)
+    loss, norm = rates.moving(4, numbers), rates.moving(3, rows * narrow * value)
     return total(product, targets, loss, norm), total(product.times(2), loss, norm)
 
 

@@ -16,39 +16,39 @@ COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # those of a train
 
 @dataclass(frozen=True)
 class RateCurve:
-    """Attained rate over the size of a problem: straight lines between points whose axes are logarithms.
+    """Attained rate over the size of a problem: straight lines between points, both axes logarithmic.
 
     Outside of its points the curve goes on level: it promises nothing that was not measured.
 
     Attributes:
         sizes: ascending. Of products the multiply-accumulates for each value that is moved (`intensity`), of
-            attention the tokens of a clip.
-        flops_per_s: two for a multiply-accumulate.
+            attention the tokens of a clip, of operators that only move memory the bytes of a tensor.
+        rates: floating-point operations a second, two for a multiply-accumulate; or bytes a second.
     """
 
     sizes: tuple[float, ...]
-    flops_per_s: tuple[float, ...]
+    rates: tuple[float, ...]
 
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
-        if not self.sizes or len(self.sizes) != len(self.flops_per_s) or not ascending:
+        if not self.sizes or len(self.sizes) != len(self.rates) or not ascending:
             raise ValueError("a rate curve needs points of ascending size")
 
     def at(self, size: float) -> float:
-        """FLOP/s at a size."""
+        """The rate at a size."""
         place = bisect_left(self.sizes, size)
         if place == 0:
-            return self.flops_per_s[0]
+            return self.rates[0]
         if place == len(self.sizes):
-            return self.flops_per_s[-1]
+            return self.rates[-1]
         low, high = self.sizes[place - 1 : place + 1]
         share = log(size / low) / log(high / low)
-        below, above = self.flops_per_s[place - 1 : place + 1]
+        below, above = self.rates[place - 1 : place + 1]
         return exp((1 - share) * log(below) + share * log(above))
 
     def scaled(self, factor: float) -> RateCurve:
         """The same curve, `factor` times as high: from shares of a peak to rates."""
-        return RateCurve(self.sizes, tuple(factor * rate for rate in self.flops_per_s))
+        return RateCurve(self.sizes, tuple(factor * rate for rate in self.rates))
 
 
 def intensity(m: float, n: float, k: float) -> float:
@@ -80,7 +80,9 @@ class Machine:
         peak_flops_per_s: by precision; empty where no data sheet says.
         products: attained by matrix products over their intensity, by precision.
         attention: attained by fused attention, both ways, over the tokens of a clip, by precision.
-        memory_bytes_per_s: of operators that only move and add, by precision.
+        moving: bytes a second of a model's operators that only move and add, over the bytes of a tensor.
+        copy_bytes_per_s: of large tensors that are read and written, such as states.
+        fresh_bytes_per_s: of large tensors that are written for the first time: on a CPU, page by page.
         adam_values_per_s: parameters that the optimiser steps on the device.
         launch_s: the host's time for one operator.
         step_s: the engine's and the trainer's own, a step.
@@ -93,7 +95,8 @@ class Machine:
         decode_s: one core's time for a clip, beside that for its frames.
         decode_pixels_per_s: pixels of a video that one core decodes, crops and scales.
         spare_cores: with which a rank's workers decode while it computes; 0 if they are the same.
-        baseline_bytes: what a rank holds before there is a model, where that counts: on a CPU.
+        threads: with which a rank computes, where that is on its host.
+        baseline_bytes: what a rank holds beside its model, where that counts: on a CPU.
         watts: of a rank's share of its node, under load; None if unknown.
         source: where the numbers come from, for people.
     """
@@ -104,7 +107,9 @@ class Machine:
     peak_flops_per_s: Mapping[str, float]
     products: Mapping[str, RateCurve]
     attention: Mapping[str, RateCurve]
-    memory_bytes_per_s: Mapping[str, float]
+    moving: Mapping[str, RateCurve]
+    copy_bytes_per_s: float
+    fresh_bytes_per_s: float
     adam_values_per_s: float
     launch_s: float
     step_s: float
@@ -117,6 +122,7 @@ class Machine:
     decode_s: float
     decode_pixels_per_s: float
     spare_cores: float
+    threads: int = 0
     baseline_bytes: int = 0
     watts: float | None = None
     source: str = ""
@@ -137,8 +143,8 @@ class Machine:
         Raises:
             KeyError, TypeError, ValueError: it is something else.
         """
-        values = {field.name: tree[field.name] for field in fields(cls)}
-        for name in ("products", "attention"):
+        values = {each.name: tree[each.name] for each in fields(cls)}
+        for name in ("products", "attention", "moving"):
             values[name] = {key: _curve(curve) for key, curve in values[name].items()}
         values["inside"] = {name: Link(**link) for name, link in values["inside"].items()}
         values["parameter_s"] = {int(stage): value for stage, value in values["parameter_s"].items()}
@@ -147,10 +153,15 @@ class Machine:
         return cls(**values)
 
 
+def level(rate: float) -> RateCurve:
+    """The same rate at every size, where nothing says that they differ."""
+    return RateCurve((1.0,), (rate,))
+
+
 def same_link(link: Link) -> dict[str, Link]:
     """One link for every collective, where nothing says that they differ."""
     return dict.fromkeys(COLLECTIVES, link)
 
 
 def _curve(tree: Mapping[str, Sequence[float]]) -> RateCurve:
-    return RateCurve(tuple(tree["sizes"]), tuple(tree["flops_per_s"]))
+    return RateCurve(tuple(tree["sizes"]), tuple(tree["rates"]))

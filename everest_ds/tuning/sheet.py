@@ -19,7 +19,7 @@ from __future__ import annotations
 from everest_ds.profiling.devices import Device
 from everest_ds.profiling.links import LINKS, Interconnect, LinkKind, find_interconnect
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
-from everest_ds.tuning.machine import Link, Machine, RateCurve, same_link
+from everest_ds.tuning.machine import Link, Machine, RateCurve, level, same_link
 from everest_ds.units import GIB
 
 # Calculon: share of the peak from so many GFLOP on; the intensity of a cube of 10^9 x GFLOP / 2 products.
@@ -76,7 +76,9 @@ def machine_from_sheet(
         peak_flops_per_s=peaks,
         products={p: _products(device, p, peak) for p, peak in peaks.items()},
         attention={p: _attention(device, peak) for p, peak in peaks.items()},
-        memory_bytes_per_s=dict.fromkeys(peaks, bytes_per_s),
+        moving=dict.fromkeys(peaks, level(bytes_per_s)),
+        copy_bytes_per_s=bytes_per_s,
+        fresh_bytes_per_s=bytes_per_s,
         adam_values_per_s=bytes_per_s / _ADAMW_BYTES,
         launch_s=_LAUNCH_S,
         step_s=_STEP_S,

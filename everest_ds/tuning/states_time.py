@@ -14,15 +14,14 @@ At stage 3 one all-gather does where the whole model may stay gathered (`stage3_
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.profiling.memory_layers import layers
-from everest_ds.tuning.collectives import Collective, collective, data_group, tensor_group
+from everest_ds.tuning.collectives import Collective, Group, collective, data_group, tensor_group
 from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
@@ -33,33 +32,47 @@ _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
 
 
 class Passes(NamedTuple):
-    """Seconds of one micro-batch's forward and backward pass, behind which communication can hide."""
+    """A micro-batch's forward and backward pass, behind which communication can hide; and Ψ of this rank."""
 
     forward_s: float
     backward_s: float
+    num_parameters: int
+
+
+class Stack(NamedTuple):
+    """Blocks that are all alike, and how many of them recompute something."""
+
+    name: str
+    block: BlockTime
+    depth: int
+    recomputing: int
 
 
 class _States(NamedTuple):
-    """Of one rank: parameters, its part of them, bytes of a value, and where gradients are reduced."""
+    """Of one rank: parameters, its part of them, bytes of a value; and ZeRO's stage."""
 
     num_parameters: int
     part: int
     value_bytes: int
     stage: int
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.num_parameters * self.value_bytes
+
 
 def tensor_terms(
     config: Experiment,
     plan: BatchPlan,
     machine: Machine,
-    stacks: Mapping[str, tuple[BlockTime, int, int]],
+    stacks: Sequence[Stack],
 ) -> Iterator[Term]:
     """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
     mode, tensor = config.recompute.mode, config.parallelism.tensor
     again = {"none": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
     group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
     kept = 0.0
-    for block, depth, recomputing in stacks.values():
+    for _, block, depth, recomputing in stacks:
         one = collective("all_reduce", block.tensor_bytes, group, machine)
         count = 2 * _SUMS_OF_A_BLOCK * depth + again * recomputing
         sums, seconds, sent = sums + count, seconds + count * one.seconds, sent + count * one.sent_bytes
@@ -82,60 +95,52 @@ def tensor_terms(
 
 
 def state_terms(
-    config: Experiment,
-    plan: BatchPlan,
-    num_ranks: int,
-    machine: Machine,
-    passes: Passes,
-    zero: ZeroSettings,
+    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: Passes
 ) -> Iterator[Term]:
     """Everything that ZeRO does, in the order of a step."""
     degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
-    num_parameters = sum(layer.num_parameters for layer in layers(config))
-    part = -(-num_parameters // degree) if stage else num_parameters
-    states = _States(num_parameters, part, VALUE_BYTES[config.precision], stage)
+    part = -(-passes.num_parameters // degree) if stage else passes.num_parameters
+    states = _States(passes.num_parameters, part, VALUE_BYTES[config.precision], stage)
     if degree > 1:
-        yield from _reduction_terms(config, plan, num_ranks, machine, states, passes, zero)
+        group = data_group(degree, config.parallelism.tensor, machine.ranks_per_node)
+        yield _reduction_term(plan, group, machine, zero, states, passes)
+        yield from _gather_terms(plan, group, machine, zero, states, passes)
     if zero.offloads_optimizer:
-        yield from _offload_terms(plan, machine, states, passes)
-    yield _bucket_term(config, plan, machine, states)
-    yield _update_term(config, machine, states, zero.offloads_optimizer)
+        yield from _offload_terms(plan, machine, zero, states, passes)
+    yield _gradient_term(plan, machine, states)
+    yield _update_term(machine, zero, states)
     yield _engine_term(config, plan, machine)
 
 
-def _reduction_terms(
-    config: Experiment,
-    plan: BatchPlan,
-    num_ranks: int,
-    machine: Machine,
-    states: _States,
-    passes: Passes,
-    zero: ZeroSettings,
-) -> Iterator[Term]:
-    stage, times = states.stage, plan.grad_accum_steps
-    group = data_group(num_ranks, config.parallelism.tensor, machine.ranks_per_node)
-    weights = states.num_parameters * states.value_bytes
-    bucket = zero.reduce_bucket_values if stage else _ALLREDUCE_VALUES
+def _reduction_term(
+    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Term:
+    bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
     buckets = -(-states.num_parameters // bucket)
-    name = "reduce_scatter" if stage == 3 else "all_reduce"
-    one = collective(name, weights / buckets, group, machine)
-    passing = times if stage >= 2 else 1
-    behind = passes.backward_s if stage else 0.0  # stage 0 begins when the backward pass is over
-    yield _hidden_term("reduce gradients", name, one, buckets, passing, behind, machine)
-    if stage in (1, 2):
-        one = collective("all_gather", weights, group, machine)
-        yield _hidden_term("gather updated weights", "all_gather", one, 1, 1, 0.0, machine)
-    if stage == 3:
-        messages = -(-states.num_parameters // zero.prefetch_values)
-        one = collective("all_gather", weights / messages, group, machine)
-        both = zero.reuse_values < states.num_parameters
-        yield _hidden_term(
-            "gather weights forward", "all_gather", one, messages, times, passes.forward_s, machine
-        )
-        if both:
-            # beside the reduction of gradients, which has taken its part of the backward pass
-            left = max(0.0, passes.backward_s - buckets * one.seconds)
-            yield _hidden_term("gather weights backward", "all_gather", one, messages, times, left, machine)
+    how = "reduce_scatter" if states.stage == 3 else "all_reduce"
+    one = collective(how, states.weight_bytes / buckets, group, machine)
+    times = plan.grad_accum_steps if states.stage >= 2 else 1
+    # stage 0 begins when the backward pass is over
+    behind = passes.backward_s if states.stage and zero.overlap_comm else 0.0
+    return _hidden_term("reduce gradients", how, one, buckets, times, behind, machine)
+
+
+def _gather_terms(
+    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Iterator[Term]:
+    how, times = "all_gather", plan.grad_accum_steps
+    if states.stage in (1, 2):
+        one = collective(how, states.weight_bytes, group, machine)
+        yield _hidden_term("gather updated weights", how, one, 1, 1, 0.0, machine)
+    if states.stage < 3:
+        return
+    messages = -(-states.num_parameters // zero.prefetch_values)
+    one = collective(how, states.weight_bytes / messages, group, machine)
+    yield _hidden_term("gather weights forward", how, one, messages, times, passes.forward_s, machine)
+    if zero.reuse_values < states.num_parameters:
+        # the reduction of gradients takes its part of the backward pass, as long as one gathering
+        left = max(0.0, passes.backward_s - messages * one.seconds)
+        yield _hidden_term("gather weights backward", how, one, messages, times, left, machine)
 
 
 def _hidden_term(
@@ -152,12 +157,15 @@ def _hidden_term(
     return Term(name, "communication", times * exposed, times * busy, f"{how} by {one.algorithm}", numbers)
 
 
-def _offload_terms(plan: BatchPlan, machine: Machine, states: _States, passes: Passes) -> Iterator[Term]:
+def _offload_terms(
+    plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Iterator[Term]:
     """Gradients go to the host in each backward pass; updated or gathered weights come back."""
     share, times = states.part * states.value_bytes, plan.grad_accum_steps
     yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
-    if states.stage == 3:
-        yield _copy_term("weights from host", 2 * times * share, machine, times * sum(passes))
+    if zero.offloads_parameters:
+        behind = times * (passes.forward_s + passes.backward_s)
+        yield _copy_term("weights from host", 2 * times * share, machine, behind)
     else:
         yield _copy_term("updated weights from host", share, machine, 0.0)
 
@@ -168,30 +176,33 @@ def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -
     return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
 
 
-def _bucket_term(config: Experiment, plan: BatchPlan, machine: Machine, states: _States) -> Term:
-    """Gradients are added up, copied into buckets, and out of them."""
-    passes = {0: 1, 1: 1}.get(states.stage, plan.grad_accum_steps)
-    moved = 4 * states.num_parameters * states.value_bytes * passes
-    if plan.grad_accum_steps > 1:
-        moved += 3 * states.num_parameters * states.value_bytes * (plan.grad_accum_steps - 1)
-    seconds = moved / machine.memory_bytes_per_s[config.precision]
-    return Term(
-        "gradients into buckets",
-        "optimizer",
-        seconds,
-        seconds,
-        "4eΨ, and 3eΨ to add one up",
-        {"MB": moved / 1e6},
-    )
+def _gradient_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
+    """Every backward pass writes new gradients; they are added up, and copied into and out of buckets."""
+    times, each = plan.grad_accum_steps, states.weight_bytes
+    bucketed = (times if states.stage >= 2 else 1) if plan.data_parallel_degree > 1 or states.stage else 0
+    copied = 3 * each * (times - 1) + 4 * each * bucketed
+    seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
+    formula = "eΨ new in each pass; 3eΨ to add one up, 4eΨ through a bucket"
+    return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 
-def _update_term(config: Experiment, machine: Machine, states: _States, offloaded: bool) -> Term:
-    """AdamW on this rank's part; ZeRO makes its gradients flat and float32, and copies the weights back."""
-    rate = machine.host_adam_values_per_s if offloaded else machine.adam_values_per_s
-    copied = states.part * 2 * (states.value_bytes + 2 * FLOAT32_BYTES) if states.stage else 0
-    seconds = states.part / rate + copied / machine.memory_bytes_per_s[config.precision]
-    numbers = {"million values": states.part / 1e6, "million a second": rate / 1e6, "copied MB": copied / 1e6}
-    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate + copies", numbers)
+def _update_term(machine: Machine, zero: ZeroSettings, states: _States) -> Term:
+    """AdamW on this rank's part; ZeRO makes gradients flat and float32, takes their norm, copies weights."""
+    rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
+    value, fresh, copied = states.value_bytes, 0, 0
+    if states.stage:
+        fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
+        copied = states.part * (2 * value + 2 * value + FLOAT32_BYTES)
+    moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    numbers = {
+        "million values": states.part / 1e6,
+        "million a second": rate / 1e6,
+        "new MB": fresh / 1e6,
+        "copied MB": copied / 1e6,
+    }
+    seconds = states.part / rate + moved_s
+    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
 
 
 def _engine_term(config: Experiment, plan: BatchPlan, machine: Machine) -> Term:

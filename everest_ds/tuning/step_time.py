@@ -7,17 +7,17 @@ copies to the host hide behind compute; what is left is exposed. On a CPU all of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import NamedTuple, get_args
 
 from everest_ds.config.batch import BatchPlan, plan_ranks
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.profiling.memory_layers import rank_parameters
 from everest_ds.tuning.compute_time import (
-    BlockTime,
     Rates,
     Work,
     block_time,
@@ -29,7 +29,7 @@ from everest_ds.tuning.compute_time import (
     total,
 )
 from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.states_time import Passes, state_terms, tensor_terms
+from everest_ds.tuning.states_time import Passes, Stack, state_terms, tensor_terms
 from everest_ds.tuning.term import Group, Term
 
 GROUPS: tuple[Group, ...] = get_args(Group)
@@ -44,8 +44,8 @@ class StepPrediction:
     Attributes:
         terms: in the order of a step.
         clips: of all ranks.
-        useful_flops_per_s_at_peak: of all ranks; None if the device's peak is unknown.
         useful_flops: of all ranks, none repeated.
+        peak_flops_per_s: of all ranks; None if the device's is unknown.
     """
 
     terms: tuple[Term, ...]
@@ -82,6 +82,45 @@ class StepPrediction:
         return next(term for term in self.terms if term.name == name)
 
 
+class Part(NamedTuple):
+    """A part of the model, one micro-batch's passes through it."""
+
+    name: str
+    formula: str
+    forward: Work
+    backward: Work
+
+
+class StepWork(NamedTuple):
+    """One micro-batch on one rank.
+
+    Attributes:
+        again: what recompute repeats.
+        num_parameters: of this rank's share under tensor parallelism.
+    """
+
+    parts: tuple[Part, ...]
+    stacks: tuple[Stack, ...]
+    again: Work
+    num_parameters: int
+
+    def device(self) -> tuple[Work, Work]:
+        """All that the device does in the forward and in the backward pass."""
+        forward, backward = other_launches()
+        return (
+            total(forward, *(part.forward for part in self.parts)),
+            total(backward, *(part.backward for part in self.parts), self.again),
+        )
+
+    def passes(self, machine: Machine) -> Passes:
+        """What communication can hide behind: where the host launches too slowly, its time."""
+        launched = [
+            work.launches * machine.launch_s if machine.asynchronous else 0.0 for work in self.device()
+        ]
+        forward_s, backward_s = map(max, launched, (work.seconds for work in self.device()))
+        return Passes(forward_s, backward_s, self.num_parameters)
+
+
 def predict_step(
     config: Experiment, num_ranks: int, machine: Machine, zero: ZeroSettings | None = None
 ) -> StepPrediction:
@@ -93,35 +132,39 @@ def predict_step(
     Raises:
         ConfigError: the ranks do not divide; the machine has no such precision; states are on NVMe.
     """
+    return step_of(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
+
+
+def predict_work(config: Experiment, machine: Machine) -> StepWork:
+    """What `predict_step` says of a config, but for ZeRO's stage and settings, ranks and accumulation.
+
+    Raises:
+        ConfigError: the machine has no such precision.
+    """
     _check(config, machine)
-    plan = plan_ranks(config, num_ranks)
     rates = Rates(machine, config.precision)
-    passes = [*_parts(config, rates)]
-    compute = _compute_terms(passes, plan.grad_accum_steps)
-    again, in_blocks = _recompute(config, rates)
-    compute.append(
-        _work_term("recompute", "recompute", "what recompute.mode repeats", again, plan.grad_accum_steps)
-    )
-    backward = total(*(part.backward for part in passes), again)
-    seen = Passes(total(*(part.forward for part in passes)).seconds, backward.seconds)
+    parts, stacks, mode = tuple(_parts(config, rates)), tuple(_stacks(config, rates)), config.recompute.mode
+    again = total(*(stack.block.again(mode).times(stack.recomputing) for stack in stacks))
+    return StepWork(parts, stacks, again, rank_parameters(config))
+
+
+def step_of(
+    work: StepWork, config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings | None = None
+) -> StepPrediction:
+    """The step that micro-batches of `work` add up to."""
+    count, zero = plan.grad_accum_steps, zero or zero_settings(config)
     terms = [
-        *compute,
-        _launch_term(passes, again, plan, machine),
-        *tensor_terms(config, plan, machine, in_blocks),
-        *state_terms(config, plan, num_ranks, machine, seen, zero or zero_settings(config)),
+        *_compute_terms(work.parts, count),
+        _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),
+        _launch_term(work, plan, machine),
+        *tensor_terms(config, plan, machine, work.stacks),
+        *state_terms(config, plan, machine, zero, work.passes(machine)),
     ]
     terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
     peak = machine.peak_flops_per_s.get(config.precision)
+    num_ranks = plan.data_parallel_degree * config.parallelism.tensor
     return StepPrediction(tuple(terms), plan.global_batch_size, flops, peak and peak * num_ranks)
-
-
-@dataclass(frozen=True)
-class _Part:
-    name: str
-    formula: str
-    forward: Work
-    backward: Work
 
 
 def _check(config: Experiment, machine: Machine) -> None:
@@ -135,30 +178,36 @@ def _check(config: Experiment, machine: Machine) -> None:
         raise ConfigError("parallelism.offload_to_nvme: disks are not in the cost model", fix="leave it out")
 
 
-def _parts(config: Experiment, rates: Rates) -> Iterator[_Part]:
-    yield _Part(
+def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
+    yield Part(
         "selection", "pixels cut up; (N - L)·P·D for the scores", selection_time(config, rates), Work()
     )
-    yield _Part("embedding", "V·P·D, backward for the weights only", *embedding_time(config, rates))
-    for name, block, depth in _stacks(config, rates):
+    yield Part("embedding", "V·P·D, backward for the weights only", *embedding_time(config, rates))
+    for name, block, depth, _ in _stacks(config, rates):
         formula = "depth · (12·n·D² + 2·n²·D) / t forward, twice as much backward (attention 2.5 times)"
-        yield _Part(name, formula, block.forward.times(depth), block.backward.times(depth))
+        yield Part(name, formula, block.forward.times(depth), block.backward.times(depth))
         if name == "encoder" and config.task == "pretrain":
-            yield _Part("projection", "V·D·d", *projection_time(config, rates))
-    yield _Part(
+            yield Part("projection", "V·D·d", *projection_time(config, rates))
+    yield Part(
         "head", "M·d·P, targets and loss" if config.task == "pretrain" else "mean", *head_time(config, rates)
     )
 
 
-def _stacks(config: Experiment, rates: Rates) -> Iterator[tuple[str, BlockTime, int]]:
+def _stacks(config: Experiment, rates: Rates) -> Iterator[Stack]:
     counts, shape = config.token_counts, config.model.shape
-    drops = config.model.drop_path > 0
-    yield "encoder", block_time(config, shape.encoder, counts.num_visible, rates, drops), shape.encoder.depth
+    encoder = block_time(config, shape.encoder, counts.num_visible, rates, drops=config.model.drop_path > 0)
+    yield Stack("encoder", encoder, shape.encoder.depth, _recomputing(config, shape.encoder.depth))
     if config.task == "pretrain":
-        yield "decoder", block_time(config, shape.decoder, counts.num_kept, rates, False), shape.decoder.depth
+        decoder = block_time(config, shape.decoder, counts.num_kept, rates, drops=False)
+        yield Stack("decoder", decoder, shape.decoder.depth, _recomputing(config, shape.decoder.depth))
 
 
-def _compute_terms(parts: list[_Part], micro_batches: int) -> list[Term]:
+def _recomputing(config: Experiment, depth: int) -> int:
+    """Blocks of a stack that recompute something (parallel/recompute.py)."""
+    return {"none": 0, "blocks": -(-depth // config.recompute.every)}.get(config.recompute.mode, depth)
+
+
+def _compute_terms(parts: Sequence[Part], micro_batches: int) -> list[Term]:
     return [
         _work_term(f"{part.name} {way}", "compute", part.formula, work, micro_batches)
         for way in ("forward", "backward")
@@ -178,29 +227,15 @@ def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches:
     return Term(name, group, seconds, seconds, formula, numbers)
 
 
-def _recompute(config: Experiment, rates: Rates) -> tuple[Work, dict[str, tuple[BlockTime, int, int]]]:
-    """What is computed again; and of each stack a block, how many there are and how many recompute."""
-    mode, every = config.recompute.mode, config.recompute.every
-    stacks = {}
-    for name, block, depth in _stacks(config, rates):
-        stacks[name] = (block, depth, {"none": 0, "blocks": -(-depth // every)}.get(mode, depth))
-    return total(*(block.again(mode).times(acted_on) for block, _, acted_on in stacks.values())), stacks
-
-
-def _launch_term(parts: list[_Part], again: Work, plan: BatchPlan, machine: Machine) -> Term:
-    in_parts = (work for part in parts for work in (part.forward, part.backward))
-    work = total(*in_parts, again, *other_launches())
-    busy = plan.grad_accum_steps * work.launches * machine.launch_s
-    hidden = plan.grad_accum_steps * work.seconds if machine.asynchronous else 0.0
-    numbers = {"operators": work.launches, "µs each": 1e6 * machine.launch_s}
-    return Term(
-        "launches",
-        "overhead",
-        max(0.0, busy - hidden),
-        busy,
-        "operators · launch, beside compute on GPUs",
-        numbers,
-    )
+def _launch_term(step: StepWork, plan: BatchPlan, machine: Machine) -> Term:
+    """In each pass, what launches take beyond the device's time; all of it where they stand in a row."""
+    passes = [(work.launches * machine.launch_s, work.seconds) for work in step.device()]
+    busy = sum(launched for launched, _ in passes)
+    beyond = sum(max(0.0, launched - device_s) for launched, device_s in passes)
+    exposed = beyond if machine.asynchronous else busy
+    numbers = {"operators": sum(work.launches for work in step.device()), "µs each": 1e6 * machine.launch_s}
+    formula, times = "operators · launch, beside compute on GPUs", plan.grad_accum_steps
+    return Term("launches", "overhead", times * exposed, times * busy, formula, numbers)
 
 
 def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:
@@ -216,8 +251,3 @@ def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: fl
     numbers = {"videos": videos, "ms each": 1e3 * each, "workers": workers}
     exposed = max(0.0, busy - step_s) if hides else busy
     return Term("data", "data", exposed, busy, "videos · time of one / workers, beyond the step", numbers)
-
-
-def explain(prediction: StepPrediction) -> list[Mapping[str, object]]:
-    """A row for each term: what, how long, by which formula and which numbers."""
-    return [term.row() for term in prediction.terms]

@@ -43,7 +43,7 @@ def test_every_published_setting_has_a_recipe() -> None:
 def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     config, gpus = load_experiment(name), parse_gpus(REFERENCE)
     epoch = count_samples(config, planned=True)
-    facts = describe_plan(config, gpus.count, epoch)
+    facts = describe_plan(config, gpus.count, planned=True)
     resolve_ds_config(config, plan_ranks(config, gpus.count))
     predicted = describe_prediction(config, gpus, epoch and epoch.num_samples)
     assert facts["steps"].endswith("is not there)")
@@ -83,6 +83,14 @@ def test_fewer_gpus_accumulate_the_published_batch_and_others_hear_the_nearest(
     assert "256 clips = 32 per rank and micro-batch x 4" in capsys.readouterr().out
     assert run_main(monkeypatch, *dry_run, "6xA6000") == 2
     assert "nearest with micro_batch_size=32: 192 or 384" in capsys.readouterr().err
+
+
+def test_a_batch_too_small_for_the_reference_is_planned_on_one_gpu(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ("pretrain", "k400_pretrain_vit_base", "--dry-run", "batch.global_batch_size=32")
+    assert run_main(monkeypatch, *small) == 0
+    assert "1 x A100 80GB" in capsys.readouterr().out
 
 
 def test_recipes_are_listed_by_family_and_filtered(
