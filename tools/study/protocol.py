@@ -74,7 +74,7 @@ class Run(NamedTuple):
         pretrained: by which selection the chain is, or NOTHING.
         budget: what the chain's pre-training has as much of as the others'.
         num_steps: of the optimiser.
-        config: what the trainer gets: one epoch over a manifest with a line a clip, so that any number of steps
+        config: what the trainer gets: one epoch over a manifest with a line a clip: any number of steps
             is possible.
     """
 
