@@ -28,7 +28,7 @@ def main(
     ] = "small",
     jobs: Annotated[int, typer.Option(min=1, help="Pre-trainings and what follows them, at a time.")] = 2,
     seed: Annotated[list[int] | None, typer.Option(help="Repeat for several; default: the scale's.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Draws the videos.")] = 0,
+    data_seed: Annotated[int, typer.Option(help="Draws the videos.")] = 1,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Table and plot of what has ended.")
     ] = False,

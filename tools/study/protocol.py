@@ -27,7 +27,7 @@ KEEP_RATIO = 0.6  # EVEREST's
 OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's, and all that a paused video has
 DENSE: Tokens = {"selection": "none"}
 
-# Chosen on seed 100 of runs and videos, which no table shows.
+# Chosen on other seeds of runs and videos than those that a study reports.
 _PRETRAIN_LR, _FINETUNE_LR = 2e-3, 1.5e-3
 _PRETRAIN_KEEP_RATIO, _MASK_RATIO = 0.3, 0.875
 
@@ -59,8 +59,8 @@ _TINY = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 32, "patch_size"
 _SMALL = {"backbone": "vit_small", "num_frames": 16, "image_size": 64, "patch_size": 8}
 SCALES = {
     "smoke": Scale(_TINY, {"train": 24, "test": 24}, (0,), 2, 2, 3, 8),
-    "small": Scale(_TINY, {"train": 1800, "test": 1002}, (0, 1, 2), 800, 100, 240, 32),
-    "large": Scale(_SMALL, {"train": 9000, "test": 3000}, (0, 1, 2, 3, 4), 9000, 1500, 3000, 128),
+    "small": Scale(_TINY, {"train": 1500, "test": 900}, (1, 2, 3), 700, 80, 180, 32),
+    "large": Scale(_SMALL, {"train": 9000, "test": 3000}, (1, 2, 3, 4, 5), 9000, 1500, 3000, 128),
 }
 
 
@@ -107,7 +107,7 @@ class Study:
 
     scale: Scale
     out: Path
-    data_seed: int = 0
+    data_seed: int = 1
 
     def data(self, kind: str) -> Path:
         """The folder of a kind's videos and manifests."""
