@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import shutil
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -137,13 +138,21 @@ def _world() -> World:
 
 
 def _become_rank(log: Path) -> None:
-    """Begin a process of the pool: one thread, its words in a file, videos kept."""
+    """Begin a process of the pool: one thread, its words in a file, videos kept; it ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.flush()
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
     reading.open_sample = lambda sample, data: _Kept(sample.path)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 class _Kept(Video):
