@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from study.protocol import SCALES, Study
+from study.kept import object_shares
+from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
 from study.report import draw, render
 from study.running import make_data, read_rows, run_study
 
@@ -49,10 +50,12 @@ def main(
         with progress_of("runs", study.num_runs) as on_progress:
             run_study(study, jobs, on_progress)
     rows = read_rows(study)
-    (out / "study.md").write_text(render(rows))
+    shares = {kind: object_shares(study, kind, KEEP_RATIOS) for kind in (PLAIN, BUSY)}
+    text = render(rows, shares)
+    (out / "study.md").write_text(text)
     (out / "study.png").write_bytes(draw(rows))
-    typer.echo(f"{render(rows)}\n{out / 'study.md'}, {out / 'study.png'}")
-    write_json(json_file, {"environment": describe_environment(1), "rows": rows})
+    typer.echo(f"{text}\n{out / 'study.md'}, {out / 'study.png'}")
+    write_json(json_file, {"environment": describe_environment(1), "rows": rows, "object_shares": shares})
 
 
 if __name__ == "__main__":

@@ -85,11 +85,16 @@ class SyntheticSpec:
     pace: float = 1.0
 
 
-def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> Frames:
+def render_video(
+    label: int, rng: np.random.Generator, spec: SyntheticSpec, show_object: bool = True
+) -> Frames:
     """Draw one clip of motion `label` (an index into MOTIONS): uint8 (F, size, size, 3).
 
     Everything random is drawn before the label is looked at, so two labels with equal generators show the
     same picture at the reference frame.
+
+    Args:
+        show_object: False draws what equal generators show around and behind the object.
     """
     size, kind = spec.size, KINDS[spec.kind]
     time = spec.pace * _moving_time(rng, spec.num_frames, kind.moving)
@@ -97,6 +102,7 @@ def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> F
     phase = rng.uniform(0, 2 * np.pi)
     origin = rng.uniform(0, size, 2)
     sprite, mask = _sprites(spec.seed, round(_OBJECT * size))[rng.integers(NUM_SPRITES)]
+    mask = mask * show_object
     frames = _background(rng, spec, _scenes(spec.seed, size)[rng.integers(NUM_SCENES)])
     for _ in range(kind.distractors):
         frames = _with_distractor(list(frames), rng, spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
@@ -14,6 +14,7 @@ from everest_ds.units import format_count, format_duration
 from study.protocol import BUSY, EVEREST, KEEP_RATIO, KEEP_RATIOS, NOTHING, OVERSAMPLINGS, PLAIN, SELECTIONS
 
 Rows = Sequence[Mapping[str, Any]]
+Shares = Mapping[str, Mapping[float, float]]
 FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
 LONGER = f"{EVEREST}-{KEEP_RATIO}-compute"
 _TOLERANCE = 1.0  # points: what EVEREST's fine-tuning may lose against the dense one
@@ -60,8 +61,12 @@ def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str
     return Scores({row["seed"]: row[figure] for row in found})
 
 
-def render(rows: Rows) -> str:
-    """All tables and findings, as Markdown."""
+def render(rows: Rows, shares: Shares) -> str:
+    """All tables and findings, as Markdown.
+
+    Args:
+        shares: by kind of data and keep ratio, per cent of the moving object that ReRo keeps.
+    """
     kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
     lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]
     parts = [
@@ -69,6 +74,10 @@ def render(rows: Rows) -> str:
         _table(row for kind in kinds for row in _pretrainings(rows, kind)),
         "### Fine-tuning: how many tokens to keep",
         _table(row for kind in kinds for row in _keep_ratios(rows, kind)),
+        "Of the pixels of the moving object, in all frames, ReRo keeps (random drop: ρ of them):",
+        _table(
+            {"data": kind} | {f"ρ {r}": f"{s:.1f} %" for r, s in of.items()} for kind, of in shares.items()
+        ),
         "### Frames: IIFS on videos that mostly pause",
         _table(_oversamplings(rows)),
         "### Where ReRo does not win",
@@ -149,7 +158,7 @@ def _compute(rows: Rows, kind: str, name: str, **wanted: str) -> str:
     return format_count(macs.mean) if macs.by_seed else "-"
 
 
-def _table(rows: Iterator[dict[str, str]]) -> str:
+def _table(rows: Iterable[dict[str, str]]) -> str:
     shown = list(rows)
     if not shown:
         return ""
