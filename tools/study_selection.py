@@ -51,7 +51,7 @@ def main(
             run_study(study, jobs, on_progress)
     rows = read_rows(study)
     shares = {kind: object_shares(study, kind, KEEP_RATIOS) for kind in (PLAIN, BUSY)}
-    text = render(rows, shares)
+    text = render(rows, study.num_runs, shares)
     (out / "study.md").write_text(text)
     (out / "study.png").write_bytes(draw(rows))
     typer.echo(f"{text}\n{out / 'study.md'}, {out / 'study.png'}")

@@ -107,14 +107,14 @@ def test_the_report_says_where_rero_loses_and_pairs_seeds() -> None:
     rows += [row("short", 0, 50.0), row("short", 0, 60.0, pretrained="tube")]
     said = list(report.findings(rows, "plain"))
     assert said == [
-        "plain, pre-training at equal steps, fine-tuning: -10.0 ± 0.0 against VideoMAE (`tube`)",
+        "plain, pre-training at equal steps, fine-tuning: -10.0 against VideoMAE (`tube`)",
         "plain, fine-tuning at ρ 0.6: not ahead of random drop in 1 of 2 seeds",
         "plain, fine-tuning at ρ 0.6: -2.5 ± 0.7 against dense",
     ]
-    text = report.render(rows, {"plain": {0.6: 97.25}})
+    text = report.render(rows, 9, {"plain": {0.6: 97.25}})
     assert all(finding in text for finding in said)
-    assert "| plain | 0.6 | 1.0 G | 82.5 ± 6.4 | 79.0 ± 12.7 | -2.5 ± 0.7 | +3.5 ± 6.4 |" in text
-    assert "| plain | 97.2 % |" in text
+    assert "| plain | 0.6 | 1 | 1.00 | 82.5 ± 6.4 | 79.0 ± 12.7 | -2.5 ± 0.7 | +3.5 ± 6.4 |" in text
+    assert "| plain | 97.2 % |" in text and "9 of 9 runs, 9m 00s" in text
     assert report.draw(rows).startswith(b"\x89PNG")
 
 

@@ -26,6 +26,7 @@ KEEP_RATIOS = (0.2, 0.4, 0.6, 0.8)  # of fine-tuning; at 1 all selections are th
 KEEP_RATIO = 0.6  # EVEREST's
 OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's, and all that a paused video has
 DENSE: Tokens = {"selection": "none"}
+SHORT = "short"  # the fine-tuning that judges a pre-training, beside the probe
 
 # Chosen on other seeds of runs and videos than those that a study reports.
 _PRETRAIN_LR, _FINETUNE_LR = 2e-3, 1.5e-3
@@ -161,7 +162,7 @@ class _Chain:
             share = self._cost("pretrain", everest) / self._cost("pretrain", tokens)
             steps = scale.pretrain_steps * (share if self.budget == "compute" else 1)
             yield self._run("pretrain", "pretrain", round(steps), tokens)
-        yield self._run("short", "finetune", scale.short_steps, DENSE)
+        yield self._run(SHORT, "finetune", scale.short_steps, DENSE)
 
     def by_tokens(self) -> Iterator[Run]:
         """The same weights, fine-tuned on more or fewer tokens."""

@@ -10,8 +10,18 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from everest_ds.reports.figure import to_png
-from everest_ds.units import format_count, format_duration
-from study.protocol import BUSY, EVEREST, KEEP_RATIO, KEEP_RATIOS, NOTHING, OVERSAMPLINGS, PLAIN, SELECTIONS
+from everest_ds.units import format_duration
+from study.protocol import (
+    BUSY,
+    EVEREST,
+    KEEP_RATIO,
+    KEEP_RATIOS,
+    NOTHING,
+    OVERSAMPLINGS,
+    PLAIN,
+    SELECTIONS,
+    SHORT,
+)
 
 Rows = Sequence[Mapping[str, Any]]
 Shares = Mapping[str, Mapping[float, float]]
@@ -50,8 +60,10 @@ class Scores(NamedTuple):
         return Scores({seed: self.by_seed[seed] - other.by_seed[seed] for seed in sorted(common)})
 
     def text(self, sign: str = "") -> str:
-        """Mean ± deviation."""
-        return f"{self.mean:{sign}.1f} ± {self.deviation:.1f}" if self.by_seed else "-"
+        """Mean, ± deviation where there are several seeds."""
+        if not self.by_seed:
+            return "-"
+        return f"{self.mean:{sign}.1f}" + (f" ± {self.deviation:.1f}" if len(self.by_seed) > 1 else "")
 
 
 def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str) -> Scores:
@@ -61,10 +73,11 @@ def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str
     return Scores({row["seed"]: row[figure] for row in found})
 
 
-def render(rows: Rows, shares: Shares) -> str:
+def render(rows: Rows, num_runs: int, shares: Shares) -> str:
     """All tables and findings, as Markdown.
 
     Args:
+        num_runs: of the whole study.
         shares: by kind of data and keep ratio, per cent of the moving object that ReRo keeps.
     """
     kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
@@ -81,8 +94,8 @@ def render(rows: Rows, shares: Shares) -> str:
         "### Frames: IIFS on videos that mostly pause",
         _table(_oversamplings(rows)),
         "### Where ReRo does not win",
-        "\n".join(lost) or "Nowhere.",
-        f"{len(rows)} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
+        "\n".join(lost) or "Nowhere in what has ended.",
+        f"{len(rows)} of {num_runs} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -91,9 +104,9 @@ def findings(rows: Rows, kind: str) -> Iterator[str]:
     """Every comparison on a kind of data that ReRo does not win on average or, at equal K, in every seed."""
     for budget in ("steps", "compute"):
         for figure, what in FIGURES.items():
-            everest = scores(rows, kind, "short", figure)
+            everest = scores(rows, kind, SHORT, figure)
             for other in SELECTIONS[1:]:
-                lead = everest.minus(scores(rows, kind, "short", figure, pretrained=other, budget=budget))
+                lead = everest.minus(scores(rows, kind, SHORT, figure, pretrained=other, budget=budget))
                 if lead.by_seed and lead.mean <= 0:
                     where = f"{kind}, pre-training at equal {budget}, {what}"
                     yield f"{where}: {lead.text('+')} against {_NAMES[other]}"
@@ -120,9 +133,9 @@ def _pretrainings(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
             "data": kind,
             "pre-training": _NAMES[selection],
             "equal": {EVEREST: "both", NOTHING: "-"}.get(selection, budget),
-            "compute, MACs": _compute(rows, kind, "pretrain", **chain),
+            "GMACs": _gmacs(rows, kind, "pretrain", **chain),
             **{
-                f"{what}, top-1": scores(rows, kind, "short", figure, **chain).text()
+                f"{what}, top-1": scores(rows, kind, SHORT, figure, **chain).text()
                 for figure, what in FIGURES.items()
             },
         }
@@ -137,7 +150,8 @@ def _keep_ratios(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
         yield {
             "data": kind,
             "ρ": label,
-            "compute, MACs": _compute(rows, kind, name),
+            "GMACs": _gmacs(rows, kind, name),
+            "of dense": _share_of_dense(rows, kind, name),
             "ReRo, top-1": mine.text(),
             "random drop": drop.text(),
             "ReRo - dense": mine.minus(dense).text("+") if name != "dense" else "-",
@@ -153,9 +167,14 @@ def _oversamplings(rows: Rows) -> Iterator[dict[str, str]]:
         yield {"α": f"{alpha:g}" + ("" if alpha > 1 else " (off)"), "top-1": mine.text(), "against off": lead}
 
 
-def _compute(rows: Rows, kind: str, name: str, **wanted: str) -> str:
+def _gmacs(rows: Rows, kind: str, name: str, **wanted: str) -> str:
     macs = scores(rows, kind, name, "training_macs", **wanted)
-    return format_count(macs.mean) if macs.by_seed else "-"
+    return f"{macs.mean / 1e9:.0f}" if macs.by_seed else "-"
+
+
+def _share_of_dense(rows: Rows, kind: str, name: str) -> str:
+    own, dense = (scores(rows, kind, n, "training_macs") for n in (name, "dense"))
+    return f"{own.mean / dense.mean:.2f}" if own.by_seed and dense.by_seed else "-"
 
 
 def _table(rows: Iterable[dict[str, str]]) -> str:
@@ -196,11 +215,11 @@ def _draw_pretrainings(axes: Axes, rows: Rows, kind: str) -> None:
     for selection in SELECTIONS:
         chains = [{"pretrained": selection, "budget": budget} for budget in ("compute", "steps")]
         points = [
-            (scores(rows, kind, "pretrain", "training_macs", **chain), scores(rows, kind, "short", **chain))
+            (scores(rows, kind, "pretrain", "training_macs", **chain), scores(rows, kind, SHORT, **chain))
             for chain in chains
         ]
         _draw_points(axes, points, "o--", _NAMES[selection].replace("`", ""), _COLORS[selection])
-    scratch = scores(rows, kind, "short", pretrained=NOTHING)
+    scratch = scores(rows, kind, SHORT, pretrained=NOTHING)
     if scratch.by_seed:
         axes.axhline(scratch.mean, linestyle=":", color="black", linewidth=1, label=_NAMES[NOTHING])
 

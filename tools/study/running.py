@@ -34,7 +34,7 @@ from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.testing import run_test
 from study.probe import probe
-from study.protocol import DENSE, KINDS, Run, Study
+from study.protocol import KINDS, SHORT, Run, Study
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
@@ -123,7 +123,7 @@ def _score(study: Study, run: Run) -> Row:
     top1 = run_test(config, _world())["top1"]
     shutil.rmtree(RunFolder(config.run.dir).checkpoints)  # nothing starts from it
     pretrained = config.model.init_from
-    if config.tokens.selection != DENSE["selection"] or pretrained is None:
+    if run.name != SHORT or pretrained is None:
         return {"top1": top1}
     whole = config.data.model_copy(update={"train": study.data(run.kind) / "train.txt"})
     probed = probe(config.model_copy(update={"data": whole}), pretrained, _world().device)
