@@ -15,7 +15,7 @@ import typer
 from study.kept import object_shares
 from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
 from study.report import draw, render
-from study.running import make_data, read_rows, run_study
+from study.running import claim, make_data, read_rows, run_study
 
 from everest_ds.cli.output import JsonFile, progress_of, write_json
 from everest_ds.errors import EverestError
@@ -43,7 +43,7 @@ def main(
     """
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     study = Study(chosen, out, data_seed)
-    out.mkdir(parents=True, exist_ok=True)
+    claim(study)
     if not table_only:
         with progress_of("videos", study.num_videos) as on_progress:
             make_data(study, jobs, on_progress)

@@ -6,12 +6,15 @@ import json
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from everest_ds.errors import RunFolderError
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -45,10 +48,9 @@ def test_arms_have_equal_compute_or_equal_steps_and_see_equally_many_tokens(
 
 
 def test_what_is_compared_differs_in_nothing_else(tmp_path: Path) -> None:
-    sweep = [run for run in runs("small", tmp_path) if run.name.startswith(("dense", "rero-0", "random-0"))]
-    sweep = [
-        run for run in sweep if not run.name.endswith("compute") and run.kind == "busy" and run.seed == 2
-    ]
+    sweep = [run for run in runs("small", tmp_path) if run.pretrained == "rero"]
+    sweep = [run for run in sweep if run.kind == "busy" and run.seed == 2]
+    sweep = [run for run in sweep if run.name not in ("pretrain", "short", "rero-0.6-compute")]
     assert len(sweep) == 9
     trees = [run.config.model_dump(mode="json", exclude={"tokens": True, "run": {"dir"}}) for run in sweep]
     assert all(tree == trees[0] for tree in trees)
@@ -116,6 +118,16 @@ def test_the_report_says_where_rero_loses_and_pairs_seeds() -> None:
     assert "| plain | 0.6 | 1 | 1.00 | 82.5 ± 6.4 | 79.0 ± 12.7 | -2.5 ± 0.7 | +3.5 ± 6.4 |" in text
     assert "| plain | 97.2 % |" in text and "9 of 9 runs, 9m 00s" in text
     assert report.draw(rows).startswith(b"\x89PNG")
+
+
+def test_a_folder_of_another_study_is_refused_by_name(tmp_path: Path) -> None:
+    protocol, running = import_module("study.protocol"), import_module("study.running")
+    study = protocol.Study(protocol.SCALES["smoke"], tmp_path / "study")
+    running.claim(study)
+    running.claim(replace(study, scale=replace(study.scale, seeds=(0, 7))))  # more of the same
+    for other in (replace(study, data_seed=5), replace(study, scale=protocol.SCALES["small"])):
+        with pytest.raises(RunFolderError, match="another scale or data seed"):
+            running.claim(other)
 
 
 @pytest.mark.slow

@@ -132,15 +132,18 @@ class Study:
         return sum(len(chain) for chain in self.chains())
 
     def chains(self) -> Iterator[list[Run]]:
-        """Seed after seed: a study that is not through yet is one of fewer seeds."""
-        for seed in self.scale.seeds:
-            for kind in (PLAIN, BUSY):
-                everest = _Chain(self, kind, seed, EVEREST, "steps")
-                yield [*everest.pretrained_and_tuned(), *everest.by_tokens()]
-                yield list(_Chain(self, kind, seed, NOTHING, "steps").pretrained_and_tuned())
-                for selection in SELECTIONS[1:]:
-                    yield list(_Chain(self, kind, seed, selection, "steps").pretrained_and_tuned())
-                    yield list(_Chain(self, kind, seed, selection, "compute").pretrained_and_tuned())
+        """EVEREST's own first, by far the longest; then what its pre-training is compared with."""
+        places = [(kind, seed) for seed in self.scale.seeds for kind in (PLAIN, BUSY)]
+        for kind, seed in places:
+            everest = _Chain(self, kind, seed, EVEREST, "steps")
+            yield [*everest.pretrained_and_tuned(), *everest.by_tokens()]
+        for kind, seed in places:
+            yield list(_Chain(self, kind, seed, NOTHING, "steps").pretrained_and_tuned())
+            for selection in SELECTIONS[1:]:
+                chain = _Chain(self, kind, seed, selection, "steps")
+                control = [chain.kept("random", KEEP_RATIO)] if selection == "random" else []
+                yield [*chain.pretrained_and_tuned(), *control]
+                yield list(_Chain(self, kind, seed, selection, "compute").pretrained_and_tuned())
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,7 @@ class _Chain:
         yield self._run("dense", "finetune", steps, DENSE)
         for selection in (EVEREST, "random"):
             for ratio in KEEP_RATIOS:
-                tokens = {"selection": selection, "keep_ratio": ratio}
-                yield self._run(f"{selection}-{ratio}", "finetune", steps, tokens)
+                yield self.kept(selection, ratio)
         everest = {"selection": EVEREST, "keep_ratio": KEEP_RATIO}
         share = self._cost("finetune", DENSE) / self._cost("finetune", everest)
         yield self._run(f"{EVEREST}-{KEEP_RATIO}-compute", "finetune", round(steps * share), everest)
@@ -179,6 +181,11 @@ class _Chain:
             yield self._run(
                 f"iifs-{alpha}", "finetune", steps, everest | {"frame_oversampling": alpha}, PAUSES
             )
+
+    def kept(self, selection: str, ratio: float) -> Run:
+        """Fine-tuned on this share of the tokens."""
+        tokens = {"selection": selection, "keep_ratio": ratio}
+        return self._run(f"{selection}-{ratio}", "finetune", self.study.scale.finetune_steps, tokens)
 
     def _cost(self, task: str, tokens: Tokens) -> int:
         return predict_macs(Experiment.model_validate(self._tree(task, tokens))).training_macs

@@ -145,18 +145,23 @@ def _keep_ratios(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
     arms: list[tuple[str, str, str | None]] = [("1 (dense)", "dense", None)]
     arms += [(f"{ratio}", f"{EVEREST}-{ratio}", f"random-{ratio}") for ratio in reversed(KEEP_RATIOS)]
     for label, name, other in [*arms, (f"{KEEP_RATIO}, more steps", LONGER, None)]:
-        mine, dense = scores(rows, kind, name), scores(rows, kind, "dense")
-        drop = scores(rows, kind, other) if other else Scores({})
-        yield {
-            "data": kind,
-            "ρ": label,
-            "GMACs": _gmacs(rows, kind, name),
-            "of dense": _share_of_dense(rows, kind, name),
-            "ReRo, top-1": mine.text(),
-            "random drop": drop.text(),
-            "ReRo - dense": mine.minus(dense).text("+") if name != "dense" else "-",
-            "ReRo - random": mine.minus(drop).text("+"),
-        }
+        yield _against(rows, kind, label, name, scores(rows, kind, other) if other else Scores({}))
+    own, both = scores(rows, kind, f"random-{KEEP_RATIO}", pretrained="random"), f"{EVEREST}-{KEEP_RATIO}"
+    yield _against(rows, kind, f"{KEEP_RATIO}, each after its own pre-training", both, own)
+
+
+def _against(rows: Rows, kind: str, label: str, name: str, drop: Scores) -> dict[str, str]:
+    mine, dense = scores(rows, kind, name), scores(rows, kind, "dense")
+    return {
+        "data": kind,
+        "ρ": label,
+        "GMACs": _gmacs(rows, kind, name),
+        "of dense": _share_of_dense(rows, kind, name),
+        "ReRo, top-1": mine.text(),
+        "random drop": drop.text(),
+        "ReRo - dense": mine.minus(dense).text("+") if name != "dense" else "-",
+        "ReRo - random": mine.minus(drop).text("+"),
+    }
 
 
 def _oversamplings(rows: Rows) -> Iterator[dict[str, str]]:

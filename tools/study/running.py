@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from functools import cache, partial
 from itertools import chain as chained
 from itertools import count, islice
@@ -28,6 +29,7 @@ from everest_ds.data.decode import open_video
 from everest_ds.data.manifest import read_manifest, write_manifest
 from everest_ds.data.synthetic import synthesize
 from everest_ds.data.video import Video
+from everest_ds.errors import RunFolderError
 from everest_ds.launch.environment import detect
 from everest_ds.parallel.world import World, join_world
 from everest_ds.training.loop import train
@@ -39,6 +41,29 @@ from study.protocol import KINDS, SHORT, Run, Study
 Row = dict[str, Any]
 Progress = Callable[[int], None]
 ROW_FILE = "study.json"
+
+
+def claim(study: Study) -> None:
+    """Make the study's folder, or check that it is this study's; more seeds may join.
+
+    Raises:
+        RunFolderError: it belongs to another scale or other videos, or cannot be written.
+    """
+    file = study.out / "settings.json"
+    settings = asdict(study.scale) | {"data_seed": study.data_seed}
+    del settings["seeds"]
+    text = json.dumps(settings, indent=1) + "\n"
+    try:
+        study.out.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            file.write_text(text)
+        there = file.read_text()
+    except OSError as error:
+        raise RunFolderError(f"{study.out}: cannot write the study's folder", given=str(error)) from None
+    if there != text:
+        raise RunFolderError(
+            f"{study.out}: holds a study of another scale or data seed", fix="choose another folder"
+        )
 
 
 def make_data(study: Study, workers: int, on_progress: Progress) -> None:
@@ -145,6 +170,7 @@ def _become_rank(log: Path) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
+    # the trainer's only door to video files
     reading.open_sample = lambda sample, data: _Kept(sample.path)
 
 
