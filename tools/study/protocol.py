@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +26,7 @@ SELECTIONS = (EVEREST, "tube", "dual", "random", "none")  # of pre-training
 KEEP_RATIOS = (0.2, 0.4, 0.6, 0.8)  # of fine-tuning; at 1 all selections are the dense one
 KEEP_RATIO = 0.6  # EVEREST's
 OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's, and all that a paused video has
+PAUSES_KEEP_RATIOS = (KEEP_RATIO, 0.2)  # also what IIFS counts: it tells slots apart the better, the fewer
 DENSE: Tokens = {"selection": "none"}
 SHORT = "short"  # the fine-tuning that judges a pre-training, beside the probe
 
@@ -177,10 +179,14 @@ class _Chain:
         everest = {"selection": EVEREST, "keep_ratio": KEEP_RATIO}
         share = self._cost("finetune", DENSE) / self._cost("finetune", everest)
         yield self._run(f"{EVEREST}-{KEEP_RATIO}-compute", "finetune", round(steps * share), everest)
-        for alpha in OVERSAMPLINGS if self.kind == PLAIN else ():
-            yield self._run(
-                f"iifs-{alpha}", "finetune", steps, everest | {"frame_oversampling": alpha}, PAUSES
-            )
+        if self.kind == PLAIN:
+            yield from self._on_pauses()
+
+    def _on_pauses(self) -> Iterator[Run]:
+        for alpha, ratio in product(OVERSAMPLINGS, PAUSES_KEEP_RATIOS):
+            tokens = {"selection": EVEREST, "keep_ratio": ratio, "frame_oversampling": alpha}
+            steps = self.study.scale.finetune_steps
+            yield self._run(f"iifs-{alpha}-{ratio}", "finetune", steps, tokens, PAUSES)
 
     def kept(self, selection: str, ratio: float) -> Run:
         """Fine-tuned on this share of the tokens."""

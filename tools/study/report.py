@@ -18,6 +18,8 @@ from study.protocol import (
     KEEP_RATIOS,
     NOTHING,
     OVERSAMPLINGS,
+    PAUSES,
+    PAUSES_KEEP_RATIOS,
     PLAIN,
     SELECTIONS,
     SHORT,
@@ -165,11 +167,13 @@ def _against(rows: Rows, kind: str, label: str, name: str, drop: Scores) -> dict
 
 
 def _oversamplings(rows: Rows) -> Iterator[dict[str, str]]:
-    off = scores(rows, "pauses", f"iifs-{OVERSAMPLINGS[0]}")
-    for alpha in OVERSAMPLINGS:
-        mine = scores(rows, "pauses", f"iifs-{alpha}")
-        lead = mine.minus(off).text("+") if alpha > 1 else ""
-        yield {"α": f"{alpha:g}" + ("" if alpha > 1 else " (off)"), "top-1": mine.text(), "against off": lead}
+    for ratio in PAUSES_KEEP_RATIOS:
+        off = scores(rows, PAUSES, f"iifs-{OVERSAMPLINGS[0]}-{ratio}")
+        for alpha in OVERSAMPLINGS:
+            mine = scores(rows, PAUSES, f"iifs-{alpha}-{ratio}")
+            shown = f"{alpha:g}" if alpha > 1 else "1 (off)"
+            lead = mine.minus(off).text("+") if alpha > 1 else "-"
+            yield {"ρ": f"{ratio}", "α": shown, "top-1": mine.text(), "against off": lead}
 
 
 def _gmacs(rows: Rows, kind: str, name: str, **wanted: str) -> str:
