@@ -103,7 +103,7 @@ def render(rows: Rows, num_runs: int, shares: Shares) -> str:
 
 
 def findings(rows: Rows, kind: str) -> Iterator[str]:
-    """What ReRo does not win on a kind of data: on average; at equal K in every seed; within a point of dense."""
+    """What ReRo does not win: on average, against random drop in every seed, within a point of dense."""
     for budget in ("steps", "compute"):
         for figure, what in FIGURES.items():
             everest = scores(rows, kind, SHORT, figure)
