@@ -30,15 +30,23 @@ def synth(
     frames: Annotated[int, typer.Option(min=2, help="Frames of a video.")] = 18,
     size: Annotated[int, typer.Option(min=32, help="Height and width, pixels.")] = 32,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal videos.")] = 0,
+    kind: Annotated[
+        str, typer.Option(help="plain; busy: camera, noise and other objects move too; pauses: mostly still.")
+    ] = "plain",
     workers: Workers = CORES,
     json_file: JsonFile = None,
 ) -> None:
-    """Write a labelled motion data set of real H.264 files; the label is the motion of an object."""
-    from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
+    """Write a labelled motion data set of real H.264 files; the label is the motion of an object.
 
+    Example: everest-ds data synth data/busy --kind busy --train 600
+    """
+    from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
+
+    if kind not in KINDS:
+        raise UsageError("--kind", given=kind, allowed=", ".join(KINDS))
     counts = {"train": train, "val": val, "test": test}
     with progress_of("writing videos", sum(counts.values())) as on_progress:
-        manifests = synthesize(folder, counts, SyntheticSpec(frames, size, seed), workers, on_progress)
+        manifests = synthesize(folder, counts, SyntheticSpec(frames, size, seed, kind), workers, on_progress)
     rows = [
         {"split": split, "videos": count, "classes": len(MOTIONS), "manifest": str(manifest)}
         for (split, count), manifest in zip(counts.items(), manifests, strict=True)

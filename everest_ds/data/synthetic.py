@@ -2,14 +2,15 @@
 
 A textured object moves over a still, a noisy or a panning background; the label is how it moves. At one
 random reference frame of each clip the picture does not depend on the label at all, and positions wrap
-around, so that no single frame gives the motion away: a model must compare frames.
+around, so that no single frame gives the motion away: a model must compare frames. `KINDS` are harder or
+emptier variants of it.
 
 Arrays are (frame, row, column, colour) unless said otherwise; lengths are pixels, times frames.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from everest_ds.data.manifest import Sample, write_manifest
 from everest_ds.errors import DataError
 
-Floats = NDArray[np.float32]
+Floats = NDArray[np.floating]
 Frames = NDArray[np.uint8]
 
 # Displacement direction in (row, column); orbits turn with the given sign (rows grow downwards).
@@ -32,10 +33,37 @@ BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
 # Ranges of pixel values. They overlap: colour alone does not tell an object from its background.
 OBJECT_LEVELS = (0.0, 255.0)
 BACKGROUND_LEVELS = (105.0, 135.0)
+# In shares of the frame: how far things move from a frame to the next, and how wide they are.
+_SPEEDS = (0.02, 0.035)
+_OBJECT, _DISTRACTOR = 0.36, 0.18
 # A data set has few objects and scenes, as the world has: what recurs is what pre-training can learn.
 NUM_SPRITES = 6
 NUM_SCENES = 6
 SPLITS: tuple[str, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a data set shows beside its objects.
+
+    Attributes:
+        background: one of BACKGROUNDS for all videos; None: each draws its own.
+        noise: of the camera, over everything: standard deviation in levels.
+        distractors: smaller objects that drift along lines of their own.
+        moving: share of the frames in which the object moves, in one stretch; before and after it rests.
+    """
+
+    background: str | None = None
+    noise: float = 0.0
+    distractors: int = 0
+    moving: float = 1.0
+
+
+KINDS: dict[str, Kind] = {
+    "plain": Kind(),
+    "busy": Kind("panning", noise=8.0, distractors=2),
+    "pauses": Kind("still", moving=0.25),
+}
 
 
 @dataclass(frozen=True)
@@ -46,29 +74,43 @@ class SyntheticSpec:
         num_frames: frames of each video.
         size: height and width of the frames, pixels.
         seed: every video is a function of (seed, split, index).
+        kind: one of KINDS.
+        pace: how much happens from a frame to the next; 4 shows what a stride of 4 would.
     """
 
     num_frames: int
     size: int
     seed: int = 0
+    kind: str = "plain"
+    pace: float = 1.0
 
 
-def render_video(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> Frames:
+def render_video(
+    label: int, rng: np.random.Generator, spec: SyntheticSpec, show_object: bool = True
+) -> Frames:
     """Draw one clip of motion `label` (an index into MOTIONS): uint8 (F, size, size, 3).
 
     Everything random is drawn before the label is looked at, so two labels with equal generators show the
     same picture at the reference frame.
+
+    Args:
+        show_object: False draws what equal generators show around and behind the object.
     """
-    n, size = spec.num_frames, spec.size
-    time = np.arange(n) - rng.integers(n)
-    speed = rng.uniform(0.02, 0.035) * size
+    size, kind = spec.size, KINDS[spec.kind]
+    time = spec.pace * _moving_time(rng, spec.num_frames, kind.moving)
+    speed = rng.uniform(*_SPEEDS) * size
     phase = rng.uniform(0, 2 * np.pi)
     origin = rng.uniform(0, size, 2)
-    sprite, mask = _sprites(spec.seed, size)[rng.integers(NUM_SPRITES)]
-    background = _background(rng, n, _scenes(spec.seed, size)[rng.integers(NUM_SCENES)])
+    sprite, mask = _sprites(spec.seed, round(_OBJECT * size))[rng.integers(NUM_SPRITES)]
+    mask = mask * show_object
+    frames = _background(rng, spec, _scenes(spec.seed, size)[rng.integers(NUM_SCENES)])
+    for _ in range(kind.distractors):
+        frames = _with_distractor(list(frames), rng, spec)
     centers = origin + _path(MOTIONS[label], time, speed, phase, 0.12 * size)
-    frames = np.stack([_paste(b, sprite, mask, c) for b, c in zip(background, centers, strict=True)])
-    return frames.clip(0, 255).astype(np.uint8)
+    shown = np.stack([_paste(b, sprite, mask, c) for b, c in zip(frames, centers, strict=True)])
+    if kind.noise:
+        shown = shown + rng.normal(0, kind.noise, shown.shape).astype(np.float32)
+    return shown.clip(0, 255).astype(np.uint8)
 
 
 def synthesize(
@@ -144,7 +186,17 @@ def write_video(path: Path, frames: Frames, fps: int = 15, gop: int = 12) -> Non
         container.mux(stream.encode())
 
 
-def _path(motion: str, time: NDArray[np.int64], speed: float, phase: float, radius: float) -> Floats:
+def _moving_time(rng: np.random.Generator, num_frames: int, moving: float) -> Floats:
+    """How long the object has moved at each frame (F,), since a random reference frame."""
+    reference = rng.integers(num_frames)
+    elapsed = np.arange(num_frames, dtype=np.float64)
+    if moving < 1:
+        length = max(1, round(moving * num_frames))
+        elapsed = (elapsed - rng.integers(num_frames - length + 1)).clip(0, length)
+    return elapsed - elapsed[reference]
+
+
+def _path(motion: str, time: Floats, speed: float, phase: float, radius: float) -> Floats:
     """Displacement (F, 2) from where the object is at time 0."""
     if motion in _STRAIGHT:
         return np.outer(time, _STRAIGHT[motion]).astype(np.float32) * np.float32(speed)
@@ -170,11 +222,10 @@ def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.float
     return np.asarray(top * (1 - fr) + bottom * fr, dtype=np.float32)
 
 
-@lru_cache(maxsize=1)
-def _sprites(seed: int, size: int) -> list[tuple[Floats, Floats]]:
+@lru_cache(maxsize=2)
+def _sprites(seed: int, side: int) -> list[tuple[Floats, Floats]]:
     """The objects of a data set: textures (side, side, 3) and outlines (side, side, 1) in {0, 1}."""
     rng = np.random.default_rng([seed, 1])
-    side = round(0.36 * size)
     y, x = np.meshgrid(*[np.linspace(-1, 1, side)] * 2, indexing="ij")
     outlines = (x**2 + y**2 <= 1, np.maximum(abs(x), abs(y)) <= 0.85, abs(x) + abs(y) <= 1.15)
     return [
@@ -190,18 +241,29 @@ def _scenes(seed: int, size: int) -> list[Floats]:
     return [_smooth_noise(rng, size, 6, BACKGROUND_LEVELS) for _ in range(NUM_SCENES)]
 
 
-def _background(rng: np.random.Generator, num_frames: int, scene: Floats) -> Iterator[Floats]:
-    kind = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+def _background(rng: np.random.Generator, spec: SyntheticSpec, scene: Floats) -> Iterator[Floats]:
+    kind = KINDS[spec.kind].background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     size = scene.shape[0]
     scene = np.roll(scene, rng.integers(size, size=2), axis=(0, 1))
-    drift = rng.uniform(-0.02, 0.02, 2) * size
-    noise = rng.normal(0, 8, (num_frames, size, size, 1)).astype(np.float32)
+    drift = spec.pace * rng.uniform(-0.02, 0.02, 2) * size
+    noise = rng.normal(0, 8, (spec.num_frames, size, size, 1)).astype(np.float32)
     grid = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
-    for i in range(num_frames):
+    for i in range(spec.num_frames):
         if kind == "panning":
             yield _bilinear(scene, grid[0] + i * drift[0], grid[1] + i * drift[1])
         else:
             yield scene + noise[i] if kind == "noisy" else scene
+
+
+def _with_distractor(
+    frames: Sequence[Floats], rng: np.random.Generator, spec: SyntheticSpec
+) -> Iterator[Floats]:
+    """A small object before the background, as fast as the large ones, in any direction."""
+    side = round(_DISTRACTOR * spec.size)
+    sprite, mask = _sprites(spec.seed, side)[rng.integers(NUM_SPRITES)]
+    angle, start = rng.uniform(0, 2 * np.pi), rng.uniform(0, spec.size, 2)
+    step = spec.pace * rng.uniform(*_SPEEDS) * spec.size * np.array([np.sin(angle), np.cos(angle)])
+    return (_paste(frame, sprite, mask, start + i * step) for i, frame in enumerate(frames))
 
 
 def _paste(background: Floats, sprite: Floats, mask: Floats, center: Floats) -> Floats:

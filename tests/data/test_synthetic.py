@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,18 +10,20 @@ import pytest
 
 from everest_ds.data.decode import open_video
 from everest_ds.data.manifest import read_class_names, read_manifest
-from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, render_video, synthesize
+from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, render_video, synthesize
 
 SPEC = SyntheticSpec(num_frames=12, size=48)
 
 
-def video(label: int, seed: int) -> np.ndarray:
-    return render_video(label, np.random.default_rng(seed), SPEC).astype(np.int64)
+def video(label: int, seed: int, spec: SyntheticSpec = SPEC) -> np.ndarray:
+    return render_video(label, np.random.default_rng(seed), spec).astype(np.int64)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", range(6))
-def test_some_frame_is_the_same_whatever_the_label(seed: int) -> None:
-    videos = [video(label, seed) for label in range(len(MOTIONS))]
+def test_some_frame_is_the_same_whatever_the_label(seed: int, kind: str) -> None:
+    spec = replace(SPEC, kind=kind)
+    videos = [video(label, seed, spec) for label in range(len(MOTIONS))]
     spread = np.max([np.abs(v - videos[0]).max(axis=(1, 2, 3)) for v in videos], axis=0)
     assert spread.min() == 0  # the reference frame
     assert spread.max() > 50  # and the others differ
@@ -49,6 +52,30 @@ def test_the_object_moves_as_the_label_says(motion: str, axis: int, sign: int) -
         first, last = (object_center(frames[i], background)[axis] for i in (0, 6))
         moves.append((last - first + 24) % 48 - 24)
     assert np.median(moves) * sign > 3
+
+
+@pytest.mark.parametrize("label", range(len(MOTIONS)))
+def test_a_pausing_object_moves_in_one_short_stretch(label: int) -> None:
+    frames = video(label, 3, SyntheticSpec(num_frames=24, size=48, kind="pauses"))
+    changes = np.flatnonzero((frames[1:] != frames[:-1]).any(axis=(1, 2, 3)))
+    assert changes.tolist() == list(range(changes[0], changes[0] + 6))  # a quarter of 24
+
+
+def test_in_a_busy_video_everything_changes_and_the_object_is_not_alone() -> None:
+    spec = replace(SPEC, kind="busy")
+    change = np.abs(np.diff(video(0, 1, spec), axis=0)).mean(axis=-1)
+    assert (change > 0).mean() > 0.95
+    lone = np.abs(np.diff(video(0, 1), axis=0)).mean(axis=-1)
+    assert (change > 25).sum() > (lone > 25).sum()
+
+
+def test_pace_is_how_much_happens_between_frames() -> None:
+    moves = {}
+    for pace in (1.0, 2.0):
+        spec = replace(SPEC, num_frames=3, kind="pauses", pace=pace)
+        shown = [video(MOTIONS.index("right"), seed, spec) for seed in range(12)]
+        moves[pace] = np.median([np.abs(np.diff(frames, axis=0)).sum() for frames in shown])
+    assert 1.4 < moves[2.0] / moves[1.0] < 2.2
 
 
 def test_equal_seeds_give_equal_files_and_labels_are_balanced(tmp_path: Path) -> None:

@@ -1,0 +1,242 @@
+"""A study's rows as tables, findings and a plot. Pure: rows in, text and bytes out."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from everest_ds.reports.figure import to_png
+from everest_ds.units import format_duration
+from study.protocol import (
+    BUSY,
+    EVEREST,
+    KEEP_RATIO,
+    KEEP_RATIOS,
+    NOTHING,
+    OVERSAMPLINGS,
+    PAUSES,
+    PAUSES_KEEP_RATIOS,
+    PLAIN,
+    SELECTIONS,
+    SHORT,
+)
+
+Rows = Sequence[Mapping[str, Any]]
+Shares = Mapping[str, Mapping[float, float]]
+FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
+LONGER = f"{EVEREST}-{KEEP_RATIO}-compute"
+_TOLERANCE = 1.0  # points: what fine-tuning on fewer tokens may lose against the dense one
+_COLORS = {EVEREST: "#d1603d", "tube": "#2a6f97", "dual": "#6a994e", "random": "#8d6cab", "none": "#1c2733"}
+_NAMES = {
+    EVEREST: "EVEREST (`rero`)",
+    "tube": "VideoMAE (`tube`)",
+    "dual": "VideoMAE v2 (`dual`)",
+    "random": "random drop (`random`)",
+    "none": "dense (`none`)",
+    NOTHING: "no pre-training",
+}
+
+
+class Scores(NamedTuple):
+    """A figure of every seed, in per cent or points."""
+
+    by_seed: Mapping[int, float]
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.by_seed.values())
+
+    @property
+    def deviation(self) -> float:
+        """Of the sample of seeds; 0 of one."""
+        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
+
+    def minus(self, other: Scores) -> Scores:
+        """The differences, seed by seed."""
+        common = self.by_seed.keys() & other.by_seed.keys()
+        return Scores({seed: self.by_seed[seed] - other.by_seed[seed] for seed in sorted(common)})
+
+    def text(self, sign: str = "") -> str:
+        """Mean, ± deviation where there are several seeds."""
+        if not self.by_seed:
+            return "-"
+        return f"{self.mean:{sign}.1f}" + (f" ± {self.deviation:.1f}" if len(self.by_seed) > 1 else "")
+
+
+def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str) -> Scores:
+    """`figure` of the runs of this name and, unless `wanted` says otherwise, of EVEREST's chain."""
+    wanted = {"pretrained": EVEREST, "budget": "steps", "kind": kind, "name": name, **wanted}
+    found = [row for row in rows if figure in row and all(row[k] == value for k, value in wanted.items())]
+    return Scores({row["seed"]: row[figure] for row in found})
+
+
+def render(rows: Rows, num_runs: int, shares: Shares) -> str:
+    """All tables and findings, as Markdown.
+
+    Args:
+        num_runs: of the whole study.
+        shares: by kind of data and keep ratio, per cent of the moving object that ReRo keeps.
+    """
+    kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
+    lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]
+    parts = [
+        "### Pre-training: which tokens to learn from",
+        _table(row for kind in kinds for row in _pretrainings(rows, kind)),
+        "### Fine-tuning: how many tokens to keep",
+        _table(row for kind in kinds for row in _keep_ratios(rows, kind)),
+        "Of the pixels of the moving object, in all frames, ReRo keeps (random drop: ρ of them):",
+        _table(
+            {"data": kind} | {f"ρ {r}": f"{s:.1f} %" for r, s in of.items()} for kind, of in shares.items()
+        ),
+        "### Frames: IIFS on videos that mostly pause",
+        _table(_oversamplings(rows)),
+        "### Where ReRo does not win",
+        "\n".join(lost) or "Nowhere in what has ended.",
+        f"{len(rows)} of {num_runs} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def findings(rows: Rows, kind: str) -> Iterator[str]:
+    """What ReRo does not win: on average, against random drop in every seed, within a point of dense."""
+    for budget in ("steps", "compute"):
+        for figure, what in FIGURES.items():
+            everest = scores(rows, kind, SHORT, figure)
+            for other in SELECTIONS[1:]:
+                lead = everest.minus(scores(rows, kind, SHORT, figure, pretrained=other, budget=budget))
+                if lead.by_seed and lead.mean <= 0:
+                    where = f"{kind}, pre-training at equal {budget}, {what}"
+                    yield f"{where}: {lead.text('+')} against {_NAMES[other]}"
+    for ratio in KEEP_RATIOS:
+        lead = _lead(rows, kind, ratio, f"random-{ratio}")
+        behind = sum(value <= 0 for value in lead.by_seed.values())
+        if behind:
+            where, seeds = f"{kind}, fine-tuning at ρ {ratio}", len(lead.by_seed)
+            yield f"{where}: not ahead of random drop in {behind} of {seeds} seeds"
+        loss = _lead(rows, kind, ratio, "dense")
+        if loss.by_seed and loss.mean < -_TOLERANCE:
+            yield f"{kind}, fine-tuning at ρ {ratio}: {loss.text('+')} against dense"
+
+
+def _lead(rows: Rows, kind: str, ratio: float, other: str) -> Scores:
+    return scores(rows, kind, f"{EVEREST}-{ratio}").minus(scores(rows, kind, other))
+
+
+def _pretrainings(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
+    chains = [(EVEREST, "steps"), *((s, b) for b in ("steps", "compute") for s in SELECTIONS[1:])]
+    for selection, budget in [*chains, (NOTHING, "steps")]:
+        chain = {"pretrained": selection, "budget": budget}
+        yield {
+            "data": kind,
+            "pre-training": _NAMES[selection],
+            "equal": {EVEREST: "both", NOTHING: "-"}.get(selection, budget),
+            "GMACs": _gmacs(rows, kind, "pretrain", **chain),
+            **{
+                f"{what}, top-1": scores(rows, kind, SHORT, figure, **chain).text()
+                for figure, what in FIGURES.items()
+            },
+        }
+
+
+def _keep_ratios(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
+    arms: list[tuple[str, str, str | None]] = [("1 (dense)", "dense", None)]
+    arms += [(f"{ratio}", f"{EVEREST}-{ratio}", f"random-{ratio}") for ratio in reversed(KEEP_RATIOS)]
+    for label, name, other in [*arms, (f"{KEEP_RATIO}, more steps", LONGER, None)]:
+        yield _against(rows, kind, label, name, scores(rows, kind, other) if other else Scores({}))
+    own, both = scores(rows, kind, f"random-{KEEP_RATIO}", pretrained="random"), f"{EVEREST}-{KEEP_RATIO}"
+    yield _against(rows, kind, f"{KEEP_RATIO}, each after its own pre-training", both, own)
+
+
+def _against(rows: Rows, kind: str, label: str, name: str, drop: Scores) -> dict[str, str]:
+    mine, dense = scores(rows, kind, name), scores(rows, kind, "dense")
+    return {
+        "data": kind,
+        "ρ": label,
+        "GMACs": _gmacs(rows, kind, name),
+        "of dense": _share_of_dense(rows, kind, name),
+        "ReRo, top-1": mine.text(),
+        "random drop": drop.text(),
+        "ReRo - dense": mine.minus(dense).text("+") if name != "dense" else "-",
+        "ReRo - random": mine.minus(drop).text("+"),
+    }
+
+
+def _oversamplings(rows: Rows) -> Iterator[dict[str, str]]:
+    for ratio in PAUSES_KEEP_RATIOS:
+        off = scores(rows, PAUSES, f"iifs-{OVERSAMPLINGS[0]}-{ratio}")
+        for alpha in OVERSAMPLINGS:
+            mine = scores(rows, PAUSES, f"iifs-{alpha}-{ratio}")
+            shown = f"{alpha:g}" if alpha > 1 else "1 (off)"
+            lead = mine.minus(off).text("+") if alpha > 1 else "-"
+            yield {"ρ": f"{ratio}", "α": shown, "top-1": mine.text(), "against off": lead}
+
+
+def _gmacs(rows: Rows, kind: str, name: str, **wanted: str) -> str:
+    macs = scores(rows, kind, name, "training_macs", **wanted)
+    return f"{macs.mean / 1e9:.0f}" if macs.by_seed else "-"
+
+
+def _share_of_dense(rows: Rows, kind: str, name: str) -> str:
+    own, dense = (scores(rows, kind, n, "training_macs") for n in (name, "dense"))
+    return f"{own.mean / dense.mean:.2f}" if own.by_seed and dense.by_seed else "-"
+
+
+def _table(rows: Iterable[dict[str, str]]) -> str:
+    shown = list(rows)
+    if not shown:
+        return ""
+    lines = [list(shown[0]), ["---"] * len(shown[0]), *(list(row.values()) for row in shown)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def draw(rows: Rows) -> bytes:
+    """Accuracy against compute, as a PNG: fine-tuning left, pre-training right; a row a kind of data."""
+    figure = Figure(figsize=(10, 7), layout="constrained")
+    for axes, kind in zip(figure.subplots(2, 2), (PLAIN, BUSY), strict=True):
+        _draw_keep_ratios(axes[0], rows, kind)
+        _draw_pretrainings(axes[1], rows, kind)
+        for each in axes:
+            each.set_ylabel("test top-1, %")
+            each.grid(alpha=0.3)
+            each.legend(fontsize=8)
+    return to_png(figure)
+
+
+def _draw_keep_ratios(axes: Axes, rows: Rows, kind: str) -> None:
+    axes.set_title(f"{kind}: fine-tuned on ρ of the tokens ({', '.join(map(str, KEEP_RATIOS))})", fontsize=10)
+    axes.set_xlabel("compute of fine-tuning, GMACs")
+    arms = [("ReRo", EVEREST, "o-", [f"{EVEREST}-{ratio}" for ratio in KEEP_RATIOS])]
+    arms += [("random drop", "random", "o-", [f"random-{ratio}" for ratio in KEEP_RATIOS])]
+    arms += [(f"ReRo, ρ {KEEP_RATIO}, more steps", EVEREST, "s", [LONGER]), ("dense", "none", "D", ["dense"])]
+    for label, selection, style, names in arms:
+        points = [(scores(rows, kind, name, "training_macs"), scores(rows, kind, name)) for name in names]
+        _draw_points(axes, points, style, label, _COLORS[selection])
+
+
+def _draw_pretrainings(axes: Axes, rows: Rows, kind: str) -> None:
+    axes.set_title(f"{kind}: the same short dense fine-tuning after each pre-training", fontsize=10)
+    axes.set_xlabel("compute of pre-training, GMACs")
+    for selection in SELECTIONS:
+        chains = [{"pretrained": selection, "budget": budget} for budget in ("compute", "steps")]
+        points = [
+            (scores(rows, kind, "pretrain", "training_macs", **chain), scores(rows, kind, SHORT, **chain))
+            for chain in chains
+        ]
+        _draw_points(axes, points, "o--", _NAMES[selection].replace("`", ""), _COLORS[selection])
+    scratch = scores(rows, kind, SHORT, pretrained=NOTHING)
+    if scratch.by_seed:
+        axes.axhline(scratch.mean, linestyle=":", color="black", linewidth=1, label=_NAMES[NOTHING])
+
+
+def _draw_points(
+    axes: Axes, points: Sequence[tuple[Scores, Scores]], style: str, label: str, color: str
+) -> None:
+    """Means with their deviations over compute, those that have been measured."""
+    there = [(macs.mean / 1e9, top1) for macs, top1 in points if macs.by_seed and top1.by_seed]
+    x, y = [macs for macs, _ in there], [top1.mean for _, top1 in there]
+    axes.errorbar(x, y, [top1.deviation for _, top1 in there], fmt=style, label=label, color=color, capsize=3)

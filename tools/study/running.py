@@ -1,0 +1,202 @@
+"""Running a study: chains beside each other, one process each, every run by the real trainer on one rank.
+
+A run that has ended leaves its row in its folder and is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from functools import cache, partial
+from itertools import chain as chained
+from itertools import count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from everest_ds.data import reading
+from everest_ds.data.decode import open_video
+from everest_ds.data.manifest import read_manifest, write_manifest
+from everest_ds.data.synthetic import synthesize
+from everest_ds.data.video import Video
+from everest_ds.errors import RunFolderError
+from everest_ds.launch.environment import detect
+from everest_ds.parallel.world import World, join_world
+from everest_ds.training.loop import train
+from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.testing import run_test
+from study.probe import probe
+from study.protocol import KINDS, SHORT, Run, Study
+
+Row = dict[str, Any]
+Progress = Callable[[int], None]
+ROW_FILE = "study.json"
+
+
+def claim(study: Study) -> None:
+    """Make the study's folder, or check that it is this study's; more seeds may join.
+
+    Raises:
+        RunFolderError: it belongs to another scale or other videos, or cannot be written.
+    """
+    file = study.out / "settings.json"
+    settings = asdict(study.scale) | {"data_seed": study.data_seed}
+    del settings["seeds"]
+    text = json.dumps(settings, indent=1) + "\n"
+    try:
+        study.out.mkdir(parents=True, exist_ok=True)
+        if not file.is_file():
+            file.write_text(text)
+        there = file.read_text()
+    except OSError as error:
+        raise RunFolderError(f"{study.out}: cannot write the study's folder", given=str(error)) from None
+    if there != text:
+        raise RunFolderError(
+            f"{study.out}: holds a study of another scale or data seed", fix="choose another folder"
+        )
+
+
+def make_data(study: Study, workers: int, on_progress: Progress) -> None:
+    """Draw the videos of every kind that is not there yet, and list every run's samples."""
+    for number, kind in enumerate(KINDS):
+        folder, counts = study.data(kind), study.scale.videos
+        if not (folder / "test.txt").is_file():  # written last
+            progress = partial(_shift, on_progress, number * sum(counts.values()))
+            synthesize(folder, counts, study.spec(kind), workers, progress)
+    for run in chained.from_iterable(study.chains()):
+        _list_visits(run, study.data(run.kind), study.data_seed)
+
+
+def _shift(on_progress: Progress, before: int, done: int) -> None:
+    on_progress(before + done)
+
+
+def _list_visits(run: Run, folder: Path, seed: int) -> None:
+    """Write a run's manifest: pass after pass over the videos, each in its own order, cut at its length."""
+    file = run.config.data.train
+    if file is None or file.is_file():
+        return
+    samples = read_manifest(folder / "train.txt", root=None, num_classes=None, labelled=True)
+    passes = (np.random.default_rng([seed, number]).permutation(len(samples)) for number in count())
+    order = islice(chained.from_iterable(passes), run.num_clips)
+    write_manifest(file, (samples[index] for index in order), folder)
+
+
+def run_study(study: Study, jobs: int, on_progress: Progress) -> None:
+    """All runs that have no row yet, `jobs` chains at a time.
+
+    Raises:
+        EverestError: the first that a run raises; the rows of those that have ended stay.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(jobs, spawn, _become_rank, (study.out / "study.log",)) as pool:
+        pending = {pool.submit(run_chain, study, chain): len(chain) for chain in study.chains()}
+        done = 0
+        try:
+            for future in as_completed(pending):
+                future.result()
+                done += pending[future]
+                on_progress(done)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def run_chain(study: Study, chain: Sequence[Run]) -> None:
+    """The runs of a chain, one after the other."""
+    for run in chain:
+        file = run.config.run.dir / ROW_FILE
+        if file.is_file():
+            RunFolder(run.config.run.dir).check_same_config(run.config)
+        else:
+            file.write_text(json.dumps(_perform(study, run), indent=1) + "\n")
+
+
+def read_rows(study: Study) -> list[Row]:
+    """The rows of all runs that have ended, in the order of the chains."""
+    files = [run.config.run.dir / ROW_FILE for run in chained.from_iterable(study.chains())]
+    return [json.loads(file.read_text()) for file in files if file.is_file()]
+
+
+def _perform(study: Study, run: Run) -> Row:
+    started = time.process_time()
+    train(run.config, _world())
+    scores = _score(study, run) if run.config.task == "finetune" else {}
+    tokens = run.config.tokens.model_dump(include={"selection", "keep_ratio", "frame_oversampling"})
+    return {
+        **{name: value for name, value in run._asdict().items() if name != "config"},
+        "task": run.config.task,
+        **tokens,
+        "training_macs": run.training_macs,
+        **scores,
+        "cpu_s": time.process_time() - started,
+    }
+
+
+def _score(study: Study, run: Run) -> Row:
+    config = run.config
+    top1 = run_test(config, _world())["top1"]
+    shutil.rmtree(RunFolder(config.run.dir).checkpoints)  # nothing starts from it
+    pretrained = config.model.init_from
+    if run.name != SHORT or pretrained is None:
+        return {"top1": top1}
+    whole = config.data.model_copy(update={"train": study.data(run.kind) / "train.txt"})
+    probed = probe(config.model_copy(update={"data": whole}), pretrained, _world().device)
+    return {"top1": top1, "probe_top1": probed}
+
+
+@cache
+def _world() -> World:
+    """The one rank that this process is."""
+    os.environ.update(detect().as_variables())
+    return join_world()
+
+
+def _become_rank(log: Path) -> None:
+    """Begin a process of the pool: one thread, its words in a file, videos kept; it ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    sys.stdout.flush()
+    with open(log, "a") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    torch.set_num_threads(1)
+    # the trainer's only door to video files
+    reading.open_sample = lambda sample, data: _Kept(sample.path)
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+class _Kept(Video):
+    """A video out of memory. Opening and decoding so small a file takes as long as training on it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._frames = _decoded(path)
+        self.num_frames = len(self._frames)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
+        return self._frames[list(indices)]
+
+
+@cache
+def _decoded(path: Path) -> torch.Tensor:
+    with open_video(path) as video:
+        return video.read(range(video.num_frames))

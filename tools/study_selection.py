@@ -1,0 +1,68 @@
+"""Whether the tokens that EVEREST keeps are the right ones, at small scale, from nothing but this repository.
+
+python tools/study_selection.py runs/study                  # the CPU study of docs/study.md
+python tools/study_selection.py runs/large --scale large    # on a GPU
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from study.kept import object_shares
+from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
+from study.report import draw, render
+from study.running import claim, make_data, read_rows, run_study
+
+from everest_ds.cli.output import JsonFile, progress_of, write_json
+from everest_ds.errors import EverestError
+from everest_ds.training.run_folder import describe_environment
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the study: videos, runs, table, plot.")],
+    scale: Annotated[
+        Literal["smoke", "small", "large"], typer.Option(help="How much of everything.")
+    ] = "small",
+    jobs: Annotated[int, typer.Option(min=1, help="Pre-trainings and what follows them, at a time.")] = 2,
+    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several; default: the scale's.")] = None,
+    data_seed: Annotated[int, typer.Option(help="Draws the videos.")] = 1,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Table and plot of what has ended.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Pre-train and fine-tune with every token selection on synthetic motion; write study.md and study.png.
+
+    The same command goes on where it was stopped. Each run has a folder like any other's.
+
+    Example: python tools/study_selection.py runs/study --jobs 2
+    """
+    chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
+    study = Study(chosen, out, data_seed)
+    claim(study)
+    if not table_only:
+        with progress_of("videos", study.num_videos) as on_progress:
+            make_data(study, jobs, on_progress)
+        with progress_of("runs", study.num_runs) as on_progress:
+            run_study(study, jobs, on_progress)
+    rows = read_rows(study)
+    shares = {kind: object_shares(study, kind, KEEP_RATIOS) for kind in (PLAIN, BUSY)}
+    text = render(rows, study.num_runs, shares)
+    (out / "study.md").write_text(text)
+    (out / "study.png").write_bytes(draw(rows))
+    typer.echo(f"{text}\n{out / 'study.md'}, {out / 'study.png'}")
+    write_json(json_file, {"environment": describe_environment(1), "rows": rows, "object_shares": shares})
+
+
+if __name__ == "__main__":
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    try:
+        app()
+    except EverestError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
