@@ -6,8 +6,6 @@ import re
 import resource
 from pathlib import Path
 
-from everest_ds.errors import UsageError
-
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _RESET_PEAK = "5"  # proc(5): the peak becomes what is resident now
 
@@ -16,13 +14,11 @@ def resident_bytes() -> int:
     """Now.
 
     Raises:
-        UsageError: on a system without Linux' /proc.
+        OSError: on a system without Linux' /proc.
     """
-    if not _STATUS.exists():
-        raise UsageError(f"resident memory is read from {_STATUS}, which this system has not")
     found = re.search(r"^VmRSS:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     if found is None:
-        raise UsageError(f"{_STATUS} has no field VmRSS")
+        raise OSError(f"{_STATUS} has no field VmRSS")
     return int(found[1]) * 1024
 
 

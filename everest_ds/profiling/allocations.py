@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from everest_ds.errors import UsageError
 from everest_ds.resident import peak_bytes, reset_peak, resident_bytes
 
 _SAMPLING_PERIOD_S = 0.001
@@ -96,7 +97,10 @@ def measure_resident_peak(call: Callable[[], object]) -> ResidentPeak:
     Raises:
         UsageError: on a system without Linux' /proc.
     """
-    start = resident_bytes()
+    try:
+        start = resident_bytes()
+    except OSError as error:
+        raise UsageError("resident memory cannot be read on this system", given=str(error)) from None
     if not reset_peak():
         return ResidentPeak(start, _sample_peak(call), sampled=True)
     call()
