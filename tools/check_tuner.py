@@ -2,9 +2,10 @@
 
     MALLOC_MMAP_THRESHOLD_=262144 python tools/check_tuner.py --json tuner.json
 
-Calibrates 1, 2 and 4 ranks, then runs 24 configurations a few steps each, pre-training and fine-tuning, over
-ZeRO stages, tensor degrees, micro-batches, recompute modes, keep ratios and precisions. No trial corrects the
-model: these are its own predictions. The variable makes resident memory that of live tensors.
+Calibrates, then runs configurations a few steps each, pre-training and fine-tuning, over ZeRO stages, tensor
+degrees, micro-batches, recompute modes, keep ratios and precisions: 24 of small clips on 1, 2 and 4 CPU
+ranks, or 12 of whole clips on one GPU. No trial corrects the model: these are its own predictions. The
+variable makes a CPU rank's resident memory that of live tensors.
 """
 
 from __future__ import annotations
@@ -27,18 +28,16 @@ from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.errors import EverestError
+from everest_ds.profiling.here import num_gpus
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.tuning.correction import kendall_tau
 from everest_ds.tuning.search import needed_bytes
 from everest_ds.tuning.step_time import predict_step
 
 MIB = 2**20
-SMALL_CLIPS = (
-    "model.num_frames=8",
-    "data.frame_stride=1",
-    "data.num_workers=1",
-    "batch.global_batch_size=null",
-)
+COMMON = ("data.frame_stride=1", "batch.global_batch_size=null")
+ON_CPU = (*COMMON, "model.num_frames=8", "data.num_workers=1")
+ON_GPU = (*COMMON, "data.num_workers=8")
 RECIPES = {"pretrain": "k400_pretrain_vit_base", "finetune": "k400_finetune_vit_base"}
 SHORT = {
     "b": "model.backbone=vit_{}",
@@ -78,6 +77,20 @@ pretrain 4 b=small px=64 micro=4 zero=2 p=bf16
 finetune 4 b=small px=64 micro=4 zero=1 tensor=2 p=fp32
 finetune 4 b=small px=64 micro=4 zero=2 again=attention p=fp32
 """
+GPU_CASES = """
+pretrain 1 b=base px=224 micro=32 zero=0 p=fp32
+pretrain 1 b=base px=224 micro=32 zero=1 p=bf16
+pretrain 1 b=base px=224 micro=64 zero=2 p=bf16
+pretrain 1 b=large px=224 micro=32 zero=1 p=bf16
+pretrain 1 b=large px=224 micro=32 zero=3 p=bf16
+pretrain 1 b=large px=224 micro=64 zero=2 again=full p=bf16
+pretrain 1 b=huge px=224 micro=32 zero=1 again=blocks p=bf16
+finetune 1 b=base px=224 micro=8 zero=1 p=bf16
+finetune 1 b=base px=224 micro=16 zero=2 again=mlp p=bf16
+finetune 1 b=large px=224 micro=8 zero=1 p=bf16
+finetune 1 b=large px=224 micro=8 zero=3 keep=0.3 p=bf16
+finetune 1 b=large px=224 micro=16 zero=2 again=full p=bf16
+"""
 
 
 @dataclass(frozen=True)
@@ -97,17 +110,17 @@ class Case:
         return cls(task, int(ranks), tuple(SHORT[key].format(value) for key, value in pairs), line)
 
 
-def calibrate(file: Path) -> float:
+def calibrate(file: Path, num_ranks: int) -> float:
     """Measure this machine anew; seconds that it took."""
     began = time.perf_counter()
-    command = [sys.executable, "-m", "everest_ds", "tune", "--calibrate", "--nproc", "4"]
+    command = [sys.executable, "-m", "everest_ds", "tune", "--calibrate", "--nproc", str(num_ranks)]
     subprocess.run([*command, "--calibration", str(file)], check=True)
     return time.perf_counter() - began
 
 
 def check(case: Case, calibration: Path, folder: Path, steps: int) -> dict[str, Any]:
     """One row: predicted and measured."""
-    config = load_experiment(RECIPES[case.task], (*SMALL_CLIPS, *case.overrides))
+    config = load_experiment(RECIPES[case.task], (*_clips(), *case.overrides))
     machine = machine_here(case.num_ranks, calibration)
     predicted_s = predict_step(config, case.num_ranks, machine).step_s
     predicted_bytes = needed_bytes(predict_memory(config, case.num_ranks), machine)
@@ -133,12 +146,16 @@ def run(case: Case, config: Experiment, folder: Path, steps: int) -> dict[str, A
     Raises:
         EverestError: it did not come to its end.
     """
-    setup = Setup(case.task, RECIPES[case.task], SMALL_CLIPS, case.num_ranks, folder, steps, timeout_s=300)
+    setup = Setup(case.task, RECIPES[case.task], _clips(), case.num_ranks, folder, steps, timeout_s=300)
     place = folder / case.name.replace(" ", "-")
     ending = run_here(setup, (*trial_overrides(setup, config), *case.overrides), place)
     if ending.outcome != "measured":
         raise EverestError(f"{case.name}: {ending.outcome}", given=ending.reason)
     return read_steps(place, plan_ranks(config, case.num_ranks).global_batch_size)
+
+
+def _clips() -> tuple[str, ...]:
+    return ON_GPU if num_gpus() else ON_CPU
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -172,11 +189,13 @@ def main(
 ) -> None:
     """Predict, run and compare."""
     began = time.perf_counter()
-    cases = [Case.parse(line) for line in CASES.strip().splitlines() if only in line]
+    lines = (GPU_CASES if num_gpus() else CASES).strip().splitlines()
+    cases = [Case.parse(line) for line in lines if only in line]
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as own:
         folder = Path(own)
         file = calibration or folder / "calibration.json"
-        calibrating_s = 0.0 if calibration else calibrate(file)
+        most = max(case.num_ranks for case in cases)
+        calibrating_s = 0.0 if calibration else calibrate(file, most)
         rows = []
         for number, case in enumerate(cases, 1):
             rows.append(check(case, file, folder, steps))
@@ -189,10 +208,13 @@ def main(
         **facts_here(),
         "load": os.getloadavg()[0],
     }
-    print_table("", rows)
+    print_table("", rows, key="configuration")
     print_facts("Predicted and measured", facts)
     write_json(json_file, {"facts": facts, "rows": rows})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    try:
+        typer.run(main)
+    except EverestError as error:
+        sys.exit(f"error: {error}")
