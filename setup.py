@@ -26,15 +26,17 @@ REQUIRES = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "safetensors>=0.4.5",
-    "av>=12",
+    "av>=12,<19",  # 19 opens files with other arguments
 ]
 EXTRAS = {
     "torchcodec": ["torchcodec>=0.13"],  # data.decoder=torchcodec; needs FFmpeg's libraries on the system
+    "parquet": ["pyarrow>=15"],  # everest-ds features --out TABLE.parquet
     "mpi": ["mpich"],  # an MPI library for mpi4py where the system has none
     "dev": [
         "fvcore>=0.1.5.post20221221",  # counts MACs its own way: a cross-check of profiling
         "hypothesis>=6.100",
         "mypy>=1.13",
+        "pyarrow>=15",
         "pytest>=8.3",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
@@ -58,7 +60,7 @@ setup(
     packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), *TRAVELLING],
     package_dir=TRAVELLING,
     package_data={
-        "everest_ds": ["profiling/*.yaml", "recipes/*.yaml", "reports/templates/*"],
+        "everest_ds": ["profiling/*.yaml", "recipes/*.yaml", "recipes/common/*.yaml", "reports/templates/*"],
         "everest_ds.ds_configs": ["*.json"],
         "everest_ds.slurm": ["*.sbatch", "common.sh", "clusters/*.env"],
     },

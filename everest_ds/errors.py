@@ -144,8 +144,14 @@ class StoppedError(EverestError):
         self.by = by
 
 
+_MOST_LISTED = 24  # names of an error: one line is read, a page is not
+
+
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """The valid names closest to `name`, or all of them if none is close: for an error's `allowed`."""
+    """The valid names closest to `name`, or the first of all if none is close: for an error's `allowed`."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
-    return "did you mean " + " or ".join(close) + "?" if close else "one of " + ", ".join(names)
+    if close:
+        return "did you mean " + " or ".join(close) + "?"
+    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
+    return "one of " + ", ".join(names[:_MOST_LISTED]) + more

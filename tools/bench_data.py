@@ -29,7 +29,7 @@ from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.data.clips import TrainingClips, training_batches
 from everest_ds.data.decode import open_sample
-from everest_ds.data.frames import frames_needed
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
 from everest_ds.data.order import Visit
@@ -125,7 +125,7 @@ def find_videos(place: Path) -> list[Sample]:
     else:
         samples = read_manifest(place, root=None, num_classes=None, labelled=False)
     data = experiment(Cell("", "pyav", 0, 1), 8, 224).data
-    needed, fit = frames_needed(16, data.frame_stride, data.sampling), []
+    needed, fit = ClipFrames.of(16, data).needed, []
     for sample in samples:
         try:
             with open_sample(sample, data) as video:

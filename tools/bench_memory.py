@@ -22,8 +22,9 @@ from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World, join_world, leave_world
-from everest_ds.profiling.allocations import measure_resident_peak, resident_bytes
+from everest_ds.profiling.allocations import measure_resident_peak
 from everest_ds.profiling.memory import predict_memory
+from everest_ds.resident import resident_bytes
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
 

@@ -1,4 +1,4 @@
-"""What the machine could do: the matrix products of a step, timed alone, and known peak rates.
+"""What the machine could do: the matrix products of a step, timed alone.
 
 A dispatch mode records every product and fused attention that a step runs, with shapes, strides and dtypes;
 each distinct one is then timed by itself. A step that were nothing but its products would take their sum.
@@ -6,7 +6,6 @@ each distinct one is then timed by itself. A step that were nothing but its prod
 
 from __future__ import annotations
 
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -24,15 +23,6 @@ _MIN_REPEATS = 5
 _MIN_SECONDS = 0.2
 # Index of the first factor among the arguments of each product.
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-
-# Dense bf16 peaks in TFLOP/s, from NVIDIA's data sheets (their larger figure is with sparsity). A device
-# that is not here has no MFU. Names as torch.cuda.get_device_name gives them.
-_PEAK_BF16_TFLOPS = [
-    (r"\bA100\b", 312.0),  # A100 data sheet: 312 for PCIe and SXM, 40 and 80 GB
-    (r"H100 PCIe", 756.0),  # H100 data sheet, PCIe: 1513 sparse
-    (r"H100 80GB HBM3", 989.0),  # H100 data sheet, SXM: 1979 sparse
-    (r"H200(?! NVL)", 989.0),  # H200 data sheet, SXM: 1979 sparse
-]
 
 
 @dataclass(frozen=True)
@@ -211,11 +201,3 @@ def best_time(call: Callable[[], object], device: torch.device) -> float:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_bf16_tflops(device: torch.device) -> float | None:
-    """The data sheet's dense bf16 rate; None for an unknown device."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for pattern, peak in _PEAK_BF16_TFLOPS if re.search(pattern, name)), None)

@@ -26,7 +26,7 @@ from bench_contenders import (
     peer_contenders,
     timed_step,
 )
-from bench_rates import measure_rates, peak_bf16_tflops, record
+from bench_rates import measure_rates, record
 from bench_report import print_report
 from peers import load_peer
 from pydantic import ValidationError
@@ -36,6 +36,8 @@ from everest_ds.cli.output import JsonFile, write_json
 from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
+from everest_ds.profiling.devices import peak_flops_per_s
+from everest_ds.profiling.time import device_name
 from everest_ds.training.run_folder import describe_environment
 
 Task = Literal["pretrain", "finetune"]
@@ -169,7 +171,7 @@ def _summary(contender: Contender, steps: list[StepTime], plan: Plan) -> dict[st
     step_s = statistics.median(step.step_s for step in steps)
     user_s = statistics.median(step.user_cpu_s for step in steps)
     gflops = None if contender.macs is None else 2 * contender.macs / step_s / 1e9
-    peak = peak_bf16_tflops(plan.device) if contender.dtype == "bf16" else None
+    peak = peak_flops_per_s(device_name(plan.device), "bf16") if contender.dtype == "bf16" else None
     return {
         "contender": contender.label,
         "forward_ms": 1e3 * statistics.median(step.forward_s for step in steps),
@@ -184,7 +186,7 @@ def _summary(contender: Contender, steps: list[StepTime], plan: Plan) -> dict[st
         "states_bytes": contender.state_bytes(),
         "gmacs_per_step": contender.macs and contender.macs / 1e9,
         "gflop_per_s": gflops,
-        "mfu_pct": gflops / peak / 10 if gflops and peak else None,
+        "mfu_pct": 100 * gflops * 1e9 / peak if gflops and peak else None,
     }
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from everest_ds.cli.output import print_table
 from everest_ds.config import Experiment
 from everest_ds.data.decode import open_video
-from everest_ds.data.frames import view_frames
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.transforms import crop_resize, view_box
 from everest_ds.models import Classifier
@@ -62,7 +62,7 @@ def main(
     torch.manual_seed(0)
     model = Classifier(config)
     if weights is not None:
-        load_encoder(model, weights)
+        load_encoder(model, config, weights)
     embedding = PixelMap(*(t.detach() for t in model.encoder.embed()))
     batch = torch.stack([read(file, config, stride) for file in clips or draw_clips(image_size)])
     arms = [EXACT, RANDOM, *CHEAPER]
@@ -86,7 +86,8 @@ def read(file: Path, config: Experiment, stride: int) -> Tensor:
     count = config.model.num_frames
     with open_video(file) as video:
         fitting = max(1, min(stride, (video.num_frames - 1) // (count - 1)))
-        clip = video.read(view_frames(video.num_frames, count, fitting, "stride", 0, 1))
+        middle = ClipFrames(count, fitting, "stride", hold_last_frame=False)
+        clip = video.read(middle.for_view(video.num_frames, 0, 1))
     return crop_resize(clip, view_box(clip.shape[1], clip.shape[2], 0, 1), config.model.image_size)
 
 

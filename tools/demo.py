@@ -104,9 +104,12 @@ def build_page(summary: dict[str, Any]) -> Page:
                 "Rows: the clip; the tokens that EVEREST keeps, those that changed most; the ones the encoder"
                 " sees; and the prediction of the others. Columns: slots in time.",
                 pictures={
-                    "training clips at the last step": (
+                    "a training clip at the last step": (
                         DEMO / "pretrain/tensorboard/reconstruction.png"
-                    ).read_bytes()
+                    ).read_bytes(),
+                    "where the fine-tuned encoder looks (attention rollout)": (
+                        DEMO / "finetune/tensorboard/attention.png"
+                    ).read_bytes(),
                 },
             ),
             Section(

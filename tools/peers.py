@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +38,7 @@ REPOSITORIES = {
 }
 _SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_huge": "huge"}
 # What both repositories call their modules: loaded anew for each, and never left in sys.modules.
-_THEIR_MODULES = ("modeling_finetune", "modeling_pretrain", "masking_generator")
+_THEIR_MODULES = ("modeling_pretrain", "modeling_finetune", "masking_generator")
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def load_peer(name: str, folder: Path, config: Experiment) -> Peer:
     if name not in REPOSITORIES:
         raise UsageError("no such peer", given=name, allowed=nearest(name, REPOSITORIES))
     _check_clip(config)
-    with _their_modules(folder, REPOSITORIES[name]) as load:
+    with their_modules(folder, REPOSITORIES[name]) as load:
         if config.task == "pretrain":
             return _pretraining(name, load, config)
         return _fine_tuning(name, load, config)
@@ -253,13 +253,21 @@ def copy_weights(ours: nn.Module, theirs: nn.Module, task: str) -> None:
 
 
 @contextmanager
-def _their_modules(folder: Path, repository: str) -> Iterator[Callable[[str], Any]]:
-    """Give a function that imports the clone's modules; afterwards sys.modules and sys.path are as before."""
-    if not (folder / "modeling_pretrain.py").is_file():
-        raise UsageError(
-            f"{folder}: holds no modeling_pretrain.py", fix=f"git clone {repository}, and give that folder"
-        )
-    borrowed = {**dict.fromkeys(_THEIR_MODULES), **_timm_names()}
+def their_modules(
+    folder: Path, repository: str, modules: Sequence[str] = _THEIR_MODULES
+) -> Iterator[Callable[[str], Any]]:
+    """Give a function that imports the clone's modules; afterwards sys.modules and sys.path are as before.
+
+    Args:
+        modules: all that are imported, directly or not; the first must be there.
+
+    Raises:
+        UsageError: it is not.
+    """
+    first = modules[0].replace(".", "/") + ".py"
+    if not (folder / first).is_file():
+        raise UsageError(f"{folder}: holds no {first}", fix=f"git clone {repository}, and give that folder")
+    borrowed = {**dict.fromkeys(modules), **_timm_names()}
     before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
     sys.modules.update({name: module for name, module in borrowed.items() if module is not None})
     sys.path.insert(0, str(folder.resolve()))

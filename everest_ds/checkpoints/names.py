@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+BEST_WEIGHTS_FILE = "best.safetensors"  # of a run folder
 _NAME = re.compile(r"step-(\d{8,})")
 
 

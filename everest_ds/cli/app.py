@@ -12,6 +12,7 @@ from everest_ds.cli import (
     checkpoint,
     data,
     doctor,
+    inference,
     job,
     jobs,
     logs,
@@ -22,6 +23,8 @@ from everest_ds.cli import (
     submit,
     sweep,
     train,
+    tune,
+    visualize,
 )
 from everest_ds.errors import EverestError, ExitCode
 
@@ -37,7 +40,10 @@ app = typer.Typer(
 app.command("pretrain")(train.pretrain)
 app.command("finetune")(train.finetune)
 app.command("evaluate")(train.evaluate)
+app.command("features")(inference.features)
+app.command("predict")(inference.predict)
 app.command("profile")(profile.profile)
+app.command("tune")(tune.tune)
 app.command("report")(report.report)
 # Options that it does not know are sbatch's.
 app.command("submit", context_settings={"ignore_unknown_options": True})(submit.submit)
@@ -47,6 +53,7 @@ app.command("cancel")(jobs.cancel)
 app.command("requeue")(jobs.requeue)
 app.command("sweep")(sweep.sweep)
 job.app.command("candidate")(sweep.candidate)
+app.command("visualize")(visualize.visualize)
 app.command("recipes")(recipes.recipes)
 app.add_typer(data.app, name="data")
 app.add_typer(checkpoint.app, name="checkpoint")

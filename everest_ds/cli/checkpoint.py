@@ -1,4 +1,4 @@
-"""`everest-ds checkpoint`: look at, verify and export saved states; no ranks and no GPU are needed."""
+"""`everest-ds checkpoint`: look at, verify, export and convert saved states; no ranks, no GPU needed."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ from typing import Annotated, Literal
 
 import typer
 
+from everest_ds.cli.convert import convert
 from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
 from everest_ds.errors import CheckpointError, ExitCode
 
 app = typer.Typer(
-    help="Look at, verify and export checkpoints. Nothing needs converting to go on elsewhere: any number of"
-    " ranks, ZeRO stage and tensor degree resumes from any checkpoint.",
+    help="Look at, verify, export and convert checkpoints. Nothing needs converting to go on elsewhere: any"
+    " number of ranks, ZeRO stage and tensor degree resumes from any checkpoint.",
     no_args_is_help=True,
 )
+app.command()(convert)
 Source = Annotated[
     Path,
     typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest complete one."),

@@ -7,29 +7,63 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from everest_ds.errors import UsageError
 
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed as JSON.")
 ]
 
+_UNBOUNDED = 10_000  # characters of a line
 
-def print_table(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print `rows` with their keys as columns."""
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None = None) -> None:
+    """Print `rows` with their keys as columns.
+
+    Args:
+        key: a column that tells rows apart. Columns that do not fit beside each other then go into further
+            tables, below, each with this column first; without it, their text is broken.
+    """
     from rich.console import Console
+
+    console = Console(width=None)
+    names = list(rows[0]) if rows else []
+    for number, part in enumerate(_parts_that_fit(rows, names, key, console)):
+        console.print(_table(title if number == 0 else None, rows, part))
+
+
+def _parts_that_fit(
+    rows: Sequence[Mapping[str, Any]], names: list[str], key: str | None, console: Console
+) -> list[list[str]]:
+    """The columns of each table."""
+    if key is None:
+        return [names]
+    parts, unbounded = [[key]], console.options.update(max_width=_UNBOUNDED)
+    for name in (name for name in names if name != key):
+        wider = _table(None, rows, [*parts[-1], name])
+        if len(parts[-1]) > 1 and console.measure(wider, options=unbounded).maximum > console.width:
+            parts.append([key])
+        parts[-1].append(name)
+    return parts
+
+
+def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", title_style="bold")
-    for name in rows[0] if rows else ():
+    for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
         table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(_cell(value) for value in row.values()))
-    Console(width=None).print(table)
+        table.add_row(*(_cell(row[name]) for name in names))
+    return table
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:

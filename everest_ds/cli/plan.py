@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.units import format_count
 
 
-def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
+class Epoch(NamedTuple):
+    """The samples of an epoch, and where the number is from if not from the manifest."""
+
+    num_samples: int
+    source: str = ""
+
+
+def describe_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
     """Model, tokens, batch arithmetic and predicted compute, for a table.
+
+    Args:
+        planned: the data need not be there yet; see `count_samples`.
 
     Raises:
         ConfigError, DataError: what cannot run, before any rank starts.
@@ -24,7 +35,7 @@ def describe_plan(config: Experiment, num_ranks: int) -> dict[str, Any]:
         "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}), "
         f"{counts.num_visible} in the encoder",
         "batch": str(plan),
-        "steps": _steps(config, plan),
+        "steps": _steps(config, plan, count_samples(config, planned)),
         "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at its peak",
         "ranks": _ranks(config, plan),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
@@ -54,17 +65,46 @@ def _ranks(config: Experiment, plan: BatchPlan) -> str:
     return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
 
 
-def _steps(config: Experiment, plan: BatchPlan) -> str:
-    if config.data.train is None:
-        return "unknown: data.train is not set"
-    from everest_ds.data.manifest import read_manifest
+def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
+    if epoch is None:
+        return "unknown: no manifest"
     from everest_ds.data.order import steps_per_epoch
 
+    steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
+    return f"{steps * epochs} = {steps} a epoch x {epochs} epochs{epoch.source}"
+
+
+def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
+    """The samples that an epoch has; None if `data.train` is not set.
+
+    Args:
+        planned: where there is no such manifest and its folder is called as an official data set, take
+            what that has; None where it is called otherwise.
+
+    Raises:
+        DataError: the manifest is not there, or is wrong.
+    """
+    manifest = config.data.train
+    if manifest is None:
+        return None
+    if planned and not manifest.is_file():
+        return _official_epoch(manifest)
+    from everest_ds.data.manifest import read_manifest
+
     samples = read_manifest(
-        config.data.train,
+        manifest,
         root=config.data.root,
         num_classes=config.model.num_classes,
         labelled=config.task == "finetune",
     )
-    steps = steps_per_epoch(len(samples), plan)
-    return f"{steps * config.schedule.epochs} = {steps} a epoch x {config.schedule.epochs} epochs"
+    return Epoch(len(samples))
+
+
+def _official_epoch(manifest: Path) -> Epoch | None:
+    from everest_ds.data.official.registry import DATASETS
+
+    dataset = DATASETS.get(manifest.parent.name)
+    if dataset is None:
+        return None
+    source = f" ({dataset.num_train:,} samples, as published: {manifest} is not there)"
+    return Epoch(dataset.num_train, source)

@@ -2,24 +2,46 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+from typing import Annotated, Any
+
+import typer
+
 from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.errors import UsageError, nearest
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[WORD]...", help="Only recipes with all of these in their names."),
+]
 
 
-def recipes(json_file: JsonFile = None) -> None:
-    """List the recipes shipped with the package."""
-    from everest_ds.config import load_experiment, recipe_names
+def recipes(words: Words = None, json_file: JsonFile = None) -> None:
+    """List the recipes shipped with the package, by data set and task.
 
-    rows = []
-    for name in recipe_names():
-        config = load_experiment(name)
-        rows.append(
-            {
-                "recipe": name,
-                "task": config.task,
-                "backbone": config.model.backbone,
-                "selection": config.tokens.selection,
-                "epochs": config.schedule.epochs,
-            }
-        )
-    print_table("Recipes", rows)
+    Example: everest-ds recipes k400 vit_base
+    """
+    from everest_ds.config import recipe_names
+
+    wanted, every = words or [], recipe_names()
+    names = [name for name in every if all(word in name for word in wanted)]
+    if not names:
+        given, datasets = " ".join(wanted), {name.split("_")[0] for name in every}
+        raise UsageError("no such recipe", given=given, allowed=nearest(given, {*every, *datasets}))
+    rows = [_row(name) for name in names]
+    for family, members in groupby(rows, lambda row: "_".join(row["recipe"].split("_")[:2])):
+        print_table(family, list(members))
     write_json(json_file, rows)
+
+
+def _row(name: str) -> dict[str, Any]:
+    from everest_ds.config import load_experiment
+
+    config = load_experiment(name)
+    return {
+        "recipe": name,
+        "tokens": f"{config.tokens.selection} {config.token_counts.num_kept}",
+        "epochs": config.schedule.epochs,
+        "batch": config.batch.global_batch_size,
+        "base_lr": f"{config.schedule.base_lr:g}",
+    }

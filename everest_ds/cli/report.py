@@ -15,9 +15,10 @@ from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.profiling.measured import Measured
+    from everest_ds.profiling.published import Cell
     from everest_ds.profiling.tables import Row
     from everest_ds.reports.efficiency import Heading
-    from everest_ds.reports.efficiency_page import Plot
+    from everest_ds.reports.page import Plot
 
 Runs = Annotated[
     list[Path] | None,
@@ -57,6 +58,19 @@ def report(
     rows = _rows_with_progress(cells, measurements)
     rows += [row for run in compared for row in run_rows(run)]
     _write(out, rows, draw_plots(rows, compared, measurements))
+    _say_what_matches_no_row(cells, dict(zip(measured or [], measurements, strict=True)))
+
+
+def _say_what_matches_no_row(cells: Sequence[Cell], measurements: Mapping[Path, Measured]) -> None:
+    from everest_ds.profiling.measured import measured_rows
+
+    for file, measurement in measurements.items():
+        if not measured_rows(cells, [measurement]):
+            typer.echo(
+                f"{file}: no published figure of this report is about its model and tokens; it is in"
+                " the plot of step times only",
+                err=True,
+            )
 
 
 def _split(names: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from pathlib import Path
 
 from everest_ds.cli.runs import Run
 from everest_ds.config import Experiment
@@ -12,8 +13,10 @@ from everest_ds.profiling.measured import Measured
 from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by_batch, trained_configs
 from everest_ds.profiling.systems import BACKBONES, SYSTEMS
 from everest_ds.profiling.tables import Row
-from everest_ds.reports.efficiency_page import Plot
+from everest_ds.reports.clip_pictures import CAPTIONS
 from everest_ds.reports.efficiency_plots import Bubble, Line, draw_bubbles, draw_lines, draw_stacks
+from everest_ds.reports.figure import png_as_svg
+from everest_ds.reports.page import Plot
 from everest_ds.units import GIB
 
 _CLIPS = 32  # of the stacks
@@ -24,7 +27,7 @@ _OUR_TRAINING = f"bf16, ZeRO-2 on {NUM_RANKS} ranks, fused attention, nothing re
 
 def draw_plots(rows: Sequence[Row], runs: Sequence[Run], measured: Sequence[Measured]) -> list[Plot]:
     """Every plot that there is something for."""
-    return list(chain(_accuracy(rows), _memory(rows), _step_times(measured), _losses(runs)))
+    return list(chain(_accuracy(rows), _memory(rows), _step_times(measured), _losses(runs), _clips(runs)))
 
 
 def _accuracy(rows: Sequence[Row]) -> Iterator[Plot]:
@@ -114,3 +117,12 @@ def _losses(runs: Sequence[Run]) -> Iterator[Plot]:
     if rates:
         svg = draw_lines(rates, "optimiser step", "clips/s of all ranks (measured)")
         yield Plot("throughput", "Throughput.", svg)
+
+
+def _clips(runs: Sequence[Run]) -> Iterator[Plot]:
+    """The last clip that each run has drawn; a reconstruction shows the kept tokens too."""
+    for run in runs:
+        for name, caption in CAPTIONS.items():
+            if name in run.pictures and not (name == "kept_tokens" and "reconstruction" in run.pictures):
+                png = png_as_svg(run.pictures[name])
+                yield Plot(f"{Path(run.name).name}_{name}", f"{run.name}: {caption}", png, name != "slots")

@@ -43,6 +43,7 @@ class Run:
     """What a run folder says.
 
     Attributes:
+        pictures: PNG files of the last clip that was drawn, by name.
         metrics: rows of metrics.jsonl.
         tested_top1: of `everest-ds evaluate`; None if that has not run.
     """
@@ -52,6 +53,7 @@ class Run:
     metrics: list[dict[str, Any]]
     environment: dict[str, Any]
     tested_top1: float | None
+    pictures: dict[str, bytes]
 
     @property
     def top1(self) -> float | None:
@@ -96,7 +98,8 @@ def _read_run(folder: Path, name: str) -> Run:
             f"{folder}: no {environment.name}", fix="give the folder of a run that has trained"
         )
     top1 = json.loads(tested.read_text())["top1"] if tested.is_file() else None
-    run = Run(name, load_experiment(folder), metrics, json.loads(environment.read_text()), top1)
+    pictures = {file.stem: file.read_bytes() for file in (folder / "tensorboard").glob("*.png")}
+    run = Run(name, load_experiment(folder), metrics, json.loads(environment.read_text()), top1, pictures)
     if not run.steps:
         raise RunFolderError(f"{folder}: no training step is logged yet", fix="wait, or leave this run out")
     return run

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.cli.plan import describe_plan
+from everest_ds.cli.prediction import memory_text
 from everest_ds.config import Experiment, load_experiment, plan_ranks
-from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError, nearest
+from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
 from everest_ds.launch.sbatch import Shape
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.profiling.devices import DEVICES, Device
+from everest_ds.profiling.devices import DEVICES, find_product
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
@@ -45,7 +46,7 @@ class Target:
     """What the jobs shall run on.
 
     Attributes:
-        gpu: a name of `DEVICES`, to hold predicted memory against; None: not checked.
+        gpu: a product's name, to hold predicted memory against; None: not checked.
         inputs_follow: a job that this one waits for will make weights that are not there yet.
     """
 
@@ -109,24 +110,6 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     return {"run": str(config.run.dir), **describe_plan(config, shape.num_ranks), "memory": memory}
 
 
-def find_gpu(name: str) -> Device:
-    """A product by its short name, however it is written.
-
-    Raises:
-        UsageError: it is not known.
-    """
-
-    def plain(text: str) -> str:
-        return "".join(c for c in text.lower() if c.isalnum())
-
-    close = [known for known in DEVICES if plain(name) in plain(known)]
-    found = [known for known in close if plain(known) == plain(name)]
-    if not found:
-        allowed = ", ".join(close) if close else nearest(name, DEVICES)
-        raise UsageError("--gpu", given=repr(name), allowed=allowed)
-    return DEVICES[found[0]]
-
-
 def _check_tensor(config: Experiment, shape: Shape) -> None:
     tensor = config.parallelism.tensor
     if shape.ranks_per_node % tensor:
@@ -169,10 +152,10 @@ def _check_weights(command: str, config: Experiment, follow: bool) -> None:
 
 def _check_memory(config: Experiment, target: Target) -> str:
     needed = predict_memory(config, target.shape.num_ranks)
-    text = f"{format_bytes(needed.peak_bytes)} of a rank at its peak (predicted; {needed.peak_at})"
+    text = memory_text(needed)
     if target.gpu is None:
         return f"{text}; --gpu NAME checks it"
-    device = find_gpu(target.gpu)
+    device = DEVICES[find_product(target.gpu)]
     if needed.peak_bytes > device.memory_bytes:
         raise ConfigError(
             f"a training step does not fit into a {target.gpu}",

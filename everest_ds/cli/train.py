@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
-from everest_ds.errors import UsageError
+from everest_ds.errors import EverestError, UsageError
 
 if TYPE_CHECKING:
+    from everest_ds.cli.prediction import Gpus
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
     from everest_ds.training.utilization import ClipCost
@@ -33,7 +34,12 @@ NumProcesses = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved config, batch arithmetic and compute; stop.")
+    bool,
+    typer.Option("--dry-run", help="Print the resolved config, batch, predicted memory and time; stop."),
+]
+On = Annotated[
+    str | None,
+    typer.Option(metavar="GPUS", help="Of a dry run: for these, such as 4xH100; default 8xA100-80GB."),
 ]
 
 
@@ -42,13 +48,14 @@ def pretrain(
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
+    on: On = None,
     json_file: JsonFile = None,
 ) -> None:
     """Pre-train a masked video autoencoder. Run the same command again to resume.
 
     Example: everest-ds pretrain demo_pretrain --nproc 2 schedule.epochs=10 run.dir=runs/first
     """
-    _train("pretrain", source, overrides or [], nproc, dry_run, json_file)
+    _train("pretrain", source, overrides or [], nproc, dry_run, on, json_file)
 
 
 def finetune(
@@ -56,13 +63,14 @@ def finetune(
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
+    on: On = None,
     json_file: JsonFile = None,
 ) -> None:
     """Fine-tune a classifier, from model.init_from=RUN if given. Run the same command again to resume.
 
     Example: everest-ds finetune demo_finetune --nproc 2 model.init_from=runs/first
     """
-    _train("finetune", source, overrides or [], nproc, dry_run, json_file)
+    _train("finetune", source, overrides or [], nproc, dry_run, on, json_file)
 
 
 def evaluate(
@@ -78,17 +86,25 @@ def evaluate(
     """
     config = load_for_task("finetune", source, overrides or [])
     if dry_run:
-        _show_plan(config, nproc, json_file)
+        _show_plan(config, _planned_gpus(config, nproc, None), json_file, trains=False)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
         in_world(config, lambda world: _evaluate(config, world, json_file))
 
 
 def _train(
-    task: str, source: str, overrides: Sequence[str], nproc: int | None, dry_run: bool, json_file: JsonFile
+    task: str,
+    source: str,
+    overrides: Sequence[str],
+    nproc: int | None,
+    dry_run: bool,
+    on: str | None,
+    json_file: JsonFile,
 ) -> None:
     config = load_for_task(task, source, overrides)
+    if on is not None and not dry_run:
+        raise UsageError("--on is for --dry-run", given=f"--on {on}", fix="add --dry-run, or give --nproc")
     if dry_run:
-        _show_plan(config, nproc, json_file)
+        _show_plan(config, _planned_gpus(config, nproc, on), json_file)
         return
     if _started_ranks(task, source, overrides, nproc, config, json_file):
         return
@@ -113,18 +129,63 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
     return config
 
 
-def _show_plan(config: Experiment, nproc: int | None, json_file: JsonFile) -> None:
-    from everest_ds.cli.plan import describe_plan
-    from everest_ds.config import dump_experiment, plan_ranks
+def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
+    from everest_ds.cli.plan import count_samples
+    from everest_ds.cli.prediction import describe_prediction
+    from everest_ds.config import dump_experiment
+
+    plan = {"plan": check_plan(config, gpus.count, planned=True)}
+    if trains:
+        epoch = count_samples(config, planned=True)
+        plan["predicted"] = describe_prediction(config, gpus, epoch and epoch.num_samples)
+    typer.echo(dump_experiment(config))
+    for title, facts in plan.items():
+        print_facts(f"{title.capitalize()}: {config.task}", facts)
+    write_json(json_file, {**plan, "config": config.model_dump(mode="json")})
+
+
+def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus:
+    """The GPUs of a dry run: those named, or as many of the reference's kind as there are to be ranks.
+
+    Where nothing says how many, it is the whole reference, or one where batch or data are too small for that.
+    """
+    from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
     from everest_ds.launch.environment import detect
+
+    if on is not None:
+        gpus = parse_gpus(on)
+        if nproc not in (None, gpus.count):
+            raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
+        return gpus
+    count, reference = nproc or detect().world_size, parse_gpus(REFERENCE)
+    if nproc is None and count == 1 and _can_plan(config, reference.count):
+        return reference
+    return Gpus(count, reference.product)
+
+
+def _can_plan(config: Experiment, num_ranks: int) -> bool:
+    from everest_ds.cli.plan import describe_plan
+
+    try:
+        describe_plan(config, num_ranks, planned=True)
+    except EverestError:
+        return False
+    return True
+
+
+def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
+    """What `--dry-run` checks, and tells.
+
+    Raises:
+        EverestError: what cannot run.
+    """
+    from everest_ds.cli.plan import describe_plan
+    from everest_ds.config import plan_ranks
     from everest_ds.parallel.ds_config import resolve_ds_config
 
-    num_ranks = nproc or detect().world_size
-    facts = describe_plan(config, num_ranks)
+    facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, plan_ranks(config, num_ranks))
-    typer.echo(dump_experiment(config))
-    print_facts(f"Plan: {config.task}", facts)
-    write_json(json_file, {"plan": facts, "config": config.model_dump(mode="json")})
+    return facts
 
 
 def _started_ranks(
@@ -200,9 +261,9 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
 
 
 def _clip_cost(config: Experiment, world: World) -> ClipCost:
-    from everest_ds.profiling.compute import predict_macs
+    from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
     from everest_ds.profiling.devices import peak_flops_per_s
-    from everest_ds.profiling.time import FLOPS_PER_MAC, compute_dtype, device_name
+    from everest_ds.profiling.time import compute_dtype, device_name
     from everest_ds.training.utilization import ClipCost
 
     dtype = compute_dtype(config.precision, world.device)

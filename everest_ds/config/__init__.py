@@ -1,13 +1,21 @@
 """One validated tree of settings, from YAML, recipes and dotted overrides. Knows no torch."""
 
 from everest_ds.config.batch import BatchPlan, plan_batch, plan_ranks
-from everest_ds.config.load import dump_experiment, find_config, flatten, load_experiment, recipe_names
+from everest_ds.config.load import (
+    build_experiment,
+    dump_experiment,
+    find_config,
+    flatten,
+    load_experiment,
+)
+from everest_ds.config.recipes import recipe_names
 from everest_ds.config.schema import DataConfig, Experiment
 
 __all__ = [
     "BatchPlan",
     "DataConfig",
     "Experiment",
+    "build_experiment",
     "dump_experiment",
     "find_config",
     "flatten",

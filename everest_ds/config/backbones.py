@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MLP_RATIO = 4
+LAYER_NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)

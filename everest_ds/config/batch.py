@@ -82,6 +82,14 @@ def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:
     return BatchPlan(batch.micro_batch_size, accum, data_parallel_degree)
 
 
+def _nearest(batch: BatchConfig, degree: int) -> str:
+    """The global batches around the wanted one that this micro-batch makes up."""
+    step = batch.micro_batch_size * degree * (batch.grad_accum_steps or 1)
+    below = (batch.global_batch_size or 0) // step * step
+    sizes = " or ".join(str(size) for size in (below, below + step) if size)
+    return f"nearest with micro_batch_size={batch.micro_batch_size}: {sizes} (learning rates follow)"
+
+
 def _does_not_divide(batch: BatchConfig, degree: int) -> ConfigError:
     total = batch.global_batch_size or 0
     accum = batch.grad_accum_steps
@@ -93,6 +101,6 @@ def _does_not_divide(batch: BatchConfig, degree: int) -> ConfigError:
         f"grad_accum_steps={accum or 'auto'}, {degree} data-parallel ranks",
         allowed=f"micro_batch_size in {fitting}"
         if fitting
-        else f"a global_batch_size that is a multiple of {degree * (accum or 1)}",
+        else f"a global_batch_size that is a multiple of {degree * (accum or 1)}; {_nearest(batch, degree)}",
         fix="change batch.micro_batch_size, batch.global_batch_size or the number of ranks",
     )

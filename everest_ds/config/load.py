@@ -11,16 +11,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from everest_ds.config.recipes import Source, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
+from everest_ds.config.tree import Tree, merge, read_yaml
 from everest_ds.errors import ConfigError, nearest
-
-RECIPES = Path(__file__).parents[1] / "recipes"
-Tree = dict[str, Any]
-
-
-def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
-    return sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -33,16 +27,28 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     Raises:
         ConfigError: naming the file or key, what was given and what is allowed.
     """
-    path = find_config(source)
-    tree = _read_with_bases(path, ())
+    found = find_config(source)
+    tree = choose(_read_with_bases(found, ()), found)
     if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
+    return build_experiment(tree, overrides, found.path)
+
+
+def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Experiment:
+    """Apply `key.path=value` overrides to a tree of settings, then validate.
+
+    Args:
+        origin: where the tree is from; errors name it.
+
+    Raises:
+        ConfigError: naming the key, what was given and what is allowed.
+    """
     for text in overrides:
         _apply_override(tree, text)
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, path) from None
+        raise _explain(error, origin) from None
 
 
 def dump_experiment(config: Experiment) -> str:
@@ -50,15 +56,19 @@ def dump_experiment(config: Experiment) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def find_config(source: str | Path) -> Path:
-    """The file behind a recipe name, a path or a run folder."""
+def find_config(source: str | Path) -> Source:
+    """Where the config of a recipe's name, a path or a run folder is written.
+
+    Raises:
+        ConfigError: there is none.
+    """
     path = Path(source)
     if path.is_dir() and (path / "config.yaml").is_file():
-        return path / "config.yaml"
+        return Source(path / "config.yaml")
     if path.is_file():
-        return path
-    recipe = RECIPES / f"{source}.yaml"
-    if recipe.is_file():
+        return Source(path)
+    recipe = find_recipe(str(source))
+    if recipe is not None:
         return recipe
     raise ConfigError(
         "no such recipe, YAML file or run folder",
@@ -77,45 +87,26 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_with_bases(path: Path, seen: tuple[Path, ...]) -> Tree:
+def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
+    path = source.path
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
         raise ConfigError(f"{path}: `base` goes in a circle", given=chain)
-    tree = _read_yaml(path)
+    tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
         return tree
-    return _merge(_read_with_bases(_find_base(str(base), path), (*seen, path.resolve())), tree)
+    below = _find_base(str(base), path)
+    inherited = _read_with_bases(below, (*seen, path.resolve()))
+    return merge(choose(inherited, below) if below.variant else inherited, tree)
 
 
-def _find_base(base: str, path: Path) -> Path:
+def _find_base(base: str, path: Path) -> Source:
     beside = path.parent / base
     try:
-        return beside if beside.is_file() else find_config(base)
+        return Source(beside) if beside.is_file() else find_config(base)
     except ConfigError as error:
         raise ConfigError(f"{path}: `base`: {error}") from None
-
-
-def _read_yaml(path: Path) -> Tree:
-    try:
-        tree = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not readable as YAML", given=reason) from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ConfigError(f"{path}: not a config", given=type(tree).__name__, allowed="a mapping of sections")
-    return tree
-
-
-def _merge(base: Tree, top: Tree) -> Tree:
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        both = isinstance(below, dict) and isinstance(value, dict)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
-    return merged
 
 
 def _apply_override(tree: Tree, text: str) -> None:

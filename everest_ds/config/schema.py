@@ -13,7 +13,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from everest_ds.config.agreement import check_sections_agree
-from everest_ds.config.backbones import BACKBONES, Backbone
+from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
 from everest_ds.config.tokens import (
     ClipGeometry,
     TokenCounts,
@@ -28,6 +28,7 @@ PositiveInt = Annotated[int, Field(ge=1)]
 Decoder = Literal["decord", "pyav", "torchcodec"]
 DECODERS: tuple[str, ...] = get_args(Decoder)
 NonNegative = Annotated[float, Field(ge=0.0)]
+Epsilon = Annotated[float, Field(gt=0.0)]
 
 
 class Section(BaseModel):
@@ -46,11 +47,21 @@ class ModelConfig(Section):
     patch_size: PositiveInt = 16
     drop_path: Probability = Field(0.0, description="stochastic depth of the last encoder block")
     num_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="fine-tuning only")
+    decoder_depth: PositiveInt | None = Field(
+        None, description="blocks of the decoder (pre-training); default: the backbone's"
+    )
+    positions: Literal["flat", "grid"] = Field(
+        "flat", description="fixed table over token numbers (VideoMAE), or over slot, row and column (MVD)"
+    )
+    norm_eps: Epsilon = Field(LAYER_NORM_EPS, description="of all LayerNorms but the last")
+    last_norm_eps: Epsilon = Field(
+        LAYER_NORM_EPS, description="of the LayerNorm before the head; 1e-5 in transformers' VideoMAE"
+    )
     attention: Literal["fused", "unfused"] = Field(
         "fused", description="unfused holds the attention matrices, as the published memory figures did"
     )
     init_from: Path | None = Field(
-        None, description="run folder or .safetensors file whose encoder weights to start from"
+        None, description="whose encoder to start from: a run, or weights in any layout (docs/library.md)"
     )
 
     @property
@@ -61,7 +72,10 @@ class ModelConfig(Section):
     @property
     def shape(self) -> Backbone:
         """Widths, depths and heads."""
-        return BACKBONES[self.backbone]
+        named = BACKBONES[self.backbone]
+        if self.decoder_depth is None:
+            return named
+        return replace(named, decoder=replace(named.decoder, depth=self.decoder_depth))
 
     @model_validator(mode="after")
     def check_divides(self) -> ModelConfig:
@@ -109,6 +123,9 @@ class DataConfig(Section):
     frame_stride: PositiveInt = 4
     sampling: Literal["stride", "segments"] = Field(
         "stride", description="frames at a fixed stride, or one from each of num_frames equal segments"
+    )
+    short_videos: Literal["leave_out", "hold_last_frame"] = Field(
+        "leave_out", description="videos shorter than a clip: left out by name, or their last frame repeated"
     )
     train_crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     horizontal_flip: bool = Field(False, description="random in training; wrong where left is not right")
@@ -166,7 +183,7 @@ class OptimizerConfig(Section):
     """AdamW. Biases, norms and the mask token are not decayed."""
 
     betas: tuple[Probability, Probability] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    eps: Epsilon = 1e-8
     weight_decay: NonNegative = 0.05
     layer_decay: Ratio = Field(1.0, description="lr factor from each encoder block to the one below")
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
@@ -249,7 +266,7 @@ class RunConfig(Section):
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps in a row that may be left out for a loss or gradient that is not finite"
     )
-    image_every_steps: PositiveInt = Field(500, description="reconstructions to TensorBoard")
+    image_every_steps: PositiveInt = Field(500, description="pictures of a clip to TensorBoard")
     validate_every_epochs: PositiveInt = 1
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 
 def exact_floor(ratio: float, count: int) -> int:
@@ -14,7 +15,8 @@ def exact_floor(ratio: float, count: int) -> int:
 
     Binary floating point gets such counts wrong: `int(0.29 * 100)` is 28.
     """
-    return int(Fraction(repr(ratio)) * count)
+    product = Fraction(repr(ratio)) * count
+    return product.numerator // product.denominator  # not int(): torch.compile fails on it in Python 3.10
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class TokenCounts:
 RUNNING_CELL_PERIOD = 4
 
 
+@lru_cache  # asked for in every part of every prediction
 def pretrain_counts(
     geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
 ) -> TokenCounts:
@@ -99,6 +102,7 @@ def pretrain_counts(
     return TokenCounts(n, kept, int((1 - Fraction(repr(mask_ratio))) * n))
 
 
+@lru_cache
 def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
     """Token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
     n = geometry.num_tokens

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.data.frames import train_frames, view_frames
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import Loaded, load
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
@@ -100,6 +100,7 @@ class TrainingClips:
         self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
+        self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
         self.data = config.data
         self.seed = config.run.seed
         self.pack = pack
@@ -128,8 +129,7 @@ class TrainingClips:
     def choose(self, visit: Visit, video_frames: int) -> list[int]:
         """Which frames of a video of so many a visit takes."""
         rng = np.random.default_rng(sample_key(self.seed, *visit))
-        data = self.data
-        return train_frames(video_frames, self.geometry.num_frames, data.frame_stride, data.sampling, rng)
+        return self.frames.for_training(video_frames, rng)
 
     def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
         """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
@@ -159,6 +159,7 @@ class EvaluationClips:
         self.reader = SampleReader(samples, config.data)
         self.samples = samples
         self.geometry = config.candidate_geometry
+        self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
         self.data = config.data
         self.segments = segments
         self.crops = crops
@@ -169,25 +170,38 @@ class EvaluationClips:
     def __len__(self) -> int:
         return len(self.views)
 
-    def __getitem__(self, item: int) -> Loaded:
-        view = self.views[item]
-        key = sample_key(_VIEW_SEED, 0, item)
-        label = self.samples[view.sample].label
-        try:
-            frames = self.reader.read(view.sample, partial(self._choose, view))
-        except DataError as error:
-            side = self.geometry.image_size
-            black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
-            failure = Failure.of(error, epoch=0, slot=view.sample, sample=view.sample)
-            return Loaded([_single(black, label, key, MISSING)], [failure])
-        box = view_box(frames.shape[1], frames.shape[2], view.crop, self.crops)
-        return Loaded([_single(crop_resize(frames, box, self.geometry.image_size), label, key, item)], [])
+    def sample_of(self, item: int) -> int:
+        """Whose view it is."""
+        return self.views[item].sample
 
-    def _choose(self, view: View, video_frames: int) -> list[int]:
-        data, num_frames = self.data, self.geometry.num_frames
-        return view_frames(
-            video_frames, num_frames, data.frame_stride, data.sampling, view.segment, self.segments
-        )
+    def __getitem__(self, items: Sequence[int]) -> Loaded:
+        """Views of one sample: it is opened once, and what several crops look at is decoded once."""
+        views = [self.views[item] for item in items]
+        sample, segments = views[0].sample, sorted({view.segment for view in views})
+        try:
+            frames = self.reader.read(sample, partial(self._choose, segments))
+        except DataError as error:
+            failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
+            return Loaded([self._missing(item) for item in items], [failure])
+        by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
+        return Loaded([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
+
+    def _choose(self, segments: Sequence[int], video_frames: int) -> list[int]:
+        views = [self.frames.for_view(video_frames, segment, self.segments) for segment in segments]
+        return list(chain.from_iterable(views))
+
+    def _clip(self, frames: Tensor, item: int) -> ClipBatch:
+        box = view_box(frames.shape[1], frames.shape[2], self.views[item].crop, self.crops)
+        return self._single(crop_resize(frames, box, self.geometry.image_size), item, item)
+
+    def _missing(self, item: int) -> ClipBatch:
+        side = self.geometry.image_size
+        black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
+        return self._single(black, item, MISSING)
+
+    def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
+        label = self.samples[self.views[view].sample].label
+        return _single(clip, label, sample_key(_VIEW_SEED, 0, view), item)
 
 
 def training_batches(
@@ -220,7 +234,8 @@ def evaluation_views(
 ) -> Iterator[ClipBatch]:
     """This rank's share of the views; see `evaluation_batches`."""
     batches = evaluation_batches(len(clips), batch_size, rank, num_ranks)
-    return load(clips, iter(batches), clips.data, pin_memory, on_failure)
+    by_sample = ([list(group) for _, group in groupby(batch, clips.sample_of)] for batch in batches)
+    return load(clips, by_sample, clips.data, pin_memory, on_failure)
 
 
 def _single(clip: Tensor, label: int | None, key: int, item: int) -> ClipBatch:

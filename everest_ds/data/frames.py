@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from everest_ds.config import DataConfig
 from everest_ds.errors import DataError
 
 Indices = list[int]
@@ -13,56 +16,83 @@ class TooShortError(DataError):
     """A video from which no such clip can be cut; there is nothing wrong with the file."""
 
 
-def train_frames(
-    video_frames: int, num_frames: int, stride: int, sampling: str, rng: np.random.Generator
-) -> Indices:
-    """Frame indices of one random training clip.
+@dataclass(frozen=True)
+class ClipFrames:
+    """How the frames of a clip are chosen from a video.
 
-    `stride`: consecutive frames `stride` apart from a uniform random start. `segments`: one uniform random
-    frame from each of `num_frames` equal parts of the video (TSN sampling, as VideoMAE does on SSv2).
+    Attributes:
+        num_frames: of a clip.
+        stride: from one frame of a clip to the next, where `sampling` is `stride`.
+        sampling: `stride`: frames `stride` apart; `segments`: one from each of `num_frames` equal parts of
+            the video (TSN's sampling, as VideoMAE does on SSv2).
+        hold_last_frame: of a video that is too short, repeat the last frame, as VideoMAE's loader does;
+            otherwise it is refused.
     """
-    _check_length(video_frames, num_frames, stride, sampling)
-    if sampling == "stride":
-        start = int(rng.integers(video_frames - _span(num_frames, stride) + 1))
-        return list(range(start, start + _span(num_frames, stride), stride))
-    return _from_segments(video_frames, num_frames, rng.random(num_frames))
 
+    num_frames: int
+    stride: int
+    sampling: str
+    hold_last_frame: bool
 
-def view_frames(
-    video_frames: int, num_frames: int, stride: int, sampling: str, view: int, num_views: int
-) -> Indices:
-    """Frame indices of temporal view `view` of `num_views`, spread evenly; one view is the middle one."""
-    _check_length(video_frames, num_frames, stride, sampling)
-    if sampling == "segments":
-        return _from_segments(video_frames, num_frames, np.full(num_frames, (view + 0.5) / num_views))
-    room = video_frames - _span(num_frames, stride)
-    start = round(room * (view / (num_views - 1) if num_views > 1 else 0.5))
-    return list(range(start, start + _span(num_frames, stride), stride))
+    @classmethod
+    def of(cls, num_frames: int, data: DataConfig) -> ClipFrames:
+        """The choice that `data` asks for."""
+        return cls(num_frames, data.frame_stride, data.sampling, data.short_videos == "hold_last_frame")
 
+    @property
+    def needed(self) -> int:
+        """The shortest video that a clip can be cut from, in frames."""
+        if self.hold_last_frame:
+            return 1
+        return self._span if self.sampling == "stride" else self.num_frames
 
-def frames_needed(num_frames: int, stride: int, sampling: str) -> int:
-    """The shortest video that a clip can be cut from, in frames."""
-    return _span(num_frames, stride) if sampling == "stride" else num_frames
+    def for_training(self, video_frames: int, rng: np.random.Generator) -> Indices:
+        """One random clip: from a uniform random start, or a uniform random frame of each segment.
 
+        Raises:
+            TooShortError: the video has fewer frames than are `needed`.
+        """
+        self._check(video_frames)
+        if self.sampling == "segments":
+            return self._from_segments(video_frames, rng.random(self.num_frames))
+        return self._from(int(rng.integers(self._room(video_frames) + 1)), video_frames)
 
-def _span(num_frames: int, stride: int) -> int:
-    return (num_frames - 1) * stride + 1
+    def for_view(self, video_frames: int, view: int, num_views: int) -> Indices:
+        """Temporal view `view` of `num_views`, spread evenly; one view is the middle one.
 
+        Raises:
+            TooShortError: the video has fewer frames than are `needed`.
+        """
+        self._check(video_frames)
+        if self.sampling == "segments":
+            return self._from_segments(video_frames, np.full(self.num_frames, (view + 0.5) / num_views))
+        place = view / (num_views - 1) if num_views > 1 else 0.5
+        return self._from(round(self._room(video_frames) * place), video_frames)
 
-def _from_segments(video_frames: int, num_frames: int, offset: np.ndarray) -> Indices:
-    edges = np.linspace(0, video_frames, num_frames + 1)
-    chosen = np.floor(edges[:-1] + offset * np.diff(edges)).astype(int)
-    return [int(i) for i in np.minimum(chosen, video_frames - 1)]
+    @property
+    def _span(self) -> int:
+        return (self.num_frames - 1) * self.stride + 1
 
+    def _room(self, video_frames: int) -> int:
+        """How far a clip's start can move."""
+        return max(video_frames - self._span, 0)
 
-def _check_length(video_frames: int, num_frames: int, stride: int, sampling: str) -> None:
-    needed = frames_needed(num_frames, stride, sampling)
-    if video_frames < needed:
+    def _from(self, start: int, video_frames: int) -> Indices:
+        return [min(start + i * self.stride, video_frames - 1) for i in range(self.num_frames)]
+
+    def _from_segments(self, video_frames: int, offset: np.ndarray) -> Indices:
+        edges = np.linspace(0, video_frames, self.num_frames + 1)
+        chosen = np.floor(edges[:-1] + offset * np.diff(edges)).astype(int)
+        return [int(i) for i in np.minimum(chosen, video_frames - 1)]
+
+    def _check(self, video_frames: int) -> None:
+        if video_frames >= self.needed:
+            return
+        by_stride = f" ({self.num_frames} frames at stride {self.stride})"
         raise TooShortError(
             "video too short for a clip",
             given=f"{video_frames} frames",
-            allowed=f"at least {needed} ({num_frames} frames at stride {stride})"
-            if sampling == "stride"
-            else f"at least {needed}",
-            fix="lower data.frame_stride or model.num_frames, or take the video out of the manifest",
+            allowed=f"at least {self.needed}" + (by_stride if self.sampling == "stride" else ""),
+            fix="data.short_videos=hold_last_frame repeats the last one, as VideoMAE does; or lower"
+            " data.frame_stride or model.num_frames",
         )

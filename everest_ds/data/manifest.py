@@ -152,6 +152,19 @@ def split_samples(
     return parts
 
 
+def list_samples(source: Path) -> list[Sample]:
+    """The videos of a folder, however nested, without labels; of a manifest; or a single one.
+
+    Errors:
+        DataError: no such file or folder, or no video in it.
+    """
+    if source.is_dir():
+        return [Sample(path, None) for path in _videos(source, "this folder")]
+    if source.suffix.lower() in VIDEO_SUFFIXES:
+        return [Sample(source, None)]
+    return read_manifest(source, root=None, num_classes=None, labelled=False)
+
+
 def _class(sample: Sample) -> int:
     return -1 if sample.label is None else sample.label
 
@@ -164,10 +177,10 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and path.is_file()
 
 
-def _videos(folder: Path) -> list[Path]:
+def _videos(folder: Path, whose: str = "this class") -> list[Path]:
     videos = sorted(path for path in folder.rglob("*") if _is_video(path))
     if not videos:
-        raise DataError(f"{folder}: no videos in this class", allowed=" ".join(VIDEO_SUFFIXES))
+        raise DataError(f"{folder}: no videos in {whose}", allowed=" ".join(VIDEO_SUFFIXES))
     return videos
 
 

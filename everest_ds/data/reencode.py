@@ -21,7 +21,7 @@ import torch
 from everest_ds.config import DataConfig
 from everest_ds.data.decode import open_sample
 from everest_ds.data.decode_pyav import naming, probe
-from everest_ds.data.frames import frames_needed, train_frames
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.isolation import Lost, map_isolated
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import Sample
@@ -166,18 +166,17 @@ def measure_gain(
     pairs: Sequence[tuple[Sample, Sample]], data: DataConfig, num_frames: int, repeats: int = 3
 ) -> Gain | None:
     """Time to open and decode random training clips of the old and the new files; None: all are too short."""
-    needed = frames_needed(num_frames, data.frame_stride, data.sampling)
+    clip = ClipFrames.of(num_frames, data)
     times: dict[int, list[float]] = {0: [], 1: []}
     for number, pair in enumerate(pairs):
         for repeat in range(repeats):
             for side, sample in enumerate(pair):
                 start = time.perf_counter()
                 with open_sample(sample, data) as video:
-                    if video.num_frames < needed:
+                    if video.num_frames < clip.needed:
                         break
                     rng = np.random.default_rng([number, repeat])
-                    frames = train_frames(video.num_frames, num_frames, data.frame_stride, data.sampling, rng)
-                    video.read(frames)
+                    video.read(clip.for_training(video.num_frames, rng))
                 times[side].append(1e3 * (time.perf_counter() - start))
     if not times[1]:
         return None

@@ -70,6 +70,11 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads_per_rank(num_ranks: int) -> int:
+    """Threads that each of `num_ranks` ranks on this machine computes with."""
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // num_ranks))
+
+
 class _Failure(NamedTuple):
     rank: int
     code: int  # as subprocess gives it: -9 is an end by SIGKILL
@@ -96,7 +101,7 @@ class _Group:
                 stdin=subprocess.DEVNULL,
                 stdout=output if place.rank else None,
                 stderr=output if place.rank else None,
-                preexec_fn=_end_with_parent(os.getpid()),
+                preexec_fn=end_with_parent(os.getpid()),
             )
         self.ranks.append(process)
 
@@ -188,12 +193,12 @@ def _last_lines(file: Path, start: int) -> list[str]:
 
 
 def _rank_variables(place: RankEnvironment) -> dict[str, str]:
-    threads = max(1, available_cores() // place.local_world_size)
     # Each rank's torch takes every core unless told otherwise, and N ranks then stand in each other's way.
-    return {"OMP_NUM_THREADS": str(threads), **os.environ, **place.as_variables()}
+    threads = threads_per_rank(place.local_world_size)
+    return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
-def _end_with_parent(parent: int) -> Callable[[], None] | None:
+def end_with_parent(parent: int) -> Callable[[], None] | None:
     """What a child runs before its program: Linux shall kill it when the launcher dies. Elsewhere nothing."""
     if sys.platform != "linux":
         return None

@@ -33,9 +33,14 @@ def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
 
 def unfused_attention(qkv_Bn3hd: Tensor) -> Tensor:
     """The same with both n x n matrices in memory: how the published memory figures were taken."""
-    q, k, v = qkv_Bn3hd.permute(2, 0, 3, 1, 4)
-    weights = ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
-    return (weights @ v).transpose(1, 2).flatten(2)
+    values = qkv_Bn3hd[:, :, 2].transpose(1, 2)
+    return (attention_weights(qkv_Bn3hd) @ values).transpose(1, 2).flatten(2)
+
+
+def attention_weights(qkv_Bn3hd: Tensor) -> Tensor:
+    """softmax(QKᵀ/√d) (B, h, n, n): how much each token (row) takes from each other one."""
+    q, k = qkv_Bn3hd[:, :, :2].permute(2, 0, 3, 1, 4)
+    return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
 
 ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused_attention, "unfused": unfused_attention}

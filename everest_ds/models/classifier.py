@@ -11,7 +11,6 @@ from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
-from everest_ds.models.vit import LAYER_NORM_EPS
 
 
 class Classifier(nn.Module):
@@ -28,7 +27,7 @@ class Classifier(nn.Module):
         width = config.model.shape.encoder.width
         self.selector = Selector(config)
         self.encoder = Encoder(config)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=config.model.last_norm_eps)
         self.head = _Head(width, config.model.num_classes)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:

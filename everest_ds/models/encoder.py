@@ -5,11 +5,14 @@ Shape legend: B clips, N tokens, K any number of them, P values of a tubelet, D 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
-from everest_ds.models.tubelets import PixelMap, TubeletEmbedding, sincos_positions
+from everest_ds.models.positions import fixed_positions
+from everest_ds.models.tubelets import PixelMap, TubeletEmbedding
 from everest_ds.models.vit import Blocks
 
 
@@ -20,7 +23,8 @@ class Encoder(nn.Module):
         super().__init__()
         model, shape = config.model, config.model.shape.encoder
         self.embed = TubeletEmbedding(model.geometry, shape.width)
-        self.blocks = Blocks(shape, model.drop_path, model.attention)
+        self.blocks = Blocks(shape, model.drop_path, model.attention, model.norm_eps)
+        self.table = partial(fixed_positions, model.positions, model.geometry, shape.width)
         self.positions: Tensor
         self.register_buffer(
             "positions", torch.empty(model.geometry.num_tokens, shape.width), persistent=False
@@ -29,7 +33,7 @@ class Encoder(nn.Module):
 
     def reset_parameters(self) -> None:
         """Compute the fixed positions."""
-        self.positions = sincos_positions(*self.positions.shape)
+        self.positions = self.table()
 
     def forward(self, tubelets_BKP: Tensor, index_BK: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
         """Run the blocks on the tubelets at token indices `index_BK`: (B, K, D).

@@ -10,6 +10,7 @@ P values of a tubelet, D encoder width, d decoder width.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -19,9 +20,10 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.linear import Linear
+from everest_ds.models.positions import fixed_positions
 from everest_ds.models.selector import Selector
-from everest_ds.models.tubelets import gather_tokens, reconstruction_targets, sincos_positions
-from everest_ds.models.vit import LAYER_NORM_EPS, Blocks
+from everest_ds.models.tubelets import gather_tokens, reconstruction_targets
+from everest_ds.models.vit import Blocks
 
 
 class Reconstruction(NamedTuple):
@@ -51,17 +53,18 @@ class PretrainModel(nn.Module):
 
     def __init__(self, config: Experiment) -> None:
         super().__init__()
-        geometry = config.model.geometry
+        model, geometry = config.model, config.model.geometry
         self.normalize_targets = config.loss.normalize_targets
-        width, shape = config.model.shape.encoder.width, config.model.shape.decoder
+        width, shape = model.shape.encoder.width, model.shape.decoder
         self.selector = Selector(config)
         self.encoder = Encoder(config)
-        self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm = nn.LayerNorm(width, eps=model.norm_eps)
         self.to_decoder = Linear(width, shape.width, bias=False)
         self.mask_token = nn.Parameter(torch.empty(shape.width))
-        self.decoder = Blocks(shape, attention=config.model.attention)
-        self.decoder_norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
+        self.decoder = Blocks(shape, attention=model.attention, norm_eps=model.norm_eps)
+        self.decoder_norm = nn.LayerNorm(shape.width, eps=model.last_norm_eps)
         self.head = Linear(shape.width, geometry.tubelet_values)
+        self.decoder_table = partial(fixed_positions, model.positions, geometry, shape.width)
         self.decoder_positions: Tensor
         self.register_buffer(
             "decoder_positions", torch.empty(geometry.num_tokens, shape.width), persistent=False
@@ -71,7 +74,7 @@ class PretrainModel(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the mask token and compute the decoder's fixed positions."""
         nn.init.trunc_normal_(self.mask_token, std=0.02)
-        self.decoder_positions = sincos_positions(*self.decoder_positions.shape)
+        self.decoder_positions = self.decoder_table()
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Reconstruction:
         """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random.

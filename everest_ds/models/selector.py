@@ -21,6 +21,20 @@ from everest_ds.models.tubelets import PixelMap, to_tubelets
 _TUBES = {"tube": split_tubes, "dual": split_dual}
 
 
+class Kept(NamedTuple):
+    """A clip, cut up, and the tokens that are computed on.
+
+    Attributes:
+        pixels_BNP: uint8 tubelets of the T slots that the model sees.
+        slots_BT: which candidate slots those are.
+        keep_BK: token indices, ascending; all of them for `none` and for pre-training's tubes.
+    """
+
+    pixels_BNP: Tensor
+    slots_BT: Tensor
+    keep_BK: Tensor
+
+
 class Selection(NamedTuple):
     """A clip, cut up and chosen from.
 
@@ -59,14 +73,25 @@ class Selector(nn.Module):
         Args:
             keep_BK: the tokens to keep, where the loader has chosen them.
         """
-        pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
+        pixels_BNP, slots_BT, keep_BK = self.kept(clip_BFHWC, embedding, key_B, keep_BK)
         if self.tokens.selection in _TUBES:
             split = _TUBES[self.tokens.selection](self.geometry, self.counts.num_visible, key_B)
         else:
-            if keep_BK is None:
-                keep_BK = self._keep(pixels_BNP, embedding, key_B)
             split = split_kept(keep_BK, self.counts.num_visible, key_B)
         return Selection(pixels_BNP, slots_BT, *split)
+
+    @torch.no_grad()
+    def kept(
+        self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
+    ) -> Kept:
+        """Frames and kept tokens, without pre-training's split into visible and predicted ones.
+
+        Args: as of the module's call.
+        """
+        pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
+        if keep_BK is None:
+            keep_BK = self._keep(pixels_BNP, embedding, key_B)
+        return Kept(pixels_BNP, slots_BT, keep_BK)
 
     def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
         """IIFS: the tubelets and numbers of T slots out of S; all of them where S = T."""
@@ -74,11 +99,15 @@ class Selector(nn.Module):
         num_slots, num_drawn = self.candidates.num_slots, self.geometry.num_slots
         if num_slots == num_drawn:
             return pixels, torch.arange(num_slots, device=pixels.device).expand(len(pixels), -1)
-        places = self.geometry.tokens_per_slot
-        num_kept = exact_floor(self.tokens.keep_ratio, self.candidates.num_tokens)
-        keep_BK = select_tokens(self.importance(pixels, num_slots, embedding), num_kept)
-        slots_BT = draw_slots(tokens_per_slot(keep_BK, num_slots, places), num_drawn, key_B)
-        return gather_slots(pixels, slots_BT, places), slots_BT
+        slots_BT = draw_slots(self.count_tokens(pixels, embedding), num_drawn, key_B)
+        return gather_slots(pixels, slots_BT, self.geometry.tokens_per_slot), slots_BT
+
+    def count_tokens(self, candidates_BNP: Tensor, embedding: PixelMap) -> Tensor:
+        """How many of the candidates' ReRo tokens lie in each slot: c (B, S)."""
+        num_slots, num_tokens = self.candidates.num_slots, self.candidates.num_tokens
+        num_kept = exact_floor(self.tokens.keep_ratio, num_tokens)
+        keep_BK = select_tokens(self.importance(candidates_BNP, num_slots, embedding), num_kept)
+        return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
     def _keep(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
         """Token indices (B, K) to compute on, ascending."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from everest_ds.config.backbones import TransformerShape
+from everest_ds.config.backbones import LAYER_NORM_EPS, TransformerShape
 from everest_ds.models.attention import ATTENTION
 from everest_ds.models.linear import Linear, LinearWithoutBias, init_linear
 from everest_ds.models.mlp import MLP
 from everest_ds.models.sampling import random_uniform
 
-LAYER_NORM_EPS = 1e-6
 DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
 
 
@@ -47,14 +46,20 @@ class Block(nn.Module):
     """Attention and MLP, each on a normalised input and added to it; drop path per clip."""
 
     def __init__(
-        self, width: int, heads: int, drop_path: float = 0.0, index: int = 0, attention: str = "fused"
+        self,
+        width: int,
+        heads: int,
+        drop_path: float = 0.0,
+        index: int = 0,
+        attention: str = "fused",
+        norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
         super().__init__()
         self.drop_path = drop_path
         self.stream = DROP_PATH_STREAM + 2 * index
-        self.norm1 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, attention)
-        self.norm2 = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
+        self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width)
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
@@ -72,10 +77,17 @@ class Block(nn.Module):
 class Blocks(nn.ModuleList):
     """A stack of blocks whose drop path grows linearly from 0 to `drop_path`."""
 
-    def __init__(self, shape: TransformerShape, drop_path: float = 0.0, attention: str = "fused") -> None:
+    def __init__(
+        self,
+        shape: TransformerShape,
+        drop_path: float = 0.0,
+        attention: str = "fused",
+        norm_eps: float = LAYER_NORM_EPS,
+    ) -> None:
         last = max(shape.depth - 1, 1)
         super().__init__(
-            Block(shape.width, shape.heads, drop_path * i / last, i, attention) for i in range(shape.depth)
+            Block(shape.width, shape.heads, drop_path * i / last, i, attention, norm_eps)
+            for i in range(shape.depth)
         )
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:

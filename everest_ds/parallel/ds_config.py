@@ -7,13 +7,14 @@ that sets one of them to something else is refused, not obeyed.
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment
+from everest_ds.config.zero_settings import ds_config_path
 from everest_ds.errors import ConfigError, nearest
 from everest_ds.parallel.nvme import check_nvme, swap_folder
-from everest_ds.shipped import shipped
 
 AUTO = "auto"
 # Top-level keys of DeepSpeed's JSON that act on training with a client optimiser. Others, such as
@@ -54,11 +55,24 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     return {"steps_per_print": 2**31, **tree}
 
 
-def ds_config_path(config: Experiment) -> Path:
-    """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
-    parallelism = config.parallelism
-    offload = "_offload" if parallelism.offload_to_cpu else "_nvme" if parallelism.offload_to_nvme else ""
-    return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
+def check_by_deepspeed(resolved: dict[str, Any]) -> None:
+    """Hold a resolved file against DeepSpeed's own validation, as its engine does at the start.
+
+    Raises:
+        ConfigError: what DeepSpeed says.
+    """
+    import torch  # heavy, as those below
+
+    from everest_ds.parallel.world import prepare_deepspeed
+
+    # Told the device, it does not warn that it had to look for one.
+    prepare_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    try:
+        DeepSpeedConfig(deepcopy(resolved))  # fills in what it is given
+    except (AssertionError, ValueError, TypeError, KeyError) as error:  # pydantic's are ValueErrors
+        raise ConfigError("refused by DeepSpeed", given=" ".join(str(error).split())) from None
 
 
 def _read(path: Path) -> dict[str, Any]:

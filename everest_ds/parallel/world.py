@@ -158,7 +158,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank)
-    _prepare_deepspeed(device)
+    prepare_deepspeed(device)
     _default_timeouts(timeout)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
@@ -243,7 +243,7 @@ def _default_timeouts(timeout: timedelta) -> None:
         setattr(dist.distributed_c10d, name, timeout)
 
 
-def _prepare_deepspeed(device: torch.device) -> None:
+def prepare_deepspeed(device: torch.device) -> None:
     """Settings that DeepSpeed reads while it is imported or initialised."""
     os.environ["DS_ACCELERATOR"] = device.type
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames: nothing a user could act on.

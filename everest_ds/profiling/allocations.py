@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from everest_ds.errors import UsageError
+from everest_ds.resident import peak_bytes, reset_peak, resident_bytes
 
-_STATUS = Path("/proc/self/status")
-_CLEAR_REFS = Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): sets VmHWM to the current resident size
 _SAMPLING_PERIOD_S = 0.001
 
 
@@ -101,27 +97,14 @@ def measure_resident_peak(call: Callable[[], object]) -> ResidentPeak:
     Raises:
         UsageError: on a system without Linux' /proc.
     """
-    if not _STATUS.exists():
-        raise UsageError(f"resident memory is read from {_STATUS}, which this system has not")
-    start = resident_bytes()
     try:
-        _CLEAR_REFS.write_text(_RESET_PEAK)
-    except OSError:  # some containers forbid it
+        start = resident_bytes()
+    except OSError as error:
+        raise UsageError("resident memory cannot be read on this system", given=str(error)) from None
+    if not reset_peak():
         return ResidentPeak(start, _sample_peak(call), sampled=True)
     call()
-    return ResidentPeak(start, _status_bytes("VmHWM"), sampled=False)
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process now (Linux)."""
-    return _status_bytes("VmRSS")
-
-
-def _status_bytes(field: str) -> int:
-    found = re.search(rf"^{field}:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
-    if found is None:
-        raise UsageError(f"{_STATUS} has no field {field}")
-    return int(found[1]) * 1024
+    return ResidentPeak(start, peak_bytes(), sampled=False)
 
 
 def _sample_peak(call: Callable[[], object]) -> int:

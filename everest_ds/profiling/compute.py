@@ -17,6 +17,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import sketch_width
 
 LITERATURE_MACS_PER_NORM_ELEMENT = 5
+FLOPS_PER_MAC = 2  # a multiplication and an addition
 
 
 @dataclass(frozen=True)

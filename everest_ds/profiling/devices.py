@@ -1,8 +1,9 @@
-"""What accelerators can do at best, from their makers' data sheets: floating-point rates and memory.
+"""What accelerators can do at best, from their makers' data sheets: rates, memory, links and power.
 
 Rates are dense; data sheets print twice as much "with sparsity". Only whole products that are known by name
 are here: of a slice of a GPU (MIG), an export variant or a CPU nothing is known, and no figure is better than
-a wrong one.
+a wrong one. `matmul_share` is on no data sheet: it is from the table "Maximum Achievable Matmul FLOPS"
+of stas00/ml-engineering (bf16).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from everest_ds.errors import UsageError, nearest
 from everest_ds.units import GIB
 
 TERA = 10**12
@@ -25,13 +27,24 @@ class Device:
         memory_gib: as sold; the driver keeps 1 to 3 % of it. Makers write GB and mean GiB.
         tflops: peak rate in 10^12 floating-point operations a second, by dtype. `fp32` is without tensor
             cores and `tf32` with them; `fp16` and `bf16` accumulate in float32.
-        source: where that is printed.
+        source: where that and the following are printed.
+        memory_gb_per_s: bandwidth of the memory.
+        link: between the GPUs of a node, and `host_link` to its host; names of `links.LINKS`. Bridges join
+            but two cards and are not counted.
+        watts: the most that it may draw.
+        matmul_share: of the peak half-precision rate, by the best of many shapes; None where nobody that we
+            know of has measured it.
     """
 
     reported_as: str
     memory_gib: int
     tflops: Mapping[str, float]
     source: str
+    memory_gb_per_s: float
+    link: str
+    host_link: str
+    watts: int
+    matmul_share: float | None = None
 
     @property
     def memory_bytes(self) -> int:
@@ -53,45 +66,142 @@ _V100_SXM, _V100_PCIE = _rates(15.7, None, 125, has_bf16=False), _rates(14, None
 _A100 = _rates(19.5, 156, 312)
 _V100_SHEET, _A100_SHEET = "NVIDIA V100 data sheet, January 2020", "NVIDIA A100 data sheet, June 2021"
 _GA102, _HOPPER = "NVIDIA GA102 white paper 2.0, appendix", "NVIDIA H100 white paper 1.04, table 3"
+_H200, _MI300X = "NVIDIA H200 data sheet (halved)", "AMD Instinct MI300X data sheet, 2023"
+_PCIE3, _PCIE4, _PCIE5 = ("pcie3", "pcie3"), ("pcie4", "pcie4"), ("pcie5", "pcie5")  # cards: no other link
 
-# Short name -> product. Halves of figures with sparsity where the source prints only those.
+# Short name -> product; of those of one memory that a name could mean, the first is meant. Halves of figures
+# with sparsity where the source prints only those.
 DEVICES: dict[str, Device] = {
-    "T4": Device(r"Tesla T4", 16, _rates(8.1, None, 65, has_bf16=False), "NVIDIA T4 data sheet"),
-    "V100 SXM 16GB": Device(r"Tesla V100-SXM2-16GB", 16, _V100_SXM, _V100_SHEET),
-    "V100 SXM 32GB": Device(r"Tesla V100-SXM2-32GB(-LS)?", 32, _V100_SXM, _V100_SHEET),
-    "V100 PCIe 16GB": Device(r"Tesla V100-PCIE-16GB", 16, _V100_PCIE, _V100_SHEET),
-    "V100 PCIe 32GB": Device(r"Tesla V100-PCIE-32GB", 32, _V100_PCIE, _V100_SHEET),
-    "A10": Device(r"NVIDIA A10", 24, _rates(31.2, 62.5, 125), "NVIDIA A10 data sheet"),
-    "A30": Device(r"NVIDIA A30", 24, _rates(10.3, 82, 165), "NVIDIA A30 data sheet"),
-    "A40": Device(r"NVIDIA A40", 48, _rates(37.4, 74.8, 149.7), "NVIDIA A40 data sheet"),
-    "A100 40GB": Device(r"(NVIDIA )?A100-(SXM4|PCIE)-40GB", 40, _A100, _A100_SHEET),
-    "A100 80GB": Device(r"(NVIDIA )?A100(-SXM4-80GB| 80GB PCIe)", 80, _A100, _A100_SHEET),
-    "A6000": Device(r"(NVIDIA )?RTX A6000", 48, _rates(38.7, 77.4, 154.8), _GA102),
-    "RTX 3090": Device(r"(NVIDIA )?GeForce RTX 3090", 24, _rates(35.6, 35.6, 71), _GA102),
+    "T4": Device(
+        r"Tesla T4", 16, _rates(8.1, None, 65, has_bf16=False), "NVIDIA T4 data sheet", 300, *_PCIE3, 70
+    ),
+    "V100 SXM 16GB": Device(
+        r"Tesla V100-SXM2-16GB", 16, _V100_SXM, _V100_SHEET, 900, "nvlink2", "pcie3", 300
+    ),
+    "V100 SXM 32GB": Device(
+        r"Tesla V100-SXM2-32GB(-LS)?", 32, _V100_SXM, _V100_SHEET, 900, "nvlink2", "pcie3", 300
+    ),
+    "V100 PCIe 16GB": Device(r"Tesla V100-PCIE-16GB", 16, _V100_PCIE, _V100_SHEET, 900, *_PCIE3, 250),
+    "V100 PCIe 32GB": Device(r"Tesla V100-PCIE-32GB", 32, _V100_PCIE, _V100_SHEET, 900, *_PCIE3, 250),
+    "A10": Device(r"NVIDIA A10", 24, _rates(31.2, 62.5, 125), "NVIDIA A10 data sheet", 600, *_PCIE4, 150),
+    "A30": Device(r"NVIDIA A30", 24, _rates(10.3, 82, 165), "NVIDIA A30 data sheet", 933, *_PCIE4, 165),
+    "A40": Device(r"NVIDIA A40", 48, _rates(37.4, 74.8, 149.7), "NVIDIA A40 data sheet", 696, *_PCIE4, 300),
+    "A100 40GB": Device(
+        r"(NVIDIA )?A100-SXM4-40GB", 40, _A100, _A100_SHEET, 1555, "nvlink3", "pcie4", 400, 0.869
+    ),
+    "A100 80GB": Device(
+        r"(NVIDIA )?A100-SXM4-80GB", 80, _A100, _A100_SHEET, 2039, "nvlink3", "pcie4", 400, 0.869
+    ),
+    "A100 PCIe 40GB": Device(r"(NVIDIA )?A100-PCIE-40GB", 40, _A100, _A100_SHEET, 1555, *_PCIE4, 250, 0.811),
+    "A100 PCIe 80GB": Device(r"(NVIDIA )?A100 80GB PCIe", 80, _A100, _A100_SHEET, 1935, *_PCIE4, 300, 0.811),
+    "A6000": Device(r"(NVIDIA )?RTX A6000", 48, _rates(38.7, 77.4, 154.8), _GA102, 768, *_PCIE4, 300),
+    "RTX 3090": Device(r"(NVIDIA )?GeForce RTX 3090", 24, _rates(35.6, 35.6, 71), _GA102, 936, *_PCIE4, 350),
     "RTX 4090": Device(
-        r"NVIDIA GeForce RTX 4090", 24, _rates(82.6, 82.6, 165.2), "NVIDIA Ada GPU white paper, appendix A"
+        r"NVIDIA GeForce RTX 4090",
+        24,
+        _rates(82.6, 82.6, 165.2),
+        "NVIDIA Ada GPU white paper, appendix A",
+        1008,
+        *_PCIE4,
+        450,
     ),
     "RTX 6000 Ada": Device(
-        r"NVIDIA RTX 6000 Ada Generation", 48, _rates(91.1, 182.1, 364.2), "NVIDIA Ada PROVIZ white paper 1.1"
+        r"NVIDIA RTX 6000 Ada Generation",
+        48,
+        _rates(91.1, 182.1, 364.2),
+        "NVIDIA Ada PROVIZ white paper 1.1",
+        960,
+        *_PCIE4,
+        300,
     ),
-    "L4": Device(r"NVIDIA L4", 24, _rates(30.3, 60, 121), "NVIDIA L4 data sheet (halved)"),
-    "L40": Device(r"NVIDIA L40", 48, _rates(90.5, 90.5, 181.05), "NVIDIA L40 data sheet"),
-    "L40S": Device(r"NVIDIA L40S", 48, _rates(91.6, 183, 362.05), "NVIDIA L40S data sheet"),
-    "H100 SXM": Device(r"NVIDIA H100 80GB HBM3", 80, _rates(66.9, 494.7, 989.4), _HOPPER),
-    "H100 PCIe": Device(r"NVIDIA H100 PCIe", 80, _rates(51.2, 378, 756), _HOPPER),
-    "H100 NVL": Device(r"NVIDIA H100 NVL", 94, _rates(60, 417.5, 835.5), "NVIDIA H100 data sheet (halved)"),
-    "H200 SXM": Device(r"NVIDIA H200", 141, _rates(67, 494.5, 989.5), "NVIDIA H200 data sheet (halved)"),
-    "H200 NVL": Device(r"NVIDIA H200 NVL", 141, _rates(60, 417.5, 835.5), "NVIDIA H200 data sheet (halved)"),
+    "L4": Device(r"NVIDIA L4", 24, _rates(30.3, 60, 121), "NVIDIA L4 data sheet (halved)", 300, *_PCIE4, 72),
+    "L40": Device(r"NVIDIA L40", 48, _rates(90.5, 90.5, 181.05), "NVIDIA L40 data sheet", 864, *_PCIE4, 300),
+    "L40S": Device(
+        r"NVIDIA L40S", 48, _rates(91.6, 183, 362.05), "NVIDIA L40S data sheet", 864, *_PCIE4, 350
+    ),
+    "H100 SXM": Device(
+        r"NVIDIA H100 80GB HBM3",
+        80,
+        _rates(66.9, 494.7, 989.4),
+        _HOPPER,
+        3350,
+        "nvlink4",
+        "pcie5",
+        700,
+        0.803,
+    ),
+    "H100 PCIe": Device(r"NVIDIA H100 PCIe", 80, _rates(51.2, 378, 756), _HOPPER, 2000, *_PCIE5, 350),
+    "H100 NVL": Device(
+        r"NVIDIA H100 NVL",
+        94,
+        _rates(60, 417.5, 835.5),
+        "NVIDIA H100 data sheet (halved)",
+        3900,
+        *_PCIE5,
+        400,
+    ),
+    "H200 SXM": Device(r"NVIDIA H200", 141, _rates(67, 494.5, 989.5), _H200, 4800, "nvlink4", "pcie5", 700),
+    "H200 NVL": Device(r"NVIDIA H200 NVL", 141, _rates(60, 417.5, 835.5), _H200, 4800, *_PCIE5, 600),
     # its fp32 rate is 75 or 80 by NVIDIA's own documents
     "B200": Device(
-        r"NVIDIA B200", 180, {"tf32": 1100, "fp16": 2250, "bf16": 2250}, "NVIDIA Blackwell architecture brief"
+        r"NVIDIA B200",
+        180,
+        {"tf32": 1100, "fp16": 2250, "bf16": 2250},
+        "NVIDIA Blackwell architecture brief",
+        8000,
+        "nvlink5",
+        "pcie5",
+        1000,
+        0.776,
+    ),
+    "MI300X": Device(
+        r"AMD Instinct MI300X",
+        192,
+        _rates(163.4, 653.7, 1307.4),
+        _MI300X,
+        5300,
+        "infinity-fabric",
+        "pcie5",
+        750,
+        0.601,
     ),
 }
+
+# Words of drivers and shops that no short name needs.
+_VENDOR_WORDS = frozenset(("nvidia", "amd", "instinct", "tesla", "geforce", "rtx", "gpu"))
 
 
 def find_device(reported_name: str) -> Device | None:
     """The product that reports itself by this name; None if it is not known."""
     return next((d for d in DEVICES.values() if re.fullmatch(d.reported_as, reported_name)), None)
+
+
+def find_product(name: str) -> str:
+    """The short name of a product, however it is typed: `h100-80gb`, `rtx a6000`, or as it reports itself.
+
+    Raises:
+        UsageError: none is called so, or products of different memory are; naming them, or the nearest.
+    """
+    typed = _words(name)
+    called = [
+        known
+        for known, device in DEVICES.items()
+        if re.fullmatch(device.reported_as, name)
+        or (typed and typed <= _words(known) | {f"{device.memory_gib}gb"})
+    ]
+    if not called:
+        fix = "its maker's name, or a YAML file with its numbers"
+        raise UsageError("--gpu", given=repr(name), allowed=nearest(name.upper(), DEVICES), fix=fix)
+    if len({DEVICES[known].memory_gib for known in called}) > 1:
+        raise UsageError("--gpu: which of these", given=repr(name), allowed=", ".join(called))
+    return called[0]
+
+
+def _words(name: str) -> frozenset[str]:
+    """`H100-SXM5-80GB` -> {h100, sxm, 80gb}."""
+    spaced = re.sub(r"(sxm)\d|(pci)e\d?", lambda m: m[1] or "pcie", name.lower())
+    joined = re.sub(r"(\d+) *(gb|gib)\b", r"\1gb", re.sub(r"\brtx(?=\w)", "", spaced))
+    return frozenset(re.findall(r"[a-z0-9]+", joined)) - _VENDOR_WORDS
 
 
 def peak_flops_per_s(reported_name: str, dtype: str) -> float | None:

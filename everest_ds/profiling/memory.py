@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 from everest_ds.config.batch import data_parallel_degree
 from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
 from everest_ds.profiling.memory_layers import (
     Layer,
@@ -25,6 +26,7 @@ from everest_ds.profiling.memory_layers import (
     layers,
     loss_bytes,
     loss_storage_bytes,
+    rank_parameters,
     scoring_bytes,
     target_bytes,
 )
@@ -45,6 +47,7 @@ class MemoryPrediction:
         temporary: what the operators of that moment work in.
         communication_buffers: ZeRO's reduce buckets, and the parameters that ZeRO-3 has gathered.
         peak_at: the moment, for people: `backward pass of decoder block 4`.
+        host_bytes: in host memory meanwhile, by offload; not a part of the peak.
     """
 
     parameters: int
@@ -56,6 +59,7 @@ class MemoryPrediction:
     temporary: int
     communication_buffers: int
     peak_at: str
+    host_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -69,10 +73,12 @@ class MemoryPrediction:
 
     def parts(self) -> dict[str, int]:
         """Bytes by category."""
-        return {name: size for name, size in vars(self).items() if name != "peak_at"}
+        return {name: size for name, size in vars(self).items() if name not in ("peak_at", "host_bytes")}
 
 
-class _Moment(NamedTuple):
+class Moment(NamedTuple):
+    """One that may be the peak; bytes beside states and clips."""
+
     name: str
     activations: int
     temporary: int
@@ -80,66 +86,107 @@ class _Moment(NamedTuple):
     in_backward: bool = False
 
 
-def predict_memory(config: Experiment, num_ranks: int = 1) -> MemoryPrediction:
+@dataclass(frozen=True)
+class Passes:
+    """Forward and backward pass of a micro-batch on one rank, whatever ZeRO does with its states.
+
+    Attributes:
+        moments: of both.
+        num_parameters: of this rank's share under tensor parallelism.
+        position_bytes: fixed tables.
+        input_bytes: the clips.
+        host_bytes: activations in host memory.
+    """
+
+    moments: tuple[Moment, ...]
+    num_parameters: int
+    position_bytes: int
+    input_bytes: int
+    host_bytes: int
+
+
+def predict_memory(
+    config: Experiment, num_ranks: int = 1, zero: ZeroSettings | None = None
+) -> MemoryPrediction:
     """Peak memory of one rank, at the last micro-batch of a step that is not the first.
 
     Args:
         num_ranks: all of them; those that are not tensor parallel share ZeRO's states.
+        zero: instead of what the config's DeepSpeed file says.
 
     Raises:
         ConfigError: if parallelism.tensor does not divide the ranks.
     """
     degree = data_parallel_degree(config, num_ranks)
-    num_parameters = sum(layer.num_parameters for layer in layers(config))
-    states = model_states(config, num_parameters, degree)
-    candidates = [_add_up(config, states, moment) for moment in _moments(config, states)]
-    return max(candidates, key=lambda candidate: candidate.peak_bytes)
+    passes = predict_passes(config)
+    return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
 
 
 def predict_step_bytes(config: Experiment) -> int:
     """The most that both passes hold besides states and clips, gradients being there already."""
-    moments = _passes(layers(config), config)
-    return max(moment.activations + moment.temporary for moment in moments)
+    return max(moment.activations + moment.temporary for moment in predict_passes(config).moments)
 
 
-def _moments(config: Experiment, states: ModelStates) -> Iterator[_Moment]:
-    yield from _passes(layers(config), config)
+def predict_passes(config: Experiment) -> Passes:
+    """What `predict_memory` says of a config, but for ZeRO's stage, ranks and settings."""
+    stack = layers(config)
+    return Passes(
+        moments=tuple(_moments(stack, config)),
+        num_parameters=rank_parameters(config),
+        position_bytes=_position_bytes(config),
+        input_bytes=_input_bytes(config),
+        host_bytes=sum(layer.host_bytes for layer in stack),
+    )
+
+
+def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
+    """The largest moment, with ZeRO's states added."""
     finished = states.num_parameters
-    yield _Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True)
-    yield _Moment("update of weights", 0, states.update_bytes, finished)
+    after = (
+        Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True),
+        Moment("update of weights", 0, states.update_bytes, finished),
+    )
+
+    def total(moment: Moment) -> int:
+        held = states.gradient_bytes(moment.finished_parameters) + _buffer_bytes(states, moment)
+        return moment.activations + moment.temporary + held
+
+    moment = max((*passes.moments, *after), key=total)
+    return MemoryPrediction(
+        parameters=states.parameter_bytes + passes.position_bytes,
+        master_parameters=states.master_bytes,
+        gradients=states.gradient_bytes(moment.finished_parameters),
+        optimizer_states=states.optimizer_bytes,
+        inputs=passes.input_bytes,
+        activations=moment.activations,
+        temporary=moment.temporary,
+        communication_buffers=_buffer_bytes(states, moment),
+        peak_at=moment.name,
+        host_bytes=states.host_bytes + passes.host_bytes,
+    )
 
 
-def _passes(stack: Sequence[Layer], config: Experiment) -> Iterator[_Moment]:
+def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[Moment]:
     """Forward and backward pass through `stack`."""
     kept = list(accumulate(layer.kept_bytes for layer in stack))
-    yield _Moment("token scoring", 0, scoring_bytes(config))
+    held, of_loss = held_bytes(config), loss_storage_bytes(config)
+    yield Moment("token scoring", 0, scoring_bytes(config))
     for layer, kept_bytes in zip(stack, kept, strict=True):
-        working = held_bytes(config) + layer.forward_bytes
-        yield _Moment(f"forward pass of {layer.name}", kept_bytes, working)
+        yield Moment(f"forward pass of {layer.name}", kept_bytes, held + layer.forward_bytes)
     if config.task == "pretrain":
-        yield _Moment("reconstruction targets", kept[-1], target_bytes(config))
-        yield _Moment("reconstruction loss", kept[-1], loss_bytes(config))
+        yield Moment("reconstruction targets", kept[-1], target_bytes(config))
+        yield Moment("reconstruction loss", kept[-1], loss_bytes(config))
     finished = 0
     for layer, kept_bytes in zip(reversed(stack), reversed(kept), strict=True):
-        name, working = f"backward pass of {layer.name}", layer.backward_bytes + loss_storage_bytes(config)
-        yield _Moment(name, kept_bytes, working, finished, in_backward=True)
+        name, working = f"backward pass of {layer.name}", layer.backward_bytes + of_loss
+        yield Moment(name, kept_bytes, working, finished, in_backward=True)
         finished += layer.num_parameters
 
 
-def _add_up(config: Experiment, states: ModelStates, moment: _Moment) -> MemoryPrediction:
+def _buffer_bytes(states: ModelStates, moment: Moment) -> int:
     finished = moment.finished_parameters
     buffers = states.buffer_bytes(finished, moment.in_backward)
-    return MemoryPrediction(
-        parameters=states.parameter_bytes + _position_bytes(config),
-        master_parameters=states.master_bytes,
-        gradients=states.gradient_bytes(finished),
-        optimizer_states=states.optimizer_bytes,
-        inputs=_input_bytes(config),
-        activations=moment.activations,
-        temporary=moment.temporary,
-        communication_buffers=buffers + (states.scatter_bytes(finished) if moment.in_backward else 0),
-        peak_at=moment.name,
-    )
+    return buffers + (states.scatter_bytes(finished) if moment.in_backward else 0)
 
 
 def _position_bytes(config: Experiment) -> int:

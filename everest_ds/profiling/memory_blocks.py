@@ -36,7 +36,9 @@ class BlockMemory:
 
     Attributes:
         recomputed: what the forward pass forgets.
-        offloaded: what recomputation starts from is in host memory meanwhile.
+        input_bytes: of the block's input, or of the recomputed part's, what stays on this rank's device
+            meanwhile: nothing if offloaded to the host, a part if the tensor-parallel ranks split it.
+        host_bytes: and in host memory.
         drops: both branches are masked by drop path.
         tensor_bytes: A, one tensor of all tokens and the whole width.
         split_bytes: A over the tensor-parallel ranks.
@@ -49,7 +51,8 @@ class BlockMemory:
     """
 
     recomputed: Recomputed
-    offloaded: bool
+    input_bytes: int
+    host_bytes: int
     drops: bool
     tensor_bytes: int
     split_bytes: int
@@ -63,11 +66,10 @@ class BlockMemory:
     @property
     def kept_bytes(self) -> int:
         """What the forward pass leaves on the device."""
-        on_host = self.tensor_bytes if self.offloaded else 0
         if self.recomputed == "everything":
-            return self.tensor_bytes - on_host
+            return self.input_bytes
         forgotten = {"attention": self.attention_bytes, "mlp": self.mlp_bytes}.get(self.recomputed, 0)
-        return self.tensor_bytes + self._inner_bytes - forgotten - on_host
+        return self.input_bytes + self._inner_bytes - forgotten
 
     @property
     def forward_bytes(self) -> int:
@@ -81,7 +83,7 @@ class BlockMemory:
     @property
     def backward_bytes(self) -> int:
         """The most that the backward pass adds to what the forward pass has left."""
-        fetched = self.tensor_bytes if self.offloaded else 0
+        fetched = self.tensor_bytes if self.input_bytes < self.tensor_bytes else 0
         return fetched + max(self._in_mlp, self._in_attention)
 
     @property
@@ -129,28 +131,25 @@ class BlockMemory:
 
 
 def block_memory(
-    config: Experiment,
-    shape: TransformerShape,
-    num_tokens: int,
-    *,
-    index: int,
-    drops: bool,
-    tensor_parallel: int,
+    config: Experiment, shape: TransformerShape, num_tokens: int, recomputed: Recomputed, drops: bool
 ) -> BlockMemory:
-    """Memory of block `index` of a stack on `num_tokens` tokens of each clip of a micro-batch."""
+    """Memory of a block of a stack on `num_tokens` tokens of each clip of a micro-batch, on one rank."""
     value, clips = VALUE_BYTES[config.precision], config.batch.micro_batch_size
-    heads, tokens = shape.heads // tensor_parallel, clips * num_tokens
+    tensor = config.parallelism.tensor
+    heads, tokens = shape.heads // tensor, clips * num_tokens
     full = tokens * shape.width * value
-    split = full // tensor_parallel
+    split = full // tensor
     unfused = config.model.attention == "unfused"
     logits = tokens * num_tokens * heads * value if unfused else 0
     # Of several clips unfused attention copies k and v to multiply them and lets q, k and v go, of which it
     # keeps q scaled. A single clip's are multiplied as they are, and all three stay beside the scaled q.
     tensors = 5 if unfused and clips == 1 else 4
-    recomputed = _recomputed(config.recompute, index)
+    part = split if config.recompute.partition else full
+    offloaded = config.recompute.offload_to_cpu and recomputed != "nothing"
     return BlockMemory(
         recomputed=recomputed,
-        offloaded=config.recompute.offload_to_cpu and recomputed != "nothing",
+        input_bytes=0 if offloaded else part,
+        host_bytes=part if offloaded else 0,
         drops=drops,
         tensor_bytes=full,
         split_bytes=split,
@@ -159,7 +158,7 @@ def block_memory(
         norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
         logits_bytes=logits,
         fused_bytes=0 if unfused else 3 * split + _chunk_bytes(config, num_tokens, clips * heads),
-        weight_bytes=MLP_RATIO * shape.width**2 * value // tensor_parallel,
+        weight_bytes=MLP_RATIO * shape.width**2 * value // tensor,
     )
 
 
@@ -175,7 +174,7 @@ def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
     return 5 * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
 
 
-def _recomputed(config: RecomputeConfig, index: int) -> Recomputed:
+def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
     """What of block `index`: in mode `blocks` the first of every n (parallel/recompute.py)."""
     if config.mode in ("attention", "mlp"):
         return "attention" if config.mode == "attention" else "mlp"

@@ -12,7 +12,15 @@ from typing import NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import sketch_width
-from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES, block_memory
+from everest_ds.profiling.compute import count_parameters
+from everest_ds.profiling.memory_blocks import (
+    FLOAT32_BYTES,
+    VALUE_BYTES,
+    BlockMemory,
+    Recomputed,
+    block_memory,
+    recomputed_of,
+)
 
 _SCORED_TOKENS = 4096  # at a time (models/rero.py)
 
@@ -26,6 +34,7 @@ class Layer(NamedTuple):
         backward_bytes: the most that its backward pass adds to that.
         num_parameters: on this rank.
         forward_bytes: what its forward pass works in, if that can be a peak.
+        host_bytes: what its forward pass leaves in host memory.
     """
 
     name: str
@@ -33,6 +42,7 @@ class Layer(NamedTuple):
     backward_bytes: int
     num_parameters: int
     forward_bytes: int = 0
+    host_bytes: int = 0
 
 
 def layers(config: Experiment) -> list[Layer]:
@@ -43,6 +53,16 @@ def layers(config: Experiment) -> list[Layer]:
         return [_embedding(config), *in_encoder, _classifier_head(config)]
     in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept)
     return [_embedding(config), *in_encoder, _projection(config), *in_decoder, _pixel_head(config)]
+
+
+def rank_parameters(config: Experiment) -> int:
+    """Parameters of one rank: tensor parallelism splits the blocks."""
+    shape, tensor = config.model.shape, config.parallelism.tensor
+    stacks = [shape.encoder] if config.task == "finetune" else [shape.encoder, shape.decoder]
+    elsewhere = (
+        stack.depth * (_block_parameters(stack, 1) - _block_parameters(stack, tensor)) for stack in stacks
+    )
+    return count_parameters(config) - sum(elsewhere)
 
 
 def scoring_bytes(config: Experiment) -> int:
@@ -115,21 +135,22 @@ def _predicted_values(config: Experiment) -> int:
 
 
 def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
+    """Of one kind are all blocks of which the same is recomputed and dropped."""
+    tensor, can_drop = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
+    num_parameters = _block_parameters(shape, tensor)
+    kinds: dict[tuple[Recomputed, bool], BlockMemory] = {}
     for index in range(shape.depth):
-        block = block_memory(
-            config,
-            shape,
-            num_tokens,
-            index=index,
-            drops=name == "encoder" and config.model.drop_path > 0 and index > 0,
-            tensor_parallel=config.parallelism.tensor,
-        )
+        recomputed, drops = recomputed_of(config.recompute, index), can_drop and index > 0
+        if (recomputed, drops) not in kinds:
+            kinds[recomputed, drops] = block_memory(config, shape, num_tokens, recomputed, drops)
+        block = kinds[recomputed, drops]
         yield Layer(
             f"{name} block {index + 1}",
             block.kept_bytes,
             block.backward_bytes,
-            _block_parameters(shape, config.parallelism.tensor),
+            num_parameters,
             block.forward_bytes,
+            block.host_bytes,
         )
 
 

@@ -14,23 +14,22 @@ an engine (tests/profiling/test_memory_states.py). Ψ parameters, N data-paralle
 many as `stage3_max_live_parameters`, and those that are just arriving, flat, before each gets its own tensor.
 With a model of fewer than `stage3_max_reuse_distance`, DeepSpeed releases a parameter after its backward pass
 only: the whole model is there. Its default is a billion; our files set both to a few blocks.
+
+Offload moves this rank's share of masters, AdamW and gradients (in float32) to the host, and at stage 3 its
+weights; at stage 2 the weights' new values wait there, too. Read in DeepSpeed's code, not held against a GPU.
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
-from everest_ds.shipped import shipped
 
 MASTER_BYTES = 4
 ADAMW_BYTES = 2 * 4  # two moments in float32
-_DEFAULT_BUCKET = 500_000_000  # DeepSpeed's, in values
-# And of ZeRO-3: parameters on their way, there at once, kept till their next use; stepped at once.
-_DEFAULT_PREFETCH, _DEFAULT_LIVE, _DEFAULT_REUSE, _DEFAULT_SUB_GROUP = 50_000_000, 10**9, 10**9, 10**9
+_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
 
 
 @dataclass(frozen=True)
@@ -46,6 +45,8 @@ class ModelStates:
         bucket_values: all reduce buckets together, in values.
         gathered_values: parameters that ZeRO-3 has whole at once, at most.
         stepped_values: parameters that ZeRO-3's optimiser steps at once, at most.
+        offloads_optimizer: masters, AdamW and gradients are in host memory.
+        offloads_parameters: and the shards of weights.
     """
 
     stage: int
@@ -56,24 +57,35 @@ class ModelStates:
     bucket_values: int
     gathered_values: int
     stepped_values: int
+    offloads_optimizer: bool = False
+    offloads_parameters: bool = False
 
     @property
     def parameter_bytes(self) -> int:
-        return self._share(3) * self.value_bytes
+        return 0 if self.offloads_parameters else self._share(3) * self.value_bytes
 
     @property
     def master_bytes(self) -> int:
         """Float32 copies that the optimiser steps; ZeRO makes one of float32 weights as well."""
         needed = self.stage > 0 or self.value_bytes != MASTER_BYTES
-        return self._share(1) * MASTER_BYTES if needed else 0
+        return self._share(1) * MASTER_BYTES if needed and not self.offloads_optimizer else 0
 
     @property
     def optimizer_bytes(self) -> int:
-        return self._share(1) * ADAMW_BYTES
+        return 0 if self.offloads_optimizer else self._share(1) * ADAMW_BYTES
+
+    @property
+    def host_bytes(self) -> int:
+        """In host memory: masters, AdamW's moments, gradients in float32, and weights."""
+        if not self.offloads_optimizer:
+            return 0
+        return self._share(1) * (MASTER_BYTES + ADAMW_BYTES + MASTER_BYTES + self.value_bytes)
 
     def gradient_bytes(self, finished: int) -> int:
         """At the last micro-batch's moment when the backward pass is through with `finished` parameters."""
         everything, part = (n * self.value_bytes for n in (self.num_parameters, self._share(1)))
+        if self.offloads_optimizer:
+            return 0
         if self.stage == 3:
             return part
         if self.stage == 0:
@@ -101,7 +113,9 @@ class ModelStates:
     def reduction_bytes(self) -> int:
         """When the backward pass is over: stage 0 reduces a flat copy of all, others average their share."""
         if self.stage == 0:
-            return min(self.num_parameters, _DEFAULT_BUCKET) * self.value_bytes
+            return min(self.num_parameters, _ALLREDUCE_VALUES) * self.value_bytes
+        if self.offloads_optimizer:
+            return 0
         has_share = self.gradient_bytes(self.num_parameters) > 0
         return 0 if has_share else self._share(1) * self.value_bytes
 
@@ -110,6 +124,8 @@ class ModelStates:
         """For the optimiser's step: this rank's averaged gradients, and those flat and in float32."""
         if self.stage == 0:
             return 0 if self.value_bytes == MASTER_BYTES else self.num_parameters * MASTER_BYTES
+        if self.offloads_optimizer:
+            return 0
         stepped = min(self._share(1), self.stepped_values) if self.stage == 3 else self._share(1)
         return self.reduction_bytes + stepped * MASTER_BYTES
 
@@ -118,12 +134,14 @@ class ModelStates:
         return -(-self.num_parameters // self.ranks) if self.stage >= from_stage else self.num_parameters
 
 
-def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelStates:
-    """States of `num_parameters` parameters, sharded over `ranks` by the config's DeepSpeed file."""
-    zero, batch = _zero_settings(config), config.batch
+def model_states(
+    config: Experiment, num_parameters: int, ranks: int, zero: ZeroSettings | None = None
+) -> ModelStates:
+    """States of `num_parameters` parameters over `ranks`, by `zero` or by the config's DeepSpeed file."""
+    zero, batch = zero or zero_settings(config), config.batch
     stage = config.parallelism.zero_stage
     # ZeRO-1 and 2 with overlapping communication fill one bucket while the other is reduced
-    buckets = 2 if stage < 3 and zero.get("overlap_comm") else 1
+    buckets = 2 if stage < 3 and zero.overlap_comm else 1
     accumulated = batch.grad_accum_steps or (batch.global_batch_size or 0) // (batch.micro_batch_size * ranks)
     return ModelStates(
         stage=stage,
@@ -131,20 +149,15 @@ def model_states(config: Experiment, num_parameters: int, ranks: int) -> ModelSt
         ranks=ranks,
         value_bytes=VALUE_BYTES[config.precision],
         accumulates=accumulated > 1,
-        bucket_values=buckets * int(zero.get("reduce_bucket_size", _DEFAULT_BUCKET)),
+        bucket_values=buckets * zero.reduce_bucket_values,
         gathered_values=_gathered_values(zero, num_parameters),
-        stepped_values=int(zero.get("sub_group_size", _DEFAULT_SUB_GROUP)),
+        stepped_values=zero.sub_group_values,
+        offloads_optimizer=zero.offloads_optimizer,
+        offloads_parameters=zero.offloads_parameters,
     )
 
 
-def _gathered_values(zero: dict[str, Any], num_parameters: int) -> int:
-    if zero.get("stage3_max_reuse_distance", _DEFAULT_REUSE) >= num_parameters:
+def _gathered_values(zero: ZeroSettings, num_parameters: int) -> int:
+    if zero.reuse_values >= num_parameters:
         return num_parameters
-    live = zero.get("stage3_max_live_parameters", _DEFAULT_LIVE)
-    return int(live + zero.get("stage3_prefetch_bucket_size", _DEFAULT_PREFETCH))
-
-
-def _zero_settings(config: Experiment) -> dict[str, Any]:
-    stage = config.parallelism.zero_stage
-    path = config.parallelism.ds_config or shipped("ds_configs") / f"zero{stage}.json"
-    return json.loads(path.read_text())["zero_optimization"]
+    return zero.live_values + zero.prefetch_values

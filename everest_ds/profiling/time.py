@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
-from everest_ds.profiling.compute import predict_macs
+from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.profiling.devices import peak_flops_per_s
 from everest_ds.profiling.phases import PhaseTimes, TrainingStep, measure_phases
 
-FLOPS_PER_MAC = 2  # a multiplication and an addition
 Batch = tuple[Tensor, Tensor, Tensor]  # uint8 clips (B, F, H, W, 3), keys (B,), labels (B,)
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -3,20 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from everest_ds.reports.efficiency import Grid
-from everest_ds.reports.page import Page, render_template
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn plot; `name` is that of its file, `wide` takes the whole width of a page."""
-
-    name: str
-    caption: str
-    svg: str
-    wide: bool = False
+from everest_ds.reports.page import Page, Plot, render_template
 
 
 def render_efficiency_page(

@@ -81,7 +81,7 @@ def draw_bubbles(bubbles: Sequence[Bubble], links: Sequence[tuple[Bubble, Bubble
     axes.set_xlim(0.6 * min(reach), 1.6 * max(reach))
     axes.set_xlabel("GFLOPs of fine-tuning, one clip")
     axes.set_ylabel("K400 top-1, % (published)")
-    _finish(axes, marker_size=45)
+    finish(axes, marker_size=45)
     return to_svg(figure)
 
 
@@ -109,7 +109,7 @@ def draw_lines(
     axes.set_xlim(left=0)
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
-    _finish(axes)
+    finish(axes)
     return to_svg(figure)
 
 
@@ -122,14 +122,14 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
         widths = [stacks[name].get(part, 0.0) for name in names]
         axes.barh(names, widths, left=left, color=color, label=part, height=0.62)
         left = [start + width for start, width in zip(left, widths, strict=True)]
-    for name, total in zip(names, left, strict=True):
+    for place, total in enumerate(left):
         axes.annotate(
-            f"{total:,.1f}", (total, name), (4, 0), textcoords="offset points", va="center", fontsize=9
+            f"{total:,.1f}", (total, place), (4, 0), textcoords="offset points", va="center", fontsize=9
         )
     axes.invert_yaxis()
     axes.margins(x=0.09)
     axes.set_xlabel(xlabel)
-    _finish(axes, grid="x")
+    finish(axes, grid="x")
     return to_svg(figure)
 
 
@@ -142,7 +142,7 @@ def draw_memory_over_time(timeline: Mapping[str, Sequence[float]]) -> str:
     axes.set_xlim(0, len(events) - 1)
     axes.set_xlabel("operators of one training step, in order")
     axes.set_ylabel("live memory, GiB (counted)")
-    _finish(axes)
+    finish(axes)
     return to_svg(figure)
 
 
@@ -183,8 +183,10 @@ def _shades(count: int) -> list[str]:
     return [_STACK[number % len(_STACK)] for number in range(count)]
 
 
-def _finish(axes: Axes, *, grid: Literal["both", "x"] = "both", marker_size: float | None = None) -> None:
-    """Quiet frame and grid, the legend above; markers in it have one size."""
+def finish(
+    axes: Axes, *, grid: Literal["both", "x"] = "both", marker_size: float | None = None, legend: bool = True
+) -> None:
+    """Quiet frame and grid, the legend above the figure; markers in it have one size."""
     axes.grid(axis=grid, color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -192,6 +194,11 @@ def _finish(axes: Axes, *, grid: Literal["both", "x"] = "both", marker_size: flo
     for side in ("left", "bottom"):
         axes.spines[side].set_color(SOFT)
     axes.tick_params(colors=SOFT, labelcolor=INK, labelsize=9)
+    if legend:
+        _legend_above(axes, marker_size)
+
+
+def _legend_above(axes: Axes, marker_size: float | None) -> None:
     figure = axes.get_figure()
     handles, labels = axes.get_legend_handles_labels()
     per_row = len(handles) if len(handles) <= 3 or marker_size else -(-len(handles) // 2)

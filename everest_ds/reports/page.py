@@ -12,6 +12,16 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 @dataclass(frozen=True)
+class Plot:
+    """A drawn plot; `name` is that of its file, `wide` takes the whole width of a page."""
+
+    name: str
+    caption: str
+    svg: str
+    wide: bool = False
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading with what stands under it; empty parts are left out.
 
@@ -23,6 +33,7 @@ class Section:
     title: str
     text: str = ""
     pictures: Mapping[str, bytes] = field(default_factory=dict)
+    plots: Sequence[Plot] = ()
     rows: Sequence[Mapping[str, Any]] = ()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -28,6 +27,7 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
+from everest_ds.resident import peak_bytes, reset_peak
 from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate
@@ -44,7 +44,7 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.pictures import draw_reconstruction
+from everest_ds.training.pictures import draw, watch
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
@@ -215,14 +215,13 @@ class TrainingRun:
 
     @torch.no_grad()
     def _draw(self) -> None:
-        if self.config.task != "pretrain" or not self._due(self.config.run.image_every_steps):
+        if not self._due(self.config.run.image_every_steps):
             return
-        batch, config = self.batch, self.config
-        shown = self.engine(*batch.arguments)  # on every rank: sharded parameters are gathered
+        seen = watch(self.engine, self.engine.module, self.batch)
+        pictures = draw(seen) if self.observers else {}
         for observer in self.observers:
-            normalized = config.loss.normalize_targets
-            picture = draw_reconstruction(batch.clip, shown, config.model.geometry, normalized)
-            observer.on_picture(self.step, "reconstruction", picture)
+            for name, picture in pictures.items():
+                observer.on_picture(self.step, name, picture)
 
     def _validate(self) -> None:
         every_steps = self.config.run.validate_every_epochs * self.steps_per_epoch
@@ -345,12 +344,14 @@ class TrainingRun:
 
 
 def _take_peak_memory_bytes(device: torch.device) -> int:
-    """The most allocated on a GPU since this was last called; the most resident in host memory so far."""
+    """The most since this was last called: allocated on a GPU, resident in host memory on a CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         return peak
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_bytes()
+    reset_peak()
+    return peak
 
 
 def _best_top1(run: Path) -> float:

@@ -27,7 +27,7 @@ class StepReport:
         clips_per_s: clips of all ranks, over the time since the last report.
         data_wait_pct: share of that time spent waiting for the loader.
         replaced_videos: of this epoch so far, those that could not be read and others stood in for.
-        memory_bytes: peak of this rank: allocated since the last report on a GPU, resident so far on a CPU.
+        memory_bytes: peak of this rank since the last report: allocated on a GPU, resident on a CPU.
         tflops_per_s: useful TFLOP/s of each rank, waiting included; None if the cost of a clip is not known.
         mfu_pct: share of the device's peak rate that this is; None for an unknown device.
     """

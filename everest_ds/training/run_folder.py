@@ -19,12 +19,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
+from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE
 from everest_ds.config import Experiment, dump_experiment, flatten, load_experiment
 from everest_ds.errors import EverestError, RunFolderError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-BEST_WEIGHTS_FILE = "best.safetensors"
 # Settings that may differ when a run goes on: they do not change what is computed. Of the batch, only the
 # global size does, which checkpoints remember.
 FREE_KEYS = (

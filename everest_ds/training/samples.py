@@ -11,7 +11,7 @@ from pathlib import Path
 
 from everest_ds.config import Experiment
 from everest_ds.data.decode import require_decoder
-from everest_ds.data.frames import frames_needed
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.manifest import Sample, read_manifest
 from everest_ds.errors import ConfigError, DataError
@@ -25,10 +25,9 @@ def read_samples(config: Experiment, split: str) -> Usable:
         ConfigError: if the config names no such manifest, or a decoder that is not installed.
         DataError: if the manifest is missing or wrong, or all of its samples are broken.
     """
-    data = config.data
-    require_decoder(data.decoder)
+    require_decoder(config.data.decoder)
     samples = _read(config, split)
-    needed = frames_needed(config.candidate_geometry.num_frames, data.frame_stride, data.sampling)
+    needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
     manifest = _manifest(config, split)
     usable = exclude(samples, Ledger.of_manifest(manifest), needed)
     if usable.excluded:

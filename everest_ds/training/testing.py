@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from everest_ds.checkpoints.export import load_weights
+from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
 from everest_ds.data.manifest import read_class_names
 from everest_ds.errors import ConfigError
@@ -16,7 +16,7 @@ from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.evaluate import Evaluation, evaluate
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_samples
-from everest_ds.training.weights import find_weights, load_tensors
+from everest_ds.training.weights import load_tensors
 
 RESULT_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"

@@ -1,4 +1,4 @@
-"""Finding weights in a run folder and putting them into a model."""
+"""Weights that a run starts from, and putting weights into a model."""
 
 from __future__ import annotations
 
@@ -9,50 +9,32 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from everest_ds.checkpoints.export import StoredWeights, load_weights, open_weights
-from everest_ds.checkpoints.folder import find_checkpoint
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
+from everest_ds.interchange.encoder import Encoder, open_encoder
 from everest_ds.log import logger
 from everest_ds.models.initial import NamedTensor, draw, outline
 from everest_ds.parallel.initial import InitialWeights
-from everest_ds.training.run_folder import RunFolder
 
 ENCODER = "encoder."
 _Shapes = dict[str, tuple[int, ...]]
 
 
-def find_weights(source: Path, prefer_best: bool = False) -> Path:
-    """What `load_weights` reads for a path: a file, or a run folder's newest checkpoint (or best weights).
-
-    Raises:
-        CheckpointError: if there is none.
-    """
-    best = RunFolder(source).best_weights
-    if source.is_file() or (prefer_best and best.is_file()):
-        return source if source.is_file() else best
-    if not source.is_dir():
-        raise CheckpointError(
-            f"{source}: no weights there", allowed="a run folder, a checkpoint, or a .safetensors file"
-        )
-    return find_checkpoint(source)[0]
-
-
-def load_encoder(model: nn.Module, source: Path) -> Path:
-    """Start the encoder of `model` from a pre-training run; the rest stays as it is. Returns what was read.
+def load_encoder(model: nn.Module, config: Experiment, source: Path) -> Path:
+    """Start the encoder of `model` from other weights; the rest stays as it is. Returns what was read.
 
     Raises:
         CheckpointError: if the encoder there has another architecture.
     """
-    file = find_weights(source)
-    tensors, _ = load_weights(file)
-    load_tensors(model, {k: v for k, v in tensors.items() if k.startswith(ENCODER)}, file, prefix=ENCODER)
-    return file
+    with open_encoder(source, config) as stored:
+        tensors = {name: stored.read(name) for name in _encoders(stored.shapes)}
+        load_tensors(model, tensors, stored.path, prefix=ENCODER)
+        return stored.path
 
 
 @contextmanager
 def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[InitialWeights]:
-    """What a run starts from: drawn by its seed, or the encoder's of a pre-training run, one at a time.
+    """What a run starts from: drawn by its seed, or the encoder's of another model, one at a time.
 
     Raises:
         CheckpointError: if the encoder there has another architecture.
@@ -60,15 +42,14 @@ def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[Init
     if init_from is None:
         yield partial(draw, config)
         return
-    file = find_weights(init_from)
-    with open_weights(file) as stored:
+    with open_encoder(init_from, config) as stored:
         shapes = {name: tuple(p.shape) for name, p in outline(config).named_parameters()}
-        _check_same_shapes(_encoders(shapes), _encoders(stored.shapes), file)
-        logger.info("encoder weights from %s", file)
+        _check_same_shapes(_encoders(shapes), _encoders(stored.shapes), stored.path)
+        logger.info("encoder weights from %s", stored.path)
         yield partial(_with_encoder_of, stored, config)
 
 
-def _with_encoder_of(stored: StoredWeights, config: Experiment) -> Iterator[NamedTensor]:
+def _with_encoder_of(stored: Encoder, config: Experiment) -> Iterator[NamedTensor]:
     replaced = _encoders(stored.shapes)
     for name, drawn in draw(config):
         yield name, stored.read(name) if name in replaced else drawn

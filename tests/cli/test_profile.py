@@ -59,7 +59,9 @@ def test_a_published_system_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert found["config"] is None and found["memory"][-1]["counted_mib"] > 0
 
 
-def test_what_was_measured_can_be_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_what_was_measured_can_be_reported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     small = ["model.num_frames=4", "batch.micro_batch_size=2"]
     found = profile(monkeypatch, tmp_path, "demo_finetune", *small, "--measure")
     measured = found["measured"]
@@ -69,6 +71,7 @@ def test_what_was_measured_can_be_reported(monkeypatch: pytest.MonkeyPatch, tmp_
     chosen = ["--tables", "parameters", "--models", "VideoMAE", "--out", str(out)]
     assert run_main(monkeypatch, "report", "--measured", file, *chosen) == 0
     assert (out / "plots/step_time.svg").is_file()
+    assert f"{file}: no published figure of this report" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

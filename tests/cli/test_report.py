@@ -6,7 +6,9 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib.image import imsave
 
 from tests.cli.test_cli import run_main
 
@@ -106,3 +108,14 @@ def test_a_mistake_gets_one_line_and_a_code(
     assert run_main(monkeypatch, "report", *arguments) == code
     error = capsys.readouterr().err
     assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_the_last_clip_that_a_run_drew_is_in_its_report(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = write_run(tmp_path / "seen", [step(1, 10.0, 2.0)])
+    (run / "tensorboard").mkdir()
+    imsave(run / "tensorboard" / "attention.png", np.zeros((4, 6, 3), np.uint8))
+    assert run_main(monkeypatch, "report", str(run), "--out", str(tmp_path / "report")) == 0
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert 'viewBox="0 0 6 4"><image' in page and "seen: Attention rollout" in page

@@ -49,7 +49,7 @@ def test_base_may_be_a_recipe_and_bases_chain(
     recipes.mkdir()
     (recipes / "shipped.yaml").write_text("task: pretrain\nschedule: {epochs: 50, warmup_epochs: 5}\n")
     (recipes / "derived.yaml").write_text("base: shipped\nschedule: {epochs: 70}\n")
-    monkeypatch.setattr("everest_ds.config.load.RECIPES", recipes)
+    monkeypatch.setattr("everest_ds.config.recipes.RECIPES", recipes)
     config_file.write_text("base: derived\nprecision: fp32\n")
     config = load_experiment(config_file)
     assert (config.schedule.epochs, config.schedule.warmup_epochs, config.precision) == (70, 5, "fp32")
@@ -65,7 +65,7 @@ def test_bases_in_a_circle_are_named(tmp_path: Path) -> None:
 
 def test_a_run_folder_is_loaded_by_its_config(tmp_path: Path, config_file: Path) -> None:
     (tmp_path / "config.yaml").write_text(config_file.read_text())
-    assert find_config(tmp_path) == tmp_path / "config.yaml"
+    assert find_config(tmp_path).path == tmp_path / "config.yaml"
     assert load_experiment(tmp_path) == load_experiment(config_file, [f"run.dir={tmp_path}"])
 
 

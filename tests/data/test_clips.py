@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from everest_ds.config import BatchPlan
 from everest_ds.data.clips import EvaluationClips, TrainingClips, training_batches
-from everest_ds.data.frames import frames_needed, train_frames, view_frames
+from everest_ds.data.frames import ClipFrames
 from everest_ds.data.manifest import read_manifest
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
 from everest_ds.data.transforms import Box, crop_resize, train_box, view_box
@@ -27,12 +27,12 @@ SAMPLING = st.sampled_from(["stride", "segments"])
 def test_training_frames_are_ordered_and_inside(
     length: int, count: int, stride: int, sampling: str, seed: int
 ) -> None:
-    rng = np.random.default_rng(seed)
-    if length < frames_needed(count, stride, sampling):
+    rng, clip = np.random.default_rng(seed), ClipFrames(count, stride, sampling, hold_last_frame=False)
+    if length < clip.needed:
         with pytest.raises(DataError, match="too short"):
-            train_frames(length, count, stride, sampling, rng)
+            clip.for_training(length, rng)
         return
-    frames = train_frames(length, count, stride, sampling, rng)
+    frames = clip.for_training(length, rng)
     assert len(frames) == count and min(frames) >= 0 and max(frames) < length
     steps = set(np.diff(frames).tolist())
     assert steps <= {stride} if sampling == "stride" else all(step >= 0 for step in steps)
@@ -40,10 +40,28 @@ def test_training_frames_are_ordered_and_inside(
 
 @given(st.integers(31, 300), st.integers(1, 6), SAMPLING)
 def test_views_spread_from_the_first_frame_to_the_last(length: int, views: int, sampling: str) -> None:
-    clips = [view_frames(length, 16, 2, sampling, view, views) for view in range(views)]
+    rule = ClipFrames(16, 2, sampling, hold_last_frame=False)
+    clips = [rule.for_view(length, view, views) for view in range(views)]
     assert all(0 <= min(c) and max(c) < length for c in clips)
     if sampling == "stride" and views > 1:
         assert clips[0][0] == 0 and clips[-1][-1] == length - 1
+
+
+@given(st.integers(1, 40), st.integers(1, 4), SAMPLING, st.integers(0, 99))
+def test_a_held_last_frame_fills_a_clip_that_its_video_does_not(
+    length: int, stride: int, sampling: str, seed: int
+) -> None:
+    rule = ClipFrames(16, stride, sampling, hold_last_frame=True)
+    refused = ClipFrames(16, stride, sampling, hold_last_frame=False)
+    training, view = rule.for_training(length, np.random.default_rng(seed)), rule.for_view(length, 0, 1)
+    for frames in (training, view):
+        assert len(frames) == 16 and frames == sorted(frames) and 0 <= frames[0] and frames[-1] < length
+    if length >= refused.needed:  # changes nothing where a clip fits
+        assert training == refused.for_training(length, np.random.default_rng(seed))
+        assert view == refused.for_view(length, 0, 1)
+    elif sampling == "stride":
+        moving = list(range(0, length, stride))
+        assert training == view == moving + [length - 1] * (16 - len(moving))
 
 
 @given(
@@ -144,9 +162,10 @@ def test_views_are_counted_segment_by_crop(motion_data: Path, tmp_path: Path) ->
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
     clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=3)
     assert len(clips) == 12 * 6
-    first, crop, segment = (clips[item].clips[0].clip for item in (6, 7, 9))
+    first, crop, segment = (clip.clip for clip in clips[6, 7, 9].clips)
     assert torch.equal(first, crop)  # a square frame has one crop only
     assert not torch.equal(first, segment)  # but two segments
+    assert all(torch.equal(clips[i,].clips[0].clip, one) for i, one in ((6, first), (9, segment)))
 
 
 def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: Path, tmp_path: Path) -> None:
@@ -154,5 +173,5 @@ def test_iifs_decodes_its_candidates_and_evaluation_draws_by_view(motion_data: P
     samples = read_manifest(motion_data / "test.txt", root=None, num_classes=6, labelled=True)
     assert TrainingClips(samples, config)[Visit(0, 3)].clips[0].clip.shape == (8, 32, 32, 3)
     views = EvaluationClips(samples, config, segments=2, crops=1)
-    assert views[0].clips[0].clip.shape == (8, 32, 32, 3)
-    assert len({int(views[i].clips[0].key) for i in range(6)}) == 6
+    assert views[0,].clips[0].clip.shape == (8, 32, 32, 3)
+    assert len({int(views[i,].clips[0].key) for i in range(6)}) == 6

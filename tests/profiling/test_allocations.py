@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import mmap
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from everest_ds.profiling import allocations
+from everest_ds import resident
 from everest_ds.profiling.allocations import measure_resident_peak, track_allocations
 
 CPU = torch.device("cpu")
@@ -69,12 +71,16 @@ def test_a_layer_saves_its_input_and_not_its_weight() -> None:
     assert at_least <= tracked.peak_bytes / MIB <= at_most
 
 
+def touch(num_bytes: int, seconds: float = 0.0) -> None:
+    """Hold fresh memory for a while; from the system, for a heap may keep what was freed before."""
+    with mmap.mmap(-1, num_bytes) as held:
+        np.frombuffer(held, dtype=np.uint8)[:] = 1
+        time.sleep(seconds)
+
+
 @on_linux
 def test_resident_peak_sees_memory_that_was_touched_and_given_back() -> None:
-    def call() -> None:
-        torch.ones(64 * MIB, dtype=torch.uint8)
-
-    peak = measure_resident_peak(call)
+    peak = measure_resident_peak(lambda: touch(64 * MIB))
     assert 63 * MIB < peak.peak_bytes - peak.start_bytes < 128 * MIB
 
 
@@ -82,14 +88,8 @@ def test_resident_peak_sees_memory_that_was_touched_and_given_back() -> None:
 def test_resident_peak_is_sampled_where_the_mark_cannot_be_reset(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(allocations, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
-
-    def call() -> None:
-        held = torch.ones(64 * MIB, dtype=torch.uint8)
-        time.sleep(0.2)
-        del held
-
-    peak = measure_resident_peak(call)
+    monkeypatch.setattr(resident, "_CLEAR_REFS", tmp_path / "missing" / "clear_refs")
+    peak = measure_resident_peak(lambda: touch(64 * MIB, seconds=0.2))
     assert peak.sampled
     assert peak.peak_bytes - peak.start_bytes > 63 * MIB
 

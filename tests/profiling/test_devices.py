@@ -6,7 +6,15 @@ import re
 
 import pytest
 
-from everest_ds.profiling.devices import DEVICES, find_device, memory_bytes, peak_flops_per_s
+from everest_ds.errors import UsageError
+from everest_ds.profiling.devices import (
+    DEVICES,
+    find_device,
+    find_product,
+    memory_bytes,
+    peak_flops_per_s,
+)
+from everest_ds.profiling.links import LINKS, find_interconnect
 from everest_ds.units import GIB
 
 REPORTED = {
@@ -19,9 +27,9 @@ REPORTED = {
     "NVIDIA A30": "A30",
     "NVIDIA A40": "A40",
     "A100-SXM4-40GB": "A100 40GB",
-    "NVIDIA A100-PCIE-40GB": "A100 40GB",
+    "NVIDIA A100-PCIE-40GB": "A100 PCIe 40GB",
     "NVIDIA A100-SXM4-80GB": "A100 80GB",
-    "NVIDIA A100 80GB PCIe": "A100 80GB",
+    "NVIDIA A100 80GB PCIe": "A100 PCIe 80GB",
     "NVIDIA RTX A6000": "A6000",
     "NVIDIA GeForce RTX 3090": "RTX 3090",
     "NVIDIA GeForce RTX 4090": "RTX 4090",
@@ -35,6 +43,7 @@ REPORTED = {
     "NVIDIA H200": "H200 SXM",
     "NVIDIA H200 NVL": "H200 NVL",
     "NVIDIA B200": "B200",
+    "AMD Instinct MI300X": "MI300X",
 }
 
 
@@ -76,3 +85,49 @@ def test_rates_are_dense_and_memory_is_in_bytes() -> None:
     assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "bf16") == pytest.approx(989.4e12)  # not 1979, sparse
     assert memory_bytes("NVIDIA A100-SXM4-80GB") == 80 * GIB
     assert all(device.source for device in DEVICES.values())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("h100-80gb", "H100 SXM"),
+        ("H100-PCIe", "H100 PCIe"),
+        ("h200", "H200 SXM"),
+        ("a100-80gb", "A100 80GB"),
+        ("a100-pcie-40gb", "A100 PCIe 40GB"),
+        ("NVIDIA H100 PCIe", "H100 PCIe"),
+        ("v100-sxm2-32gb", "V100 SXM 32GB"),
+        ("rtx-a6000", "A6000"),
+        ("rtx3090", "RTX 3090"),
+        ("l40s", "L40S"),
+        ("mi300x", "MI300X"),
+    ],
+)
+def test_a_product_is_found_as_people_type_it(typed: str, meant: str) -> None:
+    assert find_product(typed) == meant
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("a100", "A100 40GB, A100 80GB, A100 PCIe 40GB, A100 PCIe 80GB"),  # memory decides what fits
+        ("h1000", "did you mean H100 SXM"),
+        ("-", "one of A10"),
+    ],
+)
+def test_other_names_are_refused_with_those_that_would_do(typed: str, said: str) -> None:
+    with pytest.raises(UsageError, match=said):
+        find_product(typed)
+
+
+def test_every_product_names_links_that_are_known() -> None:
+    named = {name for device in DEVICES.values() for name in (device.link, device.host_link)}
+    assert named == set(LINKS)
+
+
+def test_an_interconnect_is_a_kind_and_a_number_of_adapters() -> None:
+    assert find_interconnect("8xib-ndr").bytes_per_s == pytest.approx(8 * 50e9 * 0.92)
+    assert find_interconnect("ethernet-25").adapters == 1
+    for wrong in ("ib-ndrr", "0xib-ndr", "xib-hdr"):
+        with pytest.raises(UsageError, match="ib-"):
+            find_interconnect(wrong)

@@ -235,3 +235,32 @@ def test_offload_to_the_host_takes_from_the_device() -> None:
             for offload in (False, True)
         )
         assert offloaded < kept
+
+
+def with_tensor(config: Experiment, **recompute: Any) -> Experiment:
+    tree = {**config.model_dump(), "recompute": {"mode": "full", **recompute}, "parallelism": {"tensor": 2}}
+    return Experiment.model_validate(tree)
+
+
+def test_a_partitioned_input_is_split_over_the_tensor_group() -> None:
+    """Of what every block of two ranks would keep, each keeps half; all of it is fetched for one block."""
+    config = experiment("finetune", "vit_base", clips=8)
+    whole, split = (predict_step_bytes(with_tensor(config, partition=on)) for on in (False, True))
+    an_input = 8 * config.token_counts.num_visible * 768 * 4
+    depth = config.model.shape.encoder.depth
+    assert whole - split == depth * an_input // 2 - an_input
+
+
+def test_what_is_offloaded_is_in_host_memory() -> None:
+    config = experiment("finetune", "vit_base", precision="bf16")
+    kept, offloaded = (
+        predict_memory(Experiment.model_validate({**config.model_dump(), "parallelism": sharding}), 4)
+        for sharding in ({"zero_stage": 2}, {"zero_stage": 2, "offload_to_cpu": True})
+    )
+    share = -(-count_parameters(config) // 4)
+    assert kept.host_bytes == 0 and offloaded.host_bytes == (4 + 8 + 4 + 2) * share
+    assert (offloaded.master_parameters, offloaded.optimizer_states, offloaded.gradients) == (0, 0, 0)
+    assert offloaded.parameters == kept.parameters and offloaded.peak_bytes <= kept.peak_bytes - 12 * share
+    activations = experiment("finetune", clips=2, recompute={"mode": "full", "offload_to_cpu": True})
+    an_input = 2 * activations.token_counts.num_visible * 384 * 4
+    assert predict_memory(activations).host_bytes == 12 * an_input

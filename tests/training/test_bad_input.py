@@ -93,13 +93,13 @@ def test_weights_of_another_architecture_name_the_parameter(motion_data: Path, t
     assert "given: shape (128, 1536); allowed: shape (128, 384)" in message
 
 
-def test_a_pickle_is_not_opened_as_weights(motion_data: Path, tmp_path: Path) -> None:
-    torch.save({"encoder.embed.weight": torch.zeros(1)}, tmp_path / "weights.pth")
+def test_a_pickle_that_would_run_something_is_not_opened(motion_data: Path, tmp_path: Path) -> None:
+    torch.save({"model": {}, "hook": tmp_path}, tmp_path / "weights.pth")
     config = experiment(
         motion_data, tmp_path / "run", "finetune", model={"init_from": str(tmp_path / "weights.pth")}
     )
     (message,) = run_ranks(outcome, 1, config)
-    assert "weights.pth: not a readable weights file" in message
+    assert "weights.pth: not read, for it holds more than weights; given: pathlib" in message
 
 
 def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_path: Path) -> None:

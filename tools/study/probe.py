@@ -31,7 +31,7 @@ def probe(config: Experiment, pretrained: Path, device: torch.device) -> float:
         pretrained: the run folder.
     """
     model = Classifier(config)
-    load_encoder(model, pretrained)
+    load_encoder(model, config, pretrained)
     for name in ("norm", "head"):
         setattr(model, name, nn.Identity())
     model.to(device).eval()

@@ -22,6 +22,7 @@ class OfficialDataset:
         num_classes: of the whole data set.
         num_folds: official divisions into training and test.
         judged_on: the split with labels that results are published for.
+        num_train: samples to train on, as published; of Kinetics, what VideoMAE's list has.
         recipes: those that it is trained with; they say stride, sampling, test views and flips.
     """
 
@@ -31,6 +32,7 @@ class OfficialDataset:
     num_classes: int
     num_folds: int
     judged_on: str
+    num_train: int
 
     @property
     def recipes(self) -> dict[str, str]:
@@ -41,11 +43,11 @@ class OfficialDataset:
 DATASETS = {
     dataset.name: dataset
     for dataset in (
-        OfficialDataset("k400", "Kinetics-400", kinetics400.read, 400, 1, "val"),
-        OfficialDataset("ssv2", "Something-Something v2", ssv2.read, 174, 1, "val"),
-        OfficialDataset("ucf101", "UCF101", ucf101.read, 101, 3, "test"),
-        OfficialDataset("hmdb51", "HMDB51", hmdb51.read, 51, 3, "test"),
-        OfficialDataset("oscc", "Ego4D OSCC", oscc.read, 2, 1, "val"),
+        OfficialDataset("k400", "Kinetics-400", kinetics400.read, 400, 1, "val", 240_436),
+        OfficialDataset("ssv2", "Something-Something v2", ssv2.read, 174, 1, "val", 168_913),
+        OfficialDataset("ucf101", "UCF101", ucf101.read, 101, 3, "test", 9_537),
+        OfficialDataset("hmdb51", "HMDB51", hmdb51.read, 51, 3, "test", 3_570),
+        OfficialDataset("oscc", "Ego4D OSCC", oscc.read, 2, 1, "val", 41_085),
     )
 }
 

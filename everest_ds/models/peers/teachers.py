@@ -20,7 +20,7 @@ from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.models.linear import linear
 from everest_ds.models.peers.masked import MaskedEncoder
-from everest_ds.models.peers.positions import image_positions
+from everest_ds.models.positions import image_positions
 from everest_ds.models.tubelets import TubeletEmbedding, sincos_positions, to_tubelets
 from everest_ds.models.vit import LAYER_NORM_EPS, Attention, Blocks
 

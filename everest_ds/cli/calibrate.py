@@ -1,0 +1,134 @@
+"""`everest-ds tune --calibrate`: what this machine can do, over its actual ranks at the same time."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.parallel.world import World
+    from everest_ds.tuning.machine import Machine
+
+# On a CPU it decides how often memory is new, which costs as much as a step's arithmetic (docs/parallel.md).
+_ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
+_AGAIN = "everest-ds tune --calibrate --nproc {}"
+
+
+def calibration_file() -> Path:
+    """Where a user's calibration is kept unless they say otherwise."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "everest-ds" / "calibration.json"
+
+
+def machine_here(num_ranks: int, file: Path | None = None) -> Machine:
+    """This machine, as `num_ranks` ranks of it find it.
+
+    Raises:
+        UsageError: it is not calibrated for them, or was with other cores, threads or software.
+    """
+    from everest_ds.launch.local import threads_per_rank
+    from everest_ds.tuning.calibration import read_calibration
+
+    file = file or calibration_file()
+    machine = read_calibration(file, facts_here()).machine(num_ranks)
+    here = threads_per_rank(num_ranks)
+    if not machine.asynchronous and machine.threads != here:
+        raise UsageError(
+            f"{file}: calibrated with another number of threads a rank",
+            given=f"{machine.threads} there, {here} here",
+            fix=f"set OMP_NUM_THREADS={machine.threads}, or {_AGAIN.format(num_ranks)}",
+        )
+    return machine
+
+
+def facts_here() -> dict[str, str]:
+    """What the rates of a machine depend on."""
+    from importlib.metadata import version
+
+    from everest_ds.launch.local import available_cores
+    from everest_ds.profiling.here import this_device
+    from everest_ds.profiling.time import device_name
+
+    versions = {name: version(name) for name in ("torch", "deepspeed")}
+    allocator = os.environ.get(_ALLOCATOR, "unset")
+    return {
+        "device": device_name(this_device()),
+        "cores": str(available_cores()),
+        _ALLOCATOR: allocator,
+        **versions,
+    }
+
+
+def calibrate(nproc: int | None, file: Path | None) -> None:
+    """Measure this machine and keep what was found; in a world that is already started, its ranks.
+
+    Args:
+        nproc: the most ranks; default: one a GPU, or one a core. CPU ranks share the machine, so that 1, 2, 4
+            ... of them are measured.
+    """
+    file = file or calibration_file()
+    if "WORLD_SIZE" in os.environ:
+        _as_rank(file)
+        return
+    from everest_ds.launch.local import available_cores, launch_local
+    from everest_ds.profiling.here import num_gpus
+
+    on_gpus = num_gpus() > 0
+    most = nproc or num_gpus() or available_cores()
+    for number in [most] if on_gpus else _up_to(most):
+        told = f"{number} ranks at the same time" if number > 1 else "1 rank"
+        typer.echo(f"measuring {told} ...", err=True)
+        code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)
+        if code:
+            raise typer.Exit(code)
+    typer.echo(f"calibrated: {file}")
+
+
+def _up_to(most: int) -> list[int]:
+    return sorted({most, *(2**power for power in range(most.bit_length()))})
+
+
+def _as_rank(file: Path) -> None:
+    from everest_ds.launch.environment import detect
+    from everest_ds.parallel.world import explained_failures, join_world, leave_world
+
+    os.environ.update(detect().as_variables())
+    world = join_world()
+    with explained_failures(world):
+        _measure_and_keep(world, file)
+    leave_world()
+
+
+def _measure_and_keep(world: World, file: Path) -> None:
+    from everest_ds.cli.calibrate_rank import measure
+    from everest_ds.profiling.devices import peak_flops_per_s
+    from everest_ds.tuning.calibration import Calibration
+    from everest_ds.tuning.fit import fit_machine
+
+    found = measure(world)
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    peaks = {name: peak_flops_per_s(found.device, name) for name in found.products}
+    known = {name: peak for name, peak in peaks.items() if peak is not None}
+
+    def keep() -> None:
+        machine = fit_machine(found, known, f"calibrated {now} over {world.size} ranks")
+        facts = facts_here()
+        Calibration(facts, now, {**_kept(file, facts), world.size: machine}).write(file)
+
+    world.share(keep)
+
+
+def _kept(file: Path, facts: dict[str, str]) -> dict[int, Machine]:
+    """Machines of other numbers of ranks, if they are of this machine."""
+    from everest_ds.tuning.calibration import read_calibration
+
+    try:
+        return dict(read_calibration(file, facts).machines)
+    except UsageError:
+        return {}

@@ -1,0 +1,284 @@
+"""`everest-ds tune`: with which sharding, micro-batch and recompute mode a job should run."""
+
+from __future__ import annotations
+
+import time as clock
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from everest_ds.cli.output import JsonFile, write_csv, write_json
+from everest_ds.cli.train import Overrides
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.cli.tune_tables import Costs
+    from everest_ds.cli.tune_trials import TrialOptions
+    from everest_ds.config import Experiment
+    from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
+
+_COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
+Source = Annotated[
+    str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
+]
+Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        help="Such as h100-80gb, a100-40gb, l40s; or a YAML file of its numbers. Default: this machine."
+    ),
+]
+Nodes = Annotated[
+    int | None, typer.Option(min=1, help="Nodes that they are on. Default: as few as hold 8 each.")
+]
+GlobalBatch = Annotated[
+    int | None, typer.Option(min=1, help="Clips of a step. Default: the recipe's; learning rates follow it.")
+]
+Interconnect = Annotated[
+    str | None,
+    typer.Option(
+        help="Between nodes: adapters a node and their kind, such as 8xib-ndr, roce-100, ethernet-25."
+    ),
+]
+AnyPrecision = Annotated[
+    bool, typer.Option("--any-precision", help="Try all that the device has; rounding differs.")
+]
+Top = Annotated[int, typer.Option(min=1, help="Candidates to show.")]
+Explain = Annotated[
+    int | None,
+    typer.Option(min=1, metavar="RANK", help="Show each term of this candidate, with its formula."),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="DIR", help="For the winner's files. Default: tuned/RECIPE.")
+]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="Also write the table of candidates as CSV.")
+]
+Clips = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Videos of an epoch, for total times. Default: counted in data.train.",
+        rich_help_panel=_COST,
+    ),
+]
+GpuHour = Annotated[
+    float | None,
+    typer.Option("--price-per-gpu-hour", min=0, help="In any currency.", rich_help_panel=_COST),
+]
+Kwh = Annotated[
+    float | None,
+    typer.Option(
+        "--price-per-kwh", min=0, help="Of what the GPUs draw at most, by data sheet.", rich_help_panel=_COST
+    ),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="K",
+        help="Run the best K and two baselines for a few steps, and rank again by what is measured.",
+        rich_help_panel=_TRIALS,
+    ),
+]
+TrialSteps = Annotated[int, typer.Option(min=5, help="Steps of a trial.", rich_help_panel=_TRIALS)]
+TrialSeconds = Annotated[
+    float, typer.Option(min=1, help="After which a trial here is given up.", rich_help_panel=_TRIALS)
+]
+Sbatch = Annotated[
+    str | None,
+    typer.Option(
+        metavar="OPTIONS",
+        help='Try as an array job, with sbatch options such as "--time=30:00 -p gpu". Default: here.',
+        rich_help_panel=_TRIALS,
+    ),
+]
+AsksWhatIf = Annotated[
+    bool, typer.Option("--what-if", help="A page on where each choice starts to pay, over 1 to 1,024 GPUs.")
+]
+Calibrate = Annotated[
+    bool,
+    typer.Option(
+        "--calibrate",
+        help="Measure this machine for all later tunings, in two minutes; no RECIPE. Under srun its ranks.",
+        rich_help_panel=_HERE,
+    ),
+]
+MostRanks = Annotated[
+    int | None,
+    typer.Option(
+        "--nproc",
+        min=1,
+        metavar="N",
+        help="Measure up to N ranks. Default: one a GPU, or a core.",
+        rich_help_panel=_HERE,
+    ),
+]
+CalibrationFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--calibration",
+        metavar="FILE",
+        help="Where measurements are kept. Default: in the user's cache.",
+        rich_help_panel=_HERE,
+    ),
+]
+
+
+def tune(
+    source: Source = None,
+    overrides: Overrides = None,
+    gpus: Gpus = 1,
+    gpu: Gpu = None,
+    nodes: Nodes = None,
+    global_batch: GlobalBatch = None,
+    interconnect: Interconnect = None,
+    any_precision: AnyPrecision = False,
+    top: Top = 10,
+    explain: Explain = None,
+    out: Out = None,
+    json_file: JsonFile = None,
+    csv_file: CsvFile = None,
+    clips: Clips = None,
+    gpu_hour: GpuHour = None,
+    kwh: Kwh = None,
+    trials: Trials = None,
+    trial_steps: TrialSteps = 10,
+    trial_seconds: TrialSeconds = 900,
+    sbatch: Sbatch = None,
+    what_if: AsksWhatIf = False,
+    calibrate: Calibrate = False,
+    nproc: MostRanks = None,
+    calibration: CalibrationFile = None,
+) -> None:
+    """Predict the fastest way to run a recipe on a cluster, in seconds and without a GPU, and say why.
+
+    ZeRO stage, tensor parallelism, micro-batch, recompute, offload and buckets are searched; what is learned
+    stays the same. A key that you give, such as parallelism.tensor=2, stays as you give it.
+
+    Example: everest-ds tune k400_pretrain_vit_base model.backbone=vit_huge --gpus 64 --gpu h100-80gb
+    """
+    if source is None or calibrate:
+        _calibrate(source, calibrate, nproc, calibration)
+        return
+    from everest_ds.cli.tune_show import print_answer, print_explained, print_question
+    from everest_ds.cli.tune_tables import Costs
+    from everest_ds.cli.tune_trials import TrialOptions
+    from everest_ds.cli.tune_winner import default_folder
+    from everest_ds.config import load_experiment
+    from everest_ds.tuning.batches import keep_global_batch
+
+    config = load_experiment(source, overrides or [])
+    cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
+    options = _options(global_batch, any_precision, overrides or [])
+    costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
+    print_question(keep_global_batch(config, cluster.num_ranks, global_batch), cluster)
+    began = clock.process_time()
+    result = _search(config, cluster, options)
+    print_answer(result, cluster, costs, top, clock.process_time() - began)
+    if explain is not None:
+        print_explained(result.ranked, explain, cluster)
+    _write_tables(result, cluster, costs, json_file, csv_file)
+    folder = out or default_folder(source)
+    if what_if:
+        _ask_what_if(config, gpu, interconnect, options, gpus, folder)
+    how = None if trials is None else TrialOptions(trials, trial_steps, trial_seconds, sbatch)
+    _write_best(result, how, source, overrides or [], cluster, folder)
+
+
+def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path | None) -> None:
+    if not wanted:
+        raise UsageError("no RECIPE", fix="everest-ds recipes lists them; --calibrate needs none")
+    if source is not None:
+        raise UsageError("--calibrate measures the machine, not a recipe", given=source, fix="leave it out")
+    from everest_ds.cli.calibrate import calibrate
+
+    calibrate(nproc, file)
+
+
+def _cluster(
+    gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None, calibration: Path | None
+) -> Cluster:
+    from everest_ds.cli.tune_cluster import cluster_here, cluster_of
+
+    return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+
+
+def _options(global_batch: int | None, any_precision: bool, overrides: Sequence[str]) -> Options:
+    from everest_ds.tuning.search import Options
+    from everest_ds.tuning.space import SEARCHED
+
+    given = {text.partition("=")[0] for text in overrides}
+    return Options(global_batch, any_precision, frozenset(given & SEARCHED))
+
+
+def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
+    from everest_ds.tuning.nearest import fits_nowhere
+    from everest_ds.tuning.search import search
+
+    result = search(config, cluster, options)
+    if not result.ranked:
+        raise fits_nowhere(config, cluster, options, result.dropped)
+    return result
+
+
+def _write_tables(
+    result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
+) -> None:
+    from everest_ds.cli.tune_tables import as_json, candidate_rows, dropped_rows
+
+    rows = candidate_rows(result.ranked, cluster, costs)
+    write_csv(csv_file, rows)
+    found = {
+        "cluster": {"ranks": cluster.num_ranks, "machine": cluster.machine.as_json()},
+        "candidates": as_json(rows, result.ranked, cluster.machine),
+        "dropped": dropped_rows(result.dropped),
+    }
+    write_json(json_file, found)
+
+
+def _write_best(
+    result: SearchResult,
+    how: TrialOptions | None,
+    source: str,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    folder: Path,
+) -> None:
+    """The files of rank 1, or of the best of its trials as soon as these are over."""
+    if how is None:
+        _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
+        return
+    from everest_ds.cli.tune_trials import candidate_name, run_trials
+
+    tried = run_trials(source, overrides, cluster, result, folder, how)
+    if tried is not None:
+        _write_winner(tried, f"best of the trials, {candidate_name(tried)}", source, cluster, folder)
+
+
+def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
+    from everest_ds.cli.tune_winner import next_command, write_winner
+
+    file = write_winner(winner, source, cluster, folder)
+    typer.echo(f"{title}: {file}, held against DeepSpeed's own checks and a dry run. Next:")
+    typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
+
+
+def _ask_what_if(
+    config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
+) -> None:
+    from everest_ds.cli.tune_report import what_if_page, write_page
+    from everest_ds.cli.tune_what_if import ask
+
+    page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
+    typer.echo(f"what if: {write_page(folder, 'what_if', page)}")
+
+
+def _num_samples(config: Experiment, clips: int | None) -> int | None:
+    """Videos of an epoch: as given, or as in the manifest or the official data set."""
+    from everest_ds.cli.plan import count_samples
+
+    epoch = count_samples(config, planned=True) if clips is None else None
+    return epoch.num_samples if epoch else clips

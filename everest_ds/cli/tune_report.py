@@ -1,0 +1,219 @@
+"""The pages of the tuner: what trials say, and what more or fewer GPUs would change."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from everest_ds.errors import UsageError
+from everest_ds.reports.page import Page, Plot, Section, render_page
+from everest_ds.reports.page_markdown import render_page_markdown
+from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
+from everest_ds.tuning.standing import Result, Standing, pareto_front
+from everest_ds.tuning.what_if import TRAITS, WhatIf, values_of, where_it_pays
+from everest_ds.units import GIB
+
+
+def trials_page(
+    subject: str, result: Result, memory_bytes: int, dropped: Sequence[Mapping[str, str]], baseline: str
+) -> Page:
+    """Everything that trials of a tuning tell.
+
+    Args:
+        subject: recipe, ranks and machine, for the lead.
+        memory_bytes: what a rank may use.
+        dropped: families that the search left out, with reasons.
+        baseline: what the winner is compared with.
+    """
+    sections = [
+        Section("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
+        _agreement_section(result),
+        _front_section(result, memory_bytes),
+        Section("Families that are not in it", rows=dropped) if dropped else None,
+    ]
+    lead = f"{subject}. Measured: medians of the steps after warm-up, through the trainer, waiting included."
+    shown = [section for section in sections if section]
+    return Page("Tuning: trials", lead, _headline(result, baseline), shown)
+
+
+def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
+    """Which choice pays with how many GPUs; predictions only."""
+    panels = {
+        trait: {
+            value: [
+                (row.gpus, 100 * row.by_choice[trait][value] / row.clips_per_s)
+                for row in rows
+                if value in row.by_choice[trait]
+            ]
+            for value in values_of(rows, trait)
+        }
+        for trait in TRAITS
+    }
+    caption = (
+        "The fastest candidate of each choice, against the fastest of all with as many GPUs. A line begins"
+        " where the choice fits."
+    )
+    plot = Plot("what_if", caption, draw_what_if(panels), wide=True)
+    lead = (
+        f"{subject}. Predicted by the cost model; nothing was run. The global batch is kept. Speeds are"
+        " without waiting for data, which would make all choices look alike."
+    )
+    return Page(
+        "Tuning: what if",
+        lead,
+        {},
+        [
+            Section("Where each choice pays", plots=[plot], rows=pays_rows(rows)),
+            Section("The fastest for each number of GPUs", rows=what_if_rows(rows)),
+        ],
+    )
+
+
+def write_page(folder: Path, name: str, page: Page) -> Path:
+    """`name`.html, `name`.md and the plots; the HTML file's path.
+
+    Raises:
+        UsageError: they cannot be written.
+    """
+    plots = {f"plots/{plot.name}.svg": plot.svg for section in page.sections for plot in section.plots}
+    files = {f"{name}.html": render_page(page), f"{name}.md": render_page_markdown(page), **plots}
+    for file, text in files.items():
+        try:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(text)
+        except OSError as error:
+            raise UsageError(f"{folder / file}: cannot be written", given=str(error)) from None
+    return folder / f"{name}.html"
+
+
+def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[str, Any]]:
+    """One row a candidate, for people."""
+    return [
+        {
+            "rank": number,
+            "candidate": one.tried.name,
+            "clips/s": _short(one.clips_per_s),
+            "step, s": _short(one.step_s),
+            "memory, GiB": _short(one.peak_bytes / GIB),
+            "free, %": round(100 * (1 - one.peak_bytes / memory_bytes)),
+            "by": "measured" if one.tried.measured else "predicted",
+            "remarks": "; ".join(text for text in (one.refused, one.note) if text),
+        }
+        for number, one in enumerate(standings, 1)
+    ]
+
+
+def pays_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
+    """One row a choice: with how many GPUs it fits, and pays."""
+    return [
+        {"choice": pays.trait, "value": pays.value, "fits": _numbers(pays.fits), "pays": _numbers(pays.pays)}
+        for pays in where_it_pays(rows)
+    ]
+
+
+def what_if_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
+    """One row a number of GPUs: the fastest candidate."""
+    alone = rows[0].clips_per_s / rows[0].gpus
+    return [
+        {
+            "GPUs": row.gpus,
+            **row.best,
+            "clips/s": round(row.clips_per_s),
+            "of a GPU": _short(row.clips_per_s / row.gpus),
+            "scaling, %": round(100 * row.clips_per_s / row.gpus / alone),
+            "would wait for data, %": round(row.data_wait_pct),
+        }
+        for row in rows
+    ]
+
+
+def _headline(result: Result, baseline: str) -> dict[str, str]:
+    winner = result.recommended
+    if winner is None:
+        return {"recommended": "nothing: no trial came to its end"}
+    figures = {"recommended": winner.tried.name, "measured": f"{winner.clips_per_s:.4g} clips/s"}
+    for one in result.standings:
+        if one.tried.baseline == baseline and one.tried.measured and one is not winner:
+            figures[f"of {baseline}"] = f"{winner.clips_per_s / one.clips_per_s:.2f} x"
+    figures["median error of predicted time"] = f"{median(map(abs, result.time_errors_pct)):.0f} %"
+    figures["median error of predicted memory"] = f"{median(map(abs, result.memory_errors_pct)):.0f} %"
+    if result.tau is not None:
+        figures["Kendall's tau of the order"] = f"{result.tau:.2f}"
+    return figures
+
+
+def _ranking_text(result: Result) -> str:
+    first = result.standings[0] if result.standings else None
+    text = f"Predictions are corrected by the trials: time {result.time}; memory {result.memory}."
+    if first and not first.refused and not first.tried.measured and result.recommended:
+        text += f" {first.tried.name} may be faster than what ran; more trials would tell."
+    return text
+
+
+def _agreement_section(result: Result) -> Section | None:
+    ran = [one.tried for one in result.standings if one.tried.measured]
+    if not ran:
+        return None
+    rows, times, peaks = [], [], []
+    for one in sorted(ran, key=lambda tried: tried.predicted_s):
+        trial = one.measured
+        assert trial and trial.step_s and trial.peak_bytes
+        group = f"ZeRO-{one.traits['ZeRO stage']}"
+        times.append(Pair(group, one.predicted_s, trial.step_s))
+        peaks.append(Pair(group, one.predicted_bytes / GIB, trial.peak_bytes / GIB))
+        rows.append(
+            {
+                "candidate": one.name,
+                **_compared("step, s", times[-1]),
+                **_compared("memory, GiB", peaks[-1]),
+                "waiting for data, %": round(trial.data_wait_pct or 0),
+            }
+        )
+    plots = [
+        Plot("time", "Step time; the band is 20 % to both sides.", draw_agreement(times, "step time", "s")),
+        Plot("memory", "Peak memory of rank 0.", draw_agreement(peaks, "memory", "GiB")),
+    ]
+    return Section("Predicted against measured", "As predicted before the trials.", plots=plots, rows=rows)
+
+
+def _compared(quantity: str, pair: Pair) -> dict[str, float]:
+    name, _, unit = quantity.partition(", ")
+    return {
+        f"predicted {name}, {unit}": _short(pair.predicted),
+        f"measured {name}, {unit}": _short(pair.measured),
+        f"{name} error, %": round(100 * (pair.predicted / pair.measured - 1)),
+    }
+
+
+def _short(value: float) -> float:
+    """To three digits."""
+    return float(f"{value:.3g}")
+
+
+def _front_section(result: Result, memory_bytes: int) -> Section | None:
+    front = pareto_front(result.standings)
+    if not front:
+        return None
+    places = [
+        Place(one.tried.name, one.peak_bytes / GIB, one.clips_per_s, bool(one.tried.measured), one in front)
+        for one in result.standings
+        if not one.refused
+    ]
+    caption = "Speed over memory; predictions as corrected. On the line nothing else is better in both."
+    plot = Plot("front", caption, draw_front(places, memory_bytes / GIB), wide=True)
+    return Section("Memory and speed", plots=[plot])
+
+
+def _numbers(gpus: Sequence[int]) -> str:
+    """`(8, 16, 32)` -> `8-32`; the numbers tried are powers of two."""
+    if not gpus:
+        return "nowhere"
+    spans: list[list[int]] = []
+    for count in gpus:
+        if spans and count == 2 * spans[-1][-1]:
+            spans[-1].append(count)
+        else:
+            spans.append([count])
+    return ", ".join(f"{span[0]:,}" + (f"-{span[-1]:,}" if len(span) > 1 else "") for span in spans)

@@ -1,0 +1,221 @@
+"""From the search's candidates to trials, and from trials to what is recommended."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from everest_ds.cli.calibrate import facts_here
+from everest_ds.cli.output import print_table
+from everest_ds.cli.trial_run import Setup
+from everest_ds.cli.trials import Array, Entry, try_by_slurm, try_here
+from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
+from everest_ds.cli.tune_tables import dropped_rows
+from everest_ds.config import Experiment, load_experiment
+from everest_ds.config.zero_settings import zero_settings
+from everest_ds.errors import UsageError
+from everest_ds.profiling.devices import DEVICES, find_device
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.training.run_folder import package_versions
+from everest_ds.tuning.baselines import Baseline, natural_baselines
+from everest_ds.tuning.correction import traits_of
+from everest_ds.tuning.reasons import slower_families
+from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
+from everest_ds.tuning.space import Sharding
+from everest_ds.tuning.standing import Result, Tried, weigh
+from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.trials import trial_key
+from everest_ds.tuning.winner import deepspeed_file
+
+_BASELINE = "ZeRO-2"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A candidate with the name under which it is tried; a baseline is one too."""
+
+    name: str
+    candidate: Candidate
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class TrialOptions:
+    """How to try: the best `count` here, or by sbatch with these options of it."""
+
+    count: int
+    steps: int
+    timeout_s: float
+    sbatch: str | None
+
+
+def run_trials(
+    source: str,
+    overrides: Sequence[str],
+    cluster: Cluster,
+    result: SearchResult,
+    folder: Path,
+    options: TrialOptions,
+) -> Candidate | None:
+    """Try the best candidates and the baselines, show what came out, and pick the winner.
+
+    Returns:
+        None while SLURM has them.
+
+    Raises:
+        UsageError: nothing that was tried came to its end; or this machine is not the one to try on.
+    """
+    task, count = result.ranked[0].config.task, options.count
+    setup = Setup(task, source, tuple(overrides), cluster.num_ranks, folder, options.steps, options.timeout_s)
+    if options.sbatch is None:
+        _check_here(cluster)
+    ranked = [_contender(setup, cluster, candidate) for candidate in result.ranked]
+    for baseline in _baselines(setup, cluster, ranked):
+        ranked = _with_baseline(setup, cluster, ranked, baseline)
+    chosen = [one.entry for n, one in enumerate(ranked) if n < count or one.entry.tried.baseline]
+    others = [one.entry for one in ranked if one.entry not in chosen]
+    place = _place(cluster)
+    if options.sbatch is None:
+        tried = try_here(setup, chosen, place)
+    else:
+        tried = try_by_slurm(setup, chosen, place, _array(cluster, options.sbatch))
+    weighed = weigh([entry.tried for entry in (*tried, *others)], cluster.machine.memory_bytes)
+    _show(setup, cluster, result, weighed)
+    by_name = {one.name: one.candidate for one in ranked}
+    if any(entry.tried.trial is None for entry in tried):
+        return None
+    if weighed.recommended is None:
+        raise UsageError(
+            "no trial came to its end, so nothing is recommended",
+            given=f"{len(tried)} trials; {setup.folder / 'report.html'} says why",
+            fix=f"--trials {2 * count}",
+        )
+    return by_name[weighed.recommended.tried.name]
+
+
+def candidate_name(candidate: Candidate) -> str:
+    """`ZeRO-2, tensor 2, bf16, micro-batch 8, recompute full`."""
+    recompute = candidate.config.recompute
+    parts = [str(candidate.sharding), f"micro-batch {candidate.config.batch.micro_batch_size}"]
+    if recompute.mode != "none":
+        parts.append(describe_recompute(recompute))
+    if candidate.own_buckets:
+        parts.append("own buckets")
+    return ", ".join(parts)
+
+
+def _check_here(cluster: Cluster) -> None:
+    """Whether trials on this machine would tell anything of the cluster."""
+    here, wanted = facts_here()["device"], cluster.machine.device
+    product = find_device(here)
+    if here != wanted and product is not DEVICES.get(wanted):
+        raise UsageError(
+            "--trials run on this machine",
+            given=f"{wanted} asked for, {here} here",
+            fix='--sbatch "--time=30:00 ..." tries them on the cluster; or leave out --gpu',
+        )
+
+
+def _array(cluster: Cluster, options: str) -> Array:
+    ranks, a_node = cluster.num_ranks, min(cluster.num_ranks, cluster.machine.ranks_per_node)
+    return Array(-(-ranks // a_node), a_node if cluster.machine.asynchronous else 0, a_node, options)
+
+
+def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contender:
+    name, overrides, config = candidate_name(candidate), candidate.overrides, candidate.config
+    if candidate.own_buckets:
+        file = _write_deepspeed(setup, candidate)
+        overrides = (*overrides, f"parallelism.ds_config={file}")
+        parallelism = config.parallelism.model_copy(update={"ds_config": file})
+        config = config.model_copy(update={"parallelism": parallelism})
+    return Contender(name, candidate, Entry(_tried(name, overrides, candidate, cluster), config))
+
+
+def _write_deepspeed(setup: Setup, candidate: Candidate) -> Path:
+    stage, bucket = candidate.sharding.stage, candidate.zero.reduce_bucket_values
+    file = (setup.runs / f"zero{stage}-{bucket}.json").absolute()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(deepspeed_file(candidate))
+    return file
+
+
+def _baselines(setup: Setup, cluster: Cluster, ranked: Sequence[Contender]) -> list[Baseline]:
+    if not ranked:
+        return []
+    batch = ranked[0].candidate.config.batch.global_batch_size or 0
+
+    def load(overrides: Sequence[str]) -> Experiment:
+        return load_experiment(setup.source, [*setup.overrides, *overrides])
+
+    return natural_baselines(load, cluster.num_ranks, batch)
+
+
+def _with_baseline(
+    setup: Setup, cluster: Cluster, ranked: Sequence[Contender], baseline: Baseline
+) -> list[Contender]:
+    """The baseline marked among the candidates, or put behind them if it is none."""
+
+    def key(config: Experiment) -> str:
+        return trial_key(config, cluster.num_ranks, {})
+
+    own = key(baseline.config)
+    same = [one for one in ranked if key(one.entry.config) == own] or [_baseline(setup, cluster, baseline)]
+    tried = replace(same[0].entry.tried, baseline=baseline.name, note=baseline.note)
+    marked = replace(same[0], entry=replace(same[0].entry, tried=tried))
+    return [marked if one is same[0] else one for one in ranked] + [marked] * (same[0] not in ranked)
+
+
+def _baseline(setup: Setup, cluster: Cluster, one: Baseline) -> Contender:
+    config, zero = one.config, zero_settings(one.config)
+    spread = config.parallelism
+    candidate = Candidate(
+        Sharding(config.precision, spread.zero_stage, spread.tensor, spread.offload_to_cpu),
+        config,
+        zero,
+        False,
+        predict_memory(config, cluster.num_ranks),
+        predict_step(config, cluster.num_ranks, cluster.machine, zero),
+        load_experiment(setup.source, setup.overrides),
+    )
+    return Contender(one.name, candidate, Entry(_tried(one.name, one.overrides, candidate, cluster), config))
+
+
+def _tried(name: str, overrides: tuple[str, ...], candidate: Candidate, cluster: Cluster) -> Tried:
+    return Tried(
+        name,
+        overrides,
+        traits_of(candidate.config),
+        candidate.step.clips,
+        candidate.step.step_s,
+        needed_bytes(candidate.memory, cluster.machine),
+    )
+
+
+def _place(cluster: Cluster) -> dict[str, Any]:
+    machine = cluster.machine
+    return {
+        "device": machine.device,
+        "ranks_per_node": machine.ranks_per_node,
+        "versions": package_versions(),
+    }
+
+
+def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result) -> None:
+    machine = cluster.machine
+    print_table("Candidates after trials", _rows_to_show(weighed, machine.memory_bytes))
+    dropped = dropped_rows([*slower_families(result.ranked, len(result.ranked)), *result.dropped])
+    subject = f"{setup.source} on {cluster.num_ranks} x {machine.device}"
+    page = trials_page(subject, weighed, machine.memory_bytes, dropped, _BASELINE)
+    typer.echo(f"report: {write_page(setup.folder, 'report', page)}")
+
+
+def _rows_to_show(weighed: Result, memory_bytes: int) -> list[dict[str, Any]]:
+    """Those that were tried, and those that may be faster than all of them."""
+    rows = ranking_rows(weighed.standings, memory_bytes)
+    first = next((n for n, one in enumerate(weighed.standings) if one is weighed.recommended), len(rows))
+    pairs = zip(rows, weighed.standings, strict=True)
+    return [row for n, (row, one) in enumerate(pairs) if one.tried.trial or n < min(first, 10)]

@@ -1,0 +1,78 @@
+"""`everest-ds visualize`: what a model selects, attends to and reconstructs in a video, as pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from everest_ds.cli.output import JsonFile, print_facts, write_json
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from everest_ds.inference.look import Seen
+
+Source = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="A run, weights in any layout, or a recipe (initial weights)."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as tokens.keep_ratio=0.3."),
+]
+_FPS = 8  # slow enough to follow a token
+
+
+def visualize(
+    source: Source,
+    video: Annotated[Path, typer.Argument(help="A video.")],
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("pictures"),
+    json_file: JsonFile = None,
+) -> None:
+    """Draw the middle of a video as a model sees it.
+
+    kept_tokens.png and .mp4: the tokens that are computed on. attention.png: what the encoder's output is
+    made of. slots.png: tokens of each slot, and those that IIFS drew. reconstruction.png: of pre-training.
+
+    Example: everest-ds visualize runs/pre clip.mp4 --out pictures
+             everest-ds visualize k400_finetune_vit_base clip.mp4 tokens.keep_ratio=0.3
+    """
+    from everest_ds.inference.look import look, open_model
+    from everest_ds.inference.views import best_device
+
+    model = open_model(source, ["data.num_workers=0", *(overrides or [])]).to(best_device())
+    seen = look(model, video)
+    files = _write(seen, out)
+    slots, tokens = seen.slots_BT[0].tolist(), model.config.tokens
+    facts: dict[str, Any] = {
+        "tokens": f"{int(seen.kept_BThw.sum())} kept of {seen.kept_BThw.numel()} ({tokens.selection})",
+        "in_the_encoder": int(seen.visible_BThw.sum()),
+        "slots": f"{len(slots)} of {seen.counts_BS.shape[1]}: {', '.join(map(str, slots))}",
+        "files": ", ".join(str(file) for file in files),
+    }
+    print_facts(f"{video}", facts)
+    write_json(json_file, facts)
+
+
+def _write(seen: Seen, out: Path) -> list[Path]:
+    import numpy as np
+    from matplotlib.image import imsave  # heavy
+
+    from everest_ds.data.synthetic import write_video
+    from everest_ds.reports.clip_pictures import draw_clip
+    from everest_ds.reports.kept_tokens import dim_discarded
+
+    arrays: list[Any] = [None if tensor is None else tensor[0].numpy() for tensor in seen]
+    clip, kept = arrays[:2]
+    pictures = draw_clip(*arrays)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for name, picture in pictures.items():
+            imsave(out / f"{name}.png", picture)
+        film = out / "kept_tokens.mp4"
+        write_video(film, np.concatenate([clip, dim_discarded(clip, kept)], axis=2), fps=_FPS)
+    except OSError as error:
+        raise UsageError(f"{out}: cannot write pictures", given=error.strerror or str(error)) from None
+    return [*(out / f"{name}.png" for name in pictures), film]

@@ -1,0 +1,50 @@
+"""One clip of a video through a model, recorded: any weights, or a recipe's as they are drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds.config import load_experiment
+from everest_ds.errors import UsageError
+from everest_ds.inference.views import read_clip
+from everest_ds.interchange.load import load_model
+from everest_ds.models import build_model
+from everest_ds.models.features import FeatureModel
+from everest_ds.models.watch import Seen, Watch
+
+
+def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
+    """The model at `source` in evaluation, as `load_model` does, or a recipe's with its initial weights.
+
+    Raises:
+        EverestError: what `load_model` or `load_experiment` refuse.
+        UsageError: there is an encoder only.
+    """
+    path = Path(source)
+    if not path.exists() or path.suffix in (".yaml", ".yml"):
+        config = load_experiment(source, overrides)
+        torch.manual_seed(config.run.seed)
+        model: Any = build_model(config).eval()
+        model.config = config
+        return model
+    model = load_model(path, *overrides)
+    if isinstance(model, FeatureModel):
+        raise UsageError(f"{source}: an encoder only", allowed="a pre-trained model or a classifier")
+    return model
+
+
+@torch.no_grad()
+def look(model: Any, video: Path) -> Seen:
+    """The middle of a video as `model` sees it.
+
+    Raises:
+        DataError: the video cannot be read, or is too short.
+    """
+    batch = read_clip(video, model.config).to(next(model.parameters()).device)
+    with Watch(model) as watched:
+        output = model(*batch.arguments)
+    return watched.seen(output)

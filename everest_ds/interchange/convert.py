@@ -1,0 +1,172 @@
+"""From any layout to any other, with a line for every key of the source."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from everest_ds.checkpoints.export import config_entry
+from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
+from everest_ds.config import Experiment
+from everest_ds.config.backbones import LAYER_NORM_EPS
+from everest_ds.errors import CheckpointError
+from everest_ds.interchange.infer import TRANSFORMERS_LAST_EPS
+from everest_ds.interchange.layouts import Layout, layout_of
+from everest_ds.interchange.source import Source, open_source
+from everest_ds.interchange.tensors import to_theirs
+from everest_ds.interchange.transformers_folder import save_folder
+
+
+class Key(NamedTuple):
+    """What became of a key of the source.
+
+    Attributes:
+        source: its name there; several, joined by `+`, where they become one.
+        target: its name in what was written; several where it becomes several; empty if unused.
+        status: `used` (the same name), `renamed` or `unused`.
+        why: of an unused key.
+    """
+
+    source: str
+    target: str
+    status: str
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was read and written.
+
+    Attributes:
+        source, target: layouts, as `videomae finetune`.
+        config: of the model.
+        assumed: settings that nothing in the source tells, as `key=value`.
+        left_out: what the source holds beside the weights.
+        keys: every key of the source, once.
+        notes: where the other system computes something else, or cannot be told apart.
+    """
+
+    source: str
+    target: str
+    config: Experiment
+    assumed: list[str]
+    left_out: tuple[str, ...]
+    keys: list[Key]
+    notes: list[str]
+
+
+def convert(
+    path: Path, target: Path, system: str, overrides: Sequence[str] = (), entry: str | None = None
+) -> Conversion:
+    """Write the weights at `path` as a system has them.
+
+    Args:
+        path, overrides, entry: as those of `open_source`.
+        target: a `.safetensors` file for `everest`, a `.pth` file for the originals, a folder for
+            `transformers`.
+        system: one of `layouts.SYSTEMS`.
+
+    Raises:
+        CheckpointError: if the source cannot be read, the system has no such model, or the target cannot be
+            written.
+        ConfigError: if an override does not fit.
+    """
+    with open_source(path, overrides, entry) as source:
+        layout = layout_of(system, source.layout.kind)
+        _check_positions(source, system)
+        try:
+            _write(source, layout, target)
+        except OSError as error:
+            raise CheckpointError(f"{target}: cannot be written", given=error.strerror) from None
+        return Conversion(
+            f"{source.layout.system} {source.layout.kind}",
+            f"{system} {layout.kind}",
+            source.config,
+            source.assumed,
+            source.left_out,
+            _account(source, layout),
+            _notes(source, system),
+        )
+
+
+def _write(source: Source, layout: Layout, target: Path) -> None:
+    if layout.system == "everest":
+        _save_own(source, target)
+        return
+    state: dict[str, Tensor] = {}
+    for name in source.shapes:
+        names = layout.theirs(name)
+        if names:
+            parts = to_theirs(name, source.read(name), len(names), source.config.model.geometry)
+            state.update(zip(names, parts, strict=True))
+    if layout.system == "transformers":
+        save_folder(target, state, layout.kind, source.config, source.class_names)
+    else:
+        _save_pickle(state, target)
+
+
+def _save_own(source: Source, file: Path) -> None:
+    metadata = config_entry(source.config.model_dump(mode="json"))
+    if source.class_names:
+        metadata["classes"] = json.dumps(source.class_names)
+    specs = {name: TensorSpec(torch.float32, shape) for name, shape in source.shapes.items()}
+    publish_tensors(file, specs, map(source.read, source.shapes), metadata)
+
+
+def _save_pickle(state: dict[str, Tensor], file: Path) -> None:
+    temporary = file.with_name(f".{file.name}.tmp")
+    try:
+        torch.save({"model": state}, temporary)
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _account(source: Source, layout: Layout) -> list[Key]:
+    keys = []
+    for name, theirs in source.theirs.items():
+        new = layout.theirs(name)
+        status = "unused" if not new else "used" if new == theirs else "renamed"
+        why = "" if new else f"has no place in {layout.system}'s layout"
+        keys.append(Key(" + ".join(theirs), " + ".join(new), status, why))
+    return keys + [Key(key, "", "unused", why) for key, why in source.unused]
+
+
+def _check_positions(source: Source, system: str) -> None:
+    positions, theirs = source.config.model.positions, "grid" if system == "mvd" else "flat"
+    if system != "everest" and positions != theirs:
+        raise CheckpointError(
+            f"{source.path}: {system} has other fixed positions than this model",
+            given=f"model.positions={positions}",
+            allowed=f"model.positions={theirs}",
+            fix="convert it to everest, whose models have either",
+        )
+
+
+def _notes(source: Source, system: str) -> list[str]:
+    model, tokens, notes = source.config.model, source.config.tokens, []
+    if (source.layout.system, source.layout.kind) == ("videomae", "finetune") and model.positions == "flat":
+        notes.append(
+            "VideoMAE, EVEREST, MME and MVD name fine-tuned weights alike, but MVD has other positions: of"
+            " MVD, give model.positions=grid"
+        )
+    last = TRANSFORMERS_LAST_EPS if system == "transformers" else LAYER_NORM_EPS
+    if system != "everest" and source.layout.kind != "encoder" and model.last_norm_eps != last:
+        notes.append(
+            f"the last LayerNorm has epsilon {last:g} in {system} and {model.last_norm_eps:g} in this model:"
+            " outputs differ by about 1e-5 of their size"
+        )
+    if system not in ("everest", "transformers") and model.norm_eps != LAYER_NORM_EPS:
+        notes.append(
+            f"LayerNorms have epsilon {LAYER_NORM_EPS:g} in {system} and {model.norm_eps:g} in this model"
+        )
+    if system != "everest" and tokens.selection in ("rero", "random") and tokens.keep_ratio < 1:
+        notes.append(f"this model keeps {tokens.keep_ratio:g} of the tokens ({tokens.selection})")
+    return notes

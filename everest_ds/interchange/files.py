@@ -1,0 +1,233 @@
+"""Opening a file or folder of weights of any system: its tensors by name, and what else it says of its model.
+
+Nothing in a file can run: pickles are read by torch's `weights_only` reader, which is told of three harmless
+types that the originals' training scripts save beside the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import re
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from everest_ds.checkpoints.export import find_weights, open_weights
+from everest_ds.checkpoints.manifest import read_manifest
+from everest_ds.checkpoints.tensor_file import open_tensors
+from everest_ds.config import load_experiment
+from everest_ds.errors import CheckpointError
+from everest_ds.interchange.layouts import TRANSFORMERS_RENAMED
+from everest_ds.interchange.tensors import Shape
+
+# Where training scripts and DeepSpeed put the weights inside of what they save.
+WEIGHT_KEYS = ("model", "module", "model_state", "model_state_dict", "state_dict")
+_WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
+_DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
+CONFIG_FILE, PREPROCESSING_FILE = "config.json", "preprocessor_config.json"
+SAFETENSORS_FILE, _INDEX_FILE = "model.safetensors", "model.safetensors.index.json"
+_PICKLE_FILE = "pytorch_model.bin"
+
+
+@dataclass(frozen=True)
+class RawWeights:
+    """Tensors under their own names.
+
+    Attributes:
+        path: what is read: of a run, one of its checkpoints.
+        shapes: by name.
+        read: one of them, as float32.
+        metadata: of a safetensors file.
+        arguments: of the originals' training script, where they were saved with the weights.
+        transformers: the model's config.json.
+        preprocessing: its preprocessor_config.json.
+        left_out: what else is in the file.
+    """
+
+    path: Path
+    shapes: dict[str, Shape]
+    read: Callable[[str], Tensor]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    transformers: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+
+@contextmanager
+def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> Iterator[RawWeights]:
+    """Open a file, a run or checkpoint of ours, or a folder of transformers or DeepSpeed.
+
+    Args:
+        entry: of what a training script saved, such as `model_ema`; None: the weights.
+        prefer_best: of a run's, take those of its best validation, if it has any, not its newest.
+
+    Raises:
+        CheckpointError: if there are no weights that can be read.
+    """
+    if (path / _DEEPSPEED_FILE).is_file():
+        path = path / _DEEPSPEED_FILE
+    if path.is_dir() and not (path / CONFIG_FILE).is_file():
+        with _open_own(path, prefer_best) as raw:
+            yield raw
+        return
+    with ExitStack() as stack:
+        raw = _with_older_names(_open_files(_files(path), entry, stack))
+        if raw.path.suffix == ".safetensors" or path.is_dir():
+            beside = raw.path.parent
+            raw = replace(
+                raw,
+                transformers=_read_json(beside / CONFIG_FILE),
+                preprocessing=_read_json(beside / PREPROCESSING_FILE),
+            )
+        yield raw
+
+
+@contextmanager
+def _open_own(path: Path, prefer_best: bool) -> Iterator[RawWeights]:
+    """A run's best weights, or its newest checkpoint, or a checkpoint."""
+    found = find_weights(path, prefer_best)
+    config = read_manifest(found).facts.config if found.is_dir() else _config_beside(found)
+    with open_weights(found) as stored:
+        metadata = {"config": json.dumps(config)} if config else {}
+        yield RawWeights(found, stored.shapes, stored.read, metadata)
+
+
+def _config_beside(file: Path) -> dict[str, Any]:
+    """The config of the run that a file of weights lies in."""
+    beside = file.parent / "config.yaml"
+    return load_experiment(beside).model_dump(mode="json") if beside.is_file() else {}
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or those of a transformers folder."""
+    if not path.is_dir():
+        return [path]
+    if (path / _INDEX_FILE).is_file():
+        return [path / name for name in sorted(set(_read_json(path / _INDEX_FILE)["weight_map"].values()))]
+    for name in (SAFETENSORS_FILE, _PICKLE_FILE):
+        if (path / name).is_file():
+            return [path / name]
+    raise CheckpointError(
+        f"{path}: no weights there",
+        allowed=f"a run, a checkpoint, or a folder of transformers with {SAFETENSORS_FILE}",
+    )
+
+
+def _open_files(files: list[Path], entry: str | None, stack: ExitStack) -> RawWeights:
+    if files[0].suffix != ".safetensors":
+        return _open_pickle(files[0], entry)
+    shapes: dict[str, Shape] = {}
+    of: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        opened = stack.enter_context(open_tensors(file))
+        metadata |= opened.metadata() or {}
+        for name in opened.keys():
+            shapes[name] = tuple(opened.get_slice(name).get_shape())
+            of[name] = opened
+    if "config" not in metadata and (config := _config_beside(files[0])):
+        metadata["config"] = json.dumps(config)
+    return RawWeights(files[0], shapes, lambda name: of[name].get_tensor(name).float(), metadata)
+
+
+def _open_pickle(file: Path, entry: str | None) -> RawWeights:
+    content = _load_pickle(file)
+    state, left_out = _find_weights(file, content, entry)
+    arguments = content.get("args")
+    state = _unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    return RawWeights(
+        file,
+        {name: tuple(tensor.shape) for name, tensor in state.items()},
+        lambda name: state[name].float(),
+        arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
+        left_out=left_out,
+    )
+
+
+def _load_pickle(file: Path) -> dict[str, Any]:
+    try:
+        with torch.serialization.safe_globals(_harmless()):
+            content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL (\S+)", str(error))
+        raise CheckpointError(
+            f"{file}: not read, for it holds more than weights",
+            given=refused[1] if refused else "not a file of PyTorch",
+            allowed="tensors, numbers, and argparse.Namespace",
+            fix="ask its author for the weights alone: torch.save(checkpoint['model'], file)",
+        ) from None
+    except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{file}: not a readable file of PyTorch", given=_first_line(error)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: no weights by name", given=type(content).__name__)
+    return content
+
+
+def _harmless() -> list[Any]:
+    """Learning rates are saved as NumPy's numbers, whose constructor has moved within NumPy."""
+    scalar: Any = np.float64(0).__reduce__()[0]
+    kinds = {type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")}
+    names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    return [argparse.Namespace, np.dtype, *kinds, *names]
+
+
+def _find_weights(
+    file: Path, content: dict[str, Any], entry: str | None
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    wanted = WEIGHT_KEYS if entry is None else (entry,)
+    for key in wanted:
+        if isinstance(content.get(key), dict):
+            return content[key], tuple(name for name in content if name != key)
+    if entry is None and any(isinstance(value, Tensor) for value in content.values()):
+        return content, ()
+    raise CheckpointError(
+        f"{file}: no weights in it",
+        given=", ".join(map(str, content)) or "nothing",
+        allowed=" or ".join(wanted),
+    )
+
+
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Names without what DistributedDataParallel and others put before all of them."""
+    for prefix in _WRAPPERS:
+        if state and all(name.startswith(prefix) for name in state):
+            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
+    return state
+
+
+def _with_older_names(raw: RawWeights) -> RawWeights:
+    """State dicts of transformers 5 name two biases as its files do not."""
+    names = {_older(name): name for name in raw.shapes}
+    shapes = {older: raw.shapes[name] for older, name in names.items()}
+    return replace(raw, shapes=shapes, read=lambda older: raw.read(names[older]))
+
+
+def _older(name: str) -> str:
+    for new, old in TRANSFORMERS_RENAMED.items():
+        if name.endswith(new):
+            return name.removesuffix(new) + old
+    return name
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{file}: not readable as JSON", given=_first_line(error)) from None
+    return content
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

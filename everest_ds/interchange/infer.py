@@ -1,0 +1,188 @@
+"""The config of a model, from the shapes of its weights and what its file says beside them."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from everest_ds.config import Experiment, build_experiment
+from everest_ds.config.backbones import BACKBONES
+from everest_ds.data.manifest import read_class_names
+from everest_ds.errors import CheckpointError
+from everest_ds.interchange.files import RawWeights
+from everest_ds.interchange.layouts import EMBEDDING, Layout
+from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
+
+Tree = dict[str, Any]
+# config.json does not say it: transformers leaves this one as PyTorch has it.
+TRANSFORMERS_LAST_EPS = 1e-5
+# Of the originals' pre-training scripts, and our names of them.
+_ARGUMENTS = {"num_frames": "num_frames", "input_size": "image_size"}
+_MASKS = {"tube": "tube", "random": "none", "motion-centric": "rero"}
+# What no shape tells, as all released models have it.
+_USUAL: Tree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
+
+
+class Described(NamedTuple):
+    """A model, by its config.
+
+    Attributes:
+        assumed: settings that nothing in the file tells, as `key=value`.
+        class_names: in label order, if the file or its run names them.
+    """
+
+    config: Experiment
+    assumed: list[str]
+    class_names: list[str] | None
+
+
+def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Described:
+    """The config of the model that these weights are of.
+
+    Args:
+        overrides: `key.path=value` settings that come before all that is found out.
+
+    Raises:
+        CheckpointError: if it is no model of ours.
+        ConfigError: if an override does not fit.
+    """
+    told = _told(layout, raw)
+    given = {text.partition("=")[0] for text in overrides}
+    missing = {key: value for key, value in _USUAL.items() if key not in told["model"]}
+    told["model"] = {**missing, **told["model"]}
+    assumed = [f"model.{key}={value}" for key, value in missing.items() if f"model.{key}" not in given]
+    config = build_experiment(told, overrides, raw.path)
+    return Described(config, assumed, _class_names(raw, config))
+
+
+def _told(layout: Layout, raw: RawWeights) -> Tree:
+    if layout.system == "everest" and "config" in raw.metadata:
+        own: Tree = json.loads(raw.metadata["config"])
+        return own
+    said = _by_transformers(raw) if raw.transformers else _by_arguments(raw.arguments)
+    task = "finetune" if layout.kind == "finetune" else "pretrain"
+    tokens = {"selection": "tube" if layout.kind == "pretrain" else "none", **said.get("tokens", {})}
+    positions = {"positions": "grid"} if layout.system == "mvd" else {}
+    model = {**said.get("model", {}), **positions, **_shape(layout, raw)}
+    return {"task": task, **said, "tokens": tokens, "model": model}
+
+
+def _shape(layout: Layout, raw: RawWeights) -> Tree:
+    """What the shapes tell."""
+    (embedding,) = layout.theirs(EMBEDDING)
+    shape = raw.shapes[embedding]
+    if len(shape) not in (2, 5):
+        raise CheckpointError(
+            f"{raw.path}: `{embedding}` embeds no tubelets",
+            given=f"shape {shape}",
+            allowed="(width, 3, frames, rows, columns)",
+        )
+    depth = _depth(layout, raw, "encoder.blocks")
+    backbone = _backbone(raw.path, shape[0], depth)
+    tree: Tree = {"backbone": backbone, **_tubelet(shape)}
+    if layout.kind == "pretrain":
+        decoder_depth = _depth(layout, raw, "decoder")
+        if decoder_depth != BACKBONES[backbone].decoder.depth:
+            tree["decoder_depth"] = decoder_depth
+    if layout.kind == "finetune":
+        tree["num_classes"] = raw.shapes[layout.theirs("head.weight")[0]][0]
+    return tree
+
+
+def _depth(layout: Layout, raw: RawWeights, stack: str) -> int:
+    (first,) = layout.theirs(f"{stack}.0.norm1.weight")
+    pattern = re.escape(first).replace(r"\.0\.", r"\.(\d+)\.")
+    return sum(re.fullmatch(pattern, name) is not None for name in raw.shapes)
+
+
+def _tubelet(shape: tuple[int, ...]) -> Tree:
+    if len(shape) == 5:
+        return {"tubelet_size": shape[2], "patch_size": shape[3]}
+    return {"patch_size": math.isqrt(shape[1] // (3 * _USUAL["tubelet_size"]))}
+
+
+def _backbone(path: Path, width: int, depth: int) -> str:
+    for name, backbone in BACKBONES.items():
+        if (backbone.encoder.width, backbone.encoder.depth) == (width, depth):
+            return name
+    known = (f"{name} {b.encoder.width} x {b.encoder.depth}" for name, b in BACKBONES.items())
+    raise CheckpointError(
+        f"{path}: an encoder that is no backbone of ours",
+        given=f"width {width}, {depth} blocks",
+        allowed=", ".join(known),
+    )
+
+
+def _by_transformers(raw: RawWeights) -> Tree:
+    said = raw.transformers
+    width, depth = said.get("hidden_size", 768), said.get("num_hidden_layers", 12)
+    heads = BACKBONES[_backbone(raw.path, width, depth)].encoder.heads
+    for key, allowed in {
+        "model_type": "videomae",
+        "num_attention_heads": heads,
+        "hidden_act": "gelu",
+        "num_channels": 3,
+    }.items():
+        if said.get(key, allowed) != allowed:
+            raise CheckpointError(
+                f"{raw.path}: config.json: `{key}` is not ours", given=said[key], allowed=allowed
+            )
+    _check_normalization(raw)
+    names = ("image_size", "patch_size", "num_frames", "tubelet_size")
+    model: Tree = {name: said[name] for name in names if name in said}
+    model["norm_eps"] = said.get("layer_norm_eps", 1e-12)
+    model["last_norm_eps"] = TRANSFORMERS_LAST_EPS
+    return {"model": model, "loss": {"normalize_targets": said.get("norm_pix_loss", True)}}
+
+
+def _check_normalization(raw: RawWeights) -> None:
+    for key, ours in {"image_mean": PIXEL_MEAN, "image_std": PIXEL_STD}.items():
+        theirs = raw.preprocessing.get(key, ours)
+        if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
+            raise CheckpointError(
+                f"{raw.path}: a model of pixels that are normalised otherwise, by preprocessor_config.json",
+                given=f"{key} {theirs}",
+                allowed=list(ours),
+            )
+
+
+def _by_arguments(said: Mapping[str, Any]) -> Tree:
+    """What the originals' scripts were called with."""
+    model: Tree = {ours: said[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in said}
+    if "use_cls_token" in said:  # an argument that only MVD's scripts have
+        model["positions"] = "grid"
+    data: Tree = {"frame_stride": said["sampling_rate"]} if "sampling_rate" in said else {}
+    if said.get("data_set") == "SSV2":
+        data["sampling"] = "segments"
+    return {"model": model, "tokens": _tokens(said), "data": data}
+
+
+def _tokens(said: Mapping[str, Any]) -> Tree:
+    if said.get("mcm"):  # EVEREST's fine-tuning
+        return {"selection": "rero", "keep_ratio": _kept(said["mcm_ratio"])}
+    if said.get("mask_type") not in _MASKS:
+        return {}
+    tokens: Tree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
+    if tokens["selection"] == "rero":
+        tokens["keep_ratio"] = _kept(said["motion_centric_masking_ratio"])
+    return tokens
+
+
+def _kept(dropped: float) -> float:
+    return round(1 - dropped, 10)  # as one writes it: 0.3, and not what is left of 1 - 0.7
+
+
+def _class_names(raw: RawWeights, config: Experiment) -> list[str] | None:
+    if "classes" in raw.metadata:
+        names: list[str] = json.loads(raw.metadata["classes"])
+        return names
+    labels: dict[str, str] = raw.transformers.get("id2label", {})
+    names = [labels[key] for key in sorted(labels, key=int)]
+    if config.data.class_names is not None and config.data.class_names.is_file():  # of a run
+        names = read_class_names(config.data.class_names)
+    unnamed = [f"LABEL_{number}" for number in range(len(names))]
+    return names if names and names != unnamed else None

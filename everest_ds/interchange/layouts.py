@@ -1,0 +1,205 @@
+"""What each system calls the parameters of a VideoMAE-like model, in one table a layout.
+
+A layout is a translation of our names, prefix by prefix, both ways; how its tensors are shaped follows from
+the parameter (`tensors.py`). Where a system's pre-training has no decoder of pixels, only its encoder has a
+counterpart here; what else is in its files is listed as unused, with the reason. VideoMAE's names are
+EVEREST's too, and fine-tuned, MVD's and MME's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from everest_ds.errors import CheckpointError
+
+Kind = Literal["pretrain", "finetune", "encoder"]
+Names = tuple[str, ...]
+# Our name, or its beginning -> theirs; several of theirs for one of ours that is their concatenation.
+Table = Mapping[str, str | Names]
+
+EMBEDDING = "encoder.embed.weight"
+_BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a system names the parameters of one kind of model.
+
+    Attributes:
+        system: as `--to` names it.
+        kind: which of our models has all of these parameters.
+        stems: of modules and parameters outside of blocks, and of the stacks of blocks.
+        block: inside a block.
+        mark: a parameter that no other layout has, in their names.
+        unused: patterns of keys that have no counterpart here, and why.
+    """
+
+    system: str
+    kind: Kind
+    stems: Table
+    block: Table = field(default_factory=dict)
+    mark: str = ""
+    unused: Mapping[str, str] = field(default_factory=dict)
+
+    def theirs(self, ours: str) -> Names:
+        """Their names of one of our parameters; none where the layout has no place for it."""
+        match = _BLOCK.fullmatch(ours)
+        if match is None:
+            return _translate(ours, self.stems)
+        stack, index, inside = match.groups()
+        return tuple(
+            f"{outer}.{index}.{inner}"
+            for outer in _translate(stack, self.stems)
+            for inner in _translate(inside, self.block) or (inside,)
+        )
+
+    def why_unused(self, key: str) -> str | None:
+        """Why a key of theirs has no counterpart here; None if nobody knows."""
+        return next((why for pattern, why in self.unused.items() if re.fullmatch(pattern, key)), None)
+
+    def fits(self, keys: Iterable[str]) -> bool:
+        """Whether keys are of this layout."""
+        return {self.mark, *self.theirs(EMBEDDING)} <= set(keys)
+
+
+def _translate(name: str, table: Table) -> Names:
+    for ours, theirs in table.items():
+        if name == ours or name.startswith(f"{ours}."):
+            names = (theirs,) if isinstance(theirs, str) else theirs
+            return tuple(new + name.removeprefix(ours) for new in names)
+    return ()
+
+
+_ORIGINAL_BLOCK: Table = {"attention": "attn"}
+_TRANSFORMERS_BLOCK: Table = {
+    "norm1": "layernorm_before",
+    "norm2": "layernorm_after",
+    "attention.qkv.weight": tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
+    "attention.q_bias": "attention.attention.q_bias",
+    "attention.v_bias": "attention.attention.v_bias",
+    "attention.proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
+# transformers 5 renames the biases of q and v as it loads; its own state dicts have the new names.
+TRANSFORMERS_RENAMED = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}
+
+_OWN_ENCODER = {"encoder.embed": "encoder.embed", "encoder.blocks": "encoder.blocks", "norm": "norm"}
+_OWN_HEAD = {"head": "head"}
+_OWN_DECODER = {
+    **{name: name for name in ("to_decoder", "mask_token", "decoder", "decoder_norm")},
+    **_OWN_HEAD,
+}
+_ENCODER = {
+    "encoder.embed": "encoder.patch_embed.proj",
+    "encoder.blocks": "encoder.blocks",
+    "norm": "encoder.norm",
+}
+_BARE_ENCODER = {"encoder.embed": "patch_embed.proj", "encoder.blocks": "blocks", "norm": "norm"}
+_TRANSFORMERS_ENCODER = {
+    "encoder.embed": "embeddings.patch_embeddings.projection",
+    "encoder.blocks": "encoder.layer",
+    "norm": "layernorm",
+}
+_IN_TRANSFORMERS = {ours: f"videomae.{theirs}" for ours, theirs in _TRANSFORMERS_ENCODER.items()}
+_IS_MASKED = "of a decoder of other targets than pixels"
+
+LAYOUTS = (
+    Layout("everest", "pretrain", {**_OWN_ENCODER, **_OWN_DECODER}, mark="to_decoder.weight"),
+    Layout("everest", "finetune", {**_OWN_ENCODER, **_OWN_HEAD}, mark="head.weight"),
+    Layout("everest", "encoder", _OWN_ENCODER, mark=EMBEDDING),
+    Layout(
+        "videomae",
+        "pretrain",
+        {
+            **_ENCODER,
+            "to_decoder": "encoder_to_decoder",
+            "mask_token": "mask_token",
+            "decoder": "decoder.blocks",
+            "decoder_norm": "decoder.norm",
+            "head": "decoder.head",
+        },
+        _ORIGINAL_BLOCK,
+        mark="decoder.norm.weight",
+    ),
+    Layout(
+        "mme",
+        "encoder",
+        _ENCODER,
+        _ORIGINAL_BLOCK,
+        mark="decoder.0.norm.weight",
+        unused={r"(decoder|encoder_to_decoder)\.\d+\..+|mask_token": _IS_MASKED},
+    ),
+    Layout(
+        "mvd",
+        "encoder",
+        _BARE_ENCODER,
+        _ORIGINAL_BLOCK,
+        mark="mask_token_vid",
+        unused={r"(mask_token|down|decoder|pos_embed)_(img|vid)(\..+)?": _IS_MASKED},
+    ),
+    Layout(
+        "videomae",
+        "finetune",
+        {"encoder.embed": "patch_embed.proj", "encoder.blocks": "blocks", "norm": "fc_norm", "head": "head"},
+        _ORIGINAL_BLOCK,
+        mark="fc_norm.weight",
+    ),
+    Layout("videomae", "encoder", _ENCODER, _ORIGINAL_BLOCK, mark="encoder.norm.weight"),
+    Layout("mvd", "encoder", _BARE_ENCODER, _ORIGINAL_BLOCK, mark="norm.weight"),
+    Layout(
+        "transformers",
+        "pretrain",
+        {
+            **_IN_TRANSFORMERS,
+            "to_decoder": "encoder_to_decoder",
+            "mask_token": "mask_token",
+            "decoder": "decoder.decoder_layers",
+            "decoder_norm": "decoder.norm",
+            "head": "decoder.head",
+        },
+        _TRANSFORMERS_BLOCK,
+        mark="encoder_to_decoder.weight",
+    ),
+    Layout(
+        "transformers",
+        "finetune",
+        {**_IN_TRANSFORMERS, "norm": "fc_norm", "head": "classifier"},
+        _TRANSFORMERS_BLOCK,
+        mark="classifier.weight",
+    ),
+    Layout("transformers", "encoder", _TRANSFORMERS_ENCODER, _TRANSFORMERS_BLOCK, mark="layernorm.weight"),
+)
+SYSTEMS = ("everest", "videomae", "mvd", "mme", "transformers")
+
+
+def detect(keys: Iterable[str], file: Path) -> Layout:
+    """The layout whose keys these are.
+
+    Raises:
+        CheckpointError: if it is none of these.
+    """
+    names = set(keys)
+    for layout in LAYOUTS:
+        if layout.fits(names):
+            return layout
+    known = {name for layout in LAYOUTS for name in layout.theirs(EMBEDDING)}
+    raise CheckpointError(
+        f"{file}: weights of an unknown layout",
+        given=f"{len(names)} keys, as {', '.join(sorted(names)[:3])}",
+        allowed=f"those of {', '.join(SYSTEMS)}, with one of {', '.join(sorted(known))}",
+    )
+
+
+def layout_of(system: str, kind: Kind) -> Layout:
+    """How a system names our model of a kind; its encoder alone where it has no such model.
+
+    Fine-tuned, MVD's and MME's models are VideoMAE's by name.
+    """
+    systems = ("videomae",) if kind == "finetune" and system in ("mvd", "mme") else (system,)
+    fitting = [layout for layout in LAYOUTS if layout.system in systems]
+    return next((layout for layout in fitting if layout.kind == kind), fitting[-1])

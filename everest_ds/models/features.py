@@ -1,0 +1,43 @@
+"""One vector a clip, of the encoder of either phase: for linear probes, retrieval and clustering.
+
+Shape legend: B clips, F frames, H x W pixels, K kept tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.models.encoder import Encoder
+from everest_ds.models.selector import Selector
+from everest_ds.models.tubelets import gather_tokens
+
+
+class FeatureModel(nn.Module):
+    """Encoder of the kept tokens, their mean, and the LayerNorm where the phase has it.
+
+    In pre-training that is on each token, before the mean; in a classifier after it: the vector is then what
+    its head reads. Nothing is masked. Its parameters are named as those of both models.
+
+    Args:
+        config: an experiment of either task; of pre-training's tubes, all tokens are kept.
+    """
+
+    def __init__(self, config: Experiment) -> None:
+        super().__init__()
+        model, self.norm_first = config.model, config.task == "pretrain"
+        self.selector = Selector(config)
+        self.encoder = Encoder(config)
+        eps = model.norm_eps if self.norm_first else model.last_norm_eps
+        self.norm = nn.LayerNorm(model.shape.encoder.width, eps=eps)
+
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Features (B, D) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random.
+
+        Args:
+            keep_BK: the tokens to keep, where they are chosen already.
+        """
+        embedding = self.encoder.embed()
+        pixels_BNP, _, keep_BK = self.selector.kept(clip_BFHWC, embedding, key_B, keep_BK)
+        x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
+        return self.norm(x_BKD).mean(dim=1) if self.norm_first else self.norm(x_BKD.mean(dim=1))

@@ -1,0 +1,87 @@
+"""Measured collectives over the actual ranks: what a calibration of the machine's links is made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from everest_ds.parallel.world import World
+
+_REPEATS = 5
+
+
+class CollectiveTime(NamedTuple):
+    """One collective, measured.
+
+    Attributes:
+        name: `all_reduce`, `reduce_scatter` or `all_gather`.
+        ranks: of a group; several groups run at the same time if there are more ranks.
+        num_bytes: of the whole tensor.
+        seconds: of the slowest rank.
+    """
+
+    name: str
+    ranks: int
+    num_bytes: int
+    seconds: float
+
+
+def measure_collectives(world: World, sizes: Sequence[int]) -> list[CollectiveTime]:
+    """Every collective of a step, over groups of 2, 4, ... and all ranks, for tensors of `sizes` bytes.
+
+    Call on every rank. Neighbours form a group, as in tensor parallelism.
+    """
+    return [row for ranks in _group_sizes(world.size) for row in _measure_group(world, ranks, sizes)]
+
+
+def _group_sizes(num_ranks: int) -> list[int]:
+    """Powers of two that divide the ranks, and all of them."""
+    powers = [2**i for i in range(1, num_ranks.bit_length()) if num_ranks % 2**i == 0]
+    return sorted({*powers, num_ranks} - {1})
+
+
+def _measure_group(world: World, ranks: int, sizes: Sequence[int]) -> Iterator[CollectiveTime]:
+    firsts = range(0, world.size, ranks)
+    groups = [dist.new_group(list(range(first, first + ranks))) for first in firsts]
+    group = groups[world.rank // ranks]
+    for num_bytes in sizes:
+        values = torch.zeros(num_bytes // 4 // ranks * ranks, device=world.device)
+        for name, call in _calls(values, values[: len(values) // ranks].clone(), group).items():
+            yield CollectiveTime(name, ranks, values.numel() * 4, _seconds(world, call))
+    for each in groups:
+        if each is not dist.GroupMember.NON_GROUP_MEMBER:
+            dist.destroy_process_group(each)
+
+
+def _calls(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> dict[str, Callable[[], object]]:
+    return {
+        "all_reduce": lambda: dist.all_reduce(whole, group=group),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole, group=group),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part, group=group),
+    }
+
+
+def _seconds(world: World, call: Callable[[], object]) -> float:
+    """Of the middle one of a few calls, on the slowest rank."""
+    call()
+    seconds = torch.empty(_REPEATS)
+    for number in range(_REPEATS):
+        _finish(world)
+        started = time.perf_counter()
+        call()
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+        seconds[number] = time.perf_counter() - started
+    dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=world.control)
+    return float(seconds.median())
+
+
+def _finish(world: World) -> None:
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    world.barrier()

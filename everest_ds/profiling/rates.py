@@ -1,0 +1,181 @@
+"""Measured rates of this machine's device over the shapes of our models: what a calibration is made of.
+
+Call on all ranks at the same time: those of a CPU share its caches and its memory. Ranks that take turns
+on its cores are not seen here, since the fastest call is one that nobody interrupted: the caller knows.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import cycle
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from everest_ds.config.backbones import MLP_RATIO
+from everest_ds.models.attention import fused_attention
+from everest_ds.models.linear import multiply
+from everest_ds.models.vit import Block
+from everest_ds.profiling.compute import FLOPS_PER_MAC
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_MIN_REPEATS, _MIN_SECONDS = 5, 0.04
+_LAUNCHED_TOGETHER = 10  # on a GPU, so that the host's time for each is hidden
+_HEAD_WIDTH = 64  # of S, B and L; H has 80
+_LOGITS = 2**21  # of attention, at once: a few clips' heads
+_STEPPED_VALUES = 2**22
+_COPIED_BYTES = 2**26
+_CACHE_BYTES = 2**26  # more than what caches hold
+
+
+class Rate(NamedTuple):
+    """What one size attains.
+
+    Attributes:
+        shape: rows, inputs and outputs of a linear map; tokens of attention; or bytes of a tensor.
+        rate: floating-point operations a second, two for a multiply-accumulate; or bytes a second.
+    """
+
+    shape: tuple[int, ...]
+    rate: float
+
+
+def linear_rates(
+    device: torch.device, precision: str, rows: Sequence[int], widths: Sequence[int]
+) -> list[Rate]:
+    """All three products of a block's MLP: forward, and backward for inputs and weights.
+
+    Args:
+        rows: tokens of a micro-batch.
+        widths: D; the map is from D to 4·D values.
+    """
+    return [_linear_rate(device, precision, n, width) for width in widths for n in rows]
+
+
+def _linear_rate(device: torch.device, precision: str, rows: int, width: int) -> Rate:
+    outputs = MLP_RATIO * width
+    x, gradient = (_noise(size, device, precision) for size in ((rows, width), (rows, outputs)))
+    size_bytes = width * outputs * DTYPES[precision].itemsize
+    # as in a model, a weight has left the caches when its turn comes again
+    weights = cycle(
+        [_noise((outputs, width), device, precision) for _ in range(-(-_CACHE_BYTES // size_bytes))]
+    )
+
+    def products() -> None:
+        weight = next(weights)
+        multiply(x, weight.t())
+        multiply(gradient, weight)
+        gradient.t() @ x
+
+    flops = 3 * FLOPS_PER_MAC * rows * width * outputs
+    return Rate((rows, width, outputs), flops / best_time(products, device))
+
+
+def attention_rates(device: torch.device, precision: str, tokens: Sequence[int]) -> list[Rate]:
+    """Fused attention both ways: two products forward and five backward."""
+    return [_attention_rate(device, precision, n) for n in tokens]
+
+
+def _attention_rate(device: torch.device, precision: str, n: int) -> Rate:
+    heads = 6
+    clips = max(1, _LOGITS // (heads * n * n))
+    qkv = _noise((clips, n, 3, heads, _HEAD_WIDTH), device, precision).requires_grad_()
+    gradient = _noise((clips, n, heads * _HEAD_WIDTH), device, precision)
+    seconds = best_time(lambda: torch.autograd.grad(fused_attention(qkv), qkv, gradient), device)
+    return Rate((n,), 7 * FLOPS_PER_MAC * clips * heads * n * n * _HEAD_WIDTH / seconds)
+
+
+def moving_rates(
+    device: torch.device, precision: str, rows: Sequence[int], widths: Sequence[int]
+) -> list[Rate]:
+    """Bytes a second of what a block does beside its products and attention, over the bytes of a tensor.
+
+    Norms, sums, GELU and its gradient, sums over rows: 59 passes over (rows, width) forward and backward, by
+    tuning/compute_time.py's count.
+    """
+    return [_moving_rate(device, precision, n, width) for width in widths for n in rows]
+
+
+def _moving_rate(device: torch.device, precision: str, rows: int, width: int) -> Rate:
+    x = _noise((rows, width), device, precision).requires_grad_()
+    wide = _noise((rows, MLP_RATIO * width), device, precision)
+    weight = torch.ones(width, device=device, dtype=DTYPES[precision])
+    gradient = _noise((rows, width), device, precision)
+
+    def passes() -> None:
+        for _ in range(2):
+            torch.autograd.grad(F.layer_norm(x, (width,), weight, weight), x, gradient)
+            (x + gradient, x + gradient, gradient.sum(dim=0))
+        F.gelu(wide)
+        F.gelu(wide)
+        torch.ops.aten.gelu_backward(wide, wide)
+        (wide.sum(dim=0), wide[:, : 3 * width].sum(dim=0))
+
+    tensor_bytes = rows * width * x.element_size()
+    return Rate((tensor_bytes,), (10 + 8 + 14 + 27) * tensor_bytes / best_time(passes, device))
+
+
+def launch_seconds(device: torch.device) -> float:
+    """The host's time for one operator: of a block so small that nothing else counts."""
+    block = Block(_HEAD_WIDTH, 1).to(device)
+    x = torch.zeros(1, 2, _HEAD_WIDTH, device=device)
+    key = torch.zeros(1, dtype=torch.int64, device=device)
+    seconds = best_time(lambda: block(x, key).sum().backward(), device)
+    operators = 65  # of tuning/compute_time.py's BLOCK_LAUNCHES
+    return seconds / operators
+
+
+def adam_values_per_s(device: torch.device) -> float:
+    """Parameters that torch's fused AdamW steps."""
+    weight = torch.zeros(_STEPPED_VALUES, device=device, requires_grad=True)
+    weight.grad = torch.full_like(weight, 1e-3)
+    optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
+    return _STEPPED_VALUES / best_time(optimizer.step, device)
+
+
+def copy_bytes_per_s(device: torch.device) -> float:
+    """Of memory that is read and written once."""
+    source = torch.zeros(_COPIED_BYTES // 4, device=device)
+    target = torch.empty_like(source)
+    return 2 * _COPIED_BYTES / best_time(lambda: target.copy_(source), device)
+
+
+def fresh_bytes_per_s(device: torch.device) -> float:
+    """Of memory that is written for the first time since it was allocated."""
+    count = _COPIED_BYTES // 4
+    return _COPIED_BYTES / best_time(lambda: torch.empty(count, device=device).fill_(1.0), device)
+
+
+def host_bytes_per_s(device: torch.device) -> float:
+    """From pinned host memory to a GPU."""
+    source = torch.zeros(_COPIED_BYTES // 4, pin_memory=True)
+    target = torch.empty(_COPIED_BYTES // 4, device=device)
+    return _COPIED_BYTES / best_time(lambda: target.copy_(source, non_blocking=True), device)
+
+
+def best_time(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of the fastest of several calls: what others do on the machine meanwhile is not its rate."""
+    together = _LAUNCHED_TOGETHER if device.type == "cuda" else 1
+    call()
+    wait(device)
+    seconds: list[float] = []
+    while len(seconds) < _MIN_REPEATS or sum(seconds) < _MIN_SECONDS:
+        started = time.perf_counter()
+        for _ in range(together):
+            call()
+        wait(device)
+        seconds.append((time.perf_counter() - started) / together)
+    return min(seconds)
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _noise(size: tuple[int, ...], device: torch.device, precision: str) -> Tensor:
+    return torch.randn(size, device=device).to(DTYPES[precision])

@@ -1,0 +1,142 @@
+"""The plots of the tuner's report, as SVG: predicted against measured, memory against speed, what if."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from everest_ds.reports.efficiency_plots import INK, LINE, SOFT, finish, group_colors
+from everest_ds.reports.figure import new_figure, new_panels, to_svg
+
+_SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half of a page's width, and all of it
+_BAND = 0.2  # within which a prediction counts as good
+_MARKERS = "osD^vP*X"
+# Within a decade, from coarse to fine.
+_STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One trial: predicted and measured, in the same unit."""
+
+    group: str
+    predicted: float
+    measured: float
+
+
+@dataclass(frozen=True)
+class Place:
+    """A candidate between memory and speed; `measured` tells which of both its figures are."""
+
+    label: str
+    memory_gib: float
+    clips_per_s: float
+    measured: bool
+    on_front: bool
+
+
+def draw_agreement(pairs: Sequence[Pair], quantity: str, unit: str) -> str:
+    """Measured over predicted on equal logarithmic axes, with the diagonal and a band of 20 % around it."""
+    figure, axes = new_figure(*_SQUARE)
+    values = [value for pair in pairs for value in (pair.predicted, pair.measured)]
+    ends = (0.8 * min(values), 1.25 * max(values))
+    axes.fill_between(
+        ends, [(1 - _BAND) * x for x in ends], [(1 + _BAND) * x for x in ends], color=LINE, alpha=0.6
+    )
+    axes.plot(ends, ends, color=SOFT, linewidth=1)
+    for number, (group, color) in enumerate(group_colors(sorted({pair.group for pair in pairs})).items()):
+        mine = [pair for pair in pairs if pair.group == group]
+        axes.scatter(
+            [pair.predicted for pair in mine],
+            [pair.measured for pair in mine],
+            s=38,
+            color=color,
+            marker=_MARKERS[number % len(_MARKERS)],
+            edgecolors="white",
+            linewidths=0.8,
+            label=group,
+            zorder=3,
+        )
+    ticks = _ticks(*ends)
+    axes.set(xscale="log", yscale="log", xlim=ends, ylim=ends)
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(f"predicted {quantity}, {unit}")
+    axes.set_ylabel(f"measured {quantity}, {unit}")
+    finish(axes)
+    return to_svg(figure)
+
+
+def draw_front(places: Sequence[Place], limit_gib: float) -> str:
+    """Speed over memory of a rank, the front of what nothing beats in both, and the device's memory."""
+    figure, axes = new_figure(*_WIDE)
+    for measured, color, label in ((False, "#a9bcd0", "predicted"), (True, "#d1603d", "measured")):
+        mine = [place for place in places if place.measured == measured]
+        xs, ys = [place.memory_gib for place in mine], [place.clips_per_s for place in mine]
+        axes.scatter(xs, ys, s=34, color=color, label=label, edgecolors="white", linewidths=0.7, zorder=3)
+    front = sorted((place for place in places if place.on_front), key=lambda place: place.memory_gib)
+    xs, ys = [place.memory_gib for place in front], [place.clips_per_s for place in front]
+    axes.step(xs, ys, where="post", color="#2a6f97", linewidth=1.4, label="front")
+    for place in _labelled(front):
+        axes.annotate(
+            place.label,
+            (place.memory_gib, place.clips_per_s),
+            (6, -4),
+            textcoords="offset points",
+            fontsize=8,
+            color=INK,
+            va="top",
+        )
+    if limit_gib < 1.25 * max(place.memory_gib for place in places):
+        axes.axvline(
+            limit_gib, color=INK, linewidth=0.9, linestyle=":", label=f"{limit_gib:.3g} GiB of a rank"
+        )
+    reach = [place.memory_gib for place in places]
+    axes.set_xlim(0.0 if min(reach) < max(reach) / 2 else 0.9 * min(reach), 1.25 * max(reach))
+    axes.margins(y=0.1)
+    axes.set_xlabel("peak memory of a rank, GiB")
+    axes.set_ylabel("clips/s of all ranks")
+    finish(axes)
+    return to_svg(figure)
+
+
+def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
+    """One panel a choice: how close the best candidate of each value comes to the best of all, over GPUs.
+
+    Args:
+        panels: trait -> value -> (GPUs, per cent of the best candidate's speed).
+    """
+    figure, all_axes = new_panels(11.8, 4.4, len(panels))
+    gpus = sorted({count for lines in panels.values() for points in lines.values() for count, _ in points})
+    for axes, (trait, lines) in zip(all_axes, panels.items(), strict=True):
+        for number, (value, color) in enumerate(group_colors(list(lines)).items()):
+            xs, ys = zip(*lines[value], strict=True)
+            marker = _MARKERS[number % len(_MARKERS)]
+            axes.plot(xs, ys, color=color, label=value, linewidth=1.6, marker=marker, markersize=4.5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(gpus, [f"{count:,}" for count in gpus], rotation=45)
+        axes.set_ylim(0, 104)
+        axes.set_title(trait, fontsize=10, color=INK)
+        axes.set_xlabel("GPUs")
+        axes.legend(frameon=False, fontsize=8.5, loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=3)
+        finish(axes, legend=False)
+    all_axes[0].set_ylabel("% of the fastest candidate's clips/s (predicted)")
+    return to_svg(figure)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round values from `low` to `high`; closer together if there were too few."""
+    ticks: list[float] = []
+    for steps in _STEPS:
+        values = [step * 10.0**power for power in range(-6, 9) for step in steps]
+        ticks = [float(f"{value:.3g}") for value in values if low <= value <= high]
+        if len(ticks) >= 4:
+            break
+    return ticks
+
+
+def _labelled(front: Sequence[Place], most: int = 8) -> Sequence[Place]:
+    """At most so many of the front, spread over it, the fastest among them."""
+    step = max(1, -(-len(front) // most))
+    return front[::-1][::step]

@@ -1,0 +1,87 @@
+"""The global batch on a number of ranks: kept, split, and the nearest that can be split if it cannot."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from everest_ds.config.agreement import check_sections_agree
+from everest_ds.config.schema import BatchConfig, Experiment
+from everest_ds.errors import ConfigError, EverestError, UsageError
+
+TENSORS = (1, 2, 4, 8)
+
+
+def with_micro_batch(config: Experiment, micro_batch_size: int) -> Experiment:
+    """The same with another micro-batch; accumulation follows from the global batch."""
+    total = config.batch.global_batch_size
+    batch = BatchConfig.model_construct(
+        micro_batch_size=micro_batch_size, global_batch_size=total, grad_accum_steps=None
+    )
+    return config.model_copy(update={"batch": batch})
+
+
+def check_agreement(config: Experiment) -> None:
+    """Hold a config whose sections were exchanged against the schema's own checks across sections.
+
+    Raises:
+        ConfigError: what they say.
+    """
+    try:
+        check_sections_agree(config)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def agrees(config: Experiment) -> bool:
+    """Whether its sections agree."""
+    try:
+        check_agreement(config)
+    except EverestError:
+        return False
+    return True
+
+
+def smallest_micro_batch(config: Experiment) -> int:
+    """The fewest clips that the config's other sections allow a rank to hold."""
+    some = config.batch.micro_batch_size  # are allowed
+    return next(clips for clips in range(1, some + 1) if agrees(with_micro_batch(config, clips)))
+
+
+def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = None) -> Experiment:
+    """The config with the global batch that it has on `num_ranks` ranks, or with `total` clips."""
+    batch = config.batch
+    own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * num_ranks // config.parallelism.tensor
+    kept = batch.model_copy(update={"global_batch_size": total or batch.global_batch_size or own})
+    return config.model_copy(update={"batch": kept})
+
+
+def nothing_runs(
+    config: Experiment, num_ranks: int, ranks_per_node: int, reasons: Sequence[str]
+) -> UsageError:
+    """The error of a search in which every sharding was refused for one of `reasons`.
+
+    If no tensor degree can split the global batch, it names the nearest that one can.
+    """
+    total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
+    steps = {
+        num_ranks // tensor * unit
+        for tensor in TENSORS
+        if ranks_per_node % tensor == 0 and num_ranks % tensor == 0 and _splits(config, tensor)
+    }
+    if any(total % step == 0 for step in steps):
+        fix = "leave out some of the keys that you gave"
+        return UsageError("nothing can run", given="; or ".join(reasons), fix=fix)
+    near = {step * (total // step + more) for step in steps for more in (0, 1)} - {0}
+    below, above = [n for n in near if n <= total], [n for n in near if n > total]
+    nearest = sorted({max(below, default=min(above)), min(above)})
+    return UsageError(
+        "batch.global_batch_size cannot be split over the ranks",
+        given=f"{total} clips, {num_ranks} ranks",
+        allowed=f"the nearest: {' or '.join(map(str, nearest))}",
+        fix=f"--global-batch {nearest[-1]}, or another number of ranks",
+    )
+
+
+def _splits(config: Experiment, tensor: int) -> bool:
+    parallelism = config.parallelism.model_copy(update={"tensor": tensor})
+    return agrees(config.model_copy(update={"parallelism": parallelism}))

@@ -1,0 +1,104 @@
+"""Time and traffic of collectives, by the algorithm that is fastest on a group's links.
+
+Symbols: S bytes of the whole tensor, n ranks of a group on m nodes, g of them on each, α latency and β bytes
+a second of a link. A rank sends to one neighbour at a time:
+
+    ring all-reduce           2(n-1) messages of S/n       2(n-1)(α + S/nβ)
+    ring reduce-scatter       n-1 messages of S/n          (n-1)(α + S/nβ)       all-gather likewise
+    tree all-reduce           up and down, in a pipeline   2⌈log₂n⌉α + 2S/β
+    hierarchical all-reduce   reduce-scatter inside, all-reduce of S/g between, all-gather inside
+
+Groups that run at the same time share a node's link to others, as all ranks of one node do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, log2
+from typing import NamedTuple
+
+from everest_ds.tuning.machine import Link, Machine
+
+
+@dataclass(frozen=True)
+class Group:
+    """Ranks of a collective.
+
+    Attributes:
+        ranks: n, all of them.
+        nodes: m, on which they lie evenly.
+        sharing: groups that talk at the same time from each node.
+    """
+
+    ranks: int
+    nodes: int = 1
+    sharing: int = 1
+
+    @property
+    def inside(self) -> int:
+        """g: ranks of the group on each node."""
+        return self.ranks // self.nodes
+
+
+class Collective(NamedTuple):
+    """What one takes.
+
+    Attributes:
+        seconds: from the first rank's start to the last one's end.
+        sent_bytes: of each rank.
+        algorithm: for people.
+    """
+
+    seconds: float
+    sent_bytes: float
+    algorithm: str
+
+
+NOTHING = Collective(0.0, 0.0, "none")
+
+
+def data_group(degree: int, tensor: int, ranks_per_node: int) -> Group:
+    """The `degree` ranks that share ZeRO's states: every `tensor`-th one."""
+    nodes = -(-degree * tensor // ranks_per_node)
+    return Group(degree, min(nodes, degree), min(tensor, ranks_per_node))
+
+
+def tensor_group(tensor: int) -> Group:
+    """The ranks that share every layer: neighbours on one node."""
+    return Group(tensor)
+
+
+def collective(name: str, num_bytes: float, group: Group, machine: Machine) -> Collective:
+    """One `name` of COLLECTIVES over a tensor of `num_bytes`, whole."""
+    if group.ranks == 1:
+        return NOTHING
+    inside = machine.inside[name]
+    if group.nodes == 1:
+        return _flat(name, num_bytes, group.ranks, inside)
+    link = Link(machine.between.latency_s, machine.between.bytes_per_s / group.sharing)
+    slowest = Link(max(link.latency_s, inside.latency_s), min(link.bytes_per_s, inside.bytes_per_s))
+    over_all = _flat(name, num_bytes, group.ranks, slowest)
+    return min(over_all, _hierarchical(name, num_bytes, group, inside, link), key=lambda way: way.seconds)
+
+
+def _flat(name: str, num_bytes: float, n: int, link: Link) -> Collective:
+    """On links that are all alike."""
+    passes = 2 if name == "all_reduce" else 1
+    sent = passes * num_bytes * (n - 1) / n
+    ring = Collective(link.seconds(sent, passes * (n - 1)), sent, "ring")
+    if name != "all_reduce":
+        return ring
+    tree = Collective(link.seconds(2 * num_bytes, 2 * ceil(log2(n))), 2 * num_bytes, "tree")
+    return min(ring, tree, key=lambda way: way.seconds)
+
+
+def _hierarchical(name: str, num_bytes: float, group: Group, inside: Link, between: Link) -> Collective:
+    """Within each node and between nodes, where each of a node's g ranks carries its part of the tensor."""
+    g = group.inside
+    own_lane = Link(between.latency_s, between.bytes_per_s / g)
+    ways = [_flat(name, num_bytes / g, group.nodes, own_lane)]
+    if g > 1:
+        halves = ("reduce_scatter", "all_gather") if name == "all_reduce" else (name,)
+        ways += [_flat(half, num_bytes, g, inside) for half in halves]
+    seconds, sent_bytes = sum(way.seconds for way in ways), sum(way.sent_bytes for way in ways)
+    return Collective(seconds, sent_bytes, "hierarchical")

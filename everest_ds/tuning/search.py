@@ -1,0 +1,299 @@
+"""The search: every sharding, recompute mode and micro-batch that runs and fits, ranked by predicted time.
+
+What cannot be fastest is not looked at: where a micro-batch fits without recompute or offload, it takes
+longer with them, so those are tried with others only (`_done_faster`). What shardings share, memory and
+work of forward and backward pass on a rank, is predicted once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from everest_ds.config.batch import plan_ranks
+from everest_ds.config.load import flatten
+from everest_ds.config.schema import Experiment, RecomputeConfig
+from everest_ds.config.zero_settings import ZeroSettings, zero_settings
+from everest_ds.errors import ConfigError, UsageError
+from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
+from everest_ds.profiling.memory_states import model_states
+from everest_ds.tuning.batches import (
+    keep_global_batch,
+    nothing_runs,
+    with_micro_batch,
+)
+from everest_ds.tuning.machine import Machine
+from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
+from everest_ds.tuning.step_time import StepPrediction, StepWork, predict_work, step_of
+from everest_ds.units import format_bytes
+
+BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, beside those of the DeepSpeed file
+_WORTH_A_FILE = 0.99  # other buckets need a DeepSpeed file of one's own; not for less than 1 %
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """`num_ranks` ranks of `machine`."""
+
+    machine: Machine
+    num_ranks: int
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to search.
+
+    Attributes:
+        global_batch: clips of a step; None: the config's own.
+        any_precision: all that the device has, instead of the config's.
+        pinned: keys of the config that keep their values.
+        exhaustive: look at what cannot be fastest, too.
+    """
+
+    global_batch: int | None = None
+    any_precision: bool = False
+    pinned: Collection[str] = ()
+    exhaustive: bool = False
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run it, that fits.
+
+    Attributes:
+        sharding: its family.
+        config: complete.
+        zero: settings of its DeepSpeed file.
+        own_buckets: they are not those of a shipped file.
+        base: the config as it was given.
+    """
+
+    sharding: Sharding
+    config: Experiment
+    zero: ZeroSettings
+    own_buckets: bool
+    memory: MemoryPrediction
+    step: StepPrediction
+    base: Experiment = field(repr=False)
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """`key=value` for all that differs from the config as it was given, buckets apart."""
+        given = dict(flatten(self.base.model_dump(mode="json")))
+        own = flatten(self.config.model_dump(mode="json"))
+        return tuple(
+            f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+            for key, value in own
+            if given[key] != value
+        )
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Fastest first; among those that wait for data equally long, the one that would wait longest."""
+        seconds = self.step.step_s
+        without_data = seconds - self.step.split()["data"]
+        return float(f"{seconds:.4g}"), float(f"{without_data:.6g}")  # sums in other orders are ties
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What the search found.
+
+    Attributes:
+        ranked: of each sharding and recompute mode the best, fastest first.
+        dropped: families of which there is none, and why.
+        evaluations: candidates whose memory, and those whose time was predicted.
+    """
+
+    ranked: list[Candidate]
+    dropped: list[Dropped]
+    evaluations: tuple[int, int]
+
+
+def search(config: Experiment, cluster: Cluster, options: Options | None = None) -> SearchResult:
+    """The candidates for `config` on a cluster; none if the model fits nowhere.
+
+    Raises:
+        UsageError: the global batch cannot be split over the ranks, or nothing that is pinned can run.
+    """
+    return _Search(config, cluster, options or Options()).run()
+
+
+def describe_recompute(recompute: RecomputeConfig) -> str:
+    """For people: `blocks/2 + offload`."""
+    every = f"/{recompute.every}" if recompute.mode == "blocks" else ""
+    kept = [
+        name for name, on in (("offload", recompute.offload_to_cpu), ("partition", recompute.partition)) if on
+    ]
+    return " + ".join((f"{recompute.mode}{every}", *kept))
+
+
+def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
+    """What a rank must have; a CPU's own memory is the host's as well."""
+    if machine.asynchronous:
+        return memory.peak_bytes
+    return machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
+
+
+_Key = tuple[str, int, RecomputeConfig, int]
+
+
+class _Way(NamedTuple):
+    """A sharding and a recompute mode."""
+
+    sharding: Sharding
+    recompute: RecomputeConfig
+
+
+class _Search:
+    def __init__(self, config: Experiment, cluster: Cluster, options: Options) -> None:
+        self.base, self.options = config, options
+        self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
+        self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
+        self.dropped: list[Dropped] = []
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
+        self.fitting: dict[_Way, frozenset[int]] = {}
+        self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
+        self.passes: dict[_Key, Passes] = {}
+        self.work: dict[_Key, StepWork] = {}
+        self.num_memories = self.num_times = 0
+
+    def run(self) -> SearchResult:
+        space = Space(
+            config=self.config,
+            num_ranks=self.num_ranks,
+            ranks_per_node=min(self.machine.ranks_per_node, self.num_ranks),
+            precisions=self._precisions(),
+            pinned=self.options.pinned,
+            offloads=self.machine.asynchronous,
+        )
+        found = [way for sharding in space.shardings() for way in self._of_sharding(space, sharding)]
+        if not found and not self.fitting:
+            reasons = dict.fromkeys(reason for _, reason, _ in self.refused)
+            raise nothing_runs(self.config, self.num_ranks, space.ranks_per_node, list(reasons))
+        ranked = sorted(found, key=lambda candidate: candidate.order)
+        return SearchResult(ranked, self._all_dropped(found), (self.num_memories, self.num_times))
+
+    def _precisions(self) -> Sequence[str]:
+        if self.config.parallelism.offload_to_nvme is not None:
+            reason = "disks are not in the cost model; other shardings are tried"
+            self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
+        own, possible = self.config.precision, self.machine.precisions
+        if own not in possible and "precision" in self.options.pinned:
+            said = f"precision: {self.machine.device} has no fast one"
+            raise UsageError(said, given=own, allowed=", ".join(possible))
+        if own not in possible:
+            reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
+            self.dropped.append(Dropped(own, reason))
+            return possible
+        return possible if self.options.any_precision else (own,)
+
+    def _of_sharding(self, space: Space, sharding: Sharding) -> Iterator[Candidate]:
+        """The best of each recompute mode."""
+        try:
+            sharded = space.sharded(sharding)
+        except ConfigError as error:
+            self.refused.append((sharding, str(error), None))
+            return
+        zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
+        for recompute in space.recomputes(sharded):
+            way = _Way(sharding, recompute)
+            config = sharded.model_copy(update={"recompute": recompute})
+            done_faster = self._done_faster(way)
+            configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
+            needed = [(one, self._memory(one, zero)) for one in configs]
+            fitting = [(one, memory) for one, memory in needed if self._over(memory) <= 0]
+            self.fitting[way] = done_faster.union(one.batch.micro_batch_size for one, _ in fitting)
+            if not self.fitting[way]:
+                shortages = ((self._over(memory), one.batch.micro_batch_size) for one, memory in needed)
+                self.shortages[way] = min(shortages)
+            tried = [self._candidate(sharding, one, memory, zero) for one, memory in fitting]
+            if tried:
+                yield self._with_best_buckets(min(tried, key=lambda candidate: candidate.order))
+
+    def _over(self, memory: MemoryPrediction) -> int:
+        return needed_bytes(memory, self.machine) - self.machine.memory_bytes
+
+    def _done_faster(self, way: _Way) -> frozenset[int]:
+        """Micro-batches that fit in a way that takes less time with them."""
+        if self.options.exhaustive:
+            return frozenset()
+        return frozenset().union(*(self.fitting.get(other, ()) for other in self._faster(way)))
+
+    def _faster(self, way: _Way) -> Iterator[_Way]:
+        """Ways that take less time with the same micro-batch."""
+        sharding, recompute = way
+        if sharding.offload:
+            yield _Way(sharding._replace(offload=False), recompute)
+        for key in ("offload_to_cpu", "partition"):
+            if getattr(recompute, key):
+                yield _Way(sharding, recompute.model_copy(update={key: False}))
+        if recompute.mode != "none":
+            yield _Way(sharding, RecomputeConfig(every=self.config.recompute.every))
+
+    def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
+        key, degree = _key(config), self.num_ranks // config.parallelism.tensor
+        if key not in self.passes:
+            self.passes[key] = predict_passes(config)
+        passes = self.passes[key]
+        self.num_memories += 1
+        return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
+
+    def _candidate(
+        self,
+        sharding: Sharding,
+        config: Experiment,
+        memory: MemoryPrediction,
+        zero: ZeroSettings,
+        own_buckets: bool = False,
+    ) -> Candidate:
+        self.num_times += 1
+        key, plan = _key(config), plan_ranks(config, self.num_ranks)
+        if key not in self.work:
+            self.work[key] = predict_work(config, self.machine)
+        step = step_of(self.work[key], config, plan, self.machine, zero)
+        return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
+
+    def _with_best_buckets(self, candidate: Candidate) -> Candidate:
+        """The same with other buckets, if that is worth a DeepSpeed file of its own."""
+        sharding, config = candidate.sharding, candidate.config
+        if sharding.stage == 0 or sharding.offload or config.parallelism.ds_config is not None:
+            return candidate
+        wider = [candidate.zero.with_buckets(size) for size in BUCKETS]
+        fitting = [(zero, memory) for zero in wider if self._over(memory := self._memory(config, zero)) <= 0]
+        others = [self._candidate(sharding, config, memory, zero, True) for zero, memory in fitting]
+        best = min(others, key=lambda other: other.order, default=candidate)
+        return best if best.step.step_s < _WORTH_A_FILE * candidate.step.step_s else candidate
+
+    def _all_dropped(self, found: Sequence[Candidate]) -> list[Dropped]:
+        used = {way for one in found for way in (one.sharding, one.config.recompute)}
+        modes: dict[str, list[str]] = {}
+        for recompute, reason, _ in self._unused(used, lambda way: way.recompute):
+            modes.setdefault(reason, []).append(describe_recompute(recompute))
+        shardings = [*self.refused, *self._unused(used, lambda way: way.sharding)]
+        return [
+            *self.dropped,
+            *by_reason(shardings),
+            *(Dropped(f"recompute {', '.join(names)}", reason) for reason, names in modes.items()),
+        ]
+
+    def _unused(
+        self, used: Collection[Any], part: Callable[[_Way], Any]
+    ) -> Iterator[tuple[Any, str, int | None]]:
+        """Shardings, or recompute modes, of which no candidate is; why, and by how many bytes."""
+        for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
+            ways = [way for way in self.fitting if part(way) == unused]
+            if any(self.fitting[way] for way in ways):
+                yield unused, "gains nothing: what fits with it fits without", None  # and is faster
+                continue
+            way = min(ways, key=lambda way: self.shortages[way])
+            shortage, clips = self.shortages[way]
+            where = f"micro-batch {clips}, recompute {describe_recompute(way.recompute)}"
+            yield unused, f"out of memory by {format_bytes(shortage)} at best ({where})", shortage
+
+
+def _key(config: Experiment) -> _Key:
+    """Of what forward and backward pass on a rank depend on."""
+    return config.precision, config.parallelism.tensor, config.recompute, config.batch.micro_batch_size

@@ -1,0 +1,118 @@
+"""A machine from data sheets: what a cluster that nobody has calibrated would do.
+
+Peaks, bandwidths and links are the makers' (profiling/devices.py, links.py). What is attained of them was
+measured by others, on an A100 where nothing else is published, and none of it by us:
+
+- products: Calculon's A100 (systems/a100_80g.json) gives shares of the peak over the size of a product, here
+  over the intensity of a cube of that size. Their best is scaled to what the product's own `matmul_share`
+  says; the sizes, to its balance of rate and bandwidth, for a faster device needs larger products.
+- attention: FlashAttention-2 (2023), figures 4 and 7, head width 64, both ways; below 512 tokens nothing is
+  published, and the share falls with the tokens. Hopper runs the same kernels at 335 of 989 TFLOP/s.
+- AdamW in host memory: ZeRO-Offload (2021), a billion parameters in a quarter of a second on a whole node.
+- decoding: 31 ms for 64 frames of 320x240 (decord, one core of our development machine).
+
+The host's own times (a launch, DeepSpeed's hooks) are orders of magnitude. Calibration replaces all of it.
+"""
+
+from __future__ import annotations
+
+from everest_ds.profiling.devices import Device
+from everest_ds.profiling.links import LINKS, Interconnect, LinkKind, find_interconnect
+from everest_ds.profiling.memory_blocks import VALUE_BYTES
+from everest_ds.tuning.machine import Link, Machine, RateCurve, level, same_link
+from everest_ds.units import GIB
+
+# Calculon: share of the peak from so many GFLOP on; the intensity of a cube of 10^9 x GFLOP / 2 products.
+_SHARES = {0.054: 0.1, 1.0: 0.6, 16.0: 0.9, 128.0: 0.95}
+_SHARES_INTENSITY = tuple((gflop * 1e9 / 2) ** (1 / 3) / 3 for gflop in _SHARES)
+_A100_BALANCE = 2 * 312e12 / 2039e9  # values that may be multiplied and added for each that is read, bf16
+_UNPUBLISHED_SHARE = 0.8  # of `Device.matmul_share`
+_ATTENTION_SHARES = {128: 0.11, 256: 0.21, 512: 0.42, 1024: 0.52, 2048: 0.55}
+_HOPPER_ATTENTION = 0.34 / 0.55
+_STREAM_SHARE = 0.85  # of memory bandwidth, BabelStream on A100 and H100
+_ADAMW_BYTES = 28  # weight, gradient and moments read, all but the gradient written, float32
+_HOST_ADAMW_PER_S = 4e9  # a node's
+_DECODE_S, _DECODE_PIXELS_PER_S, _CORES = 0.005, 1.9e8, 14  # of a DGX H100's 112 cores, a GPU's
+_LAUNCH_S, _STEP_S = 8e-6, 5e-3
+_PARAMETER_S = {0: 0.0, 1: 1e-5, 2: 2e-5, 3: 1e-4}
+# Not for tensors: 3 % that the driver keeps, 3 % gaps of the allocator; CUDA, NCCL and cuBLAS.
+_USABLE_SHARE, _LIBRARIES_BYTES = 0.94, 3 * GIB // 2
+RANKS_PER_NODE = 8
+# Between nodes where nothing is said: what the makers' own systems have, else one adapter a node.
+_SYSTEMS = {
+    "nvlink2": "4xib-edr",
+    "nvlink3": "8xib-hdr",
+    "nvlink4": "8xib-ndr",
+    "nvlink5": "8xib-ndr",
+    "infinity-fabric": "8xroce-400",
+}
+_OTHERS = "ib-hdr"
+
+
+def usual_interconnect(device: Device) -> str:
+    """Of the systems that are sold with this device, as `find_interconnect` reads it."""
+    return _SYSTEMS.get(device.link, _OTHERS)
+
+
+def machine_from_sheet(
+    name: str, device: Device, interconnect: str | None = None, ranks_per_node: int = RANKS_PER_NODE
+) -> Machine:
+    """One rank on each `device`.
+
+    Args:
+        name: of the device, for people.
+        interconnect: between nodes; None: the usual one.
+
+    Raises:
+        UsageError: the interconnect is not known.
+    """
+    network = find_interconnect(interconnect or usual_interconnect(device))
+    peaks = {p: peak for p in VALUE_BYTES if (peak := device.peak_flops_per_s(p)) is not None}
+    bytes_per_s = _STREAM_SHARE * device.memory_gb_per_s * 1e9
+    return Machine(
+        device=name,
+        memory_bytes=int(_USABLE_SHARE * device.memory_bytes) - _LIBRARIES_BYTES,
+        asynchronous=True,
+        peak_flops_per_s=peaks,
+        products={p: _products(device, p, peak) for p, peak in peaks.items()},
+        attention={p: _attention(device, peak) for p, peak in peaks.items()},
+        moving=dict.fromkeys(peaks, level(bytes_per_s)),
+        copy_bytes_per_s=bytes_per_s,
+        fresh_bytes_per_s=bytes_per_s,
+        adam_values_per_s=bytes_per_s / _ADAMW_BYTES,
+        launch_s=_LAUNCH_S,
+        step_s=_STEP_S,
+        parameter_s=_PARAMETER_S,
+        host_link=_link(LINKS[device.host_link]),
+        host_adam_values_per_s=_HOST_ADAMW_PER_S / ranks_per_node,
+        ranks_per_node=ranks_per_node,
+        inside=same_link(_link(LINKS[device.link])),
+        between=_between(network),
+        decode_s=_DECODE_S,
+        decode_pixels_per_s=_DECODE_PIXELS_PER_S,
+        spare_cores=_CORES,
+        watts=device.watts,
+        source=f"data sheets ({device.source}) and others' measurements; not calibrated",
+    )
+
+
+def _products(device: Device, precision: str, peak: float) -> RateCurve:
+    best = device.matmul_share or _UNPUBLISHED_SHARE
+    balance = peak * VALUE_BYTES[precision] / (device.memory_gb_per_s * 1e9)
+    sizes = tuple(size * balance / _A100_BALANCE for size in _SHARES_INTENSITY)
+    shares = tuple(best * share / max(_SHARES.values()) for share in _SHARES.values())
+    return RateCurve(sizes, shares).scaled(peak)
+
+
+def _attention(device: Device, peak: float) -> RateCurve:
+    factor = _HOPPER_ATTENTION if device.link in ("nvlink4", "nvlink5") else 1.0
+    shares = tuple(factor * share for share in _ATTENTION_SHARES.values())
+    return RateCurve(tuple(map(float, _ATTENTION_SHARES)), shares).scaled(peak)
+
+
+def _link(kind: LinkKind) -> Link:
+    return Link(kind.latency_s, kind.bytes_per_s)
+
+
+def _between(network: Interconnect) -> Link:
+    return Link(network.kind.latency_s, network.bytes_per_s)

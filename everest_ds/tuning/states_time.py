@@ -1,0 +1,219 @@
+"""Time of what ranks do for model states: sums, gathers, copies and the optimiser's step.
+
+What DeepSpeed 0.19.8 sends of Ψ parameters of e bytes, over N data-parallel ranks, in a micro-batches:
+
+    stage   gradients                                weights
+    0       all-reduce eΨ, after the last backward   -
+    1       all-reduce eΨ, in the last backward      all-gather eΨ, after the update
+    2       a · all-reduce eΨ, in each backward      all-gather eΨ, after the update
+    3       a · reduce-scatter eΨ, in each backward  a · 2 all-gathers eΨ, one in each pass
+
+Stages 1 and 2 reduce whole buckets on all ranks (`use_multi_rank_bucket_allreduce`); each keeps its part.
+At stage 3 one all-gather does where the whole model may stay gathered (`stage3_max_reuse_distance`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from everest_ds.config.batch import BatchPlan
+from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings
+from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
+from everest_ds.tuning.collectives import Collective, Group, collective, data_group, tensor_group
+from everest_ds.tuning.compute_time import BlockTime
+from everest_ds.tuning.machine import Machine
+from everest_ds.tuning.term import Term
+
+_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
+_FLOAT64_BYTES = 8
+_SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
+_TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
+
+
+class Passes(NamedTuple):
+    """A micro-batch's forward and backward pass, behind which communication can hide; and Ψ of this rank."""
+
+    forward_s: float
+    backward_s: float
+    num_parameters: int
+
+
+class Stack(NamedTuple):
+    """Blocks that are all alike, and how many of them recompute something."""
+
+    name: str
+    block: BlockTime
+    depth: int
+    recomputing: int
+
+
+class _States(NamedTuple):
+    """Of one rank: parameters, its part of them, bytes of a value; and ZeRO's stage."""
+
+    num_parameters: int
+    part: int
+    value_bytes: int
+    stage: int
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.num_parameters * self.value_bytes
+
+
+def tensor_terms(
+    config: Experiment,
+    plan: BatchPlan,
+    machine: Machine,
+    stacks: Sequence[Stack],
+) -> Iterator[Term]:
+    """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
+    mode, tensor = config.recompute.mode, config.parallelism.tensor
+    again = {"none": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
+    group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
+    kept = 0.0
+    for _, block, depth, recomputing in stacks:
+        one = collective("all_reduce", block.tensor_bytes, group, machine)
+        count = 2 * _SUMS_OF_A_BLOCK * depth + again * recomputing
+        sums, seconds, sent = sums + count, seconds + count * one.seconds, sent + count * one.sent_bytes
+        kept += recomputing * block.tensor_bytes
+    if tensor > 1:
+        total_s = plan.grad_accum_steps * seconds
+        numbers = {"sums a micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": tensor}
+        formula = "4 sums of B·n·D a block, and those repeated by recompute; never hidden"
+        yield Term("tensor-parallel sums", "communication", total_s, total_s, formula, numbers)
+    if config.recompute.partition:
+        one = collective("all_gather", kept, group, machine)
+        total_s = plan.grad_accum_steps * one.seconds
+        formula = "inputs of recomputed blocks, put together again"
+        yield Term("gather block inputs", "communication", total_s, total_s, formula, {"MB": kept / 1e6})
+    if config.recompute.offload_to_cpu:
+        share = tensor if config.recompute.partition else 1
+        yield _copy_term(
+            "block inputs to host and back", 2 * kept / share * plan.grad_accum_steps, machine, 0.0
+        )
+
+
+def state_terms(
+    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: Passes
+) -> Iterator[Term]:
+    """Everything that ZeRO does, in the order of a step."""
+    degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
+    part = -(-passes.num_parameters // degree) if stage else passes.num_parameters
+    states = _States(passes.num_parameters, part, VALUE_BYTES[config.precision], stage)
+    if degree > 1:
+        group = data_group(degree, config.parallelism.tensor, machine.ranks_per_node)
+        yield _reduction_term(plan, group, machine, zero, states, passes)
+        yield from _gather_terms(plan, group, machine, zero, states, passes)
+    if zero.offloads_optimizer:
+        yield from _offload_terms(plan, machine, zero, states, passes)
+    yield _gradient_term(plan, machine, states)
+    yield _update_term(machine, config.precision, zero, states)
+    yield _engine_term(config, plan, machine)
+
+
+def _reduction_term(
+    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Term:
+    bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
+    buckets = -(-states.num_parameters // bucket)
+    how = "reduce_scatter" if states.stage == 3 else "all_reduce"
+    one = collective(how, states.weight_bytes / buckets, group, machine)
+    times = plan.grad_accum_steps if states.stage >= 2 else 1
+    # stage 0 begins when the backward pass is over
+    behind = passes.backward_s if states.stage and zero.overlap_comm else 0.0
+    return _hidden_term("reduce gradients", how, one, buckets, times, behind, machine)
+
+
+def _gather_terms(
+    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Iterator[Term]:
+    how, times = "all_gather", plan.grad_accum_steps
+    if states.stage in (1, 2):
+        one = collective(how, states.weight_bytes, group, machine)
+        yield _hidden_term("gather updated weights", how, one, 1, 1, 0.0, machine)
+    if states.stage < 3:
+        return
+    messages = -(-states.num_parameters // zero.prefetch_values)
+    one = collective(how, states.weight_bytes / messages, group, machine)
+    yield _hidden_term("gather weights forward", how, one, messages, times, passes.forward_s, machine)
+    if zero.reuse_values < states.num_parameters:
+        # the reduction of gradients takes its part of the backward pass, as long as one gathering
+        left = max(0.0, passes.backward_s - messages * one.seconds)
+        yield _hidden_term("gather weights backward", how, one, messages, times, left, machine)
+
+
+def _hidden_term(
+    name: str, how: str, one: Collective, messages: int, times: int, behind_s: float, machine: Machine
+) -> Term:
+    """`messages` collectives in each of so many passes; all but one can hide behind `behind_s` of compute."""
+    busy = messages * one.seconds
+    exposed = max(one.seconds, busy - behind_s) if machine.asynchronous and behind_s else busy
+    numbers = {
+        "collectives": messages * times,
+        "ms each": 1e3 * one.seconds,
+        "sent MB each": one.sent_bytes / 1e6,
+    }
+    return Term(name, "communication", times * exposed, times * busy, f"{how} by {one.algorithm}", numbers)
+
+
+def _offload_terms(
+    plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+) -> Iterator[Term]:
+    """Gradients go to the host in each backward pass; updated or gathered weights come back."""
+    share, times = states.part * states.value_bytes, plan.grad_accum_steps
+    yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
+    if zero.offloads_parameters:
+        behind = times * (passes.forward_s + passes.backward_s)
+        yield _copy_term("weights from host", 2 * times * share, machine, behind)
+    else:
+        yield _copy_term("updated weights from host", share, machine, 0.0)
+
+
+def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -> Term:
+    busy = machine.host_link.seconds(num_bytes)
+    exposed = max(0.0, busy - behind_s) if machine.asynchronous else busy
+    return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
+
+
+def _gradient_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
+    """Every backward pass writes new gradients; they are added up, and copied into and out of buckets."""
+    times, each = plan.grad_accum_steps, states.weight_bytes
+    bucketed = (times if states.stage >= 2 else 1) if plan.data_parallel_degree > 1 or states.stage else 0
+    copied = 3 * each * (times - 1) + 4 * each * bucketed
+    seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
+    formula = "eΨ new in each pass; 3eΨ to add one up, 4eΨ through a bucket"
+    return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
+
+
+def _update_term(machine: Machine, precision: str, zero: ZeroSettings, states: _States) -> Term:
+    """AdamW on this rank's part; ZeRO makes gradients flat and float32, takes their norm, copies weights."""
+    rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
+    value, fresh, copied, widened = states.value_bytes, 0, 0, 0
+    if states.stage:
+        fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
+        copied = states.part * (2 * value + value + FLOAT32_BYTES)
+        widened = states.part * (value + _FLOAT64_BYTES)  # for the norm, a tensor at a time
+    moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
+    moved_s += widened / machine.moving[precision].at(widened)
+    numbers = {
+        "million values": states.part / 1e6,
+        "million a second": rate / 1e6,
+        "new MB": fresh / 1e6,
+        "copied MB": (copied + widened) / 1e6,
+    }
+    seconds = states.part / rate + moved_s
+    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
+
+
+def _engine_term(config: Experiment, plan: BatchPlan, machine: Machine) -> Term:
+    """Python of engine and trainer: by tensor of parameters in each micro-batch, and once a step."""
+    shape = config.model.shape
+    depth = shape.encoder.depth + (shape.decoder.depth if config.task == "pretrain" else 0)
+    tensors = depth * _TENSORS_OF_A_BLOCK + _OTHER_TENSORS
+    each = machine.parameter_s.get(config.parallelism.zero_stage, 0.0)
+    seconds = machine.step_s + plan.grad_accum_steps * tensors * each
+    numbers = {"tensors": tensors, "µs each": 1e6 * each, "ms a step": 1e3 * machine.step_s}
+    return Term("engine", "overhead", seconds, seconds, "a step, and tensors · micro-batches", numbers)

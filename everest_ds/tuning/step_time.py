@@ -1,0 +1,253 @@
+"""Predicted time of a training step on one rank, term by term: pure arithmetic, no torch.
+
+A step is `grad_accum_steps` micro-batches, each a forward and a backward pass, and one update of the weights.
+On an asynchronous device (a GPU) launches, the reduction of gradients, the gathering of ZeRO-3's weights and
+copies to the host hide behind compute; what is left is exposed. On a CPU all of it stands in one row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, get_args
+
+from everest_ds.config.batch import BatchPlan, plan_ranks
+from everest_ds.config.schema import Experiment
+from everest_ds.config.zero_settings import ZeroSettings, zero_settings
+from everest_ds.errors import ConfigError
+from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.profiling.memory_layers import rank_parameters
+from everest_ds.tuning.compute_time import (
+    Rates,
+    Work,
+    block_time,
+    embedding_time,
+    head_time,
+    other_launches,
+    projection_time,
+    selection_time,
+    total,
+)
+from everest_ds.tuning.machine import Machine
+from everest_ds.tuning.states_time import Passes, Stack, state_terms, tensor_terms
+from everest_ds.tuning.term import Group, Term
+
+GROUPS: tuple[Group, ...] = get_args(Group)
+# Videos are stored a little larger than what is cropped from them: 256 pixels high for crops of 224, at 4:3.
+_STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
+
+
+@dataclass(frozen=True)
+class StepPrediction:
+    """One optimiser step.
+
+    Attributes:
+        terms: in the order of a step.
+        clips: of all ranks.
+        useful_flops: of all ranks, none repeated.
+        peak_flops_per_s: of all ranks; None if the device's is unknown.
+    """
+
+    terms: tuple[Term, ...]
+    clips: int
+    useful_flops: float
+    peak_flops_per_s: float | None
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the step."""
+        return sum(term.seconds for term in self.terms)
+
+    @property
+    def clips_per_s(self) -> float:
+        """Clips a second of all ranks."""
+        return self.clips / self.step_s
+
+    @property
+    def mfu_pct(self) -> float | None:
+        """Model FLOPs utilisation; None for a device whose peak is unknown."""
+        if self.peak_flops_per_s is None:
+            return None
+        return 100 * self.useful_flops / self.step_s / self.peak_flops_per_s
+
+    def split(self) -> dict[Group, float]:
+        """Seconds by group of terms, all groups."""
+        seconds = dict.fromkeys(GROUPS, 0.0)
+        for term in self.terms:
+            seconds[term.group] += term.seconds
+        return seconds
+
+    def term(self, name: str) -> Term:
+        """The term of that name."""
+        return next(term for term in self.terms if term.name == name)
+
+
+class Part(NamedTuple):
+    """A part of the model, one micro-batch's passes through it."""
+
+    name: str
+    formula: str
+    forward: Work
+    backward: Work
+
+
+class StepWork(NamedTuple):
+    """One micro-batch on one rank.
+
+    Attributes:
+        again: what recompute repeats.
+        num_parameters: of this rank's share under tensor parallelism.
+    """
+
+    parts: tuple[Part, ...]
+    stacks: tuple[Stack, ...]
+    again: Work
+    num_parameters: int
+
+    def device(self) -> tuple[Work, Work]:
+        """All that the device does in the forward and in the backward pass."""
+        forward, backward = other_launches()
+        return (
+            total(forward, *(part.forward for part in self.parts)),
+            total(backward, *(part.backward for part in self.parts), self.again),
+        )
+
+    def passes(self, machine: Machine) -> Passes:
+        """What communication can hide behind: where the host launches too slowly, its time."""
+        launched = [
+            work.launches * machine.launch_s if machine.asynchronous else 0.0 for work in self.device()
+        ]
+        forward_s, backward_s = map(max, launched, (work.seconds for work in self.device()))
+        return Passes(forward_s, backward_s, self.num_parameters)
+
+
+def predict_step(
+    config: Experiment, num_ranks: int, machine: Machine, zero: ZeroSettings | None = None
+) -> StepPrediction:
+    """Time of one step of `config` on `num_ranks` ranks of `machine`.
+
+    Args:
+        zero: instead of what the config's DeepSpeed file says.
+
+    Raises:
+        ConfigError: the ranks do not divide; the machine has no such precision; states are on NVMe.
+    """
+    return step_of(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
+
+
+def predict_work(config: Experiment, machine: Machine) -> StepWork:
+    """What `predict_step` says of a config, but for ZeRO's stage and settings, ranks and accumulation.
+
+    Raises:
+        ConfigError: the machine has no such precision.
+    """
+    _check(config, machine)
+    rates = Rates(machine, config.precision)
+    parts, stacks, mode = tuple(_parts(config, rates)), tuple(_stacks(config, rates)), config.recompute.mode
+    again = total(*(stack.block.again(mode).times(stack.recomputing) for stack in stacks))
+    return StepWork(parts, stacks, again, rank_parameters(config))
+
+
+def step_of(
+    work: StepWork, config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings | None = None
+) -> StepPrediction:
+    """The step that micro-batches of `work` add up to."""
+    count, zero = plan.grad_accum_steps, zero or zero_settings(config)
+    terms = [
+        *_compute_terms(work.parts, count),
+        _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),
+        _launch_term(work, plan, machine),
+        *tensor_terms(config, plan, machine, work.stacks),
+        *state_terms(config, plan, machine, zero, work.passes(machine)),
+    ]
+    terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
+    flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
+    peak = machine.peak_flops_per_s.get(config.precision)
+    num_ranks = plan.data_parallel_degree * config.parallelism.tensor
+    return StepPrediction(tuple(terms), plan.global_batch_size, flops, peak and peak * num_ranks)
+
+
+def _check(config: Experiment, machine: Machine) -> None:
+    if config.precision not in machine.products:
+        raise ConfigError(
+            f"precision: {machine.device} has no rates for it",
+            given=config.precision,
+            allowed=", ".join(machine.precisions),
+        )
+    if config.parallelism.offload_to_nvme is not None:
+        raise ConfigError("parallelism.offload_to_nvme: disks are not in the cost model", fix="leave it out")
+
+
+def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
+    yield Part(
+        "selection", "pixels cut up; (N - L)·P·D for the scores", selection_time(config, rates), Work()
+    )
+    yield Part("embedding", "V·P·D, backward for the weights only", *embedding_time(config, rates))
+    for name, block, depth, _ in _stacks(config, rates):
+        formula = "depth · (12·n·D² + 2·n²·D) / t forward, twice as much backward (attention 2.5 times)"
+        yield Part(name, formula, block.forward.times(depth), block.backward.times(depth))
+        if name == "encoder" and config.task == "pretrain":
+            yield Part("projection", "V·D·d", *projection_time(config, rates))
+    yield Part(
+        "head", "M·d·P, targets and loss" if config.task == "pretrain" else "mean", *head_time(config, rates)
+    )
+
+
+def _stacks(config: Experiment, rates: Rates) -> Iterator[Stack]:
+    counts, shape = config.token_counts, config.model.shape
+    encoder = block_time(config, shape.encoder, counts.num_visible, rates, drops=config.model.drop_path > 0)
+    yield Stack("encoder", encoder, shape.encoder.depth, _recomputing(config, shape.encoder.depth))
+    if config.task == "pretrain":
+        decoder = block_time(config, shape.decoder, counts.num_kept, rates, drops=False)
+        yield Stack("decoder", decoder, shape.decoder.depth, _recomputing(config, shape.decoder.depth))
+
+
+def _recomputing(config: Experiment, depth: int) -> int:
+    """Blocks of a stack that recompute something (parallel/recompute.py)."""
+    return {"none": 0, "blocks": -(-depth // config.recompute.every)}.get(config.recompute.mode, depth)
+
+
+def _compute_terms(parts: Sequence[Part], micro_batches: int) -> list[Term]:
+    return [
+        _work_term(f"{part.name} {way}", "compute", part.formula, work, micro_batches)
+        for way in ("forward", "backward")
+        for part in parts
+        if (work := getattr(part, way)).seconds
+    ]
+
+
+def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches: int) -> Term:
+    numbers = {
+        "micro-batches": micro_batches,
+        "GFLOP": FLOPS_PER_MAC * work.macs / 1e9,
+        "TFLOP/s": FLOPS_PER_MAC * work.macs / work.product_s / 1e12 if work.product_s else 0.0,
+        "moved MB": work.moved_bytes / 1e6,
+    }
+    seconds = micro_batches * work.seconds
+    return Term(name, group, seconds, seconds, formula, numbers)
+
+
+def _launch_term(step: StepWork, plan: BatchPlan, machine: Machine) -> Term:
+    """In each pass, what launches take beyond the device's time; all of it where they stand in a row."""
+    passes = [(work.launches * machine.launch_s, work.seconds) for work in step.device()]
+    busy = sum(launched for launched, _ in passes)
+    beyond = sum(max(0.0, launched - device_s) for launched, device_s in passes)
+    exposed = beyond if machine.asynchronous else busy
+    numbers = {"operators": sum(work.launches for work in step.device()), "µs each": 1e6 * machine.launch_s}
+    formula, times = "operators · launch, beside compute on GPUs", plan.grad_accum_steps
+    return Term("launches", "overhead", times * exposed, times * busy, formula, numbers)
+
+
+def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:
+    """A rank's clips, by its workers, which work while it computes if they have cores of their own."""
+    clip, data = config.candidate_geometry, config.data
+    frames = clip.num_frames * data.frame_stride
+    pixels = frames * clip.image_size**2 * _STORED_HEIGHT * _STORED_WIDTH
+    videos = plan.micro_batch_size * plan.grad_accum_steps / data.repeats
+    each = machine.decode_s + pixels / machine.decode_pixels_per_s
+    workers = max(1.0, min(data.num_workers, machine.spare_cores))
+    busy = videos * each / workers
+    hides = machine.spare_cores > 0 and data.num_workers > 0
+    numbers = {"videos": videos, "ms each": 1e3 * each, "workers": workers}
+    exposed = max(0.0, busy - step_s) if hides else busy
+    return Term("data", "data", exposed, busy, "videos · time of one / workers, beyond the step", numbers)

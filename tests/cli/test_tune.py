@@ -1,0 +1,138 @@
+"""`everest-ds tune`, as a user types it: the table, the files of the winner, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from everest_ds.cli.tune_winner import check_written
+from everest_ds.config import load_experiment
+from everest_ds.errors import ConfigError
+from tests.cli.test_cli import run_main
+
+RECIPE = "k400_pretrain_vit_base"
+HUGE = (RECIPE, "model.backbone=vit_huge", "--gpus", "8", "--gpu", "h100-80gb")
+
+
+def tune(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> dict[str, Any]:
+    """What `everest-ds tune *arguments --json` writes; its files go to `folder`."""
+    file = folder / "tune.json"
+    code = run_main(monkeypatch, "tune", *arguments, "--out", str(folder / "out"), "--json", str(file))
+    assert code == 0
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def test_the_winner_is_written_as_a_config_that_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    found = tune(monkeypatch, tmp_path, *HUGE, "--global-batch", "1024", "--explain", "1", "--top", "3")
+    best, file = found["candidates"][0], tmp_path / "out" / "winner.yaml"
+    config = load_experiment(file)
+    expected = load_experiment(RECIPE, ["model.backbone=vit_huge", *best["overrides"]])
+    assert config == expected and config.batch.global_batch_size == 1024
+    assert file.read_text().count("backbone") == 1 and "schedule" not in file.read_text()  # what differs
+    tree = json.loads((tmp_path / "out" / "deepspeed.json").read_text())
+    assert tree["zero_optimization"]["stage"] == config.parallelism.zero_stage
+    said = capsys.readouterr().out
+    assert f"everest-ds submit pretrain {file} --nodes 1 --gpus-per-node 8" in said.replace("\n", "")
+    for heading in ("Tuning (nothing is run)", "Not among them", "encoder forward", "depth · (12·n·D²"):
+        assert heading in said
+    assert "waits for decoded clips" in said and "data.num_workers=14" in said
+
+
+def test_rows_add_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    costs = ("--clips", "240000", "--price-per-gpu-hour", "2", "--price-per-kwh", "0.3")
+    table = tmp_path / "rows.csv"
+    found = tune(monkeypatch, tmp_path, *HUGE, "data.num_workers=14", *costs, "--csv", str(table))
+    assert found["cluster"]["ranks"] == 8
+    for row in found["candidates"]:
+        assert sum(row["split_s"].values()) == pytest.approx(row["step_s"])
+        parts = [size for part, size in row["memory_bytes"].items() if part != "needed"]
+        assert sum(parts) == row["memory_bytes"]["needed"]
+        assert row["clips/s"] == pytest.approx(256 / row["step_s"], abs=0.1)
+    best = found["candidates"][0]
+    hours = 800 * (240_000 // 256) * best["step_s"] / 3600
+    assert best["GPUs_cost"] == pytest.approx(2 * 8 * hours, rel=1e-3)
+    assert best["energy_cost"] == pytest.approx(0.3 * 8 * 0.7 * hours, rel=1e-3)  # 700 W
+    assert found["candidates"] == sorted(found["candidates"], key=lambda row: row["step_ms"])
+    with table.open() as stream:
+        assert [row["rank"] for row in csv.DictReader(stream)] == [
+            str(row["rank"]) for row in found["candidates"]
+        ]
+
+
+def test_the_table_is_the_golden_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What is chosen and what is left out where memory is scarce; times are the cost model's own tests'."""
+    words = "k400_finetune_vit_base model.backbone=vit_huge data.num_workers=14 --gpus 4 --gpu a10"
+    found = tune(monkeypatch, tmp_path, *words.split())
+    columns = ("rank", "sharding", "recompute", "micro_x_accum", "GiB", "free_%")
+    lines = [" | ".join(str(row[name]) for name in columns) for row in found["candidates"][:12]]
+    lines += [f"not {row['family']}: {row['why_not']}" for row in found["dropped"]]
+    file, text = Path(__file__).parent / "golden" / "tune.txt", "\n".join(lines) + "\n"
+    if os.environ.get("ACCEPT_GOLDEN"):
+        file.write_text(text)
+    assert text == file.read_text(), f"if this is meant: ACCEPT_GOLDEN=1 pytest {Path(__file__).name}"
+
+
+def test_buckets_of_its_own_come_as_a_deepspeed_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Over many nodes larger buckets save latency."""
+    arguments = ("data.num_workers=14", "--global-batch", "1024", "--interconnect", "ethernet-100")
+    found = tune(monkeypatch, tmp_path, *HUGE[:2], *arguments, "--gpus", "64", "--gpu", "h100-80gb")
+    best = found["candidates"][0]
+    config = load_experiment(tmp_path / "out" / "winner.yaml")
+    assert config.parallelism.ds_config == tmp_path / "out" / "deepspeed.json"
+    tree = json.loads(config.parallelism.ds_config.read_text())
+    assert tree["zero_optimization"]["reduce_bucket_size"] == best["reduce_bucket_size"] == 200_000_000
+
+
+def test_a_base_that_is_a_file_is_found_from_the_winner(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    own = tmp_path / "mine.yaml"
+    own.write_text(f"base: {RECIPE}\nmodel: {{backbone: vit_small}}\n")
+    tune(monkeypatch, tmp_path, str(own), "--gpus", "2", "--gpu", "l40s")
+    winner = load_experiment(tmp_path / "out" / "winner.yaml")
+    assert winner.model.backbone == "vit_small" and winner.batch.global_batch_size == 256
+
+
+def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Path) -> None:
+    zero = {"stage": 1, "reduce_bucket_size": 0}
+    (tmp_path / "zero.json").write_text(json.dumps({"zero_optimization": zero}))
+    (tmp_path / "winner.yaml").write_text(
+        f"base: {RECIPE}\nparallelism: {{zero_stage: 1, ds_config: {tmp_path / 'zero.json'}}}\n"
+    )
+    with pytest.raises(ConfigError, match="refused by DeepSpeed.*reduce_bucket_size"):
+        check_written(tmp_path / "winner.yaml", 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("--gpu h1000", "did you mean H100"),
+        ("--gpu a100", "which of these; given: 'a100'; allowed: A100 40GB"),
+        ("--gpu h200 --gpus 12 --nodes 5", "allowed: 1, 2, 3, 4, 6, 12"),
+        ("--gpu h200 --gpus 16 --interconnect ib-ndrr", "did you mean ib-ndr"),
+        ("--gpu h200 --gpus 48", "cannot be split over the ranks; given: 256 clips, 48 ranks"),
+        ("--gpu h200 --explain 99", "a rank of 1.."),
+        ("--gpu nowhere.yaml", "nowhere.yaml: not readable"),
+        ("--gpu h200 precision=fp8", "'fp32', 'bf16' or 'fp16'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_line(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    arguments: str,
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_main(monkeypatch, "tune", RECIPE, *arguments.split()) == 2
+    error = capsys.readouterr().err.strip()
+    assert said in error and error.startswith("error: ") and "\n" not in error
+    assert not (tmp_path / "tuned").exists()

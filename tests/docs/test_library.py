@@ -1,0 +1,70 @@
+"""docs/library.md, run from its first line to its last, with a checkpoint and a folder of videos."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.cli.test_cli import run_main
+from tests.interchange import systems
+
+GUIDE = Path(__file__).parents[2] / "docs" / "library.md"
+BLOCK = re.compile(r"^```(python|)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = argparse.Namespace(num_frames=8, input_size=64, sampling_rate=2)  # saved with the weights
+
+
+@pytest.fixture
+def workplace(motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with what the guide begins with: small, random, and in the originals' layouts."""
+    shutil.copytree(motion_data / "test", tmp_path / "my_videos")
+    (tmp_path / "my_videos" / "00000.mp4").rename(tmp_path / "my_videos" / "clip.mp4")
+    shutil.copy(motion_data / "classes.txt", tmp_path)
+    states = {
+        "videomae.pth": systems.finetuned_state(systems.classifier()),
+        "videomae_pretrained.pth": systems.pretrained_state(systems.autoencoder()),
+        "mvd.pth": systems.mvd_state(systems.autoencoder()),
+    }
+    for name, state in states.items():
+        torch.save({"model": state, "args": SCRIPT}, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def steps() -> Iterator[tuple[str, str]]:
+    """Commands one by one, code block by block, in the guide's order."""
+    for language, text in BLOCK.findall(GUIDE.read_text()):
+        if language:
+            yield language, text
+        else:
+            yield from (("command", line) for line in text.splitlines())
+
+
+def test_the_guide_runs(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names: dict[str, Any] = {}
+    for kind, text in steps():
+        if kind == "python":
+            exec(compile(text, str(GUIDE), "exec"), names)
+            continue
+        program, *arguments = shlex.split(text, comments=True)
+        if program == "everest-ds":
+            assert run_main(monkeypatch, *arguments) == 0, (text, capsys.readouterr().err)
+        else:
+            assert text == "pip install ."
+    lines = (workplace / "predictions.csv").read_text().splitlines()
+    assert len(lines) == 13 and lines[0].startswith("video,class,probability_pct")
+    assert (workplace / "clip.kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_three_commands_come_first() -> None:
+    first = BLOCK.search(GUIDE.read_text())
+    assert first is not None and first[2].count("\n") == 3

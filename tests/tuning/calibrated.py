@@ -1,0 +1,30 @@
+"""A calibration of this machine that nobody measured: for tests of what reads one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from everest_ds.cli.calibrate import calibration_file, facts_here
+from everest_ds.launch.local import threads_per_rank
+from everest_ds.profiling.devices import DEVICES
+from everest_ds.tuning.calibration import Calibration
+from everest_ds.tuning.sheet import machine_from_sheet
+
+
+def pretend_calibration(*numbers_of_ranks: int) -> Path:
+    """Write one to where the command line looks for it: point XDG_CACHE_HOME somewhere else first."""
+    facts = facts_here()
+    sheet = machine_from_sheet("T4", DEVICES["T4"])
+    machines = {
+        ranks: replace(
+            sheet,
+            device=facts["device"],
+            asynchronous=False,
+            threads=threads_per_rank(ranks),
+            ranks_per_node=ranks,
+        )
+        for ranks in numbers_of_ranks
+    }
+    Calibration(facts, "2026-01-01T00:00:00+00:00", machines).write(calibration_file())
+    return calibration_file()
