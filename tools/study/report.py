@@ -62,10 +62,11 @@ class Scores(NamedTuple):
         return Scores({seed: self.by_seed[seed] - other.by_seed[seed] for seed in sorted(common)})
 
     def text(self, sign: str = "") -> str:
-        """Mean, ± deviation where there are several seeds."""
+        """Mean ± deviation, or that it is of one seed."""
         if not self.by_seed:
             return "-"
-        return f"{self.mean:{sign}.1f}" + (f" ± {self.deviation:.1f}" if len(self.by_seed) > 1 else "")
+        spread = f"± {self.deviation:.1f}" if len(self.by_seed) > 1 else "(1 seed)"
+        return f"{self.mean:{sign}.1f} {spread}"
 
 
 def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str) -> Scores:
@@ -136,11 +137,16 @@ def _pretrainings(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
             "pre-training": _NAMES[selection],
             "equal": {EVEREST: "both", NOTHING: "-"}.get(selection, budget),
             "GMACs": _gmacs(rows, kind, "pretrain", **chain),
-            **{
-                f"{what}, top-1": scores(rows, kind, SHORT, figure, **chain).text()
-                for figure, what in FIGURES.items()
-            },
+            **dict(_judged(rows, kind, chain)),
         }
+
+
+def _judged(rows: Rows, kind: str, chain: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    for figure, what in FIGURES.items():
+        mine = scores(rows, kind, SHORT, figure, **chain)
+        lead = scores(rows, kind, SHORT, figure).minus(mine)
+        yield f"{what}, top-1", mine.text()
+        yield f"{what}, EVEREST ahead", lead.text("+") if chain["pretrained"] != EVEREST else ""
 
 
 def _keep_ratios(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
