@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # On a CPU it decides how often memory is new, which costs as much as a step's arithmetic (docs/parallel.md).
 _ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
+_BUSY = 0.5  # processes that want to run, for each core
 _AGAIN = "everest-ds tune --calibrate --nproc {}"
 
 
@@ -79,6 +80,7 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
     from everest_ds.launch.local import available_cores, launch_local
     from everest_ds.profiling.here import num_gpus
 
+    _warn_if_busy(available_cores())
     on_gpus = num_gpus() > 0
     most = nproc or num_gpus() or available_cores()
     for number in [most] if on_gpus else _up_to(most):
@@ -88,6 +90,17 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
         if code:
             raise typer.Exit(code)
     typer.echo(f"calibrated: {file}")
+
+
+def _warn_if_busy(cores: int) -> None:
+    """Rates that were measured beside other work are wrong, and nothing would tell later."""
+    load = os.getloadavg()[0]
+    if load > _BUSY * cores:
+        typer.echo(
+            f"warning: this machine is busy (load {load:.1f} on {cores} cores): rates will come out too low;"
+            " calibrate again when it is idle",
+            err=True,
+        )
 
 
 def _up_to(most: int) -> list[int]:
