@@ -19,6 +19,7 @@ def test_trials_are_an_array_job_that_the_same_command_reads(
     cluster: LocalCluster, recipe: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the cluster's commands have it
     pretend_calibration(1)
     out = work / "tuned here"
     command = [
