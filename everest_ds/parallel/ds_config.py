@@ -61,13 +61,8 @@ def check_by_deepspeed(resolved: dict[str, Any]) -> None:
     Raises:
         ConfigError: what DeepSpeed says.
     """
-    import torch  # heavy, as those below
-
-    from everest_ds.parallel.world import prepare_deepspeed
-
-    # Told the device, it does not warn that it had to look for one.
-    prepare_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    from deepspeed.runtime.config import DeepSpeedConfig
+    _tell_device()
+    from deepspeed.runtime.config import DeepSpeedConfig  # heavy
 
     try:
         DeepSpeedConfig(deepcopy(resolved))  # fills in what it is given
@@ -85,7 +80,17 @@ def _read(path: Path) -> dict[str, Any]:
     return tree
 
 
+def _tell_device() -> None:
+    """Before DeepSpeed is imported, which else warns that it had to look for one."""
+    import torch  # heavy
+
+    from everest_ds.parallel.world import prepare_deepspeed
+
+    prepare_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+
+
 def _check_keys(tree: dict[str, Any], path: Path) -> None:
+    _tell_device()
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # heavy
 
     fields = DeepSpeedZeroConfig.model_fields
