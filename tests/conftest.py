@@ -18,6 +18,9 @@ settings.load_profile("default")
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # test processes share the cores: each taking all of them is slower, by far
 
+# What DeepSpeed compiles: of this checkout alone, whatever a killed run has left in the home.
+os.environ["TORCH_EXTENSIONS_DIR"] = os.fspath(Path(__file__).parents[1] / "build/torch_extensions")
+
 os.environ.setdefault("COLUMNS", "200")  # tables of the command line are not folded
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import time
 from pathlib import Path
 
 from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError
+
+_COMPILED = ("pin_memory", "async_io")  # by DeepSpeed, one after the other
+_KILLED_AFTER_S = 600  # without a new file; a single one takes a minute or two
 
 
 def check_nvme(config: Experiment) -> None:
@@ -34,6 +38,21 @@ def check_nvme(config: Experiment) -> None:
             fix="install libaio with its headers, a C++ compiler and ninja"
             " (Debian: apt-get install libaio-dev g++ ninja-build), or set parallelism.offload_to_cpu=true",
         )
+    _refuse_stale_locks()
+
+
+def _refuse_stale_locks() -> None:
+    """PyTorch waits without a word or an end for the lock that a killed compile has left behind."""
+    from torch.utils.cpp_extension import _get_build_directory
+
+    for name in _COMPILED:
+        folder = Path(_get_build_directory(name, verbose=False))
+        silent_s = time.time() - max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+        if (folder / "lock").exists() and silent_s > _KILLED_AFTER_S:
+            raise ConfigError(
+                f"{folder / 'lock'}: left by a compile that was killed {silent_s / 60:.0f} minutes ago",
+                fix="remove this file; every run with parallelism.offload_to_nvme would wait for it",
+            )
 
 
 def swap_folder(config: Experiment) -> Path | None:

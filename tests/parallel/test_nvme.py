@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from everest_ds.errors import ConfigError
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
-from everest_ds.parallel.nvme import check_nvme
+from everest_ds.parallel.nvme import _refuse_stale_locks, check_nvme
 from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.states import model_states
 from everest_ds.parallel.world import World
@@ -27,6 +29,7 @@ from tests.parallel.equality import engine_runs, experiment, plain_run, start
 from tests.parallel.test_equality import assert_equal, splittable_decoder  # noqa: F401
 from tests.ranks import run_ranks
 
+COMPILE_S = 900  # on the first test's bill
 reference = lru_cache(plain_run)
 
 
@@ -45,6 +48,19 @@ def test_a_machine_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: py
         check_nvme(on_disk(tmp_path))
 
 
+def test_the_lock_of_a_killed_compile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch would wait for it for ever; one that is still being written to is somebody's."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.fspath(tmp_path))
+    (tmp_path / "async_io").mkdir()
+    lock = tmp_path / "async_io" / "lock"
+    lock.touch()
+    _refuse_stale_locks()
+    for file in (lock, lock.parent):
+        os.utime(file, (0, 0))
+    with pytest.raises(ConfigError, match=f"{lock}: left by.*remove this file"):
+        _refuse_stale_locks()
+
+
 def test_nvme_in_a_file_of_ones_own_is_refused(tmp_path: Path) -> None:
     tree = json.loads((shipped("ds_configs") / "zero3_nvme.json").read_text())
     (tmp_path / "own.json").write_text(json.dumps(tree))
@@ -59,6 +75,10 @@ def disk(tmp_path: Path) -> Path:
         check_nvme(on_disk(tmp_path))
     except ConfigError as error:
         pytest.skip(str(error))
+    # Compiles, for minutes: longer than ranks wait for each other.
+    build = "from deepspeed.ops.op_builder import AsyncIOBuilder; AsyncIOBuilder().load()"
+    as_a_rank = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    subprocess.run([sys.executable, "-c", build], env=as_a_rank, check=True)
     return tmp_path
 
 
@@ -97,11 +117,13 @@ def move(world: World, here: Experiment, there: Experiment, folder: Path) -> boo
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(COMPILE_S)
 def test_states_on_a_disk_train_as_the_plain_loop(disk: Path) -> None:
     assert_equal(run_ranks(engine_runs, 2, [on_disk(disk)])[0][0], reference("pretrain"), "nvme")
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(COMPILE_S)
 def test_states_move_to_a_disk_and_back(disk: Path) -> None:
     elsewhere = experiment("pretrain", 3, data_degree=2)
     for number, (here, there) in enumerate(((on_disk(disk), elsewhere), (elsewhere, on_disk(disk)))):
