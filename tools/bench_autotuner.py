@@ -20,9 +20,10 @@ from typing import Annotated, Any
 import typer
 
 from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, dump_experiment, load_experiment, plan_ranks
-from everest_ds.errors import EverestError, UsageError
+from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.units import GIB
 
@@ -187,7 +188,4 @@ def _trials_of(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(bench)
-    except EverestError as error:
-        sys.exit(f"error: {error}")
+    run_program(bench)

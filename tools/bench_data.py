@@ -26,6 +26,7 @@ from peer_loaders import videomae_loader
 from torch.utils.data import default_collate
 
 from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.data.clips import TrainingClips, training_batches
 from everest_ds.data.decode import open_sample
@@ -34,7 +35,7 @@ from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
 from everest_ds.data.order import Visit
 from everest_ds.data.reencode import Encoding, plan_jobs, reencode
-from everest_ds.errors import DataError, EverestError, UsageError
+from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 
 _STAGES = ("open", "decode", "crop", "collate")
@@ -337,8 +338,4 @@ def advise(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> 
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except EverestError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise SystemExit(error.exit_code) from None
+    run_program(main)

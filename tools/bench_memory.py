@@ -13,9 +13,9 @@ import torch
 import typer
 
 from everest_ds.cli.output import print_facts, print_table, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch
-from everest_ds.errors import EverestError
 from everest_ds.launch.environment import detect
 from everest_ds.models.initial import draw, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -123,15 +123,11 @@ def main(
     """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory is the host's
     give_back_what_is_freed()
-    try:
-        config = load_experiment(experiment, overrides or [])
-        os.environ.update(detect().as_variables())
-        world = join_world()
-        rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
-        leave_world()
-    except EverestError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    config = load_experiment(experiment, overrides or [])
+    os.environ.update(detect().as_variables())
+    world = join_world()
+    rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
+    leave_world()
     if world.is_main:
         spread = config.parallelism
         facts = {
@@ -146,4 +142,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

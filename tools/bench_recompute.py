@@ -16,10 +16,10 @@ import typer
 from torch import Tensor, nn
 
 from everest_ds.cli.output import print_facts, print_table, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.data.clips import ClipBatch
-from everest_ds.errors import EverestError
 from everest_ds.launch.environment import detect
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import check_precision
@@ -130,21 +130,17 @@ def main(
     a GPU, the sum of tracked allocations on a CPU. Gradients are compared with those of none; on a GPU some
     kernels are not deterministic.
     """
-    try:
-        config = load_experiment(experiment, overrides or [])
-        os.environ.update(detect().as_variables())
-        world = join_world()
-        check_precision(config, world)
-        rows = bench(config, every, rounds, world.device)
-        facts = _facts(config, world.device)
-        leave_world()
-    except EverestError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(error.exit_code) from None
+    config = load_experiment(experiment, overrides or [])
+    os.environ.update(detect().as_variables())
+    world = join_world()
+    check_precision(config, world)
+    rows = bench(config, every, rounds, world.device)
+    facts = _facts(config, world.device)
+    leave_world()
     print_facts(f"Forward and backward of one micro-batch, {rounds} rounds, measured", facts)
     print_table("", rows)
     write_json(json_file, {"facts": facts, "rows": rows})
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

@@ -33,8 +33,9 @@ from pydantic import ValidationError
 from torch.profiler import ProfilerActivity, profile
 
 from everest_ds.cli.output import JsonFile, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
-from everest_ds.errors import ConfigError, EverestError, UsageError
+from everest_ds.errors import ConfigError, UsageError
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
 from everest_ds.profiling.devices import peak_flops_per_s
 from everest_ds.profiling.time import device_name
@@ -327,16 +328,5 @@ def _keep_heap_warm() -> str:
     return f"mallopt refused {', '.join(refused)}" if refused else "kept warm by mallopt: freed memory stays"
 
 
-def main() -> None:
-    """Run the command line; a user's mistake ends in one line on stderr."""
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(bench)
-    try:
-        app()
-    except EverestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
-
-
 if __name__ == "__main__":
-    main()
+    run_program(bench)

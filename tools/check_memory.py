@@ -15,6 +15,7 @@ import typer
 from torch import Tensor, nn
 
 from everest_ds.cli.output import print_facts, print_table, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.models import build_model
@@ -174,4 +175,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

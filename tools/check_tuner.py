@@ -25,6 +25,7 @@ import typer
 
 from everest_ds.cli.calibrate import facts_here, machine_here
 from everest_ds.cli.output import print_facts, print_table, write_json
+from everest_ds.cli.program import run_program
 from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.errors import EverestError
@@ -214,7 +215,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        typer.run(main)
-    except EverestError as error:
-        sys.exit(f"error: {error}")
+    run_program(main)

@@ -20,6 +20,7 @@ import typer
 from torch import Tensor
 
 from everest_ds.cli.output import print_table
+from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.data.decode import open_video
 from everest_ds.data.frames import ClipFrames
@@ -164,4 +165,4 @@ def draw(clip: Tensor, configs: list[Experiment], embedding: PixelMap) -> bytes:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main)

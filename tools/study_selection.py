@@ -6,7 +6,6 @@ python tools/study_selection.py runs/large --scale large    # on a GPU
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +17,7 @@ from study.report import draw, render
 from study.running import claim, make_data, read_rows, run_study
 
 from everest_ds.cli.output import JsonFile, progress_of, write_json
-from everest_ds.errors import EverestError
+from everest_ds.cli.program import run_program
 from everest_ds.training.run_folder import describe_environment
 
 
@@ -59,10 +58,4 @@ def main(
 
 
 if __name__ == "__main__":
-    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    app.command()(main)
-    try:
-        app()
-    except EverestError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    run_program(main)

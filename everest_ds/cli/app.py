@@ -1,9 +1,6 @@
-"""`everest-ds`: its commands, and how their errors reach the user."""
+"""`everest-ds`: its commands."""
 
 from __future__ import annotations
-
-import os
-import sys
 
 import typer
 
@@ -26,7 +23,7 @@ from everest_ds.cli import (
     tune,
     visualize,
 )
-from everest_ds.errors import EverestError, ExitCode
+from everest_ds.cli.program import run_app
 
 app = typer.Typer(
     name="everest-ds",
@@ -71,29 +68,4 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 def main() -> None:
     """Run the command line; a user's mistake ends in one line on stderr and its exit code."""
-    try:
-        app()
-    except EverestError as error:
-        _say(error)
-        _leave(error.exit_code)
-    except KeyboardInterrupt:
-        _leave(128 + 2)
-
-
-def _say(error: EverestError) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"{_label(error)}: {error}", file=sys.stderr)
-    elif not error.on_every_rank:
-        print(f"[rank {rank}] {_label(error)}: {error}", file=sys.stderr)
-
-
-def _label(error: EverestError) -> str:
-    return "stopped" if error.exit_code == ExitCode.STOPPED else "error"
-
-
-def _leave(code: int) -> None:
-    # Threads of a process group whose peers are gone can block the interpreter's own exit.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code) if "WORLD_SIZE" in os.environ else sys.exit(code)
+    run_app(app)

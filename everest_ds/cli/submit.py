@@ -78,10 +78,11 @@ def submit(
     from everest_ds.cli.queueing import Queueing, Submission, as_jobs, print_plan, queue_all, show
     from everest_ds.cli.submission import Target
     from everest_ds.launch.rank_table import hosts_of, place_ranks
-    from everest_ds.launch.sbatch import signal_seconds, split_options
+    from everest_ds.launch.sbatch import signal_seconds, split_options, with_timely_signal
 
     began = clock.perf_counter()
     positional, options = split_options(words)
+    options = with_timely_signal(options, time)
     shape = _shape(job, nodes, gpus_per_node, ntasks_per_node)
     target = Target(shape, gpu, inputs_follow=dependency is not None)
     stages, swept = _plan(job, positional, target, grid or [], candidates)

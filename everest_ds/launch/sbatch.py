@@ -30,6 +30,8 @@ _OURS = {
     **dict.fromkeys(("--wrap", "--test-only"), "--dry-run"),
 }
 _SIGNAL = re.compile(r"[= ](?:[RB]+:)?[A-Z0-9]+@([0-9]{1,9})(?: |$)")
+_LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
+_SIGNAL_SECONDS = 300  # before the end: what the scripts of slurm/ ask for
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -118,6 +120,28 @@ def signal_seconds(options: Sequence[str]) -> int | None:
     given = " ".join(options).partition("--signal")[2]
     match = _SIGNAL.match(given)
     return int(match[1]) if match else None
+
+
+def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[str]:
+    """The options, with a `--signal` that leaves three quarters of a short time limit to the run.
+
+    SLURM sends the scripts' own five minutes before the end: at once, if the limit is no longer.
+    """
+    limit_s = limit_seconds(time_limit)
+    if signal_seconds(options) is not None or limit_s is None or limit_s >= 4 * _SIGNAL_SECONDS:
+        return list(options)
+    return [*options, f"--signal=USR1@{max(1, limit_s // 4)}"]
+
+
+def limit_seconds(time_limit: str | None) -> int | None:
+    """`--time` in seconds, as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: no limit."""
+    match = _LIMIT.fullmatch(time_limit or "")
+    if match is None:
+        return None
+    days, parts = match["d"], [int(part) for part in match["parts"].split(":")]
+    units = (3600, 60, 1) if days or len(parts) == 3 else (60, 1)
+    seconds = sum(part * unit for part, unit in zip(parts, units, strict=False))
+    return 86400 * int(days or 0) + seconds or None
 
 
 def _takes_next(word: str) -> bool:

@@ -16,9 +16,11 @@ from everest_ds.launch.sbatch import (
     Shape,
     as_shell,
     job_name,
+    limit_seconds,
     sbatch_command,
     signal_seconds,
     split_options,
+    with_timely_signal,
 )
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -92,3 +94,38 @@ def test_a_job_name_is_harmless_whatever_the_run_is_called(text: str) -> None:
     name = job_name("pretrain", Path("runs") / text.replace("/", "").replace("\0", ""))
     assert name.replace(".", "").replace("-", "").replace("_", "").isascii()
     assert name.isprintable() and not set(name) & set(" %$`'\"\\;&|") and len(name) <= 80
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        ("5", 300),
+        ("1:30", 90),
+        ("2:00:05", 7205),
+        ("1-2", 93600),
+        ("1-2:03", 93780),
+        ("1-2:03:04", 93784),
+        ("UNLIMITED", None),
+        ("0", None),
+        ("1:2:3:4", None),
+        (None, None),
+    ],
+)
+def test_a_time_limit_is_read_as_sbatch_reads_it(time: str | None, seconds: int | None) -> None:
+    assert limit_seconds(time) == seconds
+
+
+@pytest.mark.parametrize(
+    ("time", "given", "lead"),
+    [
+        ("5", [], ["--signal=USR1@75"]),
+        ("19:59", [], ["--signal=USR1@299"]),
+        ("20", [], []),
+        (None, [], []),
+        ("5", ["--signal", "USR1@10"], ["--signal", "USR1@10"]),
+    ],
+)
+def test_a_short_job_is_not_told_to_stop_as_it_starts(
+    time: str | None, given: list[str], lead: list[str]
+) -> None:
+    assert with_timely_signal(given, time) == lead

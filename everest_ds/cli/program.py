@@ -1,0 +1,49 @@
+"""How a program of this project ends: a user's mistake in one line on stderr, with its exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+
+from everest_ds.errors import EverestError, ExitCode
+
+
+def run_program(function: Callable[..., Any]) -> None:
+    """Be the command line of one function, as the scripts in tools/ are."""
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(function)
+    run_app(app)
+
+
+def run_app(app: typer.Typer) -> None:
+    """Run a command line to its end."""
+    try:
+        app()
+    except EverestError as error:
+        _say(error)
+        _leave(error.exit_code)
+    except KeyboardInterrupt:
+        _leave(128 + 2)
+
+
+def _say(error: EverestError) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"{_label(error)}: {error}", file=sys.stderr)
+    elif not error.on_every_rank:
+        print(f"[rank {rank}] {_label(error)}: {error}", file=sys.stderr)
+
+
+def _label(error: EverestError) -> str:
+    return "stopped" if error.exit_code == ExitCode.STOPPED else "error"
+
+
+def _leave(code: int) -> None:
+    # Threads of a process group whose peers are gone can block the interpreter's own exit.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code) if "WORLD_SIZE" in os.environ else sys.exit(code)
