@@ -109,8 +109,9 @@ def test_the_report_says_where_rero_loses_and_pairs_seeds() -> None:
     rows += [row("short", 0, 50.0), row("short", 0, 60.0, pretrained="tube")]
     said = list(report.findings(rows, "plain"))
     assert said == [
-        "plain, pre-training at equal steps, fine-tuning: -10.0 (1 seed) against VideoMAE (`tube`)",
-        "plain, fine-tuning at ρ 0.6: not ahead of random drop in 1 of 2 seeds",
+        "plain, pre-training at equal steps, fine-tuning: not ahead of VideoMAE (`tube`) in 1 of 1 seeds"
+        " (-10.0 (1 seed))",
+        "plain, fine-tuning at ρ 0.6: not ahead of random drop in 1 of 2 seeds (+3.5 ± 6.4)",
         "plain, fine-tuning at ρ 0.6: -2.5 ± 0.7 against dense",
     ]
     text = report.render(rows, 9, {"plain": {0.6: 97.25}})

@@ -28,6 +28,7 @@ from study.protocol import (
 Rows = Sequence[Mapping[str, Any]]
 Shares = Mapping[str, Mapping[float, float]]
 FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
+_JUDGES = {"probe_top1": "linear probe", "top1": "the same short fine-tuning"}
 LONGER = f"{EVEREST}-{KEEP_RATIO}-compute"
 _TOLERANCE = 1.0  # points: what fine-tuning on fewer tokens may lose against the dense one
 _COLORS = {EVEREST: "#d1603d", "tube": "#2a6f97", "dual": "#6a994e", "random": "#8d6cab", "none": "#1c2733"}
@@ -104,24 +105,27 @@ def render(rows: Rows, num_runs: int, shares: Shares) -> str:
 
 
 def findings(rows: Rows, kind: str) -> Iterator[str]:
-    """What ReRo does not win: on average, against random drop in every seed, within a point of dense."""
+    """What ReRo does not win: against other selections in every seed, within a point of dense on average."""
     for budget in ("steps", "compute"):
         for figure, what in FIGURES.items():
             everest = scores(rows, kind, SHORT, figure)
             for other in SELECTIONS[1:]:
                 lead = everest.minus(scores(rows, kind, SHORT, figure, pretrained=other, budget=budget))
-                if lead.by_seed and lead.mean <= 0:
-                    where = f"{kind}, pre-training at equal {budget}, {what}"
-                    yield f"{where}: {lead.text('+')} against {_NAMES[other]}"
+                where = f"{kind}, pre-training at equal {budget}, {what}"
+                yield from _not_ahead(where, lead, _NAMES[other])
     for ratio in KEEP_RATIOS:
-        lead = _lead(rows, kind, ratio, f"random-{ratio}")
-        behind = sum(value <= 0 for value in lead.by_seed.values())
-        if behind:
-            where, seeds = f"{kind}, fine-tuning at ρ {ratio}", len(lead.by_seed)
-            yield f"{where}: not ahead of random drop in {behind} of {seeds} seeds"
+        where = f"{kind}, fine-tuning at ρ {ratio}"
+        yield from _not_ahead(where, _lead(rows, kind, ratio, f"random-{ratio}"), "random drop")
         loss = _lead(rows, kind, ratio, "dense")
         if loss.by_seed and loss.mean < -_TOLERANCE:
-            yield f"{kind}, fine-tuning at ρ {ratio}: {loss.text('+')} against dense"
+            yield f"{where}: {loss.text('+')} against dense"
+
+
+def _not_ahead(where: str, lead: Scores, other: str) -> Iterator[str]:
+    behind = sum(value <= 0 for value in lead.by_seed.values())
+    if behind:
+        seeds = f"{behind} of {len(lead.by_seed)} seeds"
+        yield f"{where}: not ahead of {other} in {seeds} ({lead.text('+')})"
 
 
 def _lead(rows: Rows, kind: str, ratio: float, other: str) -> Scores:
@@ -202,19 +206,24 @@ def _table(rows: Iterable[dict[str, str]]) -> str:
 
 def draw(rows: Rows) -> bytes:
     """Accuracy against compute, as a PNG: fine-tuning left, pre-training right; a row a kind of data."""
-    figure = Figure(figsize=(10, 7), layout="constrained")
-    for axes, kind in zip(figure.subplots(2, 2), (PLAIN, BUSY), strict=True):
-        _draw_keep_ratios(axes[0], rows, kind)
-        _draw_pretrainings(axes[1], rows, kind)
-        for each in axes:
-            each.set_ylabel("test top-1, %")
-            each.grid(alpha=0.3)
-            each.legend(fontsize=8)
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))[0]
+    tuned, pretrained = left.subplots(2, 1, squeeze=False), right.subplots(2, 2)
+    for number, kind in enumerate((PLAIN, BUSY)):
+        _draw_keep_ratios(tuned[number, 0], rows, kind)
+        for axes, judge in zip(pretrained[number], FIGURES, strict=True):
+            _draw_pretrainings(axes, rows, kind, judge)
+    for side, grid in ((left, tuned), (right, pretrained)):
+        for axes in grid.flat:
+            axes.set_ylabel("test top-1, %")
+            axes.grid(alpha=0.3)
+        handles, labels = grid[0, -1].get_legend_handles_labels()
+        side.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
     return to_png(figure)
 
 
 def _draw_keep_ratios(axes: Axes, rows: Rows, kind: str) -> None:
-    axes.set_title(f"{kind}: fine-tuned on ρ of the tokens ({', '.join(map(str, KEEP_RATIOS))})", fontsize=10)
+    axes.set_title(f"{kind}: fine-tuned on ρ {', '.join(map(str, KEEP_RATIOS))}", fontsize=10)
     axes.set_xlabel("compute of fine-tuning, GMACs")
     arms = [("ReRo", EVEREST, "o-", [f"{EVEREST}-{ratio}" for ratio in KEEP_RATIOS])]
     arms += [("random drop", "random", "o-", [f"random-{ratio}" for ratio in KEEP_RATIOS])]
@@ -224,17 +233,20 @@ def _draw_keep_ratios(axes: Axes, rows: Rows, kind: str) -> None:
         _draw_points(axes, points, style, label, _COLORS[selection])
 
 
-def _draw_pretrainings(axes: Axes, rows: Rows, kind: str) -> None:
-    axes.set_title(f"{kind}: the same short dense fine-tuning after each pre-training", fontsize=10)
+def _draw_pretrainings(axes: Axes, rows: Rows, kind: str, judge: str) -> None:
+    axes.set_title(f"{kind}: each pre-training, by {_JUDGES[judge]}", fontsize=10)
     axes.set_xlabel("compute of pre-training, GMACs")
     for selection in SELECTIONS:
         chains = [{"pretrained": selection, "budget": budget} for budget in ("compute", "steps")]
         points = [
-            (scores(rows, kind, "pretrain", "training_macs", **chain), scores(rows, kind, SHORT, **chain))
+            (
+                scores(rows, kind, "pretrain", "training_macs", **chain),
+                scores(rows, kind, SHORT, judge, **chain),
+            )
             for chain in chains
         ]
         _draw_points(axes, points, "o--", _NAMES[selection].replace("`", ""), _COLORS[selection])
-    scratch = scores(rows, kind, SHORT, pretrained=NOTHING)
+    scratch = scores(rows, kind, SHORT, judge, pretrained=NOTHING)
     if scratch.by_seed:
         axes.axhline(scratch.mean, linestyle=":", color="black", linewidth=1, label=_NAMES[NOTHING])
 
