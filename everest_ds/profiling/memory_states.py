@@ -121,13 +121,15 @@ class ModelStates:
 
     @property
     def update_bytes(self) -> int:
-        """For the optimiser's step: this rank's averaged gradients, and those flat and in float32."""
+        """For the optimiser's step: this rank's averaged gradients, those made flat, and those in float32."""
+        own_masters = self.value_bytes != MASTER_BYTES
         if self.stage == 0:
-            return 0 if self.value_bytes == MASTER_BYTES else self.num_parameters * MASTER_BYTES
+            return self.num_parameters * MASTER_BYTES if own_masters else 0
         if self.offloads_optimizer:
             return 0
         stepped = min(self._share(1), self.stepped_values) if self.stage == 3 else self._share(1)
-        return self.reduction_bytes + stepped * MASTER_BYTES
+        flat_bytes = self.value_bytes if own_masters else 0  # float32 ones are the masters' gradients
+        return self.reduction_bytes + stepped * (flat_bytes + MASTER_BYTES)
 
     def _share(self, from_stage: int) -> int:
         """Parameters of this rank, where what is asked for is split from that stage on."""

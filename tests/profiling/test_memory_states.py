@@ -18,6 +18,7 @@ from everest_ds.models.vit import Block
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, set_learning_rate
 from everest_ds.parallel.world import World
+from everest_ds.profiling.allocations import track_allocations
 from everest_ds.profiling.compute import count_parameters
 from everest_ds.profiling.memory_states import model_states
 from everest_ds.training.objective import build_objective
@@ -70,12 +71,15 @@ def live_bytes() -> int:
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
-def measure_all(world: World, folder: Path, cases: list[Case]) -> list[tuple[int, int]]:
+def measure_all(world: World, folder: Path, cases: list[Case]) -> list[list[int]]:
     return [measure(world, experiment(folder, *case)) for case in cases]
 
 
-def measure(world: World, config: Experiment) -> tuple[int, int]:
-    """Bytes that live before the last micro-batch of a third step, and half-way through its backward pass."""
+def measure(world: World, config: Experiment) -> list[int]:
+    """Bytes that live before the last micro-batch of a third step, and half-way through its backward pass.
+
+    In bf16 also what the update takes; in fp32 it gives back meanwhile what was allocated before it.
+    """
     others = live_bytes()
     model = build_model(config)
     middle = [module for module in model.modules() if isinstance(module, Block)][1]
@@ -91,12 +95,16 @@ def measure(world: World, config: Experiment) -> tuple[int, int]:
             found.append(live_bytes())
             middle.register_full_backward_hook(lambda *_: found.append(live_bytes()))
         engine.backward(objective(engine, ClipBatch(clip, one, one, one)))
-        engine.step()
+        if micro_batch == last and config.precision == "bf16":
+            update = track_allocations(engine.step, world.device)
+            found.append(others + update.peak_bytes)
+        else:
+            engine.step()
     engine.destroy()
-    return found[0] - others, found[1] - others
+    return [figure - others for figure in found]
 
 
-def predict(config: Experiment) -> tuple[int, int]:
+def predict(config: Experiment) -> list[int]:
     """The same, by the formula."""
     states = model_states(config, count_parameters(config), NUM_RANKS)
     resting = states.parameter_bytes + states.master_bytes + states.optimizer_bytes
@@ -105,7 +113,8 @@ def predict(config: Experiment) -> tuple[int, int]:
     before = resting + states.gradient_bytes(0) + states.buffer_bytes(0, in_backward=False)
     if states.stage == 3:  # nothing is gathered between micro-batches
         before -= states.num_parameters * states.value_bytes
-    return before, in_step
+    update = states.update_bytes - states.reduction_bytes
+    return [before, in_step, update] if config.precision == "bf16" else [before, in_step]
 
 
 def finished_parameters(model: nn.Module) -> list[nn.Parameter]:
