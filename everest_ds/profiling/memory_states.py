@@ -11,9 +11,10 @@ an engine (tests/profiling/test_memory_states.py). Ψ parameters, N data-paralle
 
 (a) none in fp32. (b) Between micro-batches; of a single one the gradients are born into the bucket.
 (c) Stage 1 holds them between micro-batches, too. (d) While a full bucket is scattered over the ranks. (e) As
-many as `stage3_max_live_parameters`, and those that are just arriving, flat, before each gets its own tensor.
-With a model of fewer than `stage3_max_reuse_distance`, DeepSpeed releases a parameter after its backward pass
-only: the whole model is there. Its default is a billion; our files set both to a few blocks.
+many as `stage3_max_live_parameters`, and beside them the bucket that has just arrived, flat, while each gets
+a tensor of its own. With a model of fewer than `stage3_max_reuse_distance`, DeepSpeed releases a parameter
+after its backward pass only: the whole model is there, and nothing arrives then. Its default is a billion;
+our files set both to a few blocks.
 
 Offload moves this rank's share of masters, AdamW and gradients (in float32) to the host, and at stage 3 its
 weights; at stage 2 the weights' new values wait there, too. Read in DeepSpeed's code, not held against a GPU.
@@ -44,6 +45,8 @@ class ModelStates:
         accumulates: a step has several micro-batches.
         bucket_values: all reduce buckets together, in values.
         gathered_values: parameters that ZeRO-3 has whole at once, at most.
+        arriving_values: those of them that it has twice meanwhile, at most.
+        gathers_twice: it gathers them for the forward pass, and again for the backward pass.
         stepped_values: parameters that ZeRO-3's optimiser steps at once, at most.
         offloads_optimizer: masters, AdamW and gradients are in host memory.
         offloads_parameters: and the shards of weights.
@@ -56,6 +59,8 @@ class ModelStates:
     accumulates: bool
     bucket_values: int
     gathered_values: int
+    arriving_values: int
+    gathers_twice: bool
     stepped_values: int
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
@@ -100,8 +105,7 @@ class ModelStates:
         if self.stage == 0:
             return 0
         if self.stage == 3:
-            gathered = min(self.num_parameters - finished, self.gathered_values) if self.ranks > 1 else 0
-            return (self.bucket_values + gathered) * self.value_bytes
+            return (self.bucket_values + self._gathered(finished, in_backward)) * self.value_bytes
         held = in_backward or (self.stage == 1 and self.accumulates and finished < self.num_parameters)
         return self.bucket_values * self.value_bytes if held else 0
 
@@ -131,6 +135,14 @@ class ModelStates:
         flat_bytes = self.value_bytes if own_masters else 0  # float32 ones are the masters' gradients
         return self.reduction_bytes + stepped * (flat_bytes + MASTER_BYTES)
 
+    def _gathered(self, finished: int, in_backward: bool) -> int:
+        """Values of the weights that are here whole, those that are arriving counted twice."""
+        if self.ranks == 1:
+            return 0
+        ahead = self.num_parameters - finished
+        arrives = self.gathers_twice or not in_backward
+        return min(ahead, self.gathered_values) + (min(ahead, self.arriving_values) if arrives else 0)
+
     def _share(self, from_stage: int) -> int:
         """Parameters of this rank, where what is asked for is split from that stage on."""
         return -(-self.num_parameters // self.ranks) if self.stage >= from_stage else self.num_parameters
@@ -144,6 +156,7 @@ def model_states(
     stage = config.parallelism.zero_stage
     # ZeRO-1 and 2 with overlapping communication fill one bucket while the other is reduced
     buckets = 2 if stage < 3 and zero.overlap_comm else 1
+    gathers_twice = zero.reuse_values < num_parameters
     accumulated = batch.grad_accum_steps or (batch.global_batch_size or 0) // (batch.micro_batch_size * ranks)
     return ModelStates(
         stage=stage,
@@ -152,14 +165,10 @@ def model_states(
         value_bytes=VALUE_BYTES[config.precision],
         accumulates=accumulated > 1,
         bucket_values=buckets * zero.reduce_bucket_values,
-        gathered_values=_gathered_values(zero, num_parameters),
+        gathered_values=zero.live_values if gathers_twice else num_parameters,
+        arriving_values=zero.prefetch_values,
+        gathers_twice=gathers_twice,
         stepped_values=zero.sub_group_values,
         offloads_optimizer=zero.offloads_optimizer,
         offloads_parameters=zero.offloads_parameters,
     )
-
-
-def _gathered_values(zero: ZeroSettings, num_parameters: int) -> int:
-    if zero.reuse_values >= num_parameters:
-        return num_parameters
-    return zero.live_values + zero.prefetch_values
