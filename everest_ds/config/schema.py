@@ -46,6 +46,7 @@ class ModelConfig(Section):
     image_size: PositiveInt = 224
     patch_size: PositiveInt = 16
     drop_path: Probability = Field(0.0, description="stochastic depth of the last encoder block")
+    head_drop: Probability = Field(0.0, description="dropout before the head; fine-tuning only")
     num_classes: Annotated[int, Field(ge=2)] | None = Field(None, description="fine-tuning only")
     decoder_depth: PositiveInt | None = Field(
         None, description="blocks of the decoder (pre-training); default: the backbone's"

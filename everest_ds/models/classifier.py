@@ -9,12 +9,15 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
+from everest_ds.models.sampling import drop_scale
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
 
+HEAD_DROP_STREAM = 8  # of per-clip randomness
+
 
 class Classifier(nn.Module):
-    """Encoder, mean over its tokens, LayerNorm, linear head; no class token.
+    """Encoder, mean over its tokens, LayerNorm, dropout, linear head; no class token.
 
     Args:
         config: an experiment whose task is `finetune`.
@@ -28,6 +31,7 @@ class Classifier(nn.Module):
         self.selector = Selector(config)
         self.encoder = Encoder(config)
         self.norm = nn.LayerNorm(width, eps=config.model.last_norm_eps)
+        self.head_drop = config.model.head_drop
         self.head = _Head(width, config.model.num_classes)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
@@ -39,7 +43,12 @@ class Classifier(nn.Module):
         embedding = self.encoder.embed()
         pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
         x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
-        return self.head(self.norm(x_BKD.mean(dim=1)))
+        return self.head(self._drop(self.norm(x_BKD.mean(dim=1)), key_B))
+
+    def _drop(self, x_BD: Tensor, key_B: Tensor) -> Tensor:
+        if not self.training or self.head_drop == 0.0:
+            return x_BD
+        return x_BD * drop_scale(key_B, HEAD_DROP_STREAM, x_BD.shape[1], self.head_drop).to(x_BD.dtype)
 
 
 class _Head(nn.Linear):

@@ -55,6 +55,11 @@ def random_uniform(key_B: Tensor, stream: int, count: int) -> Tensor:
     return _logical_shift_right(random_bits(key_B, stream, count), 39).float() * 2.0**-24
 
 
+def drop_scale(key_B: Tensor, stream: int, count: int, rate: float) -> Tensor:
+    """What dropout multiplies with, float32 (B, n): 0 with probability `rate`, else 1 / (1 - rate)."""
+    return (random_uniform(key_B, stream, count) >= rate) / (1 - rate)
+
+
 def random_permutation(key_B: Tensor, stream: int, count: int) -> Tensor:
     """int64 (B, n): a uniform random order of `range(count)` for each clip."""
     return random_bits(key_B, stream, count).argsort(dim=1, stable=True)

@@ -12,7 +12,7 @@ from everest_ds.config.backbones import LAYER_NORM_EPS, TransformerShape
 from everest_ds.models.attention import ATTENTION
 from everest_ds.models.linear import Linear, LinearWithoutBias, init_linear
 from everest_ds.models.mlp import MLP
-from everest_ds.models.sampling import random_uniform
+from everest_ds.models.sampling import drop_scale
 
 DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
 
@@ -70,8 +70,7 @@ class Block(nn.Module):
     def _drop(self, branch: Tensor, key_B: Tensor, stream: int) -> Tensor:
         if not self.training or self.drop_path == 0.0:
             return branch
-        survives = random_uniform(key_B, stream, 1) >= self.drop_path
-        return branch * (survives / (1 - self.drop_path)).to(branch.dtype)[:, :, None]
+        return branch * drop_scale(key_B, stream, 1, self.drop_path).to(branch.dtype)[:, :, None]
 
 
 class Blocks(nn.ModuleList):

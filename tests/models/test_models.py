@@ -321,6 +321,20 @@ def test_drop_path_grows_linearly_and_evaluation_has_none() -> None:
     assert torch.equal(model(clips, KEYS[:1]), model(clips, KEYS[1:2]))
 
 
+def test_dropout_before_the_head_keeps_the_expectation_and_follows_the_key() -> None:
+    config = experiment("finetune", "none", head_drop=0.25)
+    model, one, clips = built(config), random_clips(config, 1), 64
+    model.head = nn.Identity()  # the features that the head would read
+    keys = torch.arange(clips)
+    exact = model.eval()(one, keys[:1])
+    features = model.train()(one.expand(clips, -1, -1, -1, -1), keys)
+    survived = features != 0
+    torch.testing.assert_close(features, survived * exact / 0.75, rtol=1e-4, atol=1e-5)
+    assert survived.float().mean().item() == pytest.approx(0.75, abs=4 * (0.1875 / features.numel()) ** 0.5)
+    reverse = model(one.expand(clips, -1, -1, -1, -1), keys.flip(0))
+    assert torch.equal(reverse.flip(0) != 0, survived)
+
+
 def test_masking_follows_the_key_alone() -> None:
     config = experiment("pretrain", "tube")
     model, clips = built(config), random_clips(config, 1)
