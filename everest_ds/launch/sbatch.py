@@ -127,8 +127,8 @@ def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[s
 
     SLURM sends the scripts' own five minutes before the end: at once, if the limit is no longer.
     """
-    limit_s = limit_seconds(time_limit)
-    if signal_seconds(options) is not None or limit_s is None or limit_s >= 4 * _SIGNAL_SECONDS:
+    limit_s, given = limit_seconds(time_limit), any(word.partition("=")[0] == "--signal" for word in options)
+    if given or limit_s is None or limit_s >= 4 * _SIGNAL_SECONDS:
         return list(options)
     return [*options, f"--signal=USR1@{max(1, limit_s // 4)}"]
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from everest_ds.config import Experiment
@@ -47,12 +48,21 @@ def _refuse_stale_locks() -> None:
 
     for name in _COMPILED:
         folder = Path(_get_build_directory(name, verbose=False))
-        silent_s = time.time() - max(file.stat().st_mtime for file in (folder, *folder.iterdir()))
+        silent_s = time.time() - _last_written(folder)
         if (folder / "lock").exists() and silent_s > _KILLED_AFTER_S:
             raise ConfigError(
                 f"{folder / 'lock'}: left by a compile that was killed {silent_s / 60:.0f} minutes ago",
                 fix="remove this file; every run with parallelism.offload_to_nvme would wait for it",
             )
+
+
+def _last_written(folder: Path) -> float:
+    """When a file of the folder was, or came or went; a compile replaces them meanwhile."""
+    times = [folder.stat().st_mtime]
+    for file in folder.iterdir():
+        with suppress(FileNotFoundError):
+            times.append(file.stat().st_mtime)
+    return max(times)
 
 
 def swap_folder(config: Experiment) -> Path | None:

@@ -123,6 +123,7 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(time: str | None, seconds: int 
         ("20", [], []),
         (None, [], []),
         ("5", ["--signal", "USR1@10"], ["--signal", "USR1@10"]),
+        ("5", ["--signal=TERM"], ["--signal=TERM"]),
     ],
 )
 def test_a_short_job_is_not_told_to_stop_as_it_starts(
