@@ -11,7 +11,7 @@ JOBS ?= 2
 
 .PHONY: demo test test-slow test-slurm test-nvme lint format clean
 
-demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: under 5 minutes on 2 cores
+demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: some 5 minutes on 2 cores
 	$(BIN)/python tools/demo.py
 
 test: $(STAMP) lint  ## what must pass before every commit

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
 from everest_ds.launch.sbatch import (
+    _SIGNAL_SECONDS,
     BatchJob,
     Shape,
     as_shell,
@@ -22,6 +23,7 @@ from everest_ds.launch.sbatch import (
     split_options,
     with_timely_signal,
 )
+from everest_ds.shipped import shipped
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -130,3 +132,9 @@ def test_a_short_job_is_not_told_to_stop_as_it_starts(
     time: str | None, given: list[str], lead: list[str]
 ) -> None:
     assert with_timely_signal(given, time) == lead
+
+
+def test_the_scripts_ask_for_the_signal_that_short_limits_are_held_against() -> None:
+    asked = [line for file in shipped("slurm").glob("*.sbatch") for line in file.read_text().splitlines()]
+    signals = {line for line in asked if "--signal" in line}
+    assert signals == {f"#SBATCH --signal=USR1@{_SIGNAL_SECONDS}"}
