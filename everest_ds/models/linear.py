@@ -86,7 +86,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_nI, weight_OI)
+        ctx.save_for_backward(x_nI, weight_OI if ctx.needs_input_grad[0] else None)
         ctx.has_bias = bias_O is not None
         if _goes_to_onednn(x_nI, weight_OI):
             return _onednn(x_nI, weight_OI, bias_O)
