@@ -1,9 +1,9 @@
 """Linear maps, by the faster of the libraries that PyTorch brings.
 
 In float32 on a CPU, PyTorch multiplies with MKL, Intel's library. On AMD's processors oneDNN, which PyTorch
-ships for other precisions, is 10 to 25 % faster on the shapes of a step. On Intel's, MKL is the faster one for
-nearly all of them, and twice as fast for some (docs/benchmarks.md). So large products of activations go to
-oneDNN unless the processor is Intel's.
+ships for other precisions, is 10 to 25 % faster on the shapes of a step. On Intel's, MKL is the faster one
+for nearly all of them, and twice as fast for some (docs/benchmarks.md). So large products of activations go
+to oneDNN unless the processor is Intel's.
 
 Shape legend: n tokens of any clips, I inputs, O outputs.
 """
