@@ -92,11 +92,9 @@ def build_timesformer(
     """
     patches = sampler or AllPatches(geometry)
     rates = drop_path_rates(shape.depth, DROP_PATH)
-    blocks = DividedBlocks(
-        DividedBlock(shape.width, shape.heads, patches.num_slots, r, i) for i, r in enumerate(rates)
-    )
-    body = SequenceBody(blocks, shape.width, nn.Linear(shape.width, num_classes))
+    blocks = [DividedBlock(shape.width, shape.heads, patches.num_slots, r, i) for i, r in enumerate(rates)]
+    body = SequenceBody(DividedBlocks(blocks), shape.width, nn.Linear(shape.width, num_classes))
     model = PatchClassifier(geometry, patches, PatchEmbedding(geometry, shape.width), body)
-    for block in list(blocks)[1:]:  # so that it begins as the image model that it is fine-tuned from
+    for block in blocks[1:]:  # so that it begins as the image model that it is fine-tuned from
         nn.init.zeros_(block.time_out.weight)
     return model
