@@ -1,7 +1,7 @@
 """Linear maps, by the faster of the libraries that PyTorch brings.
 
 In float32 on a CPU, PyTorch multiplies with MKL, Intel's library. On AMD's processors oneDNN, which PyTorch
-ships for other precisions, is 10 to 25 % faster on the shapes of a step; on Intel's own, MKL is the faster one
+ships for other precisions, is 10 to 25 % faster on the shapes of a step. On Intel's, MKL is the faster one
 for nearly all of them, and twice as fast for some (docs/benchmarks.md). So large products of activations go
 to oneDNN unless the processor is Intel's.
 
@@ -17,16 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_CPU_INFO = Path("/proc/cpuinfo")
-
-
-def _is_intel() -> bool:
-    return _CPU_INFO.is_file() and "GenuineIntel" in _CPU_INFO.read_text()
-
-
-_PREFERS_ONEDNN = torch.backends.mkldnn.is_available() and not _is_intel()
 # Multiply-accumulates from which a product gains more than the longer way through Python costs.
 _WORTHWHILE_MACS = 10**8
+
+
+def prefers_onednn(processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether oneDNN multiplies float32 faster than MKL here, as it does but on Intel's processors."""
+    is_intel = processors.is_file() and "GenuineIntel" in processors.read_text()
+    return torch.backends.mkldnn.is_available() and not is_intel
+
+
+_PREFERS_ONEDNN = prefers_onednn()
 
 
 def linear(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -106,9 +107,9 @@ class _Linear(torch.autograd.Function):
 def _may_be_released(x_nI: Tensor, weight_OI: Tensor) -> bool:
     """Return whether ZeRO-3 may release the weight between the passes: it releases parameters only.
 
-    Under autocast, what is kept for the backward pass is a copy. Without gradients, as inside another autograd
-    function, nothing is kept. ZeRO-3 does not run compiled blocks, and dynamo of torch 2.11 cannot trace
-    what is asked below.
+    Under autocast, what is kept for the backward pass is a copy. Without gradients, as inside another
+    autograd function, nothing is kept. Blocks are not compiled under ZeRO-3, and dynamo of torch 2.11 cannot
+    trace the question about autocast.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False

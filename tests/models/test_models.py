@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -25,21 +24,10 @@ from everest_ds.models.sampling import drop_scale
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from everest_ds.models.vit import DROP_PATH_STREAM, Blocks
 from everest_ds.profiling.launches import count_launches
-from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
+from tests.models import TASKS_AND_SELECTIONS, built, experiment, loss_of, random_clips
 
 KEYS = torch.tensor([101, 202, 303])
 every_mode = pytest.mark.parametrize(("task", "selection"), TASKS_AND_SELECTIONS)
-
-
-def built(config: Experiment) -> nn.Module:
-    torch.manual_seed(1)
-    return build_model(config)
-
-
-def loss_of(output: Tensor | Reconstruction) -> Tensor:
-    if isinstance(output, Reconstruction):
-        return output.loss
-    return F.cross_entropy(output, torch.arange(len(output), device=output.device))
 
 
 @every_mode
@@ -73,43 +61,6 @@ def test_no_step_makes_the_host_wait_for_the_device(task: str, selection: str) -
         loss.backward()
     assert loss.shape == () and loss.dtype == torch.float32
     assert all(state[name].grad is not None for name, _ in model.named_parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@every_mode
-def test_no_step_synchronises_with_a_real_device(task: str, selection: str) -> None:
-    config = experiment(task, selection, drop_path=0.1)
-    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
-    loss_of(model(clips, keys)).backward()  # the first step may set libraries up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_of(model(clips, keys)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@every_mode
-def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
-    """Captured once, replayed on other clips: that needs static shapes and no word to the host."""
-    config = experiment(task, selection, drop_path=0.1)
-    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries set themselves up outside of the capture
-            loss_of(model(clips, keys)).backward()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = loss_of(model(clips, keys))
-        captured.backward()
-    for seed in (1, 2):
-        clips.copy_(random_clips(config, 2, seed))
-        keys.add_(seed)
-        graph.replay()
-        torch.testing.assert_close(captured, loss_of(model(clips, keys)))
 
 
 STATIC = [
