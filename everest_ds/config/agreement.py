@@ -156,7 +156,7 @@ def _check_recompute(config: Experiment) -> None:
     recompute = config.recompute
     if recompute.offload_to_cpu and recompute.mode in ("none", "gelu"):
         raise ValueError(
-            f"recompute.offload_to_cpu moves inputs of recomputed modules, and mode {recompute.mode} has none;"
+            f"recompute.offload_to_cpu moves what recomputed modules read; mode {recompute.mode} has none:"
             " set recompute.mode to attention, mlp, blocks or full"
         )
     if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
