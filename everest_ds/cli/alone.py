@@ -20,12 +20,13 @@ def world_of_one() -> Iterator[World]:
     """Join a world of this process alone, and leave it at the end. Once per process: DeepSpeed keeps the
     groups of the first world.
 
-    It listens on the loopback interface only, so that it works on a machine without a network. Variables of a
-    launcher that started this process are replaced.
+    It listens on the loopback interface only, so that it works on a machine without a network. The process's
+    environment is a single rank's meanwhile, whatever launcher started it.
     """
     from everest_ds.launch.environment import detect
     from everest_ds.parallel.world import join_world, leave_world
 
+    before = dict(os.environ)
     os.environ.update(detect({}).as_variables())
     if _LOOPBACK in (name for _, name in socket.if_nameindex()):
         os.environ.update(dict.fromkeys(_INTERFACES, _LOOPBACK))
@@ -33,3 +34,5 @@ def world_of_one() -> Iterator[World]:
         yield join_world()
     finally:
         leave_world()
+        os.environ.clear()
+        os.environ.update(before)

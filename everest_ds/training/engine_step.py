@@ -5,8 +5,10 @@ Shape legend: B clips, F frames, H x W pixels.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +30,65 @@ from everest_ds.training.parameters import parameter_groups
 _NOISE_RANGE = 0.03  # about the spread of initial weights
 
 
-class EngineStep:
+class MeasuredStep(ABC):
+    """What the engine's step and the plain loop's have in common: everything up to the loss.
+
+    Attributes:
+        micro_batches: rounds of a step (`grad_accum_steps` of the batch plan).
+        learning_rate: set before each forward pass. At 0.0 the weights stay as they are, and an update takes
+            as long as with any other rate.
+    """
+
+    def __init__(
+        self, config: Experiment, device: torch.device, micro_batches: int, learning_rate: float, share: int
+    ) -> None:
+        """`share` is the data-parallel rank: others see other noise."""
+        self.micro_batches = micro_batches
+        self.learning_rate = learning_rate
+        self._objective = build_objective(config)
+        self._prepare = _Preparation(config, device)
+        self._noise = noise_batch(config, device, share)
+        self._changes_clips = config.augment.changes
+        self._trained: Any = None  # a model that is called, with its optimizer
+        self._optimized: Any = None
+
+    def load(self) -> Batch:
+        """A micro-batch of noise, on the device; the same at every call, not augmented yet."""
+        noise = self._noise  # augmentation writes into clips
+        return noise._replace(clip=noise.clip.clone()) if self._changes_clips else noise
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Copy a batch to the device and augment it there.
+
+        Args:
+            batch: from `load`, or a loader's: uint8 clips (B, F, H, W, 3) on any device, keys on the host.
+        """
+        return self._prepare(batch)
+
+    def loss(self, prepared: Batch) -> Tensor:
+        """Set the learning rate and compute this rank's loss."""
+        set_learning_rate(self._optimized, self.learning_rate)
+        return self._objective(self._trained, prepared)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Prepare a batch and compute its loss."""
+        return self.loss(self.prepare(batch))
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients, and add them to those of earlier micro-batches."""
+
+    @abstractmethod
+    def update(self) -> bool:
+        """Update the weights if this is the last micro-batch; whether a gradient prevented that."""
+
+
+class EngineStep(MeasuredStep):
     """One optimiser step of the engine that `train` builds for an experiment. Call on every rank.
 
     DeepSpeed, tensor parallelism, recompute, augmentation, drop path and label smoothing are those of the
     config. Not in it are the loader, observers and the message by which ranks report unreadable videos.
-    A step is `micro_batches` rounds of all four phases; the weights change in the last:
+    A step is `micro_batches` rounds of all phases; the weights change in the last:
 
         with EngineStep(config, world) as step:
             for _ in range(step.micro_batches):
@@ -43,9 +98,6 @@ class EngineStep:
 
     Attributes:
         engine: DeepSpeed's, with the model in `engine.module`.
-        micro_batches: rounds of a step (`grad_accum_steps` of the batch plan).
-        learning_rate: set before each forward pass. At 0.0 the weights stay as they are, and an update takes
-            as long as with any other rate.
     """
 
     def __init__(
@@ -64,38 +116,23 @@ class EngineStep:
         Raises:
             ConfigError: the config does not run on these ranks or this device.
         """
-        plan = plan_ranks(config, world.size)
+        plan, mesh = plan_ranks(config, world.size), form_mesh(world, config.parallelism.tensor)
+        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.data_rank)
         model = outline(config)
         groups = parameter_groups(model, config.optimizer)
-        ds_config = resolve_ds_config(config, plan)
         weights = weights or noise_weights(config, world.device)
-        self.micro_batches = plan.grad_accum_steps
-        self.learning_rate = learning_rate
-        self.engine: Engine = build_engine(model, groups, config, ds_config, world, weights)
+        self.engine: Engine = build_engine(
+            model, groups, config, resolve_ds_config(config, plan), world, weights
+        )
+        self._trained = self._optimized = self.engine
         self._config, self._world = config, world
-        self._objective = build_objective(config)
-        self._prepare = Preparation(config, world.device)
-        self._noise = noise_batch(config, world.device, form_mesh(world, config.parallelism.tensor).data_rank)
-
-    def load(self) -> Batch:
-        """A micro-batch of noise, on the device; the same at every call, not augmented yet."""
-        return self._prepare.copy_of(self._noise)
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Set the learning rate, copy the batch to the device, augment it and compute this rank's loss.
-
-        Args:
-            batch: from `load`, or a loader's: uint8 clips (B, F, H, W, 3) on any device, keys on the host.
-        """
-        set_learning_rate(self.engine, self.learning_rate)
-        return self._objective(self.engine, self._prepare(batch))
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients, and add them to those of earlier micro-batches."""
+        """Let DeepSpeed compute gradients, and reduce them where its ZeRO stage says so."""
         self.engine.backward(loss)
 
     def update(self) -> bool:
-        """Update the weights if this is the last micro-batch; whether a gradient prevented that."""
+        """Let DeepSpeed update the weights if this is the last micro-batch; whether it skipped that."""
         last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return last and step_skipped(self.engine)
@@ -103,7 +140,7 @@ class EngineStep:
     def close(self) -> None:
         """Free the engine and its files; the world stays."""
         self.engine.destroy()
-        del self.engine
+        del self.engine, self._trained, self._optimized
         remove_swap_files(self._config, self._world.rank)
 
     def __enter__(self) -> EngineStep:
@@ -115,25 +152,19 @@ class EngineStep:
         self.close()
 
 
-class Preparation:
+class _Preparation:
     """What becomes of a loader's batch before the model sees it: on the device, unpacked or augmented."""
 
     def __init__(self, config: Experiment, device: torch.device) -> None:
         self._device = device
         self._geometry = config.model.geometry
         self._augment = Augmentation(config)
-        self._changes_clips = config.augment.changes
 
     def __call__(self, batch: Batch) -> Batch:
-        """The batch that the model sees. Augmentation writes into clips that are on the device already."""
         here = batch.to(self._device)
         if isinstance(here, PackedBatch):
             return unpack(here, self._geometry)
         return self._augment(here, batch.key.tolist())
-
-    def copy_of(self, batch: Batch) -> Batch:
-        """The batch itself, or one with clips of its own where augmentation would write into them."""
-        return batch._replace(clip=batch.clip.clone()) if self._changes_clips else batch
 
 
 def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batch:
