@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from everest_ds.profiling.compute import predict_macs
 from everest_ds.profiling.phases import PhaseTimes, Spread, TrainingStep, measure_phases
