@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.errors import ConfigError
-from everest_ds.models.vit import Blocks
+from everest_ds.models.vit import Blocks, Scales
 
 
 def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) -> None:
@@ -121,16 +121,21 @@ def _recompute_by_deepspeed(block: nn.Module) -> None:
 
 
 def _checkpointed_forward(
-    forward: Callable[..., Tensor], block: Callable[[], nn.Module | None], x_BnD: Tensor, key_B: Tensor
+    forward: Callable[..., Tensor],
+    block: Callable[[], nn.Module | None],
+    x_BnD: Tensor,
+    scales: Scales | None = None,
 ) -> Tensor:
     import deepspeed  # heavy
 
     if not torch.is_grad_enabled():
-        return forward(block(), x_BnD, key_B)
+        return forward(block(), x_BnD, scales)
     if not x_BnD.requires_grad:
         # DeepSpeed's output has gradients only if its input has: without, the block would not learn.
         x_BnD = x_BnD.detach().requires_grad_()
-    return deepspeed.checkpointing.checkpoint(partial(forward, block()), _Alias.apply(x_BnD), key_B)
+    # The scales are bound to the function: DeepSpeed would offload or split them as it does activations.
+    again = partial(forward, block(), scales=scales)
+    return deepspeed.checkpointing.checkpoint(again, _Alias.apply(x_BnD))
 
 
 class _Alias(torch.autograd.Function):

@@ -22,7 +22,7 @@ from everest_ds.profiling.memory_blocks import (
     recomputed_of,
 )
 
-_SCORED_TOKENS = 4096  # at a time (models/rero.py)
+_SCORED_TOKENS = 2**15  # at a time on a GPU (models/rero.py); on a CPU an eighth of these
 
 
 class Layer(NamedTuple):
@@ -92,12 +92,12 @@ def scoring_bytes(config: Experiment) -> int:
 def held_bytes(config: Experiment) -> int:
     """What the forward pass holds on to until it returns: a clip's tubelets, in uint8, and the embedding.
 
-    That is the embedding with the normalisation folded into it; in float32 it is kept anyway (`_embedding`).
+    That is the embedding with the normalisation folded into it.
     """
     geometry, value = config.model.geometry, VALUE_BYTES[config.precision]
     weight = config.model.shape.encoder.width * geometry.tubelet_values * value
     tubelets = _clips(config) * geometry.num_tokens * geometry.tubelet_values
-    return tubelets + (0 if value == FLOAT32_BYTES else weight)
+    return tubelets + weight
 
 
 def target_bytes(config: Experiment) -> int:
@@ -155,19 +155,15 @@ def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: 
 
 
 def _embedding(config: Experiment) -> Layer:
-    """Keeps the visible tubelets as numbers; in float32 also the embedding that they are multiplied with.
-
-    Autograd has no use for that, but models/linear.py keeps it where it multiplies by oneDNN.
-    """
+    """Keeps the visible tubelets as numbers; they need no gradient, so the weight is not kept."""
     values, width = config.model.geometry.tubelet_values, config.model.shape.encoder.width
     value = VALUE_BYTES[config.precision]
     pixels = _clips(config) * config.token_counts.num_visible * values * value
     weight = width * values
-    folded = weight * value if value == FLOAT32_BYTES else 0
     # the folded weight's gradient, and the weight's own; in half precision the first in float32 as well
     gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
     incoming = _clips(config) * config.token_counts.num_visible * width * value
-    return Layer("embedding", pixels + folded, incoming + gradients, weight + width)
+    return Layer("embedding", pixels, incoming + gradients, weight + width)
 
 
 def _projection(config: Experiment) -> Layer:

@@ -171,8 +171,8 @@ def engine_runs(world: World, configs: list[Experiment]) -> list[Trajectory]:
 
 
 def engine_runs_on_onednn(world: World, configs: list[Experiment]) -> list[Trajectory]:
-    """`engine_runs` with every product by the library that large ones go to."""
-    linear._WORTHWHILE_MACS = 0
+    """`engine_runs` with every product by oneDNN, as large ones on processors that are not Intel's."""
+    linear._WORTHWHILE_MACS, linear._PREFERS_ONEDNN = 0, True
     return engine_runs(world, configs)
 
 
