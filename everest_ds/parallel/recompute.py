@@ -3,11 +3,15 @@
 What a block keeps between forward and backward, in tensors of n tokens x D width (fused attention, no drop
 path, gradients of everything):
 
-    none       12
-    attention   8              every block's attention is recomputed, by fairscale
+    none       16
+    gelu       12              every block's GELU is recomputed, by models/mlp.py
+    attention   8              every block's attention as well, by fairscale
     mlp         8              every block's MLP, by fairscale
-    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale
+    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale; the others' GELU
     full        1              every block, by DeepSpeed; 1/t if partitioned over t tensor-parallel ranks
+
+GELU moves memory and multiplies nothing: to recompute it is the least that saves anything, so every mode but
+`none` does.
 
 Both libraries cost the same time and memory here. fairscale's setting belongs to a module, so it serves the
 parts. DeepSpeed's belongs to the process, so it serves the whole: it copies to the host beside the compute
@@ -30,6 +34,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.errors import ConfigError
+from everest_ds.models.mlp import MLP
 from everest_ds.models.vit import Blocks, Scales
 
 
@@ -52,6 +57,8 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) 
         _configure_deepspeed(config, mpu)
     for stack in stacks:
         _forget_earlier(stack)
+        for mlp in (module for module in stack.modules() if isinstance(module, MLP)):
+            mlp.recomputes_gelu = config.mode != "none"
         for part in _parts(stack, config):
             if config.mode == "full":
                 _recompute_by_deepspeed(part)
@@ -66,7 +73,7 @@ def _forget_earlier(stack: Blocks) -> None:
 
 def _parts(stack: Blocks, config: RecomputeConfig) -> list[nn.Module]:
     """The modules of a stack that are recomputed."""
-    if config.mode == "none":
+    if config.mode in ("none", "gelu"):
         return []
     if config.mode in ("attention", "mlp"):
         return [getattr(block, config.mode) for block in stack]

@@ -135,15 +135,15 @@ def _predicted_values(config: Experiment) -> int:
 
 
 def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
-    """Of one kind are all blocks of which the same is recomputed and dropped."""
-    tensor, can_drop = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
+    """Blocks of which the same is recomputed share one `BlockMemory`."""
+    tensor, drops = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
     num_parameters = _block_parameters(shape, tensor)
-    kinds: dict[tuple[Recomputed, bool], BlockMemory] = {}
+    kinds: dict[Recomputed, BlockMemory] = {}
     for index in range(shape.depth):
-        recomputed, drops = recomputed_of(config.recompute, index), can_drop and index > 0
-        if (recomputed, drops) not in kinds:
-            kinds[recomputed, drops] = block_memory(config, shape, num_tokens, recomputed, drops)
-        block = kinds[recomputed, drops]
+        recomputed = recomputed_of(config.recompute, index)
+        if recomputed not in kinds:
+            kinds[recomputed] = block_memory(config, shape, num_tokens, recomputed, drops)
+        block = kinds[recomputed]
         yield Layer(
             f"{name} block {index + 1}",
             block.kept_bytes,
