@@ -144,8 +144,8 @@ class _Row(RowParallelLinear):
 class _GELURow(_Row):
     """`_Row` of GELU(x)."""
 
-    def forward(self, x_nI: Tensor) -> Tensor:
-        return _Sum.apply(gelu_linear(x_nI, self.weight)) + self.bias
+    def forward(self, x_nI: Tensor, recompute: bool = False) -> Tensor:
+        return _Sum.apply(gelu_linear(x_nI, self.weight, None, recompute)) + self.bias
 
 
 class _Sum(torch.autograd.Function):
