@@ -107,7 +107,8 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     RunFolder(config.run.dir).check_same_config(config)
     plan_ranks(config, shape.num_ranks)
     memory = _check_memory(config, target)
-    return {"run": str(config.run.dir), **describe_plan(config, shape.num_ranks), "memory": memory}
+    plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
+    return {"run": str(config.run.dir), **plan, "memory": memory}
 
 
 def _check_tensor(config: Experiment, shape: Shape) -> None:

@@ -1,4 +1,4 @@
-"""The step benchmark: peers that skip steps or fail, what it records, and the command on a tiny model."""
+"""The step benchmark: peers that skip steps or fail, what it records, the whole command."""
 
 from __future__ import annotations
 
