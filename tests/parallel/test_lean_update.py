@@ -15,7 +15,6 @@ from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
 from everest_ds.errors import EverestError
 from everest_ds.parallel import ds_config as ds_config_module
-from everest_ds.parallel import lean_update
 from everest_ds.parallel.engine import (
     full_parameter,
     gradient_norm,
@@ -105,6 +104,8 @@ def runs_of_both_paths(
     world: World, configs: list[Experiment], with_sums: bool
 ) -> list[tuple[Trajectory, Trajectory]]:
     """By us, and by DeepSpeed with buckets and its own update."""
+    from everest_ds.parallel import lean_update  # imports DeepSpeed, which collecting tests shall not
+
     BACKBONES["vit_tiny"] = SPLITTABLE
     ours = [engine_run(world, config) for config in configs]
     ds_config_module._UNREDUCED.clear()
@@ -231,6 +232,8 @@ def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(stage: int, r
 
 
 def test_another_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from everest_ds.parallel import lean_update
+
     monkeypatch.delattr(lean_update.DeepSpeedZeroOptimizer, "get_flat_partition")
     with pytest.raises(EverestError, match=r"get_flat_partition.*pip install deepspeed==0\.19\.8"):
         lean_update.make_lean(object(), sums_in_float32=False)
