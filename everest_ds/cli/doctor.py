@@ -12,9 +12,10 @@ from everest_ds.errors import ExitCode
 
 def doctor(json_file: JsonFile = None) -> None:
     """Look at packages, accelerator, backend and launchers; exit 0 if the main job can run here."""
+    from everest_ds.config import Experiment, shared_memory_bytes
     from everest_ds.launch.doctor import examine, main_job_can_run
 
-    findings = examine()
+    findings = examine(shared_memory_bytes(Experiment(task="pretrain"), num_ranks=1))
     print_table(
         "everest-ds doctor",
         [{"what": f.name, "status": f.status, "detail": f.detail, "fix": f.fix} for f in findings],

@@ -5,9 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config import (
+    BATCHES_AHEAD,
+    BatchPlan,
+    Experiment,
+    batch_bytes,
+    plan_ranks,
+    shared_memory_bytes,
+)
+from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.profiling.compute import count_parameters, predict_macs
-from everest_ds.units import format_count
+from everest_ds.units import format_bytes, format_count
+
+_RANKS_PER_NODE = 8  # of the usual node with GPUs, where nothing says how many there are
 
 
 class Epoch(NamedTuple):
@@ -17,10 +27,13 @@ class Epoch(NamedTuple):
     source: str = ""
 
 
-def describe_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
+def describe_plan(
+    config: Experiment, num_ranks: int, planned: bool = False, ranks_per_node: int | None = None
+) -> dict[str, Any]:
     """Model, tokens, batch arithmetic and predicted compute, for a table.
 
     Args:
+        ranks_per_node: ranks that share a node's memory; all of up to eight by default.
         planned: the data need not be there yet; see `count_samples`.
 
     Raises:
@@ -38,6 +51,7 @@ def describe_plan(config: Experiment, num_ranks: int, planned: bool = False) -> 
         "steps": _steps(config, plan, count_samples(config, planned)),
         "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at its peak",
         "ranks": _ranks(config, plan),
+        "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,
         "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
@@ -63,6 +77,19 @@ def _ranks(config: Experiment, plan: BatchPlan) -> str:
     tensor = config.parallelism.tensor
     shared = f" x {tensor} tensor-parallel (neighbours in a node)" if tensor > 1 else ""
     return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
+
+
+def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
+    """What the loaders of a node hand over in /dev/shm, and what to do where this machine has less."""
+    workers, needed_bytes = config.data.num_workers, shared_memory_bytes(config, ranks_per_node)
+    if not needed_bytes:
+        return "none: the ranks decode themselves (data.num_workers=0)"
+    found = check_shared_memory(needed_bytes)
+    return (
+        f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, on a GPU as much"
+        f" again pinned: {workers} workers x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))}"
+        " ahead, and two in use" + (f"; WARNING: here, {found.detail}: {found.fix}" if found.fix else "")
+    )
 
 
 def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:

@@ -107,7 +107,8 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     RunFolder(config.run.dir).check_same_config(config)
     plan_ranks(config, shape.num_ranks)
     memory = _check_memory(config, target)
-    return {"run": str(config.run.dir), **describe_plan(config, shape.num_ranks), "memory": memory}
+    plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
+    return {"run": str(config.run.dir), **plan, "memory": memory}
 
 
 def _check_tensor(config: Experiment, shape: Shape) -> None:
@@ -174,7 +175,7 @@ def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
     if num_fitting:
         clips = possible[num_fitting - 1].batch.micro_batch_size
         return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
-    for mode in ("attention", "mlp", "full"):
+    for mode in ("gelu", "attention", "mlp", "full"):
         recompute = config.recompute.model_copy(update={"mode": mode})
         if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
             return f"recompute.mode={mode}"

@@ -246,7 +246,7 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
     from everest_ds.launch.job import current_job
     from everest_ds.training.loop import train
 
-    facts = describe_plan(config, world.size)
+    facts = describe_plan(config, world.size, ranks_per_node=world.local_size)
     if world.is_main:
         print_facts(f"{config.task}: {config.run.dir}", facts)
         write_json(json_file, {"plan": facts})

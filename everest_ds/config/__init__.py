@@ -10,11 +10,14 @@ from everest_ds.config.load import (
 )
 from everest_ds.config.recipes import recipe_names
 from everest_ds.config.schema import DataConfig, Experiment
+from everest_ds.config.shared_memory import BATCHES_AHEAD, batch_bytes, shared_memory_bytes
 
 __all__ = [
+    "BATCHES_AHEAD",
     "BatchPlan",
     "DataConfig",
     "Experiment",
+    "batch_bytes",
     "build_experiment",
     "dump_experiment",
     "find_config",
@@ -23,4 +26,5 @@ __all__ = [
     "plan_batch",
     "plan_ranks",
     "recipe_names",
+    "shared_memory_bytes",
 ]

@@ -13,7 +13,6 @@ import math
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config import Experiment
@@ -51,7 +50,9 @@ class Augmentation:
         return self._mix(batch, keys) if self.config.mixes else batch
 
     def _mix(self, batch: ClipBatch, keys: list[int]) -> ClipBatch:
-        labels = F.one_hot(batch.label, self.num_classes).float()
+        # one_hot() would make the host wait for the labels' range
+        labels = torch.zeros(len(keys), self.num_classes, device=batch.label.device)
+        labels.scatter_(1, batch.label[:, None], 1.0)
         for one in range(len(keys)):
             # crops of one sample are neighbours too, and are not mixed with each other
             group, repeat = divmod(one, self.repeats)

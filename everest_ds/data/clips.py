@@ -5,7 +5,7 @@ A clip is a uint8 tensor (frame, row, column, colour); nothing here is floating 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple
@@ -126,6 +126,10 @@ class TrainingClips:
             fix="check the storage; `everest-ds data check` lists all such files",
         )
 
+    def name_of(self, visit: Visit) -> str:
+        """The sample that a visit is to read, for messages."""
+        return self.samples[visit.sample].name
+
     def choose(self, visit: Visit, video_frames: int) -> list[int]:
         """Which frames of a video of so many a visit takes."""
         rng = np.random.default_rng(sample_key(self.seed, *visit))
@@ -174,6 +178,10 @@ class EvaluationClips:
         """Whose view it is."""
         return self.views[item].sample
 
+    def name_of(self, items: Sequence[int]) -> str:
+        """The sample that these views are of, for messages."""
+        return self.samples[self.sample_of(items[0])].name
+
     def __getitem__(self, items: Sequence[int]) -> Loaded:
         """Views of one sample: it is opened once, and what several crops look at is decoded once."""
         views = [self.views[item] for item in items]
@@ -185,6 +193,25 @@ class EvaluationClips:
             return Loaded([self._missing(item) for item in items], [failure])
         by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
         return Loaded([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
+
+    def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
+        """Refuse results that lack a view of a sample that could be read.
+
+        Args:
+            seen: the views that a model has seen.
+            missing: the samples that could not be read.
+
+        Raises:
+            DataError: naming samples that are neither seen nor missing.
+        """
+        unseen = {view.sample for item, view in enumerate(self.views) if item not in seen}
+        lost = sorted(unseen - set(missing))
+        if lost:
+            raise DataError(
+                "views of some videos never came, though they could be read",
+                given=f"{len(lost)} of {len(self.samples)} videos, the first {self.samples[lost[0]].name}",
+                fix="run the same command again; if it repeats, report it with the logs",
+            )
 
     def _choose(self, segments: Sequence[int], video_frames: int) -> list[int]:
         views = [self.frames.for_view(video_frames, segment, self.segments) for segment in segments]

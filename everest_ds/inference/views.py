@@ -62,21 +62,30 @@ def over_views(
         on_failure: told of each sample that cannot be read; it is left out.
         on_progress: told how many views are done.
         act: on the model's outputs (B, C), before they are averaged.
+
+    Raises:
+        DataError: the loader fails, or views of a sample that could be read never came.
     """
     device = next(model.parameters()).device
     clips, found = EvaluationClips(samples, config, *views), dict[int, list[Tensor]]()
-    loader = evaluation_views(clips, config.batch.micro_batch_size, 0, 1, device.type == "cuda", on_failure)
-    num_done = 0
-    for batch in loader:
+    seen, missing, num_done = set[int](), set[int](), 0
+
+    def note(failure: Failure) -> None:
+        missing.add(failure.sample)
+        on_failure(failure)
+
+    for batch in evaluation_views(clips, config.batch.micro_batch_size, 0, 1, device.type == "cuda", note):
         here = batch.to(device)
         outputs = act(model(here.clip, here.key).float()).cpu()
         for item, output in zip(batch.item.tolist(), outputs, strict=True):
             if item != MISSING:
                 found.setdefault(clips.sample_of(item), []).append(output)
+        seen.update(batch.item.tolist())
         num_done += len(batch.item)
         on_progress(num_done)
         for index in [index for index, rows in found.items() if len(rows) == views.num_views]:
             yield index, torch.stack(found.pop(index)).mean(dim=0)
+    clips.check_complete(seen, missing)
 
 
 def best_device() -> torch.device:

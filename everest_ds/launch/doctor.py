@@ -39,8 +39,7 @@ PACKAGES = (
 )
 # A checkpoint of ViT-L with fp32 weights and AdamW moments takes about 4 GiB: room for two of them.
 _DISK_BYTES = 10 * GIB
-# Loader workers hand clips over in /dev/shm: 8 workers x 2 batches x 32 of 2.3 MiB. Docker gives 64 MiB.
-_SHARED_MEMORY_BYTES = GIB
+_SHARED_MEMORY = Path("/dev/shm")
 # A first import of torch from a network file system can take half a minute; beyond this it hangs.
 _PROBE_SECONDS = 60.0
 
@@ -76,8 +75,12 @@ class Finding:
     required: bool = False
 
 
-def examine() -> list[Finding]:
-    """Look at interpreter, packages, accelerator, machine and tools; takes seconds, changes nothing."""
+def examine(shared_bytes_per_rank: int) -> list[Finding]:
+    """Look at interpreter, packages, accelerator, machine and tools; takes seconds, changes nothing.
+
+    Args:
+        shared_bytes_per_rank: shared memory that the loader of one rank fills, with one rank on each GPU.
+    """
     with ThreadPoolExecutor(max_workers=3) as pool:  # each waits for a process of its own
         torch = pool.submit(run_probe, [sys.executable, "-c", _TORCH_PROBE])
         mpi = pool.submit(run_probe, [sys.executable, "-c", _MPI_PROBE])
@@ -90,7 +93,7 @@ def examine() -> list[Finding]:
             _cores(),
             _memory(),
             _disk(Path.cwd()),
-            _shared_memory(Path("/dev/shm")),
+            check_shared_memory(shared_bytes_per_rank * max(1, _num_devices(torch.result()))),
             slurm.result(),
             _mpirun(),
             _compiler(os.environ),
@@ -159,6 +162,10 @@ def _accelerator(probe: Outcome) -> list[Finding]:
     return [_devices(found), _backend(found), _bf16(found)]
 
 
+def _num_devices(probe: Outcome) -> int:
+    return len(json.loads(probe.line)["devices"]) if probe.succeeded else 0
+
+
 def _devices(found: Mapping[str, Any]) -> Finding:
     if found["devices"]:
         return Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
@@ -218,14 +225,21 @@ def _disk(folder: Path) -> Finding:
     return Finding("disk", "ok", detail)
 
 
-def _shared_memory(folder: Path) -> Finding:
+def check_shared_memory(needed_bytes: int, folder: Path = _SHARED_MEMORY) -> Finding:
+    """Compare what is free in shared memory with what loader workers of this node hand over there."""
+    name = "shared memory"
     if not folder.is_dir():
-        return Finding("shared memory", "ok", f"no {folder} on this system")
-    total = shutil.disk_usage(folder).total
-    if total < _SHARED_MEMORY_BYTES:
-        fix = "docker run --shm-size=8g, or fewer loader workers"
-        return Finding("shared memory", "warning", f"{format_bytes(total)} in {folder}", fix)
-    return Finding("shared memory", "ok", f"{format_bytes(total)} in {folder}")
+        return Finding(name, "ok", f"no {folder} on this system")
+    free = shutil.disk_usage(folder).free
+    detail = f"{format_bytes(free)} free in {folder}"
+    if free >= needed_bytes:
+        return Finding(name, "ok", detail)
+    size = -(-needed_bytes // GIB)
+    fix = (
+        f"give it {size} GiB (docker run --shm-size={size}g, or mount -o remount,size={size}g {folder}),"
+        " or lower data.num_workers or batch.micro_batch_size"
+    )
+    return Finding(name, "warning", f"{detail}; loader workers need {format_bytes(needed_bytes)}", fix)
 
 
 def _slurm() -> Finding:

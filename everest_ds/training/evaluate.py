@@ -89,6 +89,7 @@ def evaluate(
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
     by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
+    clips.check_complete(by_view, missing)
     return _average(by_view, samples, segments * crops, missing)
 
 

@@ -30,7 +30,12 @@ class Grace:
             self._compare(json.loads(file.read_text())["needed_s"])
 
     def note_step(self, seconds: float) -> None:
-        """A step and what was due after it, without the save."""
+        """Note the host's time of a step and of what was due after it, without the save.
+
+        A GPU may still compute then. That shortens no estimate: the host can run ahead by a bounded number of
+        launches only, so its times add up to the device's, the longest is at least the mean step, and what
+        the device has left to do at a save counts as part of that save.
+        """
         self._step_s = max(self._step_s, seconds)
 
     def note_save(self, seconds: float) -> None:

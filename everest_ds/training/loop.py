@@ -130,7 +130,7 @@ class TrainingRun:
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
         self.observers = self._start_observers() if self.world.is_main else []
-        self.timer = StepTimer()
+        self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)
         self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
         self.batch: Batch  # the last micro-batch, for pictures
@@ -138,13 +138,14 @@ class TrainingRun:
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
         """Every remaining step, with what is due after each."""
         batches = Waited(self._batches(), self.timer)
+        self.timer.restart()
         try:
             while not self.finished:
                 watchdog.beat()
                 started = time.perf_counter()
-                with self.timer.step():
-                    loss = self._train_step(batches)
+                loss = self._train_step(batches)
                 self.step += 1
+                self.timer.steps += 1
                 self._report(loss)
                 self._draw()
                 self._validate()
@@ -194,39 +195,44 @@ class TrainingRun:
         self.losses.check()
         replaced = self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
-        skipped = step_skipped(self.engine)
-        clips_per_s = timer.steps * self.plan.global_batch_size / timer.seconds
+        skipped, mean_loss = step_skipped(self.engine), float(self.world.mean(loss))
+        seconds = timer.seconds  # now that the loss was waited for
+        clips_per_s = timer.steps * self.plan.global_batch_size / seconds
         report = StepReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
-            loss=None if skipped else float(self.world.mean(loss)),
+            loss=None if skipped else mean_loss,
             lr=self.schedule.lr(self.step - 1),
             grad_norm=None if skipped else gradient_norm(self.engine),
             clips_per_s=clips_per_s,
-            data_wait_pct=100 * timer.waited / timer.seconds,
+            data_wait_pct=100 * timer.waited / seconds,
             replaced_videos=replaced,
             memory_bytes=_take_peak_memory_bytes(self.world.device),
             tflops_per_s=None if cost is None else cost.tflops_per_s(clips_per_s, num_ranks),
             mfu_pct=None if cost is None else cost.mfu_pct(clips_per_s, num_ranks),
         )
-        timer.reset()
         for observer in self.observers:
             observer.on_step(report)
+        timer.restart()
 
-    @torch.no_grad()
     def _draw(self) -> None:
         if not self._due(self.config.run.image_every_steps):
             return
-        seen = watch(self.engine, self.engine.module, self.batch)
-        pictures = draw(seen) if self.observers else {}
-        for observer in self.observers:
-            for name, picture in pictures.items():
-                observer.on_picture(self.step, name, picture)
+        with self.timer.paused(), torch.no_grad():
+            seen = watch(self.engine, self.engine.module, self.batch)
+            pictures = draw(seen) if self.observers else {}
+            for observer in self.observers:
+                for name, picture in pictures.items():
+                    observer.on_picture(self.step, name, picture)
 
     def _validate(self) -> None:
         every_steps = self.config.run.validate_every_epochs * self.steps_per_epoch
         if self.config.task == "pretrain" or self.config.data.val is None or not self._due(every_steps):
             return
+        with self.timer.paused():
+            self._validate_now()
+
+    def _validate_now(self) -> None:
         self.losses.check()
         usable = self.world.share(lambda: read_samples(self.config, "val"))
         result = evaluate(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
@@ -248,9 +254,10 @@ class TrainingRun:
     def _save_or_stop(self, stop: StopRequest) -> None:
         wish = Wish(self.world.greatest(stop.wish()))
         if wish or self._due(self.config.run.save_every_steps):
-            self.losses.check()
-            self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
-            self.saver.save(self._facts())
+            with self.timer.paused():
+                self.losses.check()
+                self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
+                self.saver.save(self._facts())
         else:
             self.saver.poll()
         if wish or self.finished:

@@ -5,31 +5,53 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Generic, TypeVar
+
+import torch
 
 T = TypeVar("T")
 
 
-@dataclass
 class StepTimer:
-    """Seconds spent in steps, and in waiting within them, since the last `reset`."""
+    """Clock of the steps between two reports.
 
-    steps: int = 0
-    seconds: float = 0.0
-    waited: float = 0.0
+    A GPU computes after the host has gone on, so no single step is timed: the clock runs from `restart` to
+    the report that reads `seconds` after it has waited for the last loss. What is no step is left out by
+    `paused`.
+
+    Attributes:
+        steps: since `restart`.
+        waited: seconds in which the host waited for data, of those steps.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin a new interval. The device has nothing left to do."""
+        self.steps, self.waited, self._paused = 0, 0.0, 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Time of the steps since `restart`. Read it when the device has finished them."""
+        return time.perf_counter() - self._started - self._paused
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Time one optimiser step."""
+    def paused(self) -> Iterator[None]:
+        """Leave out what is no step, such as validation; begins when the device has finished its steps."""
+        self._finish()
         started = time.perf_counter()
-        yield
-        self.seconds += time.perf_counter() - started
-        self.steps += 1
+        try:
+            yield
+        finally:
+            self._finish()
+            self._paused += time.perf_counter() - started
 
-    def reset(self) -> None:
-        """Begin a new interval."""
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
 
 
 class Waited(Generic[T]):

@@ -41,7 +41,7 @@ class Passes(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Blocks that are all alike, and how many of them recompute something."""
+    """Blocks that are all alike, and how many of them recompute more than GELU."""
 
     name: str
     block: BlockTime
@@ -70,7 +70,7 @@ def tensor_terms(
 ) -> Iterator[Term]:
     """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
     mode, tensor = config.recompute.mode, config.parallelism.tensor
-    again = {"none": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
+    again = {"none": 0, "gelu": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
     group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
     kept = 0.0
     for _, block, depth, recomputing in stacks:

@@ -261,3 +261,22 @@ def test_recipes_are_listed(
     rows = yaml.safe_load((tmp_path / "r.json").read_text())
     assert "demo_pretrain" in {row["recipe"] for row in rows}
     assert "demo_pretrain" in capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_shared_memory_the_loaders_need(
+    monkeypatch: pytest.MonkeyPatch, motion_data: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text(dump_experiment(experiment(motion_data, tmp_path / "run")))
+
+    def shared_memory(*overrides: str) -> str:
+        command = ("pretrain", str(config), *overrides, "--dry-run", "--nproc", "2")
+        assert run_main(monkeypatch, *command, "--json", str(tmp_path / "plan.json")) == 0
+        text: str = json.loads((tmp_path / "plan.json").read_text())["plan"]["shared_memory"]
+        return text
+
+    assert shared_memory().startswith("384.00 KiB of /dev/shm on a node with 2 ranks")
+    assert "WARNING" not in shared_memory()
+    vast = shared_memory("data.num_workers=100000000")
+    assert "WARNING: here, " in vast and "loader workers need" in vast and "--shm-size=" in vast
+    assert shared_memory("data.num_workers=0").startswith("none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,12 @@ import pytest
 
 from everest_ds.launch import doctor
 from everest_ds.launch.doctor import Finding, examine, main_job_can_run
+from everest_ds.units import format_bytes
 
 
 @pytest.fixture(scope="module")
 def findings() -> dict[str, Finding]:
-    rows = examine()
+    rows = examine(shared_bytes_per_rank=2**20)
     assert len({finding.name for finding in rows}) == len(rows)
     return {finding.name: finding for finding in rows}
 
@@ -89,9 +91,18 @@ def test_an_empty_path_is_survived_and_reported(monkeypatch: pytest.MonkeyPatch,
     assert [finding.status for finding in found] == ["warning"] * 3
 
 
+def test_too_little_shared_memory_is_reported_with_both_figures(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    assert doctor.check_shared_memory(free // 2, tmp_path).status == "ok"
+    assert doctor.check_shared_memory(2**40, tmp_path / "none").status == "ok"
+    finding = doctor.check_shared_memory(2 * free, tmp_path)
+    assert finding.status == "warning" and f"loader workers need {format_bytes(2 * free)}" in finding.detail
+    assert "--shm-size=" in finding.fix and "data.num_workers" in finding.fix
+
+
 def test_the_launch_layer_stays_free_of_torch_and_mpi() -> None:
     program = (
-        "import sys; from everest_ds.launch import doctor, environment, local, nodelist; doctor.examine()\n"
+        "import sys; from everest_ds.launch import doctor, environment, local, nodelist; doctor.examine(1)\n"
         "print({'torch', 'deepspeed', 'mpi4py'} & sys.modules.keys() or 'none')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,0 +1,271 @@
+"""A loader that fails says so: no batch is skipped, repeated or replaced by another one, whatever breaks."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from everest_ds.config import BATCHES_AHEAD, DataConfig
+from everest_ds.data import loader
+from everest_ds.data.clips import EvaluationClips
+from everest_ds.data.loader import Loaded, load
+from everest_ds.data.manifest import Sample
+from everest_ds.data.reading import SampleReader
+from everest_ds.errors import DataError
+from tests.training.runs import experiment
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+KINDS = (RuntimeError, ValueError, StopIteration, OSError, EOFError, MemoryError, ConnectionResetError)
+
+
+class AwkwardError(Exception):
+    """An exception that cannot be made of its text alone, and cannot be pickled."""
+
+    def __init__(self, lock: object, number: int) -> None:
+        super().__init__(f"awkward {number}")
+        self.lock = lock
+
+
+class Numbers:
+    """Items that are whole numbers, each a clip of its own; `act` is called before one is read."""
+
+    def __init__(self, act: Callable[[int], object] = lambda item: None, size: int = 3) -> None:
+        self.reader = SampleReader([Sample(Path(f"{i}.mp4"), None) for i in range(99)], DataConfig())
+        self.act, self.size = act, size
+
+    def __getitem__(self, item: int) -> Loaded:
+        self.reader.watch(item)
+        self.act(item)
+        self.reader.watch(None)
+        return Loaded([torch.full((self.size,), item)], [])
+
+    def name_of(self, item: int) -> str:
+        return self.reader.samples[item].name
+
+
+def delivered(
+    source: Numbers, batches: list[list[int]], workers: int, pin_memory: bool = False, timeout_s: int = 60
+) -> tuple[list[list[int]], str]:
+    """The batches that came, and the error that ended them."""
+    data = DataConfig(num_workers=workers, read_timeout_s=timeout_s)
+    came: list[list[int]] = []
+    try:
+        for clips in load(source, iter(batches), data, pin_memory, lambda failure: None):
+            came.append(clips[:, 0].tolist())
+    except DataError as error:
+        return came, str(error)
+    return came, ""
+
+
+@settings(max_examples=15)
+@given(
+    workers=st.sampled_from([0, 1, 2, 4]),
+    num_batches=st.integers(1, 11),
+    size=st.integers(1, 3),
+    kind=st.sampled_from([*KINDS, AwkwardError]),
+    place=st.randoms(use_true_random=False),
+)
+def test_any_exception_of_any_item_is_named_in_its_place(
+    workers: int, num_batches: int, size: int, kind: type[Exception], place: Any
+) -> None:
+    items = place.sample(range(99), num_batches * size)
+    batches = [items[i : i + size] for i in range(0, len(items), size)]
+    bad = place.choice(items)
+
+    def act(item: int) -> None:
+        if item == bad:
+            raise AwkwardError(threading.Lock(), 7) if kind is AwkwardError else kind("awkward 7")
+
+    came, error = delivered(Numbers(act), batches, workers)
+    assert came == batches[: items.index(bad) // size]
+    assert error.startswith(f"{bad}.mp4: a loader worker failed; given: {kind.__name__}: awkward 7")
+    assert "\n" not in error
+    assert delivered(Numbers(), batches, workers) == (batches, "")
+
+
+def test_clips_that_make_no_batch_are_named() -> None:
+    class Growing(Numbers):
+        def __getitem__(self, item: int) -> Loaded:
+            return Loaded([torch.zeros(item)], [])
+
+    came, error = delivered(Growing(), [[4, 4], [5, 6], [7, 7]], workers=2)
+    assert (
+        len(came) == 1 and "could not make a batch of its clips; given: RuntimeError: stack expects" in error
+    )
+
+
+@pytest.fixture
+def pins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch's loader believes in an accelerator, and starts its pinning thread; pinning itself is real."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+
+
+def test_what_cannot_be_pinned_is_an_error(pins: None) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine on which pinning fails")
+    for workers in (0, 2):
+        came, error = delivered(Numbers(), [[1], [2], [3]], workers, pin_memory=True)
+        assert came == []
+        assert "a batch could not be handed over by the loader's workers; given: RuntimeError" in error
+        assert "accelerator" in error
+
+
+def test_one_batch_that_cannot_be_pinned_is_not_skipped(pins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def pin(tensor: Tensor) -> Tensor:
+        if tensor.flatten()[0] == 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return tensor.clone()
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    came, error = delivered(Numbers(), [[1], [2], [3], [4]], workers=2, pin_memory=True)
+    assert came == [[1], [2]] and "given: RuntimeError: CUDA error: out of memory" in error
+
+
+class Explosive(Loaded):
+    """A result that cannot be unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _explode, ()
+
+
+def _explode() -> None:
+    raise RuntimeError("received 0 items of ancdata")
+
+
+@pytest.mark.parametrize("pin_memory", [False, True])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_batch_that_cannot_be_received_is_an_error(
+    pins: None, monkeypatch: pytest.MonkeyPatch, pin_memory: bool
+) -> None:
+    """The pinning thread ends by it, and torch's loader would wait for ever."""
+    collate = loader._collate
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(loader, "_POLL_S", 0.3)
+    monkeypatch.setattr(loader, "_DEATH_S", 0.1)
+    monkeypatch.setattr(
+        loader,
+        "_collate",
+        lambda items: Explosive(*collate(items)) if items[0].clips[0][0] == 2 else collate(items),
+    )
+    came, error = delivered(Numbers(), [[1], [2], [3]], workers=1, pin_memory=pin_memory)
+    assert came == [[1]]
+    assert ("the thread that pins batches ended" if pin_memory else "received 0 items of ancdata") in error
+
+
+def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A queue drops what it cannot pickle: the worker goes on, and nothing would ever come."""
+    monkeypatch.setattr(loader, "_POLL_S", 0.4)
+
+    def act(item: int) -> None:
+        if item == 2:  # no file can be opened any more, so no tensor can be shared
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+
+    came, error = delivered(Numbers(act), [[1], [2], [3]], workers=1, timeout_s=1)
+    assert came in ([], [[1]])  # a thread of the worker may still be sending the first
+    assert "a batch was lost between a loader worker and its rank; given: nothing came for" in error
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_worker_that_ends_is_no_end_of_the_data(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    monkeypatch.setattr(loader, "_POLL_S", 0.3)
+    idle = Numbers(lambda item: item == 5 and (idle.reader.watch(None), os._exit(code)))
+    came, error = delivered(idle, [[i] for i in range(9)], workers=2)
+    assert came == [[i] for i in range(len(came))] and len(came) <= 5
+    assert f"a loader worker was killed; given: exit code {code}" in error
+
+
+def test_sigbus_is_shared_memory_and_never_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "_POLL_S", 0.3)
+    source = Numbers(lambda item: item == 5 and os.kill(os.getpid(), signal.SIGBUS))
+    came, error = delivered(source, [[i] for i in range(9)], workers=2)
+    assert len(came) <= 5 and not source.reader.given_up
+    assert error.startswith("/dev/shm is full") and "given: a worker ended with SIGBUS" in error
+    assert "--shm-size" in error and "data.num_workers" in error
+
+
+# Run in a mount namespace whose /dev/shm has 1 MiB. `touch` is what torch before 2.13 does: it maps a file
+# that is larger than the file system, and the first page without a place ends the process.
+_SMALL = """
+import mmap, os, sys, tempfile
+from tests.data.test_loader_faults import Numbers, delivered
+from everest_ds.data import loader
+loader._POLL_S = 0.3
+
+def touch(item):
+    if item == 5:
+        with tempfile.TemporaryFile(dir="/dev/shm") as file:
+            os.ftruncate(file.fileno(), 2**22)
+            mmap.mmap(file.fileno(), 2**22).write(bytes(2**22))
+
+touches = sys.argv[1] == "touch"
+source = Numbers(touch) if touches else Numbers(size=2**17)
+came, error = delivered(source, [[i] for i in range(9)], workers=2)
+assert came == [[i] for i in range(len(came))] and len(came) < 9
+assert not source.reader.given_up
+print(error)
+"""
+
+
+@pytest.mark.parametrize("how", ["touch", "share"])
+def test_a_full_dev_shm_is_named(how: str) -> None:
+    if shutil.which("unshare") is None or subprocess.run(["unshare", "-m", "true"]).returncode:
+        pytest.skip("needs the right to make mount namespaces (root)")
+    mounted = 'mount -t tmpfs -o size=1m small /dev/shm && exec "$0" "$@"'
+    command = ["unshare", "-m", "sh", "-c", mounted, sys.executable, "-c", _SMALL, how]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("/dev/shm is full: the loader's workers hand over their batches there")
+    assert "1.00 MiB in all; fix: give it more" in done.stdout
+
+
+def test_a_stream_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch's loader does: fewer batches than were to come are no end of the data."""
+    deliver = loader._Crew.deliver
+
+    def forgetful(crew: loader._Crew, *args: Any) -> Iterator[Any]:
+        yield from list(deliver(crew, *args))[:-2]
+
+    monkeypatch.setattr(loader._Crew, "deliver", forgetful)
+    came, error = delivered(Numbers(), [[i] for i in range(5)], workers=2)
+    assert came == [[0], [1], [2]] and "ended before the last batch; given: 2 batches did not come" in error
+
+
+def test_each_worker_reads_two_batches_ahead_at_most() -> None:
+    taken: list[int] = []
+
+    def batches() -> Iterator[list[int]]:
+        for item in range(30):
+            taken.append(item)
+            yield [item]
+
+    stream = load(Numbers(), batches(), DataConfig(num_workers=3), False, lambda failure: None)
+    next(stream)
+    assert len(taken) == 1 + 3 * BATCHES_AHEAD == 7
+    stream.close()  # type: ignore[attr-defined]
+
+
+def test_evaluation_that_lacks_a_view_names_its_video(motion_data: Path, tmp_path: Path) -> None:
+    samples = [Sample(Path(f"{i}.mp4"), 0) for i in range(3)]
+    clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=1)
+    clips.check_complete(range(6), [])
+    clips.check_complete([0, 1, 4, 5], [1])
+    with pytest.raises(DataError, match=r"never came.*given: 1 of 3 videos, the first 1\.mp4"):
+        clips.check_complete([0, 1, 2, 4, 5], [])
