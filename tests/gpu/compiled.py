@@ -9,7 +9,6 @@ import os
 
 import pytest
 import torch
-from torch._dynamo.utils import counters
 
 from everest_ds.config import Experiment
 from everest_ds.launch.environment import detect
@@ -26,6 +25,8 @@ CASES = [
 
 def main() -> None:
     """Print the device and what was compared on it."""
+    from torch._dynamo.utils import counters  # heavy
+
     os.environ.update(detect({}).as_variables())
     world = join_world()
     for task, precision, mode, tolerance in CASES:
