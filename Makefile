@@ -9,7 +9,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 # Test processes in parallel; tests that start ranks use a few processes each.
 JOBS ?= 2
 
-.PHONY: demo test test-slow test-slurm test-nvme lint format clean
+.PHONY: demo test test-slow test-slurm test-gpu test-nvme lint format clean
 
 demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: some 5 minutes on 2 cores
 	$(BIN)/python tools/demo.py
@@ -22,6 +22,9 @@ test-slow: $(STAMP)  ## the slower suites
 
 test-slurm: $(STAMP)  ## real jobs on a SLURM cluster that is started for it; as root, on Linux
 	$(BIN)/python -m pytest -q -rs -m slurm --slurm-report build/slurm-faults.md
+
+test-gpu: $(STAMP)  ## on a CUDA device; without one they skip
+	$(BIN)/python -m pytest -q -rs tests/gpu
 
 # Ranks of a test wait for each other only so long; this compiles for minutes, once in a checkout.
 test-nvme: export TORCH_EXTENSIONS_DIR = $(CURDIR)/build/torch_extensions

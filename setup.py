@@ -12,7 +12,7 @@ VERSION = re.search(r'__version__ = "(.+)"', (HERE / "everest_ds/__init__.py").r
 # constraints.txt pins all of them for `make` and CI.
 REQUIRES = [
     "torch>=2.6",
-    "deepspeed>=0.19.4,<0.20",  # before 0.19.4, ZeRO-3 saved incomplete checkpoints under tensor parallelism
+    "deepspeed>=0.19.8,<0.20",  # parallel/lean_update.py replaces a part of its ZeRO-1 and 2
     "fairscale==0.4.13",
     "decord==0.6.0",
     "einops>=0.8",

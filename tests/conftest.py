@@ -9,8 +9,6 @@ import pytest
 import torch
 from hypothesis import settings
 
-from everest_ds.data.synthetic import SyntheticSpec, synthesize
-
 # Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
 settings.register_profile("default", deadline=None)
 settings.load_profile("default")
@@ -31,9 +29,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """With `-m gpu` look into tests/gpu alone: collecting everything else takes longer than running those."""
+    gpu = Path(__file__).parent / "gpu"
+    elsewhere = gpu not in (collection_path, *collection_path.parents) and collection_path not in gpu.parents
+    return True if config.option.markexpr == "gpu" and elsewhere else None
+
+
 @pytest.fixture(scope="session")
 def motion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small synthetic motion data set: 24 training, 12 validation and 12 test videos, 32 px."""
+    from everest_ds.data.synthetic import SyntheticSpec, synthesize
+
     folder = tmp_path_factory.mktemp("motion")
     synthesize(folder, {"train": 24, "val": 12, "test": 12}, SyntheticSpec(num_frames=20, size=32), workers=1)
     return folder

@@ -1,201 +1,64 @@
-"""Who takes part in a step benchmark: our model in some dtype, or a peer's, each with its optimiser.
+"""Who takes part in a step benchmark: our engine, our model in a plain loop, and peers as released.
 
-All of them see the same clips. Ours steps as our engine does, with torch's fused AdamW; a peer as its
-released script does, with torch's AdamW as it comes.
+All of them see the same clips. Ours is the engine that `everest-ds train` builds; the plain loop is the same
+step without DeepSpeed; a peer steps as its released script does, with torch's AdamW as it comes.
 """
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import chain
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
-from peers import Peer
+from peers import Peer, PeerBatch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
-from everest_ds.models import build_model
-from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.data.clips import Batch
+from everest_ds.parallel.world import World
 from everest_ds.profiling.compute import predict_macs
+from everest_ds.training.engine_step import EngineStep, MeasuredStep
+from everest_ds.training.plain_step import PlainStep
 
-# Elements of master weights that one fused optimiser call covers: its float32 gradients are its temporary.
-_CHUNK_ELEMENTS = 32 * 2**20
 _AMP_NAMES = {torch.float16: "fp16 amp", torch.bfloat16: "bf16 amp"}
+OUT_OF_MEMORY = "out of memory"
 _ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.05}
 
 
-class MasterAdamW:
-    """AdamW on float32 masters of bfloat16 parameters, as DeepSpeed's bf16 mode steps.
+class Step(Protocol):
+    """The phases of a contender's step, as `everest_ds.training.engine_step.MeasuredStep` has them."""
 
-    A chunk of parameters at a time: gradients to float32, update of the masters, masters back to bfloat16.
-    """
+    def load(self) -> Any:
+        """A batch."""
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self.chunks: list[tuple[list[nn.Parameter], torch.optim.AdamW]] = []
-        for chunk in _in_chunks(parameters):
-            masters = [parameter.detach().float().clone() for parameter in chunk]
-            self.chunks.append((chunk, torch.optim.AdamW(masters, fused=True, **_ADAMW)))
+    def prepare(self, batch: Any) -> Any:
+        """Copy and augment it."""
 
-    @torch.no_grad()
-    def step(self) -> None:
-        """Update the parameters from their gradients."""
-        for parameters, optimizer in self.chunks:
-            masters = optimizer.param_groups[0]["params"]
-            for master, parameter in zip(masters, parameters, strict=True):
-                assert parameter.grad is not None
-                master.grad = parameter.grad.float()
-            optimizer.step()
-            for master, parameter in zip(masters, parameters, strict=True):
-                parameter.copy_(master)
-                master.grad = None
-
-    def zero_grad(self, set_to_none: bool = False) -> None:
-        """Zero the gradients of the parameters in place."""
-        for parameters, _ in self.chunks:
-            for parameter in parameters:
-                if parameter.grad is not None:
-                    parameter.grad.zero_()
-
-    def state_bytes(self) -> int:
-        """Masters and moments."""
-        return sum(
-            tensor_bytes(optimizer.param_groups[0]["params"]) + adamw_bytes(optimizer)
-            for _, optimizer in self.chunks
-        )
-
-
-def _in_chunks(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
-    chunk: list[nn.Parameter] = []
-    for parameter in parameters:
-        if chunk and sum(p.numel() for p in chunk) + parameter.numel() > _CHUNK_ELEMENTS:
-            yield chunk
-            chunk = []
-        chunk.append(parameter)
-    if chunk:
-        yield chunk
-
-
-def tensor_bytes(tensors: list[Any]) -> int:
-    """Memory of the elements of `tensors`; None counts nothing."""
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
-
-def adamw_bytes(optimizer: torch.optim.AdamW) -> int:
-    """The moments that it holds."""
-    return sum(tensor_bytes([v for v in s.values() if torch.is_tensor(v)]) for s in optimizer.state.values())
-
-
-@dataclass
-class Contender:
-    """A model that trains, and how.
-
-    Attributes:
-        loss: runs the forward pass on the benchmark's clips.
-        scaler: of a peer in fp16; None elsewhere.
-        macs: multiply-accumulates of a step, predicted; None for peers, whose path is another.
-    """
-
-    label: str
-    dtype: str
-    model: nn.Module
-    loss: Callable[[], Tensor]
-    optimizer: MasterAdamW | torch.optim.AdamW
-    scaler: torch.amp.GradScaler | None = None
-    macs: int | None = None
+    def loss(self, prepared: Any) -> Tensor:
+        """Forward pass."""
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, of the scaled loss where there is a scaler."""
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+        """Backward pass."""
 
-    def update(self) -> None:
-        """Optimiser step; gradients are zeroed in place, their memory stays."""
-        if self.scaler is not None and isinstance(self.optimizer, torch.optim.AdamW):
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        else:
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
-
-    def state_bytes(self) -> int:
-        """Parameters, gradients and optimiser states."""
-        parameters = list(self.model.parameters())
-        held = tensor_bytes(parameters) + tensor_bytes([parameter.grad for parameter in parameters])
-        if isinstance(self.optimizer, MasterAdamW):
-            return held + self.optimizer.state_bytes()
-        return held + adamw_bytes(self.optimizer)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What every contender sees: uint8 clips (B, F, H, W, 3), their keys (B,), their labels (B,)."""
-
-    clip_BFHWC: Tensor
-    key_B: Tensor
-    label_B: Tensor
-
-
-def draw_inputs(config: Experiment, batch_size: int, device: torch.device) -> Inputs:
-    """Noise: the time of a step does not depend on the pixels."""
-    model = config.model
-    generator = torch.Generator().manual_seed(0)
-    size = (batch_size, model.num_frames, model.image_size, model.image_size, 3)
-    clip = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-    label = torch.randint(0, model.num_classes or 1, (batch_size,), generator=generator)
-    return Inputs(clip.to(device), torch.arange(batch_size, device=device), label.to(device))
-
-
-def our_contender(config: Experiment, dtype: str, inputs: Inputs) -> Contender:
-    """Our model: float32, or bfloat16 weights with float32 masters."""
-    torch.manual_seed(0)
-    model = build_model(config).to(inputs.clip_BFHWC.device, torch.bfloat16 if dtype == "bf16" else None)
-    apply_recompute(model, config.recompute)
-
-    def loss() -> Tensor:
-        output = model(inputs.clip_BFHWC, inputs.key_B)
-        if config.task == "pretrain":
-            return output.loss
-        return F.cross_entropy(output.float(), inputs.label_B)
-
-    parameters = list(model.parameters())
-    fp32 = dtype == "fp32"
-    optimizer = torch.optim.AdamW(parameters, fused=True, **_ADAMW) if fp32 else MasterAdamW(parameters)
-    macs = predict_macs(config).training_macs * len(inputs.clip_BFHWC)
-    return Contender(f"ours {dtype}", dtype, model, loss, optimizer, macs=macs)
-
-
-def peer_contenders(peer: Peer, dtypes: list[str], inputs: Inputs) -> list[Contender]:
-    """A peer's model in each dtype: one set of float32 weights; half precision is autocast, as in their loop.
-
-    That is fp16 with a gradient scaler on CUDA, bf16 on a CPU.
-    """
-    device = inputs.clip_BFHWC.device
-    peer.model.to(device)
-    batch = peer.prepare(inputs.clip_BFHWC, inputs.label_B)
-    optimizer = torch.optim.AdamW(peer.model.parameters(), **_ADAMW)
-    half = torch.float16 if device.type == "cuda" else torch.bfloat16
-
-    def contender(dtype: str) -> Contender:
-        mixed = dtype == "bf16"
-
-        def loss() -> Tensor:
-            with torch.autocast(device.type, half, enabled=mixed):
-                return peer.loss(batch)
-
-        name = f"{peer.name} {_AMP_NAMES[half] if mixed else dtype}"
-        scaler = torch.amp.GradScaler("cuda") if mixed and half is torch.float16 else None
-        return Contender(name, dtype, peer.model, loss, optimizer, scaler)
-
-    return [contender(dtype) for dtype in dtypes]
+    def update(self) -> bool:
+        """Optimiser step; True if it was skipped."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step, in seconds; the processor time is the whole process's, over all threads."""
+    """One step, in seconds; the processor time is the whole process's, over all threads.
 
+    Attributes:
+        prepare_s: augmentation, before the step: peers leave it to their loader's workers.
+    """
+
+    prepare_s: float
     forward_s: float
     backward_s: float
     optimizer_s: float
@@ -203,26 +66,244 @@ class StepTime:
 
     @property
     def step_s(self) -> float:
-        """The whole step."""
+        """The whole step: forward, backward and optimiser."""
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
-def timed_step(contender: Contender, device: torch.device) -> StepTime:
-    """Train one step and time its parts: by CUDA events on a GPU, by the clock elsewhere."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    user = _user_cpu_s()
+@dataclass
+class Contender:
+    """A model that trains, and how.
+
+    Attributes:
+        dtype: fp32 or bf16; a peer's half precision on CUDA is fp16.
+        step: None once it failed.
+        states: the tensors that stay between steps: parameters and optimiser states.
+        scale: reads the loss scale of a peer in fp16; None elsewhere.
+        drop_gradients: frees gradients that stay from step to step.
+        macs: multiply-accumulates of a step, predicted; None for peers, whose path is another.
+        is_engine: it is ours, with which all others are compared.
+        times: by round; None where the step was skipped, so that it has no update in it.
+        skipped: steps that left the weights alone, those of the warm-up included.
+        failure: why it takes no further part.
+    """
+
+    label: str
+    dtype: str
+    step: Step | None
+    states: Callable[[], Iterable[Tensor]] = list
+    scale: Callable[[], float] | None = None
+    drop_gradients: Callable[[], object] = lambda: None
+    macs: int | None = None
+    is_engine: bool = False
+    times: list[StepTime | None] = field(default_factory=list)
+    skipped: int = 0
+    failure: str | None = None
+
+    @property
+    def running(self) -> Step:
+        """The step; it has not failed."""
+        assert self.step is not None, self.failure
+        return self.step
+
+    @property
+    def taken(self) -> list[StepTime]:
+        """The times of the steps that updated the weights."""
+        return [step for step in self.times if step is not None]
+
+    def passes(self) -> None:
+        """A forward and a backward pass; `running.update` uses up the gradients."""
+        step = self.running
+        step.backward(step.loss(step.prepare(step.load())))
+
+    def state_bytes(self) -> int:
+        """Memory between steps: parameters, their float32 masters and AdamW's moments."""
+        storages = [tensor.untyped_storage() for tensor in self.states()]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def fail(self, reason: str) -> None:
+        """Take no further part, and free the memory."""
+        self.drop_gradients()
+        self.step, self.states, self.scale, self.failure = None, list, None, reason
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def attempt(contender: Contender, act: Callable[[], object]) -> None:
+    """Let a contender act unless it has failed; if memory does not suffice, that is its result."""
+    if contender.step is not None and not fits(act):
+        contender.fail(OUT_OF_MEMORY)
+
+
+def build(label: str, dtype: str, make: Callable[[], Contender]) -> Contender:
+    """Make a contender; where memory does not suffice for that, one that has failed."""
+    made: list[Contender] = []
+    if not fits(lambda: made.append(make())):
+        made.append(Contender(label, dtype, step=None))
+        made[0].fail(OUT_OF_MEMORY)
+    return made[0]
+
+
+def fits(act: Callable[[], object]) -> bool:
+    """Act; whether the memory, of a GPU or of the host, sufficed."""
+    try:
+        act()
+    except (MemoryError, RuntimeError) as error:
+        given_up = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not given_up and "can't allocate memory" not in str(error):
+            raise
+        return False
+    return True
+
+
+def engine_contender(config: Experiment, world: World) -> Contender:
+    """Our engine, in the config's precision."""
+
+    def make() -> Contender:
+        step = EngineStep(config, world)
+        optimizer = getattr(step.engine.optimizer, "optimizer", step.engine.optimizer)
+        return _of_ours("ours", config, step, lambda: _held(step.engine.module, optimizer))
+
+    return build(f"ours {config.precision}", config.precision, make)
+
+
+def plain_contender(config: Experiment, device: torch.device) -> Contender:
+    """Our model in a plain loop, in the config's precision."""
+
+    def make() -> Contender:
+        step = PlainStep(config, device)
+        return _of_ours("plain", config, step, lambda: _held(step.model, step.optimizer))
+
+    return build(f"plain {config.precision}", config.precision, make)
+
+
+def _of_ours(
+    name: str, config: Experiment, step: MeasuredStep, states: Callable[[], list[Tensor]]
+) -> Contender:
+    macs = predict_macs(config).training_macs * config.batch.micro_batch_size
+    return Contender(
+        f"{name} {config.precision}",
+        config.precision,
+        step,
+        states,
+        macs=macs,
+        is_engine=isinstance(step, EngineStep),
+    )
+
+
+def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    groups = (group["params"] for group in optimizer.param_groups)
+    states = (value for state in optimizer.state.values() for value in state.values())
+    return [*model.parameters(), *chain.from_iterable(groups), *filter(torch.is_tensor, states)]
+
+
+class PeerStep:
+    """A peer's training step: autocast in half precision, and a gradient scaler where that is fp16."""
+
+    def __init__(
+        self, peer: Peer, batch: PeerBatch, optimizer: torch.optim.AdamW, half: torch.dtype | None
+    ) -> None:
+        self._peer, self._batch, self._optimizer, self._half = peer, batch, optimizer, half
+        device = batch.video_BCFHW.device.type
+        self.scaler = torch.amp.GradScaler(device) if half is torch.float16 else None
+
+    def load(self) -> PeerBatch:
+        """The clips as the peer's loader delivers them."""
+        return self._batch
+
+    def prepare(self, batch: PeerBatch) -> PeerBatch:
+        """Nothing: the loader has done it."""
+        return batch
+
+    def loss(self, prepared: PeerBatch) -> Tensor:
+        """Forward pass."""
+        device = prepared.video_BCFHW.device.type
+        with torch.autocast(device, self._half or torch.bfloat16, enabled=self._half is not None):
+            return self._peer.loss(prepared)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, of the scaled loss where there is a scaler."""
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def update(self) -> bool:
+        """Optimiser step; gradients are zeroed in place, their memory stays.
+
+        Returns False: whether a scaler skipped the step, its scale tells without a wait in the step.
+        """
+        if self.scaler is None:
+            self._optimizer.step()
+        else:
+            self.scaler.step(self._optimizer)
+            self.scaler.update()
+        self._optimizer.zero_grad(set_to_none=False)
+        return False
+
+
+def peer_contenders(peer: Peer, dtypes: list[str], clips: Batch) -> list[Contender]:
+    """A peer's model in each dtype: one set of float32 weights; half precision is autocast, as in their loop.
+
+    That is fp16 with a gradient scaler on CUDA, bf16 on a CPU.
+    """
+    device = clips.clip.device
+    optimizer = torch.optim.AdamW(peer.model.parameters(), **_ADAMW)  # its states follow the parameters
+    half = _half(device)
+
+    @cache
+    def batch() -> PeerBatch:
+        peer.model.to(device)
+        return peer.prepare(clips.clip, clips.label)
+
+    def contender(label: str, dtype: str) -> Contender:
+        step = PeerStep(peer, batch(), optimizer, half if dtype == "bf16" else None)
+        return Contender(
+            label,
+            dtype,
+            step,
+            lambda: _held(peer.model, optimizer),
+            scale=None if step.scaler is None else step.scaler.get_scale,
+            drop_gradients=optimizer.zero_grad,
+        )
+
+    labels = {dtype: f"{peer.name} {_AMP_NAMES[half] if dtype == 'bf16' else dtype}" for dtype in dtypes}
+    return [build(label, dtype, partial(contender, label, dtype)) for dtype, label in labels.items()]
+
+
+def _half(device: torch.device) -> torch.dtype:
+    """What the peers' scripts train in: fp16, which a CPU hardly computes in."""
+    return torch.float16 if device.type == "cuda" else torch.bfloat16
+
+
+def timed_step(contender: Contender, device: torch.device) -> StepTime | None:
+    """Train one step and time its parts: by CUDA events on a GPU, by the clock elsewhere.
+
+    Returns None, and counts, if the step was skipped: its optimiser phase then holds no update.
+    """
+    step, scale = contender.running, contender.scale and contender.scale()
+    batch = step.load()
+    _wait(device)
     marks = [_mark(device)]
-    loss = contender.loss()
+    prepared = step.prepare(batch)
+    user = _user_cpu_s()
     marks.append(_mark(device))
-    contender.backward(loss)
+    loss = step.loss(prepared)
     marks.append(_mark(device))
-    contender.update()
+    step.backward(loss)
     marks.append(_mark(device))
+    skipped = step.update()
+    marks.append(_mark(device))
+    _wait(device)
+    user = _user_cpu_s() - user
+    if contender.scale is not None and scale is not None:
+        skipped = contender.scale() < scale
+    if skipped:
+        contender.skipped += 1
+        return None
+    prepare, forward, backward, update = (_between(*pair) for pair in zip(marks, marks[1:], strict=False))
+    return StepTime(prepare, forward, backward, update, user)
+
+
+def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    forward, backward, optimizer = (_between(*pair) for pair in zip(marks, marks[1:], strict=False))
-    return StepTime(forward, backward, optimizer, _user_cpu_s() - user)
 
 
 def _mark(device: torch.device) -> Any:

@@ -33,7 +33,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def cases(every: int) -> list[RecomputeConfig]:
     """`none`, then every mode kept on the device and in host memory."""
-    modes = [("none", False), *product(("attention", "mlp", "blocks", "full"), (False, True))]
+    modes = [
+        ("none", False),
+        ("gelu", False),
+        *product(("attention", "mlp", "blocks", "full"), (False, True)),
+    ]
     return [RecomputeConfig(mode=mode, every=every, offload_to_cpu=offload) for mode, offload in modes]
 
 

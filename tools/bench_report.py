@@ -12,6 +12,7 @@ from everest_ds.cli.output import print_facts, print_table
 from everest_ds.units import format_bytes
 
 _PRODUCT_ROWS = 12
+_ONE_DECIMAL_FROM = 100
 
 
 def print_report(result: Mapping[str, Any]) -> None:
@@ -21,7 +22,7 @@ def print_report(result: Mapping[str, Any]) -> None:
     if result["resident_peak_bytes"]:
         print(f"Resident memory, all contenders at once: {format_bytes(result['resident_peak_bytes'])}\n")
     if result["ratios"]:
-        print_table("Ratios (quartiles are of the ratios of each round)", result["ratios"])
+        print_table("Ratios to our engine (quartiles are of the ratios of each round)", result["ratios"])
     if result["rates"]:
         _print_columns(
             "Limit: the step's matrix products, each timed alone (best of several)", result["rates"]
@@ -49,9 +50,9 @@ def _print_columns(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for row in rows:
-        table.add_column(row["contender"], justify="right")
+        table.add_column(row["contender"], justify="right", no_wrap=True)
     for name in rows[0]:
-        if name != "contender" and not isinstance(rows[0][name], list):
+        if name != "contender" and any(_is_shown(row[name]) for row in rows):
             table.add_row(name.replace("_", " "), *(_cell(name, row[name]) for row in rows))
     Console().print(table)
 
@@ -61,4 +62,11 @@ def _cell(name: str, value: Any) -> str:
         return "-"
     if name.endswith("_bytes"):
         return format_bytes(value)
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return f"{value:.1f}" if abs(value) >= _ONE_DECIMAL_FROM else f"{value:.2f}"
+    return str(value)
+
+
+def _is_shown(value: Any) -> bool:
+    """A row of which no contender has anything to say is left out."""
+    return value is not None and not isinstance(value, list)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,51 +19,55 @@ import torch
 import typer
 from bench_contenders import (
     Contender,
-    Inputs,
     StepTime,
-    draw_inputs,
-    our_contender,
+    attempt,
+    engine_contender,
     peer_contenders,
+    plain_contender,
     timed_step,
 )
 from bench_rates import measure_rates, record
 from bench_report import print_report
-from peers import load_peer
-from pydantic import ValidationError
+from peers import Peer, load_peer
 from torch.profiler import ProfilerActivity, profile
 
+from everest_ds.cli.alone import world_of_one
 from everest_ds.cli.output import JsonFile, write_json
 from everest_ds.cli.program import run_program
-from everest_ds.config import Experiment
-from everest_ds.errors import ConfigError, UsageError
+from everest_ds.config import Experiment, load_experiment
+from everest_ds.errors import UsageError
+from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
 from everest_ds.profiling.devices import peak_flops_per_s
 from everest_ds.profiling.time import device_name
+from everest_ds.training.engine_step import noise_batch
 from everest_ds.training.run_folder import describe_environment
 
 Task = Literal["pretrain", "finetune"]
 DTYPES = ("fp32", "bf16")
-NUM_CLASSES = 400  # Kinetics-400
 KEEP_RATIO = {"pretrain": 0.3, "finetune": 0.6}
+_RECIPE = {"pretrain": "k400_pretrain_vit_base", "finetune": "k400_finetune_vit_base"}
 # glibc's mallopt(3): allocations as large as these stay in the heap and are not given back to the system.
 _MALLOPT = {"M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 _PROFILE_ROWS = 20
 
 
+# fp16's loss scale begins at 65536 and halves with every step that it skips: after as many it is below 1.
+_MAX_SKIPPED = 20
+
+
 @dataclass(frozen=True)
 class Plan:
-    """What to run: the experiment, the contenders and how often."""
+    """What to run: an experiment for each dtype, and how often."""
 
-    config: Experiment
-    dtypes: list[str]
-    peers: dict[str, Path]
-    batch_size: int
+    configs: list[Experiment]
     rounds: int
     warmup: int
-    device: torch.device
 
-
-Times = dict[str, list[StepTime]]
+    @property
+    def config(self) -> Experiment:
+        """The first of them: they differ in precision only."""
+        return self.configs[0]
 
 
 def bench(
@@ -105,58 +109,83 @@ def bench(
 ) -> None:
     """Time training steps: forward, backward, optimiser; memory; how far from the machine's own rates.
 
-    All contenders run in one process on the same clips, one step each in turn, so that a busy machine hurts
-    them alike: trust the ratios and their quartiles more than the times. Peers run as their authors do, with
-    float32 weights, autocast for bf16 (fp16 on CUDA) and torch's AdamW as it comes; `without_optimizer` is
-    the ratio of forward and backward alone. The peak of the activations is what those allocate, autocast's
-    copies of the weights included.
+    "Ours" is the engine that `everest-ds train` builds from the Kinetics-400 recipe, with ZeRO, drop path and
+    label smoothing; "plain" is the same step in a PyTorch loop without DeepSpeed. All contenders run in one
+    process on the same clips, one step each in turn, so that a busy machine hurts them alike: trust the
+    ratios and their quartiles more than the times. Peers run as their authors do, with float32 weights,
+    autocast for bf16 (fp16 on CUDA) and torch's AdamW as it comes, and without drop path. Augmentation is
+    timed apart from the step: peers leave it to their loader. `without_optimizer` is the ratio of forward and
+    backward alone. The peak of the passes is what those allocate: activations, gradients, and autocast's
+    copies of the weights. Steps that fp16's loss scale skips are counted, and not timed. A contender that
+    runs out of memory says so in its column; the others go on.
 
     Example: python tools/bench_step.py finetune --peer videomae=../VideoMAE --dtype fp32 --json step.json
     """
     heap = _keep_heap_warm()
     if threads is not None:
         torch.set_num_threads(threads)
-    model = {"backbone": backbone, "attention": attention, "num_frames": frames, "image_size": size}
-    tokens = {"selection": selection, "keep_ratio": keep_ratio or KEEP_RATIO[task]}
-    config = _experiment(task, model, tokens, recompute)
-    dtypes, peers = _dtypes(dtype or ["fp32"]), _peers(peer or [])
-    plan = Plan(config, dtypes, peers, batch, rounds, warmup, _device(device))
-    result = {"environment": _environment(plan, heap), **run(plan, rates, profile_step)}
+    _choose_device(device)
+    overrides = [
+        f"model.backbone={backbone}",
+        f"model.attention={attention}",
+        f"model.num_frames={frames}",
+        f"model.image_size={size}",
+        f"tokens.selection={selection}",
+        f"tokens.keep_ratio={keep_ratio or KEEP_RATIO[task]}",
+        f"recompute.mode={recompute}",
+        f"batch.micro_batch_size={batch}",
+        "batch.global_batch_size=null",
+    ]
+    precisions = [[*overrides, f"precision={name}"] for name in _dtypes(dtype or ["fp32"])]
+    plan = Plan([load_experiment(_RECIPE[task], each) for each in precisions], rounds, warmup)
+    peers = [load_peer(name, folder, plan.config) for name, folder in _peers(peer or []).items()]
+    with world_of_one() as world:
+        result = {"environment": _environment(plan, heap, world.device)}
+        result |= run(plan, world, peers, rates, profile_step)
     write_json(json_file, result)
     print_report(result)
 
 
-def run(plan: Plan, rates: bool, profile_step: bool) -> dict[str, Any]:
+def run(plan: Plan, world: World, peers: list[Peer], rates: bool, profile_step: bool) -> dict[str, Any]:
     """Everything that is measured, ready for JSON."""
-    inputs = draw_inputs(plan.config, plan.batch_size, plan.device)
-    contenders = _contenders(plan, inputs)
-    for _ in range(plan.warmup):
-        for contender in contenders:
-            timed_step(contender, plan.device)
-    times: Times = {contender.label: [] for contender in contenders}
-    resident = _resident_peak(lambda: _take_turns(plan, contenders, times))
-    ours = [contender for contender in contenders if contender.macs is not None]
+    device, clips = world.device, noise_batch(plan.config, world.device)
+    contenders = [engine_contender(config, world) for config in plan.configs]
+    contenders += [plain_contender(config, device) for config in plan.configs]
+    for peer in peers:
+        contenders += peer_contenders(peer, [config.precision for config in plan.configs], clips)
+    for contender in contenders:
+        attempt(contender, partial(_warm_up, contender, plan.warmup, device))
+    resident = _resident_peak(lambda: _take_turns(plan.rounds, contenders, device))
+    size = plan.config.batch.micro_batch_size
+    summaries = [_summary(contender, size, device) for contender in contenders]
+    engines = [contender for contender in contenders if contender.is_engine and contender.step]
     return {
-        "contenders": [_summary(contender, times[contender.label], plan) for contender in contenders],
-        "ratios": _ratios(contenders, times),
+        "contenders": summaries,
+        "ratios": _ratios(contenders),
         "resident_peak_bytes": resident and resident.peak_bytes,
-        "rates": [_rates(contender, times[contender.label], plan) for contender in ours] if rates else [],
-        "profile": _profile(ours[-1], plan.device) if profile_step else [],
-        "steps": {label: [asdict(step) for step in steps] for label, steps in times.items()},
+        "rates": [_rates(contender, device) for contender in engines] if rates else [],
+        "profile": _profile(engines[-1], device) if profile_step and engines else [],
+        "steps": {c.label: [time and asdict(time) for time in c.times] for c in contenders},
     }
 
 
-def _contenders(plan: Plan, inputs: Inputs) -> list[Contender]:
-    contenders = [our_contender(plan.config, dtype, inputs) for dtype in plan.dtypes]
-    for name, folder in plan.peers.items():
-        contenders += peer_contenders(load_peer(name, folder, plan.config), plan.dtypes, inputs)
-    return contenders
+def _warm_up(contender: Contender, steps: int, device: torch.device) -> None:
+    """Step until `steps` steps have updated the weights: fp16's loss scale has to come down first."""
+    for _ in range(steps):
+        while timed_step(contender, device) is None:
+            if contender.skipped >= _MAX_SKIPPED:
+                contender.fail(f"skipped its first {contender.skipped} steps")
+                return
 
 
-def _take_turns(plan: Plan, contenders: list[Contender], times: Times) -> None:
-    for _ in range(plan.rounds):
+def _take_turns(rounds: int, contenders: list[Contender], device: torch.device) -> None:
+    for _ in range(rounds):
         for contender in contenders:
-            times[contender.label].append(timed_step(contender, plan.device))
+            attempt(contender, partial(_time, contender, device))
+
+
+def _time(contender: Contender, device: torch.device) -> None:
+    contender.times.append(timed_step(contender, device))
 
 
 def _resident_peak(call: Callable[[], None]) -> ResidentPeak | None:
@@ -166,64 +195,93 @@ def _resident_peak(call: Callable[[], None]) -> ResidentPeak | None:
     return None
 
 
-def _summary(contender: Contender, steps: list[StepTime], plan: Plan) -> dict[str, Any]:
-    tracked = track_allocations(lambda: contender.backward(contender.loss()), plan.device)
-    contender.optimizer.zero_grad(set_to_none=False)
-    step_s = statistics.median(step.step_s for step in steps)
-    user_s = statistics.median(step.user_cpu_s for step in steps)
-    gflops = None if contender.macs is None else 2 * contender.macs / step_s / 1e9
-    peak = peak_flops_per_s(device_name(plan.device), "bf16") if contender.dtype == "bf16" else None
+def _summary(contender: Contender, clips: int, device: torch.device) -> dict[str, Any]:
+    """A column of the table: nothing but the reason where the contender failed."""
+    peaks: list[int] = []
+    attempt(contender, lambda: peaks.append(_passes_peak_bytes(contender, device)))
+    steps = contender.taken if contender.step else []
+    step_s = _median(step.step_s for step in steps)
+    flops = 2 * contender.macs / step_s if contender.macs and step_s else None
+    peak = peak_flops_per_s(device_name(device), contender.dtype)
     return {
         "contender": contender.label,
-        "forward_ms": 1e3 * statistics.median(step.forward_s for step in steps),
-        "backward_ms": 1e3 * statistics.median(step.backward_s for step in steps),
-        "optimizer_ms": 1e3 * statistics.median(step.optimizer_s for step in steps),
-        "step_ms": 1e3 * step_s,
-        "fastest_step_ms": 1e3 * min(step.step_s for step in steps),
-        "clips_per_s": plan.batch_size / step_s,
-        "user_cpu_s": user_s,
-        "busy_cores": user_s / step_s,
-        "activations_peak_bytes": tracked.peak_bytes,
-        "states_bytes": contender.state_bytes(),
+        "failure": contender.failure,
+        "augment_ms": _ms(_median(step.prepare_s for step in steps)),
+        "forward_ms": _ms(_median(step.forward_s for step in steps)),
+        "backward_ms": _ms(_median(step.backward_s for step in steps)),
+        "optimizer_ms": _ms(_median(step.optimizer_s for step in steps)),
+        "step_ms": _ms(step_s),
+        "fastest_step_ms": _ms(min((step.step_s for step in steps), default=None)),
+        "clips_per_s": step_s and clips / step_s,
+        "user_cpu_s": _median(step.user_cpu_s for step in steps),
+        "skipped_steps": contender.skipped,
+        "loss_scale": contender.scale and contender.scale(),
+        "passes_peak_bytes": peaks[0] if peaks else None,
+        "states_bytes": contender.state_bytes() if contender.step else None,
         "gmacs_per_step": contender.macs and contender.macs / 1e9,
-        "gflop_per_s": gflops,
-        "mfu_pct": 100 * gflops * 1e9 / peak if gflops and peak else None,
+        "gflop_per_s": flops and flops / 1e9,
+        "mfu_pct": 100 * flops / peak if flops and peak else None,
     }
 
 
-def _ratios(contenders: list[Contender], times: Times) -> list[dict[str, Any]]:
-    """Each contender over ours in the same dtype; our other dtypes over our last one."""
-    ours = {contender.dtype: contender for contender in contenders if contender.macs is not None}
-    last = list(ours.values())[-1]
+def _passes_peak_bytes(contender: Contender, device: torch.device) -> int:
+    contender.drop_gradients()
+    tracked = track_allocations(contender.passes, device)
+    contender.running.update()
+    return tracked.peak_bytes
+
+
+def _median(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return statistics.median(found) if found else None
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else 1e3 * seconds
+
+
+def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
+    """Each contender over our engine in the same dtype; our engine's other dtypes over its last one."""
+    alive = [contender for contender in contenders if contender.step is not None]
+    engines = {contender.dtype: contender for contender in alive if contender.is_engine}
     rows = []
-    for contender in contenders:
-        base = last if contender.macs is not None else ours[contender.dtype]
-        if contender is not base:
-            rows.append(_ratio(contender.label, base.label, times))
+    for contender in alive:
+        base = list(engines.values())[-1] if contender.is_engine else engines.get(contender.dtype)
+        if base is not None and contender is not base:
+            rows += _ratio(contender, base)
     return rows
 
 
-def _ratio(label: str, base: str, times: Times) -> dict[str, Any]:
-    ours, theirs = ([step.step_s for step in times[name]] for name in (base, label))
-    models = ([step.forward_s + step.backward_s for step in times[name]] for name in (base, label))
-    base_model, model = (statistics.median(values) for values in models)
-    per_round = [b / a for a, b in zip(ours, theirs, strict=True)]
-    low, _, high = statistics.quantiles(per_round, n=4, method="inclusive")
-    return {
-        "step time": f"{label} / {base}",
-        "of_medians": statistics.median(theirs) / statistics.median(ours),
-        "of_fastest": min(theirs) / min(ours),
-        "quartile_1": low,
-        "quartile_3": high,
-        "without_optimizer": model / base_model,
-    }
+def _ratio(contender: Contender, base: Contender) -> list[dict[str, Any]]:
+    pairs = [(a, b) for a, b in zip(base.times, contender.times, strict=True) if a and b]
+    if len(pairs) < 2:  # nearly all steps were skipped: nothing to compare
+        return []
+    ours, theirs = zip(*pairs, strict=True)
+    low, _, high = statistics.quantiles([b.step_s / a.step_s for a, b in pairs], n=4, method="inclusive")
+    without_optimizer = [
+        statistics.median(s.forward_s + s.backward_s for s in steps) for steps in (theirs, ours)
+    ]
+    return [
+        {
+            "step time": f"{contender.label} / {base.label}",
+            "of_medians": _over(statistics.median, theirs, ours),
+            "of_fastest": _over(min, theirs, ours),
+            "quartile_1": low,
+            "quartile_3": high,
+            "without_optimizer": without_optimizer[0] / without_optimizer[1],
+        }
+    ]
 
 
-def _rates(contender: Contender, steps: list[StepTime], plan: Plan) -> dict[str, Any]:
-    recorder = record(lambda: contender.backward(contender.loss()))
-    contender.optimizer.zero_grad(set_to_none=False)
-    measured = measure_rates(recorder, plan.device)
-    fastest, macs = min(step.step_s for step in steps), contender.macs or 0
+def _over(of: Callable[[list[float]], float], theirs: Sequence[StepTime], ours: Sequence[StepTime]) -> float:
+    return of([step.step_s for step in theirs]) / of([step.step_s for step in ours])
+
+
+def _rates(contender: Contender, device: torch.device) -> dict[str, Any]:
+    recorder = record(contender.passes)
+    contender.running.update()
+    measured = measure_rates(recorder, device)
+    fastest, macs = min(step.step_s for step in contender.taken), contender.macs or 0
     gflops = 2 * macs / fastest / 1e9
     return {
         "contender": contender.label,
@@ -259,23 +317,12 @@ def _profile(contender: Contender, device: torch.device) -> list[dict[str, Any]]
     ]
 
 
-def _experiment(task: str, model: dict[str, Any], tokens: dict[str, Any], recompute: str) -> Experiment:
-    if task == "finetune":
-        model = {**model, "num_classes": NUM_CLASSES}
-    tree = {"task": task, "model": model, "tokens": tokens, "recompute": {"mode": recompute}}
-    try:
-        return Experiment.model_validate(tree)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{key}: {reason}" if key else reason) from None
-
-
-def _device(name: str | None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
+def _choose_device(name: str | None) -> None:
+    """Let the ranks' world find the device: a GPU if it sees one."""
+    if name == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    elif name == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda: torch sees no CUDA device here", allowed="cpu")
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def _dtypes(names: list[str]) -> list[str]:
@@ -291,31 +338,24 @@ def _peers(texts: list[str]) -> dict[str, Path]:
     return {name: Path(folder) for name, _, folder in pairs}
 
 
-def _environment(plan: Plan, heap: str) -> dict[str, Any]:
-    about, counts, model = describe_environment(1), plan.config.token_counts, plan.config.model
-    git = about["git"]
-    on_gpu = plan.device.type == "cuda"
+def _environment(plan: Plan, heap: str, device: torch.device) -> dict[str, Any]:
+    about, config, counts = describe_environment(1), plan.config, plan.config.token_counts
+    git, model = about["git"], config.model
     return {
-        "task": f"{plan.config.task} {model.backbone}, {plan.batch_size} clips of {model.num_frames} frames,"
-        f" {model.image_size} pixels",
-        "tokens": f"{counts.num_tokens}: {counts.num_kept} kept by {plan.config.tokens.selection},"
+        "task": f"{config.task} {model.backbone}, {config.batch.micro_batch_size} clips of"
+        f" {model.num_frames} frames, {model.image_size} pixels",
+        "tokens": f"{counts.num_tokens}: {counts.num_kept} kept by {config.tokens.selection},"
         f" {counts.num_visible} in the encoder",
-        "device": torch.cuda.get_device_name(plan.device) if on_gpu else _processor(),
+        "device": device_name(device),
         "threads": f"{torch.get_num_threads()} of {os.cpu_count()} cores",
-        "dtypes": ", ".join(plan.dtypes),
-        "ours": f"{model.attention} attention, recompute {plan.config.recompute.mode}",
+        "dtypes": ", ".join(config.precision for config in plan.configs),
+        "ours": f"ZeRO-{config.parallelism.zero_stage}, {model.attention} attention,"
+        f" recompute {config.recompute.mode}, drop path {model.drop_path:g}",
         "torch": torch.__version__,
         "commit": git and git["commit"][:12] + (" with uncommitted changes" if git["dirty"] else ""),
         "rounds": f"{plan.rounds} after {plan.warmup} to warm up",
         "heap": heap,
     }
-
-
-def _processor() -> str:
-    names = Path("/proc/cpuinfo")
-    lines = names.read_text().splitlines() if names.exists() else []
-    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return named[0] if named else platform.processor() or platform.machine()
 
 
 def _keep_heap_warm() -> str:

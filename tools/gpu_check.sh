@@ -1,83 +1,108 @@
 #!/usr/bin/env bash
-# What can only be checked on a CUDA GPU, in less than 9 minutes and without a network:
+# What only a CUDA GPU can show, for a machine without a network that is lent for minutes.
 #
-#   tools/gpu_check.sh [FOLDER]     results as JSON in FOLDER (default: runs/gpu_check)
+#   tools/gpu_check.sh prepare BUNDLE [CLONES]   lay out what travels in .gpu (ignored by git), under 64 MiB with the
+#                                                checkout. BUNDLE is a folder of tools/offline_bundle.sh; CLONES one
+#                                                with everest/ and videomae/, clones of the released systems
+#   tools/gpu_check.sh 1 OUT [--tiny]            on the machine: ceilings, the engine's steps with traces, the released
+#                                                systems, the GPU tests; at most 330 s, at most 8 files in OUT
+#   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: what each change brings, end to end from video files,
+#                                                memory, calibration; at most 330 s, at most 8 files in OUT
+#   tools/gpu_check.sh tables OUT [OUT]          anywhere: the results as Markdown and for docs/measured
 #
-# EVEREST_CODE and VIDEOMAE_CODE, folders of clones, add the original systems to the benchmark.
-# PRETRAIN_BATCH and FINETUNE_BATCH are the clips of a step; the defaults fit 80 GB with both systems.
-# Exit code: 0 all well, 1 something failed (the rest has run), 2 no CUDA device.
+# Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
+# torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
+# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device.
+# Every part writes its JSON after each row, so that an early end loses little.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-folder=${1:-runs/gpu_check}
-python=.venv/bin/python
-[ -x "$python" ] || python=python3
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} COLUMNS=${COLUMNS:-120}
-export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
-failed=()
+LIMIT=${LIMIT:-330} # seconds of a script
+# Wheels of the bundle that a machine with torch and its usual company lacks.
+LACKING="deepspeed fairscale hjson pydantic pydantic_core annotated_types typing_inspection typing_extensions av decord"
+# What tools/peers.py imports of a clone.
+IMPORTED="modeling_pretrain.py modeling_finetune.py masking_generator.py"
 
-# part NAME SECONDS COMMAND...: run it, bounded; remember whether it failed.
-part() {
-    local name=$1 seconds=$2 code=0
-    shift 2
-    printf '\n=== %s (at most %s s)\n' "$name" "$seconds"
-    timeout --kill-after=5 "$seconds" "$@" || code=$?
-    if [ "$code" -eq 124 ]; then
-        echo "FAILED: $name ran past $seconds s"
-    elif [ "$code" -ne 0 ]; then
-        echo "FAILED: $name (exit code $code)"
-    fi
-    [ "$code" -eq 0 ] || failed+=("$name")
+usage() { sed -n '2,20s/^# \{0,1\}//p' "$0"; exit "$1"; }
+
+prepare() {
+    local bundle=$1 clones=${2:-} name
+    rm -rf .gpu && mkdir -p .gpu/wheels || exit 1
+    for name in $LACKING; do cp "$bundle/$name"-[0-9]*.whl .gpu/wheels/ || exit 1; done
+    for name in ${clones:+everest videomae}; do
+        mkdir -p ".gpu/peers/$name" && (cd "$clones/$name" && cp $IMPORTED "$OLDPWD/.gpu/peers/$name/") || exit 1
+    done
+    git rev-parse HEAD > .gpu/commit
+    printf '%s MiB in .gpu, %s MiB with the checkout; 64 may travel\n' "$(du -sm .gpu | cut -f1)" \
+        "$({ git ls-files -z | xargs -0 cat; find .gpu -type f -exec cat {} +; } | wc -c | awk '{ print int($1 / 2^20) + 1 }')"
 }
 
-if ! "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-    echo "no CUDA device here (or no torch in $python): nothing can be checked"
-    exit 2
-fi
-mkdir -p "$folder" || exit 1
-rm -f "$folder"/pretrain.json "$folder"/finetune.json
+# The seconds that are left of this script.
+left() { echo $((LIMIT - SECONDS)); }
 
-peers=()
-[ -z "${EVEREST_CODE:-}" ] || peers+=(--peer "everest=$EVEREST_CODE")
-[ -z "${VIDEOMAE_CODE:-}" ] || peers+=(--peer "videomae=$VIDEOMAE_CODE")
-bench=("$python" tools/bench_step.py --backbone vit_large --dtype bf16 --rounds 10 --warmup 3
-    ${peers[@]+"${peers[@]}"})
+# part SECONDS PART...: measure in a process of its own, which a crash of the GPU's driver ends without the others.
+part() {
+    local seconds=$1
+    shift
+    [ "$seconds" -le "$(left)" ] || seconds=$(left)
+    printf '\n=== %s (%s s)\n' "$*" "$seconds"
+    timeout --kill-after=5 $((seconds + 10)) "$python" -m gpu_check "$out" "$@" --seconds "$seconds" $tiny \
+        || echo "FAILED: $* (exit code $?)"
+}
 
-part "device" 30 "$python" -c '
-import torch
-device = torch.cuda.get_device_properties(0)
-print(f"{device.name}, {device.total_memory / 2**30:.0f} GiB; torch {torch.__version__}, CUDA {torch.version.cuda}")'
-part "tests" 150 "$python" -m pytest -q -m gpu
-part "pre-training, ViT-L" 160 "${bench[@]}" --batch "${PRETRAIN_BATCH:-32}" --json "$folder/pretrain.json" pretrain
-part "fine-tuning, ViT-L" 160 "${bench[@]}" --batch "${FINETUNE_BATCH:-4}" --json "$folder/finetune.json" finetune
+set_up() {
+    out=${1:?"a folder for the results"} tiny=${2:-}
+    python=${PYTHON:-python3} site=$(mktemp -d)
+    mkdir -p "$out" && exec > >(tee "$out/log$script.txt") 2>&1
+    trap 'rm -rf "$site"' EXIT
+    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .gpu/wheels/*.whl \
+        || exit 1
+    export PYTHONPATH=$site:$PWD:$PWD/tools PYTHONUNBUFFERED=1 COLUMNS=150
+    export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo
+    echo "wheels installed after $SECONDS s"
+}
 
-part "summary" 15 "$python" - "$folder" <<'PYTHON'
-import json, pathlib, sys
+# Every file of tests in a process of its own, all at once: the models are tiny. Times are measured alone.
+gpu_tests() {
+    local file running=()
+    for file in tests/gpu/test_*.py; do
+        if [ "$file" != tests/gpu/test_measuring.py ]; then
+            one_test "$file" &
+            running+=($!)
+        fi
+    done
+    wait "${running[@]}" # not bare: that would wait for the log's tee too
+    one_test tests/gpu/test_measuring.py
+    cat "$site"/test_*.txt > "$out/tests.txt"
+    tail -qn 1 "$site"/test_*.txt
+}
 
-for task in ("pretrain", "finetune"):
-    file = pathlib.Path(sys.argv[1]) / f"{task}.json"
-    if not file.is_file():
-        print(f"{task:9} not measured")
-        continue
-    result = json.loads(file.read_text())
-    for row in result["contenders"]:
-        mfu = f"{row['mfu_pct']:.1f} % MFU" if row["mfu_pct"] else ""
-        memory = (row["activations_peak_bytes"] + row["states_bytes"]) / 2**30
-        print(
-            f"{task:9} {row['contender']:18} {row['step_ms']:8.1f} ms {row['clips_per_s']:8.1f} clips/s"
-            f" {memory:6.1f} GiB  {mfu}"
-        )
-    for row in result["ratios"]:
-        print(
-            f"{task:9} {row['step time']}: {row['of_medians']:.2f}"
-            f" (quartiles {row['quartile_1']:.2f} to {row['quartile_3']:.2f})"
-        )
-PYTHON
+one_test() {
+    local seconds=$(($(left) - 5))
+    [ "$seconds" -gt 5 ] || { echo "$1: left out, no time" > "$site/$(basename "$1" .py).txt"; return; }
+    timeout "$seconds" "$python" -m pytest -q -rs --tb=short -p no:cacheprovider "$1" \
+        > "$site/$(basename "$1" .py).txt" 2>&1
+}
 
-if [ ${#failed[@]} -gt 0 ]; then
-    printf '\nFAILED: '
-    printf '%s; ' "${failed[@]}"
-    echo
-    exit 1
-fi
-printf '\nall well\n'
+script=${1:-}
+case $script in
+    prepare) [ $# -ge 2 ] || usage 2; prepare "${@:2}" ;;
+    1)
+        set_up "${@:2}"
+        part 30 ceilings
+        part 120 engine
+        part 85 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
+        printf '\n=== tests\n' && gpu_tests
+        ;;
+    2)
+        set_up "${@:2}"
+        part 125 changes
+        part 110 end_to_end
+        part 45 memory
+        part 60 calibration
+        ;;
+    tables) PYTHONPATH=$PWD:$PWD/tools "${PYTHON:-.venv/bin/python}" -m gpu_check.tables "${@:2}"; exit ;;
+    -h | --help) usage 0 ;;
+    *) usage 2 ;;
+esac
+[ "$script" = prepare ] || { ls -la "$out"; echo "ended after $SECONDS s"; }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds import __version__
+from everest_ds.cli.measuring import measure_step
 from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
 from everest_ds.cli.train import Overrides
 from everest_ds.errors import ConfigError, UsageError, nearest
@@ -26,7 +27,11 @@ Subject = Annotated[
 ]
 Ranks = Annotated[int, typer.Option(min=1, help="Ranks in all, for the memory of one of them.")]
 Measure = Annotated[
-    bool, typer.Option("--measure", help="Also time training steps, on this machine's device.")
+    bool,
+    typer.Option(
+        "--measure",
+        help="Also time training steps on this machine's device, with and without DeepSpeed.",
+    ),
 ]
 
 # tables of a profile, in print order
@@ -66,10 +71,12 @@ def profile(
     for name, title in TITLES.items():
         print_table(title, tables[name])
     print_table("Memory over the step (counted, as above)", _shapes(tables["memory_over_time"]))
-    measured = _measure(subject, config) if config and measure else None
-    if measured:
-        print_facts("One training step (measured)", measured.facts())
-    write_json(json_file, _as_json(subject, config, tables, measured))
+    measured = plain = None
+    if config and measure:
+        measured, plain = measure_step(subject, config)
+        print_facts("One training step of the engine (measured)", measured.facts())
+        print_facts("The same step in a plain loop, without DeepSpeed (measured)", plain.facts())
+    write_json(json_file, _as_json(subject, config, tables, measured, plain))
 
 
 def _resolve(subject: str, overrides: Sequence[str]) -> Experiment | None:
@@ -171,17 +178,12 @@ def _facts(config: Experiment, ranks: int) -> dict[str, Any]:
     }
 
 
-def _measure(subject: str, config: Experiment) -> Measured:
-    from everest_ds.parallel.recompute import apply_recompute
-    from everest_ds.profiling.measured import measure
-    from everest_ds.training.run_folder import describe_environment
-
-    git = describe_environment(world_size=1)["git"] or {}
-    return measure(subject, config, lambda model: apply_recompute(model, config.recompute), git.get("commit"))
-
-
 def _as_json(
-    subject: str, config: Experiment | None, tables: Mapping[str, Any], measured: Measured | None
+    subject: str,
+    config: Experiment | None,
+    tables: Mapping[str, Any],
+    measured: Measured | None,
+    plain: Measured | None,
 ) -> dict[str, Any]:
     from everest_ds.profiling.measured import FORMAT
 
@@ -192,4 +194,5 @@ def _as_json(
         "config": config and config.model_dump(mode="json"),
         **tables,
         "measured": measured and measured.as_json(),
+        "plain_loop": plain and plain.as_json(),
     }

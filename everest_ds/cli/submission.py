@@ -175,7 +175,7 @@ def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
     if num_fitting:
         clips = possible[num_fitting - 1].batch.micro_batch_size
         return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
-    for mode in ("attention", "mlp", "full"):
+    for mode in ("gelu", "attention", "mlp", "full"):
         recompute = config.recompute.model_copy(update={"mode": mode})
         if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
             return f"recompute.mode={mode}"

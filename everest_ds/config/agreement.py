@@ -154,7 +154,10 @@ def _check_skipping(config: Experiment) -> None:
 
 def _check_recompute(config: Experiment) -> None:
     recompute = config.recompute
-    if recompute.offload_to_cpu and recompute.mode == "none":
-        raise ValueError("recompute.offload_to_cpu needs a recompute.mode other than none")
+    if recompute.offload_to_cpu and recompute.mode in ("none", "gelu"):
+        raise ValueError(
+            f"recompute.offload_to_cpu moves what recomputed modules read; mode {recompute.mode} has none:"
+            " set recompute.mode to attention, mlp, blocks or full"
+        )
     if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
         raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")

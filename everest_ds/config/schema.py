@@ -241,7 +241,7 @@ class ParallelismConfig(Section):
 class RecomputeConfig(Section):
     """Activation checkpointing: trade a second forward pass for memory."""
 
-    mode: Literal["none", "attention", "mlp", "blocks", "full"] = Field(
+    mode: Literal["none", "gelu", "attention", "mlp", "blocks", "full"] = Field(
         "none", description="what is computed again: a part of each block, every n-th block, or every block"
     )
     every: Annotated[int, Field(ge=2)] = Field(2, description="n of mode `blocks`")

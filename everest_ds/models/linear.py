@@ -1,22 +1,33 @@
 """Linear maps, by the faster of the libraries that PyTorch brings.
 
-On a CPU in float32 PyTorch multiplies with MKL. oneDNN, which it has for other precisions, is 10 to 25 %
-faster on the shapes of a step (docs/benchmarks.md), so large products of activations go there.
+In float32 on a CPU, PyTorch multiplies with MKL, Intel's library. On AMD's processors oneDNN, which PyTorch
+ships for other precisions, is 10 to 25 % faster on the shapes of a step. On Intel's, MKL is the faster one
+for nearly all of them, and twice as fast for some (docs/benchmarks.md). So large products of activations go
+to oneDNN unless the processor is Intel's.
 
 Shape legend: n tokens of any clips, I inputs, O outputs.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_HAS_ONEDNN = torch.backends.mkldnn.is_available()
 # Multiply-accumulates from which a product gains more than the longer way through Python costs.
 _WORTHWHILE_MACS = 10**8
+
+
+def prefers_onednn(processors: Path = Path("/proc/cpuinfo")) -> bool:
+    """Return whether oneDNN multiplies float32 faster than MKL here, as it does but on Intel's processors."""
+    is_intel = processors.is_file() and "GenuineIntel" in processors.read_text()
+    return torch.backends.mkldnn.is_available() and not is_intel
+
+
+_PREFERS_ONEDNN = prefers_onednn()
 
 
 def linear(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -75,7 +86,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x_nI, weight_OI)
+        ctx.save_for_backward(x_nI, weight_OI if ctx.needs_input_grad[0] else None)
         ctx.has_bias = bias_O is not None
         if _goes_to_onednn(x_nI, weight_OI):
             return _onednn(x_nI, weight_OI, bias_O)
@@ -94,11 +105,13 @@ class _Linear(torch.autograd.Function):
 
 
 def _may_be_released(x_nI: Tensor, weight_OI: Tensor) -> bool:
-    """Parameters are; what is computed from them is not. Under autocast none are kept as they are.
+    """Return whether ZeRO-3 may release the weight between the passes: it releases parameters only.
 
-    Without gradients, as inside another autograd function, nothing is kept at all.
+    Under autocast, what is kept for the backward pass is a copy. Without gradients, as inside another
+    autograd function, nothing is kept. Blocks are not compiled under ZeRO-3, and dynamo of torch 2.11 cannot
+    trace the question about autocast.
     """
-    if not torch.is_grad_enabled():
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
     kind = x_nI.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -109,7 +122,7 @@ def _goes_to_onednn(x_nI: Tensor, weight_OI: Tensor) -> bool:
     return (
         x_nI.device.type == "cpu"
         and x_nI.dtype == weight_OI.dtype == torch.float32
-        and _HAS_ONEDNN
+        and _PREFERS_ONEDNN
         and not torch.is_autocast_enabled("cpu")
         and x_nI.numel() * weight_OI.shape[0] >= _WORTHWHILE_MACS
     )

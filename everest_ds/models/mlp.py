@@ -1,4 +1,4 @@
-"""The MLP of a block, which keeps one hidden activation for the backward pass where the plain one keeps two.
+"""The MLP of a block, which can compute GELU again in the backward pass instead of keeping its result.
 
 Shape legend: n tokens of any clips, D width, H = 4·D hidden width.
 """
@@ -16,34 +16,42 @@ from everest_ds.models.linear import Linear, XavierLinear, linear, multiply
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear."""
+    """Linear, GELU, Linear.
+
+    Attributes:
+        recomputes_gelu: whether the backward pass computes GELU(x) again. Otherwise it is kept beside x, and
+            the two are half of what a block keeps.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         hidden = MLP_RATIO * width
+        self.recomputes_gelu = False
         self.fc1 = Linear(width, hidden)
         self.fc2 = GELULinear(hidden, width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
         """(B, n, D) -> (B, n, D)."""
-        return self.fc2(self.fc1(x_BnD))
+        return self.fc2(self.fc1(x_BnD), self.recomputes_gelu)
 
 
 class GELULinear(XavierLinear):
-    """A linear map of GELU(x), whose backward pass computes GELU(x) again.
+    """A linear map of GELU(x)."""
 
-    The plain pair keeps x for the one and GELU(x) for the other, together half of what a block keeps. GELU
-    costs well under 1 % of a step, so one of them is better made again.
+    def forward(self, x_nH: Tensor, recompute: bool = False) -> Tensor:
+        """(..., H) -> (..., D); see `gelu_linear`."""
+        return gelu_linear(x_nH, self.weight, self.bias, recompute)
+
+
+def gelu_linear(x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor | None, recompute: bool) -> Tensor:
+    """A linear map of GELU(x): (..., H) -> (..., D).
+
+    Args:
+        recompute: compute GELU(x) again in the backward pass, instead of keeping it.
     """
-
-    def forward(self, x_nH: Tensor) -> Tensor:
-        """(..., H) -> (..., D)."""
-        return gelu_linear(x_nH, self.weight, self.bias)
-
-
-def gelu_linear(x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor | None = None) -> Tensor:
-    """`GELULinear` of given weights: (..., H) -> (..., D)."""
-    return _GELULinear.apply(x_nH, weight_DH, bias_D)
+    if recompute:
+        return _GELULinear.apply(x_nH, weight_DH, bias_D)
+    return linear(F.gelu(x_nH), weight_DH, bias_D)
 
 
 class _GELULinear(torch.autograd.Function):

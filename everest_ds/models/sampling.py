@@ -4,7 +4,7 @@ Each clip carries a 64-bit key made of (seed, epoch, sample id). A number is a h
 counter), computed in plain integer tensor arithmetic where the clip lives: no generator state to save,
 no host synchronisation, and tensor-parallel ranks agree without a message.
 
-Shape legend: B clips, n numbers a clip.
+Shape legend: B clips, n numbers a clip, S streams.
 """
 
 from __future__ import annotations
@@ -50,14 +50,39 @@ def random_bits(key_B: Tensor, stream: int, count: int) -> Tensor:
     return _logical_shift_right(_mix(state_B[:, None] + counter * _GOLDEN_GAMMA), 1)
 
 
+def _first_bits(key_B: Tensor, first_stream: int, num_streams: int) -> Tensor:
+    """The first number of `random_bits` in each of several neighbouring streams: (S, B)."""
+    stream_S = torch.arange(first_stream + 1, first_stream + num_streams + 1, device=key_B.device)
+    state_SB = _mix(key_B + stream_S[:, None] * _GOLDEN_GAMMA)
+    return _logical_shift_right(_mix(state_SB + _GOLDEN_GAMMA), 1)
+
+
+def _as_uniform(bits: Tensor) -> Tensor:
+    return _logical_shift_right(bits, 39).float() * 2.0**-24
+
+
 def random_uniform(key_B: Tensor, stream: int, count: int) -> Tensor:
     """float32 (B, n) in [0, 1), a function of key and stream alone."""
-    return _logical_shift_right(random_bits(key_B, stream, count), 39).float() * 2.0**-24
+    return _as_uniform(random_bits(key_B, stream, count))
 
 
 def drop_scale(key_B: Tensor, stream: int, count: int, rate: float) -> Tensor:
     """What dropout multiplies with, float32 (B, n): 0 with probability `rate`, else 1 / (1 - rate)."""
     return (random_uniform(key_B, stream, count) >= rate) / (1 - rate)
+
+
+def drop_scales(key_B: Tensor, first_stream: int, rate_S: Tensor) -> Tensor:
+    """`drop_scale` of one number a clip in S neighbouring streams, each with a rate of its own, in one hash.
+
+    Args:
+        first_stream: of the first rate; the next rate's is the next stream.
+        rate_S: float64, on the keys' device.
+
+    Returns:
+        float32 (S, B).
+    """
+    uniform_SB = _as_uniform(_first_bits(key_B, first_stream, len(rate_S)))
+    return (uniform_SB >= rate_S.float()[:, None]) / (1 - rate_S).float()[:, None]
 
 
 def random_permutation(key_B: Tensor, stream: int, count: int) -> Tensor:

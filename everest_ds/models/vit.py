@@ -12,9 +12,11 @@ from everest_ds.config.backbones import LAYER_NORM_EPS, TransformerShape
 from everest_ds.models.attention import ATTENTION
 from everest_ds.models.linear import Linear, LinearWithoutBias, init_linear
 from everest_ds.models.mlp import MLP
-from everest_ds.models.sampling import drop_scale
+from everest_ds.models.sampling import drop_scales
 
 DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
+
+Scales = tuple[Tensor, Tensor]  # (B, 1, 1) each: what drop path multiplies attention and MLP with
 
 
 class Attention(nn.Module):
@@ -43,38 +45,33 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to it; drop path per clip."""
+    """Attention and MLP, each on a normalised input and added to it.
+
+    A block knows neither its place in the stack nor its drop path rate, so one compiled graph serves all.
+    """
 
     def __init__(
-        self,
-        width: int,
-        heads: int,
-        drop_path: float = 0.0,
-        index: int = 0,
-        attention: str = "fused",
-        norm_eps: float = LAYER_NORM_EPS,
+        self, width: int, heads: int, attention: str = "fused", norm_eps: float = LAYER_NORM_EPS
     ) -> None:
         super().__init__()
-        self.drop_path = drop_path
-        self.stream = DROP_PATH_STREAM + 2 * index
         self.norm1 = nn.LayerNorm(width, eps=norm_eps)
         self.attention = Attention(width, heads, attention)
         self.norm2 = nn.LayerNorm(width, eps=norm_eps)
         self.mlp = MLP(width)
 
-    def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """(B, n, D), and the clips' random keys (B,) -> (B, n, D)."""
-        x_BnD = x_BnD + self._drop(self.attention(self.norm1(x_BnD)), key_B, self.stream)
-        return x_BnD + self._drop(self.mlp(self.norm2(x_BnD)), key_B, self.stream + 1)
+    def forward(self, x_BnD: Tensor, scales: Scales | None = None) -> Tensor:
+        """(B, n, D) -> (B, n, D); with drop path, each branch times its scale."""
+        of_attention, of_mlp = scales or (None, None)
+        x_BnD = x_BnD + _scaled(self.attention(self.norm1(x_BnD)), of_attention)
+        return x_BnD + _scaled(self.mlp(self.norm2(x_BnD)), of_mlp)
 
-    def _drop(self, branch: Tensor, key_B: Tensor, stream: int) -> Tensor:
-        if not self.training or self.drop_path == 0.0:
-            return branch
-        return branch * drop_scale(key_B, stream, 1, self.drop_path).to(branch.dtype)[:, :, None]
+
+def _scaled(branch_BnD: Tensor, scale_B11: Tensor | None) -> Tensor:
+    return branch_BnD if scale_B11 is None else branch_BnD * scale_B11
 
 
 class Blocks(nn.ModuleList):
-    """A stack of blocks whose drop path grows linearly from 0 to `drop_path`."""
+    """A stack of blocks whose drop path grows linearly from 0 in the first to `drop_path` in the last."""
 
     def __init__(
         self,
@@ -83,17 +80,24 @@ class Blocks(nn.ModuleList):
         attention: str = "fused",
         norm_eps: float = LAYER_NORM_EPS,
     ) -> None:
-        last = max(shape.depth - 1, 1)
-        super().__init__(
-            Block(shape.width, shape.heads, drop_path * i / last, i, attention, norm_eps)
-            for i in range(shape.depth)
-        )
+        super().__init__(Block(shape.width, shape.heads, attention, norm_eps) for _ in range(shape.depth))
+        self.drop_path = drop_path
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """(B, n, D) -> (B, n, D), through every block."""
-        for block in self:
-            x_BnD = block(x_BnD, key_B)
+        """Run every block: (B, n, D) -> (B, n, D); the clips' random keys (B,) drive drop path."""
+        for block, scales in zip(self, self._scales(key_B, x_BnD.dtype), strict=True):
+            x_BnD = block(x_BnD, scales)
         return x_BnD
+
+    def _scales(self, key_B: Tensor, dtype: torch.dtype) -> list[Scales] | list[None]:
+        """Return what each block's branches are multiplied with, from one hash over all of them."""
+        if not self.training or self.drop_path == 0.0:
+            return [None] * len(self)
+        block_S = torch.arange(2 * len(self), device=key_B.device) // 2
+        rate_S = self.drop_path * block_S.double() / max(len(self) - 1, 1)
+        scale_SB = drop_scales(key_B, DROP_PATH_STREAM, rate_S).to(dtype)
+        scales = scale_SB[:, :, None, None].unbind()
+        return list(zip(scales[::2], scales[1::2], strict=True))
 
 
 def init_weights(module: nn.Module) -> None:

@@ -1,7 +1,8 @@
 """The DeepSpeed JSON of a run: ds_configs/ says how to shard, the run config fills in every `"auto"`.
 
 One owner for each fact: batch sizes, clipping and precision belong to the run config, so a DeepSpeed file
-that sets one of them to something else is refused, not obeyed.
+that sets one of them to something else is refused, not obeyed. On one data-parallel rank nothing is reduced,
+so that the file's settings of reduction are replaced.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.config.zero_settings import ds_config_path
+from everest_ds.config.zero_settings import ds_config_path, zero_settings
 from everest_ds.errors import ConfigError, nearest
 from everest_ds.parallel.nvme import check_nvme, swap_folder
 
@@ -23,8 +24,11 @@ _KNOWN_KEYS = frozenset(
     "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization aio "
     "communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients data_types "
-    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print".split()
+    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print timers".split()
 )
+
+# On one data-parallel rank, stages 1 and 2 are the same: no bucket is filled, no stream is waited for.
+_UNREDUCED = {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
 
 
 def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
@@ -49,6 +53,9 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     _fill(tree, "gradient_accumulation_steps", plan.grad_accum_steps, path)
     _fill(tree, "gradient_clipping", config.optimizer.clip_grad_norm or 0.0, path)
     _fill_swap_folder(tree["zero_optimization"], config, path)
+    _fill_accumulation(tree, config, plan, path)
+    if zero_settings(config).shards_nothing(stage, plan.data_parallel_degree):
+        tree["zero_optimization"] |= _UNREDUCED
     for precision in ("bf16", "fp16"):
         if precision == config.precision or precision in tree:
             _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
@@ -111,6 +118,20 @@ def _fill_swap_folder(zero: dict[str, Any], config: Experiment, path: Path) -> N
             f"{path}: offload to nvme is owned by the run config",
             fix="take it out and set parallelism.offload_to_nvme; weights offload to host memory at most",
         )
+
+
+def _fill_accumulation(tree: dict[str, Any], config: Experiment, plan: BatchPlan, path: Path) -> None:
+    """Choose in which type the gradients of micro-batches are summed, unless the file does."""
+    types, key = tree.get("data_types", {}), "grad_accum_dtype"
+    given, accumulates = types.pop(key, AUTO), plan.grad_accum_steps > 1
+    if given not in (AUTO, "fp32", config.precision):
+        raise ConfigError(
+            f"{path}: data_types.{key}: gradients are summed in float32 or in the run's precision",
+            given=given,
+            allowed=f"auto, fp32, {config.precision}",
+        )
+    if given != AUTO or zero_settings(config).sums_in_float32(config.precision, accumulates):
+        tree["data_types"] = {**types, key: "fp32" if given == AUTO else given}
 
 
 def _device(zero: dict[str, Any], key: str) -> object:

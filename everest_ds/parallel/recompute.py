@@ -3,11 +3,15 @@
 What a block keeps between forward and backward, in tensors of n tokens x D width (fused attention, no drop
 path, gradients of everything):
 
-    none       12
-    attention   8              every block's attention is recomputed, by fairscale
+    none       16
+    gelu       12              every block's GELU is recomputed, by models/mlp.py
+    attention   8              every block's attention as well, by fairscale
     mlp         8              every block's MLP, by fairscale
-    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale
+    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale; the others' GELU
     full        1              every block, by DeepSpeed; 1/t if partitioned over t tensor-parallel ranks
+
+GELU moves memory and multiplies nothing: to recompute it is the least that saves anything, so every mode but
+`none` does.
 
 Both libraries cost the same time and memory here. fairscale's setting belongs to a module, so it serves the
 parts. DeepSpeed's belongs to the process, so it serves the whole: it copies to the host beside the compute
@@ -30,7 +34,8 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.errors import ConfigError
-from everest_ds.models.vit import Blocks
+from everest_ds.models.mlp import MLP
+from everest_ds.models.vit import Blocks, Scales
 
 
 def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) -> None:
@@ -52,6 +57,8 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) 
         _configure_deepspeed(config, mpu)
     for stack in stacks:
         _forget_earlier(stack)
+        for mlp in (module for module in stack.modules() if isinstance(module, MLP)):
+            mlp.recomputes_gelu = config.mode != "none"
         for part in _parts(stack, config):
             if config.mode == "full":
                 _recompute_by_deepspeed(part)
@@ -66,7 +73,7 @@ def _forget_earlier(stack: Blocks) -> None:
 
 def _parts(stack: Blocks, config: RecomputeConfig) -> list[nn.Module]:
     """The modules of a stack that are recomputed."""
-    if config.mode == "none":
+    if config.mode in ("none", "gelu"):
         return []
     if config.mode in ("attention", "mlp"):
         return [getattr(block, config.mode) for block in stack]
@@ -121,16 +128,21 @@ def _recompute_by_deepspeed(block: nn.Module) -> None:
 
 
 def _checkpointed_forward(
-    forward: Callable[..., Tensor], block: Callable[[], nn.Module | None], x_BnD: Tensor, key_B: Tensor
+    forward: Callable[..., Tensor],
+    block: Callable[[], nn.Module | None],
+    x_BnD: Tensor,
+    scales: Scales | None = None,
 ) -> Tensor:
     import deepspeed  # heavy
 
     if not torch.is_grad_enabled():
-        return forward(block(), x_BnD, key_B)
+        return forward(block(), x_BnD, scales)
     if not x_BnD.requires_grad:
         # DeepSpeed's output has gradients only if its input has: without, the block would not learn.
         x_BnD = x_BnD.detach().requires_grad_()
-    return deepspeed.checkpointing.checkpoint(partial(forward, block()), _Alias.apply(x_BnD), key_B)
+    # The scales are bound to the function: DeepSpeed would offload or split them as it does activations.
+    again = partial(forward, block(), scales=scales)
+    return deepspeed.checkpointing.checkpoint(again, _Alias.apply(x_BnD))
 
 
 class _Alias(torch.autograd.Function):

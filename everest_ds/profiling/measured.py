@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+import gc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
-from torch import nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.errors import OutOfMemoryError, UsageError
-from everest_ds.models import build_model
+from everest_ds.profiling.phases import TrainingStep
 from everest_ds.profiling.published import Cell
 from everest_ds.profiling.systems import SYSTEMS, Figure, OwnModel
 from everest_ds.profiling.tables import Row, make_row
-from everest_ds.profiling.time import measure_experiment
+from everest_ds.profiling.time import measure_step
 from everest_ds.units import format_bytes, format_duration
 
-FORMAT = "everest-ds profile, format 1"  # another number when the meaning of a key changes
+FORMAT = "everest-ds profile, format 2"  # another number when the meaning of a key changes
 _K400_CLIPS = 240_000  # of an epoch of the published tables
 _NODE_GPUS = 8
 # which phase the figures of a column are of, by table
@@ -39,7 +40,7 @@ class Measured:
 
     Attributes:
         config: of the model.
-        phases_ms: medians: data_wait (where data were loaded), forward, backward, optimizer.
+        phases_ms: medians: forward (with augmentation), backward, optimizer.
         step_ms: quartiles of the whole step: first, median, third; no data wait.
         peak_memory_bytes: the allocator's peak; None on a CPU.
         mfu_pct: None on a device whose peak rate is not known.
@@ -95,45 +96,50 @@ class Measured:
 
 
 def measure(
-    subject: str, config: Experiment, prepare: Callable[[nn.Module], object], commit: str | None
+    subject: str,
+    config: Experiment,
+    build: AbstractContextManager[TrainingStep],
+    device: torch.device,
+    commit: str | None,
 ) -> Measured:
-    """Time training steps of an experiment's model on noise, alone on this machine's device.
+    """Time training steps of an experiment on one device.
 
     Args:
-        prepare: changes the model before it runs, such as what it recomputes.
+        build: builds the step when it is entered, and frees it; its micro-batches need no waiting.
         commit: of the code that runs.
 
     Raises:
         OutOfMemoryError: if the step does not fit.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(config)
-    prepare(model)
-    if device.type == "cuda":
+    on_gpu = device.type == "cuda"
+    gc.collect()  # what an engine before this one left
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        step = measure_experiment(model, config, device, commit=commit)
+        with build as step:
+            found = measure_step(step, config, device, commit=commit)
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
             f"{subject}: a step does not fit on {device}",
             given=f"batch.micro_batch_size={config.batch.micro_batch_size}",
             fix="lower batch.micro_batch_size, or set recompute.mode",
         ) from None
-    phases = {name: spread for name, spread in vars(step.times).items() if name != "step" and spread}
-    whole = step.times.step
+    times = found.times
+    phases = {"forward": times.forward, "backward": times.backward, "optimizer": times.optimizer}
+    whole = times.step
     return Measured(
         subject=subject,
         config=config,
-        device=step.device,
-        dtype=step.dtype,
-        torch_version=step.torch_version,
-        commit=step.commit,
+        device=found.device,
+        dtype=found.dtype,
+        torch_version=found.torch_version,
+        commit=found.commit,
         phases_ms={name: 1e3 * spread.median_s for name, spread in phases.items()},
         step_ms=(1e3 * whole.quartile_1_s, 1e3 * whole.median_s, 1e3 * whole.quartile_3_s),
-        clips_per_s=step.clips_per_s,
-        tflops_per_s=step.flops_per_s / 1e12,
-        mfu_pct=step.mfu_pct,
-        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        clips_per_s=found.clips_per_s,
+        tflops_per_s=found.flops_per_s / 1e12,
+        mfu_pct=found.mfu_pct,
+        peak_memory_bytes=torch.cuda.max_memory_allocated(device) if on_gpu else None,
     )
 
 

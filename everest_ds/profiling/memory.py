@@ -148,14 +148,14 @@ def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
     )
 
     def total(moment: Moment) -> int:
-        held = states.gradient_bytes(moment.finished_parameters) + _buffer_bytes(states, moment)
+        held = _gradient_bytes(states, moment) + _buffer_bytes(states, moment)
         return moment.activations + moment.temporary + held
 
     moment = max((*passes.moments, *after), key=total)
     return MemoryPrediction(
         parameters=states.parameter_bytes + passes.position_bytes,
         master_parameters=states.master_bytes,
-        gradients=states.gradient_bytes(moment.finished_parameters),
+        gradients=_gradient_bytes(states, moment),
         optimizer_states=states.optimizer_bytes,
         inputs=passes.input_bytes,
         activations=moment.activations,
@@ -181,6 +181,10 @@ def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[Moment]:
         name, working = f"backward pass of {layer.name}", layer.backward_bytes + of_loss
         yield Moment(name, kept_bytes, working, finished, in_backward=True)
         finished += layer.num_parameters
+
+
+def _gradient_bytes(states: ModelStates, moment: Moment) -> int:
+    return states.gradient_bytes(moment.finished_parameters, moment.in_backward)
 
 
 def _buffer_bytes(states: ModelStates, moment: Moment) -> int:

@@ -10,7 +10,8 @@ again in its backward pass:
     S    unfused attention: the softmax of every pair of tokens, B·h·n²
     A    input of the second norm
     A    its output, input of the MLP
-    4A   the hidden layer before GELU; GELU of it is computed again (models/mlp.py)
+    4A   the hidden layer before GELU
+    4A   the hidden layer after GELU, unless it is computed again (models/mlp.py)
 
 Tensor parallelism splits heads and hidden layer, so everything between the projections, over its ranks.
 """
@@ -39,11 +40,12 @@ class BlockMemory:
         input_bytes: of the block's input, or of the recomputed part's, what stays on this rank's device
             meanwhile: nothing if offloaded to the host, a part if the tensor-parallel ranks split it.
         host_bytes: and in host memory.
-        drops: both branches are masked by drop path.
+        drops: both branches are multiplied by drop path's scales.
         tensor_bytes: A, one tensor of all tokens and the whole width.
         split_bytes: A over the tensor-parallel ranks.
         attention_bytes: kept within attention: q, k, v, result, and weights or the logarithms of their sums.
-        mlp_bytes: kept within the MLP.
+        hidden_bytes: of the MLP's hidden layer.
+        gelu_bytes: kept of GELU of it: as much, or 0 where that is computed again.
         norm_bytes: means and deviations of both norms.
         logits_bytes: S, or 0 for fused attention.
         fused_bytes: what a fused kernel works in, or 0: gradients of q, k and v, and logits of a few heads.
@@ -57,7 +59,8 @@ class BlockMemory:
     tensor_bytes: int
     split_bytes: int
     attention_bytes: int
-    mlp_bytes: int
+    hidden_bytes: int
+    gelu_bytes: int
     norm_bytes: int
     logits_bytes: int
     fused_bytes: int
@@ -68,17 +71,18 @@ class BlockMemory:
         """What the forward pass leaves on the device."""
         if self.recomputed == "everything":
             return self.input_bytes
-        forgotten = {"attention": self.attention_bytes, "mlp": self.mlp_bytes}.get(self.recomputed, 0)
+        forgotten = {"attention": self.attention_bytes, "mlp": self.hidden_bytes}.get(self.recomputed, 0)
         return self.input_bytes + self._inner_bytes - forgotten
 
     @property
     def forward_bytes(self) -> int:
         """What the forward pass works in, beside what it leaves, while the MLP's result is made.
 
-        GELU's output and the result; of a recomputed part also what leads there.
+        GELU's output, if it is not kept, and the result; of a recomputed part also what leads there.
         """
-        forgotten = {"mlp": self.mlp_bytes, "everything": 2 * self.tensor_bytes + self.mlp_bytes}
-        return self.mlp_bytes + self.tensor_bytes + forgotten.get(self.recomputed, 0)
+        forgotten = {"mlp": self.hidden_bytes, "everything": 2 * self.tensor_bytes + self.hidden_bytes}
+        of_gelu = self.hidden_bytes - self.gelu_bytes
+        return of_gelu + self.tensor_bytes + forgotten.get(self.recomputed, 0)
 
     @property
     def backward_bytes(self) -> int:
@@ -91,14 +95,14 @@ class BlockMemory:
         """While the gradient of the hidden layer is made.
 
         There are the gradients of the block's output, of GELU's output and input and of a weight; and what
-        was computed again, with its own result.
+        was computed again, with its own result. Done with is GELU's output, if it was kept.
         """
         again = {
-            "mlp": self.mlp_bytes + self.tensor_bytes,
+            "mlp": self.hidden_bytes + self.tensor_bytes,
             "everything": self._inner_bytes + self.tensor_bytes,
         }
-        gradients = self.tensor_bytes + self._masked_bytes + 2 * self.mlp_bytes + self.weight_bytes
-        return gradients + again.get(self.recomputed, 0)
+        gradients = self.tensor_bytes + self._masked_bytes + 2 * self.hidden_bytes + self.weight_bytes
+        return gradients + again.get(self.recomputed, 0) - self.gelu_bytes
 
     @property
     def _in_attention(self) -> int:
@@ -111,12 +115,12 @@ class BlockMemory:
         """
         again = {
             "attention": self.attention_bytes + self.tensor_bytes + self._masked_bytes,
-            "mlp": self.mlp_bytes,
+            "mlp": self.hidden_bytes,
             "everything": self._inner_bytes + 2 * self.tensor_bytes,
         }
         working = 2 * self.logits_bytes - self.split_bytes if self.logits_bytes else self.fused_bytes
         gradients = self.tensor_bytes + self.split_bytes + working
-        done = 2 * self.tensor_bytes + self.mlp_bytes + self.split_bytes
+        done = 2 * self.tensor_bytes + self.hidden_bytes + self.gelu_bytes + self.split_bytes
         return gradients + again.get(self.recomputed, 0) - done
 
     @property
@@ -127,7 +131,8 @@ class BlockMemory:
     @property
     def _inner_bytes(self) -> int:
         """All that a block keeps if nothing is recomputed, but for its input."""
-        return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + self.mlp_bytes
+        in_mlp = self.hidden_bytes + self.gelu_bytes
+        return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + in_mlp
 
 
 def block_memory(
@@ -154,7 +159,8 @@ def block_memory(
         tensor_bytes=full,
         split_bytes=split,
         attention_bytes=tensors * split + (logits or tokens * heads * FLOAT32_BYTES),
-        mlp_bytes=MLP_RATIO * split,
+        hidden_bytes=MLP_RATIO * split,
+        gelu_bytes=MLP_RATIO * split if config.recompute.mode == "none" else 0,
         norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
         logits_bytes=logits,
         fused_bytes=0 if unfused else 3 * split + _chunk_bytes(config, num_tokens, clips * heads),
@@ -178,5 +184,5 @@ def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
     """What of block `index`: in mode `blocks` the first of every n (parallel/recompute.py)."""
     if config.mode in ("attention", "mlp"):
         return "attention" if config.mode == "attention" else "mlp"
-    every = {"none": 0, "blocks": config.every, "full": 1}[config.mode]
+    every = {"none": 0, "gelu": 0, "blocks": config.every, "full": 1}[config.mode]
     return "everything" if every and index % every == 0 else "nothing"

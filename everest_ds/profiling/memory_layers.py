@@ -22,7 +22,7 @@ from everest_ds.profiling.memory_blocks import (
     recomputed_of,
 )
 
-_SCORED_TOKENS = 4096  # at a time (models/rero.py)
+_SCORED_TOKENS = 2**15  # at a time on a GPU (models/rero.py); on a CPU an eighth of these
 
 
 class Layer(NamedTuple):
@@ -92,12 +92,12 @@ def scoring_bytes(config: Experiment) -> int:
 def held_bytes(config: Experiment) -> int:
     """What the forward pass holds on to until it returns: a clip's tubelets, in uint8, and the embedding.
 
-    That is the embedding with the normalisation folded into it; in float32 it is kept anyway (`_embedding`).
+    That is the embedding with the normalisation folded into it.
     """
     geometry, value = config.model.geometry, VALUE_BYTES[config.precision]
     weight = config.model.shape.encoder.width * geometry.tubelet_values * value
     tubelets = _clips(config) * geometry.num_tokens * geometry.tubelet_values
-    return tubelets + (0 if value == FLOAT32_BYTES else weight)
+    return tubelets + weight
 
 
 def target_bytes(config: Experiment) -> int:
@@ -135,15 +135,15 @@ def _predicted_values(config: Experiment) -> int:
 
 
 def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
-    """Of one kind are all blocks of which the same is recomputed and dropped."""
-    tensor, can_drop = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
+    """Blocks of which the same is recomputed share one `BlockMemory`."""
+    tensor, drops = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
     num_parameters = _block_parameters(shape, tensor)
-    kinds: dict[tuple[Recomputed, bool], BlockMemory] = {}
+    kinds: dict[Recomputed, BlockMemory] = {}
     for index in range(shape.depth):
-        recomputed, drops = recomputed_of(config.recompute, index), can_drop and index > 0
-        if (recomputed, drops) not in kinds:
-            kinds[recomputed, drops] = block_memory(config, shape, num_tokens, recomputed, drops)
-        block = kinds[recomputed, drops]
+        recomputed = recomputed_of(config.recompute, index)
+        if recomputed not in kinds:
+            kinds[recomputed] = block_memory(config, shape, num_tokens, recomputed, drops)
+        block = kinds[recomputed]
         yield Layer(
             f"{name} block {index + 1}",
             block.kept_bytes,
@@ -155,19 +155,15 @@ def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: 
 
 
 def _embedding(config: Experiment) -> Layer:
-    """Keeps the visible tubelets as numbers; in float32 also the embedding that they are multiplied with.
-
-    Autograd has no use for that, but models/linear.py keeps it where it multiplies by oneDNN.
-    """
+    """Keeps the visible tubelets as numbers; they need no gradient, so the weight is not kept."""
     values, width = config.model.geometry.tubelet_values, config.model.shape.encoder.width
     value = VALUE_BYTES[config.precision]
     pixels = _clips(config) * config.token_counts.num_visible * values * value
     weight = width * values
-    folded = weight * value if value == FLOAT32_BYTES else 0
     # the folded weight's gradient, and the weight's own; in half precision the first in float32 as well
     gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
     incoming = _clips(config) * config.token_counts.num_visible * width * value
-    return Layer("embedding", pixels + folded, incoming + gradients, weight + width)
+    return Layer("embedding", pixels, incoming + gradients, weight + width)
 
 
 def _projection(config: Experiment) -> Layer:

@@ -16,16 +16,18 @@ class TrainingStep(NamedTuple):
     """The phases of one training step; each is given what the one before returned.
 
     Attributes:
-        load: the next batch, on its device; its time is data wait.
-        forward: a batch -> the loss.
+        load: the next micro-batch, on its device; its time is data wait.
+        forward: a micro-batch -> the loss.
         backward: the loss -> gradients.
-        optimize: updates the weights and clears the gradients.
+        optimize: updates the weights and clears the gradients, at the last micro-batch.
+        micro_batches: rounds of all phases in a step; the time of a phase is its sum over them.
     """
 
     load: Callable[[], Any]
     forward: Callable[[Any], Tensor]
     backward: Callable[[Tensor], object]
     optimize: Callable[[], object]
+    micro_batches: int = 1
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,9 @@ class Spread:
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Seconds of a training step's phases over all repeats; `step` is all of them but the data wait.
+    """Seconds of a training step's phases over all repeats; `step` is all of them but the data wait."""
 
-    The latter is None where no data were loaded.
-    """
-
-    data_wait: Spread | None
+    data_wait: Spread
     forward: Spread
     backward: Spread
     optimizer: Spread
@@ -65,10 +64,17 @@ def measure_phases(step: TrainingStep, device: torch.device, *, warmup: int, rep
 
 def _time_once(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float, float]:
     """Seconds of data wait, forward, backward, optimiser, and of the last three together."""
+    rounds = [_time_round(step, device) for _ in range(step.micro_batches)]
+    data_wait, forward, backward, optimizer = map(sum, zip(*rounds, strict=True))
+    return data_wait, forward, backward, optimizer, forward + backward + optimizer
+
+
+def _time_round(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float]:
+    """Seconds of data wait, forward, backward and optimiser of one micro-batch."""
     clock = _EventClock() if device.type == "cuda" else _HostClock()
     before = time.perf_counter()
     batch = step.load()
-    data_wait = time.perf_counter() - before  # by the host's clock: the GPU is idle since the last step
+    data_wait = time.perf_counter() - before  # by the host's clock: the GPU is idle since the last round
     clock.mark()
     loss = step.forward(batch)
     clock.mark()
@@ -77,7 +83,7 @@ def _time_once(step: TrainingStep, device: torch.device) -> tuple[float, float, 
     step.optimize()
     clock.mark()
     forward, backward, optimizer = clock.seconds()
-    return data_wait, forward, backward, optimizer, forward + backward + optimizer
+    return data_wait, forward, backward, optimizer
 
 
 class _HostClock:

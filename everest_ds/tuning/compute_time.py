@@ -8,8 +8,8 @@ same intensity. Fused attention is two products forward and five backward, for Q
 over memory of a block, in tensors A that are read or written:
 
     forward    norms 2·2, sums 2·3; GELU 8/t; drop path 2·2
-    backward   norms 2·3, their gradients added 2·3, biases 2; GELU again, its gradient, biases 27/t; drop
-               path 2·2
+    backward   norms 2·3, their gradients added 2·3, biases 2; GELU's gradient, biases 19/t; drop path 2·2
+    again      GELU 8/t, in every recompute mode but none
 """
 
 from __future__ import annotations
@@ -97,6 +97,7 @@ class BlockTime:
     Attributes:
         attention: forward pass of its attention with both projections.
         mlp: forward pass of its MLP.
+        gelu: that of the MLP's GELU alone.
         rest: forward pass of norms and sums.
         backward: of all three.
         tensor_bytes: A.
@@ -104,6 +105,7 @@ class BlockTime:
 
     attention: Work
     mlp: Work
+    gelu: Work
     rest: Work
     backward: Work
     tensor_bytes: float
@@ -114,8 +116,9 @@ class BlockTime:
         return total(self.attention, self.mlp, self.rest)
 
     def again(self, mode: str) -> Work:
-        """What recompute repeats of a block that it acts on."""
-        return {"none": NO_WORK, "attention": self.attention, "mlp": self.mlp}.get(mode, self.forward)
+        """Return the work that recomputation repeats for one block, beside its GELU."""
+        nothing = {"none": NO_WORK, "gelu": NO_WORK}
+        return {**nothing, "attention": self.attention, "mlp": self.mlp}.get(mode, self.forward)
 
 
 def block_time(
@@ -128,17 +131,19 @@ def block_time(
     projections = total(rates.linear(rows, width, 3 * width / t), rates.linear(rows, width / t, width))
     in_mlp = total(rates.linear(rows, width, hidden / t), rates.linear(rows, hidden / t, width))
     attending, attending_back = _attending(config, shape, num_tokens, rates)
+    gelu = rates.moving(2 * MLP_RATIO / t, one_tensor)
     passes = _DROP_PATH_PASSES if drops else 0
     launched, launched_back = (Work(launches=count) for count in BLOCK_LAUNCHES)
     return BlockTime(
         attention=total(projections, attending),
-        mlp=total(in_mlp, rates.moving(2 * MLP_RATIO / t, one_tensor)),
+        mlp=total(in_mlp, gelu),
+        gelu=gelu,
         rest=total(rates.moving(10 + passes, one_tensor), launched),
         backward=total(
             projections.times(2),
             in_mlp.times(2),
             attending_back,
-            rates.moving(14 + passes + 27 / t, one_tensor),
+            rates.moving(14 + passes + 19 / t, one_tensor),
             launched_back,
         ),
         tensor_bytes=one_tensor,

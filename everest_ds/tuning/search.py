@@ -230,8 +230,9 @@ class _Search:
         for key in ("offload_to_cpu", "partition"):
             if getattr(recompute, key):
                 yield _Way(sharding, recompute.model_copy(update={key: False}))
-        if recompute.mode != "none":
-            yield _Way(sharding, RecomputeConfig(every=self.config.recompute.every))
+        less = {"none": (), "gelu": ("none",)}.get(recompute.mode, ("none", "gelu"))
+        for mode in less:
+            yield _Way(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
         key, degree = _key(config), self.num_ranks // config.parallelism.tensor

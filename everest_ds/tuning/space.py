@@ -189,7 +189,7 @@ class Space:
     def _modes(self, depth: int) -> list[tuple[str, int]]:
         own = self.config.recompute.every
         blocks = [("blocks", every) for every in EVERY if every <= depth]
-        return [("none", own), ("attention", own), ("mlp", own), *blocks, ("full", own)]
+        return [("none", own), ("gelu", own), ("attention", own), ("mlp", own), *blocks, ("full", own)]
 
     def _keeps(self, recompute: dict[str, Any]) -> bool:
         own = self.config.recompute.model_dump()

@@ -41,7 +41,7 @@ class Passes(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Blocks that are all alike, and how many of them recompute something."""
+    """Blocks that are all alike, and how many of them recompute more than GELU."""
 
     name: str
     block: BlockTime
@@ -70,7 +70,7 @@ def tensor_terms(
 ) -> Iterator[Term]:
     """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
     mode, tensor = config.recompute.mode, config.parallelism.tensor
-    again = {"none": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
+    again = {"none": 0, "gelu": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
     group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
     kept = 0.0
     for _, block, depth, recomputing in stacks:
@@ -108,8 +108,8 @@ def state_terms(
         yield from _gather_terms(plan, group, machine, zero, states, passes)
     if zero.offloads_optimizer:
         yield from _offload_terms(plan, machine, zero, states, passes)
-    yield _gradient_term(plan, machine, states)
-    yield _update_term(machine, config.precision, zero, states)
+    yield _gradient_term(config, plan, machine, zero, states)
+    yield _update_term(config, plan, machine, zero, states)
     yield _engine_term(config, plan, machine)
 
 
@@ -177,32 +177,46 @@ def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -
     return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
 
 
-def _gradient_term(plan: BatchPlan, machine: Machine, states: _States) -> Term:
+def _gradient_term(
+    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States
+) -> Term:
     """Every backward pass writes new gradients; they are added up, and copied into and out of buckets."""
     times, each = plan.grad_accum_steps, states.weight_bytes
-    bucketed = (times if states.stage >= 2 else 1) if plan.data_parallel_degree > 1 or states.stage else 0
-    copied = 3 * each * (times - 1) + 4 * each * bucketed
+    reduces = states.stage > 0 and not zero.shards_nothing(states.stage, plan.data_parallel_degree)
+    bucketed = (times if states.stage >= 2 else 1) if reduces or plan.data_parallel_degree > 1 else 0
+    summed = 3 * each * (times - 1)
+    if zero.sums_in_float32(config.precision, times > 1):
+        values = states.part if states.stage >= 2 else states.num_parameters
+        summed = values * (states.value_bytes + 2 * FLOAT32_BYTES) * times
+    copied = summed + 4 * each * bucketed
     seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
     numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
-    formula = "eΨ new in each pass; 3eΨ to add one up, 4eΨ through a bucket"
+    formula = "eΨ new in each pass; 3eΨ (float32: e + 8 a value) to add one up, 4eΨ through a bucket"
     return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 
-def _update_term(machine: Machine, precision: str, zero: ZeroSettings, states: _States) -> Term:
-    """AdamW on this rank's part; ZeRO makes gradients flat and float32, takes their norm, copies weights."""
+def _update_term(
+    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States
+) -> Term:
+    """AdamW on this rank's part, of whose gradients ZeRO takes the norm and makes float32 ones, flat."""
     rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
-    value, fresh, copied, widened = states.value_bytes, 0, 0, 0
-    if states.stage:
+    value, fresh, copied, read = states.value_bytes, 0, 0, 0
+    sums_in_float32 = zero.sums_in_float32(config.precision, plan.grad_accum_steps > 1)
+    if states.stage == 3 or (states.stage and zero.offloads_optimizer):
         fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
         copied = states.part * (2 * value + value + FLOAT32_BYTES)
-        widened = states.part * (value + _FLOAT64_BYTES)  # for the norm, a tensor at a time
+        read = states.part * (value + _FLOAT64_BYTES)  # for the norm, a tensor at a time
+    elif states.stage:
+        fresh = 0 if sums_in_float32 else states.part * FLOAT32_BYTES
+        copied = 0 if sums_in_float32 else states.part * (value + FLOAT32_BYTES)
+        read = states.part * (FLOAT32_BYTES if sums_in_float32 else value)
     moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
-    moved_s += widened / machine.moving[precision].at(widened)
+    moved_s += read / machine.moving[config.precision].at(read) if read else 0.0
     numbers = {
         "million values": states.part / 1e6,
         "million a second": rate / 1e6,
         "new MB": fresh / 1e6,
-        "copied MB": (copied + widened) / 1e6,
+        "copied MB": (copied + read) / 1e6,
     }
     seconds = states.part / rate + moved_s
     return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)

@@ -18,6 +18,7 @@ from everest_ds.errors import ConfigError
 from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.profiling.memory_layers import rank_parameters
 from everest_ds.tuning.compute_time import (
+    NO_WORK,
     Rates,
     Work,
     block_time,
@@ -144,8 +145,16 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
     _check(config, machine)
     rates = Rates(machine, config.precision)
     parts, stacks, mode = tuple(_parts(config, rates)), tuple(_stacks(config, rates)), config.recompute.mode
-    again = total(*(stack.block.again(mode).times(stack.recomputing) for stack in stacks))
+    again = total(*(_again(stack, mode) for stack in stacks))
     return StepWork(parts, stacks, again, rank_parameters(config))
+
+
+def _again(stack: Stack, mode: str) -> Work:
+    """Return the work that recomputation repeats for a stack: GELU of every block, the rest of some."""
+    if mode == "none":
+        return NO_WORK
+    gelu = stack.block.gelu.times(stack.depth)
+    return total(gelu, stack.block.again(mode).times(stack.recomputing))
 
 
 def step_of(
@@ -203,8 +212,10 @@ def _stacks(config: Experiment, rates: Rates) -> Iterator[Stack]:
 
 
 def _recomputing(config: Experiment, depth: int) -> int:
-    """Blocks of a stack that recompute something (parallel/recompute.py)."""
-    return {"none": 0, "blocks": -(-depth // config.recompute.every)}.get(config.recompute.mode, depth)
+    """Count the blocks of a stack that recompute more than GELU (parallel/recompute.py)."""
+    return {"none": 0, "gelu": 0, "blocks": -(-depth // config.recompute.every)}.get(
+        config.recompute.mode, depth
+    )
 
 
 def _compute_terms(parts: Sequence[Part], micro_batches: int) -> list[Term]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,15 @@ def test_a_published_system_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_what_was_measured_can_be_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    small = ["model.num_frames=4", "batch.micro_batch_size=2"]
+    """The engine and the plain loop; a global batch of many ranks does not slow one rank down."""
+    small = ["model.num_frames=4", "batch.micro_batch_size=2", "batch.global_batch_size=1024"]
     found = profile(monkeypatch, tmp_path, "demo_finetune", *small, "--measure")
     measured = found["measured"]
     assert measured["clips_per_s"] > 0 and measured["device"] and measured["mfu_pct"] is None
     assert set(measured["phases_ms"]) == {"forward", "backward", "optimizer"}
+    assert measured["config"]["batch"]["global_batch_size"] is None
+    assert found["plain_loop"].keys() == measured.keys() and found["plain_loop"]["clips_per_s"] > 0
+    assert "RANK" not in os.environ
     file, out = str(tmp_path / "profile.json"), tmp_path / "out"
     chosen = ["--tables", "parameters", "--models", "VideoMAE", "--out", str(out)]
     assert run_main(monkeypatch, "report", "--measured", file, *chosen) == 0

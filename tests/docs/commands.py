@@ -14,7 +14,7 @@ import typer
 from everest_ds.cli.app import app
 
 ROOT = Path(__file__).parents[2]
-PROGRAMS = ("everest-ds", "make", "pip", "python", "sbatch", "torchrun", "tools/local_slurm")
+PROGRAMS = ("everest-ds", "make", "pip", "python", "sbatch", "torchrun", "tools/")
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _CAPTURED = re.compile(r'^(?:\w+=|eval ")\$\((.*)\)"?$')
 _SHELLS = ("", "bash", "sh", "console")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -75,6 +76,8 @@ def test_another_programs_command_names_what_there_is(command: Command, folder: 
         assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text()
     elif program == "tools/local_slurm":
         assert f'"{words[0]}"' in (ROOT / "tools/localslurm/main.py").read_text()
+    elif program.startswith("tools/"):
+        assert os.access(ROOT / program, os.X_OK)
     elif program == "sbatch":
         script, *arguments = [word for word in words if not word.startswith("-") and word != "..."]
         assert (ROOT / script).is_file()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from everest_ds.config import Experiment
+from everest_ds.models import build_model
+from everest_ds.models.pretrain import Reconstruction
 
 TASKS_AND_SELECTIONS = [
     ("pretrain", "rero"),
@@ -49,3 +52,16 @@ def random_clips(config: Experiment, count: int, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     size = (count, g.num_frames, g.image_size, g.image_size, 3)
     return torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
+
+
+def built(config: Experiment) -> nn.Module:
+    """The model of `config` with the same weights every time."""
+    torch.manual_seed(1)
+    return build_model(config)
+
+
+def loss_of(output: Tensor | Reconstruction) -> Tensor:
+    """The loss of a model's output; clip i is of class i."""
+    if isinstance(output, Reconstruction):
+        return output.loss
+    return F.cross_entropy(output, torch.arange(len(output), device=output.device))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from everest_ds.models import attention
 from everest_ds.models.attention import ATTENTION
+from everest_ds.profiling.launches import count_launches
 
 
 def formula(qkv_Bn3hd: Tensor) -> Tensor:
@@ -50,6 +51,14 @@ def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens(dtype: torch.dtype)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
         ATTENTION["fused"](qkv)
     assert kept and not any(shape.count(num_tokens) > 1 for shape in kept)
+
+
+def test_fused_attention_copies_its_gradients_once() -> None:
+    """In float32, as on a GPU: the gradients of q, k and v go into one tensor that has the order of qkv."""
+    qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
+    out = ATTENTION["fused"](qkv)
+    backward = count_launches(lambda: out.backward(torch.ones_like(out)))
+    assert backward.launches["stack"] == 1 and "clone" not in backward.launches
 
 
 def test_a_single_token_of_a_single_head_is_left_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -23,6 +25,31 @@ class Operators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def not_intel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiply as on a processor that is not Intel's."""
+    monkeypatch.setattr(module, "_PREFERS_ONEDNN", torch.backends.mkldnn.is_available())
+
+
+@pytest.mark.parametrize(("maker", "detour"), [("AuthenticAMD", True), ("GenuineIntel", False)])
+def test_only_processors_of_other_makers_than_intel_take_the_detour(
+    maker: str, detour: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MKL, which PyTorch multiplies with, is Intel's."""
+    processors = tmp_path / "cpuinfo"
+    processors.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: some processor\n")
+    assert module.prefers_onednn(processors) is detour
+    monkeypatch.setattr(module, "_PREFERS_ONEDNN", detour)
+    with Operators() as called:
+        linear(torch.randn(400, 64), torch.randn(4096, 64))
+    assert ("mkldnn::_linear_pointwise" in called.names) is detour
+
+
+def test_a_machine_that_does_not_name_its_processors_takes_the_detour(tmp_path: Path) -> None:
+    assert module.prefers_onednn(tmp_path / "missing")
+
+
+@pytest.mark.usefixtures("not_intel")
 @pytest.mark.parametrize("bias", [True, False])
 def test_output_and_gradients_of_a_large_map_are_those_of_torch(bias: bool) -> None:
     torch.manual_seed(0)
@@ -42,6 +69,7 @@ def test_output_and_gradients_of_a_large_map_are_those_of_torch(bias: bool) -> N
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.usefixtures("not_intel")
 def test_pixels_get_no_gradient() -> None:
     """The input of the patch embedding needs none, and none is computed."""
     x, weight = torch.randn(400, 64), torch.randn(4096, 64, requires_grad=True)
@@ -52,6 +80,7 @@ def test_pixels_get_no_gradient() -> None:
     assert "mkldnn::_linear_pointwise" in called.names
 
 
+@pytest.mark.usefixtures("not_intel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_small_maps_and_other_precisions_stay_with_torch(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch

@@ -1,4 +1,4 @@
-"""The MLP that computes GELU twice, against torch's modules."""
+"""The MLP, with GELU kept and with GELU computed twice, against torch's modules."""
 
 from __future__ import annotations
 
@@ -7,13 +7,18 @@ import torch
 from torch import nn
 
 from everest_ds.models.mlp import MLP
+from everest_ds.profiling.launches import count_launches
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_gradients_are_those_of_linear_gelu_linear(dtype: torch.dtype, autocast: bool) -> None:
+def test_output_and_gradients_are_those_of_linear_gelu_linear(
+    dtype: torch.dtype, autocast: bool, recompute: bool
+) -> None:
     torch.manual_seed(0)
     ours = MLP(16).to(dtype)
+    ours.recomputes_gelu = recompute
     plain = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)).to(dtype)
     plain.load_state_dict(dict(zip(plain.state_dict(), ours.state_dict().values(), strict=True)))
     x = torch.randn(3, 5, 16).to(dtype)
@@ -29,8 +34,10 @@ def test_output_and_gradients_are_those_of_linear_gelu_linear(dtype: torch.dtype
         torch.testing.assert_close(mine.grad, theirs.grad)
 
 
-def test_one_hidden_activation_is_kept() -> None:
+@pytest.mark.parametrize(("recompute", "num_kept"), [(False, 3), (True, 2)])
+def test_the_input_and_one_or_two_hidden_activations_are_kept(recompute: bool, num_kept: int) -> None:
     model, x = MLP(16), torch.randn(3, 5, 16, requires_grad=True)
+    model.recomputes_gelu = recompute
     kept: set[int] = set()
 
     def remember(tensor: torch.Tensor) -> torch.Tensor:
@@ -41,4 +48,11 @@ def test_one_hidden_activation_is_kept() -> None:
         output = model(x)
     assert output.shape == x.shape
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert len(kept - weights) == 2  # the input and what fc1 made of it
+    assert len(kept - weights) == num_kept  # the input, what fc1 made of it, and GELU of that
+
+
+def test_gelu_is_computed_once_unless_it_is_recomputed() -> None:
+    for recompute, times in ((False, 1), (True, 2)):
+        model, x = MLP(16), torch.randn(3, 5, 16, requires_grad=True)
+        model.recomputes_gelu = recompute
+        assert count_launches(lambda: model(x).sum().backward()).launches["gelu"] == times  # noqa: B023

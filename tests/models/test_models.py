@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -14,27 +16,18 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.config import Experiment
-from everest_ds.config.backbones import TransformerShape
+from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
 from everest_ds.models import Classifier, PretrainModel, build_model
 from everest_ds.models.pretrain import Reconstruction
 from everest_ds.models.rero import select_tokens, token_importance
+from everest_ds.models.sampling import drop_scale
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
-from everest_ds.models.vit import Block, Blocks
-from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
+from everest_ds.models.vit import DROP_PATH_STREAM, Blocks
+from everest_ds.profiling.launches import count_launches
+from tests.models import TASKS_AND_SELECTIONS, built, experiment, loss_of, random_clips
 
 KEYS = torch.tensor([101, 202, 303])
 every_mode = pytest.mark.parametrize(("task", "selection"), TASKS_AND_SELECTIONS)
-
-
-def built(config: Experiment) -> nn.Module:
-    torch.manual_seed(1)
-    return build_model(config)
-
-
-def loss_of(output: Tensor | Reconstruction) -> Tensor:
-    if isinstance(output, Reconstruction):
-        return output.loss
-    return F.cross_entropy(output, torch.arange(len(output), device=output.device))
 
 
 @every_mode
@@ -68,43 +61,6 @@ def test_no_step_makes_the_host_wait_for_the_device(task: str, selection: str) -
         loss.backward()
     assert loss.shape == () and loss.dtype == torch.float32
     assert all(state[name].grad is not None for name, _ in model.named_parameters())
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@every_mode
-def test_no_step_synchronises_with_a_real_device(task: str, selection: str) -> None:
-    config = experiment(task, selection, drop_path=0.1)
-    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
-    loss_of(model(clips, keys)).backward()  # the first step may set libraries up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss_of(model(clips, keys)).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@every_mode
-def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
-    """Captured once, replayed on other clips: that needs static shapes and no word to the host."""
-    config = experiment(task, selection, drop_path=0.1)
-    model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS[:2].cuda()
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(3):  # libraries set themselves up outside of the capture
-            loss_of(model(clips, keys)).backward()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = loss_of(model(clips, keys))
-        captured.backward()
-    for seed in (1, 2):
-        clips.copy_(random_clips(config, 2, seed))
-        keys.add_(seed)
-        graph.replay()
-        torch.testing.assert_close(captured, loss_of(model(clips, keys)))
 
 
 STATIC = [
@@ -282,43 +238,92 @@ def test_a_half_precision_model_still_takes_its_loss_in_float32(dtype: torch.dty
     torch.testing.assert_close(half, exact, rtol=0.05, atol=0)
 
 
+def stack_of(*branches: float, drop_path: float) -> Blocks:
+    """One block for every two values, whose branches add these to all of their input."""
+    stack = Blocks(TransformerShape(8, len(branches) // 2, 1), drop_path)
+    for parameter in stack.parameters():
+        nn.init.zeros_(parameter)
+    for block, of_attention, of_mlp in zip(stack, branches[::2], branches[1::2], strict=True):
+        nn.init.constant_(block.attention.proj.bias, of_attention)
+        nn.init.constant_(block.mlp.fc2.bias, of_mlp)
+    return stack
+
+
 def test_drop_path_keeps_the_expectation_and_drops_whole_clips_by_key() -> None:
-    torch.manual_seed(0)
-    block, clips = Block(16, 2, drop_path=0.3, index=2), 4000
-    for parameter in block.mlp.fc2.parameters():
-        nn.init.zeros_(parameter)  # the attention branch alone
-    x = torch.randn(1, 3, 16)
-    branch = block.eval()(x, torch.tensor([0])) - x
+    stack, clips = stack_of(0.0, 0.0, 1.0, 0.0, drop_path=0.3), 4000
     keys = torch.arange(clips)
-    change = block.train()(x.expand(clips, -1, -1), keys) - x
+    change = stack(torch.zeros(clips, 3, 8), keys)
     survived = change.flatten(1).any(dim=1)
-    torch.testing.assert_close(change[survived], (branch / 0.7).expand(int(survived.sum()), -1, -1))
+    torch.testing.assert_close(change[survived], torch.full((int(survived.sum()), 3, 8), 1 / 0.7))
     assert survived.float().mean().item() == pytest.approx(0.7, abs=4 * (0.21 / clips) ** 0.5)
-    reverse = block(x.expand(clips, -1, -1), keys.flip(0)) - x
-    assert torch.equal(reverse.flip(0), change)
+    assert torch.equal(stack(torch.zeros(clips, 3, 8), keys.flip(0)).flip(0), change)
 
 
-def test_branches_and_blocks_drop_independently() -> None:
-    clips = 2000
-    dropped = []
-    for index in range(4):
-        block = Block(8, 1, drop_path=0.5, index=index)
-        for parameter in block.parameters():
-            nn.init.zeros_(parameter)
-        nn.init.constant_(block.attention.proj.bias, 1.0)  # doubled if it survives
-        nn.init.constant_(block.mlp.fc2.get_parameter("bias"), 2.0)
-        total = block(torch.zeros(clips, 1, 8), torch.arange(clips))[:, 0, 0]
-        dropped += [(total % 4 == 0).double(), (total < 4).double()]
-    agreement = torch.corrcoef(torch.stack(dropped)) - torch.eye(8)
+def test_branches_and_blocks_drop_independently_at_rates_that_grow_linearly() -> None:
+    clips, values = 4000, [2.0**i for i in range(10)]
+    rates = [0.0, 0.125, 0.25, 0.375, 0.5]
+    total = torch.zeros(clips, 10)
+    for i, value in enumerate(values):  # one branch at a time
+        alone = [0.0] * 10
+        alone[i] = value
+        total[:, i] = stack_of(*alone, drop_path=0.5)(torch.zeros(clips, 1, 8), torch.arange(clips))[:, 0, 0]
+    dropped = (total == 0).double()
+    assert not dropped[:, :2].any()
+    for column, rate in zip(dropped.T, [rate for rate in rates for _ in range(2)], strict=True):
+        assert column.mean().item() == pytest.approx(rate, abs=4 * (rate * (1 - rate) / clips) ** 0.5)
+    agreement = torch.corrcoef(dropped[:, 2:].T) - torch.eye(8)
     assert agreement.abs().max() < 4 / clips**0.5
 
 
-def test_drop_path_grows_linearly_and_evaluation_has_none() -> None:
-    rates = [block.drop_path for block in Blocks(TransformerShape(16, 5, 2), drop_path=0.2)]
-    assert rates == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_hash_for_all_branches_is_one_for_each_bit_for_bit(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    depth, rate = 5, 0.4
+    stack = Blocks(TransformerShape(16, depth, 2), rate).to(dtype)
+    x, keys = torch.randn(6, 3, 16).to(dtype), torch.arange(6) * 7919
+    gradients = []
+    for run in (stack, partial(dropped_one_by_one, stack, rate)):
+        inputs = x.clone().requires_grad_()
+        output = run(inputs, keys)
+        output.float().square().sum().backward()
+        gradients.append([output, inputs.grad, *(parameter.grad for parameter in stack.parameters())])
+        stack.zero_grad()
+    assert all(map(torch.equal, *gradients))
+
+
+def dropped_one_by_one(stack: Blocks, rate: float, x: Tensor, keys: Tensor) -> Tensor:
+    """Every branch that can be dropped asks for its own number."""
+    for i, block in enumerate(stack):
+        own_rate = rate * i / (len(stack) - 1)
+        for j, (norm, branch) in enumerate(((block.norm1, block.attention), (block.norm2, block.mlp))):
+            out = branch(norm(x))
+            if own_rate > 0:
+                out = (
+                    out * drop_scale(keys, DROP_PATH_STREAM + 2 * i + j, 1, own_rate).to(x.dtype)[:, :, None]
+                )
+            x = x + out
+    return x
+
+
+def test_evaluation_drops_no_path() -> None:
     config = experiment("finetune", "none", drop_path=0.9)
     model, clips = built(config).eval(), random_clips(config, 1)
     assert torch.equal(model(clips, KEYS[:1]), model(clips, KEYS[1:2]))
+
+
+@pytest.mark.parametrize(("task", "most"), [("pretrain", 450), ("finetune", 450)])
+def test_a_forward_pass_of_vit_large_launches_few_operators(
+    task: str, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the real depth and a tiny width; drop path of each branch for itself would add 1500."""
+    encoder, decoder = TransformerShape(64, 24, 16), TransformerShape(32, 4, 8)
+    monkeypatch.setitem(BACKBONES, "vit_large", Backbone(encoder, decoder))
+    tiny: dict[str, Any] = {"backbone": "vit_large", "image_size": 32, "patch_size": 8}
+    drop_path = 0.1 if task == "finetune" else 0.0
+    config = experiment(task, "rero", 0.6, drop_path=drop_path, **tiny)
+    model, clips = built(config), random_clips(config, 2)
+    counted = count_launches(lambda: model(clips, KEYS[:2]))
+    assert counted.total <= most and counted.waits == 0
 
 
 def test_dropout_before_the_head_keeps_the_expectation_and_follows_the_key() -> None:

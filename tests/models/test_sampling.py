@@ -9,7 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from everest_ds.models.sampling import random_bits, random_permutation, random_uniform
+from everest_ds.models.sampling import (
+    drop_scale,
+    drop_scales,
+    random_bits,
+    random_permutation,
+    random_uniform,
+)
 
 int64s = st.integers(-(2**63), 2**63 - 1)
 streams = st.integers(0, 200)
@@ -55,6 +61,19 @@ def test_neighbouring_keys_and_streams_give_unrelated_numbers() -> None:
     bound = 4 / math.sqrt(len(keys))  # 4 standard deviations of the correlation of independent numbers
     assert abs(correlation(here, there)) < bound
     assert abs(correlation(here[1:], here[:-1])) < bound
+
+
+@settings(deadline=None)
+@given(
+    keys=st.lists(int64s, min_size=1, max_size=6),
+    stream=streams,
+    rates=st.lists(st.floats(0, 0.99), min_size=1, max_size=5),
+)
+def test_scales_of_many_streams_are_those_of_each(keys: list[int], stream: int, rates: list[float]) -> None:
+    key_B = torch.tensor(keys)
+    together = drop_scales(key_B, stream, torch.tensor(rates, dtype=torch.float64))
+    alone = [drop_scale(key_B, stream + i, 1, rate)[:, 0] for i, rate in enumerate(rates)]
+    assert torch.equal(together, torch.stack(alone))
 
 
 def test_uniform_over_the_numbers_of_a_clip_and_over_clips() -> None:

@@ -92,11 +92,3 @@ def test_resident_peak_is_sampled_where_the_mark_cannot_be_reset(
     peak = measure_resident_peak(lambda: touch(64 * MIB, seconds=0.2))
     assert peak.sampled
     assert peak.peak_bytes - peak.start_bytes > 63 * MIB
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_peak_on_a_gpu() -> None:
-    device = torch.device("cuda")
-    tracked = track_allocations(lambda: torch.empty(8 * MIB, dtype=torch.uint8, device=device), device)
-    assert tracked.peak_bytes == 8 * MIB

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
-from everest_ds.models.mlp import GELULinear
 from everest_ds.models.vit import Blocks
 from everest_ds.profiling.autocast_memory import Stack, kept_bytes, working_bytes
 from everest_ds.profiling.memory_trace import MemoryTrace, trace_memory
@@ -65,15 +64,6 @@ def test_the_other_systems_have_as_many_parameters_as_their_modules() -> None:
         assert count_peer(name).num_parameters == step.num_parameters
 
 
-def plain_blocks(shape: TransformerShape) -> Blocks:
-    """Blocks as they are released: unfused attention, and GELU a module of its own."""
-    blocks = Blocks(shape, attention="unfused")
-    for block in blocks:
-        block.mlp.fc2 = nn.Sequential(nn.GELU(), nn.Linear(4 * shape.width, shape.width))
-        assert not any(isinstance(module, GELULinear) for module in block.modules())
-    return blocks
-
-
 def trace_blocks(stack: Stack, num_clips: int) -> MemoryTrace:
     def inputs() -> tuple[Tensor, Tensor]:
         x_BnD = torch.zeros(num_clips, stack.num_tokens, stack.shape.width, dtype=torch.float16)
@@ -82,7 +72,9 @@ def trace_blocks(stack: Stack, num_clips: int) -> MemoryTrace:
     def loss(model: nn.Module, x_BnD: Tensor, key_B: Tensor) -> Tensor:
         return model(x_BnD.requires_grad_(), key_B).square().mean()
 
-    return trace_memory(lambda: plain_blocks(stack.shape), inputs, loss, amp_dtype=torch.float16)
+    return trace_memory(
+        lambda: Blocks(stack.shape, attention="unfused"), inputs, loss, amp_dtype=torch.float16
+    )
 
 
 def peak_of_passes(trace: MemoryTrace) -> int:

@@ -1,4 +1,4 @@
-"""The step benchmark: its optimiser, what it records, and the whole command on a tiny model."""
+"""The step benchmark: peers that skip steps or fail, what it records, the whole command."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ from everest_ds.models import build_model
 from everest_ds.profiling.compute import predict_macs
 from tests.models import experiment, random_clips
 
+CPU = torch.device("cpu")
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture
-def contenders(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/bench_contenders.py, as its neighbours import it."""
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """tools/bench_step.py, with what it imports from its neighbours."""
     monkeypatch.syspath_prepend(TOOLS)
-    import bench_contenders
+    import bench_step
 
-    return bench_contenders
+    return bench_step
 
 
 @pytest.fixture
@@ -37,24 +38,53 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Any:
     return bench_rates
 
 
-def test_the_bf16_step_is_adamw_on_float32_masters(contenders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contenders, "_CHUNK_ELEMENTS", 40)  # three chunks of these parameters
-    torch.manual_seed(0)
-    parameters = [nn.Parameter(torch.randn(size).bfloat16()) for size in ((7, 5), (35,), (3, 3))]
-    masters = [nn.Parameter(parameter.detach().float()) for parameter in parameters]
-    expected = torch.optim.AdamW(masters, **contenders._ADAMW)
-    optimizer = contenders.MasterAdamW(parameters)
-    assert len(optimizer.chunks) == 3
-    for _ in range(5):
-        for parameter, master in zip(parameters, masters, strict=True):
-            parameter.grad = torch.randn_like(parameter)
-            master.grad = parameter.grad.float()
-        optimizer.step()
-        expected.step()
-        for parameter, master in zip(parameters, masters, strict=True):
-            assert torch.equal(parameter, master.bfloat16())
-    optimizer.zero_grad()
-    assert all(not parameter.grad.any() for parameter in parameters if parameter.grad is not None)
+def peer(name: str, loss_scale: float, extra_values: int = 0) -> Any:
+    """A peer with one linear map, whose loss can overflow fp16 or take too much memory."""
+    from peers import Peer, PeerBatch
+
+    model = nn.Linear(4, 4)
+
+    def loss(batch: Any) -> Tensor:
+        unused = torch.empty(extra_values)
+        return loss_scale * model(batch.video_BCFHW).sum() + unused.numel()
+
+    return Peer(name, model, lambda clip, label: PeerBatch(torch.ones(1, 4), None, None), loss)
+
+
+def contenders(bench: Any, *peers: Any) -> list[Any]:
+    batch = bench.noise_batch(experiment("pretrain", "rero"), CPU)
+    return [each for one in peers for each in bench.peer_contenders(one, ["bf16"], batch)]
+
+
+def test_steps_that_the_loss_scale_skips_are_counted_and_not_timed(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fp16 on a CPU: gradients of 4 times 65536 overflow; at 8192 they do not."""
+    import bench_contenders
+
+    monkeypatch.setattr(bench_contenders, "_half", lambda device: torch.float16)
+    one, hopeless = contenders(bench, peer("one", 4.0), peer("hopeless", float("inf")))
+    for contender in (one, hopeless):
+        bench.attempt(contender, lambda: bench._warm_up(contender, 2, CPU))  # noqa: B023
+    assert (one.skipped, one.failure) == (3, None)
+    assert hopeless.failure == "skipped its first 20 steps"
+    bench._take_turns(3, [one, hopeless], CPU)
+    row = bench._summary(one, 1, CPU)
+    assert len(one.taken) == 3 and row["skipped_steps"] == 3 and row["loss_scale"] == 8192
+    assert bench._summary(hopeless, 1, CPU)["step_ms"] is None
+
+
+def test_a_contender_out_of_memory_is_a_column_and_the_others_go_on(bench: Any) -> None:
+    """A petabyte is refused by the allocator itself."""
+    one, huge = contenders(bench, peer("one", 1.0), peer("huge", 1.0, extra_values=2**48))
+    for contender in (one, huge):
+        bench.attempt(contender, lambda: bench._warm_up(contender, 1, CPU))  # noqa: B023
+    bench._take_turns(2, [one, huge], CPU)
+    rows = [bench._summary(contender, 1, CPU) for contender in (one, huge)]
+    assert [row["failure"] for row in rows] == [None, "out of memory"]
+    assert rows[0]["step_ms"] > 0 and rows[1]["step_ms"] is None and huge.step is None
+    one.is_engine = True
+    assert bench._ratios([one, huge]) == []
 
 
 @pytest.mark.parametrize(("task", "selection"), [("pretrain", "rero"), ("finetune", "none")])
@@ -91,11 +121,14 @@ def test_the_command_measures_two_dtypes_in_turn_and_writes_json(tmp_path: Path)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(file.read_text())
-    assert [row["contender"] for row in result["contenders"]] == ["ours fp32", "ours bf16"]
-    full, half = (row["activations_peak_bytes"] for row in result["contenders"])
+    labels = ["ours fp32", "ours bf16", "plain fp32", "plain bf16"]
+    assert [row["contender"] for row in result["contenders"]] == labels
+    full, half = (row["passes_peak_bytes"] for row in result["contenders"][2:])
     assert 0 < half < full
-    assert [len(steps) for steps in result["steps"].values()] == [2, 2]
+    assert [len(steps) for steps in result["steps"].values()] == [2, 2, 2, 2]
+    assert [row["contender"] for row in result["rates"]] == labels[:2]
     assert all(row["limit_ms"] > 0 for row in result["rates"])
+    assert len(result["ratios"]) == 3
     assert result["profile"] and "Ratios" in done.stdout
 
 

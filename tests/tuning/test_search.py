@@ -46,7 +46,7 @@ def everything(config: Experiment) -> Iterator[Experiment]:
         (0, 1, 2, 3),
         (1, 2, 4, 8),
         (False, True),
-        ("none", "attention", "mlp", "blocks", "full"),
+        ("none", "gelu", "attention", "mlp", "blocks", "full"),
         (2, 3, 4),
         (False, True),
         (False, True),

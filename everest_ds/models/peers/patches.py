@@ -10,8 +10,6 @@ the body, S = L patches in each, P values of a patch, D width, c class tokens (1
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
@@ -68,22 +66,20 @@ class SequenceBody(nn.Module):
     """The class token and all patches as one sequence through blocks, LayerNorm, a head on the class token.
 
     Args:
-        blocks: called with the sequence (B, 1 + T·S, D) and the keys (B,).
+        blocks: the stack, called with the sequence (B, 1 + T·S, D) and the keys (B,).
         head: (B, D) -> (B, classes).
     """
 
-    def __init__(self, blocks: Iterable[nn.Module], width: int, head: nn.Module) -> None:
+    def __init__(self, blocks: nn.Module, width: int, head: nn.Module) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = blocks
         self.norm = nn.LayerNorm(width, eps=LAYER_NORM_EPS)
         self.head = head
 
     def forward(self, class_B1D: Tensor, x_BTSD: Tensor, key_B: Tensor) -> Tensor:
         """Class logits (B, classes)."""
         x_BnD = with_token(class_B1D, x_BTSD.flatten(1, 2))
-        for block in self.blocks:
-            x_BnD = block(x_BnD, key_B)
-        return self.head(self.norm(x_BnD)[:, 0])
+        return self.head(self.norm(self.blocks(x_BnD, key_B))[:, 0])
 
 
 class PatchClassifier(VideoClassifier):

@@ -66,6 +66,16 @@ class DividedBlock(nn.Module):
         return mixed[:, :, 0].mean(dim=1, keepdim=True), mixed[:, :, 1:]
 
 
+class DividedBlocks(nn.ModuleList):
+    """A stack of them."""
+
+    def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
+        """Run every block: (B, n, D) -> (B, n, D)."""
+        for block in self:
+            x_BnD = block(x_BnD, key_B)
+        return x_BnD
+
+
 def build_timesformer(
     geometry: ClipGeometry = EIGHT_FRAMES,
     shape: TransformerShape = BACKBONES["vit_base"].encoder,
@@ -83,7 +93,7 @@ def build_timesformer(
     patches = sampler or AllPatches(geometry)
     rates = drop_path_rates(shape.depth, DROP_PATH)
     blocks = [DividedBlock(shape.width, shape.heads, patches.num_slots, r, i) for i, r in enumerate(rates)]
-    body = SequenceBody(blocks, shape.width, nn.Linear(shape.width, num_classes))
+    body = SequenceBody(DividedBlocks(blocks), shape.width, nn.Linear(shape.width, num_classes))
     model = PatchClassifier(geometry, patches, PatchEmbedding(geometry, shape.width), body)
     for block in blocks[1:]:  # so that it begins as the image model that it is fine-tuned from
         nn.init.zeros_(block.time_out.weight)

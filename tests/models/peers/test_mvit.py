@@ -112,7 +112,7 @@ def test_a_block_that_neither_pools_nor_widens_is_a_plain_one() -> None:
     plain = blocks_with(lambda: SelfAttention(8, 2), TransformerShape(8, 1, 2))[0]
     for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
         theirs.data.copy_(mine)  # both in the order of computation
-    torch.testing.assert_close(ours(x, KEYS), plain(x, KEYS))
+    torch.testing.assert_close(ours(x, KEYS), plain(x))
 
 
 def test_where_queries_are_pooled_so_is_what_they_are_added_to() -> None:

@@ -1,0 +1,58 @@
+"""Training steps of one experiment, timed on this machine: the engine's and a plain loop's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from everest_ds.cli.alone import world_of_one
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
+    from everest_ds.parallel.world import World
+    from everest_ds.profiling.measured import Measured
+    from everest_ds.profiling.phases import TrainingStep
+    from everest_ds.training.engine_step import MeasuredStep
+
+
+def measure_step(subject: str, config: Experiment) -> tuple[Measured, Measured]:
+    """Measure a step of the engine that trains, and one of a plain loop without DeepSpeed, on one rank.
+
+    A global batch is that of a run on many ranks: here a step has the micro-batches of
+    `batch.grad_accum_steps`, one by default.
+
+    Raises:
+        ConfigError: the config does not run on one rank or on this device.
+        OutOfMemoryError: a step does not fit.
+    """
+    from everest_ds.profiling.measured import measure
+    from everest_ds.training.run_folder import describe_environment
+
+    config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_batch_size": None})})
+    commit = (describe_environment(world_size=1)["git"] or {}).get("commit")
+    with world_of_one() as world:
+        engine = measure(subject, config, _engine(config, world), world.device, commit)
+        plain = measure(subject, config, _plain(config, world), world.device, commit)
+    return engine, plain
+
+
+@contextmanager
+def _engine(config: Experiment, world: World) -> Iterator[TrainingStep]:
+    from everest_ds.training.engine_step import EngineStep
+
+    with EngineStep(config, world) as step:
+        yield _phases(step)
+
+
+@contextmanager
+def _plain(config: Experiment, world: World) -> Iterator[TrainingStep]:
+    from everest_ds.training.plain_step import PlainStep
+
+    yield _phases(PlainStep(config, world.device))
+
+
+def _phases(step: MeasuredStep) -> TrainingStep:
+    from everest_ds.profiling.phases import TrainingStep
+
+    return TrainingStep(step.load, step.forward, step.backward, step.update, step.micro_batches)

@@ -1,0 +1,300 @@
+"""ZeRO without DeepSpeed's work per tensor: an update in a few launches and one wait of the host.
+
+DeepSpeed 0.19.8 looks for infinities in every gradient (13 operators a tensor), copies each to float64 for
+its norm, flattens them and makes them float32. Here one `foreach` operator takes all norms. Their sum says
+whether all gradients are finite and how far to clip, and is the only value that the host reads. Where one
+rank holds the whole model, nothing is reduced. Stage 3 gets the norm only.
+
+The gradients of several bf16 micro-batches are summed in float32 at both stages. At stage 1 DeepSpeed would
+do so by another optimiser, which checks no overflow and counts weights that are whole on every
+tensor-parallel rank several times.
+
+Layout, reduction in buckets and the addresses that checkpoints use stay DeepSpeed's.
+tests/parallel/test_lean_update.py checks weights against its own path, in every bit without clipping.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import torch
+from deepspeed import __version__ as deepspeed_version
+from deepspeed import comm as dist
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
+from torch import Tensor
+from torch._utils import _unflatten_dense_tensors
+
+from everest_ds.errors import EverestError
+
+# Methods of DeepSpeed's optimiser that are replaced below, and those that the replacements call.
+_REPLACED = (
+    "step reduce_gradients backward_epilogue independent_gradient_partition_epilogue"
+    " _fill_param_grad_accum_attribute _add_to_grad_partition_buffer"
+)
+_USED = (
+    "reduce_ipg_grads get_flat_partition get_all_grad_tensors zero_grad _clear_param_grad_only _update_scale"
+    " _release_ipg_buffers _clear_previous_reduced_grads _use_compact_grad_partition_buffer"
+    " _get_compact_grad_partition_buffer _model_parallel_all_reduce _lazy_init_hp_params_optimizer_state"
+)
+
+
+def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
+    """Turn DeepSpeed's optimiser of stage 1 or 2 into a `LeanZeroOptimizer`, before the first step.
+
+    Args:
+        optimizer: of an engine without offload; DeepSpeed's constructor has laid out the partitions.
+        sums_in_float32: the gradients of micro-batches, else in the precision of training.
+
+    Raises:
+        EverestError: this DeepSpeed has no such optimiser, or lacks a method that is replaced.
+    """
+    _check(optimizer, DeepSpeedZeroOptimizer, f"{_REPLACED} {_USED}")
+    optimizer.__class__ = LeanZeroOptimizer
+    dtype = torch.float32 if sums_in_float32 else optimizer.dtype
+    optimizer.gradient_accumulation_dtype = dtype
+    optimizer.use_separate_grad_accum = dtype != optimizer.dtype
+    optimizer.use_grad_accum_attribute = dtype != optimizer.dtype and not optimizer.partition_gradients
+
+
+def make_norm_lean(optimizer: Any) -> None:
+    """Let DeepSpeed's optimiser of stage 3 take the norm of all gradients at once.
+
+    Args:
+        optimizer: of an engine without offload.
+
+    Raises:
+        EverestError: this DeepSpeed has no such optimiser, or lacks the method that is replaced.
+    """
+    _check(optimizer, DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups _model_parallel_all_reduce")
+    optimizer.__class__ = LeanZero3Optimizer
+
+
+def _check(optimizer: Any, expected: type, names: str) -> None:
+    missing = [name for name in names.split() if not hasattr(expected, name)]
+    if type(optimizer) is not expected or missing:
+        found = f"without {', '.join(missing)}" if missing else f"with a {type(optimizer).__name__}"
+        raise EverestError(
+            "this DeepSpeed is not the one whose ZeRO we replace in part",
+            given=f"{deepspeed_version}, {found}",
+            allowed="0.19.8",
+            fix="pip install deepspeed==0.19.8",
+        )
+
+
+def clip_gradients(engine: Any) -> None:
+    """Clip at stage 0 without a wait of the host, and keep the norm, which DeepSpeed drops there."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    gradients = [parameter.grad for parameter in parameters]
+    if engine.mpu is None:
+        norm = sum_of_squares(gradients, engine.device).sqrt().float()
+    else:
+        is_first = engine.mpu.get_model_parallel_rank() == 0
+        counted = [p.grad for p in parameters if is_first or is_model_parallel_parameter(p)]
+        total = sum_of_squares(counted, engine.device)
+        dist.all_reduce(total, group=engine.mpu.get_model_parallel_group())
+        norm = total.sqrt().float()
+    torch._foreach_mul_(gradients, (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
+    engine._global_grad_norm = norm
+
+
+def sum_of_squares(tensors: list[Tensor], device: torch.device | str) -> Tensor:
+    """Return the sum over all elements, a float64 scalar on the device, in four launches for all tensors."""
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
+
+
+class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
+    """DeepSpeed's optimiser of stages 1 and 2, made by `make_lean`; never constructed."""
+
+    # By parameter group: this rank's part of the averages, and sums before they are averaged
+    averaged_gradients: dict[int, Any]
+    all_grad_tensors: dict[int, Any]
+    params_already_reduced: list[bool]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the weights, or leave them if a gradient is not finite (`overflow`)."""
+        self.micro_step_id = INITIAL_MICRO_STEP_ID
+        scale = self.loss_scale  # that the gradients carry; `_update_scale` changes it
+        norm = self._scaled_norm()
+        self.overflow = not math.isfinite(norm)
+        self._update_scale(self.overflow)
+        self._global_grad_norm = math.inf if self.overflow else norm / scale
+        gradients = None if self.overflow else self._float32_gradients()
+        for held in (self.averaged_gradients, self.all_grad_tensors):  # to which parameters refer, too
+            held.update(dict.fromkeys(held))
+        self.zero_grad(set_to_none=True)
+        if gradients is not None:
+            factor = self._factor(norm, scale)
+            if factor != 1.0:
+                torch._foreach_mul_(gradients, factor)
+            self._step_masters(gradients)
+            self._publish_masters()
+
+    def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
+        """Average the gradients of a step over the data-parallel ranks, at stage 1."""
+        if self._is_alone:
+            self.backward_epilogue()
+            self.independent_gradient_partition_epilogue()
+        else:
+            super().reduce_gradients(pipeline_parallel)
+
+    def backward_epilogue(self, *args: object, **kwargs: object) -> None:
+        """Add a micro-batch's gradients to the float32 sum; on several ranks, hooks have done so."""
+        if not (self._is_alone and self.use_separate_grad_accum):
+            return
+        for index, parameters in enumerate(self.params_in_partition):
+            sums = _without_padding(self._get_compact_grad_partition_buffer(index))
+            pairs = [(s, p.grad) for s, p in zip(sums, parameters, strict=True) if p.grad is not None]
+            if pairs:
+                torch._foreach_add_(*(list(tensors) for tensors in zip(*pairs, strict=True)))
+        self._clear_param_grad_only()
+
+    def independent_gradient_partition_epilogue(self) -> None:
+        """Finish the reduction of a backward pass and keep this rank's part of the averages."""
+        if not self._is_alone:
+            self.reduce_ipg_grads()
+            self.params_already_reduced = [False] * len(self.params_already_reduced)
+            self._join_reduction_stream()
+        for index in range(len(self.bit16_groups)):
+            self._keep_part(index)
+        self._release_ipg_buffers()
+        self._clear_param_grad_only()
+        self._epilogue_ran_this_backward = True
+
+    def _join_reduction_stream(self) -> None:
+        """Let the device wait for the reductions, where DeepSpeed lets the host wait for the device.
+
+        Buckets and gradients that are freed after this come from the stream that waits, so their memory is
+        used again only behind it; the part of a rank comes from the reduction stream, whose next use of it
+        waits for the next backward pass.
+        """
+        if self.overlap_comm and not get_accelerator().resolves_data_dependency():
+            get_accelerator().current_stream().wait_stream(self.reduction_stream)
+        self._clear_previous_reduced_grads()
+
+    def _keep_part(self, index: int) -> None:
+        """Make the `averaged_gradients` of a group at the last micro-batch, sum before it."""
+        is_last, parameters = self.is_gradient_accumulation_boundary(), self.params_in_partition[index]
+        if self._use_compact_grad_partition_buffer(index):
+            if is_last:
+                self._get_compact_grad_partition_buffer(index)
+            return
+        dtype, sums = self.gradient_accumulation_dtype, self.all_grad_tensors.get(index)
+        new = self.get_all_grad_tensors(parameters, dtype=dtype)
+        if sums:
+            torch._foreach_add_(sums, new)
+        else:
+            self.all_grad_tensors[index] = new
+        if is_last:
+            self.averaged_gradients[index] = self.get_flat_partition(
+                parameters,
+                self.first_offset[index],
+                self.partition_size[index],
+                dtype=dtype,
+                device=get_accelerator().current_device_name(),
+                param_group_idx=index,
+                return_tensor_list=True,
+            )
+            self.all_grad_tensors[index] = None
+
+    def _fill_param_grad_accum_attribute(self, param: Any) -> None:
+        if param.grad is None:
+            return
+        if param.grad_accum is None:
+            param.grad_accum = param.grad.to(self.gradient_accumulation_dtype)
+        else:
+            param.grad_accum.add_(param.grad)
+        param.grad = None
+
+    @staticmethod
+    def _add_to_grad_partition_buffer(output: Tensor | None, source: Tensor) -> None:
+        if output is not None:
+            output.add_(source)  # which makes it float32 as it reads it
+
+    @property
+    def _is_alone(self) -> bool:
+        return bool(dist.get_world_size(group=self.dp_process_group) == 1)
+
+    def _scaled_norm(self) -> float:
+        """Norm over all gradients of all ranks, times the loss scale; the one wait of a step."""
+        gradients = {i: _without_padding(held) for i, held in self.averaged_gradients.items()}
+        return math.sqrt(_global_sum_of_squares(self, gradients, self.params_in_partition).item())
+
+    def _float32_gradients(self) -> list[Tensor]:
+        """This rank's part of each group, flat, as the optimiser's float32 weights are."""
+        flats, targets, sources = list[Tensor](), list[Tensor](), list[Tensor]()
+        for index, size in enumerate(self.partition_size):
+            averaged = self.averaged_gradients[index]
+            flat = getattr(averaged, "flat_partition", None)
+            if flat is None:
+                flat = torch.empty(int(size), dtype=torch.float32, device=averaged[0].device)
+                targets += _unflatten_dense_tensors(flat, averaged)
+                sources += averaged
+            flats.append(flat)
+        if targets:
+            torch._foreach_copy_(targets, sources)
+        return flats
+
+    def _factor(self, norm: float, scale: float) -> float:
+        """What takes the loss scale away and clips, in DeepSpeed's order of float32 operations."""
+        combined = np.float32(scale)
+        if self.clip_grad > 0.0:
+            clip = (np.float32(norm) / combined + np.float32(1e-6)) / np.float32(self.clip_grad)
+            combined *= max(clip, np.float32(1.0))
+        return float(np.float32(1.0) / combined)
+
+    def _step_masters(self, gradients: list[Tensor]) -> None:
+        for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
+            master.grad = gradient
+        self.optimizer.step()
+        gradients.clear()  # gathering needs the memory
+        for master in self.single_partition_of_fp32_groups:
+            master.grad = None
+        self._lazy_init_hp_params_optimizer_state()
+
+    def _publish_masters(self) -> None:
+        """Round the new weights, and gather those of the other ranks."""
+        rank = dist.get_rank(group=self.dp_process_group)
+        parts = [partitions[rank] for partitions in self.parallel_partitioned_bit16_groups]
+        torch._foreach_copy_(parts, self.single_partition_of_fp32_groups)
+        all_gather_dp_groups(
+            groups_flat=self.bit16_groups_flat,
+            partitioned_param_groups=self.parallel_partitioned_bit16_groups,
+            dp_process_group=self.real_dp_process_group,
+            start_alignment_factor=self.nccl_start_alignment_factor,
+            allgather_bucket_size=self.allgather_bucket_size,
+        )
+
+
+class LeanZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's optimiser of stage 3 with one norm for all gradients, made by `make_norm_lean`."""
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        return [_global_sum_of_squares(self, self.averaged_gradients, self.fp16_groups).sqrt().float()]
+
+
+def _global_sum_of_squares(
+    optimizer: Any, gradients: dict[int, list[Tensor]], parameters: list[list[Any]]
+) -> Tensor:
+    """Sum over the gradients of all ranks, by group; of a weight that tensor-parallel ranks copy, once."""
+    is_first, counted = optimizer.model_parallel_rank == 0, list[Tensor]()
+    for index, group in enumerate(parameters):
+        pairs = zip(gradients[index], group, strict=False)  # unmarked padding may follow
+        counted += [g for g, p in pairs if is_first or is_model_parallel_parameter(p)]
+    total = sum_of_squares(counted, get_accelerator().current_device_name())
+    if dist.get_world_size(group=optimizer.dp_process_group) > 1:
+        dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
+    return total
+
+
+def _without_padding(gradients: Iterable[Tensor]) -> list[Tensor]:
+    return [gradient for gradient in gradients if not getattr(gradient, "_zero_padding", False)]

@@ -1,0 +1,203 @@
+"""The training step of a run apart from the run: what benchmarks, profiles and GPU checks time.
+
+Shape legend: B clips, F frames, H x W pixels.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from everest_ds.config import Experiment, plan_ranks
+from everest_ds.data.augment import Augmentation
+from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
+from everest_ds.models.initial import NamedTensor, outline
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate, step_skipped
+from everest_ds.parallel.initial import InitialWeights
+from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.nvme import remove_swap_files
+from everest_ds.parallel.world import World
+from everest_ds.training.objective import build_objective
+from everest_ds.training.packing import Packer, unpack
+from everest_ds.training.parameters import parameter_groups
+
+_NOISE_RANGE = 0.03  # about the spread of initial weights
+
+
+class MeasuredStep(ABC):
+    """What the engine's step and the plain loop's have in common: everything up to the loss.
+
+    Attributes:
+        micro_batches: rounds of a step (`grad_accum_steps` of the batch plan).
+        learning_rate: set before each forward pass. At 0.0 the weights stay as they are, and an update takes
+            as long as with any other rate.
+    """
+
+    def __init__(
+        self, config: Experiment, device: torch.device, micro_batches: int, learning_rate: float, share: int
+    ) -> None:
+        """`share` is the data-parallel rank: others see other noise."""
+        self.micro_batches = micro_batches
+        self.learning_rate = learning_rate
+        self._objective = build_objective(config)
+        self._prepare = _Preparation(config, device)
+        self._noise = noise_batch(config, device, share)
+        self._changes_clips = config.augment.changes
+        self._trained: Any = None  # a model that is called, with its optimizer
+        self._optimized: Any = None
+
+    def load(self) -> Batch:
+        """A micro-batch of noise, on the device; the same at every call, not augmented yet."""
+        noise = self._noise  # augmentation writes into clips
+        return noise._replace(clip=noise.clip.clone()) if self._changes_clips else noise
+
+    def prepare(self, batch: Batch) -> Batch:
+        """Copy a batch to the device and augment it there.
+
+        Args:
+            batch: from `load`, or a loader's: uint8 clips (B, F, H, W, 3) on any device, keys on the host.
+        """
+        return self._prepare(batch)
+
+    def loss(self, prepared: Batch) -> Tensor:
+        """Set the learning rate and compute this rank's loss."""
+        set_learning_rate(self._optimized, self.learning_rate)
+        return self._objective(self._trained, prepared)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Prepare a batch and compute its loss."""
+        return self.loss(self.prepare(batch))
+
+    @abstractmethod
+    def backward(self, loss: Tensor) -> None:
+        """Compute gradients, and add them to those of earlier micro-batches."""
+
+    @abstractmethod
+    def update(self) -> bool:
+        """Update the weights if this is the last micro-batch; whether a gradient prevented that."""
+
+
+class EngineStep(MeasuredStep):
+    """One optimiser step of the engine that `train` builds for an experiment. Call on every rank.
+
+    DeepSpeed, tensor parallelism, recompute, augmentation, drop path and label smoothing are those of the
+    config. Not in it are the loader, observers and the message by which ranks report unreadable videos.
+    A step is `micro_batches` rounds of all phases; the weights change in the last:
+
+        with EngineStep(config, world) as step:
+            for _ in range(step.micro_batches):
+                loss = step.forward(step.load())
+                step.backward(loss)
+                skipped = step.update()
+
+    Attributes:
+        engine: DeepSpeed's, with the model in `engine.module`.
+    """
+
+    def __init__(
+        self,
+        config: Experiment,
+        world: World,
+        weights: InitialWeights | None = None,
+        learning_rate: float = 0.0,
+    ) -> None:
+        """Build the engine.
+
+        Args:
+            world: from `join_world`; `everest_ds.cli.alone.world_of_one` needs no launcher.
+            weights: default: noise, drawn on the device: initialising a ViT-L on the host takes 10 s.
+
+        Raises:
+            ConfigError: the config does not run on these ranks or this device.
+        """
+        plan, mesh = plan_ranks(config, world.size), form_mesh(world, config.parallelism.tensor)
+        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.data_rank)
+        model = outline(config)
+        groups = parameter_groups(model, config.optimizer)
+        weights = weights or noise_weights(config, world.device)
+        self.engine: Engine = build_engine(
+            model, groups, config, resolve_ds_config(config, plan), world, weights
+        )
+        self._trained = self._optimized = self.engine
+        self._config, self._world = config, world
+
+    def backward(self, loss: Tensor) -> None:
+        """Let DeepSpeed compute gradients, and reduce them where its ZeRO stage says so."""
+        self.engine.backward(loss)
+
+    def update(self) -> bool:
+        """Let DeepSpeed update the weights if this is the last micro-batch; whether it skipped that."""
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.engine.step()
+        return last and step_skipped(self.engine)
+
+    def close(self) -> None:
+        """Free the engine and its files; the world stays."""
+        self.engine.destroy()
+        del self.engine, self._trained, self._optimized
+        remove_swap_files(self._config, self._world.rank)
+
+    def __enter__(self) -> EngineStep:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class _Preparation:
+    """What becomes of a loader's batch before the model sees it: on the device, unpacked or augmented."""
+
+    def __init__(self, config: Experiment, device: torch.device) -> None:
+        self._device = device
+        self._geometry = config.model.geometry
+        self._augment = Augmentation(config)
+
+    def __call__(self, batch: Batch) -> Batch:
+        here = batch.to(self._device)
+        if isinstance(here, PackedBatch):
+            return unpack(here, self._geometry)
+        return self._augment(here, batch.key.tolist())
+
+
+def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batch:
+    """A micro-batch of random pixels, as the loader would make it.
+
+    Clips (B, F, H, W, 3) or packed tubelets, and labels (B,), are on the device. Keys and items (B,) are on
+    the host, where augmentation and reports read them.
+    """
+    g, size = config.candidate_geometry, config.batch.micro_batch_size
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (size, g.num_frames, g.image_size, g.image_size, 3)
+    clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
+    item = torch.arange(size) + size * seed
+    label = (item % (config.model.num_classes or 1)).to(device)
+    if not config.data.pack_tokens:
+        return ClipBatch(clip, label, item, item)
+    tubelets, kept = zip(*map(Packer(config), clip), strict=True)
+    return PackedBatch(torch.stack(tubelets), label, item, item, torch.stack(kept))
+
+
+def noise_weights(config: Experiment, device: torch.device) -> InitialWeights:
+    """Weights that cost nothing to draw, in place of initial ones: equal at every call.
+
+    Matrices and buffers are uniform noise; norms start at one, biases at zero.
+    """
+
+    def draw() -> Iterator[NamedTensor]:
+        model, generator = outline(config), torch.Generator(device).manual_seed(0)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            whole = torch.empty(tensor.shape, device=device)
+            if isinstance(tensor, nn.Parameter) and tensor.ndim == 1:
+                yield name, whole.fill_(float(name.endswith(".weight")))
+            else:
+                yield name, whole.uniform_(-_NOISE_RANGE, _NOISE_RANGE, generator=generator)
+
+    return draw

@@ -1,0 +1,24 @@
+"""Tests that need a CUDA device. `make test-gpu` and `pytest -m gpu` collect this folder alone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# `pytestmark` of every module here.
+ON_CUDA = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def run_alone(module: str) -> str:
+    """Run a module in a process of its own and return its output: DeepSpeed settles on one kind of device."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout

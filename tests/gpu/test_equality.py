@@ -1,0 +1,13 @@
+"""The equality that tests/parallel/test_equality.py proves on gloo, as far as one GPU can show it."""
+
+from __future__ import annotations
+
+from tests.gpu import ON_CUDA, run_alone
+from tests.parallel.equality import STAGES, TASKS
+
+pytestmark = ON_CUDA
+
+
+def test_every_stage_on_one_gpu_follows_the_plain_loop() -> None:
+    output = run_alone("tests.gpu.one_device")
+    assert output.count("cuda:0: ") == len(STAGES) * len(TASKS), output

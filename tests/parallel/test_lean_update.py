@@ -1,0 +1,239 @@
+"""The lean update of ZeRO-1 and 2: few launches, one wait, and DeepSpeed's own weights bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from everest_ds.config import Experiment
+from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
+from everest_ds.errors import EverestError
+from everest_ds.parallel import ds_config as ds_config_module
+from everest_ds.parallel.engine import (
+    full_parameter,
+    gradient_norm,
+    set_learning_rate,
+    step_skipped,
+)
+from everest_ds.parallel.world import World
+from everest_ds.profiling.launches import LaunchCounter, count_launches
+from everest_ds.training.objective import build_objective
+from tests.parallel.equality import (
+    SPLITTABLE,
+    TOLERANCE,
+    Trajectory,
+    engine_run,
+    experiment,
+    global_batch,
+    part,
+    start,
+)
+from tests.ranks import run_ranks
+
+# Depth, heads and number of tensors of ViT-L; an operator costs the host the same whatever the width.
+NARROW_VIT_L = Backbone(TransformerShape(64, 24, 16), TransformerShape(32, 4, 8))
+MAX_UPDATE_LAUNCHES = 60
+
+
+def slow(*cell: object) -> object:
+    return pytest.param(*cell, marks=pytest.mark.slow)
+
+
+class Counted(NamedTuple):
+    """Launches of one micro-batch's phases, and waits in all of them."""
+
+    num_tensors: int
+    forward: int
+    backward: int
+    update: int
+    waits: int
+
+
+def count_step(world: World, config: Experiment) -> Counted:
+    """Count a third step, of one micro-batch."""
+    BACKBONES["vit_tiny"] = NARROW_VIT_L
+    engine, objective = start(world, config), build_objective(config)
+    batch = part(global_batch(0), world.size, world.rank)
+    losses: list[Tensor] = []
+    phases: list[Callable[[], object]] = [
+        lambda: losses.append(objective(engine, batch)),
+        lambda: engine.backward(losses[-1]),
+        lambda: (engine.step(), step_skipped(engine)),
+    ]
+    counters: list[LaunchCounter] = []
+    for _ in range(3):
+        set_learning_rate(engine, 1e-3)
+        counters = [count_launches(phase) for phase in phases]
+    num_tensors = len(list(engine.module.parameters()))
+    engine.destroy()
+    return Counted(num_tensors, *(counter.total for counter in counters), sum(c.waits for c in counters))
+
+
+def one_micro_batch(config: Experiment) -> Experiment:
+    batch = config.batch.model_copy(update={"grad_accum_steps": 1})
+    return config.model_copy(update={"batch": batch})
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "ranks"), [(1, "fp32", 1), (2, "bf16", 1), (2, "bf16", 2), (3, "bf16", 1)]
+)
+def test_a_step_of_vit_large_updates_in_few_launches_and_waits_once(
+    stage: int, precision: str, ranks: int
+) -> None:
+    config = one_micro_batch(experiment("pretrain", stage, ranks, precision=precision))
+    counted = run_ranks(count_step, ranks, config)[0]
+    assert counted.num_tensors == 374
+    assert counted.update <= MAX_UPDATE_LAUNCHES
+    assert counted.waits == 1
+
+
+def test_the_backward_pass_on_one_rank_is_that_of_the_model_alone() -> None:
+    config = one_micro_batch(experiment("pretrain", 2, 1, precision="bf16"))
+    plain = one_micro_batch(experiment("pretrain", 0, 1))
+    sharded, alone = (run_ranks(count_step, 1, each)[0] for each in (config, plain))
+    assert sharded.backward - alone.backward <= 4  # a scale of the loss, and padding of two groups
+
+
+def runs_of_both_paths(
+    world: World, configs: list[Experiment], with_sums: bool
+) -> list[tuple[Trajectory, Trajectory]]:
+    """By us, and by DeepSpeed with buckets and its own update."""
+    from everest_ds.parallel import lean_update  # imports DeepSpeed, which collecting tests shall not
+
+    BACKBONES["vit_tiny"] = SPLITTABLE
+    ours = [engine_run(world, config) for config in configs]
+    ds_config_module._UNREDUCED.clear()
+    lean_update.make_lean = lean_update.make_norm_lean = lambda *_: None
+    if with_sums:
+        import everest_ds.parallel.engine as engine_module
+
+        engine_module._as_deepspeed_reads_it = lambda ds_config, _: ds_config
+    return list(zip(ours, (engine_run(world, config) for config in configs), strict=True))
+
+
+def without_clipping(config: Experiment) -> Experiment:
+    optimizer = config.optimizer.model_copy(update={"clip_grad_norm": None})
+    return config.model_copy(update={"optimizer": optimizer})
+
+
+def assert_same_bits(ours: Trajectory, theirs: Trajectory, name: str) -> None:
+    assert ours.losses == theirs.losses, name
+    for parameter, weight in theirs.weights.items():
+        assert np.array_equal(ours.weights[parameter], weight), f"{name}: {parameter}"
+    assert ours.norms == pytest.approx(theirs.norms, rel=1e-6), name
+
+
+@pytest.mark.parametrize(("data", "tensor"), [slow(1, 1), (2, 1), slow(1, 2)])
+def test_weights_are_those_of_deepspeed_in_every_bit(data: int, tensor: int) -> None:
+    cases = [(1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+    configs = [
+        without_clipping(one_micro_batch(experiment("finetune", stage, data, tensor, precision=precision)))
+        for stage, precision in cases
+    ]
+    runs = run_ranks(runs_of_both_paths, data * tensor, configs, False)[0]
+    for case, (ours, theirs) in zip(cases, runs, strict=True):
+        assert_same_bits(ours, theirs, f"{case}, {data} data x {tensor} tensor")
+
+
+@pytest.mark.parametrize("data", [1, slow(2)])
+def test_accumulated_float32_sums_are_those_of_deepspeed_in_every_bit(data: int) -> None:
+    configs = [without_clipping(experiment("pretrain", 2, data, precision="bf16"))]
+    assert_same_bits(*run_ranks(runs_of_both_paths, data, configs, True)[0][0], f"{data} ranks")
+
+
+@pytest.mark.parametrize(("data", "tensor"), [slow(2, 1), (1, 2)])
+def test_clipping_follows_deepspeed(data: int, tensor: int) -> None:
+    """Its norm is a float32 sum of float64 norms, ours the other way round: the last bits may differ."""
+    configs = [experiment("finetune", stage, data, tensor) for stage in (2, 3)]
+    for ours, theirs in run_ranks(runs_of_both_paths, data * tensor, configs, False)[0]:
+        assert ours.norms == pytest.approx(theirs.norms, rel=1e-6)
+        assert ours.losses == pytest.approx(theirs.losses, rel=TOLERANCE)
+
+
+MICRO_BATCHES = 32
+
+
+def error_of_the_sum(world: World, stages: list[int]) -> dict[int, float]:
+    """Of each stage's sum of 32 micro-batches' bf16 gradients, the largest of any tensor against float64."""
+    return {stage: _error(world, stage) for stage in stages}
+
+
+def _error(world: World, stage: int) -> float:
+    from deepspeed.utils import safe_get_full_grad
+
+    config = experiment("pretrain", stage, world.size, precision="bf16")
+    batch = config.batch.model_copy(update={"micro_batch_size": 1, "grad_accum_steps": MICRO_BATCHES})
+    config = config.model_copy(update={"batch": batch})
+    engine, objective, sums = start(world, config), build_objective(config), dict[str, Tensor]()
+
+    def note(name: str) -> Callable[[Tensor], None]:
+        def add(gradient: Tensor) -> None:
+            sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64)) + gradient.double()
+
+        return add
+
+    for name, parameter in engine.module.named_parameters():
+        parameter.register_hook(note(name))
+    for micro_batch in range(MICRO_BATCHES):
+        engine.backward(objective(engine, part(global_batch(micro_batch), 8, world.rank)))
+        if micro_batch < MICRO_BATCHES - 1:
+            engine.step()
+    errors = []
+    for name, parameter in engine.module.named_parameters():
+        expected = sums[name]
+        torch.distributed.all_reduce(expected)
+        expected = expected / world.size
+        found = safe_get_full_grad(parameter).double()
+        errors.append(float((found - expected).norm() / expected.norm()))
+    engine.destroy()
+    return max(errors)
+
+
+@pytest.mark.parametrize(("ranks", "limit"), [(1, 1e-6), (2, 4e-3)])
+def test_32_micro_batches_of_bf16_are_summed_in_float32(ranks: int, limit: float) -> None:
+    """On two ranks, what is sent is rounded to bf16 once, by at most 2^-8; its sum is not."""
+    for stage, error in run_ranks(error_of_the_sum, ranks, [1, 2, 3])[0].items():
+        assert error < limit, f"ZeRO-{stage}"
+
+
+def skip_a_step(world: World, stage: int) -> tuple[bool, float | None, bool, bool]:
+    """The last rank has an infinite gradient, then none."""
+    config = one_micro_batch(experiment("pretrain", stage, world.size, precision="bf16"))
+    engine, objective = start(world, config), build_objective(config)
+    set_learning_rate(engine, 1e-3)
+
+    def weights() -> list[Tensor]:
+        return [full_parameter(parameter).clone() for parameter in engine.module.parameters()]
+
+    def step(factor: float) -> None:
+        engine.backward(factor * objective(engine, part(global_batch(0), world.size, world.rank)))
+        engine.step()
+
+    before = weights()
+    step(math.inf if world.rank == world.size - 1 else 1.0)
+    kept = all(torch.equal(*pair) for pair in zip(before, weights(), strict=True))
+    skipped, norm = step_skipped(engine), gradient_norm(engine)
+    step(1.0)
+    moved = any(not torch.equal(*pair) for pair in zip(before, weights(), strict=True))
+    moved = moved and not step_skipped(engine)
+    engine.destroy()
+    return skipped, norm, kept, moved
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 1), (2, 2)])
+def test_a_gradient_that_is_not_finite_skips_the_step_on_all_ranks(stage: int, ranks: int) -> None:
+    assert run_ranks(skip_a_step, ranks, stage) == [(True, math.inf, True, True)] * ranks
+
+
+def test_another_deepspeed_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from everest_ds.parallel import lean_update
+
+    monkeypatch.delattr(lean_update.DeepSpeedZeroOptimizer, "get_flat_partition")
+    with pytest.raises(EverestError, match=r"get_flat_partition.*pip install deepspeed==0\.19\.8"):
+        lean_update.make_lean(object(), sums_in_float32=False)

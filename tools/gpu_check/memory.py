@@ -1,0 +1,24 @@
+"""Peak memory of a step, predicted and measured, where most of it is saved or needed."""
+
+from __future__ import annotations
+
+from everest_ds.cli.alone import world_of_one
+from gpu_check.cases import Case
+from gpu_check.record import Record
+from gpu_check.steps import measure_case
+
+CASES = (
+    Case("finetune", "vit_large", 16, ("recompute.mode=full",)),
+    Case("finetune", "vit_large", 16, ("recompute.mode=mlp",)),
+    Case("finetune", "vit_large", 16, ("recompute.mode=attention",)),
+    Case("finetune", "vit_large", 16, ("tokens.selection=none",)),
+    Case("finetune", "vit_huge", 8, ("recompute.mode=blocks",)),
+    Case("pretrain", "vit_base", 64, ("parallelism.zero_stage=3",)),
+)
+
+
+def run(record: Record) -> None:
+    """Measure all cases in few steps: the time of a step is not the point."""
+    with world_of_one() as world:
+        for case in CASES:
+            measure_case(record, case, world, steps=2, warm_up=2)

@@ -1,0 +1,158 @@
+"""The results of a part: a JSON file, written anew after every row, that says where they were measured."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from everest_ds.profiling.here import this_device
+from everest_ds.profiling.time import device_name
+from everest_ds.training.run_folder import describe_environment
+
+# `tools/gpu_check.sh prepare` leaves the commit here: what travels to the machine may be no checkout.
+COMMIT_FILE = Path(".gpu/commit")
+_STATE = "driver_version,pstate,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+_LONGEST_ERROR = 600  # characters
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Session:
+    """What all parts of one process share.
+
+    Attributes:
+        out: folder of the results.
+        ends_at: by `time.monotonic()`; what does not fit before it is left out.
+        tiny: rehearse with tiny models.
+        peers: folder with the files of everest/ and videomae/; None: the released systems are left out.
+    """
+
+    out: Path
+    ends_at: float
+    tiny: bool
+    peers: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        """The GPU; a CPU in a rehearsal without one."""
+        return this_device()
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the session must have ended."""
+        return self.ends_at - time.monotonic()
+
+
+class Record:
+    """Rows of one part."""
+
+    def __init__(self, session: Session, part: str) -> None:
+        self.session = session
+        self._file = session.out / f"{part}.json"
+        self._started = time.monotonic()
+        self._content: dict[str, Any] = {
+            "part": part,
+            "tiny": session.tiny,
+            "environment": environment(session.device),
+            "state_before": device_state(),
+            "rows": [],
+        }
+        session.out.mkdir(parents=True, exist_ok=True)
+        self._write()
+
+    def measure(self, case: str, call: Callable[[], Row], needs_s: float = 0.0) -> Row:
+        """Add what `call` returns, or why there is nothing: out of memory, another error, no time left.
+
+        Args:
+            case: names the row.
+            needs_s: without so many seconds left it is not tried.
+        """
+        left_s = self.session.left_s
+        if left_s < needs_s:
+            return self.add(case, {"left_out": f"{left_s:.0f} s were left, {needs_s:.0f} are needed"})
+        try:
+            row = call()
+        except torch.OutOfMemoryError:
+            row = {"error": "out of memory"}
+        except Exception as error:  # the next case can still be measured
+            traceback.print_exc(limit=8)
+            row = {"error": f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]}
+        release_memory()
+        return self.add(case, row)
+
+    def add(self, case: str, row: Row) -> Row:
+        """Add a row, print it and write the file."""
+        whole = {"case": case, **row}
+        self._content["rows"].append(whole)
+        self._write()
+        shown = {name: _rounded(value) for name, value in row.items() if name != "profile"}
+        print(f"[{time.monotonic() - self._started:6.1f} s] {case}: {shown}", flush=True)
+        return whole
+
+    def close(self) -> None:
+        """Note the device's state and the seconds that the part took."""
+        self._content |= {"state_after": device_state(), "seconds": time.monotonic() - self._started}
+        self._write()
+
+    def _write(self) -> None:
+        self._file.write_text(json.dumps(self._content, indent=1))
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, commit and host, for everybody who reads a result later."""
+    about = describe_environment(1)
+    commit = COMMIT_FILE.read_text().strip() if COMMIT_FILE.is_file() else None
+    if about["git"] is not None:
+        commit = about["git"]["commit"] + (" with uncommitted changes" if about["git"]["dirty"] else "")
+    found = {
+        "device": device_name(device),
+        "commit": commit,
+        "time": about["time"],
+        "python": about["python"],
+    }
+    found |= {"packages": about["packages"], "torch": torch.__version__}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found |= {
+            "cuda": torch.version.cuda,
+            "cudnn": torch.backends.cudnn.version(),
+            "memory_gib": properties.total_memory / 2**30,
+            "multiprocessors": properties.multi_processor_count,
+        }
+    return found
+
+
+def device_state() -> str | None:
+    """Driver, power state, clocks, power and temperature as nvidia-smi reads them; None without it."""
+    command = ["nvidia-smi", f"--query-gpu={_STATE}", "--format=csv"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def release_memory() -> None:
+    """Give freed memory back, so that the next case starts with an empty device and a peak of its own."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.4g}")
+    if isinstance(value, dict):
+        return {name: _rounded(one) for name, one in value.items()}
+    return value

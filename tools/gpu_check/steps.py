@@ -1,0 +1,183 @@
+"""The step of one configuration, on the real engine: phases on host and device, memory, predictions."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from everest_ds.config import Experiment
+from everest_ds.errors import ConfigError
+from everest_ds.parallel.world import World
+from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.profiling.devices import find_device, peak_flops_per_s
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.profiling.rates import wait
+from everest_ds.profiling.time import compute_dtype, device_name
+from everest_ds.training.engine_step import EngineStep
+from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.tuning.step_time import predict_step
+from gpu_check.cases import Case
+from gpu_check.record import Record, Row
+from gpu_check.trace import trace_steps
+
+GIB = 2**30
+PHASES = ("load", "forward", "backward", "update")
+STEPS, WARM_UP = 8, 4
+_CASE_S = 9.0  # to build a ViT-L, to compile it from a warm cache and to take a dozen steps
+
+
+class PhaseClock:
+    """Time between marks, by the host's clock and on a GPU by events too; neither makes the device wait."""
+
+    def __init__(self, on_gpu: bool) -> None:
+        self._on_gpu = on_gpu
+        self._host: list[float] = []
+        self._events: list[torch.cuda.Event] = []
+
+    def mark(self) -> None:
+        """End one phase and begin the next."""
+        if self._on_gpu:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append(event)
+        self._host.append(time.perf_counter())
+
+    def host_ms(self) -> list[float]:
+        """Milliseconds of each phase on the host."""
+        return [1e3 * (end - start) for start, end in zip(self._host, self._host[1:], strict=False)]
+
+    def device_ms(self) -> list[float]:
+        """Milliseconds of each phase on the GPU; call once it has finished."""
+        return [a.elapsed_time(b) for a, b in zip(self._events, self._events[1:], strict=False)]
+
+
+def measure_case(
+    record: Record,
+    case: Case,
+    world: World,
+    *,
+    name: str | None = None,
+    steps: int = STEPS,
+    warm_up: int = WARM_UP,
+) -> Row:
+    """Measure a case and add its row to the record, under the case's name or another."""
+    session = record.session
+    trace = None if case.trace is None else session.out / case.trace
+
+    def measure() -> Row:
+        return measure_step(case.config(session.tiny), world, trace=trace, steps=steps, warm_up=warm_up)
+
+    return record.measure(name or case.name, measure, needs_s=_CASE_S)
+
+
+def measure_step(
+    config: Experiment,
+    world: World,
+    *,
+    trace: Path | None = None,
+    steps: int = STEPS,
+    warm_up: int = WARM_UP,
+) -> Row:
+    """Build the engine, step it on noise and describe the step.
+
+    Args:
+        config: with one micro-batch a step.
+        trace: file for a trace of two further steps, whose kernels come back as the row's `profile`.
+        warm_up: steps before the measured ones; the first of them compiles.
+    """
+    row: Row = {
+        "task": config.task,
+        "backbone": config.model.backbone,
+        "clips": config.batch.micro_batch_size,
+    }
+    started = time.perf_counter()
+    with EngineStep(config, world) as step:
+        wait(world.device)
+        row["build_s"] = time.perf_counter() - started
+        started = time.perf_counter()
+        first = one_step(step, PhaseClock(False))
+        wait(world.device)
+        row["first_step_s"] = time.perf_counter() - started
+        for _ in range(warm_up - 1):
+            one_step(step, PhaseClock(False))
+        wait(world.device)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # building the engine is not part of a step
+        clocks = [PhaseClock(world.device.type == "cuda") for _ in range(steps)]
+        started = time.perf_counter()
+        losses = [one_step(step, clock) for clock in clocks]
+        wait(world.device)
+        row |= _times((time.perf_counter() - started) / steps, clocks, config, world.device)
+        row |= _memory(config, world.device)
+        row["finite_loss"] = math.isfinite(float(first)) and math.isfinite(float(losses[-1]))
+        if trace is not None:
+            row["profile"] = trace_steps(lambda: one_step(step, PhaseClock(False)), world.device, trace)
+    return row | {"predicted_ms": predicted_ms(config, world.device)}
+
+
+def one_step(step: EngineStep, clock: PhaseClock) -> torch.Tensor:
+    """Load, forward, backward and update; returns the loss without waiting for it."""
+    clock.mark()
+    batch = step.load()
+    clock.mark()
+    loss = step.forward(batch)
+    clock.mark()
+    step.backward(loss)
+    clock.mark()
+    step.update()
+    clock.mark()
+    return loss.detach()
+
+
+def _times(step_s: float, clocks: list[PhaseClock], config: Experiment, device: torch.device) -> Row:
+    clips = config.batch.micro_batch_size
+    flops = FLOPS_PER_MAC * predict_macs(config).training_macs * clips
+    row: Row = {
+        "step_ms": 1e3 * step_s,
+        "clips_per_s": clips / step_s,
+        "tflop_per_s": 1e-12 * flops / step_s,
+        "mfu_pct": mfu_pct(config, step_s, device),
+        "host_ms": _medians(clock.host_ms() for clock in clocks),
+    }
+    if device.type == "cuda":
+        row["device_ms"] = _medians(clock.device_ms() for clock in clocks)
+    return row
+
+
+def _medians(of_steps: Iterator[list[float]]) -> dict[str, float]:
+    columns = zip(*of_steps, strict=True)
+    return {phase: statistics.median(column) for phase, column in zip(PHASES, columns, strict=True)}
+
+
+def mfu_pct(config: Experiment, step_s: float, device: torch.device) -> float | None:
+    """Useful over peak rate of the device in the config's precision; None if its peak is not known."""
+    peak = peak_flops_per_s(device_name(device), compute_dtype(config.precision, device))
+    flops = FLOPS_PER_MAC * predict_macs(config).training_macs * config.batch.micro_batch_size
+    return None if peak is None else 100 * flops / step_s / peak
+
+
+def _memory(config: Experiment, device: torch.device) -> Row:
+    """Peak of the allocator beside the prediction, GiB."""
+    predicted = predict_memory(config, 1).peak_bytes / GIB
+    if device.type != "cuda":
+        return {"predicted_gib": predicted}
+    peak, reserved = torch.cuda.max_memory_allocated() / GIB, torch.cuda.memory_reserved() / GIB
+    error = 100 * (predicted / peak - 1)
+    return {"peak_gib": peak, "reserved_gib": reserved, "predicted_gib": predicted, "memory_error_pct": error}
+
+
+def predicted_ms(config: Experiment, device: torch.device) -> float | None:
+    """The tuner's step from the device's data sheet, decoding left out; None for what it cannot predict."""
+    product = find_device(device_name(device))
+    if product is None:
+        return None
+    try:
+        prediction = predict_step(config, 1, machine_from_sheet("here", product))
+    except ConfigError:
+        return None
+    return 1e3 * (prediction.step_s - prediction.term("data").seconds)
