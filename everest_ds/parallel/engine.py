@@ -57,36 +57,38 @@ def build_engine(
         fused=True,  # one kernel over all parameters, on GPUs and CPUs alike
     )
     # 5. The engine casts to the training precision, moves to the device and shards over the data group.
-    is_lean = config.parallelism.zero_stage in (1, 2) and not zero_settings(config).offloads_optimizer
+    lean_stage = 0 if zero_settings(config).offloads_optimizer else config.parallelism.zero_stage
     deepspeed.utils.groups.mpu = None  # the last engine's, which initialize() would not forget
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
-        config=_as_deepspeed_reads_it(ds_config, is_lean),
+        config=_as_deepspeed_reads_it(ds_config, lean_stage),
         mpu=mesh.mpu,
         dist_init_required=False,
     )
-    _replace_updates(engine, ds_config, is_lean)
+    _replace_updates(engine, ds_config, lean_stage)
     # 6. The optimiser steps float32 weights, of which the engine has seen the rounded ones only.
     if weights is not None and config.precision != "fp32":
         set_masters(engine, weights, mesh)
     return engine
 
 
-def _as_deepspeed_reads_it(ds_config: dict[str, Any], is_lean: bool) -> dict[str, Any]:
+def _as_deepspeed_reads_it(ds_config: dict[str, Any], lean_stage: int) -> dict[str, Any]:
     """Leave out the type of the sum of gradients where we sum them: it would choose another optimiser."""
-    if not is_lean or "data_types" not in ds_config:
+    if lean_stage not in (1, 2) or "data_types" not in ds_config:
         return ds_config
     types = {key: value for key, value in ds_config["data_types"].items() if key != "grad_accum_dtype"}
     return {**ds_config, "data_types": types}
 
 
-def _replace_updates(engine: Engine, ds_config: dict[str, Any], is_lean: bool) -> None:
+def _replace_updates(engine: Engine, ds_config: dict[str, Any], lean_stage: int) -> None:
     """Replace what DeepSpeed 0.19.8 does tensor by tensor, so that a GPU does not wait for its host."""
-    from everest_ds.parallel.lean_update import clip_gradients, make_lean  # heavy
+    from everest_ds.parallel.lean_update import clip_gradients, make_lean, make_norm_lean  # heavy
 
-    if is_lean:
+    if lean_stage in (1, 2):
         make_lean(engine.optimizer, ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
+    elif lean_stage == 3:
+        make_norm_lean(engine.optimizer)
     engine.clip_fp32_gradients = partial(clip_gradients, engine)  # called at stage 0
 
 

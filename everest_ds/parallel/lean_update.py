@@ -1,9 +1,9 @@
-"""ZeRO-1 and 2 without DeepSpeed's work per tensor: an update in a few launches and one wait of the host.
+"""ZeRO without DeepSpeed's work per tensor: an update in a few launches and one wait of the host.
 
 DeepSpeed 0.19.8 looks for infinities in every gradient (13 operators a tensor), copies each to float64 for
 its norm, flattens them and makes them float32. Here one `foreach` operator takes all norms. Their sum says
 whether all gradients are finite and how far to clip, and is the only value that the host reads. Where one
-rank holds the whole model, nothing is reduced.
+rank holds the whole model, nothing is reduced. Stage 3 gets the norm only.
 
 The gradients of several bf16 micro-batches are summed in float32 at both stages. At stage 1 DeepSpeed would
 do so by another optimiser, which checks no overflow and counts weights that are whole on every
@@ -25,6 +25,7 @@ from deepspeed import __version__ as deepspeed_version
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpeedZeroOptimizer
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
@@ -53,21 +54,37 @@ def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
     Raises:
         EverestError: this DeepSpeed has no such optimiser, or lacks a method that is replaced.
     """
-    names = f"{_REPLACED} {_USED}".split()
-    missing = [name for name in names if not hasattr(DeepSpeedZeroOptimizer, name)]
-    if type(optimizer) is not DeepSpeedZeroOptimizer or missing:
-        found = f"without {', '.join(missing)}" if missing else f"with a {type(optimizer).__name__}"
-        raise EverestError(
-            "this DeepSpeed is not the one whose ZeRO-1 and 2 we replace in part",
-            given=f"{deepspeed_version}, {found}",
-            allowed="0.19.8",
-            fix="pip install deepspeed==0.19.8",
-        )
+    _check(optimizer, DeepSpeedZeroOptimizer, f"{_REPLACED} {_USED}")
     optimizer.__class__ = LeanZeroOptimizer
     dtype = torch.float32 if sums_in_float32 else optimizer.dtype
     optimizer.gradient_accumulation_dtype = dtype
     optimizer.use_separate_grad_accum = dtype != optimizer.dtype
     optimizer.use_grad_accum_attribute = dtype != optimizer.dtype and not optimizer.partition_gradients
+
+
+def make_norm_lean(optimizer: Any) -> None:
+    """Let DeepSpeed's optimiser of stage 3 take the norm of all gradients at once.
+
+    Args:
+        optimizer: of an engine without offload.
+
+    Raises:
+        EverestError: this DeepSpeed has no such optimiser, or lacks the method that is replaced.
+    """
+    _check(optimizer, DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups _model_parallel_all_reduce")
+    optimizer.__class__ = LeanZero3Optimizer
+
+
+def _check(optimizer: Any, expected: type, names: str) -> None:
+    missing = [name for name in names.split() if not hasattr(expected, name)]
+    if type(optimizer) is not expected or missing:
+        found = f"without {', '.join(missing)}" if missing else f"with a {type(optimizer).__name__}"
+        raise EverestError(
+            "this DeepSpeed is not the one whose ZeRO we replace in part",
+            given=f"{deepspeed_version}, {found}",
+            allowed="0.19.8",
+            fix="pip install deepspeed==0.19.8",
+        )
 
 
 def clip_gradients(engine: Any) -> None:
@@ -208,18 +225,8 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
 
     def _scaled_norm(self) -> float:
         """Norm over all gradients of all ranks, times the loss scale; the one wait of a step."""
-        counted: list[Tensor] = []
-        for index, parameters in enumerate(self.params_in_partition):
-            # the last group's end may be padding that is not marked
-            pairs = zip(_without_padding(self.averaged_gradients[index]), parameters, strict=False)
-            # a weight that is whole on every tensor-parallel rank counts on the first
-            is_first = self.model_parallel_rank == 0
-            counted += [g for g, p in pairs if is_first or is_model_parallel_parameter(p)]
-        total = sum_of_squares(counted, get_accelerator().current_device_name())
-        if not self._is_alone:
-            dist.all_reduce(total, group=self.dp_process_group)
-        self._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
-        return math.sqrt(total.item())
+        gradients = {i: _without_padding(held) for i, held in self.averaged_gradients.items()}
+        return math.sqrt(_global_sum_of_squares(self, gradients, self.params_in_partition).item())
 
     def _float32_gradients(self) -> list[Tensor]:
         """This rank's part of each group, flat, as the optimiser's float32 weights are."""
@@ -265,6 +272,28 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
             start_alignment_factor=self.nccl_start_alignment_factor,
             allgather_bucket_size=self.allgather_bucket_size,
         )
+
+
+class LeanZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
+    """DeepSpeed's optimiser of stage 3 with one norm for all gradients, made by `make_norm_lean`."""
+
+    def _get_norm_groups(self) -> list[Tensor]:
+        return [_global_sum_of_squares(self, self.averaged_gradients, self.fp16_groups).sqrt().float()]
+
+
+def _global_sum_of_squares(
+    optimizer: Any, gradients: dict[int, list[Tensor]], parameters: list[list[Any]]
+) -> Tensor:
+    """Sum over the gradients of all ranks, by group; of a weight that tensor-parallel ranks copy, once."""
+    is_first, counted = optimizer.model_parallel_rank == 0, list[Tensor]()
+    for index, group in enumerate(parameters):
+        pairs = zip(gradients[index], group, strict=False)  # unmarked padding may follow
+        counted += [g for g, p in pairs if is_first or is_model_parallel_parameter(p)]
+    total = sum_of_squares(counted, get_accelerator().current_device_name())
+    if dist.get_world_size(group=optimizer.dp_process_group) > 1:
+        dist.all_reduce(total, group=optimizer.dp_process_group)
+    optimizer._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
+    return total
 
 
 def _without_padding(gradients: Iterable[Tensor]) -> list[Tensor]:

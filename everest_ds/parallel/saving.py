@@ -6,6 +6,7 @@ number of ranks at any ZeRO stage goes on from it.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -23,6 +24,7 @@ from everest_ds.checkpoints.reader import STATES, entry
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.parallel.engine import Engine
+from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.states import ModelStates, loss_scale, model_states, optimizer_step
 
@@ -54,17 +56,24 @@ class _Written(NamedTuple):
 class Saving:
     """The checkpoint of this step on its way to the disk: not there, under its name, before `finish` ends.
 
-    In the background, a thread writes from a copy on the host, and the next steps need not wait. Else the
-    states themselves are written, before this returns.
+    With `copies`, a thread writes from a copy on the host, and the next steps need not wait. Otherwise the
+    states themselves are written before this returns.
     """
 
     def __init__(
-        self, engine: Engine, folder: Path, facts: dict[str, Any], keep: Keep, mesh: Mesh, background: bool
+        self,
+        engine: Engine,
+        folder: Path,
+        facts: dict[str, Any],
+        keep: Keep,
+        mesh: Mesh,
+        copies: HostCopies | None,
     ) -> None:
         """Start to write. Call on every rank.
 
         Args:
             facts: those of `Facts` that are not the engine's to know.
+            copies: in use until `finish` returns.
 
         Raises:
             CheckpointError: on every rank, if the folder cannot be written to.
@@ -78,8 +87,8 @@ class Saving:
             self._path = self._world.share(lambda: start_saving(folder, self._facts.step))
         except OSError as error:
             raise not_saved(folder, error) from None
-        write = _writer(states, self._path, self._world.rank, background)
-        self._part = _in_thread(write) if background else _done(write)
+        write = _writer(states, self._path, self._world.rank, copies)
+        self._part = _done(write) if copies is None else _in_thread(write)
         self.seconds = 0.0  # that this rank wrote, once it has
         self._part.add_done_callback(lambda _: self._note(time.perf_counter() - started))
 
@@ -140,21 +149,31 @@ def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
     return future
 
 
-def _writer(states: ModelStates, saving: Path, rank: int, copy: bool) -> Callable[[], _Written]:
-    """Writes this rank's file: the weights first, so that an export reads them in one go.
+def _writer(
+    states: ModelStates, saving: Path, rank: int, copies: HostCopies | None
+) -> Callable[[], _Written]:
+    """Return a function that writes this rank's file, the weights first: an export reads them in one go.
 
-    With `copy`, what is written is what the states are now; else what they will be when it is written.
+    With `copies`, the file holds the states of this moment; without, those of the moment when it is written.
     """
     mine = [held for held in states.held() if held.saved_here]
     file = f"rank-{rank:05d}.safetensors"
     specs = {
         entry(state, held.name): TensorSpec(torch.float32, (held.numel,)) for state in STATES for held in mine
     }
-    tensors: Iterable[Tensor] = (states.get(held, state, copy) for state in STATES for held in mine)
-    if copy:
-        tensors = list(tensors)
+    tensors: Iterable[Tensor] = (states.get(held, state) for state in STATES for held in mine)
+    if copies is None:
+        tensors = (tensor.cpu() for tensor in tensors)
+    else:
+        tensors = copies.take([math.prod(spec.shape) for spec in specs.values()], tensors)
     saved = [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
-    return lambda: _Written(file, write_tensors(saving / file, specs, tensors, {}), saved)
+
+    def write() -> _Written:
+        if copies is not None:
+            copies.wait()
+        return _Written(file, write_tensors(saving / file, specs, tensors, {}), saved)
+
+    return write
 
 
 def _manifest(facts: Facts, written: list[_Written]) -> Manifest:

@@ -50,8 +50,8 @@ class ModelStates(Protocol):
     def held(self) -> Iterator[Held]:
         """What this rank holds, in the order of the parameters."""
 
-    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:
-        """Those elements of a state: float32, flat, on the host. A view if they live there, unless `copy`."""
+    def get(self, held: Held, state: str) -> Tensor:
+        """Return those elements of a state, float32 and flat: a view where they live."""
 
     def put(self, held: Held, state: str, values: Tensor) -> None:
         """Set them. Call `refresh` after the last."""
@@ -135,8 +135,8 @@ class _Replicated:
             yield _held(name, parameter, self._mesh, 0, parameter.numel(), writer == self._mesh.data_rank)
             before += parameter.numel()
 
-    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:
-        return self._tensor(held.parameter, state).detach().to("cpu", copy=copy).view(-1)
+    def get(self, held: Held, state: str) -> Tensor:
+        return self._tensor(held.parameter, state).detach().view(-1)
 
     @torch.no_grad()
     def put(self, held: Held, state: str, values: Tensor) -> None:
@@ -173,8 +173,8 @@ class _Flattened:
                 address = mapping.lp_fragment_address
                 yield _held(name, parameter, self._mesh, address.start, address.numel)
 
-    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:
-        return self._elements(held, state).detach().to("cpu", copy=copy)
+    def get(self, held: Held, state: str) -> Tensor:
+        return self._elements(held, state).detach()
 
     def put(self, held: Held, state: str, values: Tensor) -> None:
         self._elements(held, state).copy_(values)
@@ -209,14 +209,14 @@ class _Partitioned:
             if numel > 0:
                 yield _held(name, parameter, self._mesh, start, numel)
 
-    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:
+    def get(self, held: Held, state: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # heavy
 
         if state == WEIGHT:
             share: Tensor = safe_get_local_fp32_param(held.parameter)
         else:
             share = safe_get_local_optimizer_state(held.parameter, state)
-        return share.detach()[: held.numel].to("cpu", copy=copy)
+        return share.detach()[: held.numel]
 
     def put(self, held: Held, state: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state  # heavy
@@ -250,7 +250,9 @@ class _Swapped(_Partitioned):
         self._copied: tuple[int, str] | None = None  # group and state that was read last
         self._copy: Tensor
 
-    def get(self, held: Held, state: str, copy: bool = False) -> Tensor:  # what is fetched is a copy
+    def get(
+        self, held: Held, state: str
+    ) -> Tensor:  # of a copy on the host, for what is fetched is sent back
         group, start, _ = self._place(held)
         if self._copied != (group, state):
             self._send_back()

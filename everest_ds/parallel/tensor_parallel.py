@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as functional
 from fairscale.nn.model_parallel.initialize import get_model_parallel_group
 from fairscale.nn.model_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from fairscale.nn.model_parallel.mappings import copy_to_model_parallel_region
 from torch import Tensor, nn
 
 from everest_ds.models.linear import linear
@@ -118,14 +118,14 @@ class _Column(ColumnParallelLinear):
         self.weight, self.bias = dense.weight, dense.bias
 
     def forward(self, x_nI: Tensor) -> Tensor:
-        return linear(copy_to_model_parallel_region(x_nI), self.weight, self.bias)
+        return linear(_Copy.apply(x_nI), self.weight, self.bias)
 
 
 class _QKV(_Column):
     """Queries, keys and values of own heads; the bias comes with the input, split as they are."""
 
     def forward(self, x_nI: Tensor, bias_O: Tensor) -> Tensor:  # type: ignore[override]
-        return linear(copy_to_model_parallel_region(x_nI), self.weight, bias_O)
+        return linear(_Copy.apply(x_nI), self.weight, bias_O)
 
 
 class _Row(RowParallelLinear):
@@ -148,18 +148,41 @@ class _GELURow(_Row):
         return _Sum.apply(gelu_linear(x_nI, self.weight, None, recompute)) + self.bias
 
 
+class _Copy(torch.autograd.Function):
+    """The input of a layer that is split by outputs: the gradients of all ranks' parts add up."""
+
+    @staticmethod
+    def forward(ctx: Any, whole: Tensor) -> Tensor:
+        return whole.view_as(whole)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _sum_over_group(gradient)
+
+
 class _Sum(torch.autograd.Function):
-    """The sum over the tensor group, in the memory of the input, which nobody else has.
+    """The sum over the tensor group; nobody else has the input's memory, which eager code reuses.
 
     fairscale's marks its input as changed, which autograd forbids for what oneDNN's linear returns.
     """
 
     @staticmethod
     def forward(ctx: Any, partial: Tensor) -> Tensor:
-        total = partial.detach()
-        dist.all_reduce(total, group=get_model_parallel_group())
-        return total
+        return _sum_over_group(partial.detach())
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
         return gradient
+
+
+def _sum_over_group(part: Tensor) -> Tensor:
+    """Return the sum of `part` over the tensor group, in the memory of `part` unless it is being compiled.
+
+    Dynamo of torch 2.11 loses a change of memory inside an autograd function without a word, so a graph gets
+    the collective that returns its result. Its compiler may reuse the memory, too.
+    """
+    group = get_model_parallel_group()
+    if torch.compiler.is_compiling():
+        return functional.wait_tensor(functional.all_reduce(part, "sum", group))
+    dist.all_reduce(part, group=group)
+    return part

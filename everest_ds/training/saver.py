@@ -7,6 +7,7 @@ from typing import Any
 
 from everest_ds.config import Experiment
 from everest_ds.parallel.engine import Engine
+from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.training.grace import Grace
@@ -22,7 +23,8 @@ class Saver:
         offloads = parallelism.offload_to_cpu or parallelism.offload_to_nvme is not None
         # States on a GPU are copied to the host in any case; of those on the host, a copy would be extra.
         copied = mesh.world.device.type == "cuda" and not offloads
-        self._in_background = copied if run.save_in_background is None else run.save_in_background
+        in_background = copied if run.save_in_background is None else run.save_in_background
+        self._copies = HostCopies(mesh.world.device) if in_background else None
         self._writing: Saving | None = None
 
     def save(self, facts: dict[str, Any]) -> None:
@@ -32,8 +34,8 @@ class Saver:
             CheckpointError: on every rank, if this or the one before could not be written.
         """
         self.finish()
-        self._writing = Saving(self._engine, self._folder, facts, self._keep, self._mesh, self._in_background)
-        if not self._in_background:
+        self._writing = Saving(self._engine, self._folder, facts, self._keep, self._mesh, self._copies)
+        if self._copies is None:
             self.finish()
 
     def poll(self) -> None:

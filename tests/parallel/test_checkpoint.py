@@ -71,7 +71,7 @@ class Trained:
 
     def save(self, folder: Path) -> Path:
         known = facts(SAVED).model_dump(exclude={"optimizer_step", "loss_scale"})
-        return Saving(self.engine, folder, known, Keep(1, None), self.mesh, background=False).finish()
+        return Saving(self.engine, folder, known, Keep(1, None), self.mesh, copies=None).finish()
 
 
 def train_and_save(world: World, folder: Path, precision: str, layouts: list[Layout]) -> list[float]:

@@ -101,7 +101,7 @@ def move(world: World, here: Experiment, there: Experiment, folder: Path) -> boo
     mesh, engine = form_mesh(world, 1), start(world, here)
     fill_states(engine, mesh)
     known = facts(0).model_dump(exclude={"optimizer_step", "loss_scale"})
-    Saving(engine, folder, known, Keep(1, None), mesh, background=False).finish()
+    Saving(engine, folder, known, Keep(1, None), mesh, copies=None).finish()
     before = states_of(engine, mesh)
     engine.destroy()
     engine = start(world, there)
