@@ -49,7 +49,8 @@ part() {
     [ "$seconds" -le $(($(left) - GRACE)) ] || seconds=$(($(left) - GRACE))
     [ "$seconds" -gt 0 ] || { echo "LEFT OUT: $*, no time" && return; }
     printf '\n=== %s (%s s)\n' "$*" "$seconds"
-    timeout --kill-after=3 $((seconds + GRACE - 3)) "$python" -m gpu_check "$out" "$@" --seconds "$seconds" $tiny \
+    timeout --kill-after=3 $((seconds + GRACE - 3)) \
+        "$python" -m gpu_check "$out" "$@" --until $(($(date +%s) + seconds)) $tiny \
         || echo "FAILED: $* (exit code $?)"
 }
 
