@@ -143,35 +143,3 @@ def test_an_error_ends_all_ranks_at_the_step_of_its_batch(
     assert messages[0] == messages[1] and "given: RuntimeError: no such luck" in messages[0]
     assert list(losses(tmp_path)) == [1, 2, 3]  # the first epoch is complete
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_gpu_prepares_a_batch_beside_the_step() -> None:
-    device, main = torch.device("cuda"), torch.cuda.current_stream()
-    streams, started = [], []
-
-    def prepare(batch: ClipBatch) -> ClipBatch:
-        streams.append(torch.cuda.current_stream())
-        here = batch.to(device)
-        started.append(torch.cuda.current_stream().record_event())
-        return here._replace(clip=here.clip * 2 + 1)
-
-    def batches() -> Iterator[ClipBatch]:
-        for number in range(20):
-            yield numbered(number, torch.full((2**22,), number).pin_memory())
-
-    ahead = Prefetcher(batches(), 20, [], lambda failure: None, prepare, device)
-    sums = []
-    for number in range(20):
-        ready = ahead.take()
-        torch.cuda._sleep(20_000_000)  # the step computes, for some 10 ms
-        sums.append(ready.batch.clip.double().mean())
-        busy = main.record_event()
-        ahead.fetch()
-        started[-1].synchronize()
-        if number < 19:
-            assert not busy.query()  # the next batch arrived while the step was running
-        del ready  # its memory may be taken by the next batch, but not before the sum is done
-    assert torch.stack(sums).tolist() == [2 * number + 1 for number in range(20)]
-    assert main not in streams and len(set(streams)) == 1
