@@ -286,10 +286,17 @@ class Experiment(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "bf16", description="tf32: float32 weights and activations, their products in TF32 on tensor cores"
+    )
     parallelism: ParallelismConfig = ParallelismConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def in_half_precision(self) -> bool:
+        """Weights and activations have 16 bits, and the optimiser steps float32 masters."""
+        return self.precision in ("bf16", "fp16")
 
     @property
     def token_counts(self) -> TokenCounts:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
+from everest_ds.models.precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
 from everest_ds.parallel.initial import InitialWeights, fill, set_masters
 from everest_ds.parallel.mesh import form_mesh
@@ -40,6 +41,7 @@ def build_engine(
     import deepspeed  # heavy
 
     check_precision(config, world)
+    set_matmul_precision(config.precision)
     mesh = form_mesh(world, config.parallelism.tensor)
     # 1. Tensor parallelism exchanges modules: what follows must meet those that will run.
     if mesh.tensor_degree > 1:
@@ -71,7 +73,7 @@ def build_engine(
     )
     _replace_updates(engine, ds_config, lean_stage)
     # 7. The optimiser steps float32 weights, of which the engine has seen the rounded ones only.
-    if weights is not None and config.precision != "fp32":
+    if weights is not None and config.in_half_precision:
         set_masters(engine, weights, mesh)
     return engine
 
@@ -105,6 +107,8 @@ def check_precision(config: Experiment, world: World) -> None:
         raise ConfigError("precision: fp16 does not train on a CPU", allowed="fp32, bf16")
     if config.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: this GPU has no bf16", allowed="fp32, fp16")
+    if config.precision == "tf32" and not has_tf32(world.device):
+        raise ConfigError(f"precision: no TF32 on {world.device}", allowed="fp32", fix="set precision=fp32")
 
 
 def gradient_norm(engine: Engine) -> float | None:
