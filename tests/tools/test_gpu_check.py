@@ -27,7 +27,7 @@ def package(monkeypatch: pytest.MonkeyPatch) -> None:
 def record(package: None, tmp_path: Path) -> Any:
     from gpu_check.record import Record, Session
 
-    return Record(Session(tmp_path, time.monotonic() + 60, True, None), "engine")
+    return Record(Session(tmp_path, time.time() + 60, True, None), "engine")
 
 
 def rows(folder: Path, part: str = "engine") -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ _ALL = (_TIMERS, _REDUCTION, _UPDATE, _COMPILE)
 
 
 class Rung(NamedTuple):
-    """A case with the changes that are in force."""
+    """A case with the changes that are in force: some first ones of `_ALL`."""
 
     case: Case
     changes: tuple[str, ...]
@@ -35,7 +35,8 @@ class Rung(NamedTuple):
     @property
     def name(self) -> str:
         """The title of its row."""
-        return f"{self.case.name}: {' + '.join(self.changes) or 'DeepSpeed as it comes, eager'}"
+        rung = f"up to {self.changes[-1]}" if self.changes else "DeepSpeed as it comes, eager"
+        return f"{self.case.name}, {rung}"
 
 
 _LARGE, _FINE_TUNING = Case("pretrain", "vit_large", 64), Case("finetune", "vit_large", 16)

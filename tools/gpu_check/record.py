@@ -32,7 +32,7 @@ class Session:
 
     Attributes:
         out: folder of the results.
-        ends_at: by `time.monotonic()`; what does not fit before it is left out.
+        ends_at: Unix time, so that starting Python counts; what does not fit before it is left out.
         tiny: rehearse with tiny models.
         peers: folder with the files of everest/ and videomae/; None: the released systems are left out.
     """
@@ -50,7 +50,7 @@ class Session:
     @property
     def left_s(self) -> float:
         """Seconds until the session must have ended."""
-        return self.ends_at - time.monotonic()
+        return self.ends_at - time.time()
 
 
 class Record:
