@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel import lean_update
 from everest_ds.shipped import shipped
 from gpu_check.cases import Case
+from gpu_check.prefetch import measure_prefetch
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
 
@@ -55,13 +57,17 @@ LADDER = (
 
 
 def run(record: Record) -> None:
-    """Measure every rung."""
+    """Measure every rung, and what preparing the next batch beside the step saves."""
     timed = _with_timers(record.session.out)
     try:
         with world_of_one() as world:
             for rung in LADDER:
                 with _only(rung.changes):
                     measure_case(record, _case(rung, timed), world, name=rung.name)
+            for case in (_FINE_TUNING, _LARGE):
+                config = case.config(record.session.tiny)
+                name = f"{case.name}, the next batch in line and beside the step"
+                record.measure(name, partial(measure_prefetch, config, world), needs_s=10)
     finally:
         timed.unlink()
 
