@@ -87,7 +87,7 @@ class Record:
         except Exception as error:  # the next case can still be measured
             traceback.print_exc(limit=8)
             row = {"error": f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]}
-        release_memory()
+        start_afresh()
         return self.add(case, row)
 
     def add(self, case: str, row: Row) -> Row:
@@ -142,8 +142,12 @@ def device_state() -> str | None:
     return done.stdout.strip() or None
 
 
-def release_memory() -> None:
-    """Give freed memory back, so that the next case starts with an empty device and a peak of its own."""
+def start_afresh() -> None:
+    """Give freed memory back and forget compiled graphs, so that the next case is as in a process of its own.
+
+    torch.compile refuses more than a few shapes of a function in one process.
+    """
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
