@@ -61,6 +61,9 @@ class ModelConfig(Section):
     attention: Literal["fused", "unfused"] = Field(
         "fused", description="unfused holds the attention matrices, as the published memory figures did"
     )
+    compile: bool | None = Field(
+        None, description="torch.compile for the blocks; default: on GPUs, unless at ZeRO stage 3"
+    )
     init_from: Path | None = Field(
         None, description="whose encoder to start from: a run, or weights in any layout (docs/library.md)"
     )
