@@ -17,7 +17,8 @@ Both libraries cost the same time and memory here. fairscale's setting belongs t
 parts. DeepSpeed's belongs to the process, so it serves the whole: it copies to the host beside the compute
 stream, and can split what it keeps over tensor-parallel ranks.
 
-Nothing in a block draws from a process-wide random state, so recomputation repeats it exactly. Parameter
+Nothing in a block draws from a process-wide random state, so recomputation repeats it exactly. With fairscale
+the states are left alone; DeepSpeed 0.19.8 saves and restores them in its autograd function itself. Parameter
 names stay, for modules are changed in place. Without gradients (evaluation) nothing is recomputed.
 """
 
@@ -94,7 +95,11 @@ def _check_every(stacks: list[Blocks], config: RecomputeConfig) -> None:
 
 def _recompute_by_fairscale(module: nn.Module, offload_to_cpu: bool) -> None:
     from fairscale.nn import checkpoint_wrapper  # heavy
+    from fairscale.nn.checkpoint import checkpoint_activations
 
+    # fairscale 0.4.13 saves and restores random states around each module, which no block of ours draws from.
+    checkpoint_activations.get_rng_state = dict
+    checkpoint_activations.set_rng_state = lambda state: None
     checkpoint_wrapper(module, offload_to_cpu=offload_to_cpu)  # replaces module.forward
 
 

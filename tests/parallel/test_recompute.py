@@ -210,6 +210,16 @@ def test_names_evaluation_and_inputs_are_as_without_recompute() -> None:
     assert run_ranks(configs_seen_from_outside, 1) == [[]]
 
 
+@pytest.mark.parametrize("mode", ["attention", "mlp", "blocks"])
+def test_random_states_are_neither_saved_nor_restored(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for call in ("get_rng_state", "set_rng_state"):
+        monkeypatch.setattr(torch, call, lambda *_: pytest.fail("no block draws random numbers"))
+    config = experiment("finetune", RecomputeConfig(mode=mode))
+    model = build_model(config).train()
+    apply_recompute(model, config.recompute)
+    build_objective(config)(model, clips()).backward()
+
+
 def test_more_blocks_apart_than_there_are_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"recompute\.every.*given: 5; allowed: 2\.\.4"):
         apply_recompute(Blocks(TransformerShape(32, 4, 2)), RecomputeConfig(mode="blocks", every=5))
