@@ -1,4 +1,4 @@
-"""What each change of the engine brings: the same step with changes taken back one by one.
+"""Gain of each change of the engine: the same step with changes taken back one by one.
 
 Some of them are no option of a run, since nobody should train without them. Those are taken back by patching
 in this process.
@@ -29,7 +29,7 @@ _ALL = (_TIMERS, _REDUCTION, _UPDATE, _COMPILE)
 
 
 class Rung(NamedTuple):
-    """A case with the changes that are in force: some first ones of `_ALL`."""
+    """A case, and the first changes of `_ALL`, which are in force."""
 
     case: Case
     changes: tuple[str, ...]

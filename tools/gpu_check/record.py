@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """What all parts of one process share.
+    """Settings that all parts of one process share.
 
     Attributes:
         out: folder of the results.

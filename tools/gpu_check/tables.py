@@ -45,7 +45,7 @@ def render(parts: dict[str, Part]) -> str:
 
 
 def render_part(part: Part) -> str:
-    """A heading, the environment, the tables, and what failed or was left out."""
+    """A heading, the environment, the tables, and the cases that failed or were left out."""
     rows = part["rows"]
     measured = [row for row in rows if "error" not in row and "left_out" not in row]
     lines = [f"### {_TITLES[part['part']]}", _where(part), *_TABLES[part["part"]](measured)]
