@@ -106,7 +106,7 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _keep_results() -> None:
     """Let the compiler keep its results where a later job finds them, on whichever node it runs."""
-    with contextlib.suppress(RuntimeError):  # a user without a home folder: the compiler's own choice, in /tmp
+    with contextlib.suppress(RuntimeError):  # without a home folder: in /tmp, as PyTorch does
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
