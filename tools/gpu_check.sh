@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What only a CUDA GPU can show, for a machine without a network that is lent for minutes.
+# What only a CUDA GPU can show, in two scripts of minutes, on a machine without a network.
 #
 #   tools/gpu_check.sh prepare BUNDLE [CLONES]   lay out what travels in .gpu (ignored by git), under 64 MiB with the
 #                                                checkout. BUNDLE is a folder of tools/offline_bundle.sh; CLONES one
@@ -9,21 +9,25 @@
 #   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: what each change brings, end to end from video files,
 #                                                memory, calibration; at most 330 s, at most 8 files in OUT
 #   tools/gpu_check.sh tables OUT [OUT]          anywhere: the results as Markdown and for docs/measured
+#   tools/gpu_check.sh predict "H100 SXM"        anywhere: what the engine's steps are predicted to take
 #
 # Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
 # torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
-# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device.
+# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device;
+# SLOWER=4 gives every part four times its time, for that on a busy CPU.
 # Every part writes its JSON after each row, so that an early end loses little.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-LIMIT=${LIMIT:-330} # seconds of a script
+SLOWER=${SLOWER:-1}
+LIMIT=$((330 * SLOWER)) # seconds of a script
+GRACE=10                # seconds for a part to end by itself
 # Wheels of the bundle that a machine with torch and its usual company lacks.
 LACKING="deepspeed fairscale hjson pydantic pydantic_core annotated_types typing_inspection typing_extensions av decord"
 # What tools/peers.py imports of a clone.
 IMPORTED="modeling_pretrain.py modeling_finetune.py masking_generator.py"
 
-usage() { sed -n '2,20s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit "$1"; }
 
 prepare() {
     local bundle=$1 clones=${2:-} name
@@ -42,11 +46,13 @@ left() { echo $((LIMIT - SECONDS)); }
 
 # part SECONDS PART...: measure in a process of its own, which a crash of the GPU's driver ends without the others.
 part() {
-    local seconds=$1
+    local seconds=$(($1 * SLOWER))
     shift
-    [ "$seconds" -le "$(left)" ] || seconds=$(left)
+    [ "$seconds" -le $(($(left) - GRACE)) ] || seconds=$(($(left) - GRACE))
+    [ "$seconds" -gt 0 ] || { echo "LEFT OUT: $*, no time" && return; }
     printf '\n=== %s (%s s)\n' "$*" "$seconds"
-    timeout --kill-after=5 $((seconds + 10)) "$python" -m gpu_check "$out" "$@" --seconds "$seconds" $tiny \
+    timeout --kill-after=3 $((seconds + GRACE - 3)) \
+        "$python" -m gpu_check "$out" "$@" --until $(($(date +%s) + seconds)) $tiny \
         || echo "FAILED: $* (exit code $?)"
 }
 
@@ -90,18 +96,21 @@ case $script in
     1)
         set_up "${@:2}"
         part 30 ceilings
-        part 120 engine
-        part 85 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
+        part 140 engine
+        part 80 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
         printf '\n=== tests\n' && gpu_tests
         ;;
     2)
         set_up "${@:2}"
-        part 125 changes
-        part 110 end_to_end
-        part 45 memory
-        part 60 calibration
+        part 120 changes
+        part 100 end_to_end
+        part 40 memory
+        part 50 calibration
         ;;
-    tables) PYTHONPATH=$PWD:$PWD/tools "${PYTHON:-.venv/bin/python}" -m gpu_check.tables "${@:2}"; exit ;;
+    tables | predict)
+        export PYTHONPATH=$PWD:$PWD/tools
+        exec "${PYTHON:-.venv/bin/python}" -m "gpu_check.$script" "${@:2}"
+        ;;
     -h | --help) usage 0 ;;
     *) usage 2 ;;
 esac

@@ -18,6 +18,7 @@ from everest_ds.checkpoints.reader import WEIGHT, CheckpointReader
 from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
 
+_NOT_OF_WEIGHTS = ("init_from", "compile")  # of section model
 _CLIP_KEYS = ("frame_stride", "sampling", "short_videos")  # of section data: how a clip is cut
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -48,7 +49,7 @@ def config_entry(config: Mapping[str, Any]) -> dict[str, str]:
     """Of a run's config, what its weights are not understood without, for a file's metadata; no paths."""
     if not config:
         return {}
-    model = {key: value for key, value in config["model"].items() if key != "init_from"}
+    model = {key: value for key, value in config["model"].items() if key not in _NOT_OF_WEIGHTS}
     data = {key: config["data"][key] for key in _CLIP_KEYS if key in config["data"]}
     part = {"task": config["task"], "model": model, "tokens": config["tokens"], "data": data}
     return {"config": json.dumps({**part, "loss": config["loss"]})}

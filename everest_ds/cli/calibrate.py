@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from everest_ds.cache import cache_folder
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ _AGAIN = "everest-ds tune --calibrate --nproc {}"
 
 def calibration_file() -> Path:
     """Where a user's calibration is kept unless they say otherwise."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "everest-ds" / "calibration.json"
+    return cache_folder() / "calibration.json"
 
 
 def machine_here(num_ranks: int, file: Path | None = None) -> Machine:

@@ -54,6 +54,7 @@ def describe_plan(
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,
+        "compile": _compile(config),
         "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
         "literature_gflops_per_clip": round(macs.literature_macs / 1e9, 3),
         "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
@@ -71,6 +72,12 @@ def _selection(config: Experiment) -> str:
     tokens = config.tokens
     by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
     return f"{tokens.selection}{by}"
+
+
+def _compile(config: Experiment) -> str:
+    """Where the blocks are compiled (parallel/compile.py)."""
+    on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no: ZeRO-3"
+    return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
 
 
 def _ranks(config: Experiment, plan: BatchPlan) -> str:

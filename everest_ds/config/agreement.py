@@ -25,6 +25,7 @@ def check_sections_agree(config: Experiment) -> None:
     _check_tensor(config)
     _check_skipping(config)
     _check_recompute(config)
+    _check_compile(config)
 
 
 _SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
@@ -161,3 +162,11 @@ def _check_recompute(config: Experiment) -> None:
         )
     if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
         raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
+
+
+def _check_compile(config: Experiment) -> None:
+    if config.model.compile and config.parallelism.zero_stage == 3:
+        raise ValueError(
+            "model.compile=true does not go with parallelism.zero_stage=3: its hooks gather weights within a"
+            " block, and each block would be another graph; use zero_stage 0, 1 or 2, or model.compile=false"
+        )

@@ -61,6 +61,9 @@ class ModelConfig(Section):
     attention: Literal["fused", "unfused"] = Field(
         "fused", description="unfused holds the attention matrices, as the published memory figures did"
     )
+    compile: bool | None = Field(
+        None, description="torch.compile for the blocks; default: on GPUs, unless at ZeRO stage 3"
+    )
     init_from: Path | None = Field(
         None, description="whose encoder to start from: a run, or weights in any layout (docs/library.md)"
     )
@@ -283,10 +286,17 @@ class Experiment(Section):
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     batch: BatchConfig = BatchConfig()
-    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = Field(
+        "bf16", description="tf32: float32 weights and activations, their products in TF32 on tensor cores"
+    )
     parallelism: ParallelismConfig = ParallelismConfig()
     recompute: RecomputeConfig = RecomputeConfig()
     run: RunConfig = RunConfig()
+
+    @property
+    def in_half_precision(self) -> bool:
+        """Weights and activations have 16 bits, and the optimiser steps float32 masters."""
+        return self.precision in ("bf16", "fp16")
 
     @property
     def token_counts(self) -> TokenCounts:

@@ -22,6 +22,7 @@ Operation = Callable[[Tensor, float, int], Tensor]
 FILL = (124, 116, 104)  # ImageNet's mean, for pixels from outside the picture
 # The largest change of each: timm's, which VideoMAE fine-tunes with.
 _MAX_DEGREES, _MAX_SHEAR, _MAX_SHIFT, _MAX_GAIN, _MAX_ADDED, _MAX_BITS = 30.0, 0.3, 0.45, 0.9, 110, 4
+_HISTOGRAMS = 64
 _LUMA = (0.299, 0.587, 0.114)
 
 
@@ -34,16 +35,13 @@ def auto_contrast(clip: Tensor, strength: float, sign: int) -> Tensor:
 
 def equalize(clip: Tensor, strength: float, sign: int) -> Tensor:
     """Each colour's histogram flattened."""
-    first = torch.arange(0, 768, 256, device=clip.device)
-    index = (clip.long() + first).flatten()
-    counts = torch.zeros(768, dtype=torch.int64, device=clip.device)
-    counts = counts.scatter_add_(0, index, torch.ones_like(index)).view(3, 256)
+    counts = histogram(clip)
     levels = torch.arange(256, device=clip.device)
     last = (levels * (counts > 0)).argmax(dim=1, keepdim=True)
     step = (counts.sum(dim=1, keepdim=True) - counts.gather(1, last)) // 255
     below = counts.cumsum(dim=1) - counts
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
-    return torch.where(step > 0, table, levels).to(torch.uint8).flatten()[index].view_as(clip)
+    return torch.where(step > 0, table, levels).to(torch.uint8).flatten()[_places(clip)]
 
 
 def invert(clip: Tensor, strength: float, sign: int) -> Tensor:
@@ -123,6 +121,24 @@ OPERATIONS: tuple[Operation, ...] = (
     *(auto_contrast, equalize, invert, rotate, posterize, solarize, solarize_add, color, contrast),
     *(brightness, sharpness, shear_x, shear_y, translate_x, translate_y),
 )
+
+
+def histogram(clip: Tensor) -> Tensor:
+    """Return how often each colour has each value: int64 (3, 256).
+
+    Neighbouring pixels count in different ones of 64 histograms, which are added up: on a GPU, the pixels of
+    a flat picture would wait for one another to count at the same address.
+    """
+    columns = torch.arange(clip.shape[2], device=clip.device) % _HISTOGRAMS * (3 * 256)
+    index = (_places(clip) + columns[:, None]).flatten()
+    one = torch.ones((), dtype=torch.int32, device=clip.device)
+    counts = torch.zeros(_HISTOGRAMS * 3 * 256, dtype=torch.int32, device=clip.device)
+    return counts.scatter_add_(0, index, one.expand_as(index)).view(_HISTOGRAMS, 3, 256).sum(dim=0)
+
+
+def _places(clip: Tensor) -> Tensor:
+    """Where each value is in a flattened table (3, 256) of colours and values: int64 (F, H, W, 3)."""
+    return clip.long() + torch.arange(0, 3 * 256, 256, device=clip.device)
 
 
 def _gray(clip: Tensor) -> Tensor:

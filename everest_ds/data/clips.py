@@ -52,6 +52,15 @@ class ClipBatch(NamedTuple):
         """What a model is called with."""
         return self.clip, self.key
 
+    def padded(self, size: int) -> ClipBatch:
+        """The batch with `size` clips: the last one again as often as it takes, marked as `MISSING`."""
+        lack = size - len(self.item)
+        if lack <= 0:
+            return self
+        longer = ClipBatch(*(torch.cat([t, t[-1:].expand(lack, *t.shape[1:])]) for t in self))
+        longer.item[-lack:] = MISSING
+        return longer
+
     def to(self, device: torch.device) -> ClipBatch:
         """The batch on `device`, copied without waiting where the memory is pinned."""
         return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -259,10 +268,17 @@ def evaluation_views(
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
 ) -> Iterator[ClipBatch]:
-    """This rank's share of the views; see `evaluation_batches`."""
-    batches = evaluation_batches(len(clips), batch_size, rank, num_ranks)
+    """This rank's share of the views, in batches of one size of at most `batch_size`.
+
+    Batches are as even as possible, and short ones are padded: kernels are chosen, and models compiled, for
+    one shape. See `evaluation_batches`.
+    """
+    num_batches = -(-len(clips) // batch_size)
+    size = -(-len(clips) // num_batches) if num_batches else batch_size
+    batches = evaluation_batches(len(clips), size, rank, num_ranks)
     by_sample = ([list(group) for _, group in groupby(batch, clips.sample_of)] for batch in batches)
-    return load(clips, by_sample, clips.data, pin_memory, on_failure)
+    for batch in load(clips, by_sample, clips.data, pin_memory, on_failure):
+        yield batch.padded(size)
 
 
 def _single(clip: Tensor, label: int | None, key: int, item: int) -> ClipBatch:

@@ -62,12 +62,13 @@ class Block(nn.Module):
     def forward(self, x_BnD: Tensor, scales: Scales | None = None) -> Tensor:
         """(B, n, D) -> (B, n, D); with drop path, each branch times its scale."""
         of_attention, of_mlp = scales or (None, None)
-        x_BnD = x_BnD + _scaled(self.attention(self.norm1(x_BnD)), of_attention)
-        return x_BnD + _scaled(self.mlp(self.norm2(x_BnD)), of_mlp)
+        x_BnD = add_scaled(x_BnD, self.attention(self.norm1(x_BnD)), of_attention)
+        return add_scaled(x_BnD, self.mlp(self.norm2(x_BnD)), of_mlp)
 
 
-def _scaled(branch_BnD: Tensor, scale_B11: Tensor | None) -> Tensor:
-    return branch_BnD if scale_B11 is None else branch_BnD * scale_B11
+def add_scaled(x_BnD: Tensor, branch_BnD: Tensor, scale_B11: Tensor | None) -> Tensor:
+    """Add a branch, times its scale if it has one."""
+    return x_BnD + (branch_BnD if scale_B11 is None else branch_BnD * scale_B11)
 
 
 class Blocks(nn.ModuleList):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
+from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.parallel.compile import apply_compile
 from everest_ds.parallel.initial import InitialWeights, fill, set_masters
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.recompute import apply_recompute
@@ -39,6 +41,7 @@ def build_engine(
     import deepspeed  # heavy
 
     check_precision(config, world)
+    set_matmul_precision(config.precision)
     mesh = form_mesh(world, config.parallelism.tensor)
     # 1. Tensor parallelism exchanges modules: what follows must meet those that will run.
     if mesh.tensor_degree > 1:
@@ -46,9 +49,11 @@ def build_engine(
     # 2. Each rank takes its share of the weights: whose shards it keeps is known now.
     if weights is not None:
         fill(model, weights, config.precision, ds_config, mesh)
-    # 3. Recompute wraps modules before ZeRO-3 hooks the ones that it finds, wrapped ones included.
+    # 3. The blocks are compiled before recomputation wraps them: it then repeats compiled code.
+    apply_compile(model, config, world)
+    # 4. Recompute wraps modules before ZeRO-3 hooks the ones that it finds, wrapped ones included.
     apply_recompute(model, config.recompute, mesh.mpu)
-    # 4. The optimiser sees this rank's parameters before ZeRO replaces them by its partitions.
+    # 5. The optimiser sees this rank's parameters before ZeRO replaces them by its partitions.
     optimizer = torch.optim.AdamW(
         groups,
         lr=0.0,  # set before every step by the schedule
@@ -56,7 +61,7 @@ def build_engine(
         eps=config.optimizer.eps,
         fused=True,  # one kernel over all parameters, on GPUs and CPUs alike
     )
-    # 5. The engine casts to the training precision, moves to the device and shards over the data group.
+    # 6. The engine casts to the training precision, moves to the device and shards over the data group.
     lean_stage = 0 if zero_settings(config).offloads_optimizer else config.parallelism.zero_stage
     deepspeed.utils.groups.mpu = None  # the last engine's, which initialize() would not forget
     engine, *_ = deepspeed.initialize(
@@ -67,8 +72,8 @@ def build_engine(
         dist_init_required=False,
     )
     _replace_updates(engine, ds_config, lean_stage)
-    # 6. The optimiser steps float32 weights, of which the engine has seen the rounded ones only.
-    if weights is not None and config.precision != "fp32":
+    # 7. The optimiser steps float32 weights, of which the engine has seen the rounded ones only.
+    if weights is not None and config.in_half_precision:
         set_masters(engine, weights, mesh)
     return engine
 
@@ -102,6 +107,8 @@ def check_precision(config: Experiment, world: World) -> None:
         raise ConfigError("precision: fp16 does not train on a CPU", allowed="fp32, bf16")
     if config.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
         raise ConfigError("precision: this GPU has no bf16", allowed="fp32, fp16")
+    if config.precision == "tf32" and not has_tf32(world.device):
+        raise ConfigError(f"precision: no TF32 on {world.device}", allowed="fp32", fix="set precision=fp32")
 
 
 def gradient_norm(engine: Engine) -> float | None:

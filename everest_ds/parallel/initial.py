@@ -21,7 +21,7 @@ from everest_ds.parallel.tensor_parallel import split_of
 
 # All parameters and buffers by name: whole, float32, on the host, equal on every rank and at every call.
 InitialWeights = Callable[[], Iterable[tuple[str, Tensor]]]
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def fill(

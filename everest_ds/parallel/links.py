@@ -52,7 +52,7 @@ def _measure_group(world: World, ranks: int, sizes: Sequence[int]) -> Iterator[C
     for num_bytes in sizes:
         values = torch.zeros(num_bytes // 4 // ranks * ranks, device=world.device)
         for name, call in _calls(values, values[: len(values) // ranks].clone(), group).items():
-            yield CollectiveTime(name, ranks, values.numel() * 4, _seconds(world, call))
+            yield CollectiveTime(name, ranks, values.numel() * 4, seconds_of(world, call))
     for each in groups:
         if each is not dist.GroupMember.NON_GROUP_MEMBER:
             dist.destroy_process_group(each)
@@ -66,22 +66,35 @@ def _calls(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> dict[str, C
     }
 
 
-def _seconds(world: World, call: Callable[[], object]) -> float:
-    """Of the middle one of a few calls, on the slowest rank."""
+def seconds_of(world: World, call: Callable[[], object]) -> float:
+    """Median duration of a few calls of a collective, on the slowest rank. Call on every rank.
+
+    A small collective precedes each call. All ranks leave it at the same moment, so that none of them waits
+    for another within the time that is taken.
+    """
+    meeting = torch.zeros(1, device=world.device)
     call()
     seconds = torch.empty(_REPEATS)
     for number in range(_REPEATS):
-        _finish(world)
-        started = time.perf_counter()
+        dist.all_reduce(meeting)
+        read = _start_clock(world.device)
         call()
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-        seconds[number] = time.perf_counter() - started
+        seconds[number] = read()
     dist.all_reduce(seconds, op=dist.ReduceOp.MAX, group=world.control)
     return float(seconds.median())
 
 
-def _finish(world: World) -> None:
-    if world.device.type == "cuda":
-        torch.cuda.synchronize(world.device)
-    world.barrier()
+def _start_clock(device: torch.device) -> Callable[[], float]:
+    """Return what reads the seconds since now, of the device's own clock where it computes on its own."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        return lambda: time.perf_counter() - started
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+
+    def read() -> float:
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last) / 1000
+
+    return read

@@ -140,14 +140,18 @@ def _checkpointed_forward(
 ) -> Tensor:
     import deepspeed  # heavy
 
+    module = block()
+
+    # The scales are not among its arguments: DeepSpeed would offload or split them as it does activations.
+    def run(x_BnD: Tensor) -> Tensor:
+        return forward(module, x_BnD, scales)
+
     if not torch.is_grad_enabled():
-        return forward(block(), x_BnD, scales)
+        return run(x_BnD)
     if not x_BnD.requires_grad:
         # DeepSpeed's output has gradients only if its input has: without, the block would not learn.
         x_BnD = x_BnD.detach().requires_grad_()
-    # The scales are bound to the function: DeepSpeed would offload or split them as it does activations.
-    again = partial(forward, block(), scales=scales)
-    return deepspeed.checkpointing.checkpoint(again, _Alias.apply(x_BnD))
+    return deepspeed.checkpointing.checkpoint(run, _Alias.apply(x_BnD))
 
 
 class _Alias(torch.autograd.Function):

@@ -152,16 +152,18 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
         timeout: how long a rank waits for another before it takes it for lost.
 
     Raises:
-        UsageError: if a node has fewer GPUs than ranks.
+        UsageError: if a node has fewer GPUs than ranks, or two ranks are given the same one.
         RankLostError: if the others do not come.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    device = _device(local_rank)
+    device = _device(local_rank, local_size)
     prepare_deepspeed(device)
     _default_timeouts(timeout)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        if device.type == "cuda":
+            claim_gpu(store, str(torch.cuda.get_device_properties(device).uuid), rank)
         dist.init_process_group(
             "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo",
             store=store,
@@ -222,19 +224,46 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def _device(local_rank: int) -> torch.device:
+def _device(local_rank: int, local_size: int) -> torch.device:
+    """Return this rank's device: the GPU of its number, or the only one that its launcher lets it see."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    if local_rank >= torch.cuda.device_count():
+    num_visible = torch.cuda.device_count()
+    index = 0 if num_visible == 1 else local_rank
+    if index >= num_visible:
         raise UsageError(
-            "more ranks on this node than GPUs",
+            f"{local_size} ranks were started on a node with {num_visible} GPUs",
             given=f"local rank {local_rank}",
-            allowed=f"0..{torch.cuda.device_count() - 1}",
+            allowed=f"0..{num_visible - 1}",
             fix="lower --nproc or --ntasks-per-node, or set CUDA_VISIBLE_DEVICES='' to run on the CPU",
         )
-    device = torch.device("cuda", local_rank)
+    device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
+
+
+def claim_gpu(store: dist.Store, uuid: str, rank: int) -> None:
+    """Take a GPU for this rank, by its UUID: with one visible to each, all of them may see the same one.
+
+    Raises:
+        UsageError: another rank has taken it.
+    """
+    holder = store.compare_set(f"gpu/{uuid}", "", str(rank)).decode()
+    if holder != str(rank):
+        raise UsageError(
+            f"ranks {holder} and {rank} were given the same GPU",
+            given=uuid,
+            allowed="one rank per GPU",
+            fix="lower --nproc or --ntasks-per-node to the number of GPUs, or give each task its own:"
+            " --gpus-per-task=1",
+        )
+
+
+def _tell_deepspeed_index(index: int) -> None:
+    """Give DeepSpeed the number of this rank's GPU: it takes LOCAL_RANK for that, which counts all ranks."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them to agree
+        if name in os.environ:
+            os.environ[name] = str(index)
 
 
 def _default_timeouts(timeout: timedelta) -> None:
@@ -246,6 +275,8 @@ def _default_timeouts(timeout: timedelta) -> None:
 def prepare_deepspeed(device: torch.device) -> None:
     """Settings that DeepSpeed reads while it is imported or initialised."""
     os.environ["DS_ACCELERATOR"] = device.type
+    if device.index is not None:
+        _tell_deepspeed_index(device.index)
     # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames: nothing a user could act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from everest_ds.models.precision import has_tf32
+
 HOST = torch.device("cpu")
 
 
@@ -26,7 +28,8 @@ def precisions_of(device: torch.device) -> list[str]:
     """In which it trains."""
     if device.type == "cpu":
         return ["fp32", "bf16"]
-    return ["fp32", *(["bf16"] if torch.cuda.is_bf16_supported() else []), "fp16"]
+    bf16 = ["bf16"] if torch.cuda.is_bf16_supported() else []
+    return ["fp32", *(["tf32"] if has_tf32(device) else []), *bf16, "fp16"]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -25,7 +25,7 @@ from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment, RecomputeConfig
 
 FLOAT32_BYTES = 4
-VALUE_BYTES = {"fp32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
+VALUE_BYTES = {"fp32": FLOAT32_BYTES, "tf32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
 _CHUNK_LOGITS = 2**20  # of models/attention.py
 
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]

@@ -20,7 +20,7 @@ MIB = 1024**2
 PEAK = "peak"
 Table = list[dict[str, Any]]
 # bfloat16 is traced as float16, of the same size: a CPU has its own attention in bfloat16, a GPU has not
-_DTYPES = {"fp32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
 _MOMENTS = 240  # of the table over time: about what a plot can show
 
 

@@ -18,10 +18,12 @@ from torch import Tensor
 from everest_ds.config.backbones import MLP_RATIO
 from everest_ds.models.attention import fused_attention
 from everest_ds.models.linear import multiply
+from everest_ds.models.precision import set_matmul_precision
 from everest_ds.models.vit import Block
 from everest_ds.profiling.compute import FLOPS_PER_MAC
+from everest_ds.profiling.launches import count_launches
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MIN_REPEATS, _MIN_SECONDS = 5, 0.04
 _LAUNCHED_TOGETHER = 10  # on a GPU, so that the host's time for each is hidden
 _HEAD_WIDTH = 64  # of S, B and L; H has 80
@@ -52,6 +54,7 @@ def linear_rates(
         rows: tokens of a micro-batch.
         widths: D; the map is from D to 4·D values.
     """
+    set_matmul_precision(precision)
     return [_linear_rate(device, precision, n, width) for width in widths for n in rows]
 
 
@@ -76,6 +79,7 @@ def _linear_rate(device: torch.device, precision: str, rows: int, width: int) ->
 
 def attention_rates(device: torch.device, precision: str, tokens: Sequence[int]) -> list[Rate]:
     """Fused attention both ways: two products forward and five backward."""
+    set_matmul_precision(precision)
     return [_attention_rate(device, precision, n) for n in tokens]
 
 
@@ -118,12 +122,14 @@ def _moving_rate(device: torch.device, precision: str, rows: int, width: int) ->
 
 
 def launch_seconds(device: torch.device) -> float:
-    """The host's time for one operator: of a block so small that nothing else counts."""
+    """Return the host's time for one operator: of a block so small that nothing else counts."""
     block = Block(_HEAD_WIDTH, 1).to(device)
     x = torch.zeros(1, 2, _HEAD_WIDTH, device=device)
-    seconds = best_time(lambda: block(x).sum().backward(), device)
-    operators = 65  # of tuning/compute_time.py's BLOCK_LAUNCHES
-    return seconds / operators
+
+    def both_ways() -> None:
+        block(x).sum().backward()
+
+    return best_time(both_ways, device) / count_launches(both_ways).total
 
 
 def adam_values_per_s(device: torch.device) -> float:

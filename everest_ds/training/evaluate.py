@@ -110,8 +110,15 @@ def _average(
 def _predict(
     model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    for batch in track(loader, "evaluating", total=None, disable=not show, transient=True):
+    batches = _together(loader, world)
+    for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
         here = batch.to(world.device)
         probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
         pairs = zip(batch.item.tolist(), probabilities, strict=True)
         yield from (pair for pair in pairs if pair[0] != MISSING)
+
+
+def _together(loader: Iterator[ClipBatch], world: World) -> Iterator[ClipBatch]:
+    """The batches of a rank; an error of one rank's loader is raised on all. All have as many batches."""
+    while (batch := world.together(lambda: next(loader, None))) is not None:
+        yield batch

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import Batch, PackedBatch, training_batches
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
+from everest_ds.data.reading import Failure
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial import outline
@@ -45,6 +46,7 @@ from everest_ds.training.observers import (
 from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw, watch
+from everest_ds.training.prefetch import Prefetcher
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
@@ -137,7 +139,7 @@ class TrainingRun:
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
         """Every remaining step, with what is due after each."""
-        batches = Waited(self._batches(), self.timer)
+        batches = self._batches()
         self.timer.restart()
         try:
             while not self.finished:
@@ -163,16 +165,19 @@ class TrainingRun:
         """All steps are done."""
         return self.step == self.schedule.total_steps
 
-    def _train_step(self, batches: Iterator[Batch]) -> Tensor:
+    def _train_step(self, batches: Prefetcher) -> Tensor:
         """One optimiser step; returns this rank's mean loss, without waiting for it."""
         set_learning_rate(self.engine, self.schedule.lr(self.step))
         losses = []
         for _ in range(self.plan.grad_accum_steps):
             # A rank that cannot read a video tells the others, instead of leaving them in a collective.
-            batch = self.world.together(lambda: next(batches))
-            self.batch = self._on_device(batch)
+            ready = self.world.together(batches.take)
+            self.batch = ready.batch
             loss = self.objective(self.engine, self.batch)
-            self.losses.note(self.step + 1, loss.detach(), batch.item)
+            self.losses.note(self.step + 1, loss.detach(), ready.items)
+            # A GPU has the forward pass to compute. After backward() may be too late: with overlapping
+            # communication, DeepSpeed ends that by waiting for the device.
+            batches.fetch()
             self.engine.backward(loss)
             self.engine.step()  # updates the weights at the last micro-batch
             losses.append(loss.detach())
@@ -335,18 +340,25 @@ class TrainingRun:
             ProgressBar(self.schedule.total_steps, self.step),
         ]
 
-    def _batches(self) -> Iterator[Batch]:
-        steps = range(self.step, self.schedule.total_steps)
-        on_gpu = self.world.device.type == "cuda"
-        return training_batches(
+    def _batches(self) -> Prefetcher:
+        steps, noted = range(self.step, self.schedule.total_steps), list[Failure]()
+        batches = training_batches(
             self.samples,
             self.config,
             self.plan,
             self.mesh.data_rank,
             steps,
-            pin_memory=on_gpu,
-            on_failure=self.broken.note,
+            pin_memory=self.world.device.type == "cuda",
+            on_failure=noted.append,
             pack=self.pack,
+        )
+        return Prefetcher(
+            Waited(batches, self.timer),
+            len(steps) * self.plan.grad_accum_steps,
+            noted,
+            self.broken.note,
+            self._on_device,
+            self.world.device,
         )
 
 

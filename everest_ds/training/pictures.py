@@ -18,7 +18,8 @@ def watch(engine: Any, model: Any, batch: Batch) -> Seen:
     Args:
         model: of the engine, for its modules.
     """
-    with torch.no_grad(), Watch(model) as watched:
+    # compiled blocks would not call the hooks that record
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), Watch(model) as watched:
         output = engine(*batch.arguments)
     return watched.seen(output)
 

@@ -40,7 +40,7 @@ class PlainStep(MeasuredStep):
         groups = parameter_groups(self.model, config.optimizer)
         apply_recompute(self.model, config.recompute)
         self._weights: list[Tensor] = [weight for group in groups for weight in group["params"]]
-        self._half = config.precision != "fp32"
+        self._half = config.in_half_precision
         if self._half:
             groups = [_of_masters(group) for group in groups]
             self.model.to(DTYPES[config.precision])

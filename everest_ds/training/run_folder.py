@@ -30,7 +30,7 @@ METRICS_FILE = "metrics.jsonl"
 FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
-    *("parallelism.", "recompute.", "batch."),
+    *("parallelism.", "recompute.", "batch.", "model.compile"),
 )
 _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
 
@@ -153,7 +153,7 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
                 given=", ".join(f"{key}={new} (there {old})" for key, old, new in changed[:4]),
-                allowed="the same config (parallelism, batch, recompute and run.* may differ)",
+                allowed="the same config (parallelism, batch, recompute, model.compile and run.* may differ)",
                 fix="choose another run.dir, or remove the folder to start over",
             )
 

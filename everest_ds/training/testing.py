@@ -10,6 +10,7 @@ from everest_ds.config import Experiment
 from everest_ds.data.manifest import read_class_names
 from everest_ds.errors import ConfigError
 from everest_ds.models import build_model
+from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
@@ -40,6 +41,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     tensors, _ = world.together(lambda: load_weights(file))
     load_tensors(model, tensors, file)
     model.to(world.device)
+    set_matmul_precision(config.precision)
     data = config.data
     mesh = Mesh(world)  # the whole model on every rank, however it was trained
     outcome = evaluate(model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True)

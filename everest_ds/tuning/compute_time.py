@@ -1,4 +1,4 @@
-"""Time of the parts of our models on one rank: products, attention, what only moves memory, launches.
+"""Time of the parts of our models on one rank: products, attention, what only moves memory.
 
 Symbols as in profiling/compute.py: B clips of a micro-batch, n tokens of a clip, P values of a tubelet, D
 width of a stack, t tensor-parallel ranks, e bytes of a value; A = B·n·D·e, one tensor of a block.
@@ -28,8 +28,6 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # of fused attention
 _UNFUSED_BACKWARD_PRODUCTS = 4
 _UNFUSED_PASSES = 5, 6  # over the logits of all heads: scale, softmax, products; and back
 _DROP_PATH_PASSES = 4
-# Operators of a block that the host launches, and of the rest of the model in all.
-BLOCK_LAUNCHES, OTHER_LAUNCHES = (20, 45), (60, 60)
 
 
 class Work(NamedTuple):
@@ -39,18 +37,16 @@ class Work(NamedTuple):
         macs: of its products and attention.
         product_s, moving_s: time in those, and in operators that only move memory.
         moved_bytes: by the latter.
-        launches: operators.
     """
 
     macs: float = 0.0
     product_s: float = 0.0
     moving_s: float = 0.0
     moved_bytes: float = 0.0
-    launches: float = 0.0
 
     @property
     def seconds(self) -> float:
-        """On the device, launches apart."""
+        """Return the time on the device."""
         return self.product_s + self.moving_s
 
     def times(self, factor: float) -> Work:
@@ -133,18 +129,16 @@ def block_time(
     attending, attending_back = _attending(config, shape, num_tokens, rates)
     gelu = rates.moving(2 * MLP_RATIO / t, one_tensor)
     passes = _DROP_PATH_PASSES if drops else 0
-    launched, launched_back = (Work(launches=count) for count in BLOCK_LAUNCHES)
     return BlockTime(
         attention=total(projections, attending),
         mlp=total(in_mlp, gelu),
         gelu=gelu,
-        rest=total(rates.moving(10 + passes, one_tensor), launched),
+        rest=rates.moving(10 + passes, one_tensor),
         backward=total(
             projections.times(2),
             in_mlp.times(2),
             attending_back,
             rates.moving(14 + passes + 19 / t, one_tensor),
-            launched_back,
         ),
         tensor_bytes=one_tensor,
     )
@@ -217,12 +211,6 @@ def head_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
     targets = rates.moving(10 if config.loss.normalize_targets else 3, numbers)
     loss, norm = rates.moving(4, numbers), rates.moving(3, rows * narrow * value)
     return total(product, targets, loss, norm), total(product.times(2), loss, norm)
-
-
-def other_launches() -> tuple[Work, Work]:
-    """Of everything but blocks."""
-    forward, backward = (Work(launches=count) for count in OTHER_LAUNCHES)
-    return forward, backward
 
 
 def _facts(config: Experiment) -> tuple[ClipGeometry, int, int]:

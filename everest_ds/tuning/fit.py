@@ -10,6 +10,7 @@ from statistics import fmean
 from typing import NamedTuple
 
 from everest_ds.config.schema import Experiment
+from everest_ds.tuning.host_work import num_tensors
 from everest_ds.tuning.machine import COLLECTIVES, Link, Machine, RateCurve, intensity, same_link
 from everest_ds.tuning.step_time import predict_step
 
@@ -154,6 +155,5 @@ def _engine_seconds(steps: Iterable[TrainedStep], machine: Machine) -> dict[int,
     for step in steps:
         predicted = predict_step(step.config, step.num_ranks, machine)
         beyond = step.seconds - predicted.step_s + predicted.term("data").seconds
-        tensors = predicted.term("engine").numbers["tensors"]
-        seconds[step.config.parallelism.zero_stage] = max(0.0, beyond / tensors)
+        seconds[step.config.parallelism.zero_stage] = max(0.0, beyond / num_tensors(step.config))
     return seconds

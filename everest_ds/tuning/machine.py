@@ -75,7 +75,7 @@ class Machine:
     Attributes:
         device: name, for people.
         memory_bytes: what a rank may use.
-        asynchronous: the device computes beside the host and beside its links, as GPUs do: launches,
+        asynchronous: the device computes beside the host and beside its links, as GPUs do: the host's work,
             reduction of gradients and gathering of weights hide behind compute. On a CPU all stand in a row.
         peak_flops_per_s: by precision; empty where no data sheet says.
         products: attained by matrix products over their intensity, by precision.
@@ -84,9 +84,10 @@ class Machine:
         copy_bytes_per_s: of large tensors that are read and written, such as states.
         fresh_bytes_per_s: of large tensors that are written for the first time: on a CPU, page by page.
         adam_values_per_s: parameters that the optimiser steps on the device.
-        launch_s: the host's time for one operator.
-        step_s: the engine's and the trainer's own, a step.
-        parameter_s: the engine's own for each tensor of parameters, a micro-batch, by ZeRO stage.
+        launch_s: the host's time for one operator, with the Python around it.
+        step_s: the host's own time for a step, beside operators and tensors.
+        parameter_s: the host's for each tensor of parameters (hooks, lists of tensors) in a step of one
+            micro-batch, by ZeRO stage.
         host_link: between device and host memory.
         host_adam_values_per_s: parameters that the optimiser steps in host memory.
         ranks_per_node: R.

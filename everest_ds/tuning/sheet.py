@@ -10,8 +10,13 @@ measured by others, on an A100 where nothing else is published, and none of it b
   published, and the share falls with the tokens. Hopper runs the same kernels at 335 of 989 TFLOP/s.
 - AdamW in host memory: ZeRO-Offload (2021), a billion parameters in a quarter of a second on a whole node.
 - decoding: 31 ms for 64 frames of 320x240 (decord, one core of our development machine).
+- the host: operators are counted (host_work.py). Their times, and those of Python for each tensor of
+  parameters, were measured on one thread of an idle Xeon (Emerald Rapids) with tiny tensors, where an
+  operator of a CPU takes about as long as a launch: 15 + 17 + 8 ms for a step of ViT-L without DeepSpeed,
+  10 ms more in the backward pass at ZeRO-1 and 2, 94 + 97 + 28 ms at ZeRO-3. Other processors may take a
+  third more or less.
 
-The host's own times (a launch, DeepSpeed's hooks) are orders of magnitude. Calibration replaces all of it.
+Calibration replaces all of it.
 """
 
 from __future__ import annotations
@@ -33,8 +38,8 @@ _STREAM_SHARE = 0.85  # of memory bandwidth, BabelStream on A100 and H100
 _ADAMW_BYTES = 28  # weight, gradient and moments read, all but the gradient written, float32
 _HOST_ADAMW_PER_S = 4e9  # a node's
 _DECODE_S, _DECODE_PIXELS_PER_S, _CORES = 0.005, 1.9e8, 14  # of a DGX H100's 112 cores, a GPU's
-_LAUNCH_S, _STEP_S = 8e-6, 5e-3
-_PARAMETER_S = {0: 0.0, 1: 1e-5, 2: 2e-5, 3: 1e-4}
+_LAUNCH_S, _STEP_S = 2.5e-5, 5e-4  # an operator; the message between hosts by which ranks report failures
+_PARAMETER_S = {0: 2e-5, 1: 4.5e-5, 2: 4.5e-5, 3: 4e-4}
 # Not for tensors: 3 % that the driver keeps, 3 % gaps of the allocator; CUDA, NCCL and cuBLAS.
 _USABLE_SHARE, _LIBRARIES_BYTES = 0.94, 3 * GIB // 2
 RANKS_PER_NODE = 8

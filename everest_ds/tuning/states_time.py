@@ -29,7 +29,6 @@ from everest_ds.tuning.term import Term
 _ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
 _FLOAT64_BYTES = 8
 _SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
-_TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, 8  # of parameters
 
 
 class Passes(NamedTuple):
@@ -110,7 +109,6 @@ def state_terms(
         yield from _offload_terms(plan, machine, zero, states, passes)
     yield _gradient_term(config, plan, machine, zero, states)
     yield _update_term(config, plan, machine, zero, states)
-    yield _engine_term(config, plan, machine)
 
 
 def _reduction_term(
@@ -205,7 +203,8 @@ def _update_term(
     if states.stage == 3 or (states.stage and zero.offloads_optimizer):
         fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
         copied = states.part * (2 * value + value + FLOAT32_BYTES)
-        read = states.part * (value + _FLOAT64_BYTES)  # for the norm, a tensor at a time
+        # for the norm, where DeepSpeed takes it of a float64 copy of each tensor
+        read = states.part * (value + (_FLOAT64_BYTES if zero.offloads_optimizer else 0))
     elif states.stage:
         fresh = 0 if sums_in_float32 else states.part * FLOAT32_BYTES
         copied = 0 if sums_in_float32 else states.part * (value + FLOAT32_BYTES)
@@ -220,14 +219,3 @@ def _update_term(
     }
     seconds = states.part / rate + moved_s
     return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
-
-
-def _engine_term(config: Experiment, plan: BatchPlan, machine: Machine) -> Term:
-    """Python of engine and trainer: by tensor of parameters in each micro-batch, and once a step."""
-    shape = config.model.shape
-    depth = shape.encoder.depth + (shape.decoder.depth if config.task == "pretrain" else 0)
-    tensors = depth * _TENSORS_OF_A_BLOCK + _OTHER_TENSORS
-    each = machine.parameter_s.get(config.parallelism.zero_stage, 0.0)
-    seconds = machine.step_s + plan.grad_accum_steps * tensors * each
-    numbers = {"tensors": tensors, "µs each": 1e6 * each, "ms a step": 1e3 * machine.step_s}
-    return Term("engine", "overhead", seconds, seconds, "a step, and tensors · micro-batches", numbers)

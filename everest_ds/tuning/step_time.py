@@ -1,8 +1,9 @@
 """Predicted time of a training step on one rank, term by term: pure arithmetic, no torch.
 
 A step is `grad_accum_steps` micro-batches, each a forward and a backward pass, and one update of the weights.
-On an asynchronous device (a GPU) launches, the reduction of gradients, the gathering of ZeRO-3's weights and
-copies to the host hide behind compute; what is left is exposed. On a CPU all of it stands in one row.
+On an asynchronous device (a GPU) each of these three phases takes as long as the host or the device needs for
+it, whichever is longer; the reduction of gradients, the gathering of ZeRO-3's weights and copies to the host
+hide behind compute; what is left is exposed. On a CPU all of it stands in one row.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from everest_ds.tuning.compute_time import (
     block_time,
     embedding_time,
     head_time,
-    other_launches,
     projection_time,
     selection_time,
     total,
 )
+from everest_ds.tuning.host_work import HostWork, host_work
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.states_time import Passes, Stack, state_terms, tensor_terms
 from everest_ds.tuning.term import Group, Term
@@ -106,19 +107,18 @@ class StepWork(NamedTuple):
     num_parameters: int
 
     def device(self) -> tuple[Work, Work]:
-        """All that the device does in the forward and in the backward pass."""
-        forward, backward = other_launches()
+        """Return all that the device does in the forward and in the backward pass."""
         return (
-            total(forward, *(part.forward for part in self.parts)),
-            total(backward, *(part.backward for part in self.parts), self.again),
+            total(*(part.forward for part in self.parts)),
+            total(*(part.backward for part in self.parts), self.again),
         )
 
-    def passes(self, machine: Machine) -> Passes:
-        """What communication can hide behind: where the host launches too slowly, its time."""
-        launched = [
-            work.launches * machine.launch_s if machine.asynchronous else 0.0 for work in self.device()
-        ]
-        forward_s, backward_s = map(max, launched, (work.seconds for work in self.device()))
+    def passes(self, host: HostWork, machine: Machine) -> Passes:
+        """Return what communication can hide behind: where the host is slower than the device, its time."""
+        forward_s, backward_s = (work.seconds for work in self.device())
+        if machine.asynchronous:
+            seconds = host.seconds(machine)
+            forward_s, backward_s = max(forward_s, seconds.forward), max(backward_s, seconds.backward)
         return Passes(forward_s, backward_s, self.num_parameters)
 
 
@@ -162,13 +162,15 @@ def step_of(
 ) -> StepPrediction:
     """The step that micro-batches of `work` add up to."""
     count, zero = plan.grad_accum_steps, zero or zero_settings(config)
+    host = host_work(config, plan, zero)
     terms = [
         *_compute_terms(work.parts, count),
         _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),
-        _launch_term(work, plan, machine),
         *tensor_terms(config, plan, machine, work.stacks),
-        *state_terms(config, plan, machine, zero, work.passes(machine)),
+        *state_terms(config, plan, machine, zero, work.passes(host, machine)),
     ]
+    update_s = sum(term.seconds for term in terms if term.group == "optimizer")
+    terms += _host_terms(host, work, update_s, count, machine)
     terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
     peak = machine.peak_flops_per_s.get(config.precision)
@@ -238,15 +240,19 @@ def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches:
     return Term(name, group, seconds, seconds, formula, numbers)
 
 
-def _launch_term(step: StepWork, plan: BatchPlan, machine: Machine) -> Term:
-    """In each pass, what launches take beyond the device's time; all of it where they stand in a row."""
-    passes = [(work.launches * machine.launch_s, work.seconds) for work in step.device()]
-    busy = sum(launched for launched, _ in passes)
-    beyond = sum(max(0.0, launched - device_s) for launched, device_s in passes)
-    exposed = beyond if machine.asynchronous else busy
-    numbers = {"operators": sum(work.launches for work in step.device()), "µs each": 1e6 * machine.launch_s}
-    formula, times = "operators · launch, beside compute on GPUs", plan.grad_accum_steps
-    return Term("launches", "overhead", times * exposed, times * busy, formula, numbers)
+def _host_terms(
+    host: HostWork, work: StepWork, update_s: float, micro_batches: int, machine: Machine
+) -> Iterator[Term]:
+    """The host's time in each phase beyond the device's; all of it where they stand in a row."""
+    device_s = (*(each.seconds for each in work.device()), update_s)
+    times, seconds = (micro_batches, micro_batches, 1), host.seconds(machine)
+    for phase, count, launches, busy, hidden in zip(
+        seconds._fields, times, host.launches, seconds, device_s, strict=True
+    ):
+        exposed = max(0.0, busy - hidden) if machine.asynchronous else busy
+        numbers = {"times": count, "operators": launches, "tensors": host.tensors, "ms each": 1e3 * busy}
+        formula = "operators · launch + tensors · Python, beside the device's work on GPUs"
+        yield Term(f"host {phase}", "overhead", count * exposed, count * busy, formula, numbers)
 
 
 def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:

@@ -47,6 +47,15 @@ PIL: list[tuple[ops.Operation, Callable[[Image.Image], Image.Image]]] = [
 ]
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 7, 3), (1, 40, 64, 3), (3, 4, 150, 3)])
+@pytest.mark.parametrize("highest", [0, 3, 255])
+def test_a_histogram_counts_every_value_of_each_colour(shape: tuple[int, ...], highest: int) -> None:
+    clip = torch.randint(0, highest + 1, shape, generator=torch.Generator().manual_seed(2)).byte()
+    expected = [np.bincount(clip[..., colour].numpy().ravel(), minlength=256) for colour in range(3)]
+    counts = ops.histogram(clip)
+    assert counts.dtype == torch.int64 and counts.tolist() == np.stack(expected).tolist()
+
+
 @pytest.mark.parametrize("ours, theirs", PIL, ids=[ours.__name__ for ours, _ in PIL])
 def test_an_operation_does_what_pil_does(ours: ops.Operation, theirs: Callable[..., Image.Image]) -> None:
     clip = picture()

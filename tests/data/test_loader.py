@@ -208,8 +208,26 @@ def test_a_missing_video_leaves_evaluation_in_step_and_is_not_replaced(
     failures: list[Failure] = []
     shares = [list(views(rank)) for rank in range(2)]
     assert len(shares[0]) == len(shares[1])
+    assert {len(batch.item) for share in shares for batch in share} == {5}
     items = {item for share in shares for batch in share for item in batch.item.tolist()}
     assert items == set(range(24)) - {3, 4} | {MISSING} and {f.sample for f in failures} == {3, 4}
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(24, [24]), (10, [8, 8, 8]), (7, [6] * 4), (5, [5] * 5), (99, [24])]
+)
+def test_evaluation_batches_have_one_size_and_each_view_once(
+    samples: list[Sample], motion_data: Path, tmp_path: Path, batch_size: int, sizes: list[int]
+) -> None:
+    config = experiment(motion_data, tmp_path, data={"num_workers": 0})
+    clips = EvaluationClips(samples, config, segments=1, crops=1)
+    batches = list(evaluation_views(clips, batch_size, 0, 1, False, lambda failure: None))
+    assert [len(batch.item) for batch in batches] == sizes
+    assert all(len(tensor) == len(batch.item) for batch in batches for tensor in batch)
+    items = [item for batch in batches for item in batch.item.tolist()]
+    assert [item for item in items if item != MISSING] == list(range(24))
+    padding = torch.cat([b.clip[b.item == MISSING] for b in batches])
+    assert torch.equal(padding, batches[-1].clip[-1:].expand_as(padding))
 
 
 def test_resuming_decodes_nothing_that_was_seen(

@@ -44,3 +44,23 @@ def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
         keys.add_(seed)
         graph.replay()
         torch.testing.assert_close(captured, loss_of(model(clips, keys)))
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("task", ["pretrain", "finetune"])
+def test_loss_and_gradients_are_those_of_a_cpu(task: str, dtype: torch.dtype, bound: float) -> None:
+    """Against float32 on a CPU, over one set of kept tokens: a near tie of two scores is no error."""
+    config = experiment(task, "rero")
+    clips, num_kept = random_clips(config, 2), config.token_counts.num_kept
+    kept = torch.stack([torch.randperm(config.model.geometry.num_tokens)[:num_kept].sort().values] * 2)
+    reference, model = built(config), built(config).to("cuda", dtype)
+    expected, loss = (
+        loss_of(net(clips.to(device), KEYS.to(device), kept.to(device)))
+        for net, device in ((reference, "cpu"), (model, "cuda"))
+    )
+    expected.backward()
+    loss.backward()
+    assert float(loss) == pytest.approx(float(expected), rel=bound)
+    for (name, ours), cpu in zip(model.named_parameters(), reference.parameters(), strict=True):
+        difference = (ours.grad.cpu().float() - cpu.grad).norm() / cpu.grad.norm()
+        assert difference < 3 * bound, name

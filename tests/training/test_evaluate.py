@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from everest_ds.config import Experiment
+from everest_ds.data.clips import EvaluationClips
+from everest_ds.data.loader import Loaded
+from everest_ds.errors import EverestError
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import Evaluation
 from everest_ds.training.loop import train
@@ -56,3 +60,27 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
     log = (tmp_path / "fine" / "logs" / "rank-0.log").read_text()
     assert f"encoder weights from {tmp_path / 'pre' / 'checkpoints' / 'step-00000009'}" in log
     assert (tmp_path / "fine" / "best.safetensors").is_file()
+
+
+def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
+    """What ends an evaluation on each rank when the loader of rank 1 fails."""
+    if world.rank == 1:
+        EvaluationClips.__getitem__ = fail
+    try:
+        run_test(config, world)
+    except EverestError as error:
+        return str(error)
+    return "done"
+
+
+def fail(clips: EvaluationClips, items: Sequence[int]) -> Loaded:
+    raise RuntimeError("the machine is on fire")
+
+
+def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(
+        motion_data, tmp_path, "finetune", data={"num_workers": 0}, schedule={"epochs": 1, "warmup_epochs": 0}
+    )
+    run_ranks(train_rank, 1, config)
+    for text in run_ranks(evaluate_with_a_failing_rank, 2, config):
+        assert "a loader worker failed; given: RuntimeError: the machine is on fire" in text

@@ -13,7 +13,7 @@ from everest_ds.tuning.sheet import machine_from_sheet
 def test_no_machine_is_better_than_its_sheet(name: str) -> None:
     device, machine = DEVICES[name], machine_from_sheet(name, DEVICES[name])
     assert 0.75 * device.memory_bytes < machine.memory_bytes < 0.95 * device.memory_bytes
-    assert set(machine.precisions) == {"fp32", "fp16", "bf16"} & set(device.tflops)
+    assert set(machine.precisions) == {"fp32", "tf32", "fp16", "bf16"} & set(device.tflops)
     for precision, curve in machine.products.items():
         peak = device.peak_flops_per_s(precision)
         assert peak is not None

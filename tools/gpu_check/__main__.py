@@ -1,6 +1,6 @@
 """Run parts of the GPU check, one after the other, in this process.
 
-    PYTHONPATH=.:tools python -m gpu_check OUT PART... [--seconds N] [--tiny]
+    PYTHONPATH=.:tools python -m gpu_check OUT PART... [--until TIME] [--tiny]
 
 A part is a module of this package with a function `run(record)`. It writes OUT/PART.json after every row, so
 that a process which is killed loses one row. A part that fails does not take the next one with it.
@@ -27,7 +27,9 @@ PARTS = ("ceilings", "engine", "released", "changes", "memory", "end_to_end", "c
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     parts: Annotated[list[str], typer.Argument(help=f"Any of: {', '.join(PARTS)}.")],
-    seconds: Annotated[float, typer.Option(help="Time for all; what does not fit is left out.")] = 600.0,
+    until: Annotated[
+        float | None, typer.Option(help="Unix time to end by, ten minutes from now by default.")
+    ] = None,
     peers: Annotated[Path | None, typer.Option(help="Folder with everest/ and videomae/.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse with tiny models, on any device.")] = False,
 ) -> None:
@@ -36,7 +38,7 @@ def main(
         raise UsageError("no such part", given=unknown[0], allowed=", ".join(PARTS))
     if not tiny and not torch.cuda.is_available():
         raise UsageError("no CUDA device here", fix="--tiny rehearses on a CPU")
-    session = Session(out, time.monotonic() + seconds, tiny, peers)
+    session = Session(out, until or time.time() + 600, tiny, peers)
     for part in parts:
         record = Record(session, part)
         try:

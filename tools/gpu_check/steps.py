@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -14,7 +15,7 @@ from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.world import World
 from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.devices import find_device, peak_flops_per_s
+from everest_ds.profiling.devices import Device, find_device, peak_flops_per_s
 from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.rates import wait
 from everest_ds.profiling.time import compute_dtype, device_name
@@ -28,7 +29,7 @@ from gpu_check.trace import trace_steps
 GIB = 2**30
 PHASES = ("load", "forward", "backward", "update")
 STEPS, WARM_UP = 8, 4
-_CASE_S = 9.0  # to build a ViT-L, to compile it from a warm cache and to take a dozen steps
+_CASE_S = 15.0  # to build a ViT-L, compile its blocks and take a dozen steps
 
 
 class PhaseClock:
@@ -106,6 +107,8 @@ def measure_step(
         for _ in range(warm_up - 1):
             one_step(step, PhaseClock(False))
         wait(world.device)
+        if world.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()  # building the engine is not part of a step
         clocks = [PhaseClock(world.device.type == "cuda") for _ in range(steps)]
         started = time.perf_counter()
         losses = [one_step(step, clock) for clock in clocks]
@@ -115,7 +118,9 @@ def measure_step(
         row["finite_loss"] = math.isfinite(float(first)) and math.isfinite(float(losses[-1]))
         if trace is not None:
             row["profile"] = trace_steps(lambda: one_step(step, PhaseClock(False)), world.device, trace)
-    return row | {"predicted_ms": predicted_ms(config, world.device)}
+    product = find_device(device_name(world.device))
+    prediction = None if product is None else predict(config, product)
+    return row | {"predicted_ms": prediction and prediction.ms}
 
 
 def one_step(step: EngineStep, clock: PhaseClock) -> torch.Tensor:
@@ -169,13 +174,19 @@ def _memory(config: Experiment, device: torch.device) -> Row:
     return {"peak_gib": peak, "reserved_gib": reserved, "predicted_gib": predicted, "memory_error_pct": error}
 
 
-def predicted_ms(config: Experiment, device: torch.device) -> float | None:
-    """The tuner's step from the device's data sheet, decoding left out; None for what it cannot predict."""
-    product = find_device(device_name(device))
-    if product is None:
-        return None
+class Prediction(NamedTuple):
+    """A step without decoding: milliseconds, and the MFU where the peak rate is known."""
+
+    ms: float
+    mfu_pct: float | None
+
+
+def predict(config: Experiment, device: Device) -> Prediction | None:
+    """The tuner's step from a device's data sheet; None for what it cannot predict."""
     try:
-        prediction = predict_step(config, 1, machine_from_sheet("here", product))
+        step = predict_step(config, 1, machine_from_sheet("one device", device))
     except ConfigError:
         return None
-    return 1e3 * (prediction.step_s - prediction.term("data").seconds)
+    seconds = step.step_s - step.term("data").seconds
+    peak = step.peak_flops_per_s
+    return Prediction(1e3 * seconds, None if peak is None else 100 * step.useful_flops / seconds / peak)

@@ -45,7 +45,7 @@ def render(parts: dict[str, Part]) -> str:
 
 
 def render_part(part: Part) -> str:
-    """A heading, the environment, the tables, and what failed or was left out."""
+    """A heading, the environment, the tables, and the cases that failed or were left out."""
     rows = part["rows"]
     measured = [row for row in rows if "error" not in row and "left_out" not in row]
     lines = [f"### {_TITLES[part['part']]}", _where(part), *_TABLES[part["part"]](measured)]
@@ -68,7 +68,10 @@ def _where(part: Part) -> str:
 
 
 def _step_tables(rows: Sequence[Row]) -> list[str]:
-    return [_table(rows, _STEP_COLUMNS), *(_kernels(row) for row in rows if "profile" in row)]
+    steps = [row for row in rows if "step_ms" in row]
+    prefetched = [row for row in rows if "beside_ms" in row]
+    kernels = [_kernels(row) for row in rows if "profile" in row]
+    return [table(steps, _STEP_COLUMNS), table(prefetched, _PREFETCH), *kernels]
 
 
 def _kernels(row: Row) -> str:
@@ -81,11 +84,11 @@ def _kernels(row: Row) -> str:
     )
     columns: Columns = {
         "kernel": lambda r: f"`{r['name'][:90]}`",
-        "calls": _number("calls", 0),
-        "ms": _number("ms", 2),
+        "calls": number("calls", 0),
+        "ms": number("ms", 2),
         "share": lambda r: f"{100 * r['ms'] / total:.1f} %",
     }
-    return f"{lead}\n\n{_table(listed[:_KERNELS], columns)}"
+    return f"{lead}\n\n{table(listed[:_KERNELS], columns)}"
 
 
 def _ceiling_tables(rows: Sequence[Row]) -> list[str]:
@@ -99,19 +102,19 @@ def _ceiling_tables(rows: Sequence[Row]) -> list[str]:
     ]
     attention = [row for row in rows if row["case"].startswith("attention")]
     backends = ("chosen", "flash", "cudnn", "efficient")
-    columns: Columns = {"attention": _text("case"), "torch chooses": _text("torch_chooses")}
-    columns |= {f"{name}, both passes": _number(f"{name}_both_ms", 3, " ms") for name in backends}
+    columns: Columns = {"attention": text("case"), "torch chooses": text("torch_chooses")}
+    columns |= {f"{name}, both passes": number(f"{name}_both_ms", 3, " ms") for name in backends}
     return [
-        _table([{"name": name.replace("_", " "), "value": value} for name, value in limits.items()], _LIMITS),
-        _table(products, _PRODUCTS),
-        _table(attention, columns),
+        table([{"name": name.replace("_", " "), "value": value} for name, value in limits.items()], _LIMITS),
+        table(products, _PRODUCTS),
+        table(attention, columns),
     ]
 
 
 def _released_tables(rows: Sequence[Row]) -> list[str]:
     contenders = [row for row in rows if "contender" in row]
     ratios = [{"case": row["case"], **ratio} for row in rows for ratio in row.get("ratios", [])]
-    return [_table(contenders, _CONTENDERS), _table(ratios, _RATIOS)]
+    return [table(contenders, _CONTENDERS), table(ratios, _RATIOS)]
 
 
 def _generic_tables(rows: Sequence[Row]) -> list[str]:
@@ -121,14 +124,15 @@ def _generic_tables(rows: Sequence[Row]) -> list[str]:
         for name, value in row.items()
         if name != "case"
     ]
-    return [_table(flat, {"case": _text("case"), "figure": _text("figure"), "value": _number("value", 2)})]
+    return [table(flat, {"case": text("case"), "figure": text("figure"), "value": number("value", 2)})]
 
 
 Column = Callable[[Row], str]
 Columns = dict[str, Column]
 
 
-def _table(rows: Sequence[Row], columns: Columns) -> str:
+def table(rows: Sequence[Row], columns: Columns) -> str:
+    """A Markdown table; nothing where there are no rows."""
     if not rows:
         return ""
     lines: list[Iterable[str]] = [columns, ["---"] * len(columns)]
@@ -136,11 +140,14 @@ def _table(rows: Sequence[Row], columns: Columns) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
 
 
-def _text(key: str) -> Column:
+def text(key: str) -> Column:
+    """A column of text; a dash where the row has none."""
     return lambda row: str(row.get(key, "-"))
 
 
-def _number(key: str, digits: int, unit: str = "") -> Column:
+def number(key: str, digits: int, unit: str = "") -> Column:
+    """A column of numbers with so many decimal digits."""
+
     def cell(row: Row) -> str:
         value = row.get(key)
         if value is None:
@@ -163,43 +170,48 @@ def _gib(key: str) -> Column:
 
 
 _STEP_COLUMNS: Columns = {
-    "step": _text("case"),
-    "ms": _number("step_ms", 1),
-    "predicted ms": _number("predicted_ms", 1),
-    "clips/s": _number("clips_per_s", 0),
-    "MFU": _number("mfu_pct", 1, " %"),
+    "step": text("case"),
+    "ms": number("step_ms", 1),
+    "predicted ms": number("predicted_ms", 1),
+    "clips/s": number("clips_per_s", 0),
+    "MFU": number("mfu_pct", 1, " %"),
     "host ms (forward / backward / update)": _phases("host_ms"),
     "device ms": _phases("device_ms"),
-    "peak GiB": _number("peak_gib", 2),
-    "predicted GiB": _number("predicted_gib", 2),
-    "memory error": _number("memory_error_pct", 1, " %"),
-    "first step s": _number("first_step_s", 1),
+    "peak GiB": number("peak_gib", 2),
+    "predicted GiB": number("predicted_gib", 2),
+    "memory error": number("memory_error_pct", 1, " %"),
+    "first step s": number("first_step_s", 1),
 }
-_LIMITS: Columns = {"limit": _text("name"), "value": _number("value", 2)}
+_PREFETCH: Columns = {
+    "step": text("case"),
+    "in line, ms": number("in_line_ms", 1),
+    "beside, ms": number("beside_ms", 1),
+}
+_LIMITS: Columns = {"limit": text("name"), "value": number("value", 2)}
 _PRODUCTS: Columns = {
-    "products": _text("case"),
-    "map": _text("map"),
-    **{f"{name}, TFLOP/s": _number(name, 0) for name in ("forward", "dx", "dw")},
+    "products": text("case"),
+    "map": text("map"),
+    **{f"{name}, TFLOP/s": number(name, 0) for name in ("forward", "dx", "dw")},
 }
 _CONTENDERS: Columns = {
-    "contender": _text("case"),
-    "step ms": _number("step_ms", 1),
-    "forward": _number("forward_ms", 1),
-    "backward": _number("backward_ms", 1),
-    "optimiser": _number("optimizer_ms", 1),
-    "clips/s": _number("clips_per_s", 0),
-    "MFU": _number("mfu_pct", 1, " %"),
+    "contender": text("case"),
+    "step ms": number("step_ms", 1),
+    "forward": number("forward_ms", 1),
+    "backward": number("backward_ms", 1),
+    "optimiser": number("optimizer_ms", 1),
+    "clips/s": number("clips_per_s", 0),
+    "MFU": number("mfu_pct", 1, " %"),
     "passes GiB": _gib("passes_peak_bytes"),
     "states GiB": _gib("states_bytes"),
-    "skipped": _text("skipped_steps"),
-    "failure": _text("failure"),
+    "skipped": text("skipped_steps"),
+    "failure": text("failure"),
 }
 _RATIOS: Columns = {
-    "case": _text("case"),
-    "step time": _text("step time"),
-    "of medians": _number("of_medians", 2),
+    "case": text("case"),
+    "step time": text("step time"),
+    "of medians": number("of_medians", 2),
     "quartiles": lambda row: f"{row['quartile_1']:.2f} to {row['quartile_3']:.2f}",
-    "without optimiser": _number("without_optimizer", 2),
+    "without optimiser": number("without_optimizer", 2),
 }
 _TITLES = {
     "ceilings": "What the device reaches",

@@ -1,0 +1,86 @@
+"""How often the host waits for the device in a step of the engine, counted at ZeRO-1 and 2 in bf16.
+
+Run by `test_engine.py` as a process of its own: DeepSpeed settles on a kind of device when it is imported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from everest_ds.cli.alone import world_of_one
+from everest_ds.parallel.world import World
+from everest_ds.profiling.launches import count_launches
+from everest_ds.training.engine_step import EngineStep
+from tests.parallel.equality import TASKS, experiment
+
+STAGES = (1, 2)
+# Explicit waits, which CUDA's debug mode does not see.
+_EXPLICIT = [
+    (torch.cuda, "synchronize"),
+    (torch.cuda.Stream, "synchronize"),
+    (torch.cuda.Event, "synchronize"),
+]
+
+
+def one_step(step: EngineStep) -> None:
+    """Every phase of a step."""
+    for _ in range(step.micro_batches):
+        step.backward(step.forward(step.load()))
+        step.update()
+
+
+def count_waits(call: Callable[[], object]) -> int:
+    """Count the waits of `call` and print where they are; on a CPU, the reads of values by the host."""
+    if not torch.cuda.is_available():
+        return count_launches(call).waits
+    with _explicit_waits() as explicit, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    implicit = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    for place in (*implicit, *explicit):
+        print(f"  a wait: {place}")
+    return len(implicit) + len(explicit)
+
+
+@contextmanager
+def _explicit_waits() -> Iterator[list[str]]:
+    found: list[str] = []
+    with ExitStack() as stack:
+        for owner, name in _EXPLICIT:
+            stack.enter_context(patch.object(owner, name, _noting(found, getattr(owner, name))))
+        yield found
+
+
+def _noting(found: list[str], original: Callable[..., Any]) -> Callable[..., Any]:
+    def wait(*args: Any) -> Any:
+        found.append(original.__qualname__)
+        return original(*args)
+
+    return wait
+
+
+def main(world: World) -> None:
+    """Print the waits of a step that is not the first."""
+    for task in TASKS:
+        for stage in STAGES:
+            with EngineStep(experiment(task, stage, 1, precision="bf16"), world) as step:
+                for _ in range(3):
+                    one_step(step)
+                waits = count_waits(partial(one_step, step))
+            print(f"{world.device}: {task}, ZeRO-{stage}: waits: {waits}")
+
+
+if __name__ == "__main__":
+    with world_of_one() as world:
+        main(world)

@@ -1,0 +1,79 @@
+"""`precision: tf32`: float32 in all but a GPU's products, refused without one, predicted at its own rate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from everest_ds.config import Experiment, load_experiment
+from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.profiling.devices import DEVICES
+from everest_ds.profiling.memory import predict_memory
+from everest_ds.profiling.time import compute_dtype
+from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.tuning.step_time import StepPrediction, predict_step
+from tests.ranks import run_ranks
+from tests.training.faults import outcome
+from tests.training.runs import experiment
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def strict_again() -> Iterator[None]:
+    """The process multiplies exactly afterwards."""
+    yield
+    set_matmul_precision("fp32")
+
+
+def recipe(precision: str) -> Experiment:
+    return load_experiment("k400_pretrain_vit_large", [f"precision={precision}"])
+
+
+def test_only_tf32_lets_products_round(strict_again: None) -> None:
+    found = []
+    for precision in ("tf32", "fp32", "bf16"):
+        set_matmul_precision(precision)
+        found.append(torch.get_float32_matmul_precision())
+    assert found == ["high", "highest", "highest"]
+
+
+def test_a_cpu_refuses_it(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(motion_data, tmp_path).model_copy(update={"precision": "tf32"})
+    (message,) = run_ranks(outcome, 1, config)
+    assert message == "ConfigError: precision: no TF32 on cpu; allowed: fp32; fix: set precision=fp32"
+    assert not has_tf32(CPU)
+
+
+def test_memory_is_that_of_fp32_and_time_is_its_own() -> None:
+    sheet = machine_from_sheet("A100", DEVICES["A100 40GB"])
+    machine = replace(sheet, decode_s=0.0, decode_pixels_per_s=1e15)  # nothing waits for data
+
+    def step(precision: str) -> StepPrediction:
+        return predict_step(recipe(precision), 8, machine)
+
+    assert predict_memory(recipe("tf32"), 8) == predict_memory(recipe("fp32"), 8)
+    assert step("bf16").step_s < step("tf32").step_s < step("fp32").step_s / 2
+    assert step("tf32").peak_flops_per_s == 8 * 156e12
+
+
+def test_utilisation_is_of_the_rate_of_tensor_cores() -> None:
+    assert compute_dtype("tf32", torch.device("cuda")) == "tf32"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_products_round_on_a_gpu(strict_again: None) -> None:
+    device = torch.device("cuda")
+    if not has_tf32(device):
+        pytest.skip("needs tensor cores with TF32")
+    a, b = torch.randn(2, 1024, 1024, dtype=torch.float64, device=device)
+    error = {}
+    for precision in ("tf32", "fp32"):
+        set_matmul_precision(precision)
+        error[precision] = float((a.float() @ b.float() - a @ b).abs().max() / (a @ b).std())
+    assert error["fp32"] < 1e-5 < error["tf32"] < 1e-2
