@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 
-# Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
-settings.register_profile("default", deadline=None)
-settings.load_profile("default")
+with suppress(ModuleNotFoundError):  # tests/gpu runs without it
+    from hypothesis import settings
+
+    # Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
+    settings.register_profile("default", deadline=None)
+    settings.load_profile("default")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # test processes share the cores: each taking all of them is slower, by far

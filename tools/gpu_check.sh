@@ -13,19 +13,21 @@
 #
 # Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
 # torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
-# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device.
+# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device;
+# SLOWER=4 gives every part four times its time, for that on a busy CPU.
 # Every part writes its JSON after each row, so that an early end loses little.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
-LIMIT=${LIMIT:-330} # seconds of a script
-GRACE=10            # for a part to end by itself
+SLOWER=${SLOWER:-1}
+LIMIT=$((330 * SLOWER)) # seconds of a script
+GRACE=10                # seconds for a part to end by itself
 # Wheels of the bundle that a machine with torch and its usual company lacks.
 LACKING="deepspeed fairscale hjson pydantic pydantic_core annotated_types typing_inspection typing_extensions av decord"
 # What tools/peers.py imports of a clone.
 IMPORTED="modeling_pretrain.py modeling_finetune.py masking_generator.py"
 
-usage() { sed -n '2,21s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit "$1"; }
 
 prepare() {
     local bundle=$1 clones=${2:-} name
@@ -44,7 +46,7 @@ left() { echo $((LIMIT - SECONDS)); }
 
 # part SECONDS PART...: measure in a process of its own, which a crash of the GPU's driver ends without the others.
 part() {
-    local seconds=$1
+    local seconds=$(($1 * SLOWER))
     shift
     [ "$seconds" -le $(($(left) - GRACE)) ] || seconds=$(($(left) - GRACE))
     [ "$seconds" -gt 0 ] || { echo "LEFT OUT: $*, no time" && return; }

@@ -1,4 +1,4 @@
-"""Print what the given wheels need beside each other and PyTorch, as requirements for `pip download`.
+"""Print the requirements of the given wheels, except for each other and PyTorch, for `pip download`.
 
 python tools/offline_requirements.py 3.12 constraints.txt FOLDER/*.whl
 """

@@ -90,15 +90,12 @@ def _check(optimizer: Any, expected: type, names: str) -> None:
 def clip_gradients(engine: Any) -> None:
     """Clip at stage 0 without a wait of the host, and keep the norm, which DeepSpeed drops there."""
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters]
-    if engine.mpu is None:
-        norm = sum_of_squares(gradients, engine.device).sqrt().float()
-    else:
-        is_first = engine.mpu.get_model_parallel_rank() == 0
-        counted = [p.grad for p in parameters if is_first or is_model_parallel_parameter(p)]
-        total = sum_of_squares(counted, engine.device)
-        dist.all_reduce(total, group=engine.mpu.get_model_parallel_group())
-        norm = total.sqrt().float()
+    gradients, mpu = [parameter.grad for parameter in parameters], engine.mpu
+    counted = _counted(gradients, parameters, mpu.get_model_parallel_rank() if mpu else 0)
+    total = sum_of_squares(counted, engine.device)
+    if mpu:
+        dist.all_reduce(total, group=mpu.get_model_parallel_group())
+    norm = total.sqrt().float()
     torch._foreach_mul_(gradients, (engine.gradient_clipping() / (norm + 1e-6)).clamp(max=1.0))
     engine._global_grad_norm = norm
 
@@ -284,16 +281,21 @@ class LeanZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 def _global_sum_of_squares(
     optimizer: Any, gradients: dict[int, list[Tensor]], parameters: list[list[Any]]
 ) -> Tensor:
-    """Sum over the gradients of all ranks, by group; of a weight that tensor-parallel ranks copy, once."""
-    is_first, counted = optimizer.model_parallel_rank == 0, list[Tensor]()
+    """Return the sum over the gradients of all ranks, given by parameter group, each counted once."""
+    rank, counted = optimizer.model_parallel_rank, list[Tensor]()
     for index, group in enumerate(parameters):
-        pairs = zip(gradients[index], group, strict=False)  # unmarked padding may follow
-        counted += [g for g, p in pairs if is_first or is_model_parallel_parameter(p)]
+        counted += _counted(gradients[index], group, rank)
     total = sum_of_squares(counted, get_accelerator().current_device_name())
     if dist.get_world_size(group=optimizer.dp_process_group) > 1:
         dist.all_reduce(total, group=optimizer.dp_process_group)
     optimizer._model_parallel_all_reduce(total, dist.ReduceOp.SUM)
     return total
+
+
+def _counted(gradients: list[Tensor], parameters: list[Any], tensor_rank: int) -> list[Tensor]:
+    """Gradients that count on this rank: those of weights that tensor-parallel ranks copy, on the first."""
+    pairs = zip(gradients, parameters, strict=False)  # unmarked padding may follow
+    return [g for g, p in pairs if tensor_rank == 0 or is_model_parallel_parameter(p)]
 
 
 def _without_padding(gradients: Iterable[Tensor]) -> list[Tensor]:

@@ -158,7 +158,18 @@ DISAGREEMENTS = [
     (["tokens.mask_ratio=0.999"], ("mask_ratio=0.999", "0 visible", "lower mask_ratio")),
     (["tokens.mask_ratio=0.5"], ("mask_ratio=0.5", "keep_ratio must exceed 1 - mask_ratio")),
     (["schedule.epochs=40"], ("schedule.warmup_epochs=40", "schedule.epochs=40")),
-    (["recompute.offload_to_cpu=true"], ("recompute.offload_to_cpu", "needs a recompute.mode")),
+    (
+        ["recompute.offload_to_cpu=true"],
+        ("recompute.offload_to_cpu", "mode none has none", "set recompute.mode"),
+    ),
+    (
+        ["recompute.offload_to_cpu=true", "recompute.mode=gelu"],
+        ("recompute.offload_to_cpu", "mode gelu has none"),
+    ),
+    (
+        ["model.compile=true", "parallelism.zero_stage=3"],
+        ("model.compile=true", "zero_stage=3", "use zero_stage 0"),
+    ),
 ]
 
 

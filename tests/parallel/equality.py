@@ -69,6 +69,7 @@ def experiment(
     spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload}
     spread |= {"offload_to_nvme": nvme, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
+    model["compile"] = False  # tests/parallel/test_compile.py turns it on
     tokens: dict[str, Any] = {"keep_ratio": 0.5, "mask_ratio": 0.75}
     if task == "finetune":
         model |= {"num_classes": 5, "drop_path": 0.2}

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from everest_ds.config import Experiment
@@ -201,11 +200,6 @@ def test_without_a_compiler_what_was_asked_for_is_refused() -> None:
     (message,) = run_ranks(refusal_without_a_cpp_compiler, 1)
     assert message.startswith("model.compile: torch.compile does not work here; given: ")
     assert message.endswith("or set model.compile=false")
-
-
-def test_zero_3_is_refused_with_its_reason() -> None:
-    with pytest.raises(ValidationError, match=r"model\.compile=true.*zero_stage=3.*hooks"):
-        Case("finetune", 3).config(1, True)
 
 
 def compile_into(world: World, folder: Path) -> tuple[int, int]:

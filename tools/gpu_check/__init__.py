@@ -1,1 +1,1 @@
-"""What only a GPU can answer about training, in parts that take a minute each: see tools/gpu_check.sh."""
+"""Measurements of training that need a GPU, in parts of a minute or two: see tools/gpu_check.sh."""

@@ -1,4 +1,4 @@
-"""What the device reaches at best: matrix products and attention at our shapes, copies, launches."""
+"""Upper limits of the device: matrix products and attention at our shapes, copies, launches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _TINY = (_Stack("vit_tiny", "encoder", 2, 16), _Stack("vit_tiny", "decoder", 2, 
 
 
 def run(record: Record) -> None:
-    """Measure everything, the general limits first."""
+    """Measure all limits, the general ones first."""
     device, tiny = record.session.device, record.session.tiny
     record.measure("device", partial(_device_limits, device, 128 if tiny else 8192))
     record.measure("host", partial(_host_limits, device, 2 if tiny else 64))

@@ -1,4 +1,4 @@
-"""What each change of the engine brings: the same step with changes taken back one by one.
+"""Gain of each change of the engine: the same step with changes taken back one by one.
 
 Some of them are no option of a run, since nobody should train without them. Those are taken back by patching
 in this process.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -18,6 +19,7 @@ from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel import lean_update
 from everest_ds.shipped import shipped
 from gpu_check.cases import Case
+from gpu_check.prefetch import measure_prefetch
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
 
@@ -27,7 +29,7 @@ _ALL = (_TIMERS, _REDUCTION, _UPDATE, _COMPILE)
 
 
 class Rung(NamedTuple):
-    """A case with the changes that are in force: some first ones of `_ALL`."""
+    """A case, and the first changes of `_ALL`, which are in force."""
 
     case: Case
     changes: tuple[str, ...]
@@ -41,8 +43,9 @@ class Rung(NamedTuple):
 
 _LARGE, _FINE_TUNING = Case("pretrain", "vit_large", 64), Case("finetune", "vit_large", 16)
 _BASE = Case("pretrain", "vit_base", 64)
-LADDER = (
-    *(Rung(_LARGE, _ALL[:count]) for count in range(len(_ALL) + 1)),
+_ONE_LADDER = tuple(Rung(_LARGE, _ALL[:count]) for count in range(len(_ALL) + 1))
+LADDERS = (
+    *_ONE_LADDER,
     Rung(_FINE_TUNING, ()),
     Rung(_FINE_TUNING, _ALL[:-1]),
     Rung(_FINE_TUNING, _ALL),
@@ -55,13 +58,18 @@ LADDER = (
 
 
 def run(record: Record) -> None:
-    """Measure every rung."""
+    """Measure every rung, and what preparing the next batch beside the step saves."""
     timed = _with_timers(record.session.out)
     try:
         with world_of_one() as world:
-            for rung in LADDER:
+            # compiling for a CPU takes a rehearsal half a minute for each shape
+            for rung in _ONE_LADDER if record.session.tiny else LADDERS:
                 with _only(rung.changes):
                     measure_case(record, _case(rung, timed), world, name=rung.name)
+            for case in (_FINE_TUNING, _LARGE):
+                config = case.config(record.session.tiny)
+                name = f"{case.name}, the next batch in line and beside the step"
+                record.measure(name, partial(measure_prefetch, config, world), needs_s=10)
     finally:
         timed.unlink()
 

@@ -34,7 +34,7 @@ _WARM_UP_STEPS = 6  # first batches wait for workers to start
 
 @dataclass(frozen=True)
 class _Plan:
-    """What trains on which videos, and for how many steps."""
+    """A training run: its recipe, its videos and its number of steps."""
 
     recipe: str
     videos: int

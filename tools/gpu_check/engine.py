@@ -15,7 +15,6 @@ CASES = (
     Case("finetune", "vit_large", 32),
     Case("pretrain", "vit_base", 64),
     Case("finetune", "vit_base", 32),
-    Case("pretrain", "vit_large", 64, ("parallelism.zero_stage=1",)),
     Case("pretrain", "vit_large", 64, ("parallelism.zero_stage=3",)),
     Case("pretrain", "vit_large", 64, ("tokens.selection=tube",)),
 )

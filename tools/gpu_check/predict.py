@@ -1,4 +1,4 @@
-"""What the steps of the GPU check are predicted to take on a device, from its data sheet alone.
+"""Predicted steps of the GPU check on a device, from its data sheet alone.
 
 python -m gpu_check.predict "H100 SXM"
 """

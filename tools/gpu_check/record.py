@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """What all parts of one process share.
+    """Settings that all parts of one process share.
 
     Attributes:
         out: folder of the results.
@@ -75,10 +75,10 @@ class Record:
 
         Args:
             case: names the row.
-            needs_s: without so many seconds left it is not tried.
+            needs_s: without so many seconds left it is not tried; a rehearsal tries it anyway.
         """
         left_s = self.session.left_s
-        if left_s < needs_s:
+        if left_s < (0 if self.session.tiny else needs_s):
             return self.add(case, {"left_out": f"{left_s:.0f} s were left, {needs_s:.0f} are needed"})
         try:
             row = call()
@@ -87,7 +87,7 @@ class Record:
         except Exception as error:  # the next case can still be measured
             traceback.print_exc(limit=8)
             row = {"error": f"{type(error).__name__}: {error}"[:_LONGEST_ERROR]}
-        release_memory()
+        start_afresh()
         return self.add(case, row)
 
     def add(self, case: str, row: Row) -> Row:
@@ -142,8 +142,12 @@ def device_state() -> str | None:
     return done.stdout.strip() or None
 
 
-def release_memory() -> None:
-    """Give freed memory back, so that the next case starts with an empty device and a peak of its own."""
+def start_afresh() -> None:
+    """Give freed memory back and forget compiled graphs, so that the next case is as in a process of its own.
+
+    torch.compile refuses more than a few shapes of a function in one process.
+    """
+    torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

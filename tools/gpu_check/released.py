@@ -16,7 +16,7 @@ from peers import load_peer
 from everest_ds.cli.alone import world_of_one
 from everest_ds.parallel.world import World
 from gpu_check.cases import Case
-from gpu_check.record import Record, Row, release_memory
+from gpu_check.record import Record, Row, start_afresh
 
 # VideoMAE keeps the attention weights of all tokens: 6.5 GB per clip to fine-tune ViT-L.
 CASES = (
@@ -59,4 +59,4 @@ def _measure(record: Record, case: Case, peers: Path, world: World) -> None:
         for row in result["contenders"]:
             record.add(f"{case.name}: {row['contender']}", row)
     results.clear()
-    release_memory()
+    start_afresh()

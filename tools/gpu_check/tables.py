@@ -45,7 +45,7 @@ def render(parts: dict[str, Part]) -> str:
 
 
 def render_part(part: Part) -> str:
-    """A heading, the environment, the tables, and what failed or was left out."""
+    """A heading, the environment, the tables, and the cases that failed or were left out."""
     rows = part["rows"]
     measured = [row for row in rows if "error" not in row and "left_out" not in row]
     lines = [f"### {_TITLES[part['part']]}", _where(part), *_TABLES[part["part"]](measured)]
@@ -68,7 +68,10 @@ def _where(part: Part) -> str:
 
 
 def _step_tables(rows: Sequence[Row]) -> list[str]:
-    return [table(rows, _STEP_COLUMNS), *(_kernels(row) for row in rows if "profile" in row)]
+    steps = [row for row in rows if "step_ms" in row]
+    prefetched = [row for row in rows if "beside_ms" in row]
+    kernels = [_kernels(row) for row in rows if "profile" in row]
+    return [table(steps, _STEP_COLUMNS), table(prefetched, _PREFETCH), *kernels]
 
 
 def _kernels(row: Row) -> str:
@@ -178,6 +181,11 @@ _STEP_COLUMNS: Columns = {
     "predicted GiB": number("predicted_gib", 2),
     "memory error": number("memory_error_pct", 1, " %"),
     "first step s": number("first_step_s", 1),
+}
+_PREFETCH: Columns = {
+    "step": text("case"),
+    "in line, ms": number("in_line_ms", 1),
+    "beside, ms": number("beside_ms", 1),
 }
 _LIMITS: Columns = {"limit": text("name"), "value": number("value", 2)}
 _PRODUCTS: Columns = {
