@@ -13,7 +13,7 @@
 #
 # Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
 # torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
-# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device;
+# as `python3` (PYTHON=... names another); the rest comes from .gpu, or is there without it. --tiny rehearses with tiny models, on any device;
 # SLOWER=4 gives every part four times its time, for that on a busy CPU.
 # Every part writes its JSON after each row, so that an early end loses little. Exit code 1: a part or a test failed.
 set -uo pipefail
@@ -66,11 +66,11 @@ set_up() {
     python=${PYTHON:-python3} site=$(mktemp -d)
     mkdir -p "$out" && exec > >(tee "$out/log$script.txt") 2>&1
     trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .gpu/wheels/*.whl \
-        || exit 1
+    [ ! -d .gpu/wheels ] || "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$site" .gpu/wheels/*.whl || exit 1
     export PYTHONPATH=$site:$PWD:$PWD/tools PYTHONUNBUFFERED=1 COLUMNS=150
     export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo
-    echo "wheels installed after $SECONDS s"
+    echo "began after $SECONDS s"
 }
 
 # Every file of tests in a process of its own, all at once: the models are tiny. Times are measured alone.
