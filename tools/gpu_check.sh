@@ -13,9 +13,9 @@
 #
 # Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
 # torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
-# as `python3` (PYTHON=... names another); the rest comes from .gpu. --tiny rehearses with tiny models, on any device;
+# as `python3` (PYTHON=... names another); the rest comes from .gpu, or is there without it. --tiny rehearses with tiny models, on any device;
 # SLOWER=4 gives every part four times its time, for that on a busy CPU.
-# Every part writes its JSON after each row, so that an early end loses little.
+# Every part writes its JSON after each row, so that an early end loses little. Exit code 1: a part or a test failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -53,7 +53,12 @@ part() {
     printf '\n=== %s (%s s)\n' "$*" "$seconds"
     timeout --kill-after=3 $((seconds + GRACE - 3)) \
         "$python" -m gpu_check "$out" "$@" --until $(($(date +%s) + seconds)) $tiny \
-        || echo "FAILED: $* (exit code $?)"
+        || fail "$* (exit code $?)"
+}
+
+fail() {
+    echo "FAILED: $1"
+    failed=1
 }
 
 set_up() {
@@ -61,11 +66,11 @@ set_up() {
     python=${PYTHON:-python3} site=$(mktemp -d)
     mkdir -p "$out" && exec > >(tee "$out/log$script.txt") 2>&1
     trap 'rm -rf "$site"' EXIT
-    "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --target "$site" .gpu/wheels/*.whl \
-        || exit 1
+    [ ! -d .gpu/wheels ] || "$python" -m pip install -q --no-index --no-deps --no-compile --no-cache-dir \
+        --target "$site" .gpu/wheels/*.whl || exit 1
     export PYTHONPATH=$site:$PWD:$PWD/tools PYTHONUNBUFFERED=1 COLUMNS=150
     export NCCL_SOCKET_IFNAME=lo GLOO_SOCKET_IFNAME=lo
-    echo "wheels installed after $SECONDS s"
+    echo "began after $SECONDS s"
 }
 
 # Every file of tests in a process of its own, all at once: the models are tiny. Times are measured alone.
@@ -79,18 +84,20 @@ gpu_tests() {
     done
     wait "${running[@]}" # not bare: that would wait for the log's tee too
     one_test tests/gpu/test_measuring.py
-    cat "$site"/test_*.txt > "$out/tests.txt"
-    tail -qn 1 "$site"/test_*.txt
+    tail -n +1 "$site"/test_*.txt > "$out/tests.txt" # each below its name
+    for file in "$site"/test_*.txt; do printf '%-24s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"; done
+    ! grep -q '^FAILED ' "$out/tests.txt" || fail tests
 }
 
 one_test() {
-    local seconds=$(($(left) - 5))
-    [ "$seconds" -gt 5 ] || { echo "$1: left out, no time" > "$site/$(basename "$1" .py).txt"; return; }
-    timeout "$seconds" "$python" -m pytest -q -rs --tb=short -p no:cacheprovider "$1" \
-        > "$site/$(basename "$1" .py).txt" 2>&1
+    local seconds=$(($(left) - 5)) output
+    output=$site/$(basename "$1" .py).txt
+    [ "$seconds" -gt 5 ] || { echo "FAILED $1: no time was left" > "$output" && return; }
+    timeout "$seconds" "$python" -m pytest -q -rsfE --tb=short -p no:cacheprovider "$1" > "$output" 2>&1 \
+        || echo "FAILED $1: exit code $?" >> "$output"
 }
 
-script=${1:-}
+script=${1:-} failed=0
 case $script in
     prepare) [ $# -ge 2 ] || usage 2; prepare "${@:2}" ;;
     1)
@@ -114,4 +121,7 @@ case $script in
     -h | --help) usage 0 ;;
     *) usage 2 ;;
 esac
-[ "$script" = prepare ] || { ls -la "$out"; echo "ended after $SECONDS s"; }
+[ "$script" != prepare ] || exit 0
+ls -la "$out"
+echo "ended after $SECONDS s"
+exit $failed

@@ -75,6 +75,14 @@ def test_tables_say_where_and_list_what_is_missing(record: Any, tmp_path: Path) 
     assert "rehearsal" not in text
 
 
+def test_the_state_of_the_gpu_is_told_with_names(package: None) -> None:
+    from gpu_check.tables import _state
+
+    csv = "driver_version, pstate, clocks.current.sm [MHz]\n580.159.04, P0, 1980 MHz\n580.159.04, P8, 345 MHz"
+    assert _state(csv) == "; driver_version 580.159.04, pstate P0, clocks.current.sm 1980 MHz"
+    assert _state(None) == ""
+
+
 def check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{TOOLS}", "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-m", "gpu_check", str(out), *arguments]

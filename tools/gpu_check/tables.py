@@ -57,11 +57,19 @@ def render_part(part: Part) -> str:
 def _where(part: Part) -> str:
     about = part["environment"]
     packages = about["packages"]
-    state = (part.get("state_after") or part["state_before"] or "").splitlines()
     facts = [about["device"], "bf16", f"torch {about['torch']}", f"DeepSpeed {packages['deepspeed']}"]
     facts += [f"Python {about['python']}", f"commit {(about['commit'] or 'unknown')[:12]}", about["time"]]
     rehearsal = "**A rehearsal with tiny models: no figure below means anything.** " if part["tiny"] else ""
-    return f"{rehearsal}Measured on {', '.join(facts)}" + (f"; {state[-1]}" if state else "") + "."
+    state = _state(part.get("state_after") or part["state_before"])
+    return f"{rehearsal}Measured on {', '.join(facts)}{state}."
+
+
+def _state(csv: str | None) -> str:
+    """The figures of the first GPU in nvidia-smi's CSV, with their names."""
+    if not csv:
+        return ""
+    names, values = (line.split(", ") for line in csv.splitlines()[:2])
+    return "; " + ", ".join(f"{n.split(' [')[0]} {v}" for n, v in zip(names, values, strict=True))
 
 
 # --- One function per kind of table ------------------------------------------------------------------------
