@@ -54,7 +54,7 @@ class ZeroSettings:
         """
         if self.grad_accum_dtype == "auto":
             return precision == "bf16" and accumulates and not self.offloads_optimizer
-        return precision != "fp32" and self.grad_accum_dtype == "fp32"
+        return precision in ("bf16", "fp16") and self.grad_accum_dtype == "fp32"
 
     def shards_nothing(self, stage: int, data_degree: int) -> bool:
         """Return whether stage 1 or 2 runs on one data-parallel rank, with nobody to share or sum with."""

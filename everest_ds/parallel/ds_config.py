@@ -124,11 +124,12 @@ def _fill_accumulation(tree: dict[str, Any], config: Experiment, plan: BatchPlan
     """Choose in which type the gradients of micro-batches are summed, unless the file does."""
     types, key = tree.get("data_types", {}), "grad_accum_dtype"
     given, accumulates = types.pop(key, AUTO), plan.grad_accum_steps > 1
-    if given not in (AUTO, "fp32", config.precision):
+    allowed = (AUTO, "fp32", *([config.precision] if config.in_half_precision else []))
+    if given not in allowed:
         raise ConfigError(
             f"{path}: data_types.{key}: gradients are summed in float32 or in the run's precision",
             given=given,
-            allowed=f"auto, fp32, {config.precision}",
+            allowed=", ".join(allowed),
         )
     if given != AUTO or zero_settings(config).sums_in_float32(config.precision, accumulates):
         tree["data_types"] = {**types, key: "fp32" if given == AUTO else given}

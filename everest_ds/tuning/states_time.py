@@ -198,17 +198,21 @@ def _update_term(
 ) -> Term:
     """AdamW on this rank's part, of whose gradients ZeRO takes the norm and makes float32 ones, flat."""
     rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
-    value, fresh, copied, read = states.value_bytes, 0, 0, 0
     sums_in_float32 = zero.sums_in_float32(config.precision, plan.grad_accum_steps > 1)
+    value = states.value_bytes
+    gradient = FLOAT32_BYTES if sums_in_float32 else value
+    fresh = copied = read = 0  # bytes of one parameter
+    if states.stage:
+        copied, read = value + FLOAT32_BYTES, gradient  # weights written back; the norm
     if states.stage == 3 or (states.stage and zero.offloads_optimizer):
-        fresh = states.part * (value + (FLOAT32_BYTES if value < FLOAT32_BYTES else 0))
-        copied = states.part * (2 * value + value + FLOAT32_BYTES)
-        # for the norm, where DeepSpeed takes it of a float64 copy of each tensor
-        read = states.part * (value + (_FLOAT64_BYTES if zero.offloads_optimizer else 0))
-    elif states.stage:
-        fresh = 0 if sums_in_float32 else states.part * FLOAT32_BYTES
-        copied = 0 if sums_in_float32 else states.part * (value + FLOAT32_BYTES)
-        read = states.part * (FLOAT32_BYTES if sums_in_float32 else value)
+        fresh = gradient + (FLOAT32_BYTES if gradient < FLOAT32_BYTES else 0)
+        copied += 2 * gradient
+    elif states.stage and not sums_in_float32:
+        fresh = FLOAT32_BYTES
+        copied += value + FLOAT32_BYTES
+    if states.stage and zero.offloads_optimizer:
+        read = value + _FLOAT64_BYTES  # a tensor at a time
+    fresh, copied, read = fresh * states.part, copied * states.part, read * states.part
     moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
     moved_s += read / machine.moving[config.precision].at(read) if read else 0.0
     numbers = {

@@ -173,8 +173,8 @@ def test_the_optimiser_steps_this_ranks_part() -> None:
     )
     assert stage0.seconds == pytest.approx(num_parameters / 1e9)
     part = num_parameters / 4
-    # flat gradients are new, a copy of those that came; the norm reads them once
-    moved = 4 * part / FRESH + 8 * part / COPY + 4 * part / BYTES
+    # flat gradients are new, a copy of those that came; weights are written back; the norm reads once
+    moved = 4 * part / FRESH + 16 * part / COPY + 4 * part / BYTES
     assert stage2.seconds == pytest.approx(part / 1e9 + moved, rel=1e-6)
 
 
