@@ -1,6 +1,6 @@
 """Who takes part in a step benchmark: our engine, our model in a plain loop, and peers as released.
 
-All of them see the same clips. Ours is the engine that `everest-ds train` builds; the plain loop is the same
+All of them see the same clips. Ours is the engine that a run builds; the plain loop is the same
 step without DeepSpeed; a peer steps as its released script does, with torch's AdamW as it comes.
 """
 

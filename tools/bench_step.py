@@ -109,7 +109,7 @@ def bench(
 ) -> None:
     """Time training steps: forward, backward, optimiser; memory; how far from the machine's own rates.
 
-    "Ours" is the engine that `everest-ds train` builds from the Kinetics-400 recipe, with ZeRO, drop path and
+    "Ours" is the engine that a run builds from the Kinetics-400 recipe, with ZeRO, drop path and
     label smoothing; "plain" is the same step in a PyTorch loop without DeepSpeed. All contenders run in one
     process on the same clips, one step each in turn, so that a busy machine hurts them alike: trust the
     ratios and their quartiles more than the times. Peers run as their authors do, with float32 weights,

@@ -42,17 +42,21 @@ def _engine(config: Experiment, world: World) -> Iterator[TrainingStep]:
     from everest_ds.training.engine_step import EngineStep
 
     with EngineStep(config, world) as step:
-        yield _phases(step)
+        yield _phases(step, world)
 
 
 @contextmanager
 def _plain(config: Experiment, world: World) -> Iterator[TrainingStep]:
     from everest_ds.training.plain_step import PlainStep
 
-    yield _phases(PlainStep(config, world.device))
+    yield _phases(PlainStep(config, world.device), world)
 
 
-def _phases(step: MeasuredStep) -> TrainingStep:
+def _phases(step: MeasuredStep, world: World) -> TrainingStep:
+    """The phases as in a run: it augments the next batch beside a step on a GPU, and within it on a CPU."""
     from everest_ds.profiling.phases import TrainingStep
 
-    return TrainingStep(step.load, step.forward, step.backward, step.update, step.micro_batches)
+    rest = step.backward, step.update, step.micro_batches
+    if world.device.type == "cuda":
+        return TrainingStep(lambda: step.prepare(step.load()), step.loss, *rest)
+    return TrainingStep(step.load, step.forward, *rest)

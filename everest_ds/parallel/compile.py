@@ -17,6 +17,7 @@ keeps is at most what parallel/recompute.py says.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -105,7 +106,8 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _keep_results() -> None:
     """Let the compiler keep its results where a later job finds them, on whichever node it runs."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
+    with contextlib.suppress(RuntimeError):  # without a home folder: in /tmp, as PyTorch does
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def _check_compiler(device: torch.device) -> None:

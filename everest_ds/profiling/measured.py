@@ -40,7 +40,7 @@ class Measured:
 
     Attributes:
         config: of the model.
-        phases_ms: medians: forward (with augmentation), backward, optimizer.
+        phases_ms: medians: forward (on a CPU with augmentation), backward, optimizer.
         step_ms: quartiles of the whole step: first, median, third; no data wait.
         peak_memory_bytes: the allocator's peak; None on a CPU.
         mfu_pct: None on a device whose peak rate is not known.

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
-from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
 from everest_ds.models.initial import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -24,8 +23,9 @@ from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
-from everest_ds.training.packing import Packer, unpack
+from everest_ds.training.packing import Packer
 from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.prefetch import Preparation
 
 _NOISE_RANGE = 0.03  # about the spread of initial weights
 
@@ -46,7 +46,7 @@ class MeasuredStep(ABC):
         self.micro_batches = micro_batches
         self.learning_rate = learning_rate
         self._objective = build_objective(config)
-        self._prepare = _Preparation(config, device)
+        self._prepare = Preparation(config, device)
         self._noise = noise_batch(config, device, share)
         self._changes_clips = config.augment.changes
         self._trained: Any = None  # a model that is called, with its optimizer
@@ -71,7 +71,7 @@ class MeasuredStep(ABC):
         return self._objective(self._trained, prepared)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prepare a batch and compute its loss."""
+        """Prepare a batch and compute its loss. A run on a GPU prepares the next batch during the step."""
         return self.loss(self.prepare(batch))
 
     @abstractmethod
@@ -150,21 +150,6 @@ class EngineStep(MeasuredStep):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _Preparation:
-    """What becomes of a loader's batch before the model sees it: on the device, unpacked or augmented."""
-
-    def __init__(self, config: Experiment, device: torch.device) -> None:
-        self._device = device
-        self._geometry = config.model.geometry
-        self._augment = Augmentation(config)
-
-    def __call__(self, batch: Batch) -> Batch:
-        here = batch.to(self._device)
-        if isinstance(here, PackedBatch):
-            return unpack(here, self._geometry)
-        return self._augment(here, batch.key.tolist())
 
 
 def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batch:

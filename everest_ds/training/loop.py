@@ -14,8 +14,7 @@ from torch import Tensor
 from everest_ds.checkpoints.manifest import Facts
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
-from everest_ds.data.augment import Augmentation
-from everest_ds.data.clips import Batch, PackedBatch, training_batches
+from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
@@ -43,10 +42,10 @@ from everest_ds.training.observers import (
     TensorBoard,
     ValidationReport,
 )
-from everest_ds.training.packing import Packer, unpack
+from everest_ds.training.packing import Packer
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw, watch
-from everest_ds.training.prefetch import Prefetcher
+from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
@@ -123,7 +122,7 @@ class TrainingRun:
         self.cost = cost
         self.grace = grace
         self.objective: Objective = build_objective(config)
-        self.augment = Augmentation(config)
+        self.prepare = Preparation(config, mesh.world.device)
         self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
@@ -184,12 +183,6 @@ class TrainingRun:
         if step_skipped(self.engine):
             self.losses.skipped(self.step + 1)
         return torch.stack(losses).mean()
-
-    def _on_device(self, batch: Batch) -> Batch:
-        here = batch.to(self.world.device)
-        if isinstance(here, PackedBatch):
-            return unpack(here, self.config.model.geometry)
-        return self.augment(here, batch.key.tolist())
 
     def _due(self, every_steps: int) -> bool:
         return self.finished or self.step % every_steps == 0
@@ -357,7 +350,7 @@ class TrainingRun:
             len(steps) * self.plan.grad_accum_steps,
             noted,
             self.broken.note,
-            self._on_device,
+            self.prepare,
             self.world.device,
         )
 

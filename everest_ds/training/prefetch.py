@@ -9,8 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from everest_ds.data.clips import Batch
+from everest_ds.config import Experiment
+from everest_ds.data.augment import Augmentation
+from everest_ds.data.clips import Batch, PackedBatch
 from everest_ds.data.reading import Failure
+from everest_ds.training.packing import unpack
 
 
 class Ready(NamedTuple):
@@ -31,6 +34,25 @@ class _Held(NamedTuple):
     ready: Ready | None
     error: Exception | None
     failures: list[Failure]
+
+
+class Preparation:
+    """Everything that becomes of a loader's batch before a model sees it."""
+
+    def __init__(self, config: Experiment, device: torch.device) -> None:
+        self._device = device
+        self._geometry = config.model.geometry
+        self._augment = Augmentation(config)
+
+    def __call__(self, batch: Batch) -> Batch:
+        """Move a batch to the device without waiting, and unpack or augment it there.
+
+        Augmentation writes into clips that are on the device already.
+        """
+        here = batch.to(self._device)
+        if isinstance(here, PackedBatch):
+            return unpack(here, self._geometry)
+        return self._augment(here, batch.key.tolist())
 
 
 class Prefetcher:
