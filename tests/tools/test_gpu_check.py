@@ -94,19 +94,23 @@ def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path) -> None:
     assert done.returncode == 2 and done.stderr.startswith("error: no CUDA device here; fix: --tiny")
 
 
-@pytest.mark.slow
-def test_a_rehearsal_measures_all_rows_and_traces_two(tmp_path: Path) -> None:
-    done = check(tmp_path, "engine", "changes", "end_to_end", "--tiny")
+def rehearse(out: Path, part: str) -> list[dict[str, Any]]:
+    done = check(out, part, "--tiny")
     assert done.returncode == 0, done.stderr
-    for part in ("engine", "changes", "end_to_end"):
-        found = rows(tmp_path, part)
-        assert found and not any("error" in row or "left_out" in row for row in found), done.stdout
-    steps = rows(tmp_path, "engine") + rows(tmp_path, "changes")
+    found = rows(out, part)
+    assert found and not any("error" in row or "left_out" in row for row in found), done.stdout
+    return found
+
+
+@pytest.mark.slow
+def test_a_rehearsal_steps_every_case_and_traces_two(tmp_path: Path) -> None:
+    steps = [row for part in ("engine", "changes") for row in rehearse(tmp_path, part) if "step_ms" in row]
     assert all(row["step_ms"] > 0 and row["finite_loss"] for row in steps)
     assert [bool(row["profile"]["operators"]) for row in steps if "profile" in row] == [True, True]
     assert len(list(tmp_path.glob("*.trace.json.gz"))) == 2
-    trained, resumed = (
-        next(row for row in rows(tmp_path, "end_to_end") if row["case"] == case)
-        for case in ("train from video files", "resume")
-    )
-    assert resumed["from_step"] >= trained["steps"] >= 20
+
+
+@pytest.mark.slow
+def test_a_rehearsal_trains_from_videos_stops_and_resumes(tmp_path: Path) -> None:
+    found = {row["case"]: row for row in rehearse(tmp_path, "end_to_end")}
+    assert found["resume"]["from_step"] >= found["train from video files"]["steps"] >= 20

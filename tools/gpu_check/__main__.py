@@ -1,16 +1,16 @@
-"""Run parts of the GPU check, one after the other, in this process.
+"""Run one part of the GPU check.
 
-    PYTHONPATH=.:tools python -m gpu_check OUT PART... [--until TIME] [--tiny]
+    PYTHONPATH=.:tools python -m gpu_check OUT PART [--until TIME] [--tiny]
 
 A part is a module of this package with a function `run(record)`. It writes OUT/PART.json after every row, so
-that a process which is killed loses one row. A part that fails does not take the next one with it.
+that a killed process loses one row. Each part has a process of its own: a crash of the driver ends no
+other, and DeepSpeed keeps the first world of a process.
 """
 
 from __future__ import annotations
 
 import importlib
 import time
-import traceback
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +18,7 @@ import torch
 import typer
 
 from everest_ds.cli.program import run_program
-from everest_ds.errors import UsageError
+from everest_ds.errors import UsageError, nearest
 from gpu_check.record import Record, Session
 
 PARTS = ("ceilings", "engine", "released", "changes", "memory", "end_to_end", "calibration")
@@ -26,7 +26,7 @@ PARTS = ("ceilings", "engine", "released", "changes", "memory", "end_to_end", "c
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
-    parts: Annotated[list[str], typer.Argument(help=f"Any of: {', '.join(PARTS)}.")],
+    part: Annotated[str, typer.Argument(help=f"One of: {', '.join(PARTS)}.")],
     until: Annotated[
         float | None, typer.Option(help="Unix time to end by, ten minutes from now by default.")
     ] = None,
@@ -34,18 +34,17 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse with tiny models, on any device.")] = False,
 ) -> None:
     """Measure on the GPU of this machine and write JSON."""
-    if unknown := [part for part in parts if part not in PARTS]:
-        raise UsageError("no such part", given=unknown[0], allowed=", ".join(PARTS))
+    if part not in PARTS:
+        raise UsageError("no such part", given=part, allowed=nearest(part, PARTS))
     if not tiny and not torch.cuda.is_available():
         raise UsageError("no CUDA device here", fix="--tiny rehearses on a CPU")
-    session = Session(out, until or time.time() + 600, tiny, peers)
-    for part in parts:
-        record = Record(session, part)
-        try:
-            importlib.import_module(f"gpu_check.{part}").run(record)
-        except Exception as error:  # the other parts can still answer their questions
-            traceback.print_exc()
-            record.add(part, {"error": f"{type(error).__name__}: {error}"})
+    record = Record(Session(out, until or time.time() + 600, tiny, peers), part)
+    try:
+        importlib.import_module(f"gpu_check.{part}").run(record)
+    except Exception as error:  # said where the results are
+        record.add(part, {"error": f"{type(error).__name__}: {error}"})
+        raise
+    finally:
         record.close()
 
 
