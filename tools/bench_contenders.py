@@ -268,7 +268,7 @@ def peer_contenders(peer: Peer, dtypes: list[str], clips: Batch) -> list[Contend
 
 
 def _half(device: torch.device) -> torch.dtype:
-    """What the peers' scripts train in: fp16, which a CPU hardly computes in."""
+    """Return the type that the peers' scripts train in on this device: fp16 on a GPU, bf16 on a CPU."""
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 

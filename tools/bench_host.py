@@ -1,4 +1,4 @@
-"""What the host of a GPU has to do in a training step, on a CPU: operators, waits and milliseconds by phase.
+"""Count and time on a CPU what the host of a GPU does in a training step, by phase.
 
 The model has the real depth and number of tensors and a tiny width, so that an operator costs a CPU about
 what its launch costs a GPU's host: 2 to 5 microseconds. A GPU runs as many operators but for those that a

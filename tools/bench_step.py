@@ -58,7 +58,7 @@ _MAX_SKIPPED = 20
 
 @dataclass(frozen=True)
 class Plan:
-    """What to run: an experiment for each dtype, and how often."""
+    """The experiments to run, one for each dtype, and how often."""
 
     configs: list[Experiment]
     rounds: int

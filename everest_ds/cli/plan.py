@@ -75,7 +75,7 @@ def _selection(config: Experiment) -> str:
 
 
 def _compile(config: Experiment) -> str:
-    """Where the blocks are compiled (parallel/compile.py)."""
+    """Describe where the blocks are compiled (parallel/compile.py)."""
     on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no: ZeRO-3"
     return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
 
@@ -87,7 +87,7 @@ def _ranks(config: Experiment, plan: BatchPlan) -> str:
 
 
 def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
-    """What the loaders of a node hand over in /dev/shm, and what to do where this machine has less."""
+    """Describe the shared memory that a node's loaders need, with the fix where this machine has less."""
     workers, needed_bytes = config.data.num_workers, shared_memory_bytes(config, ranks_per_node)
     if not needed_bytes:
         return "none: the ranks decode themselves (data.num_workers=0)"

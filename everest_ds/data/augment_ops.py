@@ -137,7 +137,7 @@ def histogram(clip: Tensor) -> Tensor:
 
 
 def _places(clip: Tensor) -> Tensor:
-    """Where each value is in a flattened table (3, 256) of colours and values: int64 (F, H, W, 3)."""
+    """Return the place of each value in a flat table (3, 256) of colours and values: int64 (F, H, W, 3)."""
     return clip.long() + torch.arange(0, 3 * 256, 256, device=clip.device)
 
 

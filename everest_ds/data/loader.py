@@ -248,7 +248,7 @@ class _Crew:
         self._num_waits = 0  # time-outs in a row
 
     def deliver(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """What the workers deliver, until one of them is lost."""
+        """Yield the batches of the workers, until one worker is lost."""
         iterator = self._start(loader)
         while True:
             try:

@@ -241,7 +241,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         return flats
 
     def _factor(self, norm: float, scale: float) -> float:
-        """What takes the loss scale away and clips, in DeepSpeed's order of float32 operations."""
+        """Return the factor that unscales and clips, computed in DeepSpeed's order of float32 operations."""
         combined = np.float32(scale)
         if self.clip_grad > 0.0:
             clip = (np.float32(norm) / combined + np.float32(1e-6)) / np.float32(self.clip_grad)

@@ -31,7 +31,7 @@ _NOISE_RANGE = 0.03  # about the spread of initial weights
 
 
 class MeasuredStep(ABC):
-    """What the engine's step and the plain loop's have in common: everything up to the loss.
+    """The part that the engine's step and the plain loop's share: everything up to the loss.
 
     Attributes:
         micro_batches: rounds of a step (`grad_accum_steps` of the batch plan).

@@ -39,7 +39,7 @@ class Launches(NamedTuple):
 
 
 class HostWork(NamedTuple):
-    """What the host of one rank does.
+    """The work of one rank's host.
 
     Attributes:
         launches: operators of the model and the engine.

@@ -160,7 +160,7 @@ MICRO_BATCHES = 32
 
 
 def error_of_the_sum(world: World, stages: list[int]) -> dict[int, float]:
-    """Of each stage's sum of 32 micro-batches' bf16 gradients, the largest of any tensor against float64."""
+    """Return, for each stage, the worst tensor's error in a sum of 32 bf16 gradients, against float64."""
     return {stage: _error(world, stage) for stage in stages}
 
 

@@ -22,7 +22,7 @@ _LATE_S = 0.5
 
 @pytest.fixture
 def visible(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """So many GPUs, as far as choosing one goes."""
+    """A node with this number of GPUs, as far as choosing one goes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -84,7 +84,7 @@ def test_preflight_measures_the_real_links() -> None:
 
 
 def check_wrong_sums(world: World) -> str:
-    """What is said of sums that miss a rank."""
+    """Return the error for sums that miss a rank."""
     values = torch.full((8,), 3.0)
     preflight._check_sums(world, values)
     values[5] = 2.0

@@ -63,7 +63,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
 
 
 def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
-    """What ends an evaluation on each rank when the loader of rank 1 fails."""
+    """Return the error that ends an evaluation on each rank when the loader of rank 1 fails."""
     if world.rank == 1:
         EvaluationClips.__getitem__ = fail
     try:

@@ -64,7 +64,7 @@ def test_saving_validation_and_pictures_are_no_steps(motion_data: Path, tmp_path
 
 
 def test_what_the_report_waits_for_is_part_of_the_steps(motion_data: Path, tmp_path: Path) -> None:
-    """As a GPU, which still computes when the host has launched the last step."""
+    """A device that, like a GPU, still computes when the host has launched the last step."""
     config = experiment(
         motion_data, tmp_path, data={"num_workers": 0}, schedule=_EPOCH, batch={"micro_batch_size": 8}
     )
@@ -89,7 +89,7 @@ class HostWaits(TorchDispatchMode):
 
 
 def waits_of_steps(world: World, config: Experiment) -> list[Counter[str]]:
-    """What each training step waits for."""
+    """Return the waits of each training step."""
     counts = []
 
     def counting(train_step: Any) -> Any:

@@ -95,7 +95,7 @@ def test_operators_of_drop_path() -> None:
 
 @pytest.mark.parametrize("score", ["embedding", "sketch", "pixel"])
 def test_operators_of_every_chunk_of_scores(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
-    """As on a GPU, where a chunk is of as many tokens as are said here."""
+    """Score in chunks of this number of tokens, as a GPU does."""
     assert rero._CHUNK_TOKENS_ON_GPU == CHUNK_TOKENS
     config = experiment(tokens={"score": score})
     clip_tokens = config.candidate_geometry.num_tokens
