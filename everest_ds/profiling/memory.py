@@ -22,6 +22,7 @@ from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import VALUE_BYTES
 from everest_ds.profiling.memory_layers import (
     Layer,
+    gathered_bytes,
     held_bytes,
     layers,
     loss_bytes,
@@ -172,7 +173,8 @@ def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[Moment]:
     held, of_loss = held_bytes(config), loss_storage_bytes(config)
     yield Moment("token scoring", 0, scoring_bytes(config))
     for layer, kept_bytes in zip(stack, kept, strict=True):
-        yield Moment(f"forward pass of {layer.name}", kept_bytes, held + layer.forward_bytes)
+        gathered = gathered_bytes(config) if layer.name.startswith(("embedding", "encoder")) else 0
+        yield Moment(f"forward pass of {layer.name}", kept_bytes, held + gathered + layer.forward_bytes)
     if config.task == "pretrain":
         yield Moment("reconstruction targets", kept[-1], target_bytes(config))
         yield Moment("reconstruction loss", kept[-1], loss_bytes(config))

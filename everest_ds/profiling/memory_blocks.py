@@ -76,13 +76,15 @@ class BlockMemory:
 
     @property
     def forward_bytes(self) -> int:
-        """What the forward pass works in, beside what it leaves, while the MLP's result is made.
+        """The memory that the forward pass works in at the end of the MLP, beside what it leaves.
 
-        GELU's output, if it is not kept, and the result; of a recomputed part also what leads there.
+        While the result is made, that is GELU's output, if it is not kept, and the result. While it is added,
+        it is the result, masked or not, and the sum. A recomputed part adds what leads there.
         """
         forgotten = {"mlp": self.hidden_bytes, "everything": 2 * self.tensor_bytes + self.hidden_bytes}
-        of_gelu = self.hidden_bytes - self.gelu_bytes
-        return of_gelu + self.tensor_bytes + forgotten.get(self.recomputed, 0)
+        making = self.hidden_bytes - self.gelu_bytes + self.tensor_bytes
+        adding = 2 * self.tensor_bytes + self._masked_bytes
+        return max(making, adding) + forgotten.get(self.recomputed, 0)
 
     @property
     def backward_bytes(self) -> int:

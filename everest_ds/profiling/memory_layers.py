@@ -100,6 +100,11 @@ def held_bytes(config: Experiment) -> int:
     return tubelets + weight
 
 
+def gathered_bytes(config: Experiment) -> int:
+    """The visible tubelets in uint8, which the encoder's forward pass is called with and holds on to."""
+    return _clips(config) * config.token_counts.num_visible * config.model.geometry.tubelet_values
+
+
 def target_bytes(config: Experiment) -> int:
     """While targets are made (models/tubelets.py), beside what all layers keep.
 

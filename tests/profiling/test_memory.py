@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
-from everest_ds.models import build_model
+from everest_ds.models import build_model, rero
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
 from everest_ds.profiling.compute import count_parameters
@@ -26,6 +26,12 @@ from everest_ds.profiling.memory_trace import trace_memory
 MODES = ("none", "gelu", "attention", "mlp", "blocks", "full")
 TASKS = ("pretrain", "finetune")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def scores_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Score in a GPU's chunks of tokens, which predictions are about; a CPU takes smaller ones."""
+    monkeypatch.setattr(rero, "_CHUNK_TOKENS", rero._CHUNK_TOKENS_ON_GPU)
 
 
 def experiment(
