@@ -95,6 +95,7 @@ def test_a_stack_is_one_graph_that_trains_as_the_eager_blocks_do() -> None:
     assert_as_eager(1, cases, "aot_eager", tolerance=1e-7)
 
 
+@pytest.mark.slow
 def test_tensor_parallel_sums_are_in_the_graph_of_a_block() -> None:
     cases = [Case("pretrain", 2, tensor=2), Case("finetune", 1, tensor=2, mode="attention")]
     assert_as_eager(2, cases, "aot_eager", tolerance=1e-7)

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.config import Experiment
@@ -48,6 +49,7 @@ def seconds_of_steps(config: Experiment, run: Path) -> dict[int, float]:
     return {row["step"]: (config.batch.global_batch_size or 0) / row["clips_per_s"] for row in rows}
 
 
+@pytest.mark.slow
 def test_saving_validation_and_pictures_are_no_steps(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(
         motion_data,
