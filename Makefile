@@ -6,8 +6,8 @@ STAMP := $(VENV)/.installed
 # The first Python from 3.10 to 3.12 that really runs; version managers leave shims that do not.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
-# Test processes in parallel; tests that start ranks use a few processes each.
-JOBS ?= 2
+# Test processes in parallel: three on two cores, for tests that start ranks often wait for them.
+JOBS ?= 3
 
 .PHONY: demo test test-slow test-slurm test-gpu test-nvme lint format clean
 
@@ -17,7 +17,8 @@ demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: some
 test: $(STAMP) lint  ## what must pass before every commit
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not slurm"
 
-test-slow: $(STAMP)  ## the slower suites
+test-slow: JOBS = 2
+test-slow: $(STAMP)  ## the slower suites, which take more memory
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm"
 
 test-slurm: $(STAMP)  ## real jobs on a SLURM cluster that is started for it; as root, on Linux
