@@ -1,36 +1,36 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each makes the environment it needs, once.
+# Start with `make demo` or `make test`. Targets create the virtual environment that they need.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# The first Python from 3.10 to 3.12 that really runs; version managers leave shims that do not.
+# The first Python from 3.10 to 3.12 that runs: version managers leave shims for versions that are not installed.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
-# Test processes in parallel: three on two cores, for tests that start ranks often wait for them.
+# Number of parallel test processes: three suit two cores, because tests that start ranks spend much time waiting.
 JOBS ?= 3
 
 .PHONY: demo test test-slow test-slurm test-gpu test-nvme lint format clean
 
-demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: some 5 minutes on 2 cores
+demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: about 5 minutes on 2 cores
 	$(BIN)/python tools/demo.py
 
-test: $(STAMP) lint  ## what must pass before every commit
+test: $(STAMP) lint  ## run lint, type checks and fast tests, which must pass before every commit
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not slurm"
 
 test-slow: JOBS = 2
-test-slow: $(STAMP)  ## the slower suites, which take more memory
+test-slow: $(STAMP)  ## run the slow tests, which take more memory
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm"
 
-test-slurm: $(STAMP)  ## real jobs on a SLURM cluster that is started for it; as root, on Linux
+test-slurm: $(STAMP)  ## run real jobs on a SLURM cluster that the tests start; needs root, on Linux
 	$(BIN)/python -m pytest -q -rs -m slurm --slurm-report build/slurm-faults.md
 
-test-gpu: $(STAMP)  ## on a CUDA device; without one they skip
+test-gpu: $(STAMP)  ## run the tests that need a CUDA device; they are skipped without one
 	$(BIN)/python -m pytest -q -rs tests/gpu
 
-# Ranks of a test wait for each other only so long; this compiles for minutes, once in a checkout.
+# Compile before the tests: this takes minutes, once per checkout, and a test's ranks would time out meanwhile.
 test-nvme: export TORCH_EXTENSIONS_DIR = $(CURDIR)/build/torch_extensions
 test-nvme: export DS_ACCELERATOR = cpu
-test-nvme: $(STAMP)  ## optimiser states on a disk; needs libaio with its headers, g++ and ninja
+test-nvme: $(STAMP)  ## run the tests of optimiser states on a disk; needs libaio with its headers, g++ and ninja
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'
 	$(BIN)/python -m pytest -q -rs tests/parallel/test_nvme.py
 

@@ -1,4 +1,4 @@
-"""Packaging. `ds_configs/` and `slurm/` live at the top of the repository and travel inside the package."""
+"""Packaging of everest-ds, which includes `ds_configs/` and `slurm/` from the top of the repository."""
 
 import re
 from pathlib import Path
@@ -8,11 +8,11 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "everest_ds/__init__.py").read_text())[1]
 
-# Versions: exact where another one is known to train differently or to break, a range otherwise.
-# constraints.txt pins all of them for `make` and CI.
+# A version is exact if other versions are known to train differently or to break, and a range otherwise.
+# constraints.txt pins all versions for `make` and CI.
 REQUIRES = [
     "torch>=2.6",
-    "deepspeed>=0.19.8,<0.20",  # parallel/lean_update.py replaces a part of its ZeRO-1 and 2
+    "deepspeed>=0.19.8,<0.20",  # parallel/lean_update.py replaces parts of its ZeRO-1 and ZeRO-2
     "fairscale==0.4.13",
     "decord==0.6.0",
     "einops>=0.8",
@@ -26,14 +26,14 @@ REQUIRES = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "safetensors>=0.4.5",
-    "av>=12,<19",  # 19 opens files with other arguments
+    "av>=12,<19",  # version 19 changes the arguments for opening files
 ]
 EXTRAS = {
-    "torchcodec": ["torchcodec>=0.13"],  # data.decoder=torchcodec; needs FFmpeg's libraries on the system
-    "parquet": ["pyarrow>=15"],  # everest-ds features --out TABLE.parquet
-    "mpi": ["mpich"],  # an MPI library for mpi4py where the system has none
+    "torchcodec": ["torchcodec>=0.13"],  # for data.decoder=torchcodec; needs FFmpeg's libraries on the system
+    "parquet": ["pyarrow>=15"],  # for everest-ds features --out TABLE.parquet
+    "mpi": ["mpich"],  # an MPI library for mpi4py, if the system has none
     "dev": [
-        "fvcore>=0.1.5.post20221221",  # counts MACs its own way: a cross-check of profiling
+        "fvcore>=0.1.5.post20221221",  # counts MACs independently: cross-checks profiling
         "hypothesis>=6.100",
         "mypy>=1.13",
         "pyarrow>=15",
@@ -42,7 +42,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "ruff>=0.8",
         "setuptools>=77",
-        "transformers>=5,<6",  # VideoMAE, the independent reference of the parity tests
+        "transformers>=5,<6",  # has VideoMAE, the independent reference of the parity tests
         "types-PyYAML",
         "mpich",
     ],
