@@ -43,8 +43,8 @@ def machine_here(num_ranks: int, file: Path | None = None) -> Machine:
     if not machine.asynchronous and machine.threads != here:
         raise UsageError(
             f"{file}: calibrated with another number of threads per rank",
-            given=f"{machine.threads} there, {here} here",
-            fix=f"set OMP_NUM_THREADS={machine.threads}, or {_AGAIN.format(num_ranks)}",
+            given=f"{machine.threads} threads in the calibration, {here} now",
+            fix=f"set OMP_NUM_THREADS={machine.threads}, or run {_AGAIN.format(num_ranks)}",
         )
     return machine
 
@@ -91,7 +91,7 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)
         if code:
             raise typer.Exit(code)
-    typer.echo(f"calibrated: {file}")
+    typer.echo(f"calibration written to {file}")
 
 
 def _warn_if_busy(cores: int) -> None:

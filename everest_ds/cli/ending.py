@@ -31,7 +31,8 @@ def early_stop(job: Job | None) -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     print(
-        f"everest-ds: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr
+        f"everest-ds: stopped by {signal.Signals(number).name} before the first step, with nothing to save",
+        file=sys.stderr,
     )
     sys.stderr.flush()
     os._exit(ExitCode.STOPPED)

@@ -121,7 +121,7 @@ def queue_all(submission: Submission, json_file: Path | None) -> None:
         typer.echo(f"{stage.command}: job {queued[-1]}{where}")
     runs = dict.fromkeys(as_shell([str(stage.run)]) for stage in submission.stages if stage.run)
     if runs:
-        typer.echo(f"watch: everest-ds jobs {' '.join(runs)}")
+        typer.echo(f"watch with: everest-ds jobs {' '.join(runs)}")
     rows = zip(submission.stages, queued, strict=True)
     write_json(json_file, [{"job": job_id, "command": s.command, "run": s.run} for s, job_id in rows])
 

@@ -65,8 +65,8 @@ def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment
     task = "finetune" if command == "evaluate" else command
     if config.task != task:
         raise UsageError(
-            f"{source}: is for task {config.task}",
-            fix=f"submit {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
+            f"{source}: this recipe is for task {config.task}",
+            fix=f"submit {config.task} {source}, or name a recipe for {task} (everest-ds recipes)",
         )
     return config
 
@@ -148,7 +148,9 @@ def _check_weights(command: str, config: Experiment, follow: bool) -> None:
     folder = config.run.dir
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
-        raise UsageError("run.dir: cannot be written", given=str(folder), fix="choose another run.dir")
+        raise UsageError(
+            "run.dir: this folder cannot be written", given=str(folder), fix="choose another run.dir"
+        )
 
 
 def _check_memory(config: Experiment, target: Target) -> str:

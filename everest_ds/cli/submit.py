@@ -65,7 +65,10 @@ Cluster = Annotated[
     ),
 ]
 MaxRestarts = Annotated[
-    int | None, typer.Option(min=0, help="Number of times that a job may requeue itself.")
+    int | None,
+    typer.Option(
+        min=0, help="Number of times that a job may be restarted. Default: $EVEREST_MAX_RESTARTS, or 50."
+    ),
 ]
 Grid = Annotated[
     list[str] | None,

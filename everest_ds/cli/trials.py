@@ -107,7 +107,7 @@ def try_by_slurm(
         _submit(setup, {name: todo[name] for name in new}, array)
     if new or waiting:
         typer.echo(
-            f"{len(new) + len(waiting)} trials are in the queue;"
+            f"trials in the queue: {len(new) + len(waiting)};"
             " run the same command again to read their results"
         )
     return with_trials(setup, entries, place)

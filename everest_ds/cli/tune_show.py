@@ -72,7 +72,7 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
 def _to_mind(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
     calls = close_calls(shown, cluster.machine)
     if calls:
-        yield f"close to the memory limit (less than {CLOSE_PCT} % left): {'; '.join(calls)}"
+        yield f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}"
     best = ranked[0]
     waits = 100 * best.step.split()["data"] / best.step.step_s
     if waits > _WAITS_PCT:

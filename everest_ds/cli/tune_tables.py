@@ -76,7 +76,9 @@ def memory_rows(candidate: Candidate, machine: Machine) -> list[Row]:
 def close_calls(ranked: Sequence[Candidate], machine: Machine) -> list[str]:
     """Describe each candidate that leaves little memory free."""
     free = [_free_pct(candidate, machine) for candidate in ranked]
-    return [f"rank {rank} leaves {pct:.1f} %" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT]
+    return [
+        f"rank {rank} leaves {pct:.1f} % free" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT
+    ]
 
 
 def dropped_rows(dropped: Sequence[Dropped]) -> list[Row]:
