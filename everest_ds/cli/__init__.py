@@ -1,4 +1,4 @@
-"""The command line: the only place that reads argv. Nothing heavy is imported before a command needs it."""
+"""The command line: the only package that reads argv. Commands import heavy libraries on demand."""
 
 from everest_ds.cli.app import main
 

@@ -1,4 +1,4 @@
-"""`everest-ds`: its commands."""
+"""The `everest-ds` program: its commands and the modules that implement them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from everest_ds.cli.program import run_app
 
 app = typer.Typer(
     name="everest-ds",
-    help="Train EVEREST, the masked video autoencoder of the moving tokens, at scale.",
+    help="Train EVEREST, a masked video autoencoder that keeps only the tokens that change, at scale.",
     epilog="First:  everest-ds data synth runs/demo/data,  then  everest-ds pretrain demo_pretrain --nproc 2",
     no_args_is_help=True,
     add_completion=False,
@@ -42,7 +42,7 @@ app.command("predict")(inference.predict)
 app.command("profile")(profile.profile)
 app.command("tune")(tune.tune)
 app.command("report")(report.report)
-# Options that it does not know are sbatch's.
+# `submit` passes the options that it does not define on to sbatch.
 app.command("submit", context_settings={"ignore_unknown_options": True})(submit.submit)
 app.command("jobs")(jobs.jobs)
 app.command("logs")(logs.logs)
@@ -67,5 +67,5 @@ def _root(version: bool = typer.Option(False, "--version", help="Print the versi
 
 
 def main() -> None:
-    """Run the command line; a user's mistake ends in one line on stderr and its exit code."""
+    """Run the command line; report a user's mistake in one line on stderr, with its exit code."""
     run_app(app)

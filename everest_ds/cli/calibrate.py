@@ -1,4 +1,4 @@
-"""`everest-ds tune --calibrate`: what this machine can do, over its actual ranks at the same time."""
+"""`everest-ds tune --calibrate`: measure the rates of this machine with all of its ranks running at once."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ if TYPE_CHECKING:
     from everest_ds.parallel.world import World
     from everest_ds.tuning.machine import Machine
 
-# On a CPU it decides how often memory is new, which costs as much as a step's arithmetic (docs/parallel.md).
+# This allocator setting decides how often a CPU rank gets fresh pages, which can cost as much time as the
+# arithmetic of a step (docs/parallel.md).
 _ALLOCATOR = "MALLOC_MMAP_THRESHOLD_"
-_BUSY = 0.5  # processes that want to run, for each core
+_BUSY = 0.5  # load per core above which a calibration warns
 _AGAIN = "everest-ds tune --calibrate --nproc {}"
 
 
 def calibration_file() -> Path:
-    """Where a user's calibration is kept unless they say otherwise."""
+    """Return the default path of a user's calibration file."""
     return cache_folder() / "calibration.json"
 
 
 def machine_here(num_ranks: int, file: Path | None = None) -> Machine:
-    """This machine, as `num_ranks` ranks of it find it.
+    """Return the calibrated rates of this machine when it runs `num_ranks` ranks.
 
     Raises:
-        UsageError: it is not calibrated for them, or was with other cores, threads or software.
+        UsageError: there is no calibration for that many ranks, or cores, threads or software changed since.
     """
     from everest_ds.launch.local import threads_per_rank
     from everest_ds.tuning.calibration import read_calibration
@@ -41,15 +42,15 @@ def machine_here(num_ranks: int, file: Path | None = None) -> Machine:
     here = threads_per_rank(num_ranks)
     if not machine.asynchronous and machine.threads != here:
         raise UsageError(
-            f"{file}: calibrated with another number of threads a rank",
-            given=f"{machine.threads} there, {here} here",
-            fix=f"set OMP_NUM_THREADS={machine.threads}, or {_AGAIN.format(num_ranks)}",
+            f"{file}: calibrated with another number of threads per rank",
+            given=f"{machine.threads} threads in the calibration, {here} now",
+            fix=f"set OMP_NUM_THREADS={machine.threads}, or run {_AGAIN.format(num_ranks)}",
         )
     return machine
 
 
 def facts_here() -> dict[str, str]:
-    """What the rates of a machine depend on."""
+    """Return what the rates of this machine depend on: device, cores, allocator setting and versions."""
     from importlib.metadata import version
 
     from everest_ds.launch.local import available_cores
@@ -67,11 +68,12 @@ def facts_here() -> dict[str, str]:
 
 
 def calibrate(nproc: int | None, file: Path | None) -> None:
-    """Measure this machine and keep what was found; in a world that is already started, its ranks.
+    """Measure this machine and write its calibration; ranks that a launcher started measure themselves.
 
     Args:
-        nproc: the most ranks; default: one a GPU, or one a core. CPU ranks share the machine, so that 1, 2, 4
-            ... of them are measured.
+        nproc: the highest number of ranks; default: one per GPU, or one per core. CPU ranks share the
+            machine, so 1, 2, 4 and so on of them are measured.
+        file: path of the calibration file; None for the default.
     """
     file = file or calibration_file()
     if "WORLD_SIZE" in os.environ:
@@ -89,15 +91,15 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)
         if code:
             raise typer.Exit(code)
-    typer.echo(f"calibrated: {file}")
+    typer.echo(f"calibration written to {file}")
 
 
 def _warn_if_busy(cores: int) -> None:
-    """Rates that were measured beside other work are wrong, and nothing would tell later."""
+    """Warn if other work would distort the measured rates: the calibration would not show it later."""
     load = os.getloadavg()[0]
     if load > _BUSY * cores:
         typer.echo(
-            f"warning: this machine is busy (load {load:.1f} on {cores} cores): rates will come out too low;"
+            f"warning: this machine is busy (load {load:.1f}, {cores} cores): measured rates will be too low;"
             " calibrate again when it is idle",
             err=True,
         )
@@ -138,7 +140,7 @@ def _measure_and_keep(world: World, file: Path) -> None:
 
 
 def _kept(file: Path, facts: dict[str, str]) -> dict[int, Machine]:
-    """Machines of other numbers of ranks, if they are of this machine."""
+    """Return the earlier results for other numbers of ranks, unless the machine has changed since."""
     from everest_ds.tuning.calibration import read_calibration
 
     try:

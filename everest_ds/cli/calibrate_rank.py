@@ -1,4 +1,4 @@
-"""One rank's part of a calibration. All ranks measure at the same time; what is kept is their mean."""
+"""The part of a calibration that each rank runs. All ranks measure at once; their means are kept."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.fit import CollectiveSample, Measurements, TrainedStep
 
-_STEPS, _WARM_UP = 6, 4  # a rank's clips of a tiny model, each seen twice; first steps make states
+_STEPS, _WARM_UP = 6, 4  # clips per rank, each seen twice; the first steps still create optimizer states
 _CLIP_SIZES = (64, 224)
-# A rank that is predicted to need this much of its memory fits: of 24 configurations on a CPU the peak was at
-# most 12 % above its prediction (docs/tune.md), ZeRO-3's.
+# A rank fits if its predicted peak is at most this share of its memory: in 24 configurations on a CPU, the
+# real peak was at most 12 % above the prediction, with ZeRO-3 (docs/tune.md).
 _USABLE_SHARE = 0.85
 _CLIP_FRAMES = 16
 
 
 class _Shapes(NamedTuple):
-    """Tokens of a micro-batch, widths, tokens of a clip; bytes of collectives."""
+    """The measured sizes: tokens per micro-batch, widths, tokens per clip, and bytes per collective."""
 
     rows: Sequence[int]
     widths: Sequence[int]
@@ -45,7 +45,7 @@ class _Shapes(NamedTuple):
     sizes: Sequence[int]
 
 
-# S and B on a CPU; up to H on a GPU.
+# The widths are those of ViT-S and ViT-B on a CPU, and up to ViT-H on a GPU.
 _CPU = _Shapes((16, 64, 256, 1024), (192, 384, 768), (16, 64, 256, 784), (2**12, 2**18, 2**22, 2**25))
 _GPU = _Shapes(
     (256, 1024, 4096, 16384), (384, 640, 1024, 1280), (64, 160, 320, 640, 1568), (2**12, 2**20, 2**24, 2**28)
@@ -53,15 +53,15 @@ _GPU = _Shapes(
 
 
 def measure(world: World) -> Measurements:
-    """Everything. Call on every rank."""
+    """Measure all rates of this machine. Call on every rank."""
     on_gpu, device = world.device.type == "cuda", world.device
     shapes, threads, precisions = _GPU if on_gpu else _CPU, num_threads(), precisions_of(device)
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as own:
         folder = Path(world.share(lambda: own))
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-            steps, baseline = _train_tiny(world, folder)  # first: memory of later measurements stays
+            steps, baseline = _train_tiny(world, folder)  # first: later measurements leave memory allocated
         clips = _decode(world, folder)
-    # of a core's time that a rank gets, where they take turns
+    # Ranks with more threads than there are cores take turns: this is the share of time that each rank gets.
     turn = 1.0 if on_gpu else min(1.0, available_cores() / (world.local_size * threads))
 
     def usual(rate: float) -> float:
@@ -92,14 +92,14 @@ def measure(world: World) -> Measurements:
         clips=[(pixels, 1 / usual(1 / seconds)) for pixels, seconds in clips],
         steps=steps,
         spare_cores=max(0.0, available_cores() / world.local_size - (1 if on_gpu else threads)),
-        # of the stage whose buffers are not predicted to be larger than such a model fills: the rest of
-        # them is reserved, not resident
+        # The largest difference comes from the stage whose predicted buffers the tiny model fills. The other
+        # stages reserve buffers that do not become resident.
         baseline_bytes=0 if on_gpu else max(baseline.values()),
     )
 
 
 def _memory_bytes(world: World) -> int:
-    """What a rank may use: of what is free on its GPU, or of its share of the host."""
+    """Return the usable memory per rank: a share of the free GPU memory, or of its part of the host."""
     if world.device.type == "cuda":
         return int(_USABLE_SHARE * free_bytes(world.device))
     host_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -107,7 +107,7 @@ def _memory_bytes(world: World) -> int:
 
 
 def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], dict[int, int]]:
-    """A few steps of the real trainer at each ZeRO stage; and what a rank holds beside the model's memory."""
+    """Time the real trainer at each ZeRO stage; return also each stage's memory beyond its prediction."""
     counts, spec = {"train": _STEPS * world.size}, SyntheticSpec(num_frames=4, size=32)
     world.share(lambda: synthesize(folder, counts, spec, workers=1))
     steps, baseline = [], {}
@@ -137,7 +137,7 @@ def _tiny(folder: Path, stage: int) -> Experiment:
 
 
 def _decode(world: World, folder: Path) -> list[tuple[float, float]]:
-    """Pixels of the frames, and seconds of reading a training clip from them, by one worker."""
+    """Time how long one worker takes to read a training clip; return (pixels per clip, seconds) pairs."""
     rows = []
     for size in _CLIP_SIZES:
         spec = SyntheticSpec(num_frames=_CLIP_FRAMES, size=size)

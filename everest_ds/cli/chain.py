@@ -1,4 +1,4 @@
-"""`everest-ds submit chain`: pretrain -> finetune -> evaluate -> report, each after the one before."""
+"""`everest-ds submit chain`: pretrain, finetune, evaluate and report, each after the job before it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,21 @@ _STAGES = ("pretrain", "finetune", "evaluate")
 
 
 def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
-    """Four jobs; fine-tuning starts from the pre-training run's weights.
+    """Plan the four jobs of a chain; fine-tuning starts from the weights of the pre-training run.
 
     Args:
         words: the two recipes, then overrides: `finetune.key.path=value` for one stage, else for all.
+        target: the hardware of the jobs.
 
     Raises:
-        EverestError: whatever would end one of the jobs at its start.
+        EverestError: one of the jobs would fail at its start.
     """
     if len(words) < 2:
-        raise UsageError("chain needs two recipes", given=" ".join(words), allowed="PRETRAIN FINETUNE")
+        raise UsageError(
+            "chain needs two recipes",
+            given=" ".join(words) or "none",
+            fix="name a pretrain and a finetune recipe",
+        )
     sources, given = dict(zip(("pretrain", "finetune"), words[:2], strict=True)), words[2:]
     overrides = {stage: _for_stage(stage, given) for stage in _STAGES}
     before = load_task("pretrain", sources["pretrain"], overrides["pretrain"])
@@ -30,7 +35,7 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
     after = load_task("finetune", sources["finetune"], overrides["finetune"])
     if before.run.dir == after.run.dir:
         raise UsageError(
-            "both runs of the chain have one run.dir",
+            "both runs of the chain have the same run.dir",
             given=str(after.run.dir),
             fix="give pretrain.run.dir=... and finetune.run.dir=...",
         )
@@ -61,7 +66,7 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
 
 
 def _for_stage(stage: str, given: Sequence[str]) -> list[str]:
-    """What is said to this stage, after what is said to all."""
+    """Return the overrides for one stage: first those for all stages, then its own."""
     common = [text for text in given if text.partition(".")[0] not in _STAGES]
     return common + _own(stage, given)
 

@@ -1,4 +1,4 @@
-"""How a rank of a SLURM job ends: stopped before it began, or with a word in the run's job log."""
+"""The end of a rank of a SLURM job: recorded in the job log, or an early exit before training starts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from everest_ds.launch.job import Job, note
 
 @contextmanager
 def early_stop(job: Job | None) -> Iterator[None]:
-    """In a job, a stop signal before training has its own handler means: nothing to save, start again."""
+    """Exit at once, to be requeued, on a stop signal that arrives before training has its own handler."""
     if job is None:
         yield
         return
@@ -31,7 +31,8 @@ def early_stop(job: Job | None) -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     print(
-        f"everest-ds: {signal.Signals(number).name} before the first step: nothing to save", file=sys.stderr
+        f"everest-ds: stopped by {signal.Signals(number).name} before the first step, with nothing to save",
+        file=sys.stderr,
     )
     sys.stderr.flush()
     os._exit(ExitCode.STOPPED)
@@ -39,7 +40,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def noted_ending(job: Job | None, run: Path, rank: int) -> Iterator[None]:
-    """Write to the job log how this rank ended, if nobody else does; errors go on to where they are shown."""
+    """Record in the job log how this rank ended, unless another rank records it; re-raise any error."""
     try:
         yield
     except StoppedError as error:

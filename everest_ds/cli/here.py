@@ -1,4 +1,4 @@
-"""The jobs of a submission on this machine, one after another: `everest-ds submit ... --local`."""
+"""`everest-ds submit ... --local`: run the jobs of a submission on this machine, one after another."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stoppe
 
 
 def run_stages(stages: Sequence[Stage]) -> int:
-    """Each stage after the one before it; the exit code of the first that fails."""
+    """Run the stages one after another until one fails; return the exit code of the last stage that ran."""
     for stage in stages:
         code = _run(stage.command, stage.arguments, stage.shape.num_ranks, stage.run)
         if code:
@@ -27,7 +27,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
 
 
 def run_sweep(stage: Stage, swept: Sequence[Candidate]) -> int:
-    """Every candidate, whatever became of the others; a stop ends the sweep."""
+    """Run every candidate of a sweep, failures included; only a stop ends the sweep early."""
     assert stage.run is not None
     keep_candidates(stage, swept)
     for candidate in swept:

@@ -1,4 +1,4 @@
-"""`everest-ds job begin | end`: asked by slurm/common.sh before and after a job's ranks. Not for people."""
+"""`everest-ds job begin | end`: internal commands that slurm/common.sh runs around a job's ranks."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ app = typer.Typer(hidden=True, no_args_is_help=True)
 
 Command = Annotated[
     Literal["pretrain", "finetune", "evaluate"],
-    typer.Argument(help="What the ranks run; its arguments follow."),
+    typer.Argument(help="The command that the ranks run; its arguments follow."),
 ]
 
 
 @app.command()
 def begin(command: Command, source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check the config, and whether the job may start again."""
+    """Check the config, and refuse to start a job that must not start again."""
     from everest_ds.checkpoints.names import newest_step
     from everest_ds.launch import job
 
@@ -42,7 +42,7 @@ def end(
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print `requeue`, with the nodes to blame if any are, or `stop`; say why on stderr."""
+    """Print `requeue`, followed by any faulty nodes, or `stop`; print the reason on stderr."""
     from everest_ds.launch import job
 
     verdict = job.end(_here(), _run(command, source, overrides), code, state)

@@ -1,4 +1,4 @@
-"""The jobs of run folders as rows: what SLURM says, what the job wrote down, how far the run has come."""
+"""The jobs of run folders as rows: SLURM's job state, the job's own events and the run's progress."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from everest_ds.launch.verdict import Verdict, judge
 from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
 from everest_ds.units import GIB
 
-# Folders within a run's that hold many files and never another run.
+# Subfolders of a run that hold many files and never another run: skipping them keeps the search fast.
 _NOT_SEARCHED = frozenset({"checkpoints", "tensorboard", "logs"})
 _DEEPEST = 6
 _TAIL_BYTES = 256 * 1024
@@ -28,7 +28,7 @@ _TRAINING = ("pretrain", "finetune")
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come; None for what it has not told yet."""
+    """The progress of a run; a figure is None until the run has reported it."""
 
     step: int | None = None
     total_steps: int | None = None
@@ -39,13 +39,13 @@ class Progress:
 
     @property
     def share(self) -> float | None:
-        """Done steps of all, 0 to 1."""
+        """The share of the steps that are done, 0 to 1."""
         return self.step / self.total_steps if self.step is not None and self.total_steps else None
 
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job of one run."""
+    """One job of one run: its SLURM state, its events and its verdict."""
 
     run: Path
     job_id: str
@@ -57,40 +57,40 @@ class JobRow:
 
     @property
     def restarts(self) -> int:
-        """Times that the job was started again."""
+        """The number of times that the job was restarted."""
         told = self.slurm.restarts if self.slurm else None
         return max([told or 0, *(event.restarts for event in self.events)])
 
     @property
     def is_over(self) -> bool:
-        """The job will do nothing more by itself."""
+        """True if the job has ended and SLURM will not start it again."""
         return self.slurm is None or self.slurm.is_over
 
     @property
     def trains(self) -> bool:
-        """Whether the job goes through steps, and so can save; a plain sbatch does not say what it runs."""
+        """True if the job trains and can save checkpoints, or if its task is unknown (a plain sbatch)."""
         return self.task in (*_TRAINING, "sweep", "")
 
     @property
     def home(self) -> Path:
-        """The folder that the job was submitted for: the run's, or its sweep's."""
+        """The folder that the job was submitted for: the folder of the run, or of its sweep."""
         return self.run.parent if (self.run.parent / SWEEP_FILE).is_file() else self.run
 
     @property
     def output(self) -> Path:
-        """What the job prints."""
+        """The file that receives the output of the job."""
         file = self.home / "logs" / f"slurm-{self.job_id}.out"
         return file.with_name("slurm.out") if "\\" in str(file.absolute()) else file
 
     @property
     def log(self) -> Path:
-        """What to read: rank 0's log of a training, else what the job prints."""
+        """The log to read first: that of rank 0 if the job trains, else the output of the job."""
         rank = self.run / "logs" / "rank-0.log"
         return rank if self.trains and rank.is_file() else self.output
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Run folders with a job's log, at or below `folders`."""
+    """Find the run folders with a job log, at or below `folders`."""
     found: dict[Path, None] = {}
     for folder in folders:
         for place, below, files in os.walk(folder):
@@ -102,14 +102,14 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def job_rows(runs: Sequence[Path]) -> list[JobRow]:
-    """The jobs that live, and of each task of each run the last; the run's order is kept."""
+    """Return the live jobs and the last job of each task, in the order of `runs`."""
     events = {run: sorted(read_events(run), key=lambda event: event.seconds) for run in runs}
     known = query_jobs(event.job_id for told in events.values() for event in told)
     return [row for run in runs for row in _rows_of(run, events[run], known)]
 
 
 def read_progress(run: Path) -> Progress:
-    """From the end of the run's metrics."""
+    """Read the progress of a run from the end of its metrics file."""
     rows = list(_last_rows(run / METRICS_FILE))
     steps = [row for row in rows if "loss" in row]
     validated = [row["val_top1"] for row in rows if "val_top1" in row]
@@ -158,7 +158,7 @@ def _total_steps(run: Path, last: dict[str, Any]) -> int | None:
 
 
 def _last_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Rows of the last part of the metrics; a run writes them for days."""
+    """Read the last rows of a metrics file; a run of days makes the whole file long."""
     try:
         with open(file, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)

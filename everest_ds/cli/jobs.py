@@ -1,4 +1,4 @@
-"""`everest-ds jobs | cancel | requeue`: our runs' jobs in one table, and what to do with them."""
+"""`everest-ds jobs | cancel | requeue`: list the jobs of runs, stop them, and start them again."""
 
 from __future__ import annotations
 
@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 
 Folders = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[FOLDER]...", help="Run folders, or folders of runs; without any: runs."),
+    typer.Argument(
+        metavar="[FOLDER]...", help="Run folders, or folders that contain run folders. Default: runs."
+    ),
 ]
-Which = Annotated[list[str], typer.Argument(metavar="RUN|JOB...", help="Run folders, or jobs' numbers.")]
-Now = Annotated[bool, typer.Option("--now", help="End it at once: the steps since the last save are lost.")]
+Which = Annotated[list[str], typer.Argument(metavar="RUN|JOB...", help="Run folders or job numbers.")]
+Now = Annotated[bool, typer.Option("--now", help="End jobs at once; the steps since the last save are lost.")]
 
 RUNS = Path("runs")
 _STYLES = {
@@ -41,7 +43,9 @@ _STYLES = {
 
 
 def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
-    """All jobs of our runs: state, progress, loss, speed, restarts, why, what to do next, where the logs are.
+    """List the jobs of runs: state, progress, loss, speed and restarts.
+
+    Below the table, each job's state is explained, with what to do next and which log to read.
 
     Example: everest-ds jobs runs/first
     """
@@ -53,12 +57,12 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     if rows:
         Console().print(jobs_table(rows))
     else:
-        typer.echo("no jobs: everest-ds submit pretrain RECIPE queues one")
+        typer.echo("no jobs found; to queue one: everest-ds submit pretrain RECIPE")
     write_json(json_file, [_as_json(row) for row in rows])
 
 
 def cancel(which: Which, now: Now = False) -> None:
-    """Stop jobs for good. What runs saves at its next step first; what waits leaves the queue.
+    """Stop jobs for good: a running job first saves a checkpoint, a waiting job leaves the queue.
 
     Example: everest-ds cancel runs/first
     """
@@ -67,19 +71,19 @@ def cancel(which: Which, now: Now = False) -> None:
 
     for row in find_rows(which):
         if row.is_over:
-            typer.echo(f"{row.job_id}: is over: {row.verdict.state}")
+            typer.echo(f"{row.job_id}: has already ended: {row.verdict.state}")
         elif row.slurm is not None and row.slurm.runs and row.trains and not now:
             (row.run / KILL_FILE).touch()
-            typer.echo(f"{row.job_id}: saves at its next step and stops  (--now does not wait)")
+            typer.echo(f"{row.job_id}: saves at its next step and then stops (--now stops it at once)")
         else:
             call(["scancel", row.job_id])
             typer.echo(f"{row.job_id}: cancelled")
 
 
 def requeue(which: Which) -> None:
-    """Start jobs again from their newest checkpoints: running ones too; ended ones by submitting them anew.
+    """Restart jobs from their newest checkpoints. Running jobs are requeued, ended jobs are submitted again.
 
-    Of a run with several jobs (finetune, evaluate) the unfinished ones follow one another again.
+    Several unfinished jobs of a run (finetune, evaluate) are submitted so that each waits for the one before.
 
     Example: everest-ds requeue runs/first
     """
@@ -87,7 +91,7 @@ def requeue(which: Which) -> None:
 
     before: dict[Path, str] = {}
     for row in find_rows(which):
-        (row.run / KILL_FILE).unlink(missing_ok=True)  # a wish that nobody lived to grant
+        (row.run / KILL_FILE).unlink(missing_ok=True)  # left over: the run ended before it saw this file
         if row.is_over:
             before[row.run] = _submit_again(row, before.get(row.run))
             typer.echo(f"{row.job_id}: submitted again as job {before[row.run]}")
@@ -96,21 +100,23 @@ def requeue(which: Which) -> None:
 
 
 def find_rows(which: Sequence[str]) -> list[JobRow]:
-    """The jobs of each run that live, else those that are unfinished, else the last; or the job of a number.
+    """Return the jobs that each run folder or job number names.
+
+    For a run folder these are its live jobs, or else its unfinished jobs, or else its last job.
 
     Raises:
-        UsageError: no such run or job.
+        UsageError: there is no such run or job.
     """
     return [row for text in which for row in _find(text)]
 
 
 def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
-    """As they were submitted; those without SLURM first."""
+    """Sort jobs in the order of their submission, those without SLURM first."""
     return sorted(rows, key=_number)
 
 
 def jobs_table(rows: Sequence[JobRow]) -> Group:
-    """One line a job; below, why it is in that state, what to do next, and what to read."""
+    """Build the table of jobs and, below it, the reason, next action and log of each."""
     from rich.console import Group
     from rich.table import Table
 
@@ -119,7 +125,7 @@ def jobs_table(rows: Sequence[JobRow]) -> Group:
         table.add_column(name, overflow="fold", no_wrap=name != "run")
     for name in ("loss", "clips/s", "time", "restarts"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("on", overflow="fold")
+    table.add_column("nodes", overflow="fold")
     advice = Table.grid(padding=(0, 1, 0, 2))
     for row in rows:
         table.add_row(*_cells(row))
@@ -148,7 +154,7 @@ def _cells(row: JobRow) -> list[str]:
 def _advice(row: JobRow) -> str:
     from rich.markup import escape
 
-    # Of our own errors what is wrong will do here; given, allowed and fix are in the log.
+    # The table shows only the fault of an error; its given, allowed and fix parts are in the log.
     reason = row.verdict.reason.partition("; given: ")[0]
     why = _styled(row.verdict.state) + (f": {escape(reason)}." if reason else ".")
     return f"{why} [bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
@@ -193,7 +199,9 @@ def _local_time(seconds: float) -> str:
 def _folders(given: Sequence[Path] | None) -> list[Path]:
     missing = [folder for folder in given or [] if not folder.is_dir()]
     if missing:
-        raise UsageError(f"{missing[0]}: no such folder", fix="give run folders, or folders of runs")
+        raise UsageError(
+            f"{missing[0]}: no such folder", fix="give run folders, or folders that contain run folders"
+        )
     return list(given or [RUNS])
 
 
@@ -210,7 +218,7 @@ def _find(text: str) -> list[JobRow]:
     else:
         chosen = []
     if not chosen:
-        raise UsageError("no such run or job", given=repr(text), fix="`everest-ds jobs` lists them")
+        raise UsageError("no such run or job", given=repr(text), fix="`everest-ds jobs` lists all jobs")
     return chosen
 
 
@@ -225,7 +233,7 @@ def _requeue(row: JobRow) -> str:
         call(["scontrol", "release", row.job_id])
         return "released"
     if row.slurm is None or row.slurm.waits:
-        return "waits in the queue already"
+        return "already waits in the queue"
     call(["scontrol", "requeue", row.job_id])
     return "requeued"
 

@@ -1,4 +1,4 @@
-"""`everest-ds logs`: the end of a run's logs, and what comes next, from one rank or from all together."""
+"""`everest-ds logs`: print the end of a run's logs and follow them, for one rank or for all ranks merged."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.cli.job_rows import JobRow
 
-Which = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder, or a job's number.")]
-Rank = Annotated[int, typer.Option(min=0, help="Whose log.")]
-AllRanks = Annotated[bool, typer.Option("--all", help="All ranks, in order of time.")]
-OfJob = Annotated[bool, typer.Option("--job", help="What the job printed, instead of the ranks' logs.")]
-Follow = Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")]
-Lines = Annotated[int, typer.Option("--lines", "-n", min=0, help="Lines of the end to begin with.")]
+Which = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder or a job number.")]
+Rank = Annotated[int, typer.Option(min=0, help="The rank whose log is printed.")]
+AllRanks = Annotated[bool, typer.Option("--all", help="Print the logs of all ranks, merged by time.")]
+OfJob = Annotated[
+    bool, typer.Option("--job", help="Print the output of the job instead of the logs of ranks.")
+]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Print new lines until the job ends or Ctrl-C is pressed.")
+]
+Lines = Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of last lines to print first.")]
 
 _POLL_SECONDS = 0.2
 _ASK_SLURM_SECONDS = 5.0
@@ -37,7 +41,7 @@ def logs(
     follow: Follow = False,
     lines: Lines = 20,
 ) -> None:
-    """Print the end of a run's logs; they go on across restarts.
+    """Print the end of a run's logs. A restarted run appends to the same logs.
 
     Example: everest-ds logs runs/first -f
     """
@@ -47,7 +51,7 @@ def logs(
     shown = tails.last(lines)
     if not shown and not follow:
         raise UsageError(
-            f"{tails.folder / tails.pattern}: nothing there yet", fix="wait with -f, or try --job"
+            f"{tails.folder / tails.pattern}: no log lines yet", fix="wait for them with -f, or try --job"
         )
     _print(shown)
     if follow:
@@ -72,7 +76,7 @@ def _is_over(row: JobRow) -> Callable[[], bool]:
     def ask() -> bool:
         try:
             state = query_jobs([row.job_id]).get(row.job_id)
-        except UsageError:  # the controller is away; the job may go on without it
+        except UsageError:  # while the controller is away, the job may keep running
             return False
         return state is None or state.is_over
 
@@ -81,18 +85,18 @@ def _is_over(row: JobRow) -> Callable[[], bool]:
 
 @dataclass
 class Tails:
-    """The ends of all files of a folder that match a pattern, those too that come later."""
+    """Reader of the new lines of all files in a folder that match a pattern, including later files."""
 
     folder: Path
     pattern: str
     read: dict[Path, int] = field(default_factory=dict)
 
     def last(self, count: int) -> list[str]:
-        """The last `count` lines of all files together, in order of time; the rest counts as read."""
+        """Return the last `count` lines of all files, in order of time, and mark all lines as read."""
         return self.new()[-count:] if count else self.new()[:0]
 
     def new(self) -> list[str]:
-        """Whole lines since the last call, in order of time, labelled where there are several files."""
+        """Return the complete lines since the last call by time, labelled if there are several files."""
         files = sorted(self.folder.glob(self.pattern))
         label = len(files) > 1
         stamped = [
@@ -103,7 +107,7 @@ class Tails:
         return [line for _, line in sorted(stamped, key=lambda pair: pair[0])]
 
     def _lines(self, file: Path) -> Iterator[tuple[str, str]]:
-        """New whole lines; one without a time belongs to the one before it."""
+        """Yield (time, line) for each new complete line; a line without a time gets the preceding one."""
         with open(file, "rb") as stream:
             stream.seek(self.read.get(file, 0))
             data = stream.read()

@@ -105,7 +105,7 @@ def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
     from everest_ds.data.order import steps_per_epoch
 
     steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
-    return f"{steps * epochs} = {steps} a epoch x {epochs} epochs{epoch.source}"
+    return f"{steps * epochs} = {steps} per epoch x {epochs} epochs{epoch.source}"
 
 
 def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:

@@ -1,4 +1,4 @@
-"""From checked stages to sbatch: the jobs, what --dry-run shows of them, and queueing them in order."""
+"""Submission of checked stages: build their sbatch jobs, print them (--dry-run), or queue them in order."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from everest_ds.launch.submitted import queue
 from everest_ds.launch.sweep_file import MAX_TASKS, Candidate, expand_array
 from everest_ds.shipped import shipped
 
-# In a chain: the id of the job before, which --dry-run cannot know.
+# Placeholder in a chain: --dry-run cannot know the id of the preceding job.
 _JOB_BEFORE = "afterok:JOB-BEFORE"
 
 
 @dataclass(frozen=True)
 class Queueing:
-    """What only the queue needs to know, in sbatch's words."""
+    """The sbatch settings of a submission that do not affect its checks."""
 
     time: str | None
     partition: str | None
@@ -38,7 +38,7 @@ class Queueing:
 
 @dataclass(frozen=True)
 class Submission:
-    """Stages that follow one another, and the job of each; `swept` if the only one is an array of runs."""
+    """Successive stages and the job of each; `swept` lists the runs if the only job is a sweep."""
 
     stages: Sequence[Stage]
     swept: Sequence[Candidate]
@@ -46,10 +46,10 @@ class Submission:
 
 
 def as_jobs(stages: Sequence[Stage], swept: Sequence[Candidate], queueing: Queueing) -> list[BatchJob]:
-    """One job a stage; each waits for the one before it.
+    """Build one job per stage; each job waits for the one before it.
 
     Raises:
-        UsageError: `--array` does not fit what is run.
+        UsageError: `--array` does not suit the kind of job.
     """
     array = _array(queueing.array, stages, swept)
     return [
@@ -72,11 +72,11 @@ def as_jobs(stages: Sequence[Stage], swept: Sequence[Candidate], queueing: Queue
 
 
 def print_plan(submission: Submission, ranks: Sequence[RankPlace]) -> None:
-    """What was checked, and with --nodelist where the ranks sit."""
+    """Print the checked plan and, with --nodelist, the hosts of the first and last rank."""
     seats = {}
     if ranks:
         first, last = ranks[0], ranks[-1]
-        seats = {"seats": f"rank 0 on {first.host} ... rank {last.rank} on {last.host}"}
+        seats = {"placement": f"rank 0 on {first.host} ... rank {last.rank} on {last.host}"}
     for stage in submission.stages:
         if stage.facts:
             print_facts(f"Plan: {stage.command}", {**stage.facts, **seats})
@@ -85,7 +85,7 @@ def print_plan(submission: Submission, ranks: Sequence[RankPlace]) -> None:
 def show(
     submission: Submission, ranks: Sequence[RankPlace], checked_ms: float, json_file: Path | None
 ) -> None:
-    """The commands as a shell would want them, and what `sbatch --test-only` says of the first."""
+    """Print the sbatch commands, quoted for a shell, with the start that `sbatch --test-only` expects."""
     rows = []
     for stage, job in zip(submission.stages, submission.jobs, strict=True):
         command, environment, says = sbatch_command(job), dict(job.environment), _when(job)
@@ -98,14 +98,14 @@ def show(
 
 
 def queue_all(submission: Submission, json_file: Path | None) -> None:
-    """Hand every job to sbatch; if it refuses one, those before it are taken back.
+    """Submit every job with sbatch; if one is refused, cancel those already queued.
 
     Raises:
-        UsageError: SLURM is not here, or refuses.
+        UsageError: SLURM is not installed, or refuses a job.
         RunFolderError: a run folder cannot be written.
     """
     if not has_slurm():
-        raise UsageError("SLURM is not installed here", fix="add --local to run the same on this machine")
+        raise UsageError("SLURM is not installed here", fix="add --local to run the job on this machine")
     if submission.swept:
         keep_candidates(submission.stages[0], submission.swept)
     queued: list[str] = []
@@ -114,14 +114,14 @@ def queue_all(submission: Submission, json_file: Path | None) -> None:
         try:
             queued.append(queue(after, stage.command, _runs_of(stage, job, submission.swept), stage.run))
         except EverestError:
-            for job_id in queued:  # half a chain is not what was asked for
+            for job_id in queued:  # a partial chain is of no use
                 answer(["scancel", job_id])
             raise
         where = "" if stage.run is None else f" in {as_shell([str(stage.run)])}"
         typer.echo(f"{stage.command}: job {queued[-1]}{where}")
     runs = dict.fromkeys(as_shell([str(stage.run)]) for stage in submission.stages if stage.run)
     if runs:
-        typer.echo(f"watch: everest-ds jobs {' '.join(runs)}")
+        typer.echo(f"watch with: everest-ds jobs {' '.join(runs)}")
     rows = zip(submission.stages, queued, strict=True)
     write_json(json_file, [{"job": job_id, "command": s.command, "run": s.run} for s, job_id in rows])
 
@@ -134,21 +134,23 @@ def _array(asked: str | None, stages: Sequence[Stage], swept: Sequence[Candidate
         return array
     if asked is not None and (len(stages) > 1 or not asked.endswith("%1")):
         raise UsageError(
-            "--array: one run is trained by one job at a time",
+            "--array cannot be used with a chain"
+            if len(stages) > 1
+            else "--array: its tasks would train one run at the same time",
             given=asked,
-            allowed="for pretrain and finetune, tasks one after another, such as 0-9%1",
+            allowed="for a single run, tasks one after another, such as 0-9%1",
         )
     return asked
 
 
 def _when(job: BatchJob) -> str:
     if job.dependency is not None:
-        return "starts after the job it depends on"
-    return test_only(job) if has_slurm() else "no SLURM here to say when it would start"
+        return "starts after the job that it depends on"
+    return test_only(job) if has_slurm() else "start time unknown: SLURM is not installed here"
 
 
 def _runs_of(stage: Stage, job: BatchJob, swept: Sequence[Candidate]) -> dict[str, Path]:
-    """Suffix of the job's id -> the run folder that logs it."""
+    """Map the suffix of each task's job id to the run folder that logs the task."""
     if stage.run is None:
         return {}
     if job.array is None:

@@ -1,4 +1,4 @@
-"""What a job will be, checked as a whole before it waits in a queue: config, ranks, files, memory."""
+"""The plan of a job, checked as a whole before the job queues: config, ranks, files and memory."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from everest_ds.profiling.memory import predict_memory
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
 
-# data.<split> that a command opens
+# Splits `data.<split>` that each command opens.
 _SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One job of a submission: a command of `everest-ds`, which is a script of slurm/ too.
+    """One job of a submission: an `everest-ds` command that has a script of the same name in slurm/.
 
     Attributes:
-        arguments: of the command.
+        arguments: the arguments of the command.
         run: the run folder that keeps the job's log; None if the job has none.
-        facts: the checked plan, for people.
+        facts: the checked plan, in human-readable form.
     """
 
     command: str
@@ -43,11 +43,11 @@ class Stage:
 
 @dataclass(frozen=True)
 class Target:
-    """What the jobs shall run on.
+    """The hardware that the jobs will run on, and whether their initial weights exist yet.
 
     Attributes:
-        gpu: a product's name, to hold predicted memory against; None: not checked.
-        inputs_follow: a job that this one waits for will make weights that are not there yet.
+        gpu: name of the GPU to check predicted memory against; None to skip the check.
+        inputs_follow: the job depends on another job, which may still have to write the initial weights.
     """
 
     shape: Shape
@@ -56,7 +56,7 @@ class Target:
 
 
 def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """The config of `command`.
+    """Load the config of a pretrain, finetune or evaluate command.
 
     Raises:
         UsageError: the recipe is for another task.
@@ -65,17 +65,17 @@ def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment
     task = "finetune" if command == "evaluate" else command
     if config.task != task:
         raise UsageError(
-            f"{source}: is for task {config.task}",
-            fix=f"submit {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
+            f"{source}: this recipe is for task {config.task}",
+            fix=f"submit {config.task} {source}, or name a recipe for {task} (everest-ds recipes)",
         )
     return config
 
 
 def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:
-    """A job of one run: pretrain, finetune or evaluate.
+    """Plan a job of one run: pretrain, finetune or evaluate.
 
     Raises:
-        EverestError: whatever would end the job at its start, and memory that will not suffice.
+        EverestError: the job would fail at its start, or would run out of memory.
     """
     config = load_task(command, source, overrides)
     facts = check_run(command, config, target)
@@ -83,23 +83,23 @@ def plan_command(command: str, source: str, overrides: Sequence[str], target: Ta
 
 
 def plan_profile(source: str, overrides: Sequence[str], target: Target) -> Stage:
-    """A job that profiles a recipe on one GPU; it has no run folder."""
+    """Plan a job that profiles a recipe on one GPU, without a run folder."""
     load_experiment(source, overrides)
     if target.shape.num_ranks > 1:
         raise UsageError(
-            "profile measures one rank", given=f"{target.shape.num_ranks} ranks", fix="one node, one GPU"
+            f"{target.shape.num_ranks} ranks were asked for, but profile measures one rank",
+            fix="give --nodes 1 --gpus-per-node 1",
         )
     return Stage("profile", (source, *overrides), None, target.shape)
 
 
 def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any]:
-    """Everything that can be known before the nodes are there; the plan, for people."""
+    """Check all that can be checked before a run has nodes; return its human-readable plan."""
     shape = target.shape
     _check_tensor(config, shape)
     _check_files(command, config)
-    if (
-        config.parallelism.ds_config is not None
-    ):  # shipped ones are right; reading DeepSpeed's keys takes seconds
+    # The shipped DeepSpeed files are known to be valid, and reading DeepSpeed's keys takes seconds.
+    if config.parallelism.ds_config is not None:
         resolve_ds_config(config, plan_ranks(config, shape.num_ranks))
     _check_weights(command, config, target.inputs_follow)
     if command == "evaluate":
@@ -127,7 +127,7 @@ def _check_files(command: str, config: Experiment) -> None:
         manifest: Path | None = getattr(config.data, split)
         if manifest is None and split != "val":
             raise ConfigError(
-                f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt"
+                f"data.{split} is not set", fix=f"name a manifest: data.{split}=path/to/list.txt"
             )
         if manifest is not None and not manifest.is_file():
             raise DataError(f"data.{split}: no such manifest", given=str(manifest.absolute()))
@@ -141,34 +141,36 @@ def _check_weights(command: str, config: Experiment, follow: bool) -> None:
     if source is not None and not follow and not source.exists():
         key = "run.dir" if command == "evaluate" else "model.init_from"
         raise CheckpointError(
-            f"{key}: no weights there",
+            f"{key}: no weights found",
             given=str(source.absolute()),
-            fix="name a run folder that has trained, or the job that makes it with --dependency",
+            fix="name the folder of a finished run, or give the job that will write it with --dependency",
         )
     folder = config.run.dir
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):
-        raise UsageError("run.dir: cannot be written", given=str(folder), fix="choose another run.dir")
+        raise UsageError(
+            "run.dir: this folder cannot be written", given=str(folder), fix="choose another run.dir"
+        )
 
 
 def _check_memory(config: Experiment, target: Target) -> str:
     needed = predict_memory(config, target.shape.num_ranks)
     text = memory_text(needed)
     if target.gpu is None:
-        return f"{text}; --gpu NAME checks it"
+        return f"{text}; give --gpu NAME to check it against a GPU"
     device = DEVICES[find_product(target.gpu)]
     if needed.peak_bytes > device.memory_bytes:
         raise ConfigError(
-            f"a training step does not fit into a {target.gpu}",
+            f"a training step does not fit on GPU {target.gpu}",
             given=f"{text}, batch.micro_batch_size={config.batch.micro_batch_size}",
             allowed=format_bytes(device.memory_bytes),
             fix=_what_fits(config, target.shape.num_ranks, device.memory_bytes),
         )
-    return f"{text}, {100 * needed.peak_bytes / device.memory_bytes:.0f} % of a {target.gpu}"
+    return f"{text}, {100 * needed.peak_bytes / device.memory_bytes:.0f} % of the memory of {target.gpu}"
 
 
 def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
-    """The largest micro-batch, else the least recomputation, with which a step fits."""
+    """Suggest the largest micro-batch with which a step fits, or else the least recomputation."""
     smaller = [_with_clips(config, clips) for clips in range(1, config.batch.micro_batch_size)]
     possible = [one for one in smaller if _runs(one, num_ranks)]
     num_fitting = bisect(possible, False, key=lambda one: not _fits(one, num_ranks, memory_bytes))
@@ -199,5 +201,5 @@ def _fits(config: Experiment, num_ranks: int, memory_bytes: int) -> bool:
 
 
 def without_gpus(target: Target) -> Target:
-    """The same target for a job that computes nothing: one rank on one node."""
+    """Return `target` reduced to one rank on one node without GPUs, for a job that computes nothing."""
     return replace(target, shape=Shape(), gpu=None)

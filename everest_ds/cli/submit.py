@@ -1,4 +1,4 @@
-"""`everest-ds submit`: check a job, then hand it to sbatch, to one's eyes (--dry-run) or to this machine."""
+"""`everest-ds submit`: check a job, then queue it with sbatch, print it (--dry-run) or run it (--local)."""
 
 from __future__ import annotations
 
@@ -21,30 +21,70 @@ if TYPE_CHECKING:
     from everest_ds.launch.sweep_file import Candidate
 
 Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
-Job = Annotated[Kind, typer.Argument(metavar="JOB", help="What to run.")]
+Job = Annotated[
+    Kind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
+]
 Words = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE [KEY.PATH=VALUE]... [SBATCH OPTION]...",
-        help="As for the command itself; chain takes two recipes. Options that are not listed here go to"
-        " sbatch unchanged.",
+        help="A recipe and the settings to change, as for the command itself; a chain takes two recipes."
+        " Options that are not listed below go to sbatch unchanged.",
     ),
 ]
-Nodes = Annotated[int, typer.Option(min=1, help="Nodes.")]
-GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs of a node, and ranks: one a GPU.")]
-TasksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks of a node without GPUs.")]
-Time = Annotated[str | None, typer.Option(help="Time limit, such as 1-00:00:00.")]
-Partition = Annotated[str | None, typer.Option(help="Partition.")]
-Array = Annotated[str | None, typer.Option(help="Of a sweep: these tasks, or %N at once. Of one run: 0-9%1.")]
-Dependency = Annotated[str | None, typer.Option(help="Such as afterok:123; that job may make the weights.")]
-Nodelist = Annotated[str | None, typer.Option(help="These nodes; --dry-run shows which rank runs where.")]
-Gpu = Annotated[str | None, typer.Option(help="Hold predicted memory against this GPU, such as 'A100 80GB'.")]
-Cluster = Annotated[str | None, typer.Option(help="Settings of a site: a name in slurm/clusters, or a file.")]
-MaxRestarts = Annotated[int | None, typer.Option(min=0, help="Times that the job may requeue itself.")]
-Grid = Annotated[list[str] | None, typer.Option(metavar="KEY=A,B,...", help="sweep: all combinations.")]
-Candidates = Annotated[Path | None, typer.Option(help='sweep: JSON lines of {"overrides": ["key=value"]}.')]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the sbatch command and when it would start.")]
-Local = Annotated[bool, typer.Option("--local", help="Run the same here, without SLURM.")]
+Nodes = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
+GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs per node; one rank runs on each GPU.")]
+TasksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks per node, on nodes without GPUs.")]
+Time = Annotated[str | None, typer.Option(help="Time limit of each job, such as 1-00:00:00 (one day).")]
+Partition = Annotated[str | None, typer.Option(help="SLURM partition to run in.")]
+Array = Annotated[
+    str | None,
+    typer.Option(
+        help="Sweep: the tasks to run, or %N to run N at a time. Single run: successive tasks, such as 0-9%1."
+    ),
+]
+Dependency = Annotated[
+    str | None,
+    typer.Option(
+        help="Start after another job, such as afterok:123; that job may still have to write the weights."
+    ),
+]
+Nodelist = Annotated[
+    str | None,
+    typer.Option(
+        help="Nodes to run on, such as gpu[01-04]; the plan then shows on which hosts the ranks run."
+    ),
+]
+Gpu = Annotated[
+    str | None, typer.Option(help="Check the predicted memory against this GPU, such as 'A100 80GB'.")
+]
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        help="Settings of your site: a name in slurm/clusters, or a file. Default: $EVEREST_CLUSTER."
+    ),
+]
+MaxRestarts = Annotated[
+    int | None,
+    typer.Option(
+        min=0, help="Number of times that a job may be restarted. Default: $EVEREST_MAX_RESTARTS, or 50."
+    ),
+]
+Grid = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=A,B,...",
+        help="Sweep: the values of one key. Several --grid options give every combination of their values.",
+    ),
+]
+Candidates = Annotated[
+    Path | None, typer.Option(help='Sweep: a file with one run per line, as {"overrides": ["key=value"]}.')
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Print the sbatch commands and the expected start time; queue nothing."),
+]
+Local = Annotated[bool, typer.Option("--local", help="Run the jobs on this machine, without SLURM.")]
 
 
 def submit(
@@ -67,9 +107,10 @@ def submit(
     local: Local = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Check a job as a whole, then queue it with SLURM; what cannot run is refused at once.
+    """Check a job as a whole, then queue it with SLURM; refuse a job that could not run.
 
-    Two recipes make a chain: pretrain, finetune, evaluate, report. A sweep is an array job.
+    A chain takes two recipes and queues four jobs: pretrain, finetune, evaluate and report. A sweep is an
+    array job with one run per combination of settings.
 
     Example: everest-ds submit pretrain my.yaml run.dir=runs/a --nodes 4 --gpus-per-node 8 --time 1-00:00:00
              everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
@@ -106,16 +147,21 @@ def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
     if gpus is None and tasks is None:
         if job != "profile":
             raise UsageError(
-                "number of ranks per node", fix="give --gpus-per-node, or --ntasks-per-node for ranks on CPUs"
+                "the number of ranks per node is missing",
+                fix="give --gpus-per-node, or --ntasks-per-node for ranks on CPUs",
             )
         gpus = 1
     if gpus is not None and tasks not in (None, gpus):
-        raise UsageError("one rank a GPU", given=f"--gpus-per-node {gpus} --ntasks-per-node {tasks}")
+        raise UsageError(
+            f"--ntasks-per-node {tasks} does not match --gpus-per-node {gpus}",
+            allowed="one rank per GPU",
+            fix="leave out --ntasks-per-node",
+        )
     return Shape(nodes, gpus or 0, gpus or tasks or 1)
 
 
 def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
-    """What the scripts of slurm/ read, and what sbatch reads of the site's settings."""
+    """Return the environment variables for sbatch and the scripts in slurm/, the site's settings included."""
     from everest_ds.launch.cluster_file import find_cluster_file, read_cluster_file
     from everest_ds.shipped import shipped
 
@@ -148,7 +194,7 @@ def _plan(
     if job == "sweep":
         return plan_sweep(source, overrides, target, grid, candidates)
     if grid or candidates:
-        raise UsageError("--grid and --candidates", given=job, fix="are for sweep")
+        raise UsageError(f"--grid or --candidates was given for {job}", fix="use them with submit sweep")
     if job == "profile":
         return [submission.plan_profile(source, overrides, target)], []
     return [submission.plan_command(job, source, overrides, target)], []

@@ -1,4 +1,4 @@
-"""`everest-ds sweep`: many runs of one recipe, one table of what they gave."""
+"""`everest-ds sweep`: one table of the results of many runs of one recipe."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ if TYPE_CHECKING:
     from everest_ds.cli.job_rows import JobRow
 
 Folder = Annotated[
-    Path, typer.Argument(metavar="SWEEP", help="The run.dir that the sweep was submitted with.")
+    Path, typer.Argument(metavar="SWEEP", help="Folder of the sweep: the run.dir that it was submitted with.")
 ]
 CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write the rows as CSV.")]
 
 
 def sweep(folder: Folder, json_file: JsonFile = None, csv_file: CsvFile = None) -> None:
-    """One row a run of a sweep: settings, state, loss, accuracy, speed, memory. Out of memory is a result.
+    """Show one row per run of a sweep: its settings, state, loss, accuracy, speed and memory.
+
+    A run that ran out of memory keeps its row, as a result like any other.
 
     Example: everest-ds sweep runs/lr --csv lr.csv
     """
@@ -39,7 +41,7 @@ def sweep(folder: Folder, json_file: JsonFile = None, csv_file: CsvFile = None) 
 
 
 def candidate(file: Path, number: int) -> None:
-    """Write the command and the arguments of one candidate, each ended by NUL; for slurm/sweep.sbatch."""
+    """Write the command and the arguments of one candidate, NUL-terminated, for slurm/sweep.sbatch."""
     swept = read_candidates(file)
     chosen = swept[expand_array(str(number), len(swept))[0]]
     for word in (chosen.task, chosen.recipe, *chosen.overrides):

@@ -1,4 +1,4 @@
-"""Planning `everest-ds submit sweep`: the runs of an array job, each checked before it queues."""
+"""The plan of `everest-ds submit sweep`: the runs of one array job, each checked before the job queues."""
 
 from __future__ import annotations
 
@@ -23,13 +23,17 @@ from everest_ds.launch.sweep_file import (
 def plan_sweep(
     source: str, overrides: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
 ) -> tuple[list[Stage], list[Candidate]]:
-    """One array job, each of whose tasks is checked; memory is not, for a run out of memory is a result.
+    """Plan the array job of a sweep and check each of its runs.
+
+    Memory is not checked: for a sweep, a run that is out of memory is a result.
 
     Raises:
-        EverestError: naming the candidate that cannot run.
+        EverestError: a candidate cannot run; the message names it.
     """
-    if bool(grid) == (candidates is not None):
-        raise UsageError("sweep", given="--grid and --candidates", allowed="one of the two")
+    if grid and candidates is not None:
+        raise UsageError("sweep: --grid and --candidates were both given", fix="leave one of them out")
+    if not grid and candidates is None:
+        raise UsageError("sweep: neither --grid nor --candidates was given", fix="give one of them")
     base = load_experiment(source, overrides)
     folder = base.run.dir
     settings = read_settings(candidates) if candidates else [(None, texts) for texts in expand_grid(grid)]
@@ -43,7 +47,7 @@ def plan_sweep(
 
 
 def keep_candidates(stage: Stage, swept: Sequence[Candidate]) -> None:
-    """Write down what task N of the array is, and what the rows of the table are.
+    """Write the candidates to the sweep's folder: task N of the array runs line N.
 
     Raises:
         RunFolderError: the sweep's folder cannot be written.
@@ -68,7 +72,10 @@ def _check(swept: Sequence[Candidate], target: Target, folder: Path) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if not swept or twice:
         raise UsageError(
-            "candidates of the sweep", given=f"{len(swept)}, {twice} twice", allowed="one or more"
+            f"sweep: candidates share a name: {', '.join(twice)}"
+            if twice
+            else "sweep: there are no candidates",
+            allowed="one or more candidates, each with its own name",
         )
     for candidate in swept:
         try:
@@ -78,4 +85,4 @@ def _check(swept: Sequence[Candidate], target: Target, folder: Path) -> None:
             raise type(error)(f"candidate {candidate.name} ({said}): {error}") from None
     file = folder / FILE_NAME
     if file.is_file() and read_candidates(file) != list(swept):
-        raise RunFolderError(f"{folder}: holds another sweep", fix="choose another run.dir")
+        raise RunFolderError(f"{folder}: this folder holds another sweep", fix="choose another run.dir")

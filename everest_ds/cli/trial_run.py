@@ -1,4 +1,4 @@
-"""One trial: a few steps through the real trainer, and what became of them."""
+"""One trial: run the real trainer for a few steps and classify the result."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.trials import Outcome, summarise_steps
 
 OUTPUT_FILE = "trial.out"
-_VIDEOS = 8  # synthetic ones, taken in turn
-_STORED = 256 / 224  # videos are stored a little larger than what is cropped from them
+_VIDEOS = 8  # number of synthetic videos, which the samples of a trial use in turn
+_STORED = 256 / 224  # videos are stored a little larger than the crops taken from them
 _REASON_LENGTH = 300
-# What a process without memory says, where no error of ours does.
+# Traces of a process that ran out of memory without an error of ours.
 _NO_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "MemoryError", "SIGKILL")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What all trials of a tuning have in common.
+    """The settings that all trials of a tuning share.
 
     Attributes:
-        source, overrides: the recipe, and what the user changed of it.
-        folder: of the tuning; trials are in `folder/trials`.
-        steps: of a trial, warm-up included.
-        timeout_s: after which a trial is given up, on this machine.
+        source, overrides: the recipe, and the user's changes to it.
+        folder: the folder of the tuning; trials are in `folder/trials`.
+        steps: steps per trial, warm-up included.
+        timeout_s: time limit of a trial on this machine.
     """
 
     task: str
@@ -51,20 +51,20 @@ class Setup:
 
     @property
     def runs(self) -> Path:
-        """Folder of the trials' run folders."""
+        """The folder that contains the run folders of the trials."""
         return self.folder / "trials"
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a run ended."""
+    """The outcome of a run, with its reason if it failed."""
 
     outcome: Outcome
     reason: str = ""
 
 
 def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
-    """The recipe with few clips, and without the saving, drawing and learning that a trial leaves out."""
+    """Return the overrides that shorten a recipe to a trial: few clips, no saving, drawing or learning."""
     manifest = write_manifest_for(setup, config)
     return (
         *setup.overrides,
@@ -74,7 +74,7 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
         "model.init_from=null",
         "schedule.epochs=1",
         "schedule.warmup_epochs=0",
-        "schedule.base_lr=1.0e-9",  # weights stay where they are: no loss becomes infinite in so few steps
+        "schedule.base_lr=1.0e-9",  # the weights hardly change, so that the loss cannot diverge
         "schedule.warmup_lr=0",
         "schedule.min_lr=0",
         "run.log_every_steps=1",
@@ -84,12 +84,12 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
 
 
 def reads_synthetic_clips(config: Experiment) -> bool:
-    """Whether the recipe's own videos are not here."""
+    """Return whether trials must use synthetic clips, because the recipe's manifest is missing."""
     return config.data.train is None or not config.data.train.is_file()
 
 
 def write_manifest_for(setup: Setup, config: Experiment) -> Path:
-    """A line for each sample of a trial: of the recipe's manifest, else synthetic videos of its geometry."""
+    """Write the manifest of a trial, with the recipe's videos or else synthetic ones; return its path."""
     from everest_ds.data.manifest import read_manifest, write_manifest
 
     source, root, classes = config.data.train, config.data.root, config.model.num_classes
@@ -108,7 +108,7 @@ def write_manifest_for(setup: Setup, config: Experiment) -> Path:
 
 
 def run_here(setup: Setup, overrides: Sequence[str], run: Path) -> Ending:
-    """Train on this machine, in a fresh run folder.
+    """Run a trial on this machine, in a fresh run folder.
 
     Raises:
         StoppedError: the run was asked to stop.
@@ -120,14 +120,14 @@ def run_here(setup: Setup, overrides: Sequence[str], run: Path) -> Ending:
     code = _call([sys.executable, "-m", "everest_ds", *words], run / OUTPUT_FILE, setup.timeout_s)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     if code is None:
-        return Ending("timeout", f"not done after {setup.timeout_s:g} s")
+        return Ending("timeout", f"not finished after {setup.timeout_s:g} s")
     if code == ExitCode.STOPPED:
-        raise StoppedError("a trial was stopped", fix="the same command goes on")
+        raise StoppedError("a trial was stopped", fix="run the same command again to continue")
     return judge_exit(code, (run / OUTPUT_FILE).read_text(errors="replace"))
 
 
 def judge_exit(code: int, output: str) -> Ending:
-    """What an exit code and the last words of a run mean."""
+    """Classify the end of a run from its exit code and its output."""
     if code == ExitCode.OK:
         return Ending("measured")
     said = [line.strip() for line in output.splitlines() if line.strip()]
@@ -138,16 +138,16 @@ def judge_exit(code: int, output: str) -> Ending:
 
 
 def read_steps(run: Path, clips: int) -> dict[str, Any]:
-    """What a finished trial measured; `clips` are those of a step.
+    """Return the measurements of a finished trial, given its clips per step.
 
     Raises:
-        RunFolderError: it logged too little.
+        RunFolderError: the trial logged too few steps.
     """
     return summarise_steps(read_metrics(run), clips)
 
 
 def _synthetic_videos(setup: Setup, config: Experiment) -> Path:
-    """A manifest of them; videos of the same geometry are made once."""
+    """Return the manifest of synthetic videos, which are written once per frame count and size."""
     from everest_ds.cli.output import progress_of
     from everest_ds.data.synthetic import SyntheticSpec, synthesize
 
@@ -162,7 +162,7 @@ def _synthetic_videos(setup: Setup, config: Experiment) -> Path:
 
 
 def _call(command: Sequence[str], output: Path, timeout_s: float) -> int | None:
-    """Run to the end; None if that took too long. Nothing of it outlives this call."""
+    """Run a command and return its exit code, or None after a timeout; no process of it outlives the call."""
     with open(output, "wb") as stream:
         process = subprocess.Popen(
             command,

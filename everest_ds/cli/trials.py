@@ -1,4 +1,4 @@
-"""`everest-ds tune --trials K`: the best candidates and the baselines run a few steps, here or by SLURM."""
+"""`everest-ds tune --trials K`: run candidates and baselines for a few steps, here or as an array job."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from everest_ds.units import format_bytes
 if TYPE_CHECKING:
     from everest_ds.cli.job_rows import JobRow
 
-# What became of a job -> of its trial. One that was stopped, preempted or without a node says nothing.
+# State of a job -> outcome of its trial. Other jobs (stopped, preempted, node lost) have none.
 _OUTCOMES: dict[str, Outcome] = {
     "finished": "measured",
     "out of memory": "oom",
@@ -43,14 +43,14 @@ _OUTCOMES: dict[str, Outcome] = {
     "diverged": "crash",
     "rank lost": "crash",
 }
-# A signal that nobody minds: a trial that comes to its time limit shall not be saved, requeued and resumed.
+# Harmless signal: a trial that hits its time limit must not be saved, requeued or resumed.
 _NO_WARNING = ("--signal=CONT@10",)
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One candidate to be tried, with its config under the recipe."""
+    """One candidate of the trials, with the config that it gives the recipe."""
 
     tried: Tried
     config: Experiment
@@ -58,7 +58,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Array:
-    """How SLURM shall run trials: `gpus_per_node` 0 means ranks on CPUs; `options` are sbatch's."""
+    """The array job of the trials: `gpus_per_node` 0 means ranks on CPUs; `options` go to sbatch."""
 
     nodes: int
     gpus_per_node: int
@@ -67,14 +67,14 @@ class Array:
 
 
 def with_trials(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -> list[Entry]:
-    """The entries with the trials that are known already."""
+    """Return the entries with the trials that earlier commands recorded."""
     known = read_trials(setup.folder)
     keys = [trial_key(entry.config, setup.num_ranks, place) for entry in entries]
     return [_known(entry, known.get(key)) for entry, key in zip(entries, keys, strict=True)]
 
 
 def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -> list[Entry]:
-    """Run those that have no trial yet, one after the other; each is kept as soon as it is over."""
+    """Run the entries without a trial on this machine, one at a time, and record each as soon as it ends."""
     todo = [entry for entry in with_trials(setup, entries, place) if entry.tried.trial is None]
     if todo:
         overrides = _prepared(setup, todo[0].config)
@@ -90,7 +90,7 @@ def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -
 def try_by_slurm(
     setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any], array: Array
 ) -> list[Entry]:
-    """Collect what array jobs have done, and submit what none has been asked to do; without waiting."""
+    """Record the trials that array jobs have finished and submit those not yet submitted, without waiting."""
     todo = {
         run_name(setup, entry, place): entry
         for entry in with_trials(setup, entries, place)
@@ -106,12 +106,15 @@ def try_by_slurm(
     if new:
         _submit(setup, {name: todo[name] for name in new}, array)
     if new or waiting:
-        typer.echo(f"{len(new) + len(waiting)} trials are in the queue; the same command again reads them")
+        typer.echo(
+            f"trials in the queue: {len(new) + len(waiting)};"
+            " run the same command again to read their results"
+        )
     return with_trials(setup, entries, place)
 
 
 def run_name(setup: Setup, entry: Entry, place: Mapping[str, Any]) -> str:
-    """Of the run folder: what it is, and the key that no other trial has."""
+    """Return the name of an entry's run folder: its candidate's name and its unique trial key."""
     name = _NOT_IN_A_NAME.sub("-", entry.tried.name)
     return f"{name}-{trial_key(entry.config, setup.num_ranks, place)}"
 
@@ -122,8 +125,10 @@ def _known(entry: Entry, trial: Trial | None) -> Entry:
 
 def _prepared(setup: Setup, config: Experiment) -> tuple[str, ...]:
     if reads_synthetic_clips(config):
-        missing = "is not set" if config.data.train is None else f"{config.data.train} is not here"
-        typer.echo(f"data.train {missing}: trials read synthetic clips of the recipe's geometry")
+        missing = "is not set" if config.data.train is None else f"{config.data.train} does not exist here"
+        typer.echo(
+            f"data.train {missing}: trials read synthetic clips with the frame count and size of the recipe"
+        )
     return trial_overrides(setup, config)
 
 
@@ -145,7 +150,7 @@ def _told(tried: Tried, trial: Trial) -> str:
     if trial.step_s is None or trial.peak_bytes is None:
         return f"{trial.outcome}: {trial.reason}"
     return (
-        f"{trial.step_s:.3g} s a step (predicted {tried.predicted_s:.3g}),"
+        f"{trial.step_s:.3g} s per step (predicted {tried.predicted_s:.3g}),"
         f" {format_bytes(trial.peak_bytes)} (predicted {format_bytes(tried.predicted_bytes)})"
     )
 
@@ -155,7 +160,7 @@ def _arrays(setup: Setup) -> Iterator[Path]:
 
 
 def _job_rows(setup: Setup, names: Sequence[str]) -> dict[str, JobRow]:
-    """Name -> the newest job of each trial that was submitted."""
+    """Map the name of each submitted trial to its newest job."""
     from everest_ds.cli.job_rows import job_rows
 
     runs = [array / name for array in _arrays(setup) for name in names if (array / name).is_dir()]
@@ -173,7 +178,7 @@ def _submit(setup: Setup, entries: Mapping[str, Entry], array: Array) -> None:
     digest = sha256("\n".join(entries).encode()).hexdigest()[:8]
     folder = setup.runs / f"array-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in entries:  # of an earlier job that was stopped
+    for name in entries:  # left over: an earlier job was stopped
         shutil.rmtree(folder / name, ignore_errors=True)
     lines = [
         json.dumps({"name": name, "overrides": list(entry.tried.overrides)})

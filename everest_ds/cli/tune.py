@@ -1,4 +1,4 @@
-"""`everest-ds tune`: with which sharding, micro-batch and recompute mode a job should run."""
+"""`everest-ds tune`: search for the fastest sharding, micro-batch and recompute mode of a job."""
 
 from __future__ import annotations
 
@@ -23,35 +23,50 @@ _COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
 Source = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
 ]
-Gpus = Annotated[int, typer.Option(min=1, help="GPUs in all, one rank each.")]
+Gpus = Annotated[int, typer.Option(min=1, help="Total number of GPUs; one rank runs on each.")]
 Gpu = Annotated[
     str | None,
     typer.Option(
-        help="Such as h100-80gb, a100-40gb, l40s; or a YAML file of its numbers. Default: this machine."
+        help="GPU type, such as h100-80gb, a100-40gb or l40s, or a YAML file that describes one."
+        " Default: this machine."
     ),
 ]
 Nodes = Annotated[
-    int | None, typer.Option(min=1, help="Nodes that they are on. Default: as few as hold 8 each.")
+    int | None,
+    typer.Option(
+        min=1, help="Nodes that hold the GPUs. Default: as few as possible, with at most 8 GPUs each."
+    ),
 ]
 GlobalBatch = Annotated[
-    int | None, typer.Option(min=1, help="Clips of a step. Default: the recipe's; learning rates follow it.")
+    int | None,
+    typer.Option(min=1, help="Clips per step. Default: the recipe's. Learning rates are scaled with it."),
 ]
 Interconnect = Annotated[
     str | None,
     typer.Option(
-        help="Between nodes: adapters a node and their kind, such as 8xib-ndr, roce-100, ethernet-25."
+        help="Network between nodes: number and kind of adapters per node, such as 8xib-ndr, roce-100 or"
+        " ethernet-25."
     ),
 ]
 AnyPrecision = Annotated[
-    bool, typer.Option("--any-precision", help="Try all that the device has; rounding differs.")
+    bool,
+    typer.Option(
+        "--any-precision",
+        help="Also try the other precisions of the GPU; their rounding differs from the recipe's.",
+    ),
 ]
-Top = Annotated[int, typer.Option(min=1, help="Candidates to show.")]
+Top = Annotated[int, typer.Option(min=1, help="Number of candidates to show.")]
 Explain = Annotated[
     int | None,
-    typer.Option(min=1, metavar="RANK", help="Show each term of this candidate, with its formula."),
+    typer.Option(
+        min=1,
+        metavar="RANK",
+        help="Show every term of the candidate with this rank in the table, with its formula.",
+    ),
 ]
 Out = Annotated[
-    Path | None, typer.Option(metavar="DIR", help="For the winner's files. Default: tuned/RECIPE.")
+    Path | None,
+    typer.Option(metavar="DIR", help="Folder for the files of the best candidate. Default: tuned/RECIPE."),
 ]
 CsvFile = Annotated[
     Path | None, typer.Option("--csv", metavar="FILE", help="Also write the table of candidates as CSV.")
@@ -60,18 +75,23 @@ Clips = Annotated[
     int | None,
     typer.Option(
         min=1,
-        help="Videos of an epoch, for total times. Default: counted in data.train.",
+        help="Videos per epoch, for total times and costs. Default: counted in data.train.",
         rich_help_panel=_COST,
     ),
 ]
 GpuHour = Annotated[
     float | None,
-    typer.Option("--price-per-gpu-hour", min=0, help="In any currency.", rich_help_panel=_COST),
+    typer.Option(
+        "--price-per-gpu-hour", min=0, help="Price of one GPU hour, in any currency.", rich_help_panel=_COST
+    ),
 ]
 Kwh = Annotated[
     float | None,
     typer.Option(
-        "--price-per-kwh", min=0, help="Of what the GPUs draw at most, by data sheet.", rich_help_panel=_COST
+        "--price-per-kwh",
+        min=0,
+        help="Price of one kWh; the GPUs are assumed to draw the maximum power of their data sheet.",
+        rich_help_panel=_COST,
     ),
 ]
 Trials = Annotated[
@@ -79,30 +99,33 @@ Trials = Annotated[
     typer.Option(
         min=1,
         metavar="K",
-        help="Run the best K and two baselines for a few steps, and rank again by what is measured.",
+        help="Run the best K candidates and two baselines for a few steps, then rank them by measurement.",
         rich_help_panel=_TRIALS,
     ),
 ]
-TrialSteps = Annotated[int, typer.Option(min=5, help="Steps of a trial.", rich_help_panel=_TRIALS)]
+TrialSteps = Annotated[int, typer.Option(min=5, help="Steps per trial.", rich_help_panel=_TRIALS)]
 TrialSeconds = Annotated[
-    float, typer.Option(min=1, help="After which a trial here is given up.", rich_help_panel=_TRIALS)
+    float, typer.Option(min=1, help="Time limit of a trial on this machine.", rich_help_panel=_TRIALS)
 ]
 Sbatch = Annotated[
     str | None,
     typer.Option(
         metavar="OPTIONS",
-        help='Try as an array job, with sbatch options such as "--time=30:00 -p gpu". Default: here.',
+        help='Run the trials as an array job with these sbatch options, such as "--time=30:00 -p gpu".'
+        " Default: on this machine.",
         rich_help_panel=_TRIALS,
     ),
 ]
 AsksWhatIf = Annotated[
-    bool, typer.Option("--what-if", help="A page on where each choice starts to pay, over 1 to 1,024 GPUs.")
+    bool,
+    typer.Option("--what-if", help="Write a page that shows which choices pay off on 1 to 1,024 GPUs."),
 ]
 Calibrate = Annotated[
     bool,
     typer.Option(
         "--calibrate",
-        help="Measure this machine for all later tunings, in two minutes; no RECIPE. Under srun its ranks.",
+        help="Measure this machine once, in about two minutes, for all later tunings. Takes no RECIPE."
+        " Under srun, it measures the ranks that srun started.",
         rich_help_panel=_HERE,
     ),
 ]
@@ -112,7 +135,7 @@ MostRanks = Annotated[
         "--nproc",
         min=1,
         metavar="N",
-        help="Measure up to N ranks. Default: one a GPU, or a core.",
+        help="Measure up to N ranks. Default: one per GPU, or one per core if there is no GPU.",
         rich_help_panel=_HERE,
     ),
 ]
@@ -121,7 +144,7 @@ CalibrationFile = Annotated[
     typer.Option(
         "--calibration",
         metavar="FILE",
-        help="Where measurements are kept. Default: in the user's cache.",
+        help="File of the measurements of this machine. Default: in the user's cache.",
         rich_help_panel=_HERE,
     ),
 ]
@@ -153,10 +176,10 @@ def tune(
     nproc: MostRanks = None,
     calibration: CalibrationFile = None,
 ) -> None:
-    """Predict the fastest way to run a recipe on a cluster, in seconds and without a GPU, and say why.
+    """Predict the fastest way to run a recipe on a cluster, with reasons; takes seconds and needs no GPU.
 
-    ZeRO stage, tensor parallelism, micro-batch, recompute, offload and buckets are searched; what is learned
-    stays the same. A key that you give, such as parallelism.tensor=2, stays as you give it.
+    The search covers ZeRO stage, tensor parallelism, micro-batch, recompute, offload and bucket sizes. None
+    of them changes what the model learns. A setting that you give, such as parallelism.tensor=2, is kept.
 
     Example: everest-ds tune k400_pretrain_vit_base model.backbone=vit_huge --gpus 64 --gpu h100-80gb
     """
@@ -190,9 +213,9 @@ def tune(
 
 def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path | None) -> None:
     if not wanted:
-        raise UsageError("no RECIPE", fix="everest-ds recipes lists them; --calibrate needs none")
+        raise UsageError("RECIPE is missing", fix="name a recipe (everest-ds recipes), or give --calibrate")
     if source is not None:
-        raise UsageError("--calibrate measures the machine, not a recipe", given=source, fix="leave it out")
+        raise UsageError("a recipe was given with --calibrate", given=source, fix="leave out the recipe")
     from everest_ds.cli.calibrate import calibrate
 
     calibrate(nproc, file)
@@ -247,7 +270,7 @@ def _write_best(
     cluster: Cluster,
     folder: Path,
 ) -> None:
-    """The files of rank 1, or of the best of its trials as soon as these are over."""
+    """Write the files of the best candidate, by prediction or, once the trials have ended, by measurement."""
     if how is None:
         _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
         return
@@ -262,7 +285,7 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
     from everest_ds.cli.tune_winner import next_command, write_winner
 
     file = write_winner(winner, source, cluster, folder)
-    typer.echo(f"{title}: {file}, held against DeepSpeed's own checks and a dry run. Next:")
+    typer.echo(f"{title}: {file}, checked by DeepSpeed and by a dry run. Next:")
     typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
 
 
@@ -277,7 +300,7 @@ def _ask_what_if(
 
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:
-    """Videos of an epoch: as given, or as in the manifest or the official data set."""
+    """Return the videos per epoch: those given, or those of the manifest or the official data set."""
     from everest_ds.cli.plan import count_samples
 
     epoch = count_samples(config, planned=True) if clips is None else None

@@ -1,4 +1,4 @@
-"""The cluster that `everest-ds tune` was told of."""
+"""The cluster that the options of `everest-ds tune` describe."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from everest_ds.tuning.sheet import RANKS_PER_NODE, machine_from_sheet
 
 
 def cluster_of(gpu: str, num_gpus: int, nodes: int | None, interconnect: str | None) -> Cluster:
-    """`num_gpus` of one kind, evenly on `nodes`, or on as few as hold 8 each.
+    """Build a cluster of `num_gpus` equal GPUs, spread evenly over `nodes` nodes.
+
+    By default the cluster has as few nodes as possible, with at most 8 GPUs each.
 
     Raises:
-        UsageError: the device or interconnect is not known, or the nodes do not divide the GPUs.
+        UsageError: the device or interconnect is unknown, or the GPUs cannot be spread evenly.
     """
     name, device = device_of(gpu)
     a_node = _ranks_per_node(num_gpus, nodes)
@@ -22,10 +24,10 @@ def cluster_of(gpu: str, num_gpus: int, nodes: int | None, interconnect: str | N
 
 
 def cluster_here(num_ranks: int, calibration: Path | None = None) -> Cluster:
-    """So many ranks of this machine, as it was calibrated.
+    """Build a cluster of `num_ranks` ranks on this machine, from its calibration.
 
     Raises:
-        UsageError: it was not.
+        UsageError: this machine has not been calibrated for that number of ranks.
     """
     from everest_ds.cli.calibrate import machine_here
 
@@ -37,6 +39,9 @@ def _ranks_per_node(num_gpus: int, nodes: int | None) -> int:
         return next(each for each in range(RANKS_PER_NODE, 0, -1) if num_gpus % each == 0)
     if num_gpus % nodes:
         divisors = [str(n) for n in range(1, num_gpus + 1) if num_gpus % n == 0]
-        given = f"--gpus {num_gpus} --nodes {nodes}"
-        raise UsageError("every node has as many GPUs", given=given, allowed=", ".join(divisors))
+        raise UsageError(
+            f"--gpus {num_gpus} is not a multiple of --nodes {nodes}",
+            allowed=f"--nodes {', '.join(divisors)}",
+            fix="change --nodes or --gpus",
+        )
     return num_gpus // nodes

@@ -1,4 +1,4 @@
-"""The pages of the tuner: what trials say, and what more or fewer GPUs would change."""
+"""The report pages of the tuner: the results of its trials, and the effect of more or fewer GPUs."""
 
 from __future__ import annotations
 
@@ -19,27 +19,31 @@ from everest_ds.units import GIB
 def trials_page(
     subject: str, result: Result, memory_bytes: int, dropped: Sequence[Mapping[str, str]], baseline: str
 ) -> Page:
-    """Everything that trials of a tuning tell.
+    """Build the page on the trials of a tuning: ranking, prediction errors and the speed-memory front.
 
     Args:
         subject: recipe, ranks and machine, for the lead.
-        memory_bytes: what a rank may use.
+        result: the candidates, ranked again after their trials.
+        memory_bytes: usable memory per rank.
         dropped: families that the search left out, with reasons.
-        baseline: what the winner is compared with.
+        baseline: name of the baseline that the winner is compared with.
     """
     sections = [
         Section("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
         _agreement_section(result),
         _front_section(result, memory_bytes),
-        Section("Families that are not in it", rows=dropped) if dropped else None,
+        Section("Families left out", rows=dropped) if dropped else None,
     ]
-    lead = f"{subject}. Measured: medians of the steps after warm-up, through the trainer, waiting included."
+    lead = (
+        f"{subject}. Measured figures are medians over the steps after warm-up, taken in the real trainer;"
+        " they include waiting for data."
+    )
     shown = [section for section in sections if section]
     return Page("Tuning: trials", lead, _headline(result, baseline), shown)
 
 
 def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
-    """Which choice pays with how many GPUs; predictions only."""
+    """Build the page that shows which choices pay off with how many GPUs, from predictions only."""
     panels = {
         trait: {
             value: [
@@ -52,30 +56,30 @@ def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
         for trait in TRAITS
     }
     caption = (
-        "The fastest candidate of each choice, against the fastest of all with as many GPUs. A line begins"
-        " where the choice fits."
+        "Speed of the fastest candidate with each choice, in % of the fastest candidate with the same number"
+        " of GPUs. A line begins at the smallest number of GPUs on which the choice fits."
     )
     plot = Plot("what_if", caption, draw_what_if(panels), wide=True)
     lead = (
-        f"{subject}. Predicted by the cost model; nothing was run. The global batch is kept. Speeds are"
-        " without waiting for data, which would make all choices look alike."
+        f"{subject}. Predicted by the cost model; nothing was run. The global batch is the same for all"
+        " numbers of GPUs. Speeds leave out waiting for data, which would make all choices look alike."
     )
     return Page(
         "Tuning: what if",
         lead,
         {},
         [
-            Section("Where each choice pays", plots=[plot], rows=pays_rows(rows)),
-            Section("The fastest for each number of GPUs", rows=what_if_rows(rows)),
+            Section("Numbers of GPUs for which each choice pays off", plots=[plot], rows=pays_rows(rows)),
+            Section("Fastest candidate for each number of GPUs", rows=what_if_rows(rows)),
         ],
     )
 
 
 def write_page(folder: Path, name: str, page: Page) -> Path:
-    """`name`.html, `name`.md and the plots; the HTML file's path.
+    """Write a page as `name`.html and `name`.md, with its plots; return the path of the HTML file.
 
     Raises:
-        UsageError: they cannot be written.
+        UsageError: a file cannot be written.
     """
     plots = {f"plots/{plot.name}.svg": plot.svg for section in page.sections for plot in section.plots}
     files = {f"{name}.html": render_page(page), f"{name}.md": render_page_markdown(page), **plots}
@@ -89,7 +93,7 @@ def write_page(folder: Path, name: str, page: Page) -> Path:
 
 
 def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[str, Any]]:
-    """One row a candidate, for people."""
+    """Return one human-readable row per candidate, best first."""
     return [
         {
             "rank": number,
@@ -98,7 +102,7 @@ def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[
             "step, s": _short(one.step_s),
             "memory, GiB": _short(one.peak_bytes / GIB),
             "free, %": round(100 * (1 - one.peak_bytes / memory_bytes)),
-            "by": "measured" if one.tried.measured else "predicted",
+            "source": "measured" if one.tried.measured else "predicted",
             "remarks": "; ".join(text for text in (one.refused, one.note) if text),
         }
         for number, one in enumerate(standings, 1)
@@ -106,24 +110,29 @@ def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[
 
 
 def pays_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
-    """One row a choice: with how many GPUs it fits, and pays."""
+    """Return one row per choice: the numbers of GPUs on which it fits, and on which it pays off."""
     return [
-        {"choice": pays.trait, "value": pays.value, "fits": _numbers(pays.fits), "pays": _numbers(pays.pays)}
+        {
+            "choice": pays.trait,
+            "value": pays.value,
+            "fits": _numbers(pays.fits),
+            "pays off": _numbers(pays.pays),
+        }
         for pays in where_it_pays(rows)
     ]
 
 
 def what_if_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
-    """One row a number of GPUs: the fastest candidate."""
+    """Return one row per number of GPUs: its fastest candidate."""
     alone = rows[0].clips_per_s / rows[0].gpus
     return [
         {
             "GPUs": row.gpus,
             **row.best,
             "clips/s": round(row.clips_per_s),
-            "of a GPU": _short(row.clips_per_s / row.gpus),
+            "clips/s per GPU": _short(row.clips_per_s / row.gpus),
             "scaling, %": round(100 * row.clips_per_s / row.gpus / alone),
-            "would wait for data, %": round(row.data_wait_pct),
+            "waiting for data, % of the step": round(row.data_wait_pct),
         }
         for row in rows
     ]
@@ -132,23 +141,23 @@ def what_if_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
 def _headline(result: Result, baseline: str) -> dict[str, str]:
     winner = result.recommended
     if winner is None:
-        return {"recommended": "nothing: no trial came to its end"}
+        return {"recommended": "none: no trial could be measured"}
     figures = {"recommended": winner.tried.name, "measured": f"{winner.clips_per_s:.4g} clips/s"}
     for one in result.standings:
         if one.tried.baseline == baseline and one.tried.measured and one is not winner:
-            figures[f"of {baseline}"] = f"{winner.clips_per_s / one.clips_per_s:.2f} x"
+            figures[f"speed relative to {baseline}"] = f"{winner.clips_per_s / one.clips_per_s:.2f} x"
     figures["median error of predicted time"] = f"{median(map(abs, result.time_errors_pct)):.0f} %"
     figures["median error of predicted memory"] = f"{median(map(abs, result.memory_errors_pct)):.0f} %"
     if result.tau is not None:
-        figures["Kendall's tau of the order"] = f"{result.tau:.2f}"
+        figures["Kendall's tau, predicted against measured order"] = f"{result.tau:.2f}"
     return figures
 
 
 def _ranking_text(result: Result) -> str:
     first = result.standings[0] if result.standings else None
-    text = f"Predictions are corrected by the trials: time {result.time}; memory {result.memory}."
+    text = f"Predictions are corrected with the trials: time {result.time}; memory {result.memory}."
     if first and not first.refused and not first.tried.measured and result.recommended:
-        text += f" {first.tried.name} may be faster than what ran; more trials would tell."
+        text += f" {first.tried.name} may be faster than the candidates that ran; more trials would show it."
     return text
 
 
@@ -172,10 +181,16 @@ def _agreement_section(result: Result) -> Section | None:
             }
         )
     plots = [
-        Plot("time", "Step time; the band is 20 % to both sides.", draw_agreement(times, "step time", "s")),
+        Plot(
+            "time",
+            "Step time; the band marks deviations of up to 20 %.",
+            draw_agreement(times, "step time", "s"),
+        ),
         Plot("memory", "Peak memory of rank 0.", draw_agreement(peaks, "memory", "GiB")),
     ]
-    return Section("Predicted against measured", "As predicted before the trials.", plots=plots, rows=rows)
+    return Section(
+        "Predicted against measured", "Predictions are those made before the trials.", plots=plots, rows=rows
+    )
 
 
 def _compared(quantity: str, pair: Pair) -> dict[str, float]:
@@ -188,7 +203,7 @@ def _compared(quantity: str, pair: Pair) -> dict[str, float]:
 
 
 def _short(value: float) -> float:
-    """To three digits."""
+    """Round a number to three significant digits."""
     return float(f"{value:.3g}")
 
 
@@ -201,15 +216,15 @@ def _front_section(result: Result, memory_bytes: int) -> Section | None:
         for one in result.standings
         if not one.refused
     ]
-    caption = "Speed over memory; predictions as corrected. On the line nothing else is better in both."
+    caption = "Speed over memory, with corrected predictions. No candidate beats those on the line in both."
     plot = Plot("front", caption, draw_front(places, memory_bytes / GIB), wide=True)
     return Section("Memory and speed", plots=[plot])
 
 
 def _numbers(gpus: Sequence[int]) -> str:
-    """`(8, 16, 32)` -> `8-32`; the numbers tried are powers of two."""
+    """Abbreviate powers of two as ranges: `(8, 16, 32)` becomes `8-32`."""
     if not gpus:
-        return "nowhere"
+        return "none"
     spans: list[list[int]] = []
     for count in gpus:
         if spans and count == 2 * spans[-1][-1]:

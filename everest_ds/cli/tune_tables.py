@@ -1,4 +1,4 @@
-"""What `everest-ds tune` prints: candidates, one candidate's terms, and what was left out, as rows."""
+"""The tables of `everest-ds tune` as rows: candidates, memory of one candidate, and families left out."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from everest_ds.units import GIB, format_bytes, format_duration
 Row = dict[str, Any]
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
 _BESIDES = ("optimizer", "overhead")
-_HEADINGS = {"communication": "comm.", "recompute": "again"}  # columns of numbers are narrow
+_HEADINGS = {"communication": "comm.", "recompute": "again"}  # short headings for narrow columns of numbers
 _MAY_BE_UNUSED = ("again", "comm.", "offload", "data")
 
 
 @dataclass(frozen=True)
 class Costs:
-    """What total time and cost are reckoned with.
+    """The inputs for total training time and cost.
 
     Attributes:
-        num_samples: videos of an epoch; None if not known.
+        num_samples: videos per epoch; None if not known.
         gpu_hour, kwh: prices, in any currency; None if not given.
     """
 
@@ -36,7 +36,7 @@ class Costs:
 
 
 def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) -> list[Row]:
-    """A row for each, in their order."""
+    """Return one row per candidate, in the given order."""
     rows = [
         {"rank": rank, **_settings(one, cluster), **_speed(one), **total_of(one, cluster, costs)}
         | {**_memory(one, cluster.machine), **_split(one)}
@@ -47,7 +47,7 @@ def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) 
 
 
 def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> Row:
-    """Time, cost and energy of the whole training, as far as they are known."""
+    """Return the time, cost and energy of a whole training, as far as they are known."""
     if costs.num_samples is None:
         return {}
     steps = steps_per_epoch(costs.num_samples, plan_ranks(candidate.config, cluster.num_ranks))
@@ -63,29 +63,31 @@ def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> Row:
 
 
 def memory_rows(candidate: Candidate, machine: Machine) -> list[Row]:
-    """Its peak by category, and what is left."""
+    """Return the peak memory per rank of a candidate by category, with the usable memory."""
     parts = candidate.memory.parts()
     needed = needed_bytes(candidate.memory, machine)
     beside = {"host_memory": candidate.memory.host_bytes} if candidate.memory.host_bytes else {}
     return [
-        {"memory": name.replace("_", " "), "a_rank": format_bytes(size)}
-        for name, size in {**parts, "in_all": needed, "usable": machine.memory_bytes, **beside}.items()
+        {"memory": name.replace("_", " "), "per_rank": format_bytes(size)}
+        for name, size in {**parts, "total": needed, "usable": machine.memory_bytes, **beside}.items()
     ]
 
 
 def close_calls(ranked: Sequence[Candidate], machine: Machine) -> list[str]:
-    """Ranks that leave little memory, in a line each."""
+    """Describe each candidate that leaves little memory free."""
     free = [_free_pct(candidate, machine) for candidate in ranked]
-    return [f"rank {rank} leaves {pct:.1f} %" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT]
+    return [
+        f"rank {rank} leaves {pct:.1f} % free" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT
+    ]
 
 
 def dropped_rows(dropped: Sequence[Dropped]) -> list[Row]:
-    """Families and reasons."""
+    """Return the families left out, each with its reason, as rows."""
     return [{"family": one.family, "why_not": one.reason} for one in dropped]
 
 
 def as_json(rows: Sequence[Row], ranked: Sequence[Candidate], machine: Machine) -> list[Mapping[str, Any]]:
-    """The rows with what a program wants: settings, bytes by category, seconds by group."""
+    """Return the rows with the figures that programs need: settings, bytes by category, seconds by group."""
     return [
         row
         | {
@@ -128,7 +130,7 @@ def _speed(candidate: Candidate) -> Row:
 
 
 def _split(candidate: Candidate) -> Row:
-    """Milliseconds of a step: compute, recompute, exposed communication, ..."""
+    """Return the parts of a step in ms: compute, recompute, exposed communication and so on."""
     split = candidate.step.split()
     seconds: dict[str, float] = {_HEADINGS.get(group, group): split[group] for group in split}
     seconds["other"] = sum(seconds.pop(group) for group in _BESIDES)

@@ -1,4 +1,4 @@
-"""From the search's candidates to trials, and from trials to what is recommended."""
+"""The trials of `everest-ds tune`: select candidates and baselines, run them, and recommend the fastest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _BASELINE = "ZeRO-2"
 
 @dataclass(frozen=True)
 class Contender:
-    """A candidate with the name under which it is tried; a baseline is one too."""
+    """A candidate or baseline of the trials, with the name that it is tried under."""
 
     name: str
     candidate: Candidate
@@ -45,7 +45,7 @@ class Contender:
 
 @dataclass(frozen=True)
 class TrialOptions:
-    """How to try: the best `count` here, or by sbatch with these options of it."""
+    """The options of the trials; `sbatch` holds sbatch's options, or None to run on this machine."""
 
     count: int
     steps: int
@@ -61,13 +61,13 @@ def run_trials(
     folder: Path,
     options: TrialOptions,
 ) -> Candidate | None:
-    """Try the best candidates and the baselines, show what came out, and pick the winner.
+    """Try the best candidates and the baselines, show the results, and pick the winner.
 
     Returns:
-        None while SLURM has them.
+        The winner; None while trials are still in SLURM's queue.
 
     Raises:
-        UsageError: nothing that was tried came to its end; or this machine is not the one to try on.
+        UsageError: no trial could be measured, or this machine differs from the cluster that is tuned for.
     """
     task, count = result.ranked[0].config.task, options.count
     setup = Setup(task, source, tuple(overrides), cluster.num_ranks, folder, options.steps, options.timeout_s)
@@ -90,15 +90,15 @@ def run_trials(
         return None
     if weighed.recommended is None:
         raise UsageError(
-            "no trial came to its end, so nothing is recommended",
-            given=f"{len(tried)} trials; {setup.folder / 'report.html'} says why",
-            fix=f"--trials {2 * count}",
+            "no trial could be measured, so no candidate is recommended",
+            given=f"{len(tried)} trials; {setup.folder / 'report.html'} gives the reasons",
+            fix=f"try more candidates: --trials {2 * count}",
         )
     return by_name[weighed.recommended.tried.name]
 
 
 def candidate_name(candidate: Candidate) -> str:
-    """`ZeRO-2, tensor 2, bf16, micro-batch 8, recompute full`."""
+    """Return a human-readable name, such as `ZeRO-2, tensor 2, bf16, micro-batch 8, recompute full`."""
     recompute = candidate.config.recompute
     parts = [str(candidate.sharding), f"micro-batch {candidate.config.batch.micro_batch_size}"]
     if recompute.mode != "none":
@@ -109,14 +109,13 @@ def candidate_name(candidate: Candidate) -> str:
 
 
 def _check_here(cluster: Cluster) -> None:
-    """Whether trials on this machine would tell anything of the cluster."""
+    """Refuse trials on this machine if its device differs from that of the cluster."""
     here, wanted = facts_here()["device"], cluster.machine.device
     product = find_device(here)
     if here != wanted and product is not DEVICES.get(wanted):
         raise UsageError(
-            "--trials run on this machine",
-            given=f"{wanted} asked for, {here} here",
-            fix='--sbatch "--time=30:00 ..." tries them on the cluster; or leave out --gpu',
+            f"--trials would measure {here} on this machine, not the {wanted} that --gpu names",
+            fix='run the trials on the cluster with --sbatch "--time=30:00 ...", or leave out --gpu',
         )
 
 
@@ -157,7 +156,7 @@ def _baselines(setup: Setup, cluster: Cluster, ranked: Sequence[Contender]) -> l
 def _with_baseline(
     setup: Setup, cluster: Cluster, ranked: Sequence[Contender], baseline: Baseline
 ) -> list[Contender]:
-    """The baseline marked among the candidates, or put behind them if it is none."""
+    """Mark the candidate that equals the baseline, or append the baseline if no candidate does."""
 
     def key(config: Experiment) -> str:
         return trial_key(config, cluster.num_ranks, {})
@@ -214,7 +213,7 @@ def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result)
 
 
 def _rows_to_show(weighed: Result, memory_bytes: int) -> list[dict[str, Any]]:
-    """Those that were tried, and those that may be faster than all of them."""
+    """Select the candidates that were tried, and those that may be faster than the winner."""
     rows = ranking_rows(weighed.standings, memory_bytes)
     first = next((n for n, one in enumerate(weighed.standings) if one is weighed.recommended), len(rows))
     pairs = zip(rows, weighed.standings, strict=True)

@@ -1,4 +1,4 @@
-"""`everest-ds tune --what-if`: the search over numbers of GPUs."""
+"""`everest-ds tune --what-if`: repeat the search for 1 to 1,024 GPUs."""
 
 from __future__ import annotations
 
@@ -19,20 +19,23 @@ NUMBERS = tuple(2**power for power in range(11))
 def ask(
     config: Experiment, gpu: str | None, interconnect: str | None, options: Options, num_gpus: int
 ) -> tuple[str, list[WhatIf]]:
-    """What is asked, for people, and the answers, all with the global batch of `num_gpus`.
+    """Search every number of GPUs with the same global batch, that of `num_gpus`.
+
+    Returns:
+        A human-readable subject of the search, and its results.
 
     Raises:
-        UsageError: no GPU is named, or nothing fits on any number of them.
+        UsageError: no GPU type is given, or no candidate fits on any number of GPUs.
     """
     if gpu is None:
-        raise UsageError("--what-if needs a GPU that there are many of", fix="--gpu h100-80gb")
+        raise UsageError("--what-if was given without --gpu", fix="name a GPU type, such as --gpu h100-80gb")
     config = keep_global_batch(config, num_gpus, options.global_batch)
     everything = replace(options, global_batch=None, exhaustive=True)
 
     def ranked(number: int) -> Sequence[Candidate]:
         try:
             return search(config, cluster_of(gpu, number, None, interconnect), everything).ranked
-        except EverestError:  # the batch cannot be split so often: no candidates
+        except EverestError:  # the global batch cannot be split over so many ranks
             return []
 
     rows = []
@@ -41,6 +44,6 @@ def ask(
             rows += ask_what_if(ranked, [number])
             on_progress(done)
     if not rows:
-        raise UsageError("--what-if: nothing fits on 1 to 1,024 GPUs", given=gpu)
+        raise UsageError("--what-if: no candidate fits on any of 1 to 1,024 GPUs", given=gpu)
     batch = config.batch.global_batch_size
-    return f"{config.model.backbone}, {config.task}, {batch} clips a step, on {gpu}", rows
+    return f"{config.model.backbone}, {config.task}, {batch} clips per step, on {gpu}", rows

@@ -1,4 +1,4 @@
-"""The winner's files: written, then loaded, resolved and dry-run before anybody relies on them."""
+"""The files of the tuner's winner, which are loaded, resolved and dry-run as soon as they are written."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def write_winner(candidate: Candidate, source: str, cluster: Cluster, folder: Pa
     """Write the run config of `candidate` and its DeepSpeed JSON into `folder`, and check them.
 
     Returns:
-        the run config.
+        The path of the run config.
 
     Raises:
         UsageError: the folder cannot be written.
-        ConfigError: what DeepSpeed or the trainer would refuse: a bug of the tuner, not of its user.
+        ConfigError: DeepSpeed or the trainer would refuse the files, which is a bug in the tuner.
     """
     recipe, ds_file = load_experiment(source), folder / DEEPSPEED_NAME
     note = f"everest-ds tune {source}: {candidate.sharding} on {cluster.num_ranks} x {cluster.machine.device}"
@@ -40,18 +40,18 @@ def write_winner(candidate: Candidate, source: str, cluster: Cluster, folder: Pa
 
 
 def check_written(file: Path, num_ranks: int) -> None:
-    """Load a run config and hold it against our own checks, DeepSpeed's, and those of a dry run.
+    """Load a run config and pass it through our own checks, DeepSpeed's checks and those of a dry run.
 
     Raises:
-        ConfigError: what is refused.
+        ConfigError: a check fails.
     """
     config = load_experiment(file)
     check_by_deepspeed(resolve_ds_config(config, plan_ranks(config, num_ranks)))
-    check_plan(config, num_ranks, planned=True)  # a laptop need not have the data
+    check_plan(config, num_ranks, planned=True)  # planned: the data may be missing on the machine that tunes
 
 
 def next_command(task: str, file: Path, cluster: Cluster) -> str:
-    """The command that queues it, or that runs it here: CPU ranks are this machine's."""
+    """Return the command that queues the winner, or that runs it here if its ranks are on CPUs."""
     if not cluster.machine.asynchronous:
         return f"everest-ds {task} {file} --nproc {cluster.num_ranks}"
     nodes = -(-cluster.num_ranks // cluster.machine.ranks_per_node)
@@ -60,11 +60,11 @@ def next_command(task: str, file: Path, cluster: Cluster) -> str:
 
 
 def default_folder(source: str) -> Path:
-    """`tuned/` and the name of a recipe, a file or a run folder."""
+    """Return the default output folder: `tuned/` and the name of the recipe, file or run folder."""
     return Path("tuned") / Path(source).stem
 
 
 def _base(source: str, folder: Path) -> str:
-    """`source` as a file in `folder` names it: a recipe by its name, other files from there."""
+    """Return `base` for a config in `folder`: a recipe's name, or the relative path of any other source."""
     found = find_config(source)
     return source if found.path.parent == RECIPES else os.path.relpath(found.path, folder)

@@ -1,4 +1,4 @@
-"""The command line, as a user types it: in this process for speed, as a program where that matters."""
+"""Tests of the command line as a user types it: in this process for speed, or as a program if needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EVEREST = [sys.executable, "-m", "everest_ds"]
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of `everest-ds *arguments` in this process."""
+    """Run `everest-ds *arguments` in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", ["everest-ds", *arguments])
     with pytest.raises(SystemExit) as end:
         main()
@@ -30,7 +30,7 @@ def run_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def wait_for_rows(run: subprocess.Popen[str], metrics: Path, count: int) -> None:
-    """Until a live run has reported `count` steps."""
+    """Wait until a live run has reported `count` steps."""
     deadline = time.monotonic() + 120
     while not (metrics.is_file() and metrics.read_text().count("\n") >= count):
         assert run.poll() is None and time.monotonic() < deadline
@@ -38,6 +38,7 @@ def wait_for_rows(run: subprocess.Popen[str], metrics: Path, count: int) -> None
 
 
 def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: dict[str, object]) -> Path:
+    """Write the config of a tiny run that trains on `data`; return its path."""
     file = folder / f"{task}.yaml"
     file.write_text(dump_experiment(experiment(data, folder / task, task, **sections)))
     return file
@@ -103,7 +104,7 @@ def test_dry_run_prints_the_plan_and_writes_it(
     printed = capsys.readouterr().out
     plan = json.loads((tmp_path / "p.json").read_text())["plan"]
     assert code == 0
-    assert plan["steps"] == "9 = 3 a epoch x 3 epochs"
+    assert plan["steps"] == "9 = 3 per epoch x 3 epochs"
     assert plan["batch"].startswith("8 clips = 4 per rank and micro-batch x 1 accumulated x 2")
     assert "backbone: vit_tiny" in printed and plan["forward_gmacs_per_clip"] > 0
     assert not (tmp_path / "pretrain").exists()
@@ -146,7 +147,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: 
     first = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     metrics = tmp_path / "pretrain" / "metrics.jsonl"
     wait_for_rows(first, metrics, 2)
-    os.killpg(first.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(first.pid, signal.SIGINT)  # a terminal signals the whole process group
     _, said = first.communicate(timeout=120)
     assert first.returncode == 75, said
     assert "stopped after step" in said and "run the same command again" in said and "Traceback" not in said

@@ -1,4 +1,4 @@
-"""`everest-ds jobs | logs | cancel | requeue | sweep` on run folders, without SLURM."""
+"""Tests of `everest-ds jobs | logs | cancel | requeue | sweep` on run folders, without SLURM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.training.runs import experiment
 
 @pytest.fixture(autouse=True)
 def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever cluster this machine belongs to."""
+    """Hide any SLURM installation of this machine."""
     monkeypatch.setenv("PATH", "/nowhere")
 
 
@@ -42,7 +42,7 @@ def test_jobs_are_found_and_their_progress_is_of_the_whole_run(tmp_path: Path) -
     run = make_run(tmp_path / "a" / "it's [b]", JobEvent("submitted", "7", task="pretrain"), steps=6)
     (row,) = job_rows(find_runs([tmp_path]))
     assert row.run == run and row.progress.share == 6 / 9 and row.verdict.state == "forgotten"
-    assert "'\"'\"'" in row.verdict.next  # the name, quoted for a shell
+    assert "'\"'\"'" in row.verdict.next  # the apostrophe of the name, quoted for a shell
 
 
 def test_of_each_task_of_a_run_the_last_job_is_shown(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`everest-ds profile`, as a user types it."""
+"""Tests of `everest-ds profile` as a user types it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.cli.test_cli import run_main
 
 
 def profile(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What `everest-ds profile *arguments --json` writes."""
+    """Run `everest-ds profile *arguments --json` and return the JSON that it writes."""
     file = folder / "profile.json"
     assert run_main(monkeypatch, "profile", *arguments, "--json", str(file)) == 0
     written: dict[str, Any] = json.loads(file.read_text())
@@ -41,7 +41,7 @@ def test_a_vit_huge_is_profiled_without_its_weights(
     memory = by("category", found["memory"])
     peak = memory.pop("peak")
     assert sum(row["predicted_mib"] for row in memory.values()) == pytest.approx(peak["predicted_mib"])
-    # ZeRO-2 shares AdamW's states over the 8 ranks; counted is one rank without
+    # ZeRO-2 shares AdamW's states over the 8 ranks; the count is for one rank without sharing.
     states = memory["optimizer_states"]
     assert states["counted_mib"] == pytest.approx(8 * states["predicted_mib"], rel=1e-3)
     assert {row["phase"] for row in found["memory_over_time"]} == {"forward", "backward", "optimizer"}
@@ -63,7 +63,7 @@ def test_a_published_system_is_counted(monkeypatch: pytest.MonkeyPatch, tmp_path
 def test_what_was_measured_can_be_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The engine and the plain loop; a global batch of many ranks does not slow one rank down."""
+    """The engine and the plain loop are measured; a global batch of many ranks does not slow one down."""
     small = ["model.num_frames=4", "batch.micro_batch_size=2", "batch.global_batch_size=1024"]
     found = profile(monkeypatch, tmp_path, "demo_finetune", *small, "--measure")
     measured = found["measured"]

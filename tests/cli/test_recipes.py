@@ -1,4 +1,4 @@
-"""Every shipped recipe at its full size: it plans, fits, and its weights can be laid out."""
+"""Tests of every shipped recipe at its full size: it plans, it fits, and its model can be built."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
 @pytest.mark.parametrize(
     "name, expected",
     [
-        # (clips a step, base lr, epochs, keep or mask ratio): read off the scripts that the recipe names
+        # (clips per step, base lr, epochs, keep or mask ratio), from the scripts that the recipe names
         ("ucf101_pretrain_vit_base", (8 * 24, 1e-3, 3200, 0.3)),
         ("ucf101_pretrain_vit_base_videomae", (8 * 24, 3e-4, 3200, 0.75)),
         ("hmdb51_finetune_vit_base", (8 * 16, 1e-3, 50, 0.6)),

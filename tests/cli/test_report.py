@@ -1,4 +1,4 @@
-"""`everest-ds report`, as a user types it."""
+"""Tests of `everest-ds report` as a user types it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROW_KEYS = ["table", "method", "backbone", "column", "published", "value", "kind
 
 
 def write_run(folder: Path, rows: list[dict[str, object]]) -> Path:
-    """A run folder as training leaves it, without having trained."""
+    """Write a run folder as training would leave it, without training."""
     folder.mkdir()
     (folder / "config.yaml").write_text("base: demo_finetune\n")
     environment = {

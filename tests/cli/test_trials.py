@@ -1,4 +1,4 @@
-"""Trials through the real trainer: what is measured, what failures are called, what is not run twice."""
+"""Tests of the tuner's trials in the real trainer: measurements, names of failures, and no repeated runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PLACE = {"device": "test"}
 
 @pytest.fixture
 def setup(tmp_path: Path) -> Setup:
-    """Of a tiny recipe that has no videos."""
+    """Trials of a tiny recipe that has no videos."""
     config = experiment(tmp_path / "nowhere", tmp_path / "run", data={"num_workers": 0})
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(dump_experiment(config))
@@ -66,7 +66,7 @@ def test_a_trial_that_takes_too_long_is_a_timeout(setup: Setup) -> None:
     hurried = replace(setup, timeout_s=0.5)
     [late] = try_here(hurried, [entry(setup, "late")], PLACE)
     assert late.tried.trial and late.tried.trial.outcome == "timeout"
-    assert late.tried.trial.reason == "not done after 0.5 s"
+    assert late.tried.trial.reason == "not finished after 0.5 s"
 
 
 def test_the_users_own_videos_are_taken_as_often_as_a_trial_needs(setup: Setup, motion_data: Path) -> None:

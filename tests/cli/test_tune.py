@@ -1,4 +1,4 @@
-"""`everest-ds tune`, as a user types it: the table, the files of the winner, and what is refused."""
+"""Tests of `everest-ds tune` as a user types it: the table, the files of the winner, and the refusals."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HUGE = (RECIPE, "model.backbone=vit_huge", "--gpus", "8", "--gpu", "h100-80gb")
 
 
 def tune(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> dict[str, Any]:
-    """What `everest-ds tune *arguments --json` writes; its files go to `folder`."""
+    """Run `everest-ds tune *arguments --json` with its files in `folder`; return the JSON that it writes."""
     file = folder / "tune.json"
     code = run_main(monkeypatch, "tune", *arguments, "--out", str(folder / "out"), "--json", str(file))
     assert code == 0
@@ -36,12 +36,13 @@ def test_the_winner_is_written_as_a_config_that_runs(
     config = load_experiment(file)
     expected = load_experiment(RECIPE, ["model.backbone=vit_huge", *best["overrides"]])
     assert config == expected and config.batch.global_batch_size == 1024
-    assert file.read_text().count("backbone") == 1 and "schedule" not in file.read_text()  # what differs
+    # The file holds only what differs from its base.
+    assert file.read_text().count("backbone") == 1 and "schedule" not in file.read_text()
     tree = json.loads((tmp_path / "out" / "deepspeed.json").read_text())
     assert tree["zero_optimization"]["stage"] == config.parallelism.zero_stage
     said = capsys.readouterr().out
     assert f"everest-ds submit pretrain {file} --nodes 1 --gpus-per-node 8" in said.replace("\n", "")
-    for heading in ("Tuning (nothing is run)", "Not among them", "encoder forward", "depth · (12·n·D²"):
+    for heading in ("Tuning (nothing is run)", "Families left out", "encoder forward", "depth · (12·n·D²"):
         assert heading in said
     assert "waits for decoded clips" in said and "data.num_workers=14" in said
 
@@ -68,7 +69,7 @@ def test_rows_add_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_the_table_is_the_golden_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What is chosen and what is left out where memory is scarce; times are the cost model's own tests'."""
+    """The candidates kept and left out are unchanged for scarce memory; other tests check the times."""
     words = "k400_finetune_vit_base model.backbone=vit_huge data.num_workers=14 --gpus 4 --gpu a10"
     found = tune(monkeypatch, tmp_path, *words.split())
     columns = ("rank", "sharding", "recompute", "micro_x_accum", "GiB", "free_%")
@@ -81,7 +82,7 @@ def test_the_table_is_the_golden_one(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_buckets_of_its_own_come_as_a_deepspeed_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Over many nodes larger buckets save latency."""
+    """Larger buckets, which save latency on many nodes, come in a DeepSpeed file of the winner's own."""
     arguments = ("data.num_workers=14", "--global-batch", "1024", "--interconnect", "ethernet-100")
     found = tune(monkeypatch, tmp_path, *HUGE[:2], *arguments, "--gpus", "64", "--gpu", "h100-80gb")
     best = found["candidates"][0]
@@ -116,10 +117,13 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     [
         ("--gpu h1000", "did you mean H100"),
         ("--gpu a100", "which of these; given: 'a100'; allowed: A100 40GB"),
-        ("--gpu h200 --gpus 12 --nodes 5", "allowed: 1, 2, 3, 4, 6, 12"),
+        (
+            "--gpu h200 --gpus 12 --nodes 5",
+            "--gpus 12 is not a multiple of --nodes 5; allowed: --nodes 1, 2, 3, 4, 6, 12",
+        ),
         ("--gpu h200 --gpus 16 --interconnect ib-ndrr", "did you mean ib-ndr"),
         ("--gpu h200 --gpus 48", "cannot be split over the ranks; given: 256 clips, 48 ranks"),
-        ("--gpu h200 --explain 99", "a rank of 1.."),
+        ("--gpu h200 --explain 99", "--explain 99: there is no such rank; allowed: a rank of 1.."),
         ("--gpu nowhere.yaml", "nowhere.yaml: not readable"),
         ("--gpu h200 precision=fp8", "'fp32', 'tf32', 'bf16' or 'fp16'"),
     ],

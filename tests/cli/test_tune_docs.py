@@ -1,4 +1,4 @@
-"""Every command of docs/tune.md: as it stands where it takes a second, as far as it goes here otherwise."""
+"""Tests of every command in docs/tune.md: fast ones run unchanged, the others as far as this machine can."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[list[str]]:
-    """Words of each line of the guide's code blocks, once."""
+    """Return the words of each distinct line in the guide's code blocks."""
     lines = [
         line for block in BLOCK.findall(GUIDE.read_text()) for line in block.splitlines() if line.strip()
     ]
@@ -52,7 +52,7 @@ def test_trials_of_the_guide_for_a_cluster_are_planned_up_to_sbatch(
 
 
 def test_other_commands_of_the_guide_are_those_that_other_tests_run() -> None:
-    """Trials on this machine and calibration have tests of their own; the benchmark takes minutes."""
+    """The commands left out are these: other tests run them, except the benchmark, which takes minutes."""
     assert [words[:4] for words in OTHERS if "--sbatch" not in words] == [
         ["everest-ds", "tune", "--calibrate"],
         ["everest-ds", "tune", "demo_pretrain", "--gpus"],

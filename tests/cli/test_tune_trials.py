@@ -1,4 +1,4 @@
-"""`everest-ds tune --trials` and `--what-if` as a user types them."""
+"""Tests of `everest-ds tune --trials` and `--what-if` as a user types them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_trials_end_in_a_report_and_a_config_that_ran(
     assert load_experiment("tuned/tiny/winner.yaml").parallelism.tensor == 1
     written = Path("tuned/tiny/trials.jsonl").read_text()
     subprocess.run(command, check=True)
-    assert Path("tuned/tiny/trials.jsonl").read_text() == written  # nothing ran again
+    assert Path("tuned/tiny/trials.jsonl").read_text() == written  # the second command runs no trial again
 
 
 def test_trials_for_another_machine_are_not_run_on_this_one(

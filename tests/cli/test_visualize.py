@@ -1,4 +1,4 @@
-"""`everest-ds visualize`: files to look at, of a recipe and of weights; and the same in TensorBoard."""
+"""Tests of `everest-ds visualize`: the pictures of a recipe and of trained weights, also in TensorBoard."""
 
 from __future__ import annotations
 

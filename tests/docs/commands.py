@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/*.md: what stands in their fenced blocks, line by line."""
+"""Parser of the commands in README.md and docs/*.md: the lines of their fenced blocks."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Command(NamedTuple):
     """One documented command.
 
     Attributes:
-        document: where it stands.
-        text: without its comment, lines joined.
+        document: path of the document that contains the command.
+        text: the command without its comment, with continued lines joined.
     """
 
     document: str
@@ -34,12 +34,12 @@ class Command(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        """As a shell splits it."""
+        """The words of the command, split as a shell would."""
         return shlex.split(self.text)
 
     @property
     def is_synopsis(self) -> bool:
-        """It says what could be typed, not what to type."""
+        """True if the command has placeholders, so that it cannot be typed as it is."""
         return bool(_PLACEHOLDER.search(self.text))
 
     def __str__(self) -> str:
@@ -47,7 +47,7 @@ class Command(NamedTuple):
 
 
 def documented() -> list[Command]:
-    """All of them, each once a document."""
+    """Return all documented commands, each once per document."""
     documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     found = (one for path in documents for one in _commands(path))
     return list(dict.fromkeys(found))
@@ -65,10 +65,10 @@ def _commands(path: Path) -> Iterator[Command]:
 
 
 def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
-    """The command of `everest-ds` that `words` name, and its arguments.
+    """Return the `everest-ds` command that `words` begin with, and its arguments.
 
     Raises:
-        KeyError: there is none.
+        KeyError: there is no such command.
     """
     command: Any = typer.main.get_command(app)
     while hasattr(command, "commands"):

@@ -1,4 +1,4 @@
-"""The table of the originals' flags: ours exist and take the values that are shown; theirs are all there."""
+"""Tests of the table of VideoMAE's and EVEREST's flags: it lists them all, and our keys for them exist."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEY = re.compile(r"[a-z]+\.[a-z_0-9]+")
 
 
 def rows(document: str) -> list[list[str]]:
-    """The cells of its tables of flags."""
+    """Return the cells of a document's tables of flags."""
     lines = (ROOT / document).read_text().splitlines()
     flags = (line for line in lines if line.startswith("| `--"))
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in flags]
@@ -34,7 +34,7 @@ def codes(cell: str) -> list[str]:
 
 
 def accepted(setting: str) -> bool:
-    """Whether a pre-training or a fine-tuning recipe takes it."""
+    """Return whether a pre-training or a fine-tuning recipe accepts `setting`."""
     for recipe in ("k400_pretrain_vit_base", "k400_finetune_vit_base"):
         try:
             load_experiment(recipe, [setting])
@@ -74,7 +74,7 @@ def test_every_flag_of_theirs_is_there_and_no_other(variable: str, phase: str) -
     listed = {codes(row[0])[0] for row in rows("docs/coming-from-videomae.md") if phase in row[1].split()}
     flags = flags_of(script)
     assert flags <= listed
-    if variable == "EVEREST_CODE":  # which has all of VideoMAE's
+    if variable == "EVEREST_CODE":  # EVEREST has all flags of VideoMAE, so the table has no others
         assert flags == listed
 
 

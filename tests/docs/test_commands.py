@@ -1,4 +1,4 @@
-"""Every command in README.md and docs/*.md: run where one machine can, dry-run or parsed where not."""
+"""Tests of every command in README.md and docs/*.md: run if one machine can, else dry-run or parsed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from tests.docs.commands import ROOT, Command, documented, find_command
 
 EVEREST = [command for command in documented() if command.text.startswith("everest-ds ")]
 OTHERS = [command for command in documented() if command not in EVEREST]
-# Documents whose commands another test runs, one after the other.
+# Documents whose commands other tests run in order.
 RUN_ELSEWHERE = {"docs/library.md", "docs/tune.md", "docs/study.md"}
-# What is only parsed, and why.
+# Commands that are only parsed, with the reason or with the test that runs them.
 ONLY_PARSED = {
     "data index k400": "needs Kinetics; tests/data/test_official.py has the authors' files",
     "data synth": "makes a whole data set; tests/data/test_synthetic.py, make demo",
     "checkpoint convert": "tests/docs/test_library.py",
     "predict": "tests/docs/test_library.py",
-    "logs": "follows a job for as long as it runs; tests/slurm",
+    "logs": "follows a job until it ends; tests/slurm",
     "cancel": "needs a job; tests/slurm",
     "sweep": "needs a sweep that has run; tests/slurm",
     "jobs": "needs SLURM; tests/cli/test_jobs.py, tests/slurm",
     "submit": "is dry-run in tests/cli/test_submit.py; it asks SLURM",
-    "report --measured": "needs what a measurement wrote; tests/cli/test_profile.py",
+    "report --measured": "needs the file of a measurement; tests/cli/test_profile.py",
     "profile": "counts a full-size model for half a minute; tests/cli/test_profile.py",
     "tune": "tests/tuning",
 }
@@ -53,7 +53,7 @@ TRAINING = [
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with the files that the documents speak of as the reader's own."""
+    """A working folder with the files that the documents assume the reader to have."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("base: k400_pretrain_vit_base\n")
     (tmp_path / "pre.yaml").write_text("base: k400_pretrain_vit_base\n")
@@ -102,8 +102,8 @@ def runnable() -> Iterator[Command]:
 def test_what_one_machine_can_run_runs_in_the_order_of_the_documents(
     folder: Path, motion_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On tiny videos, and on a run that the demo's recipes leave behind in a few steps."""
-    long = SyntheticSpec(num_frames=64, size=32)  # as long as 16 frames at stride 4 need
+    """The commands run in the documents' order, on tiny videos and short runs of the demo recipes."""
+    long = SyntheticSpec(num_frames=64, size=32)  # 16 frames at stride 4 need 64
     synthesize(folder / "my_videos", {"train": 12, "val": 6}, long, workers=1)
     shutil.copy(next(folder.rglob("*.mp4")), "clip.mp4")
     short = [f"data.{split}={motion_data}/{split}.txt" for split in ("train", "val", "test")]

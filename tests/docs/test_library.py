@@ -1,4 +1,4 @@
-"""docs/library.md, run from its first line to its last, with a checkpoint and a folder of videos."""
+"""Tests of docs/library.md: its code runs from the first line to the last, on small weights and videos."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from tests.interchange import systems
 
 GUIDE = Path(__file__).parents[2] / "docs" / "library.md"
 BLOCK = re.compile(r"^```(python|)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SCRIPT = argparse.Namespace(num_frames=8, input_size=64, sampling_rate=2)  # saved with the weights
+# The originals save the arguments of their scripts with the weights.
+SCRIPT = argparse.Namespace(num_frames=8, input_size=64, sampling_rate=2)
 
 
 @pytest.fixture
 def workplace(motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with what the guide begins with: small, random, and in the originals' layouts."""
+    """A folder with the guide's inputs: videos, and small random weights in the originals' layouts."""
     shutil.copytree(motion_data / "test", tmp_path / "my_videos")
     (tmp_path / "my_videos" / "00000.mp4").rename(tmp_path / "my_videos" / "clip.mp4")
     shutil.copy(motion_data / "classes.txt", tmp_path)
@@ -39,7 +40,7 @@ def workplace(motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def steps() -> Iterator[tuple[str, str]]:
-    """Commands one by one, code block by block, in the guide's order."""
+    """Yield the single commands and whole Python blocks of the guide, in order."""
     for language, text in BLOCK.findall(GUIDE.read_text()):
         if language:
             yield language, text

@@ -1,4 +1,4 @@
-"""What the guide quotes is what the code says, and what it advises to set can be set."""
+"""Tests of docs/troubleshooting.md: the messages that it quotes and the keys that it names exist."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A local SLURM cluster for a test session, and its jobs as Python objects."""
+"""Handles for the SLURM tests: a local cluster, its jobs, and the run folders that the jobs write."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ PATIENCE_SECONDS = 300.0
 
 
 def wait_for(what: Callable[[], Any], description: str, seconds: float = PATIENCE_SECONDS) -> Any:
-    """The first true value of `what()`."""
+    """Call `what` until its result is true; return that result."""
     deadline = time.monotonic() + seconds
     while not (value := what()):
-        assert time.monotonic() < deadline, f"not in {seconds:.0f} s: {description}"
+        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for: {description}"
         time.sleep(0.1)
     return value
 
 
 @dataclass(frozen=True)
 class LocalCluster:
-    """Handles of a cluster that is up in `folder`."""
+    """A running cluster whose files are in `folder`."""
 
     folder: Path
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of its clients, who use this Python and this checkout."""
+        """The environment of the cluster's clients, which use this Python and this checkout."""
         return {
             **os.environ,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
@@ -50,22 +50,22 @@ class LocalCluster:
         }
 
     def tool(self, *arguments: str) -> str:
-        """Run tools/local_slurm."""
+        """Run tools/local_slurm on this cluster and return its output."""
         return run([str(TOOL), *arguments, "--dir", str(self.folder)], self.variables)
 
     def slurm(self, *command: str) -> str:
-        """Run a client such as scontrol."""
+        """Run a SLURM client such as scontrol and return its output."""
         return run(command, self.variables)
 
     def submit(
         self, script: Path | str, *arguments: str, options: tuple[str, ...] = (), **variables: str
     ) -> Job:
-        """sbatch on two nodes unless `options` say otherwise; output in the current folder."""
+        """Submit a script, by default on two nodes; its output goes to the current folder."""
         command = ["sbatch", "--parsable", "--nodes=2", *options, str(script), *arguments]
         return Job(self, run(command, {**self.variables, **variables}).strip())
 
     def calm(self) -> None:
-        """All nodes up and idle."""
+        """Wait until all nodes are up and idle."""
         wait_for(lambda: self._states() == {"idle"}, "all nodes idle", 60)
 
     def _states(self) -> set[str]:
@@ -74,13 +74,13 @@ class LocalCluster:
 
 @dataclass(frozen=True)
 class Job:
-    """A submitted job."""
+    """A job that was submitted to the local cluster."""
 
     cluster: LocalCluster
     number: str
 
     def show(self, *fields: str) -> list[str]:
-        """Fields of `scontrol show job`."""
+        """Return the named fields of `scontrol show job`."""
         words = self.cluster.slurm("scontrol", "-o", "show", "job", self.number).split()
         facts = dict(word.split("=", 1) for word in words if "=" in word)
         return [facts[name] for name in fields]
@@ -95,7 +95,7 @@ class Job:
 
     @property
     def nodes(self) -> list[str]:
-        """Of a running job, the batch host first."""
+        """The nodes of a running job, the batch host first."""
         host, nodelist = self.show("BatchHost", "NodeList")
         names = self.cluster.slurm("scontrol", "show", "hostnames", nodelist).split()
         return [host, *(name for name in names if name != host)]
@@ -105,7 +105,7 @@ class Job:
         return Path(self.show("StdOut")[0]).read_text()
 
     def wait(self, *states: str, seconds: float = PATIENCE_SECONDS) -> str:
-        """Until it is in one of `states`, which must come before any other final one."""
+        """Wait until the job is in one of `states`; fail if it reaches any other final state first."""
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", *states}
         state: str = wait_for(lambda: self.state if self.state in final else "", f"{states}", seconds)
         assert state in states, f"{state}\n{self.output}"
@@ -115,7 +115,7 @@ class Job:
         self.cluster.slurm("scancel", self.number)
 
     def environments(self) -> Iterator[tuple[int, set[bytes]]]:
-        """Process id and NAME=VALUE settings of each of its processes, on all nodes."""
+        """Yield the process id and environment of each process of the job, on all nodes."""
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 settings = set((folder / "environ").read_bytes().split(b"\0"))
@@ -123,11 +123,11 @@ class Job:
                     yield int(folder.name), settings
 
     def processes(self, restarts: int | None = None) -> list[int]:
-        """Of all its starts, or of one."""
+        """Return the process ids of all starts of the job, or of one start."""
         return [pid for pid, found in self.environments() if restarts in (None, _restart_count(found))]
 
     def ended_everywhere(self, restarts: int | None = None) -> None:
-        """No process of it is left on any node."""
+        """Wait until no process of the job is left on any node."""
         wait_for(lambda: not self.processes(restarts), f"no process left of job {self.number}", 60)
 
 
@@ -138,7 +138,7 @@ def _restart_count(settings: set[bytes]) -> int:
 
 @dataclass
 class Run:
-    """A run folder that jobs write to."""
+    """A run folder that jobs write to, with its steps and events."""
 
     path: Path
 
@@ -150,7 +150,7 @@ class Run:
         return [e for e in read_events(self.path) if e.job_id == job.number and kind in (None, e.event)]
 
     def steps_beyond(self, job: Job, restarts: int, count: int = 1) -> tuple[float, int]:
-        """Wait for `count` steps of that start; when the first was seen, and the step it resumed from."""
+        """Wait for `count` steps of one start; return the time of the first and the step resumed from."""
         started = wait_for(lambda: self._started(job, restarts), f"start {restarts} of job {job.number}")
         seen: list[float] = []
 
@@ -171,7 +171,7 @@ class Run:
 
 
 def run(command: list[str] | tuple[str, ...], variables: dict[str, str]) -> str:
-    """Output of a command, which must succeed."""
+    """Run a command that must succeed; return its output."""
     done = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=90)
     assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
     return done.stdout

@@ -1,4 +1,4 @@
-"""One cluster for the whole session, the run that nothing happens to, and the table of what faults cost."""
+"""Fixtures of the SLURM tests: one cluster per session, an undisturbed run, and the table of fault costs."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.slurm.report import FaultTimes, to_markdown
 from tests.training.runs import experiment, losses
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
-# A disk of one checkpoint of 3 MiB, the one that replaces it, and the logs.
+# Enough for a checkpoint of 3 MiB, the next one that replaces it, and the logs.
 SMALL_DISK_MIB = 24
 NUM_STEPS = 300
 
 
 def missing() -> str | None:
-    """Why no cluster can be started here."""
+    """Return why no cluster can be started on this machine, or None if it can."""
     if sys.platform != "linux":
         return "needs Linux"
     search = f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
@@ -38,7 +38,7 @@ def missing() -> str | None:
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    """Four nodes; a small disk for run folders at `small-disk` beside the cluster's folder."""
+    """A cluster of four nodes, with a small disk for run folders at `small-disk` beside its folder."""
     reason = missing()
     if reason is not None:
         pytest.skip(reason)
@@ -57,7 +57,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 @pytest.fixture(scope="session")
 def recipe(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of short steps, saved at every tenth, on whatever disk `run.dir` names."""
+    """The recipe of a run with short steps that saves every tenth step; tests set its `run.dir`."""
     config = experiment(
         motion_data,
         Path("runs/unnamed"),
@@ -73,13 +73,13 @@ def recipe(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where jobs are submitted from."""
+    """The folder that jobs are submitted from."""
     return tmp_path_factory.mktemp("work")
 
 
 @pytest.fixture(autouse=True)
 def in_work(request: pytest.FixtureRequest) -> None:
-    """Jobs write their output to the current folder."""
+    """Make `work` the current folder, where jobs write their output."""
     if request.node.get_closest_marker("slurm"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("work"))
 
@@ -88,7 +88,7 @@ def in_work(request: pytest.FixtureRequest) -> None:
 def undisturbed(
     cluster: LocalCluster, recipe: Path, work: Path, fault_times: list[FaultTimes]
 ) -> dict[int, float]:
-    """Losses of the run that nothing happens to, from sbatch to the end."""
+    """The losses of a run that is not disturbed, from its submission to its end."""
     folder, submitted = work / "undisturbed", time.time()
     job = cluster.submit(
         SCRIPTS / "pretrain.sbatch", str(recipe), f"run.dir={folder}", options=(f"--chdir={work}",)
@@ -103,7 +103,7 @@ def undisturbed(
 
 @pytest.fixture(scope="session")
 def fault_times(pytestconfig: pytest.Config) -> Iterator[list[FaultTimes]]:
-    """Rows of the table that `--slurm-report` asks for."""
+    """The rows of the table that `--slurm-report FILE` writes."""
     rows: list[FaultTimes] = []
     yield rows
     file = pytestconfig.getoption("--slurm-report")

@@ -1,4 +1,4 @@
-"""What each fault cost, as a table: `pytest -m slurm --slurm-report FILE`."""
+"""The table of fault costs that `pytest -m slurm --slurm-report FILE` writes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FaultTimes:
-    """Seconds from a fault to the requeued job and to its first new step; None where nothing restarted."""
+    """Seconds from a fault to the requeued job and to its first new step; None if the job did not restart."""
 
     fault: str
     requeued_s: float | None
@@ -17,7 +17,7 @@ class FaultTimes:
 
 
 def to_markdown(rows: Sequence[FaultTimes]) -> str:
-    """A table for docs/slurm.md."""
+    """Format the rows as the Markdown table of docs/slurm.md."""
     lines = ["| fault | requeued after | training again after | steps lost |", "|---|--:|--:|--:|"]
     for row in rows:
         lines.append(

@@ -1,6 +1,7 @@
-"""One long run of two nodes suffers one fault after another, and goes on after each as if nothing had been.
+"""Tests of faults: a long run on two nodes resumes after each fault with unchanged losses.
 
-Every test may run alone: the run is started if none lives. Losses equal the undisturbed run's, bit for bit.
+Each test can run alone: it starts the run if none is live. Losses must equal those of an undisturbed run, bit
+for bit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ SAVE_EVERY = 10
 
 @dataclass
 class LongRun:
-    """The run that suffers, in a folder of its own for each job that it takes."""
+    """The run that the faults hit, with a new folder for each job that it needs."""
 
     cluster: LocalCluster
     recipe: Path
@@ -43,7 +44,7 @@ class LongRun:
         return Run(self.work / f"suffering-{len(self.jobs)}")
 
     def live(self) -> None:
-        """Training, with steps left; started if need be."""
+        """Make sure that a job trains and has steps left; start one if necessary."""
         if self.jobs and self.job.state == "RUNNING" and self.run.step < NUM_STEPS * 0.7:
             return
         if self.jobs:
@@ -95,7 +96,7 @@ def partition_worker(job: Job) -> None:
 
 
 def drain_and_stop(job: Job) -> None:
-    """An administrator takes a node: the job leaves it at the next signal."""
+    """Drain a node as an administrator would, then signal the job, which must leave that node."""
     job.cluster.slurm("scontrol", "update", f"nodename={job.nodes[1]}", "state=drain", "reason=test")
     signal_all_ranks(job)
 
@@ -107,7 +108,7 @@ def kill_one_rank(job: Job) -> None:
 
 
 def repair(cluster: LocalCluster) -> None:
-    """Every node as it was."""
+    """Restore every node after a fault."""
     for node in (f"node{number}" for number in range(1, 5)):
         if not (cluster.folder / "run" / f"{node}.pid").exists():
             cluster.tool("start", node)
@@ -119,7 +120,7 @@ def repair(cluster: LocalCluster) -> None:
         )
 
 
-# fault -> steps that may be lost: one of a signalled stop, those since the last checkpoint of a crash
+# fault -> how to cause it, and the steps that may be lost: one by a signal, those since a save by a crash
 FAULTS: dict[str, tuple[Callable[[Job], None], int]] = {
     "scancel --signal=USR1": (signal_all_ranks, 1),
     "TERM to the batch shell": (signal_batch_shell, 1),

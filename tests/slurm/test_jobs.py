@@ -1,4 +1,4 @@
-"""Whole jobs on a real cluster: chains, arrays, bounds, a bad node, a full disk, a time limit, MPI."""
+"""Tests of whole jobs on a local cluster: chains, arrays, limits, a bad node, a full disk, and MPI."""
 
 from __future__ import annotations
 
@@ -61,7 +61,8 @@ def test_tasks_of_an_array_are_requeued_one_by_one(cluster: LocalCluster, recipe
     array = cluster.submit(script, str(recipe), options=("--nodes=1", "--array=1-2"))
     tasks = [Job(cluster, f"{array.number}_{n}") for n in (1, 2)]
     wait_for(lambda: Run(work / "seed-2").step > 0, "task 2 trains")
-    cluster.slurm("scancel", "--signal=USR1", tasks[1].number)  # its number is the array's too
+    # The last task also has the job id of the whole array, but only this task is to be signalled.
+    cluster.slurm("scancel", "--signal=USR1", tasks[1].number)
     for task in tasks:
         task.wait("COMPLETED")
     assert [task.restarts for task in tasks] == [0, 1]
@@ -97,7 +98,7 @@ def test_a_node_with_other_data_is_named_excluded_and_replaced(
         )
         job.wait("COMPLETED")
     finally:
-        cluster.tool("start", "node2")  # forgets the mount
+        cluster.tool("start", "node2")  # a restarted node no longer has the mount
         cluster.calm()
     failed = run.events(job, "failed")
     assert [(e.nodes, e.code) for e in failed] == [("node2", 9)]
@@ -121,7 +122,7 @@ def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
     again = cluster.submit(PRETRAIN, *arguments)
     run.steps_beyond(again, 0, 3)
     (run.path / "kill").touch()
-    again.wait("FAILED")  # 75, as asked
+    again.wait("FAILED")  # exit code 75: stopped as asked
     done = losses(run.path)
     assert min(done) == 1 and done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
 
@@ -139,7 +140,10 @@ def test_usr1_before_the_time_limit_requeues_the_job(
     undisturbed: dict[int, float],
     fault_times: list[FaultTimes],
 ) -> None:
-    """SLURM looks at limits every half minute, so the steps are made slow by what is due after each."""
+    """A job that SLURM signals before its time limit saves and is requeued.
+
+    SLURM checks limits every half minute, so saving and drawing after every step slow the run down.
+    """
     run = Run(work / "limited")
     slow = ("run.save_every_steps=1", "run.image_every_steps=1")
     job = cluster.submit(PRETRAIN, str(recipe), f"run.dir={run.path}", *slow)
@@ -176,7 +180,7 @@ def test_mpi_starts_the_same_world(
     run = Run(work / launcher.replace(" ", ""))
     command = [*launcher.split(), "-n", "2", sys.executable]
     command[0] = str(binaries / "mpirun") if launcher == "mpirun" else "srun"
-    # One write a line: the lines of two ranks do not mix.
+    # Each line is one write, so that the lines of two ranks do not mix.
     world = "import os; from mpi4py import MPI; os.write(1, b'of %d\\n' % MPI.COMM_WORLD.Get_size())"
     train = ["-m", "everest_ds", "pretrain", str(recipe), f"run.dir={run.path}", "run.save_every_steps=500"]
     text = f"#!/bin/bash\n{shlex.join([*command, '-c', world])} && {shlex.join([*command, *train])}\n"

@@ -1,4 +1,4 @@
-"""tools/local_slurm itself: what it starts it ends, as root and as an ordinary user."""
+"""Tests of tools/local_slurm: as root and as an ordinary user, it ends everything that it starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ import pytest
 
 from tests.slurm.cluster import TOOL, LocalCluster, run, wait_for
 
-pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]  # for its reasons to skip
+# The `cluster` fixture skips these tests on machines that cannot start a cluster.
+pytestmark = [pytest.mark.slurm, pytest.mark.usefixtures("cluster")]
 
 AS_NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 def traces(folder: Path) -> list[str]:
-    """What of a cluster in `folder` is still on this machine."""
+    """List the mounts, processes and files that a cluster in `folder` left on this machine."""
     found = [line for line in Path("/proc/mounts").read_text().splitlines() if str(folder) in line]
     for process in Path("/proc").glob("[0-9]*"):
         try:
@@ -34,7 +35,7 @@ def traces(folder: Path) -> list[str]:
 
 
 def devices(local: LocalCluster) -> list[str]:
-    """Network devices and namespaces of a cluster, by the prefix that its bridge has."""
+    """Return the name prefix of a cluster's network devices, then its devices and namespaces."""
     address = (local.folder / "hosts").read_text().splitlines()[1].split()[0]
     listed = run(["ip", "-o", "addr"], local.variables).splitlines()
     (bridge,) = (line.split()[1] for line in listed if f" {address}/" in line)
@@ -58,7 +59,7 @@ def test_a_cluster_comes_breaks_and_goes_without_a_trace(tmp_path: Path) -> None
         local.tool("crash", "node1")
         wait_for(lambda: "down*" in local.slurm("sinfo", "-h", "-o", "%T"), "node1 is down", 15)
         prefix, *found = devices(local)
-        assert len(found) == 3  # the bridge, and of one node the cable and the namespace
+        assert len(found) == 3  # the bridge, and the cable and namespace of node2
     finally:
         local.tool("down")
     assert traces(local.folder) == [] and named(prefix) == []
@@ -66,7 +67,7 @@ def test_a_cluster_comes_breaks_and_goes_without_a_trace(tmp_path: Path) -> None
 
 @pytest.fixture
 def open_folder() -> Iterator[Path]:
-    """A folder of `nobody`, where pytest's own are closed to others."""
+    """A folder of user 65534, who may not enter pytest's own temporary folders."""
     folder = Path(tempfile.mkdtemp(prefix="local-slurm-", dir="/tmp"))
     os.chown(folder, 65534, 65534)
     yield folder

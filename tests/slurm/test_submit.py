@@ -1,4 +1,4 @@
-"""`everest-ds submit`, `jobs`, `logs`, `cancel`, `requeue` and `sweep` with jobs of a real cluster."""
+"""Tests of `everest-ds submit | jobs | logs | cancel | requeue | sweep` with jobs of a local cluster."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from tests.training.runs import experiment
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(600)]
 
-# What a shell, SLURM's file names, YAML or a terminal could each take for something of its own.
+# Characters that a shell, SLURM's file names, YAML or a terminal could each interpret.
 HOSTILE = 'it\'s $(touch gotcha) `touch gotcha`; "quo\\ted" &\n%j | > [b] ü'
 SHORT = ("schedule.epochs=2",)  # 6 steps
 
 
 def everest(cluster: LocalCluster, *arguments: str, code: int = 0) -> str:
-    """Run the command line in the current folder; what it prints."""
+    """Run `everest-ds` in the current folder; return its output."""
     command = [sys.executable, "-m", "everest_ds", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=cluster.variables, timeout=120)
     assert done.returncode == code, done.stdout + done.stderr
@@ -31,14 +31,14 @@ def everest(cluster: LocalCluster, *arguments: str, code: int = 0) -> str:
 
 
 def jobs_of(cluster: LocalCluster, folder: Path) -> list[dict[str, Any]]:
-    """Rows of `everest-ds jobs`."""
+    """Return the rows of `everest-ds jobs` for a folder."""
     everest(cluster, "jobs", str(folder), "--json", "jobs.json")
     rows: list[dict[str, Any]] = json.loads(Path("jobs.json").read_text())
     return rows
 
 
 def until(cluster: LocalCluster, folder: Path, *states: str) -> list[dict[str, Any]]:
-    """Rows of the jobs below `folder`, whose states shall be these when nothing submitted here lives."""
+    """Wait until no submitted job is live, check the job states below `folder`, and return the rows."""
 
     def all_over() -> bool:
         names = cluster.slurm("squeue", "-h", "--states=PD,R,CG", "-o", "%j").splitlines()
@@ -127,7 +127,7 @@ def test_a_run_is_requeued_cancelled_and_submitted_again(
 
 @pytest.fixture
 def chain(recipe: Path, motion_data: Path, work: Path) -> list[str]:
-    """`submit chain` of runs `earlier` and `later`."""
+    """Return a `submit chain` command for the runs `earlier` and `later`."""
     size = {"backbone": "vit_tiny", "image_size": 16, "patch_size": 8, "num_frames": 4}
     config = experiment(motion_data, work / "later", "finetune", model=size)
     (work / "later.yaml").write_text(dump_experiment(config))

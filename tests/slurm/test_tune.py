@@ -1,4 +1,4 @@
-"""`everest-ds tune --trials --sbatch`: an array job tries, and the same command again reads what it found."""
+"""Tests of `everest-ds tune --trials --sbatch`: an array job runs the trials; a second call reads them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_trials_are_an_array_job_that_the_same_command_reads(
     cluster: LocalCluster, recipe: Path, work: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(work / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as the cluster's commands have it
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # the cluster's commands use the same number
     pretend_calibration(1)
     out = work / "tuned here"
     command = [
@@ -32,7 +32,7 @@ def test_trials_are_an_array_job_that_the_same_command_reads(
         f"--out={out}",
     ]
     said = everest(cluster, *command)
-    assert "sweep: job" in said and "the same command again reads them" in said
+    assert "sweep: job" in said and "run the same command again to read their results" in said
     assert not (out / "winner.yaml").exists()
 
     def all_over() -> bool:
