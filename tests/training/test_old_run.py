@@ -1,7 +1,7 @@
 """Tests that run folders made before the package was rearranged are still resumed, read and built on.
 
-The archive holds the data, two stopped runs (2 of 4 steps, 2 ranks, ZeRO stage 1) and the losses of the same runs
-without a stop. Its `make.py` made all of them with the code of commit 4f630ba.
+The archive holds the data, two stopped runs (2 of 4 steps, 2 ranks, ZeRO stage 1) and the losses of the same
+runs without a stop. Its `make.py` made all of them with the code of commit 4f630ba.
 """
 
 from __future__ import annotations
