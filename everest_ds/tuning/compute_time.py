@@ -24,9 +24,9 @@ from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.tuning.machine import Machine, RateCurve, intensity
 
-_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # of fused attention
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # products per pass of fused attention
 _UNFUSED_BACKWARD_PRODUCTS = 4
-_UNFUSED_PASSES = 5, 6  # over the logits of all heads: scale, softmax, products; and back
+_UNFUSED_PASSES = 5, 6  # passes over the logits of all heads: scale, softmax, products; and backward
 _DROP_PATH_PASSES = 4
 
 

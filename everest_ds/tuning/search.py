@@ -291,7 +291,7 @@ class _Search:
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
             ways = [way for way in self.fitting if part(way) == unused]
             if any(self.fitting[way] for way in ways):
-                # a micro-batch that also fits without it was skipped, for it is faster without
+                # A micro-batch that also fits without this setting is skipped, because it is faster without.
                 yield unused, "gains nothing: every micro-batch that fits with it also fits without it", None
                 continue
             way = min(ways, key=lambda way: self.shortages[way])

@@ -32,10 +32,10 @@ from everest_ds.units import GIB
 _SHARES = {0.054: 0.1, 1.0: 0.6, 16.0: 0.9, 128.0: 0.95}
 _SHARES_INTENSITY = tuple((gflop * 1e9 / 2) ** (1 / 3) / 3 for gflop in _SHARES)
 _A100_BALANCE = 2 * 312e12 / 2039e9  # multiply-accumulates per value read at peak, bf16
-_UNPUBLISHED_SHARE = 0.8  # of `Device.matmul_share`
+_UNPUBLISHED_SHARE = 0.8  # for devices without a published `matmul_share`
 _ATTENTION_SHARES = {128: 0.11, 256: 0.21, 512: 0.42, 1024: 0.52, 2048: 0.55}
 _HOPPER_ATTENTION = 0.34 / 0.55
-_STREAM_SHARE = 0.85  # of memory bandwidth, BabelStream on A100 and H100
+_STREAM_SHARE = 0.85  # attained share of memory bandwidth: BabelStream on A100 and H100
 _ADAMW_BYTES = 28  # weight, gradient and moments read, all but the gradient written, float32
 _HOST_ADAMW_PER_S = 4e9  # parameters per second of a whole node
 _DECODE_S, _DECODE_PIXELS_PER_S, _CORES = 0.005, 1.9e8, 14  # cores per GPU: 112 for 8 in a DGX H100

@@ -199,7 +199,10 @@ def _check(config: Experiment, machine: Machine) -> None:
 
 def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
     yield Part(
-        "selection", "pixels cut up; (N - L)·P·D for the scores", selection_time(config, rates), Work()
+        "selection",
+        "clips cut into tubelets; (N - L)·P·D for the scores",
+        selection_time(config, rates),
+        Work(),
     )
     yield Part("embedding", "V·P·D, backward for the weights only", *embedding_time(config, rates))
     for name, block, depth, _ in _stacks(config, rates):
