@@ -15,7 +15,7 @@ WIDTH = 120
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the SVG picture of the runs in the given folders."""
     file, *folders = sys.argv[1:]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(jobs_table(in_order(job_rows(find_runs(map(Path, folders))))))

@@ -1,4 +1,4 @@
-"""What one would run without a tuner: plain data parallelism, and the recipe with ZeRO-2."""
+"""The baselines of a tuning run: plain data parallelism, and the recipe with ZeRO-2."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
 
 _WHOLE_BATCHES = "batch.grad_accum_steps=null"
-# Nothing shared among ranks, nothing in host memory, nothing computed twice.
+# Plain: no state is sharded, offloaded to the host or computed twice.
 _PLAIN = (
     "parallelism.tensor=1",
     "parallelism.offload_to_cpu=false",
@@ -25,7 +25,7 @@ Load = Callable[[Sequence[str]], Experiment]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A config to hold others against; `note` says how it differs from what its name says."""
+    """A config for comparison; `note` says how it differs from what its name promises."""
 
     name: str
     overrides: tuple[str, ...]
@@ -34,11 +34,12 @@ class Baseline:
 
 
 def natural_baselines(load: Load, num_ranks: int, global_batch: int) -> list[Baseline]:
-    """Those that there are for a recipe.
+    """Return the baselines that are possible for a recipe.
 
     Args:
-        load: the recipe's config under some overrides; raises ConfigError for one that cannot be.
-        global_batch: clips of a step, all ranks.
+        load: returns the recipe's config under overrides; raises ConfigError for an invalid config.
+        num_ranks: number of ranks.
+        global_batch: clips per step of all ranks.
     """
     plain, reason = _first_of(load, [(f"parallelism.zero_stage={stage}", *_PLAIN) for stage in (0, 1)])
     zero2, _ = _first_of(load, [("parallelism.zero_stage=2", "parallelism.ds_config=null")])
@@ -48,7 +49,7 @@ def natural_baselines(load: Load, num_ranks: int, global_batch: int) -> list[Bas
 
 
 def _first_of(load: Load, ways: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """The first way that can be, and why the one before it cannot."""
+    """Return the first valid set of overrides, and why the set before it is invalid."""
     reason = ""
     for way in ways:
         try:
@@ -63,7 +64,7 @@ def _first_of(load: Load, ways: Sequence[tuple[str, ...]]) -> tuple[tuple[str, .
 def _with_batch(
     load: Load, name: str, overrides: tuple[str, ...], num_ranks: int, global_batch: int, note: str
 ) -> Baseline | None:
-    """With the recipe's micro-batch, or the next smaller one that divides the global batch."""
+    """Return a baseline with the largest micro-batch, up to the recipe's, that divides the global batch."""
     for micro in range(load(overrides).batch.micro_batch_size, 0, -1):
         batch = (f"batch.micro_batch_size={micro}", f"batch.global_batch_size={global_batch}", _WHOLE_BATCHES)
         try:

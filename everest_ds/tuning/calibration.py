@@ -1,4 +1,4 @@
-"""A machine's own measurements, kept in a file, and refused where they are of another machine or software."""
+"""The calibration file of a machine: its measurements, valid for this hardware and software only."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Any
 from everest_ds.errors import UsageError
 from everest_ds.tuning.machine import Machine
 
-FORMAT = "everest-ds calibration, format 1"  # another number when the meaning of a key changes
+FORMAT = "everest-ds calibration, format 1"  # the number is raised when the meaning of a key changes
 _FIX = "everest-ds tune --calibrate"
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured, where and when.
+    """The measurements of a machine, with their date and the facts that identify it.
 
     Attributes:
-        facts: what must be the same wherever it is used: device, cores, versions.
-        date: of the measurement, ISO 8601.
-        machines: by the number of ranks that worked at the same time on a node.
+        facts: device, cores and versions; a user of the calibration must match all of them.
+        date: date of the measurement, ISO 8601.
+        machines: fitted machine by the number of ranks that worked at the same time on a node.
     """
 
     facts: Mapping[str, str]
@@ -30,10 +30,10 @@ class Calibration:
     machines: Mapping[int, Machine]
 
     def machine(self, num_ranks: int) -> Machine:
-        """The machine as `num_ranks` ranks find it. On GPUs any number up to the measured one.
+        """Return the machine as calibrated for `num_ranks` ranks; on GPUs, for at least that many.
 
         Raises:
-            UsageError: it was not calibrated for so many.
+            UsageError: the machine was not calibrated for this number of ranks.
         """
         found = self.machines.get(num_ranks)
         larger = [n for n, machine in self.machines.items() if n > num_ranks and machine.asynchronous]
@@ -47,7 +47,7 @@ class Calibration:
         return found or self.machines[min(larger)]
 
     def write(self, file: Path) -> None:
-        """Keep it.
+        """Write the calibration to `file` as JSON.
 
         Raises:
             UsageError: the file cannot be written.
@@ -62,17 +62,17 @@ class Calibration:
 
 
 def read_calibration(file: Path, facts: Mapping[str, str]) -> Calibration:
-    """The calibration in `file`, which must be of what `facts` says is here.
+    """Read the calibration in `file` and check that it matches the `facts` of this machine.
 
     Raises:
-        UsageError: there is none, it is damaged, or of another machine or software.
+        UsageError: the file is missing or damaged, or belongs to another machine or other software.
     """
     tree = _read(file)
     for name, here in facts.items():
         if tree["facts"].get(name) != here:
             raise UsageError(
                 f"{file}: calibrated with another {name}",
-                given=f"{tree['facts'].get(name)} there, {here} here",
+                given=f"{tree['facts'].get(name)} in the file, {here} on this machine",
                 fix=_FIX,
             )
     try:

@@ -1,14 +1,14 @@
-"""Time and traffic of collectives, by the algorithm that is fastest on a group's links.
+"""Time and traffic of collectives, each by the algorithm that is fastest on the links of its group.
 
-Symbols: S bytes of the whole tensor, n ranks of a group on m nodes, g of them on each, α latency and β bytes
-a second of a link. A rank sends to one neighbour at a time:
+Symbols: S bytes of the whole tensor, n ranks of a group on m nodes with g ranks each, α latency and β bytes
+per second of a link. A rank sends to one neighbour at a time:
 
     ring all-reduce           2(n-1) messages of S/n       2(n-1)(α + S/nβ)
     ring reduce-scatter       n-1 messages of S/n          (n-1)(α + S/nβ)       all-gather likewise
-    tree all-reduce           up and down, in a pipeline   2⌈log₂n⌉α + 2S/β
-    hierarchical all-reduce   reduce-scatter inside, all-reduce of S/g between, all-gather inside
+    tree all-reduce           up and down, pipelined       2⌈log₂n⌉α + 2S/β
+    hierarchical all-reduce   reduce-scatter in a node, all-reduce of S/g between nodes, all-gather in a node
 
-Groups that run at the same time share a node's link to others, as all ranks of one node do.
+Groups that communicate at the same time share the link between nodes, as do the ranks of one node.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from everest_ds.tuning.machine import Link, Machine
 
 @dataclass(frozen=True)
 class Group:
-    """Ranks of a collective.
+    """The ranks of a collective.
 
     Attributes:
-        ranks: n, all of them.
-        nodes: m, on which they lie evenly.
-        sharing: groups that talk at the same time from each node.
+        ranks: n, the number of ranks.
+        nodes: m, the number of nodes; each holds equally many ranks.
+        sharing: groups per node that communicate at the same time.
     """
 
     ranks: int
@@ -36,17 +36,17 @@ class Group:
 
     @property
     def inside(self) -> int:
-        """g: ranks of the group on each node."""
+        """Return g, the number of ranks of the group on each node."""
         return self.ranks // self.nodes
 
 
 class Collective(NamedTuple):
-    """What one takes.
+    """The predicted cost of one collective.
 
     Attributes:
-        seconds: from the first rank's start to the last one's end.
-        sent_bytes: of each rank.
-        algorithm: for people.
+        seconds: from the start of the first rank to the end of the last.
+        sent_bytes: sent by each rank.
+        algorithm: human-readable name.
     """
 
     seconds: float
@@ -58,18 +58,18 @@ NOTHING = Collective(0.0, 0.0, "none")
 
 
 def data_group(degree: int, tensor: int, ranks_per_node: int) -> Group:
-    """The `degree` ranks that share ZeRO's states: every `tensor`-th one."""
+    """Return the group of `degree` ranks that share ZeRO's states: every `tensor`-th rank."""
     nodes = -(-degree * tensor // ranks_per_node)
     return Group(degree, min(nodes, degree), min(tensor, ranks_per_node))
 
 
 def tensor_group(tensor: int) -> Group:
-    """The ranks that share every layer: neighbours on one node."""
+    """Return the group of ranks that share every layer: neighbours on one node."""
     return Group(tensor)
 
 
 def collective(name: str, num_bytes: float, group: Group, machine: Machine) -> Collective:
-    """One `name` of COLLECTIVES over a tensor of `num_bytes`, whole."""
+    """Predict the collective `name` (one of COLLECTIVES) over a whole tensor of `num_bytes`."""
     if group.ranks == 1:
         return NOTHING
     inside = machine.inside[name]
@@ -82,7 +82,7 @@ def collective(name: str, num_bytes: float, group: Group, machine: Machine) -> C
 
 
 def _flat(name: str, num_bytes: float, n: int, link: Link) -> Collective:
-    """On links that are all alike."""
+    """Predict a collective among `n` ranks whose links are all equal."""
     passes = 2 if name == "all_reduce" else 1
     sent = passes * num_bytes * (n - 1) / n
     ring = Collective(link.seconds(sent, passes * (n - 1)), sent, "ring")
@@ -93,7 +93,7 @@ def _flat(name: str, num_bytes: float, n: int, link: Link) -> Collective:
 
 
 def _hierarchical(name: str, num_bytes: float, group: Group, inside: Link, between: Link) -> Collective:
-    """Within each node and between nodes, where each of a node's g ranks carries its part of the tensor."""
+    """Predict a two-level collective: each of the g ranks of a node carries its part between nodes."""
     g = group.inside
     own_lane = Link(between.latency_s, between.bytes_per_s / g)
     ways = [_flat(name, num_bytes / g, group.nodes, own_lane)]

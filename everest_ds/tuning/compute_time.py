@@ -1,15 +1,15 @@
-"""Time of the parts of our models on one rank: products, attention, what only moves memory.
+"""Time of the parts of our models on one rank: products, attention, and operators that only move memory.
 
-Symbols as in profiling/compute.py: B clips of a micro-batch, n tokens of a clip, P values of a tubelet, D
-width of a stack, t tensor-parallel ranks, e bytes of a value; A = B·n·D·e, one tensor of a block.
+Symbols as in profiling/compute.py: B clips per micro-batch, n tokens per clip, P values per tubelet, D the
+width of a stack, t tensor-parallel ranks, e bytes per value; A = B·n·D·e, the bytes of one tensor of a block.
 
 A linear map is one product forward and two backward, all three with the same multiply-accumulates and the
 same intensity. Fused attention is two products forward and five backward, for QKᵀ is computed again. Passes
-over memory of a block, in tensors A that are read or written:
+over memory per block, in tensors of A bytes that are read or written:
 
     forward    norms 2·2, sums 2·3; GELU 8/t; drop path 2·2
     backward   norms 2·3, their gradients added 2·3, biases 2; GELU's gradient, biases 19/t; drop path 2·2
-    again      GELU 8/t, in every recompute mode but none
+    recompute  GELU 8/t, in every recompute mode but none
 """
 
 from __future__ import annotations
@@ -24,19 +24,20 @@ from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.tuning.machine import Machine, RateCurve, intensity
 
-_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # of fused attention
+_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # products per pass of fused attention
 _UNFUSED_BACKWARD_PRODUCTS = 4
-_UNFUSED_PASSES = 5, 6  # over the logits of all heads: scale, softmax, products; and back
+_UNFUSED_PASSES = 5, 6  # passes over the logits of all heads: scale, softmax, products; and backward
 _DROP_PATH_PASSES = 4
 
 
 class Work(NamedTuple):
-    """What a part of a pass does on a rank's device.
+    """The work of a part of a pass on a rank's device.
 
     Attributes:
-        macs: of its products and attention.
-        product_s, moving_s: time in those, and in operators that only move memory.
-        moved_bytes: by the latter.
+        macs: multiply-accumulates of its products and attention.
+        product_s: time in products and attention.
+        moving_s: time in operators that only move memory.
+        moved_bytes: bytes that these operators read or write.
     """
 
     macs: float = 0.0
@@ -50,7 +51,7 @@ class Work(NamedTuple):
         return self.product_s + self.moving_s
 
     def times(self, factor: float) -> Work:
-        """So many of it."""
+        """Scale every figure by `factor`."""
         return Work(*(factor * value for value in self))
 
 
@@ -58,12 +59,12 @@ NO_WORK = Work()
 
 
 def total(*parts: Work) -> Work:
-    """All of them."""
+    """Add up the figures of several parts."""
     return Work(*map(sum, zip(*parts, strict=True)))
 
 
 class Rates:
-    """A machine's rates in one precision."""
+    """The rates of a machine in one precision."""
 
     def __init__(self, machine: Machine, precision: str) -> None:
         self.products: RateCurve = machine.products[precision]
@@ -71,32 +72,32 @@ class Rates:
         self.moved: RateCurve = machine.moving[precision]
 
     def linear(self, rows: float, inputs: float, outputs: float, products: int = 1) -> Work:
-        """`products` of a linear map's three, on so many rows."""
+        """Return the work of `products` (1 to 3) of the three products of a linear map on `rows` rows."""
         macs = products * rows * inputs * outputs
         rate = self.products.at(intensity(rows, inputs, outputs))
         return Work(macs, FLOPS_PER_MAC * macs / rate)
 
     def attend(self, macs: float, num_tokens: int) -> Work:
-        """Products within attention over `num_tokens` tokens of each clip."""
+        """Return the work of products within attention over `num_tokens` tokens per clip."""
         return Work(macs, FLOPS_PER_MAC * macs / self.attention.at(num_tokens))
 
     def moving(self, passes: float, tensor_bytes: float) -> Work:
-        """Operators that read or write so many tensors."""
+        """Return the work of operators that read or write `passes` tensors of `tensor_bytes` each."""
         num_bytes = passes * tensor_bytes
         return Work(moving_s=num_bytes / self.moved.at(tensor_bytes), moved_bytes=num_bytes)
 
 
 @dataclass(frozen=True)
 class BlockTime:
-    """One block of a stack.
+    """The work of one block of a stack.
 
     Attributes:
         attention: forward pass of its attention with both projections.
-        mlp: forward pass of its MLP.
-        gelu: that of the MLP's GELU alone.
-        rest: forward pass of norms and sums.
-        backward: of all three.
-        tensor_bytes: A.
+        mlp: forward pass of its MLP, GELU included.
+        gelu: forward pass of the MLP's GELU alone.
+        rest: forward pass of norms, sums and drop path.
+        backward: backward pass of the whole block.
+        tensor_bytes: A, the bytes of one tensor of the block.
     """
 
     attention: Work
@@ -108,11 +109,11 @@ class BlockTime:
 
     @property
     def forward(self) -> Work:
-        """All three."""
+        """Return the work of the forward pass of the block."""
         return total(self.attention, self.mlp, self.rest)
 
     def again(self, mode: str) -> Work:
-        """Return the work that recomputation repeats for one block, beside its GELU."""
+        """Return the work that recompute repeats for one block in `mode`, besides its GELU."""
         nothing = {"none": NO_WORK, "gelu": NO_WORK}
         return {**nothing, "attention": self.attention, "mlp": self.mlp}.get(mode, self.forward)
 
@@ -120,7 +121,7 @@ class BlockTime:
 def block_time(
     config: Experiment, shape: TransformerShape, num_tokens: int, rates: Rates, drops: bool
 ) -> BlockTime:
-    """One block on `num_tokens` tokens of each clip of a micro-batch."""
+    """Return the work of one block on `num_tokens` tokens of each clip of a micro-batch."""
     clips, t, width = config.batch.micro_batch_size, config.parallelism.tensor, shape.width
     rows, hidden = clips * num_tokens, MLP_RATIO * shape.width
     one_tensor = rows * width * VALUE_BYTES[config.precision]
@@ -147,9 +148,9 @@ def block_time(
 def _attending(
     config: Experiment, shape: TransformerShape, num_tokens: int, rates: Rates
 ) -> tuple[Work, Work]:
-    """Softmax attention between the projections, forward and backward."""
+    """Return the work of softmax attention between the projections, forward and backward."""
     clips, t = config.batch.micro_batch_size, config.parallelism.tensor
-    macs = clips * num_tokens**2 * shape.width / t  # of one of its products
+    macs = clips * num_tokens**2 * shape.width / t  # per product of attention
     if config.model.attention == "fused":
         return rates.attend(_FORWARD_PRODUCTS * macs, num_tokens), rates.attend(
             _BACKWARD_PRODUCTS * macs, num_tokens
@@ -165,9 +166,9 @@ def _attending(
 
 
 def selection_time(config: Experiment, rates: Rates) -> Work:
-    """Cutting clips into tubelets, scoring them and gathering the chosen: without a backward pass.
+    """Return the work of cutting clips into tubelets, scoring and gathering them; it has no backward pass.
 
-    uint8 pixels are read and written as tubelets; a scored one becomes a number and a difference.
+    uint8 pixels are read and written as tubelets; scoring turns each value into a number and a difference.
     """
     clips, geometry = config.batch.micro_batch_size, config.candidate_geometry
     macs = clips * predict_macs(config).score_macs
@@ -179,7 +180,10 @@ def selection_time(config: Experiment, rates: Rates) -> Work:
 
 
 def embedding_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
-    """Visible tubelets to tokens; the normalisation is folded into the weights. Pixels need no gradient."""
+    """Return the work of embedding visible tubelets, forward and backward.
+
+    The normalisation is folded into the weights, and pixels need no gradient.
+    """
     geometry, width, value = _facts(config)
     rows = config.batch.micro_batch_size * config.token_counts.num_visible
     product = rates.linear(rows, geometry.tubelet_values, width)
@@ -189,7 +193,7 @@ def embedding_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
 
 
 def projection_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
-    """Norm and map from the encoder's width to the decoder's, and the decoder's tokens put together."""
+    """Return the work between encoder and decoder: a norm, a linear map, and the decoder's input tokens."""
     _, width, value = _facts(config)
     narrow, clips = config.model.shape.decoder.width, config.batch.micro_batch_size
     seen, decoded = clips * config.token_counts.num_visible, clips * config.token_counts.num_kept
@@ -199,7 +203,11 @@ def projection_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
 
 
 def head_time(config: Experiment, rates: Rates) -> tuple[Work, Work]:
-    """Pixels of predicted tokens, targets and loss; or a mean and logits, as good as nothing."""
+    """Return the work of the head, forward and backward.
+
+    In pre-training: pixels of predicted tokens, targets and loss. In fine-tuning: the mean over tokens; the
+    logits cost too little to count.
+    """
     geometry, width, value = _facts(config)
     clips = config.batch.micro_batch_size
     if config.task == "finetune":

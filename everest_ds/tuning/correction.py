@@ -1,8 +1,8 @@
-"""What trials teach the cost model: factors for families of candidates, as few as leave-one-out wants.
+"""Correction of the cost model by trials: factors for families of candidates, chosen by leave-one-out.
 
 A factor is the median ratio of measured to predicted. Candidates may have one factor in common, or one for
-each value of a trait (each ZeRO stage, each recompute mode, ...). Of these ways that one is taken that best
-predicts each trial from the others, and none at all where none helps.
+each value of a trait (each ZeRO stage, each recompute mode, ...). The correction that best predicts each
+trial from the others is used, or none if none helps.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from statistics import fmean, median
 
 from everest_ds.config import Experiment
 
-# Below this many trials of a value of a trait, its factor would be noise.
+# With fewer trials of a trait's value, its factor would be noise.
 _FEWEST = 2
-_WORTH_A_FACTOR = 0.9  # by which the error must fall: chance finds some trait that seems to matter
+_WORTH_A_FACTOR = 0.9  # the error must fall below this share: by chance, some trait always seems to matter
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A quantity of one trial, predicted and measured, in any unit; traits name what may need a factor."""
+    """A quantity of one trial, predicted and measured in any unit, with the traits of its candidate."""
 
     traits: Mapping[str, str]
     predicted: float
@@ -30,19 +30,19 @@ class Observed:
 
     @property
     def ratio(self) -> float:
-        """Measured to predicted."""
+        """Return the ratio of measured to predicted."""
         return self.measured / self.predicted
 
 
 @dataclass(frozen=True)
 class Correction:
-    """Factors for predictions.
+    """The correction factors of predictions.
 
     Attributes:
-        trait: by which factors differ; None: they do not.
-        common: the factor of values of the trait that have none.
+        trait: trait by which factors differ; None if all candidates share one.
+        common: factor of candidates whose value of the trait has no factor of its own.
         factors: value of the trait -> factor.
-        error_pct: median error of each trial as predicted from the others.
+        error_pct: median error of trials, each predicted from the others.
     """
 
     trait: str | None = None
@@ -51,7 +51,7 @@ class Correction:
     error_pct: float | None = None
 
     def factor(self, traits: Mapping[str, str]) -> float:
-        """For a candidate of such traits."""
+        """Return the factor for a candidate with these traits."""
         return self.factors.get(traits[self.trait], self.common) if self.trait else self.common
 
     def __str__(self) -> str:
@@ -62,7 +62,7 @@ class Correction:
 
 
 def traits_of(config: Experiment) -> dict[str, str]:
-    """What may make the model wrong by a factor of its own."""
+    """Return the traits of a config that may each need a correction factor."""
     spread, recompute = config.parallelism, config.recompute
     offloads = (spread.offload_to_cpu, spread.offload_to_nvme is not None, recompute.offload_to_cpu)
     return {
@@ -76,7 +76,7 @@ def traits_of(config: Experiment) -> dict[str, str]:
 
 
 def fit_correction(observed: Sequence[Observed]) -> Correction:
-    """The way of correcting that leave-one-out finds best; simpler ones come first."""
+    """Return the correction that leave-one-out finds best, the simplest unless another is clearly better."""
     if len(observed) < _FEWEST:
         return Correction()
     best, errors = Correction(), [abs(log(one.ratio)) for one in observed]
@@ -88,7 +88,7 @@ def fit_correction(observed: Sequence[Observed]) -> Correction:
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """How well two lists agree on an order, -1 to 1 (tau-b); None if either has no order."""
+    """Return Kendall's tau-b of two lists: agreement of their orders, -1 to 1; None if either is constant."""
     pairs = list(combinations(range(len(first)), 2))
     signs = [(_sign(first[i] - first[j]), _sign(second[i] - second[j])) for i, j in pairs]
     ordered = [sum(sign[side] != 0 for sign in signs) for side in (0, 1)]
@@ -98,7 +98,7 @@ def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None
 
 
 def errors_pct(observed: Sequence[Observed]) -> list[float]:
-    """Of each prediction, signed: positive where more was predicted than measured."""
+    """Return the error of each prediction in percent, positive if it exceeds the measurement."""
     return [100 * (one.predicted / one.measured - 1) for one in observed]
 
 
@@ -114,7 +114,7 @@ def _fit(observed: Sequence[Observed], trait: str | None) -> Correction:
 
 
 def _left_out_errors(observed: Sequence[Observed], trait: str | None) -> list[float]:
-    """|log(predicted / measured)| of each, corrected by what the others say."""
+    """Return |log(predicted / measured)| of each trial, corrected by a fit to the other trials."""
     errors = []
     for number, one in enumerate(observed):
         others = [*observed[:number], *observed[number + 1 :]]

@@ -1,4 +1,4 @@
-"""From measurements of ranks that work at the same time to the machine that they are."""
+"""Fit a `Machine` to what ranks measured while they worked at the same time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from everest_ds.tuning.host_work import num_tensors
 from everest_ds.tuning.machine import COLLECTIVES, Link, Machine, RateCurve, intensity, same_link
 from everest_ds.tuning.step_time import predict_step
 
-_NO_LINK = Link(0.0, 1e12)  # of a rank that is alone
+_NO_LINK = Link(0.0, 1e12)  # a lone rank communicates with no other rank
 
 
 class CollectiveSample(NamedTuple):
-    """A collective over `ranks` neighbours on one node, measured."""
+    """A measured collective over `ranks` neighbours on one node."""
 
     name: str
     ranks: int
@@ -27,7 +27,7 @@ class CollectiveSample(NamedTuple):
 
 
 class TrainedStep(NamedTuple):
-    """A step of the real trainer, data never waited for."""
+    """A measured step of the real trainer that never waited for data."""
 
     config: Experiment
     num_ranks: int
@@ -36,14 +36,14 @@ class TrainedStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Measurements:
-    """What the ranks of one node measured at the same time, each the mean over them.
+    """Measurements that the ranks of one node took at the same time, each the mean over the ranks.
 
     Attributes:
         products: by precision, (rows, inputs, outputs) and FLOP/s.
         attention: by precision, tokens and FLOP/s.
-        moving: by precision, bytes of a tensor and bytes a second.
-        clips: (pixels, seconds) of decoding one.
-        steps: of a tiny model, one for each ZeRO stage.
+        moving: by precision, bytes of a tensor and bytes per second.
+        clips: (pixels, seconds) of decoding one clip.
+        steps: steps of a tiny model, one for each ZeRO stage.
     """
 
     device: str
@@ -68,10 +68,12 @@ class Measurements:
 
 
 def fit_machine(found: Measurements, peak_flops_per_s: Mapping[str, float], source: str) -> Machine:
-    """The machine whose predictions come closest to what was measured.
+    """Return the machine whose predictions come closest to the measurements.
 
     Args:
-        peak_flops_per_s: of the device by precision, where a data sheet says.
+        found: the measurements of one node.
+        peak_flops_per_s: peak of the device by precision, as far as a data sheet states it.
+        source: human-readable origin of the numbers.
     """
     decode_s, decode_pixels_per_s = _line(found.clips)
     machine = Machine(
@@ -106,7 +108,7 @@ def fit_machine(found: Measurements, peak_flops_per_s: Mapping[str, float], sour
 
 
 def fit_curve(points: Iterable[tuple[float, float]]) -> RateCurve:
-    """A point for each octave of sizes: geometric means of what lies in it."""
+    """Fit a curve with one point per octave of sizes: the geometric means of its measurements."""
     octaves = defaultdict(list)
     for size, rate in points:
         octaves[round(log2(size))].append((log(size), log(rate)))
@@ -116,12 +118,12 @@ def fit_curve(points: Iterable[tuple[float, float]]) -> RateCurve:
 
 
 def fit_links(samples: Sequence[CollectiveSample]) -> dict[str, Link]:
-    """Latency and rate by collective: least squares of the relative error, neither below zero."""
+    """Fit latency and rate of each collective: least squares of the relative error, neither below zero."""
     return {name: _fit_link([row for row in samples if row.name == name]) for name in COLLECTIVES}
 
 
 def _fit_link(samples: Sequence[CollectiveSample]) -> Link:
-    """Ring algorithms are linear in latency and in seconds a byte: t = messages · α + sent / β."""
+    """Fit a link to ring collectives, linear in latency and seconds per byte: t = messages · α + sent / β."""
     rows = []
     for row in samples:
         passes = 2 if row.name == "all_reduce" else 1
@@ -132,7 +134,7 @@ def _fit_link(samples: Sequence[CollectiveSample]) -> Link:
 
 
 def _relative_least_squares(rows: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Positive x, y that bring a·x + b·y closest to 1 in all rows (a, b)."""
+    """Return the positive x, y that bring a·x + b·y closest to 1 in all rows (a, b)."""
     aa, ab, bb = (sum(r[i] * r[j] for r in rows) for i, j in ((0, 0), (0, 1), (1, 1)))
     a, b = sum(row[0] for row in rows), sum(row[1] for row in rows)
     determinant = aa * bb - ab * ab
@@ -143,14 +145,14 @@ def _relative_least_squares(rows: Sequence[tuple[float, float]]) -> tuple[float,
 
 
 def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Seconds for a clip of no pixels, and pixels a second, by the smallest and the largest clip."""
+    """Return seconds of an empty clip and pixels per second, from the smallest and the largest clip."""
     (few, fast), (many, slow) = min(points), max(points)
     pixels_per_s = (many - few) / max(slow - fast, 1e-9)
     return max(0.0, fast - few / pixels_per_s), pixels_per_s
 
 
 def _engine_seconds(steps: Iterable[TrainedStep], machine: Machine) -> dict[int, float]:
-    """What steps of a tiny model took beyond their prediction, for each tensor of parameters, by stage."""
+    """Return measured minus predicted step time per parameter tensor, by ZeRO stage."""
     seconds: dict[int, float] = {}
     for step in steps:
         predicted = predict_step(step.config, step.num_ranks, machine)

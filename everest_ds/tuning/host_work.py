@@ -1,8 +1,8 @@
-"""The work of the host in a training step: operators to launch, and Python for each tensor of parameters.
+"""The work of the host in a training step: operators to launch, and Python code per parameter tensor.
 
-Operators were counted on our model and on the real engine (profiling/launches.py), in float32, where
-attention is one operator on a CPU as on a GPU; tests/tuning/test_host_work.py counts them again. Not in the
-counts are a few casts in half precision, the sums of tensor parallelism, and what compiled blocks save.
+Operators were counted on our model and on the real engine (profiling/launches.py) in float32, in which
+attention is one operator on a CPU as on a GPU; tests/tuning/test_host_work.py counts them again. The counts
+leave out a few casts in half precision, the sums of tensor parallelism, and what compiled blocks save.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.tuning.machine import Machine
 
-_BLOCK = 12, 19  # of one block, forward and backward
-_DROP_PATH = 2, 2  # of one block
+_BLOCK = 12, 19  # operators per block, forward and backward
+_DROP_PATH = 2, 2  # per block, forward and backward
 _DROP_PATH_HASH = 42  # once for all blocks, forward
-# All but blocks and selection, forward and backward.
+# Operators outside blocks and selection, forward and backward.
 _OTHERS = {"pretrain": (79, 18), "finetune": (42, 20)}
 _SELECTION = {"random": 29, "tube": 3, "dual": 45, "none": 0}
-# `rero` by what it scores: in all, and for each chunk of tokens that a GPU scores at a time (models/rero.py).
+# `rero` by score: operators once, and per chunk of tokens that a GPU scores at a time (models/rero.py).
 _SCORE, CHUNK_TOKENS = {"embedding": (4, 4), "sketch": (40, 4), "pixel": (3, 15)}, 2**15
-_GELU_AGAIN = 1  # of each block in every recompute mode but none
-_AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # of one such block
+_GELU_AGAIN = 1  # per block in every recompute mode but none
+_AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # per recomputing block
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, {"pretrain": 10, "finetune": 6}
-# Shares of `Machine.parameter_s` in forward pass, backward pass and update, by ZeRO stage: those of the times
-# that were measured (tuning/sheet.py).
+# Shares of `Machine.parameter_s` in forward pass, backward pass and update, by ZeRO stage, as in the
+# measurements of tuning/sheet.py.
 _SHARES = {0: (0.0, 0.0, 1.0), 1: (0.0, 0.55, 0.45), 2: (0.0, 0.55, 0.45), 3: (0.53, 0.41, 0.06)}
 
 
 class Launches(NamedTuple):
-    """Operators by phase; the first two of a micro-batch."""
+    """Operators (or their seconds) by phase: forward and backward per micro-batch, update per step."""
 
     forward: float
     backward: float
@@ -39,12 +39,12 @@ class Launches(NamedTuple):
 
 
 class HostWork(NamedTuple):
-    """The work of one rank's host.
+    """The work of the host for one rank.
 
     Attributes:
         launches: operators of the model and the engine.
-        tensors: of parameters.
-        stage: ZeRO's.
+        tensors: parameter tensors.
+        stage: ZeRO stage.
     """
 
     launches: Launches
@@ -52,7 +52,7 @@ class HostWork(NamedTuple):
     stage: int
 
     def seconds(self, machine: Machine) -> Launches:
-        """Time of each phase; the first two of a micro-batch."""
+        """Return seconds by phase: forward and backward per micro-batch, update per step."""
         python_s = self.tensors * machine.parameter_s.get(self.stage, 0.0)
         shares = _SHARES[self.stage]
         forward, backward, update = (
@@ -63,7 +63,7 @@ class HostWork(NamedTuple):
 
 
 def host_work(config: Experiment, plan: BatchPlan, zero: ZeroSettings) -> HostWork:
-    """Count what the host of one rank does for `config`."""
+    """Count the operators and parameter tensors that the host of one rank handles for `config`."""
     forward, backward = model_launches(config)
     tensors, stage = num_tensors(config), config.parallelism.zero_stage
     engine = engine_launches(config, plan.data_parallel_degree, zero)
@@ -72,18 +72,18 @@ def host_work(config: Experiment, plan: BatchPlan, zero: ZeroSettings) -> HostWo
 
 
 def num_tensors(config: Experiment) -> int:
-    """Tensors of parameters."""
+    """Return the number of parameter tensors of the model."""
     return _num_blocks(config) * _TENSORS_OF_A_BLOCK + _OTHER_TENSORS[config.task]
 
 
 def num_groups(config: Experiment) -> int:
-    """Groups of the optimiser: decayed and not, by layer where layers learn at their own rates."""
+    """Return the number of optimiser groups: with and without decay, per layer under layer decay."""
     layers = config.model.shape.encoder.depth + 2 if config.optimizer.layer_decay < 1 else 1
     return 2 * layers
 
 
 def model_launches(config: Experiment) -> tuple[int, int]:
-    """Operators of the model and its loss in a micro-batch, forward and backward."""
+    """Return the operators of the model and its loss per micro-batch, forward and backward."""
     blocks, dropping = _num_blocks(config), config.model.drop_path > 0
     (others, others_back), (block, block_back) = _OTHERS[config.task], _BLOCK
     forward = others + blocks * block + _selection_launches(config)
@@ -96,10 +96,10 @@ def model_launches(config: Experiment) -> tuple[int, int]:
 
 
 def engine_launches(config: Experiment, data_degree: int, zero: ZeroSettings) -> Launches:
-    """Operators that DeepSpeed, as parallel/ has changed it, adds to those of the model.
+    """Return the operators that DeepSpeed, as changed by parallel/, adds to those of the model.
 
-    Buckets take a copy of each gradient, and of its own part each rank takes another. Offload to the host
-    copies each gradient and takes its norm in the backward pass.
+    Each gradient is copied into a bucket, and each rank copies its own part once more. Offload to the host
+    copies each gradient and computes its norm in the backward pass.
     """
     tensors, groups, alone = num_tensors(config), num_groups(config), data_degree == 1
     match config.parallelism.zero_stage:

@@ -1,6 +1,6 @@
-"""What ranks and links can do: the numbers that the cost model of a step is made of.
+"""The speeds of ranks and links from which the cost model predicts a step.
 
-Built from data sheets, or from a calibration of the machine itself.
+They come from data sheets or from a calibration of the machine itself.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from dataclasses import asdict, dataclass, fields
 from math import exp, log
 from typing import Any
 
-COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # those of a training step
+COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # used in a training step
 
 
 @dataclass(frozen=True)
 class RateCurve:
-    """Attained rate over the size of a problem: straight lines between points, both axes logarithmic.
+    """The attained rate over problem size, interpolated linearly with both axes logarithmic.
 
-    Outside of its points the curve goes on level: it promises nothing that was not measured.
+    Outside its points the curve is level: it extrapolates no gain that was not measured.
 
     Attributes:
-        sizes: ascending. Of products the multiply-accumulates for each value that is moved (`intensity`), of
-            attention the tokens of a clip, of operators that only move memory the bytes of a tensor.
-        rates: floating-point operations a second, two for a multiply-accumulate; or bytes a second.
+        sizes: ascending. For products, multiply-accumulates per value moved (`intensity`); for attention,
+            tokens per clip; for operators that only move memory, bytes per tensor.
+        rates: floating-point operations per second (a multiply-accumulate is two), or bytes per second.
     """
 
     sizes: tuple[float, ...]
@@ -32,10 +32,12 @@ class RateCurve:
     def __post_init__(self) -> None:
         ascending = all(a < b for a, b in zip(self.sizes, self.sizes[1:], strict=False))
         if not self.sizes or len(self.sizes) != len(self.rates) or not ascending:
-            raise ValueError("a rate curve needs points of ascending size")
+            raise ValueError(
+                f"a rate curve's sizes are not ascending or do not match its rates: {self.sizes}"
+            )
 
     def at(self, size: float) -> float:
-        """The rate at a size."""
+        """Return the rate at a problem size."""
         place = bisect_left(self.sizes, size)
         if place == 0:
             return self.rates[0]
@@ -47,59 +49,59 @@ class RateCurve:
         return exp((1 - share) * log(below) + share * log(above))
 
     def scaled(self, factor: float) -> RateCurve:
-        """The same curve, `factor` times as high: from shares of a peak to rates."""
+        """Return the curve times `factor`, such as a peak that turns shares into rates."""
         return RateCurve(self.sizes, tuple(factor * rate for rate in self.rates))
 
 
 def intensity(m: float, n: float, k: float) -> float:
-    """Multiply-accumulates of a product (m, k) by (k, n) for each value of its three matrices."""
+    """Return multiply-accumulates per matrix value of a product of (m, k) by (k, n)."""
     return 1 / (1 / m + 1 / n + 1 / k)
 
 
 @dataclass(frozen=True)
 class Link:
-    """A way from one rank (or node) to another: a message of S bytes takes latency + S / bytes_per_s."""
+    """A link between ranks or nodes: a message of S bytes takes latency_s + S / bytes_per_s."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, num_bytes: float, messages: int = 1) -> float:
-        """`num_bytes` in so many messages, one after the other."""
+        """Return the time of `num_bytes` sent in `messages` messages, one after the other."""
         return messages * self.latency_s + num_bytes / self.bytes_per_s
 
 
 @dataclass(frozen=True)
 class Machine:
-    """One rank of a cluster, and its ways to the others.
+    """One rank of a cluster, with its links to the other ranks.
 
     Attributes:
-        device: name, for people.
-        memory_bytes: what a rank may use.
-        asynchronous: the device computes beside the host and beside its links, as GPUs do: the host's work,
-            reduction of gradients and gathering of weights hide behind compute. On a CPU all stand in a row.
-        peak_flops_per_s: by precision; empty where no data sheet says.
-        products: attained by matrix products over their intensity, by precision.
-        attention: attained by fused attention, both ways, over the tokens of a clip, by precision.
-        moving: bytes a second of a model's operators that only move and add, over the bytes of a tensor.
-        copy_bytes_per_s: of large tensors that are read and written, such as states.
-        fresh_bytes_per_s: of large tensors that are written for the first time: on a CPU, page by page.
-        adam_values_per_s: parameters that the optimiser steps on the device.
-        launch_s: the host's time for one operator, with the Python around it.
-        step_s: the host's own time for a step, beside operators and tensors.
-        parameter_s: the host's for each tensor of parameters (hooks, lists of tensors) in a step of one
+        device: human-readable name.
+        memory_bytes: memory that a rank may use.
+        asynchronous: the device computes while the host works and links transfer, as GPUs do: host work,
+            reduction of gradients and gathering of weights hide behind compute. On a CPU nothing overlaps.
+        peak_flops_per_s: by precision; empty if no data sheet states it.
+        products: rate of matrix products over their intensity, by precision.
+        attention: rate of fused attention, forward and backward, over tokens per clip, by precision.
+        moving: bytes per second of operators that only move and add, over bytes per tensor, by precision.
+        copy_bytes_per_s: for large tensors that are read and written, such as model states.
+        fresh_bytes_per_s: for large tensors that are written for the first time (on a CPU, page by page).
+        adam_values_per_s: parameters per second that the optimiser updates on the device.
+        launch_s: host time per operator, with the Python around it.
+        step_s: host time per step, besides operators and parameter tensors.
+        parameter_s: host time per parameter tensor (hooks, lists of tensors) in a step of one
             micro-batch, by ZeRO stage.
-        host_link: between device and host memory.
-        host_adam_values_per_s: parameters that the optimiser steps in host memory.
-        ranks_per_node: R.
-        inside: a rank's link to the others of its node, by collective.
+        host_link: link between device and host memory.
+        host_adam_values_per_s: parameters per second that the optimiser updates in host memory.
+        ranks_per_node: number of ranks on a node.
+        inside: a rank's link to the other ranks of its node, by collective.
         between: a node's link to other nodes, which its ranks share.
-        decode_s: one core's time for a clip, beside that for its frames.
-        decode_pixels_per_s: pixels of a video that one core decodes, crops and scales.
-        spare_cores: with which a rank's workers decode while it computes; 0 if they are the same.
-        threads: with which a rank computes, where that is on its host.
-        baseline_bytes: what a rank holds beside its model, where that counts: on a CPU.
-        watts: of a rank's share of its node, under load; None if unknown.
-        source: where the numbers come from, for people.
+        decode_s: fixed time of one core per clip, besides the time per pixel.
+        decode_pixels_per_s: video pixels per second that one core decodes, crops and scales.
+        spare_cores: cores on which a rank's loader workers decode while it computes; 0 if they have none.
+        threads: threads with which a rank computes on a CPU.
+        baseline_bytes: memory that a rank holds besides its model; counted on a CPU only.
+        watts: power of a rank's share of its node under load; None if unknown.
+        source: human-readable origin of the numbers.
     """
 
     device: str
@@ -130,19 +132,19 @@ class Machine:
 
     @property
     def precisions(self) -> tuple[str, ...]:
-        """Those that it has rates for."""
+        """Return the precisions that the machine has rates for."""
         return tuple(self.products)
 
     def as_json(self) -> dict[str, Any]:
-        """For a file; `from_json` reads it."""
+        """Return the machine as a JSON tree, which `from_json` reads back."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, tree: Mapping[str, Any]) -> Machine:
-        """The machine that `as_json` wrote.
+        """Return the machine that `as_json` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: it is something else.
+            KeyError, TypeError, ValueError: the tree is not a machine.
         """
         values = {each.name: tree[each.name] for each in fields(cls)}
         for name in ("products", "attention", "moving"):
@@ -155,12 +157,12 @@ class Machine:
 
 
 def level(rate: float) -> RateCurve:
-    """The same rate at every size, where nothing says that they differ."""
+    """Return a curve with the same rate at every size."""
     return RateCurve((1.0,), (rate,))
 
 
 def same_link(link: Link) -> dict[str, Link]:
-    """One link for every collective, where nothing says that they differ."""
+    """Return the same link for every collective."""
     return dict.fromkeys(COLLECTIVES, link)
 
 

@@ -1,4 +1,4 @@
-"""What to change when a model fits nowhere: the nearest numbers of ranks and devices that would do."""
+"""Advice for a model that fits nowhere: the nearest number of ranks and the smallest device that suffice."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MOST_RANKS = 1024
 def fits_nowhere(
     config: Experiment, cluster: Cluster, options: Options, dropped: list[Dropped]
 ) -> UsageError:
-    """The error of a search without candidates."""
+    """Return the error of a search without candidates, with the changes that would make the model fit."""
     short = [one for one in dropped if one.shortage_bytes is not None]
     best = min(short, key=lambda one: one.shortage_bytes or 0)
     machine = cluster.machine
@@ -35,7 +35,7 @@ def fits_nowhere(
 
 
 def _more_ranks(config: Experiment, cluster: Cluster, options: Options) -> Iterator[str]:
-    """The least doubling of the ranks that makes it fit."""
+    """Yield the option with the fewest ranks, by doubling, on which the model fits."""
     machine, ranks = cluster.machine, 2 * cluster.num_ranks
     while machine.asynchronous and ranks <= MOST_RANKS:
         more = replace(machine, ranks_per_node=max(machine.ranks_per_node, min(8, ranks)))
@@ -46,7 +46,7 @@ def _more_ranks(config: Experiment, cluster: Cluster, options: Options) -> Itera
 
 
 def _larger_devices(config: Experiment, cluster: Cluster, options: Options) -> Iterator[str]:
-    """The product with the least memory on which it fits."""
+    """Yield the option with the device of least memory on which the model fits."""
     machine = cluster.machine
     larger = [(d.memory_gib, name) for name, d in DEVICES.items() if d.memory_bytes > machine.memory_bytes]
     for _, name in sorted(larger):

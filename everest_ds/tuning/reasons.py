@@ -1,4 +1,4 @@
-"""Why a candidate is not the best: the part of its step that costs it most."""
+"""Reasons why a candidate is slower than the best: the part of its step that adds the most time."""
 
 from __future__ import annotations
 
@@ -9,30 +9,28 @@ from everest_ds.tuning.space import Dropped, by_reason
 from everest_ds.tuning.term import Group
 
 _BOUND: dict[Group, str] = {
-    "compute": "its products are smaller and attain less",
-    "recompute": "recomputes",
+    "compute": "its matrix products are smaller and reach a lower rate",
+    "recompute": "recomputes activations",
     "optimizer": "updates more weights on each rank",
     "communication": "communication-bound",
     "offload": "bound by copies to and from the host",
-    "data": "its ranks decode more clips",
-    "overhead": "bound by launches and DeepSpeed's hooks",
+    "data": "each rank decodes more clips",
+    "overhead": "bound by operator launches and DeepSpeed's hooks",
 }
 _NOTHING_TO_SPEAK_OF = 1.005
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
-    """What most of the difference to the best is, in a line."""
+    """Return one line: how much slower the candidate is than the best, and the main cause."""
     own, theirs = candidate.step.split(), best.step.split()
     group = max(own, key=lambda name: own[name] - theirs[name])
     times = candidate.step.step_s / best.step.step_s
-    much = (
-        f"{times:.2f} x the best step" if times >= _NOTHING_TO_SPEAK_OF else "as fast, as far as can be said"
-    )
+    much = f"{times:.2f} x the best step" if times >= _NOTHING_TO_SPEAK_OF else "about as fast as the best"
     return f"{much}: {_bound(group, candidate, best)}"
 
 
 def slower_families(ranked: Sequence[Candidate], shown: int) -> Iterator[Dropped]:
-    """Shardings that have candidates, but none among the first so many: the best of each."""
+    """Return shardings without a candidate among the first `shown`, and why the best of each is slower."""
     seen = {candidate.sharding for candidate in ranked[:shown]}
     first = {one.sharding: one for one in reversed(ranked[shown:]) if one.sharding not in seen}
     ordered = sorted(first.values(), key=lambda candidate: candidate.order)
@@ -41,5 +39,5 @@ def slower_families(ranked: Sequence[Candidate], shown: int) -> Iterator[Dropped
 
 def _bound(group: Group, candidate: Candidate, best: Candidate) -> str:
     if group == "compute" and candidate.sharding.precision != best.sharding.precision:
-        return f"{candidate.sharding.precision} computes slower"
+        return f"products in {candidate.sharding.precision} are slower"
     return _BOUND[group]

@@ -1,22 +1,22 @@
-"""A machine from data sheets: what a cluster that nobody has calibrated would do.
+"""A machine from data sheets, for a cluster that has not been calibrated.
 
-Peaks, bandwidths and links are the makers' (profiling/devices.py, links.py). What is attained of them was
-measured by others, on an A100 where nothing else is published, and none of it by us:
+Peaks, bandwidths and links are the makers' (profiling/devices.py, links.py). The attained shares of
+them are published measurements, taken on an A100 unless noted; the host's times are our own:
 
 - products: Calculon's A100 (systems/a100_80g.json) gives shares of the peak over the size of a product, here
-  over the intensity of a cube of that size. Their best is scaled to what the product's own `matmul_share`
-  says; the sizes, to its balance of rate and bandwidth, for a faster device needs larger products.
-- attention: FlashAttention-2 (2023), figures 4 and 7, head width 64, both ways; below 512 tokens nothing is
-  published, and the share falls with the tokens. Hopper runs the same kernels at 335 of 989 TFLOP/s.
+  over the intensity of a cube of that size. The best share is scaled to the device's own `matmul_share`, and
+  the sizes to its ratio of rate to bandwidth, for a faster device needs larger products.
+- attention: FlashAttention-2 (2023), figures 4 and 7, head width 64, forward and backward. Below 512 tokens
+  nothing is published; the share is taken to fall with the tokens. Hopper runs the same kernels at 335 of
+  989 TFLOP/s.
 - AdamW in host memory: ZeRO-Offload (2021), a billion parameters in a quarter of a second on a whole node.
 - decoding: 31 ms for 64 frames of 320x240 (decord, one core of our development machine).
-- the host: operators are counted (host_work.py). Their times, and those of Python for each tensor of
-  parameters, were measured on one thread of an idle Xeon (Emerald Rapids) with tiny tensors, where an
-  operator of a CPU takes about as long as a launch: 15 + 17 + 8 ms for a step of ViT-L without DeepSpeed,
-  10 ms more in the backward pass at ZeRO-1 and 2, 94 + 97 + 28 ms at ZeRO-3. Other processors may take a
-  third more or less.
+- the host: operators are counted (host_work.py). Their times, and Python's time per parameter tensor, were
+  measured on one thread of an idle Xeon (Emerald Rapids) with tiny tensors, for which a CPU operator takes
+  about as long as a launch: 15 + 17 + 8 ms for a step of ViT-L without DeepSpeed, 10 ms more in the backward
+  pass at ZeRO-1 and 2, 94 + 97 + 28 ms at ZeRO-3. Other processors may take a third more or less.
 
-Calibration replaces all of it.
+A calibration replaces all of these numbers.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ from everest_ds.profiling.memory_blocks import VALUE_BYTES
 from everest_ds.tuning.machine import Link, Machine, RateCurve, level, same_link
 from everest_ds.units import GIB
 
-# Calculon: share of the peak from so many GFLOP on; the intensity of a cube of 10^9 x GFLOP / 2 products.
+# Calculon: GFLOP of a product -> share of the peak from that size on. The intensity is that of a cube with
+# 10^9 x GFLOP / 2 multiply-accumulates.
 _SHARES = {0.054: 0.1, 1.0: 0.6, 16.0: 0.9, 128.0: 0.95}
 _SHARES_INTENSITY = tuple((gflop * 1e9 / 2) ** (1 / 3) / 3 for gflop in _SHARES)
-_A100_BALANCE = 2 * 312e12 / 2039e9  # values that may be multiplied and added for each that is read, bf16
-_UNPUBLISHED_SHARE = 0.8  # of `Device.matmul_share`
+_A100_BALANCE = 2 * 312e12 / 2039e9  # multiply-accumulates per value read at peak, bf16
+_UNPUBLISHED_SHARE = 0.8  # for devices without a published `matmul_share`
 _ATTENTION_SHARES = {128: 0.11, 256: 0.21, 512: 0.42, 1024: 0.52, 2048: 0.55}
 _HOPPER_ATTENTION = 0.34 / 0.55
-_STREAM_SHARE = 0.85  # of memory bandwidth, BabelStream on A100 and H100
+_STREAM_SHARE = 0.85  # attained share of memory bandwidth: BabelStream on A100 and H100
 _ADAMW_BYTES = 28  # weight, gradient and moments read, all but the gradient written, float32
-_HOST_ADAMW_PER_S = 4e9  # a node's
-_DECODE_S, _DECODE_PIXELS_PER_S, _CORES = 0.005, 1.9e8, 14  # of a DGX H100's 112 cores, a GPU's
-_LAUNCH_S, _STEP_S = 2.5e-5, 5e-4  # an operator; the message between hosts by which ranks report failures
+_HOST_ADAMW_PER_S = 4e9  # parameters per second of a whole node
+_DECODE_S, _DECODE_PIXELS_PER_S, _CORES = 0.005, 1.9e8, 14  # cores per GPU: 112 for 8 in a DGX H100
+_LAUNCH_S, _STEP_S = 2.5e-5, 5e-4  # per operator; per step, for the message by which hosts report failures
 _PARAMETER_S = {0: 2e-5, 1: 4.5e-5, 2: 4.5e-5, 3: 4e-4}
-# Not for tensors: 3 % that the driver keeps, 3 % gaps of the allocator; CUDA, NCCL and cuBLAS.
+# Memory not usable for tensors: 3 % kept by the driver, 3 % lost in gaps of the allocator, and the libraries
+# (CUDA, NCCL and cuBLAS).
 _USABLE_SHARE, _LIBRARIES_BYTES = 0.94, 3 * GIB // 2
 RANKS_PER_NODE = 8
-# Between nodes where nothing is said: what the makers' own systems have, else one adapter a node.
+# Default links between nodes: those of the makers' own systems, otherwise one adapter per node.
 _SYSTEMS = {
     "nvlink2": "4xib-edr",
     "nvlink3": "8xib-hdr",
@@ -55,18 +57,20 @@ _OTHERS = "ib-hdr"
 
 
 def usual_interconnect(device: Device) -> str:
-    """Of the systems that are sold with this device, as `find_interconnect` reads it."""
+    """Return the interconnect of systems sold with this device, in the form of `find_interconnect`."""
     return _SYSTEMS.get(device.link, _OTHERS)
 
 
 def machine_from_sheet(
     name: str, device: Device, interconnect: str | None = None, ranks_per_node: int = RANKS_PER_NODE
 ) -> Machine:
-    """One rank on each `device`.
+    """Return a machine with one rank per `device`, from its data sheet.
 
     Args:
-        name: of the device, for people.
-        interconnect: between nodes; None: the usual one.
+        name: human-readable name of the device.
+        device: its data sheet.
+        interconnect: link between nodes; None: the usual one of this device.
+        ranks_per_node: devices per node.
 
     Raises:
         UsageError: the interconnect is not known.
@@ -97,7 +101,7 @@ def machine_from_sheet(
         decode_pixels_per_s=_DECODE_PIXELS_PER_S,
         spare_cores=_CORES,
         watts=device.watts,
-        source=f"data sheets ({device.source}) and others' measurements; not calibrated",
+        source=f"data sheets ({device.source}) and published measurements; not calibrated",
     )
 
 

@@ -1,4 +1,4 @@
-"""Candidates in a new order, after trials: measured where they ran, else predicted and corrected."""
+"""The ranking of candidates after trials, by measured figures or, without a trial, corrected predictions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from everest_ds.tuning.correction import Correction, Observed, errors_pct, fit_c
 from everest_ds.tuning.trials import Trial
 from everest_ds.units import format_bytes
 
-CLOSE_PCT = 8  # of memory left over, below which it is said
+CLOSE_PCT = 8  # the note `close` marks a candidate with less memory left than this share
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate as the cost model sees it, and its trial if it had one.
+    """A candidate with its predictions, and its trial if it had one.
 
     Attributes:
         baseline: the name of the baseline that it is, or "".
-        note: for people, such as how the baseline differs from its name.
+        note: human-readable note, such as how the baseline differs from its name.
     """
 
     name: str
@@ -33,18 +33,20 @@ class Tried:
 
     @property
     def measured(self) -> Trial | None:
-        """The trial, if it came to an end."""
+        """Return the trial if it ended with a measurement, otherwise None."""
         return self.trial if self.trial and self.trial.outcome == "measured" else None
 
 
 @dataclass(frozen=True)
 class Standing:
-    """A candidate after the trials.
+    """A ranked candidate after the trials.
 
     Attributes:
-        step_s, peak_bytes: measured, or predicted and corrected.
-        refused: why it is not to be recommended; "" if nothing speaks against it.
-        note: that it is a baseline, or that memory is nearly full.
+        tried: the candidate, with its trial.
+        step_s: step time, measured or else predicted and corrected.
+        peak_bytes: peak memory, measured or else predicted and corrected.
+        refused: why it must not be recommended; "" if it may be.
+        note: says that it is a baseline, or that memory is nearly full.
     """
 
     tried: Tried
@@ -55,19 +57,21 @@ class Standing:
 
     @property
     def clips_per_s(self) -> float:
-        """Of all ranks."""
+        """Return the clips per second of all ranks."""
         return self.tried.clips / self.step_s
 
 
 @dataclass(frozen=True)
 class Result:
-    """All that the trials say.
+    """The outcome of all trials.
 
     Attributes:
-        standings: best first; those that are refused at the end.
-        time, memory: how predictions were corrected.
-        time_errors_pct, memory_errors_pct: of predictions as they were, signed.
-        tau: agreement of predicted and measured order.
+        standings: candidates, best first; refused ones at the end.
+        time: correction of predicted step times.
+        memory: correction of predicted peak memory.
+        time_errors_pct: signed errors of the uncorrected time predictions.
+        memory_errors_pct: signed errors of the uncorrected memory predictions.
+        tau: agreement of predicted and measured order (Kendall's tau).
     """
 
     standings: Sequence[Standing]
@@ -79,16 +83,17 @@ class Result:
 
     @property
     def recommended(self) -> Standing | None:
-        """The fastest that has run."""
+        """Return the fastest candidate that was measured and not refused, or None."""
         ran = (standing for standing in self.standings if standing.tried.measured and not standing.refused)
         return next(ran, None)
 
 
 def weigh(candidates: Sequence[Tried], memory_bytes: int) -> Result:
-    """Correct the model by the trials and rank all candidates again.
+    """Correct the predictions by the trials and rank all candidates again.
 
     Args:
-        memory_bytes: what a rank may use.
+        candidates: all candidates, tried or not.
+        memory_bytes: memory that a rank may use.
     """
     ran = [(one, one.measured) for one in candidates if one.measured]
     times = [Observed(one.traits, one.predicted_s, trial.step_s) for one, trial in ran if trial.step_s]
@@ -109,7 +114,7 @@ def weigh(candidates: Sequence[Tried], memory_bytes: int) -> Result:
 
 
 def _least_that_failed(candidates: Sequence[Tried], memory: Correction) -> float:
-    """The smallest corrected prediction of a candidate that ran out of memory."""
+    """Return the smallest corrected memory prediction of a candidate that ran out of memory."""
     out = [one for one in candidates if one.trial and one.trial.outcome == "oom"]
     return min((memory.factor(one.traits) * one.predicted_bytes for one in out), default=float("inf"))
 
@@ -128,8 +133,9 @@ def _refusal(one: Tried, peak: float, memory_bytes: int, failed_at: float) -> st
     if one.trial:
         return f"{one.trial.outcome}: {one.trial.reason}"
     if peak > memory_bytes:
-        return f"would need {format_bytes(peak)} of {format_bytes(memory_bytes)}, as the trials show"
-    return "needs as much memory as one that ran out of it" if peak >= failed_at else ""
+        needed = f"would need {format_bytes(peak)} of {format_bytes(memory_bytes)}"
+        return f"{needed}, predicted and corrected by the trials"
+    return "needs as much memory as a candidate that ran out of it" if peak >= failed_at else ""
 
 
 def _said(one: Tried, peak: float, memory_bytes: int) -> str:
@@ -140,7 +146,7 @@ def _said(one: Tried, peak: float, memory_bytes: int) -> str:
 
 
 def pareto_front(standings: Sequence[Standing]) -> list[Standing]:
-    """Those that no other beats in both speed and memory, smallest first; refused ones do not count."""
+    """Return the usable candidates that no other beats in both speed and memory, smallest first."""
     front: list[Standing] = []
     usable = (standing for standing in standings if not standing.refused)
     for standing in sorted(usable, key=lambda one: (one.peak_bytes, -one.clips_per_s)):

@@ -1,6 +1,6 @@
-"""Time of what ranks do for model states: sums, gathers, copies and the optimiser's step.
+"""Time spent on model states: sums, gathers, copies and the optimiser's step.
 
-What DeepSpeed 0.19.8 sends of Ψ parameters of e bytes, over N data-parallel ranks, in a micro-batches:
+DeepSpeed 0.19.8 sends this for Ψ parameters of e bytes, over N data-parallel ranks, in `a` micro-batches:
 
     stage   gradients                                weights
     0       all-reduce eΨ, after the last backward   -
@@ -9,7 +9,7 @@ What DeepSpeed 0.19.8 sends of Ψ parameters of e bytes, over N data-parallel ra
     3       a · reduce-scatter eΨ, in each backward  a · 2 all-gathers eΨ, one in each pass
 
 Stages 1 and 2 reduce whole buckets on all ranks (`use_multi_rank_bucket_allreduce`); each keeps its part.
-At stage 3 one all-gather does where the whole model may stay gathered (`stage3_max_reuse_distance`).
+At stage 3 one all-gather suffices if the whole model may stay gathered (`stage3_max_reuse_distance`).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
 
-_ALLREDUCE_VALUES = 500_000_000  # at once, at stage 0
+_ALLREDUCE_VALUES = 500_000_000  # values per all-reduce at stage 0
 _FLOAT64_BYTES = 8
-_SUMS_OF_A_BLOCK = 2  # after attention and after the MLP, forward; as many backward
+_SUMS_OF_A_BLOCK = 2  # in the forward pass, after attention and after the MLP; as many in the backward pass
 
 
 class Passes(NamedTuple):
-    """A micro-batch's forward and backward pass, behind which communication can hide; and Ψ of this rank."""
+    """Times of one micro-batch's passes, which can hide communication, and Ψ, the parameters of this rank."""
 
     forward_s: float
     backward_s: float
@@ -40,7 +40,7 @@ class Passes(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """Blocks that are all alike, and how many of them recompute more than GELU."""
+    """A stack of equal blocks; `recomputing` blocks recompute more than GELU."""
 
     name: str
     block: BlockTime
@@ -49,7 +49,7 @@ class Stack(NamedTuple):
 
 
 class _States(NamedTuple):
-    """Of one rank: parameters, its part of them, bytes of a value; and ZeRO's stage."""
+    """The model states of one rank: parameters, its ZeRO part of them, bytes per value, and ZeRO stage."""
 
     num_parameters: int
     part: int
@@ -67,7 +67,7 @@ def tensor_terms(
     machine: Machine,
     stacks: Sequence[Stack],
 ) -> Iterator[Term]:
-    """Tensor parallelism's sums of kept tokens; and recompute's copies of blocks' inputs."""
+    """Yield the terms of tensor parallelism's sums, and of partitioned or offloaded block inputs."""
     mode, tensor = config.recompute.mode, config.parallelism.tensor
     again = {"none": 0, "gelu": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
     group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
@@ -79,13 +79,13 @@ def tensor_terms(
         kept += recomputing * block.tensor_bytes
     if tensor > 1:
         total_s = plan.grad_accum_steps * seconds
-        numbers = {"sums a micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": tensor}
-        formula = "4 sums of B·n·D a block, and those repeated by recompute; never hidden"
+        numbers = {"sums per micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": tensor}
+        formula = "4 sums of B·n·D per block, plus those that recompute repeats; never hidden"
         yield Term("tensor-parallel sums", "communication", total_s, total_s, formula, numbers)
     if config.recompute.partition:
         one = collective("all_gather", kept, group, machine)
         total_s = plan.grad_accum_steps * one.seconds
-        formula = "inputs of recomputed blocks, put together again"
+        formula = "all-gather of the partitioned inputs of recomputed blocks"
         yield Term("gather block inputs", "communication", total_s, total_s, formula, {"MB": kept / 1e6})
     if config.recompute.offload_to_cpu:
         share = tensor if config.recompute.partition else 1
@@ -97,7 +97,7 @@ def tensor_terms(
 def state_terms(
     config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: Passes
 ) -> Iterator[Term]:
-    """Everything that ZeRO does, in the order of a step."""
+    """Yield the terms of ZeRO's work, in the order of a step."""
     degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
     part = -(-passes.num_parameters // degree) if stage else passes.num_parameters
     states = _States(passes.num_parameters, part, VALUE_BYTES[config.precision], stage)
@@ -119,7 +119,7 @@ def _reduction_term(
     how = "reduce_scatter" if states.stage == 3 else "all_reduce"
     one = collective(how, states.weight_bytes / buckets, group, machine)
     times = plan.grad_accum_steps if states.stage >= 2 else 1
-    # stage 0 begins when the backward pass is over
+    # Stage 0 reduces after the backward pass, so no compute hides it.
     behind = passes.backward_s if states.stage and zero.overlap_comm else 0.0
     return _hidden_term("reduce gradients", how, one, buckets, times, behind, machine)
 
@@ -137,7 +137,7 @@ def _gather_terms(
     one = collective(how, states.weight_bytes / messages, group, machine)
     yield _hidden_term("gather weights forward", how, one, messages, times, passes.forward_s, machine)
     if zero.reuse_values < states.num_parameters:
-        # the reduction of gradients takes its part of the backward pass, as long as one gathering
+        # The reduction of gradients hides behind the same backward pass first, and takes as long as a gather.
         left = max(0.0, passes.backward_s - messages * one.seconds)
         yield _hidden_term("gather weights backward", how, one, messages, times, left, machine)
 
@@ -145,7 +145,10 @@ def _gather_terms(
 def _hidden_term(
     name: str, how: str, one: Collective, messages: int, times: int, behind_s: float, machine: Machine
 ) -> Term:
-    """`messages` collectives in each of so many passes; all but one can hide behind `behind_s` of compute."""
+    """Return the term of `messages` collectives in each of `times` passes.
+
+    All but one collective per pass can hide behind `behind_s` of compute.
+    """
     busy = messages * one.seconds
     exposed = max(one.seconds, busy - behind_s) if machine.asynchronous and behind_s else busy
     numbers = {
@@ -159,7 +162,7 @@ def _hidden_term(
 def _offload_terms(
     plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
 ) -> Iterator[Term]:
-    """Gradients go to the host in each backward pass; updated or gathered weights come back."""
+    """Yield the copies of offload: gradients to the host in each backward pass, and weights back."""
     share, times = states.part * states.value_bytes, plan.grad_accum_steps
     yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
     if zero.offloads_parameters:
@@ -172,13 +175,13 @@ def _offload_terms(
 def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -> Term:
     busy = machine.host_link.seconds(num_bytes)
     exposed = max(0.0, busy - behind_s) if machine.asynchronous else busy
-    return Term(name, "offload", exposed, busy, "bytes / host link", {"MB": num_bytes / 1e6})
+    return Term(name, "offload", exposed, busy, "bytes / rate of the host link", {"MB": num_bytes / 1e6})
 
 
 def _gradient_term(
     config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States
 ) -> Term:
-    """Every backward pass writes new gradients; they are added up, and copied into and out of buckets."""
+    """Return the term of gradients: written by each backward pass, added up, and copied through buckets."""
     times, each = plan.grad_accum_steps, states.weight_bytes
     reduces = states.stage > 0 and not zero.shards_nothing(states.stage, plan.data_parallel_degree)
     bucketed = (times if states.stage >= 2 else 1) if reduces or plan.data_parallel_degree > 1 else 0
@@ -189,21 +192,21 @@ def _gradient_term(
     copied = summed + 4 * each * bucketed
     seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
     numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
-    formula = "eΨ new in each pass; 3eΨ (float32: e + 8 a value) to add one up, 4eΨ through a bucket"
+    formula = "eΨ new in each pass; 3eΨ (float32: e + 8 per value) to add one, 4eΨ through a bucket"
     return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 
 def _update_term(
     config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States
 ) -> Term:
-    """AdamW on this rank's part, of whose gradients ZeRO takes the norm and makes float32 ones, flat."""
+    """Return the term of AdamW on this rank's part, with ZeRO's gradient norm and flat float32 gradients."""
     rate = machine.host_adam_values_per_s if zero.offloads_optimizer else machine.adam_values_per_s
     sums_in_float32 = zero.sums_in_float32(config.precision, plan.grad_accum_steps > 1)
     value = states.value_bytes
     gradient = FLOAT32_BYTES if sums_in_float32 else value
-    fresh = copied = read = 0  # bytes of one parameter
+    fresh = copied = read = 0  # bytes per parameter
     if states.stage:
-        copied, read = value + FLOAT32_BYTES, gradient  # weights written back; the norm
+        copied, read = value + FLOAT32_BYTES, gradient  # copied to write weights back, read for the norm
     if states.stage == 3 or (states.stage and zero.offloads_optimizer):
         fresh = gradient + (FLOAT32_BYTES if gradient < FLOAT32_BYTES else 0)
         copied += 2 * gradient
@@ -211,15 +214,15 @@ def _update_term(
         fresh = FLOAT32_BYTES
         copied += value + FLOAT32_BYTES
     if states.stage and zero.offloads_optimizer:
-        read = value + _FLOAT64_BYTES  # a tensor at a time
+        read = value + _FLOAT64_BYTES  # the norm is taken tensor by tensor, in float64
     fresh, copied, read = fresh * states.part, copied * states.part, read * states.part
     moved_s = fresh / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
     moved_s += read / machine.moving[config.precision].at(read) if read else 0.0
     numbers = {
         "million values": states.part / 1e6,
-        "million a second": rate / 1e6,
+        "million per second": rate / 1e6,
         "new MB": fresh / 1e6,
         "copied MB": (copied + read) / 1e6,
     }
     seconds = states.part / rate + moved_s
-    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, and copies", numbers)
+    return Term("update of weights", "optimizer", seconds, seconds, "Ψ/N / rate, plus copies", numbers)

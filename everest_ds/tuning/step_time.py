@@ -1,9 +1,9 @@
 """Predicted time of a training step on one rank, term by term: pure arithmetic, no torch.
 
 A step is `grad_accum_steps` micro-batches, each a forward and a backward pass, and one update of the weights.
-On an asynchronous device (a GPU) each of these three phases takes as long as the host or the device needs for
-it, whichever is longer; the reduction of gradients, the gathering of ZeRO-3's weights and copies to the host
-hide behind compute; what is left is exposed. On a CPU all of it stands in one row.
+On an asynchronous device (a GPU) each of these three phases takes the longer of the host's and the device's
+time. The reduction of gradients, the gathering of ZeRO-3's weights and copies to the host hide behind
+compute; only the rest adds to the step. On a CPU nothing overlaps, and all times add up.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from everest_ds.tuning.states_time import Passes, Stack, state_terms, tensor_ter
 from everest_ds.tuning.term import Group, Term
 
 GROUPS: tuple[Group, ...] = get_args(Group)
-# Videos are stored a little larger than what is cropped from them: 256 pixels high for crops of 224, at 4:3.
+# Stored videos are a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
 _STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
 
 
 @dataclass(frozen=True)
 class StepPrediction:
-    """One optimiser step.
+    """The prediction of one optimiser step.
 
     Attributes:
-        terms: in the order of a step.
-        clips: of all ranks.
-        useful_flops: of all ranks, none repeated.
-        peak_flops_per_s: of all ranks; None if the device's is unknown.
+        terms: terms in the order of a step.
+        clips: clips of all ranks.
+        useful_flops: FLOPs of all ranks, without those that recompute repeats.
+        peak_flops_per_s: peak of all ranks; None if the device's is unknown.
     """
 
     terms: tuple[Term, ...]
@@ -57,35 +57,35 @@ class StepPrediction:
 
     @property
     def step_s(self) -> float:
-        """Seconds of the step."""
+        """Return the seconds of the step."""
         return sum(term.seconds for term in self.terms)
 
     @property
     def clips_per_s(self) -> float:
-        """Clips a second of all ranks."""
+        """Return the clips per second of all ranks."""
         return self.clips / self.step_s
 
     @property
     def mfu_pct(self) -> float | None:
-        """Model FLOPs utilisation; None for a device whose peak is unknown."""
+        """Return the model FLOPs utilisation in percent, or None for a device whose peak is unknown."""
         if self.peak_flops_per_s is None:
             return None
         return 100 * self.useful_flops / self.step_s / self.peak_flops_per_s
 
     def split(self) -> dict[Group, float]:
-        """Seconds by group of terms, all groups."""
+        """Return the seconds of every group of terms."""
         seconds = dict.fromkeys(GROUPS, 0.0)
         for term in self.terms:
             seconds[term.group] += term.seconds
         return seconds
 
     def term(self, name: str) -> Term:
-        """The term of that name."""
+        """Return the term with a name."""
         return next(term for term in self.terms if term.name == name)
 
 
 class Part(NamedTuple):
-    """A part of the model, one micro-batch's passes through it."""
+    """A part of the model, with the work of one micro-batch's passes through it."""
 
     name: str
     formula: str
@@ -94,11 +94,13 @@ class Part(NamedTuple):
 
 
 class StepWork(NamedTuple):
-    """One micro-batch on one rank.
+    """The work of one micro-batch on one rank.
 
     Attributes:
-        again: what recompute repeats.
-        num_parameters: of this rank's share under tensor parallelism.
+        parts: parts of the model, in the order of a forward pass.
+        stacks: encoder, and decoder if the task has one.
+        again: work that recompute repeats.
+        num_parameters: parameters of this rank's share under tensor parallelism.
     """
 
     parts: tuple[Part, ...]
@@ -107,14 +109,14 @@ class StepWork(NamedTuple):
     num_parameters: int
 
     def device(self) -> tuple[Work, Work]:
-        """Return all that the device does in the forward and in the backward pass."""
+        """Return the work of the device in the forward and in the backward pass."""
         return (
             total(*(part.forward for part in self.parts)),
             total(*(part.backward for part in self.parts), self.again),
         )
 
     def passes(self, host: HostWork, machine: Machine) -> Passes:
-        """Return what communication can hide behind: where the host is slower than the device, its time."""
+        """Return the times of the passes, which can hide communication: the slower of device and host."""
         forward_s, backward_s = (work.seconds for work in self.device())
         if machine.asynchronous:
             seconds = host.seconds(machine)
@@ -125,22 +127,26 @@ class StepWork(NamedTuple):
 def predict_step(
     config: Experiment, num_ranks: int, machine: Machine, zero: ZeroSettings | None = None
 ) -> StepPrediction:
-    """Time of one step of `config` on `num_ranks` ranks of `machine`.
+    """Predict one step of `config` on `num_ranks` ranks of `machine`.
 
     Args:
-        zero: instead of what the config's DeepSpeed file says.
+        config: the config to predict.
+        num_ranks: number of ranks.
+        machine: one rank of the cluster.
+        zero: settings that replace those of the config's DeepSpeed file.
 
     Raises:
-        ConfigError: the ranks do not divide; the machine has no such precision; states are on NVMe.
+        ConfigError: the batch cannot be split over the ranks, the machine has no rates for the precision,
+            or states are offloaded to NVMe.
     """
     return step_of(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
 
 
 def predict_work(config: Experiment, machine: Machine) -> StepWork:
-    """What `predict_step` says of a config, but for ZeRO's stage and settings, ranks and accumulation.
+    """Predict one micro-batch's work, independent of ZeRO, data-parallel ranks and accumulation.
 
     Raises:
-        ConfigError: the machine has no such precision.
+        ConfigError: the machine has no rates for the precision, or states are offloaded to NVMe.
     """
     _check(config, machine)
     rates = Rates(machine, config.precision)
@@ -150,7 +156,7 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
 
 
 def _again(stack: Stack, mode: str) -> Work:
-    """Return the work that recomputation repeats for a stack: GELU of every block, the rest of some."""
+    """Return the work that recompute repeats for a stack: GELU of every block, the rest of some blocks."""
     if mode == "none":
         return NO_WORK
     gelu = stack.block.gelu.times(stack.depth)
@@ -160,7 +166,7 @@ def _again(stack: Stack, mode: str) -> Work:
 def step_of(
     work: StepWork, config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings | None = None
 ) -> StepPrediction:
-    """The step that micro-batches of `work` add up to."""
+    """Predict the step that consists of micro-batches of `work`."""
     count, zero = plan.grad_accum_steps, zero or zero_settings(config)
     host = host_work(config, plan, zero)
     terms = [
@@ -181,17 +187,22 @@ def step_of(
 def _check(config: Experiment, machine: Machine) -> None:
     if config.precision not in machine.products:
         raise ConfigError(
-            f"precision: {machine.device} has no rates for it",
+            f"precision: {machine.device} has no rates for {config.precision}",
             given=config.precision,
             allowed=", ".join(machine.precisions),
         )
     if config.parallelism.offload_to_nvme is not None:
-        raise ConfigError("parallelism.offload_to_nvme: disks are not in the cost model", fix="leave it out")
+        raise ConfigError(
+            "parallelism.offload_to_nvme: NVMe offload is not in the cost model", fix="leave it out"
+        )
 
 
 def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
     yield Part(
-        "selection", "pixels cut up; (N - L)·P·D for the scores", selection_time(config, rates), Work()
+        "selection",
+        "clips cut into tubelets; (N - L)·P·D for the scores",
+        selection_time(config, rates),
+        Work(),
     )
     yield Part("embedding", "V·P·D, backward for the weights only", *embedding_time(config, rates))
     for name, block, depth, _ in _stacks(config, rates):
@@ -243,7 +254,7 @@ def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches:
 def _host_terms(
     host: HostWork, work: StepWork, update_s: float, micro_batches: int, machine: Machine
 ) -> Iterator[Term]:
-    """The host's time in each phase beyond the device's; all of it where they stand in a row."""
+    """Yield the host's time in each phase beyond the device's, or all of it if the two do not overlap."""
     device_s = (*(each.seconds for each in work.device()), update_s)
     times, seconds = (micro_batches, micro_batches, 1), host.seconds(machine)
     for phase, count, launches, busy, hidden in zip(
@@ -251,12 +262,12 @@ def _host_terms(
     ):
         exposed = max(0.0, busy - hidden) if machine.asynchronous else busy
         numbers = {"times": count, "operators": launches, "tensors": host.tensors, "ms each": 1e3 * busy}
-        formula = "operators · launch + tensors · Python, beside the device's work on GPUs"
+        formula = "operators · launch + tensors · Python; on GPUs, hidden behind the device's work"
         yield Term(f"host {phase}", "overhead", count * exposed, count * busy, formula, numbers)
 
 
 def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:
-    """A rank's clips, by its workers, which work while it computes if they have cores of their own."""
+    """Return the term of decoding a rank's clips, hidden behind compute if workers have their own cores."""
     clip, data = config.candidate_geometry, config.data
     frames = clip.num_frames * data.frame_stride
     pixels = frames * clip.image_size**2 * _STORED_HEIGHT * _STORED_WIDTH
@@ -267,4 +278,11 @@ def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: fl
     hides = machine.spare_cores > 0 and data.num_workers > 0
     numbers = {"videos": videos, "ms each": 1e3 * each, "workers": workers}
     exposed = max(0.0, busy - step_s) if hides else busy
-    return Term("data", "data", exposed, busy, "videos · time of one / workers, beyond the step", numbers)
+    return Term(
+        "data",
+        "data",
+        exposed,
+        busy,
+        "videos · time per video / workers, beyond the rest of the step",
+        numbers,
+    )

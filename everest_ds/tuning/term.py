@@ -1,4 +1,4 @@
-"""One term of a predicted step, with all that is needed to follow it by hand."""
+"""One term of a predicted step, with the formula and numbers to check it by hand."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ Group = Literal["compute", "recompute", "optimizer", "communication", "offload",
 
 @dataclass(frozen=True)
 class Term:
-    """A part of a step.
+    """A part of a predicted step.
 
     Attributes:
-        name: such as `encoder forward`.
-        group: what it is summed up with.
-        seconds: by which it makes the step longer.
-        busy_s: how long it takes, hidden behind other work or not.
-        formula: for people.
-        numbers: what the formula was evaluated with; units in names.
+        name: human-readable name, such as `encoder forward`.
+        group: the group of terms with which it is summed.
+        seconds: time that it adds to the step.
+        busy_s: duration, including the time hidden behind other work.
+        formula: human-readable formula.
+        numbers: values of the formula's variables; units in names.
     """
 
     name: str
@@ -30,7 +30,7 @@ class Term:
     numbers: Mapping[str, float]
 
     def row(self) -> dict[str, object]:
-        """For a table."""
+        """Return the term as a row of a table."""
         numbers = ", ".join(f"{name} {value:,.4g}" for name, value in self.numbers.items())
         return {
             "term": self.name,

@@ -1,4 +1,4 @@
-"""What became of the candidates that were tried in short real runs; kept, so that none is measured twice."""
+"""The results of trials: short real runs of candidates, stored so that none is measured twice."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import RunFolderError
 
 FILE_NAME = "trials.jsonl"
-# Of a trial's steps, the first ones, in which buffers and caches are filled.
+# The first steps of a trial do not count: they fill buffers and caches.
 WARM_UP_STEPS = 3
 
 Outcome = Literal["measured", "oom", "crash", "timeout"]
@@ -22,15 +22,17 @@ Outcome = Literal["measured", "oom", "crash", "timeout"]
 
 @dataclass(frozen=True)
 class Trial:
-    """How one candidate's run ended.
+    """The outcome of one candidate's trial.
 
     Attributes:
-        key: of `trial_key`: what was run, on what, with which versions.
-        overrides: of the recipe.
-        step_s: median of the steps after warm-up; None unless measured, as the next two.
-        peak_bytes: of rank 0: allocated on a GPU, resident in host memory on a CPU.
+        key: result of `trial_key`, which identifies config, machine and versions.
+        name: human-readable name of the candidate.
+        overrides: overrides of the recipe.
+        outcome: how the trial ended.
+        step_s: median of the steps after warm-up; None unless measured, as are the next two.
+        peak_bytes: peak memory of rank 0: allocated on a GPU, resident in host memory on a CPU.
         data_wait_pct: median share of a step spent waiting for the loader.
-        reason: why it was not measured.
+        reason: why the trial measured nothing; "" if it did.
     """
 
     key: str
@@ -44,10 +46,12 @@ class Trial:
 
 
 def trial_key(config: Experiment, num_ranks: int, place: Mapping[str, Any]) -> str:
-    """Equal for trials that would measure the same.
+    """Return a key that is equal for trials that would measure the same.
 
     Args:
-        place: the machine and the versions, as JSON could hold them.
+        config: config of the trial.
+        num_ranks: number of ranks.
+        place: the machine and the versions, as a JSON tree.
     """
     what = config.model_dump(mode="json", exclude={"run", "schedule", "batch"})
     batch = asdict(plan_ranks(config, num_ranks))
@@ -56,15 +60,16 @@ def trial_key(config: Experiment, num_ranks: int, place: Mapping[str, Any]) -> s
 
 
 def summarise_steps(rows: Sequence[Mapping[str, Any]], clips: int) -> dict[str, Any]:
-    """Step time, peak memory and waiting of a run that logged every step; `clips` are those of a step.
+    """Return step time, peak memory and data wait of a run that logged every step of `clips` clips.
 
     Raises:
-        RunFolderError: too few steps were logged.
+        RunFolderError: no step was logged after warm-up.
     """
     steps = [row for row in rows if "clips_per_s" in row]
     settled = steps[WARM_UP_STEPS:]
     if not settled:
-        raise RunFolderError("metrics of a trial", given=f"{len(steps)} steps", allowed="more than warm-up")
+        allowed = f"more than {WARM_UP_STEPS}, the warm-up"
+        raise RunFolderError("a trial logged too few steps", given=f"{len(steps)} steps", allowed=allowed)
     return {
         "step_s": clips / median(row["clips_per_s"] for row in settled),
         "peak_bytes": max(row["memory_bytes"] for row in settled),
@@ -73,10 +78,10 @@ def summarise_steps(rows: Sequence[Mapping[str, Any]], clips: int) -> dict[str, 
 
 
 def keep_trial(folder: Path, trial: Trial) -> None:
-    """Add one line to the folder's trials.
+    """Append one line to the trials of the folder.
 
     Raises:
-        RunFolderError: it cannot be written.
+        RunFolderError: the file cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +92,7 @@ def keep_trial(folder: Path, trial: Trial) -> None:
 
 
 def read_trials(folder: Path) -> dict[str, Trial]:
-    """Key -> trial, the last of each key; a last line that an interruption cut short is left out.
+    """Return the last trial of each key; a last line that an interruption cut short is ignored.
 
     Raises:
         RunFolderError: a line is damaged.
@@ -98,7 +103,7 @@ def read_trials(folder: Path) -> dict[str, Trial]:
         trials = [_trial(json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(
-            f"{file}: damaged", given=str(error), fix="remove it; the trials run again"
+            f"{file}: damaged", given=str(error), fix="remove the file; the trials then run again"
         ) from None
     return {trial.key: trial for trial in trials}
 

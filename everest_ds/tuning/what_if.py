@@ -1,6 +1,6 @@
-"""Where each choice starts to pay: the best candidate of every choice, over numbers of GPUs.
+"""The number of GPUs from which each choice pays: the best candidate of every choice, by number of GPUs.
 
-Waiting for data is left out: where the decoding of videos sets the pace, all choices would look alike.
+Waiting for data is left out: if video decoding limits the step, all choices would look alike.
 """
 
 from __future__ import annotations
@@ -16,30 +16,31 @@ from everest_ds.tuning.step_time import StepPrediction
 
 TRAITS = ("ZeRO stage", "tensor degree", "recompute")
 _MODES = get_args(RecomputeConfig.model_fields["mode"].annotation)
-# The best of a choice pays if no other is faster by more; the model is not that exact, but ties are ties.
+# A choice pays if no other is faster by more than this share: smaller differences count as ties.
 _TIE_SHARE = 0.005
 
 
 class Predicted(Protocol):
-    """What is needed of a candidate of the search."""
+    """The part of a search candidate that this module needs."""
 
     @property
     def config(self) -> Experiment:
-        """Under which it would run."""
+        """Return the config of the candidate."""
 
     @property
     def step(self) -> StepPrediction:
-        """Its predicted step."""
+        """Return the predicted step of the candidate."""
 
 
 @dataclass(frozen=True)
 class WhatIf:
-    """One number of GPUs.
+    """The predictions for one number of GPUs.
 
     Attributes:
-        clips_per_s: of the best candidate, all ranks, if it need not wait for data.
-        data_wait_pct: share of its step that it waits, as predicted.
-        by_choice: trait -> value -> clips a second of the best candidate of that value.
+        gpus: number of GPUs.
+        clips_per_s: clips per second of the best candidate on all ranks if it never waits for data.
+        data_wait_pct: predicted share of its step that it waits for data.
+        by_choice: trait -> value -> clips per second of the best candidate with that value.
         best: trait -> value of the best candidate.
     """
 
@@ -52,7 +53,7 @@ class WhatIf:
 
 @dataclass(frozen=True)
 class Pays:
-    """A choice, and the numbers of GPUs with which it fits, and with which nothing is faster."""
+    """A choice, with the numbers of GPUs on which it fits and those on which no other choice is faster."""
 
     trait: str
     value: str
@@ -61,17 +62,18 @@ class Pays:
 
 
 def ask_what_if(ranked: Callable[[int], Sequence[Predicted]], numbers: Sequence[int]) -> list[WhatIf]:
-    """A row for each number of GPUs for which there is a candidate at all.
+    """Return a row for each number of GPUs that has a candidate.
 
     Args:
-        ranked: the candidates that fit on so many GPUs, best first; none if nothing fits.
+        ranked: maps a number of GPUs to the candidates that fit, best first; empty if nothing fits.
+        numbers: numbers of GPUs to ask for.
     """
     found = ((gpus, ranked(gpus)) for gpus in numbers)
     return [_summarise(gpus, candidates) for gpus, candidates in found if candidates]
 
 
 def where_it_pays(rows: Sequence[WhatIf]) -> list[Pays]:
-    """Every choice of every trait, with the numbers of GPUs that it is good for."""
+    """Return every choice of every trait, with the numbers of GPUs on which it fits and pays."""
     return [
         Pays(
             trait,
@@ -85,7 +87,7 @@ def where_it_pays(rows: Sequence[WhatIf]) -> list[Pays]:
 
 
 def values_of(rows: Sequence[WhatIf], trait: str) -> list[str]:
-    """The values of a trait that any candidate has; recompute modes from the least to the most."""
+    """Return the values of a trait among all candidates; recompute modes from the least to the most."""
     values = {value for row in rows for value in row.by_choice[trait]}
     return sorted(values, key=lambda value: (_MODES.index(value) if value in _MODES else 0, value))
 
@@ -107,5 +109,5 @@ def _summarise(gpus: int, candidates: Sequence[Predicted]) -> WhatIf:
 
 
 def _fed_clips_per_s(step: StepPrediction) -> float:
-    """If data were always there."""
+    """Return the clips per second of a step that never waits for data."""
     return step.clips / (step.step_s - step.split()["data"])

@@ -1,4 +1,4 @@
-"""The files of a chosen candidate, as text: its run config, and a DeepSpeed file where it needs its own."""
+"""The files of a chosen candidate, as text: its run config, and its own DeepSpeed file if it needs one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from everest_ds.tuning.search import Candidate
 
 
 def deepspeed_file(candidate: Candidate) -> str:
-    """The DeepSpeed JSON of its stage, with its bucket sizes; what the run config owns stays `auto`."""
+    """Return the DeepSpeed JSON of a candidate, with its bucket sizes; keys set by the run stay `auto`."""
     tree = json.loads(ds_config_path(candidate.config).read_text())
     if candidate.own_buckets:
         zero = tree["zero_optimization"]
@@ -26,13 +26,14 @@ def deepspeed_file(candidate: Candidate) -> str:
 
 
 def run_config(candidate: Candidate, recipe: Experiment, base: str, ds_config: Path | None, note: str) -> str:
-    """The run config: `base`, and only what differs from it.
+    """Return the run config as YAML: `base`, and the keys that differ from it.
 
     Args:
-        recipe: what `base` names.
-        base: as the written file shall say it.
-        ds_config: where the DeepSpeed file will be, if the candidate has buckets of its own.
-        note: of a line, for people.
+        candidate: the chosen candidate.
+        recipe: the config that `base` names.
+        base: path or name of the recipe, as written in the file.
+        ds_config: path of the DeepSpeed file, if the candidate has bucket sizes of its own.
+        note: human-readable comment of one line.
     """
     own = candidate.config.model_dump(mode="json")
     if candidate.own_buckets:

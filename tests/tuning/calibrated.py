@@ -1,4 +1,4 @@
-"""A calibration of this machine that nobody measured: for tests of what reads one."""
+"""An invented calibration of this machine, for tests of the code that reads calibrations."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from everest_ds.tuning.sheet import machine_from_sheet
 
 
 def pretend_calibration(*numbers_of_ranks: int) -> Path:
-    """Write one to where the command line looks for it: point XDG_CACHE_HOME somewhere else first."""
+    """Write a calibration to the file that the command line reads; set XDG_CACHE_HOME first."""
     facts = facts_here()
     sheet = machine_from_sheet("T4", DEVICES["T4"])
     machines = {

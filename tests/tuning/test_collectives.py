@@ -1,4 +1,4 @@
-"""Times of collectives against messages that are counted one by one."""
+"""Tests of the times of collectives, against messages that are counted one by one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def machine(between: Link = Link(1e-4, 1e8), latency: float = LATENCY) -> Machin
 
 
 def ring_seconds(num_bytes: float, ranks: int, rounds: int) -> float:
-    """Every round each rank passes a part on to its neighbour."""
+    """Return the time of a ring: in every round, each rank passes one part on to its neighbour."""
     return sum(LATENCY + num_bytes / ranks / RATE for _ in range(rounds))
 
 
@@ -45,7 +45,7 @@ def test_a_rank_alone_sends_nothing() -> None:
 
 
 def test_two_nodes_reduce_inside_first() -> None:
-    """4 ranks a node: scatter 3/4 inside, a quarter each over a quarter of the node's link, gather inside."""
+    """Each of the 4 ranks of a node sends a quarter over a quarter of the link between nodes."""
     size, slow = 64 * MIB, Link(1e-4, 1e9)
     found = collective("all_reduce", size, Group(8, nodes=2), machine(between=slow))
     inside = 2 * ring_seconds(size, 4, 3)
@@ -62,5 +62,5 @@ def test_groups_of_one_node_share_its_way_out() -> None:
 
 def test_data_groups_take_every_tensorth_rank() -> None:
     assert data_group(4, 2, 8) == Group(4, 1, 2)  # 8 ranks, one node
-    assert data_group(16, 2, 8) == Group(16, 4, 2)  # 32 ranks on 4 nodes, 4 of a group on each
+    assert data_group(16, 2, 8) == Group(16, 4, 2)  # 32 ranks on 4 nodes, 4 ranks of a group on each
     assert data_group(2, 8, 8) == Group(2, 2, 8)  # one rank of each group on each node

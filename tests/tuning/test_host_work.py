@@ -1,4 +1,4 @@
-"""The counts of the host's work, counted again on the real model and the real engine."""
+"""Tests of the predicted host work, against counts on the real model and the real engine."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from everest_ds.tuning.host_work import (
 from tests.ranks import run_ranks
 
 _WARM_UP = 4  # ZeRO-3 learns the order of the parameters in its first steps
-_TOLERANCE = 3  # operators of an engine: where its buckets end depends on the model
+_TOLERANCE = 3  # operators of an engine: the ends of its buckets depend on the model
 
 
 def experiment(task: str = "pretrain", **sections: Any) -> Experiment:
@@ -48,7 +48,7 @@ def experiment(task: str = "pretrain", **sections: Any) -> Experiment:
 
 
 def counted(step: MeasuredStep) -> Launches:
-    """Operators of a step of one micro-batch, by phase."""
+    """Count the operators of a step of one micro-batch, by phase."""
     losses: list[torch.Tensor] = []
     for _ in range(_WARM_UP):
         step.backward(step.forward(step.load()))
@@ -95,7 +95,7 @@ def test_operators_of_drop_path() -> None:
 
 @pytest.mark.parametrize("score", ["embedding", "sketch", "pixel"])
 def test_operators_of_every_chunk_of_scores(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
-    """Score in chunks of this number of tokens, as a GPU does."""
+    """Scoring in chunks, as on a GPU, costs operators for every chunk."""
     assert rero._CHUNK_TOKENS_ON_GPU == CHUNK_TOKENS
     config = experiment(tokens={"score": score})
     clip_tokens = config.candidate_geometry.num_tokens
@@ -131,7 +131,7 @@ def counted_on_engine(world: World, config: Experiment) -> Launches:
     ],
 )
 def test_operators_of_the_engine(num_ranks: int, stage: int, task: str, layer_decay: float) -> None:
-    """The mean over the ranks: one has a few more gradients of its own than another."""
+    """The mean over the ranks matches the prediction; ranks differ by a few gradients of their own."""
     config = experiment(task, optimizer={"layer_decay": layer_decay}, parallelism={"zero_stage": stage})
     expected = host_work(config, plan_ranks(config, num_ranks), zero_settings(config)).launches
     ranks = run_ranks(counted_on_engine, num_ranks, config)
@@ -142,7 +142,7 @@ def test_operators_of_the_engine(num_ranks: int, stage: int, task: str, layer_de
 
 @pytest.mark.parametrize("stage", [2, 3])
 def test_operators_of_an_engine_that_offloads(stage: int) -> None:
-    """Within a tenth: how many depends on the sizes of the tensors."""
+    """The prediction is within a tenth; the exact count depends on the sizes of the tensors."""
     config = experiment(parallelism={"offload_to_cpu": True, "zero_stage": stage})
     expected = host_work(config, plan_ranks(config, 1), zero_settings(config)).launches
     (found,) = run_ranks(counted_on_engine, 1, config)

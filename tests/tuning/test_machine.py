@@ -1,3 +1,5 @@
+"""Tests of rate curves, links and machines."""
+
 from __future__ import annotations
 
 import json
@@ -15,7 +17,7 @@ CURVE = RateCurve((10.0, 40.0, 640.0), (1e12, 4e12, 1e12))
 
 
 def test_a_curve_is_straight_where_both_axes_are_logarithms() -> None:
-    assert CURVE.at(20.0) == pytest.approx(2e12)  # half way in both
+    assert CURVE.at(20.0) == pytest.approx(2e12)  # half way on both axes
     assert CURVE.at(40.0) == pytest.approx(4e12)
     assert CURVE.at(160.0) == pytest.approx(sqrt(4e12 * 1e12))
 

@@ -1,4 +1,4 @@
-"""A machine from data sheets: within what the sheets allow, for every product."""
+"""Tests of machines from data sheets: no device exceeds its sheet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_no_machine_is_better_than_its_sheet(name: str) -> None:
     for precision, curve in machine.products.items():
         peak = device.peak_flops_per_s(precision)
         assert peak is not None
-        assert 0.55 * peak < curve.rates[-1] < peak  # the best of what others measured
+        assert 0.55 * peak < curve.rates[-1] < peak  # the best published measurement
         assert list(curve.rates) == sorted(curve.rates)
         assert max(machine.attention[precision].rates) < peak
     assert Machine.from_json(machine.as_json()) == machine
@@ -31,7 +31,7 @@ def test_a_better_network_is_faster_and_the_usual_one_is_the_default() -> None:
 
 
 def test_published_ceilings_are_met() -> None:
-    """stas00/ml-engineering: 794.5 and 271.2 TFLOP/s are the most that H100 and A100 give."""
+    """stas00/ml-engineering measured at most 794.5 TFLOP/s on an H100 and 271.2 TFLOP/s on an A100."""
     for name, best in (("H100 SXM", 794.5e12), ("A100 80GB", 271.2e12)):
         machine = machine_from_sheet(name, DEVICES[name])
         assert machine.products["bf16"].rates[-1] == pytest.approx(best, rel=0.01)

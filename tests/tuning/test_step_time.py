@@ -1,4 +1,4 @@
-"""Each term of a predicted step against a formula written down here, on a machine of round numbers."""
+"""Tests of each term of a predicted step, against formulas in this file, on a machine of round numbers."""
 
 from __future__ import annotations
 
@@ -56,14 +56,14 @@ def predict(ranks: int = 1, machine: Machine = CPU, **sections: Any) -> StepPred
 
 
 def product_s(found: StepPrediction, *names: str) -> float:
-    """Seconds of the products of terms: what is left when passes over memory are taken off."""
+    """Return the seconds that terms spend on products, without their passes over memory."""
     terms = [found.term(name) for name in names]
     return sum(term.seconds - 1e6 * term.numbers["moved MB"] / BYTES for term in terms)
 
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_products_take_the_macs_of_the_compute_prediction(task: str) -> None:
-    """Forward as counted there, backward twice that; attention at its own rate, with a product repeated."""
+    """Backward takes twice the forward products; attention has its own rate and repeats a product."""
     found, config = predict(task=task), experiment(task)
     macs, clips = predict_macs(config), 4
     encoder, tokens = config.model.shape.encoder, config.token_counts.num_visible
@@ -122,7 +122,7 @@ def test_recompute_of_parts_repeats_less_than_a_block() -> None:
     ("stage", "gradient_passes", "weight_passes"), [(0, 2, 0), (1, 2, 1), (2, 2, 1), (3, 1, 2)]
 )
 def test_zero_sends_what_its_stage_needs(stage: int, gradient_passes: int, weight_passes: int) -> None:
-    """Of eΨ half goes over the link in each pass of a ring over two ranks."""
+    """Each pass of a ring over two ranks sends half of eΨ over the link."""
     found = predict(2, parallelism={"zero_stage": stage})
     weights = 4 * count_parameters(experiment())
     sent = {term.name: term.seconds * LINK for term in found.terms if term.group == "communication"}
@@ -146,7 +146,7 @@ def test_gradients_go_through_buckets_where_ranks_share_them() -> None:
 
     assert copied(1) == 0
     assert copied(2) == pytest.approx(4 * 4)
-    # two bf16 micro-batches are added to a float32 sum, which is read and written
+    # Two bf16 micro-batches are added to a float32 sum, which is read and written each time.
     assert copied(1, precision="bf16", batch={"grad_accum_steps": 2}) == pytest.approx(2 * (2 + 2 * 4))
 
 
@@ -173,7 +173,7 @@ def test_the_optimiser_steps_this_ranks_part() -> None:
     )
     assert stage0.seconds == pytest.approx(num_parameters / 1e9)
     part = num_parameters / 4
-    # flat gradients are new, a copy of those that came; weights are written back; the norm reads once
+    # Flat gradients are a new copy of the reduced ones, weights are written back, and the norm reads once.
     moved = 4 * part / FRESH + 16 * part / COPY + 4 * part / BYTES
     assert stage2.seconds == pytest.approx(part / 1e9 + moved, rel=1e-6)
 
@@ -182,9 +182,8 @@ def test_offloaded_states_are_stepped_by_the_host_and_travel() -> None:
     found = predict(2, parallelism={"offload_to_cpu": True})
     part = count_parameters(experiment()) / 2
     assert found.term("update of weights").seconds > part / 1e8
-    assert found.split()["offload"] == pytest.approx(
-        2 * 4 * part / 1e9, rel=1e-6
-    )  # gradients out, weights in
+    gradients_and_weights = 2 * 4 * part
+    assert found.split()["offload"] == pytest.approx(gradients_and_weights / 1e9, rel=1e-6)
 
 
 def test_offloaded_activations_travel_both_ways() -> None:
@@ -198,11 +197,13 @@ def test_gpus_hide_reductions_behind_the_backward_pass() -> None:
     here, there = (predict(2, machine).term("reduce gradients") for machine in (CPU, GPU))
     assert here.seconds == here.busy_s == there.busy_s
     assert there.seconds < there.busy_s / 4
-    assert there.seconds >= there.busy_s / there.numbers["collectives"]  # the last bucket has nothing left
+    assert (
+        there.seconds >= there.busy_s / there.numbers["collectives"]
+    )  # no compute is left to hide the last bucket
 
 
 def test_stage_0_hides_nothing() -> None:
-    """DeepSpeed reduces when the backward pass is over."""
+    """DeepSpeed reduces after the backward pass at stage 0, so nothing hides it."""
     term = predict(2, GPU, parallelism={"zero_stage": 0}).term("reduce gradients")
     assert term.seconds == term.busy_s
 
@@ -224,7 +225,7 @@ def host_s(found: StepPrediction) -> list[float]:
 
 
 def test_a_host_launches_operators_and_runs_python_for_every_tensor() -> None:
-    """ViT-B has 16 blocks of 13 tensors to pre-train, and 10 others; at stage 3 Python is in every phase."""
+    """ViT-B pre-trains 16 blocks of 13 tensors and 10 others; at stage 3, Python runs in every phase."""
     config = experiment(parallelism={"zero_stage": 3})
     found = predict_step(config, 1, CPU)
     launches = [found.term(f"host {phase}").numbers["operators"] for phase in PHASES]
@@ -277,5 +278,5 @@ def test_terms_add_up_and_explain_themselves() -> None:
 def test_what_the_machine_cannot_do_is_refused() -> None:
     with pytest.raises(ConfigError, match="no rates"):
         predict(precision="fp16")
-    with pytest.raises(ConfigError, match="disks"):
+    with pytest.raises(ConfigError, match="NVMe offload is not in the cost model"):
         predict(parallelism={"zero_stage": 3, "offload_to_nvme": "/somewhere"})

@@ -1,4 +1,4 @@
-"""The store of trials, the corrected model and the new order: pure parts of `tune --trials`."""
+"""Tests of the pure parts of `tune --trials`: the store of trials, the corrections and the ranking."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GB = 10**9
 def tried(
     name: str, predicted_s: float, gigabytes: float, outcome: Outcome | None = None, *measured: float
 ) -> Tried:
-    """A candidate; `measured` are its seconds and gigabytes."""
+    """Return a candidate; `measured` holds the seconds and gigabytes of its trial."""
     trial = None
     if outcome:
         step_s, peak = (measured[0], int(GB * measured[1])) if measured else (None, None)
@@ -73,7 +73,7 @@ def test_kendalls_tau_counts_pairs_in_order_and_those_that_are_not() -> None:
     values = [3.0, 1.0, 2.0, 5.0]
     assert kendall_tau(values, [value**3 for value in values]) == 1
     assert kendall_tau(values, [-value for value in values]) == -1
-    # By hand: of 6 pairs 4 agree, none disagrees, one is tied in each list: 4 / sqrt(5 * 5).
+    # By hand: 4 of 6 pairs agree, none disagrees, and each list has one tie, so tau-b = 4 / sqrt(5 * 5).
     assert kendall_tau([1, 2, 2, 3], [1, 3, 2, 3]) == pytest.approx(0.8)
     assert kendall_tau([1, 1], [1, 2]) is None
 
@@ -100,9 +100,8 @@ def test_the_correction_finds_the_trait_by_which_the_model_is_wrong() -> None:
     everywhere = fit_correction(observed({"1": 1.3, "2": 1.3, "3": 1.3}, (0.99, 1.01)))
     assert everywhere.trait is None and everywhere.common == pytest.approx(1.3, rel=0.02)
     assert fit_correction(observed({}, (1.0, 1.0))).common == 1.0
-    assert (
-        fit_correction(observed({"3": 9.0}, (1.0,))[:1]).common == 1.0
-    )  # one trial says nothing of the rest
+    one_trial = observed({"3": 9.0}, (1.0,))[:1]  # too few to correct the other candidates
+    assert fit_correction(one_trial).common == 1.0
 
 
 def test_what_ran_out_of_memory_is_never_recommended_nor_what_needs_as_much() -> None:
@@ -122,7 +121,7 @@ def test_what_ran_out_of_memory_is_never_recommended_nor_what_needs_as_much() ->
     assert [standing.tried.name for standing in pareto_front(result.standings)] == ["slower", "unseen"]
     refused = {standing.tried.name: standing.refused for standing in result.standings if standing.refused}
     assert refused.keys() == {"fastest", "larger", "beyond"}
-    assert refused["fastest"].startswith("oom") and "as the trials show" in refused["beyond"]
+    assert refused["fastest"].startswith("oom") and "corrected by the trials" in refused["beyond"]
     assert weigh(candidates[:2], 80 * GB).recommended is None
 
 
@@ -147,7 +146,7 @@ def test_the_baselines_are_plain_data_parallelism_where_it_exists_and_zero_2() -
         )
         for baseline in found:
             assert baseline.config.batch.global_batch_size == 64
-            assert baseline.config.batch.micro_batch_size == 8  # the recipe's 32 is more than 64 / 8
+            assert baseline.config.batch.micro_batch_size == 8  # the recipe's 32 exceeds 64 clips / 8 ranks
         return [(one.name, one.note, one.config.parallelism.zero_stage) for one in found]
 
     assert load("fp32") == [("plain data parallelism", "", 0), ("ZeRO-2", "", 2)]

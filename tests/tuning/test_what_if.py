@@ -1,4 +1,4 @@
-"""Which choice pays with how many GPUs, from candidates made by hand."""
+"""Tests of the numbers of GPUs from which a choice pays, with invented candidates."""
 
 from __future__ import annotations
 
@@ -41,6 +41,6 @@ def test_a_choice_pays_where_its_best_candidate_is_the_best_of_all_without_waiti
     assert values_of(rows, "recompute") == ["none", "mlp", "full"]
     pays = {(one.trait, one.value): (one.fits, one.pays) for one in where_it_pays(rows)}
     assert pays["ZeRO stage", "3"] == ((1, 4), (1,))
-    assert pays["ZeRO stage", "2"] == ((4, 8), (4, 8))  # at 8 within half a per cent of stage 1
+    assert pays["ZeRO stage", "2"] == ((4, 8), (4, 8))  # on 8 GPUs, within half a per cent of stage 1
     assert pays["ZeRO stage", "1"] == ((8,), (8,))
     assert pays["recompute", "mlp"] == ((8,), ())
