@@ -119,7 +119,7 @@ class Facts(_Part):
         optimizer_step: step count of AdamW, which corrects the bias of its moments.
         loss_scale: state of the fp16 loss scaler; None in other precisions.
         schedule: learning rates of the run.
-        random: sources of all random numbers.
+        random: seed of the run, and the values that its random numbers derive from.
         config: resolved config of the run.
         versions: versions of the packages in the saving run.
     """

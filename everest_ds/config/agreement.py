@@ -103,8 +103,8 @@ def _check_packing(config: Experiment) -> None:
     by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
     if config.data.pack_tokens and not by_pixels:
         raise ValueError(
-            "data.pack_tokens needs tokens.selection=rero, score=pixel and frame_oversampling=1: the"
-            " data-loading workers have no model weights to score tokens with"
+            "data.pack_tokens lets data-loading workers select tokens, but they have no model weights to"
+            " score tokens with; use tokens.selection=rero, score=pixel and frame_oversampling=1"
         )
     if config.data.pack_tokens and config.augment.changes:
         raise ValueError(
@@ -151,8 +151,8 @@ def _check_schedule(config: Experiment) -> None:
 def _check_skipping(config: Experiment) -> None:
     if config.run.max_skipped_steps and config.parallelism.zero_stage == 0:
         raise ValueError(
-            "run.max_skipped_steps needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19"
-            " never skips a step"
+            "run.max_skipped_steps is set at parallelism.zero_stage=0, but DeepSpeed 0.19 never skips a step"
+            " at stage 0; use zero_stage 1, 2 or 3, or max_skipped_steps=0"
         )
 
 
@@ -164,12 +164,15 @@ def _check_recompute(config: Experiment) -> None:
             " recomputes no module: set recompute.mode to attention, mlp, blocks or full"
         )
     if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
-        raise ValueError("recompute.partition needs recompute.mode=full and parallelism.tensor above 1")
+        raise ValueError(
+            f"recompute.partition has no effect at recompute.mode={recompute.mode} and"
+            f" parallelism.tensor={config.parallelism.tensor}; set mode=full and tensor above 1"
+        )
 
 
 def _check_compile(config: Experiment) -> None:
     if config.model.compile and config.parallelism.zero_stage == 3:
         raise ValueError(
             "model.compile=true does not work with parallelism.zero_stage=3: its hooks gather weights inside"
-            " a block, so each block would be compiled again; use zero_stage 0 to 2 or model.compile=false"
+            " a block, so each block would be a separate graph; use zero_stage 0 to 2 or model.compile=false"
         )

@@ -3,9 +3,9 @@
 A family file holds the settings that all its members share and, under `variants`, the settings that differ:
 
     variants:
-      backbone: {vit_small: {...}, vit_base: {...}}     # `k400_pretrain_vit_small`, `k400_pretrain_vit_base`
+      backbone: {vit_small: {...}, vit_base: {...}}    # `k400_pretrain_vit_small`, `k400_pretrain_vit_base`
       method: {everest: {...}, videomae: {...}}        # the first adds no suffix, the second adds `_videomae`
-      pair: {vit_small_videomae: {...}}                 # settings of this combination only
+      pair: {vit_small_videomae: {...}}                # settings of this combination only
 
 These parts are merged over the shared settings in this order. In a string, `{variant}` is replaced by the
 part of the recipe name that follows the family name.

@@ -141,7 +141,7 @@ class DataConfig(Section):
     )
     train_crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
     horizontal_flip: bool = Field(
-        False, description="flip clips at random in training; unfit for labels that name left or right"
+        False, description="flip clips at random in training; unsuitable if labels name left or right"
     )
     test_segments: PositiveInt = 5
     test_crops: PositiveInt = 3
@@ -170,10 +170,10 @@ class AugmentConfig(Section):
     """The augmentation of fine-tuning beyond crops and flips, on the device; 0 turns a part off."""
 
     rand_augment_ops: Annotated[int, Field(ge=0)] = Field(
-        0, description="operations drawn per clip; half apply"
+        0, description="operations drawn per clip; each is applied with probability 0.5"
     )
     rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
-    erase_probability: Probability = Field(0.0, description="probability of noise in a random box")
+    erase_probability: Probability = Field(0.0, description="probability that a clip gets a box of noise")
     mixup_alpha: NonNegative = Field(
         0.0, description="mix pairs of clips; the share is drawn from Beta(alpha, alpha)"
     )
@@ -183,12 +183,12 @@ class AugmentConfig(Section):
 
     @property
     def changes(self) -> bool:
-        """Return whether any augmentation is on."""
+        """True if any augmentation is on."""
         return self != AugmentConfig()
 
     @property
     def mixes(self) -> bool:
-        """Return whether labels are mixed, so that a target is a share of each class."""
+        """True if clips are mixed, so that a target holds a share of each class."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
@@ -327,7 +327,7 @@ class Experiment(Section):
 
     @property
     def in_half_precision(self) -> bool:
-        """Return whether weights and activations have 16 bits; the optimiser then updates float32 masters."""
+        """True if weights and activations have 16 bits; the optimiser then updates float32 masters."""
         return self.precision in ("bf16", "fp16")
 
     @property
