@@ -98,7 +98,7 @@ def test_a_model_on_candidates_is_the_model_on_the_drawn_frames(task: str) -> No
 def test_busy_slots_are_drawn_and_still_ones_are_not() -> None:
     config = experiment("finetune", "rero", 0.2, frame_oversampling=2.0)
     clip = random_clips(config, 1)
-    clip[:, 6:] = clip[:, 6:7]  # slots 4 to 7 do not move; slot 3 changes into their picture
+    clip[:, 6:] = clip[:, 6:7]  # slots 3 to 7 show one picture; only slot 3 differs from its predecessor
     model = build_model(config)
     for key in range(20):
         slots = model.selector(clip, model.encoder.embed(), torch.tensor([key])).slots_BT
