@@ -1,8 +1,8 @@
-"""The manifest of a checkpoint: what it is of, which files it has, and where each parameter lies in them.
+"""The manifest of a checkpoint: facts about its run, its files, and the place of each parameter in them.
 
-`manifest.json` is written after all other files, and `manifest.sha256`, one line as sha256sum writes it,
-after that: a folder without both, agreeing, is not a checkpoint. Reading is checking; nothing in either can
-run.
+`manifest.json` is written after all other files, followed by `manifest.sha256`, one line in the format of
+sha256sum: a folder is a checkpoint only if both files exist and agree. Every read validates both; neither can
+execute code.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Count = Annotated[int, Field(ge=0)]
 
 
 def _plain_name(name: str) -> str:
-    """A manifest from elsewhere must not point out of its own folder."""
+    """Reject file names that lead out of the checkpoint's folder, as an untrusted manifest might hold."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]*", name):
         raise ValueError(f"{name!r} is not a plain file name")
     return name
@@ -42,10 +42,11 @@ class _Part(BaseModel):
 
 
 class Cut(NamedTuple):
-    """How the ranks of a tensor group share a parameter: shard `rank` of `degree`.
+    """A tensor-parallel shard of a parameter: shard `rank` of `degree`.
 
-    The flattened whole is `outer` rows of `degree` runs each; a shard is its run of every row, in order. So
-    rows, columns and the three matrices of q, k and v are cut, by the right number of rows.
+    The flattened parameter consists of `outer` rows of `degree` equal runs each; a shard is its run of every
+    row, in order. The number of rows thus expresses cuts along rows, along columns, and of the three stacked
+    matrices of q, k and v.
     """
 
     rank: int
@@ -53,7 +54,7 @@ class Cut(NamedTuple):
     outer: int
 
     def take(self, whole: Tensor) -> Tensor:
-        """The flattened shard of a whole tensor."""
+        """Return the flattened shard of a whole tensor."""
         return whole.reshape(self.outer, self.degree, -1)[:, self.rank].reshape(-1)
 
 
@@ -61,7 +62,7 @@ WHOLE = Cut(0, 1, 1)
 
 
 class Piece(NamedTuple):
-    """Elements `start` .. `start + numel` of a flattened shard, and the file that holds them."""
+    """The elements `start` .. `start + numel` of a flattened shard, and the file that holds them."""
 
     file: FileName
     shard: Count
@@ -70,13 +71,13 @@ class Piece(NamedTuple):
 
 
 class Parameter(_Part):
-    """A parameter's shape, and the pieces that make it up.
+    """The shape of a parameter, and the pieces that make it up.
 
     Attributes:
-        shape: of the whole.
-        degree: shards that it is cut into; 1 if each piece is a range of the whole.
+        shape: shape of the whole parameter.
+        degree: number of shards; 1 if each piece is a range of the whole parameter.
         outer: rows of the cut, see `Cut`.
-        pieces: by shard and start.
+        pieces: pieces in the order of shard and start.
     """
 
     shape: tuple[Count, ...]
@@ -86,38 +87,41 @@ class Parameter(_Part):
 
     @property
     def numel(self) -> int:
-        """Number of elements."""
+        """The number of elements of the whole parameter."""
         return math.prod(self.shape)
 
     @model_validator(mode="after")
     def check_whole(self) -> Parameter:
-        """Every element is in exactly one piece."""
+        """Check that every element is in exactly one piece."""
         share, rest = divmod(self.numel, self.degree)
         if rest or self.numel % (self.degree * self.outer):
-            raise ValueError(f"{self.numel} elements do not cut into {self.degree} x {self.outer}")
+            raise ValueError(f"{self.numel} elements cannot be cut into {self.degree} x {self.outer}")
         at = 0
         for piece in self.pieces:
             if piece.shard * share + piece.start != at or piece.start + piece.numel > share:
                 raise ValueError(f"element {at} is in no piece, or in two")
             at += piece.numel
         if at != self.numel:
-            raise ValueError(f"{at} of {self.numel} elements are there")
+            raise ValueError(f"{at} of {self.numel} elements are in the pieces")
         return self
 
 
 class Facts(_Part):
-    """What a checkpoint is of.
+    """Facts about the run and the training state that a checkpoint was saved from.
 
     Attributes:
-        step: optimiser steps done.
-        position: where in the data the next step begins.
-        world: ranks, tensor degree, ZeRO stage and precision of who wrote it; others may go on from it.
-        optimizer_step: AdamW's own count, by which it corrects its moments.
+        step: number of completed optimiser steps.
+        task: task of the run, `pretrain` or `finetune`.
+        global_batch_size: clips per optimiser step over all ranks.
+        position: position in the data at which the next step starts.
+        world: ranks, tensor-parallel degree, ZeRO stage and precision of the saving run; a run with other
+            values may resume from the checkpoint.
+        optimizer_step: step count of AdamW, which corrects the bias of its moments.
         loss_scale: state of the fp16 loss scaler; None in other precisions.
         schedule: learning rates of the run.
-        random: where everything random comes from.
-        config: the run's config, resolved.
-        versions: of the packages that wrote it.
+        random: seed of the run, and the values that its random numbers derive from.
+        config: resolved config of the run.
+        versions: versions of the packages in the saving run.
     """
 
     step: Count
@@ -134,7 +138,7 @@ class Facts(_Part):
 
 
 class Manifest(_Part):
-    """Everything about a checkpoint but its tensors."""
+    """The complete description of a checkpoint, apart from its tensors."""
 
     format: Literal["everest-ds checkpoint 1"] = "everest-ds checkpoint 1"
     facts: Facts
@@ -143,7 +147,7 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def check_files(self) -> Manifest:
-        """Pieces lie in files that the manifest seals."""
+        """Check that all pieces lie in files that the manifest lists."""
         for name, parameter in self.parameters.items():
             for piece in parameter.pieces:
                 if piece.file not in self.files:
@@ -152,7 +156,7 @@ class Manifest(_Part):
 
     @property
     def num_bytes(self) -> int:
-        """Size of the files listed."""
+        """The total size of the listed files, in bytes."""
         return sum(seal.num_bytes for seal in self.files.values())
 
 
@@ -164,14 +168,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check the manifest; not the files that it lists.
+    """Read and check the manifest, without the files that it lists.
 
     Raises:
-        CheckpointError: saying what is missing or damaged.
+        CheckpointError: if the manifest or its seal is missing or damaged.
     """
     text, seal = _read(folder / MANIFEST_FILE), _read(folder / SEAL_FILE)
     if seal != _seal_line(text):
-        raise CheckpointError(f"{folder / MANIFEST_FILE}: damaged", given=f"not what {SEAL_FILE} seals")
+        raise CheckpointError(
+            f"{folder / MANIFEST_FILE}: damaged", given=f"its checksum is not the one in {SEAL_FILE}"
+        )
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:

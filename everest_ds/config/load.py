@@ -1,4 +1,4 @@
-"""From a recipe name or a YAML file plus `key.path=value` overrides to a validated `Experiment`."""
+"""Loading of a recipe or YAML file, with `key.path=value` overrides, into a validated `Experiment`."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from everest_ds.errors import ConfigError, nearest
 
 
 def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Resolve `base:` inheritance and overrides, then validate.
+    """Load a config: resolve its `base:` inheritance, apply the overrides and validate the result.
 
     Args:
         source: a recipe name, a YAML file, or a run folder (its `config.yaml`).
         overrides: `key.path=value` strings; values are YAML.
 
     Raises:
-        ConfigError: naming the file or key, what was given and what is allowed.
+        ConfigError: if a file, key or value is invalid; the message names it and the allowed values.
     """
     found = find_config(source)
     tree = choose(_read_with_bases(found, ()), found)
-    if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
+    if Path(source).is_dir():  # the run folder may have been moved since its config was written
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
     return build_experiment(tree, overrides, found.path)
 
@@ -38,10 +38,12 @@ def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Expe
     """Apply `key.path=value` overrides to a tree of settings, then validate.
 
     Args:
-        origin: where the tree is from; errors name it.
+        tree: nested settings, as read from YAML; the overrides are written into it.
+        overrides: `key.path=value` strings; values are YAML.
+        origin: file that the tree was read from; error messages name it.
 
     Raises:
-        ConfigError: naming the key, what was given and what is allowed.
+        ConfigError: if a key or value is invalid; the message names it and the allowed values.
     """
     for text in overrides:
         _apply_override(tree, text)
@@ -52,15 +54,15 @@ def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Expe
 
 
 def dump_experiment(config: Experiment) -> str:
-    """The resolved config as YAML, complete: what a run folder keeps."""
+    """Return the complete resolved config as YAML, in the form that a run folder stores."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def find_config(source: str | Path) -> Source:
-    """Where the config of a recipe's name, a path or a run folder is written.
+    """Find the config file of a recipe name, a YAML file or a run folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: if `source` is none of the three.
     """
     path = Path(source)
     if path.is_dir() and (path / "config.yaml").is_file():
@@ -79,7 +81,7 @@ def find_config(source: str | Path) -> Source:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `("a.b", 1)`: every leaf with its dotted path."""
+    """Yield every leaf with its dotted path: `{"a": {"b": 1}}` yields `("a.b", 1)`."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -91,7 +93,7 @@ def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
     path = source.path
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{path}: `base` goes in a circle", given=chain)
+        raise ConfigError(f"{path}: `base` inherits from itself", given=chain)
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:

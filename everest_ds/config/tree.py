@@ -1,4 +1,4 @@
-"""YAML files as trees of settings: reading, inheriting by `base:`, merging."""
+"""Reading of YAML files as trees of settings, and merging of one tree over another."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Tree = dict[str, Any]
 
 
 def read_yaml(path: Path) -> Tree:
-    """The mapping in a file; an empty file is an empty one.
+    """Read the mapping in a YAML file; an empty file gives an empty mapping.
 
     Raises:
-        ConfigError: it cannot be read, or is not a mapping.
+        ConfigError: if the file cannot be read or does not hold a mapping.
     """
     try:
         tree = yaml.safe_load(path.read_text())
@@ -31,7 +31,7 @@ def read_yaml(path: Path) -> Tree:
 
 
 def merge(base: Tree, top: Tree) -> Tree:
-    """`top` over `base`, section by section."""
+    """Merge `top` over `base`, recursing into the sections that both hold."""
     merged = dict(base)
     for key, value in top.items():
         below = merged.get(key)

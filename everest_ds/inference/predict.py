@@ -1,6 +1,6 @@
-"""What a classifier sees in videos.
+"""Class predictions for videos, and the tokens that a model keeps of one clip.
 
-Shape legend: F frames, H x W pixels, T slots, h x w tokens of a slot, K kept tokens.
+Shape legend: F frames, H x W pixels, T slots, h x w tokens of one slot, K kept tokens.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from everest_ds.models.tubelets import from_tubelets
 
 
 class Sight(NamedTuple):
-    """A clip as a model sees it.
+    """A clip and the tokens of it that a model keeps.
 
     Attributes:
-        clip_FHWC: uint8, the frames of the slots that it takes.
-        kept_Thw: bool, the tokens that it computes on.
+        clip_FHWC: uint8, frames of the slots that the model uses.
+        kept_Thw: bool, True for the tokens that the model computes on.
     """
 
     clip_FHWC: NDArray[np.uint8]
@@ -37,11 +37,11 @@ class Sight(NamedTuple):
 
 
 class Predictions(NamedTuple):
-    """What a classifier said.
+    """Class predictions of a classifier.
 
     Attributes:
-        probabilities: float32 (classes,) of each sample that could be read, by its index.
-        problems: the others.
+        probabilities: float32 (classes,) for each readable sample, by the index of the sample.
+        problems: samples that could not be read, with the reason.
     """
 
     probabilities: dict[int, NDArray[np.float32]]
@@ -54,18 +54,22 @@ def predict(
     views: Views = Views(),
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Predictions:
-    """Class probabilities of videos, averaged over the views.
+    """Compute the class probabilities of videos, averaged over their views.
 
     Args:
-        model: a classifier as `load_model` gives it, on the device to use.
-        on_progress: told how many views are done.
+        model: a classifier from `load_model`, on the device to use.
+        samples: videos to classify.
+        views: views of each video.
+        on_progress: called with the number of views that are done.
 
     Raises:
-        UsageError: it is no classifier.
+        UsageError: if the model is not a classifier.
     """
     config: Experiment = model.config
     if not isinstance(model, Classifier):
-        raise UsageError("this model names no classes", given=type(model).__name__, fix="fine-tune it first")
+        raise UsageError(
+            "this model is not a classifier", given=type(model).__name__, fix="fine-tune it first"
+        )
     problems: list[Problem] = []
 
     def note(failure: Failure) -> None:
@@ -78,10 +82,10 @@ def predict(
 
 @torch.no_grad()
 def see(model: Any, video: Path) -> Sight:
-    """The middle of a video, and which of its tokens the model keeps.
+    """Return the middle clip of a video and the tokens of it that the model keeps.
 
     Raises:
-        DataError: the video cannot be read, or is too short.
+        DataError: if the video cannot be read or is too short.
     """
     batch, geometry = read_clip(video, model.config), model.config.model.geometry
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Tables of features on the disk: `.npz`, or `.parquet` where pyarrow is installed."""
+"""Feature tables on the disk, as `.npz` or, with pyarrow installed, as `.parquet`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ UNLABELLED = -1
 
 
 class FeatureTable(NamedTuple):
-    """One row a video.
+    """A table of features with one row per video.
 
     Attributes:
-        video: names (n,).
-        label: int64 (n,), -1 where there is none.
-        features: float32 (n, D).
-        model: what they were computed with, a digest.
+        video: names of the videos (n,).
+        label: int64 labels (n,), -1 for a video without a label.
+        features: float32 feature vectors (n, D).
+        model: digest of the model and settings that the features were computed with.
     """
 
     video: NDArray[np.str_]
@@ -34,24 +34,26 @@ class FeatureTable(NamedTuple):
 
 
 def check_name(file: Path) -> None:
-    """Refuse a table that could not be written.
+    """Check that a table can be written under the given file name.
 
     Raises:
-        UsageError: another suffix, or pyarrow is missing.
+        UsageError: if the suffix is not supported, or pyarrow is missing for `.parquet`.
     """
     if file.suffix not in SUFFIXES:
-        raise UsageError(f"{file}: not a table of features", given=file.suffix, allowed=" or ".join(SUFFIXES))
+        raise UsageError(
+            f"{file}: not a file name for a feature table", given=file.suffix, allowed=" or ".join(SUFFIXES)
+        )
     if file.suffix == ".parquet" and find_spec("pyarrow") is None:
         raise UsageError(
-            f"{file}: needs pyarrow", fix="pip install 'everest-ds[parquet]', or give a file in .npz"
+            f"{file}: pyarrow is not installed", fix="pip install 'everest-ds[parquet]', or give a .npz file"
         )
 
 
 def write_table(file: Path, table: FeatureTable) -> None:
-    """Write a table; a reader sees what was there before until all of it is on the disk.
+    """Write a table atomically: a reader sees the previous file until the new one is complete.
 
     Raises:
-        DataError: it cannot be written.
+        DataError: if the table cannot be written.
     """
     temporary = file.with_name(f".{file.stem}.tmp{file.suffix}")
     try:
@@ -69,10 +71,10 @@ def write_table(file: Path, table: FeatureTable) -> None:
 
 
 def read_table(file: Path) -> FeatureTable:
-    """Read a table.
+    """Read a feature table.
 
     Raises:
-        DataError: it is no table of features.
+        DataError: if the file is not a feature table.
     """
     try:
         if file.suffix == ".parquet":
@@ -80,12 +82,12 @@ def read_table(file: Path) -> FeatureTable:
         with np.load(file, allow_pickle=False) as arrays:
             columns = {name: arrays[name] for name in FeatureTable._fields}
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{file}: not a table of features", given=str(error).splitlines()[0]) from None
+        raise DataError(f"{file}: not a feature table", given=str(error).splitlines()[0]) from None
     return FeatureTable(**{**columns, "model": str(columns["model"])})
 
 
 def join(tables: list[FeatureTable]) -> FeatureTable:
-    """One table after the other; all of one model."""
+    """Concatenate tables of the same model."""
     return FeatureTable(
         np.concatenate([table.video for table in tables]),
         np.concatenate([table.label for table in tables]),
@@ -95,7 +97,7 @@ def join(tables: list[FeatureTable]) -> FeatureTable:
 
 
 def rows_of(table: FeatureTable, index: list[int]) -> FeatureTable:
-    """Some of its rows."""
+    """Return a table of the rows at the given indices."""
     return FeatureTable(table.video[index], table.label[index], table.features[index], table.model)
 
 

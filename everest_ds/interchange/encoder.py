@@ -1,4 +1,4 @@
-"""The encoder that a run starts from: of a run of ours, or of any system's checkpoint."""
+"""The encoder weights that a run starts from, read from a run or from the checkpoint of any system."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from everest_ds.interchange.tensors import Shape
 
 
 class Encoder(NamedTuple):
-    """Weights on the disk, the encoder's among them.
+    """Weights on the disk that include those of an encoder.
 
     Attributes:
-        path: what is read.
-        shapes: by our names.
-        read: one of them, float32.
+        path: file or folder that is read.
+        shapes: shape of each tensor, by its EVEREST-DS name.
+        read: function that reads the tensor of a name, as float32.
     """
 
     path: Path
@@ -37,10 +37,11 @@ def open_encoder(path: Path, config: Experiment) -> Iterator[Encoder]:
     """Open the weights that `model.init_from` names, for the encoder of `config`.
 
     Args:
-        path: a run (its newest checkpoint), or whatever `open_source` takes.
+        path: a run (its newest checkpoint), or any source that `open_source` accepts.
+        config: config of the new run.
 
     Raises:
-        CheckpointError: if they cannot be read, or were trained with other positions.
+        CheckpointError: if the weights cannot be read, or were trained with other positions.
     """
     with open_raw(path, prefer_best=False) as raw:
         if detect(raw.shapes, raw.path).system == "everest":
@@ -56,7 +57,7 @@ def open_encoder(path: Path, config: Experiment) -> Iterator[Encoder]:
 def _check_positions(path: Path, found: str, config: Experiment) -> None:
     if found != config.model.positions:
         raise CheckpointError(
-            f"{path}: an encoder of other positions than this run's",
+            f"{path}: the encoder was trained with other positions than this run uses",
             given=f"model.positions={config.model.positions}",
             allowed=f"model.positions={found}",
             fix=f"set model.positions={found}",

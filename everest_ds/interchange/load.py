@@ -1,4 +1,4 @@
-"""Models as a library: weights of a run, a file or another system in a module that is ready to run."""
+"""Library entry point that loads weights of a run, a file or another system into a model ready to run."""
 
 from __future__ import annotations
 
@@ -13,28 +13,32 @@ from everest_ds.log import logger
 
 
 def load_model(source: str | Path, *overrides: str, features: bool = False, entry: str | None = None) -> Any:
-    """The model whose weights are at `source`, in evaluation, in float32 on the host.
+    """Load the model whose weights are at `source`, in evaluation mode and in float32 on the host.
 
-    A `PretrainModel` or a `Classifier`, or, of an encoder alone, a `FeatureModel`. Each is called with uint8
-    clips (B, F, H, W, 3) and int64 keys (B,), which drive what is random: nothing, for `rero` and `none`.
+    The model is a `PretrainModel`, a `Classifier` or, for encoder weights only, a `FeatureModel`. Each model
+    is called with uint8 clips (B, F, H, W, 3) and int64 random keys (B,); the keys have no effect on a
+    classifier or feature model with selection `rero` or `none` and without IIFS.
 
     Args:
         source: a run folder (its best weights, else its newest checkpoint), a checkpoint, a `.safetensors`
             file, an original's `.pth`, or a folder of transformers' VideoMAE.
-        overrides: settings, such as `tokens.selection=rero tokens.keep_ratio=0.6` of a dense model.
-        features: the encoder and its LayerNorm only: a `FeatureModel`, which gives one vector a clip.
-        entry: of what a training script saved, such as `model_ema`; None: the weights.
+        overrides: `key.path=value` settings, such as `tokens.selection=rero tokens.keep_ratio=0.6` to run a
+            dense model on selected tokens.
+        features: load only the encoder and its LayerNorm, as a `FeatureModel`: one vector per clip.
+        entry: entry of a training checkpoint to read, such as `model_ema`; None reads the usual weights.
 
     Returns:
-        The module; `config` is its experiment, `class_names` a list in label order, or None.
+        The module. Its attribute `config` is the experiment, `class_names` a list in label order or None.
 
     Raises:
-        CheckpointError: naming the file or the key that does not fit.
-        ConfigError: if an override does not fit.
+        CheckpointError: if the weights cannot be read; the message names the file or key.
+        ConfigError: if an override is invalid.
     """
     with open_source(Path(source), overrides, entry) as stored:
         if stored.assumed:
-            logger.warning("%s does not tell its clips; assumed: %s", source, ", ".join(stored.assumed))
+            logger.warning(
+                "%s does not define the shape of its clips; assumed: %s", source, ", ".join(stored.assumed)
+            )
         model: Any = outline_of(stored.config, "encoder" if features else stored.layout.kind)
         model.to_empty(device="cpu")
         _compute_buffers(model)
@@ -46,7 +50,7 @@ def load_model(source: str | Path, *overrides: str, features: bool = False, entr
 
 
 def _compute_buffers(model: nn.Module) -> None:
-    with torch.random.fork_rng(devices=[]):  # weights are drawn on the way, which the file's replace
+    with torch.random.fork_rng(devices=[]):  # resetting also draws weights, which are overwritten
         for module in model.modules():
             if any(True for _ in module.buffers(recurse=False)):
                 reset: Any = module.reset_parameters

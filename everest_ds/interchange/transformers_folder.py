@@ -1,4 +1,4 @@
-"""A folder that `from_pretrained` of transformers takes: weights, config and preprocessing."""
+"""Writer of a folder for `from_pretrained` of transformers: weights, config and preprocessing."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ARCHITECTURES: dict[Kind, str] = {
 def save_folder(
     folder: Path, state: Mapping[str, Tensor], kind: Kind, config: Experiment, class_names: list[str] | None
 ) -> None:
-    """Write the folder; what else is in it stays.
+    """Write weights, config and preprocessing into a folder, whose other files are kept.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(state, folder / SAFETENSORS_FILE, {"format": "pt"})

@@ -1,4 +1,4 @@
-"""One vector a clip, of the encoder of either phase: for linear probes, retrieval and clustering.
+"""The model that turns a clip into one feature vector, for linear probes, retrieval and clustering.
 
 Shape legend: B clips, F frames, H x W pixels, K kept tokens, D width.
 """
@@ -14,13 +14,14 @@ from everest_ds.models.tubelets import gather_tokens
 
 
 class FeatureModel(nn.Module):
-    """Encoder of the kept tokens, their mean, and the LayerNorm where the phase has it.
+    """Encoder of the kept tokens, followed by their mean and the LayerNorm of the training phase.
 
-    In pre-training that is on each token, before the mean; in a classifier after it: the vector is then what
-    its head reads. Nothing is masked. Its parameters are named as those of both models.
+    A pre-trained model normalises each token before the mean, a classifier normalises the mean: the vector is
+    then the input of its head. No token is masked. The parameters have the names that they have in both
+    models.
 
     Args:
-        config: an experiment of either task; of pre-training's tubes, all tokens are kept.
+        config: an experiment of either task; with tube masks (`tube`, `dual`), all tokens are kept.
     """
 
     def __init__(self, config: Experiment) -> None:
@@ -32,10 +33,12 @@ class FeatureModel(nn.Module):
         self.norm = nn.LayerNorm(model.shape.encoder.width, eps=eps)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Features (B, D) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random.
+        """Compute the features (B, D) of uint8 clips (B, F, H, W, 3).
 
         Args:
-            keep_BK: the tokens to keep, where they are chosen already.
+            clip_BFHWC: uint8 RGB clips.
+            key_B: int64 random keys, one per clip.
+            keep_BK: indices of the kept tokens, if they have already been chosen.
         """
         embedding = self.encoder.embed()
         pixels_BNP, _, keep_BK = self.selector.kept(clip_BFHWC, embedding, key_B, keep_BK)

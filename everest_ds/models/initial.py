@@ -1,8 +1,8 @@
-"""Initial weights one module at a time, so that no process needs memory for a whole model.
+"""Initial weights drawn one module at a time, so that no process needs memory for a whole model.
 
-Every module that has tensors of its own fills them in its `reset_parameters`, PyTorch's name for that; its
-constructor calls it after those of its children. Going through the modules in that order, the numbers drawn
-are those of `build_model`, bit for bit.
+Every module that owns tensors fills them in its `reset_parameters`, as is PyTorch's convention, and its
+constructor calls this method after the constructors of its children. Visiting the modules in the same order
+draws the same numbers as `build_model`, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ NamedTensor = tuple[str, Tensor]
 
 
 def outline(config: Experiment) -> nn.Module:
-    """The model that the experiment trains, on the meta device: names and shapes, no memory."""
+    """Build the experiment's model on the meta device: names and shapes that take no memory."""
     with torch.device("meta"):
         return build_model(config)
 
 
 def draw(config: Experiment) -> Iterator[NamedTensor]:
-    """Parameters and buffers by name, as `torch.manual_seed(run.seed)` and `build_model` would make them.
+    """Yield all parameters and buffers by name, equal to those of `build_model` seeded with `run.seed`.
 
-    A module's tensors live until the next module's are asked for, unless the caller keeps them. The process's
-    generator stays as it is.
+    The tensors of a module are freed when the next module is drawn, unless the caller keeps them. The random
+    state of the process does not change.
     """
     random_state = torch.Generator().manual_seed(config.run.seed).get_state()
     for path, module in _children_first(outline(config)):

@@ -1,8 +1,8 @@
-"""What pre-training shows to the encoder and what it predicts, for each way to choose.
+"""Masks of pre-training: the visible and the predicted tokens of a clip, for each selection.
 
-Every count is fixed; which tokens, follows from the clip's random key.
+All token counts are fixed; the choice of tokens follows from the random key of the clip.
 
-Shape legend: B clips, T slots, L places a slot, N = T·L tokens, K kept, V visible, M predicted.
+Shape legend: B clips, T slots, L places per slot, N = T·L tokens, K kept, V visible, M predicted.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from everest_ds.config.tokens import RUNNING_CELL_PERIOD, ClipGeometry
 from everest_ds.models.sampling import random_bits, random_permutation
 
-# Streams of per-clip randomness (see sampling.random_bits). Drop path uses those from 16 on.
+# Streams of per-clip randomness (see sampling.random_bits). Drop path uses the streams from 16 on.
 VISIBLE_STREAM = 0
 TUBE_STREAM = 1
 KEEP_STREAM = 2
@@ -22,12 +22,12 @@ FRAME_STREAM = 4
 
 
 def random_tokens(num_tokens: int, num_kept: int, key_B: Tensor) -> Tensor:
-    """A uniform random subset of all tokens: int64 (B, K), ascending."""
+    """Draw a uniform random subset of all tokens: int64 (B, K), ascending."""
     return random_permutation(key_B, KEEP_STREAM, num_tokens)[:, :num_kept].sort(dim=1).values
 
 
 def split_kept(keep_BK: Tensor, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Split the kept tokens into a uniform random visible subset and the rest, to be predicted.
+    """Split the kept tokens into a uniform random visible subset and a remainder to predict.
 
     Returns:
         int64 (B, V) and (B, K - V) token indices, each ascending.
@@ -41,7 +41,7 @@ def split_kept(keep_BK: Tensor, num_visible: int, key_B: Tensor) -> tuple[Tensor
 
 
 def split_tubes(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
-    """VideoMAE's tube mask: the same random places are visible in every slot; all others are predicted.
+    """Draw VideoMAE's tube mask: the same random places are visible in every slot, all others are predicted.
 
     Returns:
         int64 (B, V) and (B, N - V) token indices, each ascending.
@@ -52,12 +52,12 @@ def split_tubes(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tupl
 
 
 def split_dual(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
-    """VideoMAE v2's dual masking: tubes for the encoder; of the rest, the running cells are predicted.
+    """Draw VideoMAE v2's dual mask: visible tubes, and running cells that select half of the rest to predict.
 
-    The four places of each 2x2 cell take turns over time, each predicted in 2 of 4 slots, from a random
-    start (CVPR 2023, section 3.2; row by row as in its released code). Over whole periods every place is
-    predicted in exactly T / 2 slots: the count is fixed, whatever tubes are hidden. The released decoder also
-    gets mask tokens for chosen places that are visible anyway, outside the loss; ours does not.
+    The four places of each 2x2 cell take turns over time, from a random start: each is predicted in 2 of 4
+    slots (CVPR 2023, section 3.2; row by row as in its released code). Over whole periods every place is
+    predicted in exactly T / 2 slots, so the count does not depend on the hidden tubes. The released decoder
+    also receives mask tokens for selected places that are visible, outside the loss; this decoder does not.
 
     Returns:
         int64 (B, V) and (B, (N - V) / 2) token indices, each ascending.
@@ -69,7 +69,7 @@ def split_dual(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tuple
     turn = 2 * (row % 2) + column % 2 + start  # (B, places)
     period = torch.arange(0, geometry.num_slots, RUNNING_CELL_PERIOD, device=device)
     within = torch.arange(RUNNING_CELL_PERIOD // 2, device=device)
-    # the slots in which a place is predicted: two neighbours, cyclically, of each period
+    # a place is predicted in two cyclically adjacent slots of each period
     slots = period[:, None, None] + (within[:, None] - turn[:, None, None]) % RUNNING_CELL_PERIOD
     predicted = slots * geometry.tokens_per_slot + hidden[:, None, None]
     every_slot = torch.arange(geometry.num_slots, device=device)[:, None]
@@ -77,12 +77,12 @@ def split_dual(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tuple
 
 
 def _places(geometry: ClipGeometry, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Random places of the grid to show and to hide, each (B, places), ascending."""
+    """Draw the places of the grid to show and to hide: two tensors (B, places), ascending."""
     order = random_permutation(key_B, TUBE_STREAM, geometry.tokens_per_slot)
     shown = num_visible // geometry.num_slots
     return order[:, :shown].sort(dim=1).values, order[:, shown:].sort(dim=1).values
 
 
 def _tokens(slot: Tensor, place: Tensor, geometry: ClipGeometry) -> Tensor:
-    """Slots (T, 1) x places (B, n) -> token indices (B, T·n), slot by slot."""
+    """Combine slots (T, 1) and places (B, n) into token indices (B, T·n), slot by slot."""
     return (slot * geometry.tokens_per_slot + place[:, None]).flatten(1)

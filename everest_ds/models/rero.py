@@ -1,11 +1,11 @@
-"""ReRo, redundancy-robust token selection: THE selector, one for pre-training and fine-tuning.
+"""Redundancy-robust (ReRo) token selection, shared by pre-training and fine-tuning.
 
-A token matters as much as its tubelet changed: its importance is the distance between its features and
-those of the tubelet one slot earlier at the same place (EVEREST, ICML 2024, section 3). Selection returns
-index tensors of a fixed size, so everything downstream has static shapes. Nothing here carries gradient.
+The importance of a token is the distance between the features of its tubelet and those of the tubelet one
+slot earlier at the same place (EVEREST, ICML 2024, section 3). Selection returns index tensors of a fixed
+size, so all later tensors have static shapes. No function here carries gradient.
 
-Shape legend: B clips, T slots, L places a slot, N = T·L tokens, K kept, P values of a tubelet, D width,
-s features of a score.
+Shape legend: B clips, T slots, L places per slot, N = T·L tokens, K kept, P values of one tubelet, D width,
+s features that a score compares.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from everest_ds.models.linear import linear
 from everest_ds.models.sampling import random_bits
 from everest_ds.models.tubelets import MIDDLE_GREY, PixelMap, normalization_of_pixels, normalize_pixels
 
-# Tubelets scored at a time: enough to fill a GEMM, few enough that their features are never a peak of memory
-# (a quarter of a gigabyte with ViT-L). A CPU has them in its caches; a GPU's host pays for every launch.
+# Tubelets scored at a time: enough to fill a GEMM, few enough that their features never set the memory peak
+# (a quarter of a gigabyte with ViT-L). Small chunks stay in the caches of a CPU; a GPU gets larger chunks,
+# since every kernel launch costs host time.
 _CHUNK_TOKENS, _CHUNK_TOKENS_ON_GPU = 2**12, 2**15
 _SKETCH_KEY, _SKETCH_STREAM = 20240721, 0  # fixed: every run, rank and restart draws the same projection
 
 
 def token_importance(tubelets_BNP: Tensor, num_slots: int, score: PixelMap | None, distance: str) -> Tensor:
-    """How much each token differs from its predecessor in time.
+    """Compute how much each token differs from its predecessor in time.
 
     Args:
         tubelets_BNP: uint8 tubelets, slot by slot.
         num_slots: T, at least 2.
-        score: the features to compare, as a map of pixels (see `score_map`); None compares the pixels.
+        score: map from pixels to the features to compare (see `score_map`); None compares the pixels.
         distance: `l2`, `l1`, or `cosine` (one minus the cosine of the angle).
 
     Returns:
-        float32 (B, N). Slot 0 has no predecessor and takes slot 1's (released EVEREST code).
+        float32 (B, N). Slot 0 has no predecessor and takes the importance of slot 1 (released EVEREST code).
     """
     clips_BTLP = tubelets_BNP.unflatten(1, (num_slots, -1))
     chunk_tokens = _CHUNK_TOKENS_ON_GPU if tubelets_BNP.is_cuda else _CHUNK_TOKENS
@@ -50,11 +51,11 @@ def token_importance(tubelets_BNP: Tensor, num_slots: int, score: PixelMap | Non
 
 
 def score_map(kind: str, embedding: PixelMap) -> PixelMap | None:
-    """The features that a score compares.
+    """Return the map from pixels to the features that a score compares.
 
-    `embedding`: the patch embedding itself, the paper's. `sketch`: a fixed random projection of it to a tenth
-    of its width; by Johnson and Lindenstrauss distances keep their size in expectation. `pixel`: the
-    normalised pixels, for which no weight is needed (None).
+    `embedding` is the patch embedding itself, as in the paper. `sketch` is a fixed random projection of it to
+    a tenth of its width, which preserves distances in expectation (Johnson and Lindenstrauss). `pixel`
+    compares the normalised pixels, which needs no weights (None).
     """
     if kind == "pixel":
         return None
@@ -66,9 +67,9 @@ def score_map(kind: str, embedding: PixelMap) -> PixelMap | None:
 
 
 def select_tokens(importance_BN: Tensor, num_kept: int) -> Tensor:
-    """Indices of the K most important tokens of each clip, over the whole clip, in ascending order.
+    """Select the K most important tokens over each whole clip, as indices in ascending order.
 
-    Ties go to the earlier token, so that still clips (all distances zero) select the same on any device.
+    Ties go to the earlier token, so that still clips (all distances zero) give the same tokens on any device.
 
     Returns:
         int64 (B, K).
@@ -78,18 +79,19 @@ def select_tokens(importance_BN: Tensor, num_kept: int) -> Tensor:
 
 
 def _turns(chunk_BTLP: Tensor, score: PixelMap | None) -> Tensor:
-    """(B, T - 1, L): one minus the cosine between each tubelet's features and those before."""
+    """Compute one minus the cosine between the features of neighbouring slots: (B, T - 1, L)."""
     features = normalize_pixels(chunk_BTLP) if score is None else score(chunk_BTLP)
     unit = F.normalize(features.float(), dim=-1)
-    # for unit vectors half the squared distance; exactly zero where nothing changed
+    # One minus the cosine of unit vectors is half their squared distance, which is exactly 0 for equal ones.
     return (unit[:, 1:] - unit[:, :-1]).square().sum(dim=-1) / 2
 
 
 def _changes(chunk_BTLP: Tensor, per_level_sP: Tensor | None, distance: str) -> Tensor:
-    """(B, T - 1, L): the distance of each tubelet's features to those before.
+    """Compute the distance between the features of neighbouring slots: (B, T - 1, L).
 
-    The map is linear: the change of the features is that of the pixels, mapped. The difference of two nearly
-    equal embeddings would be mostly rounding, above all in half precision; that of pixels is exact.
+    The change of pixels is mapped, not the pixels themselves: the map is affine, so the result is the change
+    of the features. The difference of two nearly equal embeddings would be mostly rounding error, above all
+    in half precision, while the difference of pixels is exact.
     """
     values = chunk_BTLP.to(torch.float32 if per_level_sP is None else per_level_sP.dtype)
     change = values[:, 1:] - values[:, :-1]
@@ -101,7 +103,7 @@ def _changes(chunk_BTLP: Tensor, per_level_sP: Tensor | None, distance: str) -> 
 
 
 def _sketch(width: int, device: torch.device) -> Tensor:
-    """Fixed random signs (s, width), scaled so that the square of a length is kept in expectation."""
+    """Draw the fixed random signs (s, width), scaled to preserve squared lengths in expectation."""
     rows = sketch_width(width)
     key = torch.full((1,), _SKETCH_KEY, dtype=torch.int64, device=device)
     signs = (random_bits(key, _SKETCH_STREAM, rows * width) & 1) * 2 - 1

@@ -1,6 +1,6 @@
-"""Which frames and tokens of a clip are computed on: the config's choices, applied to pixels.
+"""Selection of the frames and tokens that a model computes on, as the config defines it.
 
-Shape legend: B clips, S candidate slots, T slots, N tokens, K kept, V visible, M predicted, P values of a
+Shape legend: B clips, S candidate slots, T slots, N tokens, K kept, V visible, M predicted, P values of one
 tubelet.
 """
 
@@ -22,12 +22,12 @@ _TUBES = {"tube": split_tubes, "dual": split_dual}
 
 
 class Kept(NamedTuple):
-    """A clip, cut up, and the tokens that are computed on.
+    """Tubelets of a batch of clips, and the indices of their kept tokens.
 
     Attributes:
         pixels_BNP: uint8 tubelets of the T slots that the model sees.
-        slots_BT: which candidate slots those are.
-        keep_BK: token indices, ascending; all of them for `none` and for pre-training's tubes.
+        slots_BT: indices of these slots among the candidate slots.
+        keep_BK: indices of the kept tokens, ascending; all tokens for `none`, `tube` and `dual`.
     """
 
     pixels_BNP: Tensor
@@ -36,13 +36,13 @@ class Kept(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """A clip, cut up and chosen from.
+    """Tubelets of a batch of clips, and the indices of their visible and predicted tokens.
 
     Attributes:
         pixels_BNP: uint8 tubelets of the T slots that the model sees.
-        slots_BT: which candidate slots those are.
-        visible_BV: token indices for the encoder, ascending.
-        predicted_BM: token indices to predict, ascending; none in fine-tuning.
+        slots_BT: indices of these slots among the candidate slots.
+        visible_BV: indices of the tokens for the encoder, ascending.
+        predicted_BM: indices of the tokens to predict, ascending; none in fine-tuning.
     """
 
     pixels_BNP: Tensor
@@ -52,9 +52,9 @@ class Selection(NamedTuple):
 
 
 class Selector(nn.Module):
-    """Frame and token selection of both phases. Has no weights and carries no gradient.
+    """Frame and token selection of pre-training and fine-tuning, without weights or gradient.
 
-    It is a module, though a function would do, so that profilers name its share of a step.
+    The selector is a module rather than a function so that profilers report its share of a step by name.
     """
 
     def __init__(self, config: Experiment) -> None:
@@ -68,10 +68,13 @@ class Selector(nn.Module):
     def forward(
         self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
     ) -> Selection:
-        """Choose from uint8 clips of S candidate slots; the keys (B,) drive what is random.
+        """Select frames and tokens from uint8 clips of S candidate slots.
 
         Args:
-            keep_BK: the tokens to keep, where the loader has chosen them.
+            clip_BFHWC: uint8 RGB clips.
+            embedding: the patch embedding in this step, which ReRo may score with.
+            key_B: int64 random keys, one per clip.
+            keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         pixels_BNP, slots_BT, keep_BK = self.kept(clip_BFHWC, embedding, key_B, keep_BK)
         if self.tokens.selection in _TUBES:
@@ -84,9 +87,13 @@ class Selector(nn.Module):
     def kept(
         self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
     ) -> Kept:
-        """Frames and kept tokens, without pre-training's split into visible and predicted ones.
+        """Select frames and kept tokens, without splitting them into visible and predicted tokens.
 
-        Args: as of the module's call.
+        Args:
+            clip_BFHWC: uint8 RGB clips of S candidate slots.
+            embedding: the patch embedding in this step, which ReRo may score with.
+            key_B: int64 random keys, one per clip.
+            keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
         if keep_BK is None:
@@ -94,7 +101,7 @@ class Selector(nn.Module):
         return Kept(pixels_BNP, slots_BT, keep_BK)
 
     def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """IIFS: the tubelets and numbers of T slots out of S; all of them where S = T."""
+        """Return the tubelets and indices of the T slots that IIFS draws from S, or of all slots if S = T."""
         pixels = to_tubelets(clip_BFHWC, self.candidates)
         num_slots, num_drawn = self.candidates.num_slots, self.geometry.num_slots
         if num_slots == num_drawn:
@@ -103,14 +110,14 @@ class Selector(nn.Module):
         return gather_slots(pixels, slots_BT, self.geometry.tokens_per_slot), slots_BT
 
     def count_tokens(self, candidates_BNP: Tensor, embedding: PixelMap) -> Tensor:
-        """How many of the candidates' ReRo tokens lie in each slot: c (B, S)."""
+        """Count the ReRo tokens in each candidate slot: (B, S)."""
         num_slots, num_tokens = self.candidates.num_slots, self.candidates.num_tokens
         num_kept = exact_floor(self.tokens.keep_ratio, num_tokens)
         keep_BK = select_tokens(self.importance(candidates_BNP, num_slots, embedding), num_kept)
         return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
     def _keep(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
-        """Token indices (B, K) to compute on, ascending."""
+        """Return the indices (B, K) of the kept tokens, ascending."""
         counts = self.counts
         if self.tokens.selection == "rero":
             return select_tokens(
@@ -121,6 +128,6 @@ class Selector(nn.Module):
         return torch.arange(counts.num_tokens, device=key_B.device).expand(len(key_B), -1)
 
     def importance(self, pixels_BNP: Tensor, num_slots: int, embedding: PixelMap) -> Tensor:
-        """ReRo importance (B, N) by the config's score and distance."""
+        """Compute the ReRo importance (B, N) with the configured score and distance."""
         score = score_map(self.tokens.score, embedding)
         return token_importance(pixels_BNP, num_slots, score, self.tokens.distance)

@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not there; damage is found and named; ranges read back from any cut."""
+"""Tests of checkpoint folders: atomic writes, named damage, and reading of any range of a parameter."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FILES = ("a.safetensors", "b.safetensors", "manifest.json", "manifest.sha256")
 
 
 def flip(file: Path, place: float) -> None:
-    """Turn over one bit of the byte at `place`, from 0 (first) to 1 (last)."""
+    """Flip one bit of the byte at `place`, from 0 (first byte) to 1 (last byte)."""
     content = bytearray(file.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     file.write_bytes(content)

@@ -1,4 +1,4 @@
-"""Shared memory that a run is said to need, against what its workers really send."""
+"""Tests of the predicted shared memory against the batches that workers send."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every key is accounted for, nothing is lost on the way there and back, and what does not fit is named."""
+"""Tests of conversion: every key is reported, round trips are exact, and errors name the offending key."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_the_decoders_of_other_targets_are_unused_and_it_says_why(tmp_path: Path
     why = {key.source: key.why for key in done.keys if key.status == "unused"}
     assert done.source == "mvd encoder" and done.config.model.positions == "grid"
     assert len(why) == len(state) - 56 and why["decoder_vid.blocks.1.mlp.fc2.bias"].startswith(
-        "of a decoder of other"
+        "part of a decoder whose"
     )
     assert why["pos_embed"] == "equals the fixed table of model.positions=grid"
 
@@ -104,7 +104,10 @@ def training_arguments(**extra: Any) -> argparse.Namespace:
 
 
 def test_a_training_scripts_file_tells_its_clips_and_tokens(tmp_path: Path) -> None:
-    """As their save_model writes it: NumPy's numbers among the optimiser's, and argparse's namespace."""
+    """The clip and token settings come from the arguments in a file of the original `save_model`.
+
+    Such a file holds NumPy numbers in the state of the optimiser, and the arguments as an argparse namespace.
+    """
     optimizer = {"param_groups": [{"lr": np.float64(1e-3), "lr_scale": np.float32(0.5), "step": np.int64(3)}]}
     arguments = training_arguments(mcm=True, mcm_ratio=0.4, data_set="SSV2")
     content = {"model": finetuned(), "optimizer": optimizer, "epoch": 9, "scaler": {}, "args": arguments}
@@ -176,18 +179,24 @@ def renamed(state: State) -> dict[str, Tensor]:
         (without("blocks.2.attn.q_bias"), "at `blocks.2.attn.q_bias`; given: absent; allowed: shape (128,)"),
         (with_("blocks.3.mlp.fc1.weight", 9, 128), "at `blocks.3.mlp.fc1.weight`; given: shape (9, 128)"),
         (with_("head.bias", 7), "at `head.bias`; given: shape (7,), as `head.bias`; allowed: shape (6,)"),
-        (with_("blocks.0.gamma_1", 128), "`blocks.0.gamma_1` is not part of a videomae finetune model"),
-        (with_("pos_embed", 1, 64, 128), "`pos_embed` is not the fixed table"),
-        (with_("cls_token", 1, 1, 128), "`cls_token` is not part of"),
-        (with_("patch_embed.proj.weight", 128, 3, 16, 16), "`patch_embed.proj.weight` embeds no tubelets"),
+        (
+            with_("blocks.0.gamma_1", 128),
+            "`blocks.0.gamma_1` is not a known part of a videomae finetune model",
+        ),
+        (with_("pos_embed", 1, 64, 128), "`pos_embed` is not the fixed position table"),
+        (with_("cls_token", 1, 1, 128), "`cls_token` is not a known part of"),
+        (with_("patch_embed.proj.weight", 128, 3, 16, 16), "`patch_embed.proj.weight` is not a tubelet"),
         (
             with_("blocks.4.norm1.weight", 128),
-            "no backbone of ours; given: width 128, 5 blocks; allowed: vit_tiny",
+            "matches no known backbone; given: width 128, 5 blocks; allowed: vit_tiny",
         ),
-        (renamed, "unknown layout; given: 58 keys, as trunk.blocks.0.attn.proj.bias"),
-        (lambda state: {"epoch": 3}, "no weights in it; given: epoch; allowed: model or module"),
-        (lambda state: {"model": state, "run": Path("a")}, "it holds more than weights; given: pathlib"),
-        (lambda state: [1], "no weights by name; given: list"),
+        (renamed, "unknown layout; given: 58 keys, such as trunk.blocks.0.attn.proj.bias"),
+        (lambda state: {"epoch": 3}, "holds no weights; given: epoch; allowed: model or module"),
+        (
+            lambda state: {"model": state, "run": Path("a")},
+            "it holds objects other than weights; given: pathlib",
+        ),
+        (lambda state: [1], "not a dictionary of weights; given: list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -210,8 +219,8 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, name: str, content: b
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_attention_heads": 8}, "`num_attention_heads` is not ours; given: 8; allowed: 4"),
-        ({"hidden_act": "relu"}, "`hidden_act` is not ours"),
+        ({"num_attention_heads": 8}, "`num_attention_heads` is not supported; given: 8; allowed: 4"),
+        ({"hidden_act": "relu"}, "`hidden_act` is not supported"),
         ({"qv_bias": False}, "at `videomae.encoder.layer.0.attention.attention.q_bias`; given: absent"),
         ({"intermediate_size": 100}, "layer.0.intermediate.dense.weight"),
     ],
@@ -228,14 +237,14 @@ def test_a_transformers_model_of_another_architecture_is_refused(
 def test_other_normalisation_of_pixels_is_refused(tmp_path: Path) -> None:
     systems.classifier().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(CheckpointError, match="normalised otherwise.*given: image_mean"):
+    with pytest.raises(CheckpointError, match="normalises pixels in another way.*given: image_mean"):
         load_model(tmp_path)
 
 
 def test_other_positions_do_not_go_where_they_are_not_known(tmp_path: Path) -> None:
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
     for system, positions in (("mvd", "flat"), ("videomae", "grid"), ("transformers", "grid")):
-        with pytest.raises(CheckpointError, match=f"{system} has other fixed positions"):
+        with pytest.raises(CheckpointError, match=f"{system} uses other fixed positions"):
             convert(tmp_path / "a.pth", tmp_path / "b", system, [*CLIP, f"model.positions={positions}"])
     assert not (tmp_path / "b").exists()
 

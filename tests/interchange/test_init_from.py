@@ -1,4 +1,4 @@
-"""Fine-tuning starts from any system's encoder."""
+"""Tests of `model.init_from`: fine-tuning starts from the encoder of any system."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def checkpoint_of(system: str, folder: Path) -> Path:
         return folder / system
     states = {"videomae": systems.pretrained_state, "mvd": systems.mvd_state, "mme": systems.mme_state}
     torch.save({"model": states[system](model)}, file)
-    if system == "mvd":  # its table is of 64 tokens, the usual clip has 1568
+    if system == "mvd":  # its position table has 64 tokens, but the default clip has 1568
         convert(file, folder / "mvd.safetensors", "everest", CLIP)
         return folder / "mvd.safetensors"
     return file
@@ -64,7 +64,7 @@ def test_other_positions_are_refused(system: str, positions: str, fix: str, tmp_
 def test_a_run_from_a_dense_checkpoint_becomes_a_model_of_transformers(
     motion_data: Path, tmp_path: Path
 ) -> None:
-    """The paper's fine-tuning of other masked autoencoders, and then out again."""
+    """A dense checkpoint is fine-tuned on kept tokens, as in the paper, and exported to transformers."""
     config = experiment(
         motion_data,
         tmp_path / "run",

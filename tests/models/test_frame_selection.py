@@ -1,4 +1,4 @@
-"""IIFS: the draw against exact inclusion probabilities, and its edges."""
+"""Tests of IIFS: the drawn slots against exact inclusion probabilities, and edge cases."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.models import experiment, random_clips
 
 
 def inclusion_probabilities(counts: tuple[int, ...], num_drawn: int) -> list[float]:
-    """P(slot i is among the drawn), by going through every order of drawing one after the other."""
+    """Compute the probability that each slot is drawn, by enumerating all orders of sequential drawing."""
 
     @cache
     def given_left(left: frozenset[int], draws: int) -> tuple[float, ...]:
@@ -26,7 +26,7 @@ def inclusion_probabilities(counts: tuple[int, ...], num_drawn: int) -> list[flo
         if draws == 0:
             return tuple(included)
         for i in left:
-            chance = counts[i] / total if total else 1 / len(left)  # only idle slots left: uniform
+            chance = counts[i] / total if total else 1 / len(left)  # only empty slots are left: uniform
             if chance:
                 later = given_left(left - {i}, draws - 1)
                 for j in range(len(counts)):
@@ -42,7 +42,7 @@ def inclusion_probabilities(counts: tuple[int, ...], num_drawn: int) -> list[flo
         ((40, 30, 20, 10, 5, 1), 4),
         ((7, 7, 7, 7), 2),
         ((100, 1, 1, 1, 1, 1), 3),
-        ((9, 0, 0, 4, 0, 1), 4),  # fewer busy slots than drawn
+        ((9, 0, 0, 4, 0, 1), 4),  # fewer non-empty slots than are drawn
         ((0, 0, 0, 0, 0), 3),  # a still clip
     ],
 )
@@ -78,7 +78,7 @@ def test_counts_are_of_kept_tokens_by_slot() -> None:
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_a_model_on_candidates_is_the_model_on_the_drawn_frames(task: str) -> None:
-    """IIFS only chooses: on the clip of the drawn slots, a plain model gives the same output."""
+    """A plain model on the clip of the drawn slots gives the same output as the model with IIFS."""
     plain = experiment(task, "rero")
     iifs = experiment(task, "rero", frame_oversampling=1.5)
     torch.manual_seed(0)
@@ -98,7 +98,7 @@ def test_a_model_on_candidates_is_the_model_on_the_drawn_frames(task: str) -> No
 def test_busy_slots_are_drawn_and_still_ones_are_not() -> None:
     config = experiment("finetune", "rero", 0.2, frame_oversampling=2.0)
     clip = random_clips(config, 1)
-    clip[:, 6:] = clip[:, 6:7]  # slots 4 to 7 stand still; slot 3 is the first of the still picture
+    clip[:, 6:] = clip[:, 6:7]  # slots 3 to 7 show one picture; only slot 3 differs from its predecessor
     model = build_model(config)
     for key in range(20):
         slots = model.selector(clip, model.encoder.embed(), torch.tensor([key])).slots_BT

@@ -1,4 +1,4 @@
-"""Weights drawn one module at a time are those of a model built in one go."""
+"""Tests of weights drawn one module at a time against those of a model built as a whole."""
 
 from __future__ import annotations
 

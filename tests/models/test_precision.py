@@ -1,4 +1,4 @@
-"""`precision: tf32`: float32 in all but a GPU's products, refused without one, predicted at its own rate."""
+"""Tests of `precision: tf32`: float32 except in products on GPUs, refused on CPUs, timed at its own rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def strict_again() -> Iterator[None]:
-    """The process multiplies exactly afterwards."""
+    """Restore full float32 products in this process after a test."""
     yield
     set_matmul_precision("fp32")
 

@@ -99,7 +99,7 @@ def test_a_pickle_that_would_run_something_is_not_opened(motion_data: Path, tmp_
         motion_data, tmp_path / "run", "finetune", model={"init_from": str(tmp_path / "weights.pth")}
     )
     (message,) = run_ranks(outcome, 1, config)
-    assert "weights.pth: not read, for it holds more than weights; given: pathlib" in message
+    assert "weights.pth: refused, because it holds objects other than weights; given: pathlib" in message
 
 
 def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_path: Path) -> None:
