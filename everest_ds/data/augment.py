@@ -30,7 +30,7 @@ _CUTMIX_SHARE = 0.5  # share of mixed pairs that get cutmix if mixup is enabled 
 
 
 class Augmentation:
-    """The augmentation that the section `augment` of a config describes; an empty section changes nothing."""
+    """The augmentation that the section `augment` of a config describes; by default, it changes nothing."""
 
     def __init__(self, config: Experiment) -> None:
         self.config = config.augment

@@ -1,4 +1,4 @@
-"""Search of a manifest for unreadable or too short videos before training, with the results in its ledger.
+"""The manifest check: a search for unreadable or short videos before training, recorded in the ledger.
 
 Every file is opened in a worker process, so that a file that crashes or hangs its decoder becomes a finding
 and does not end the check. Files that the ledger already covers are skipped unless they have changed.

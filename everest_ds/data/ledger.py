@@ -49,7 +49,7 @@ class Entry:
         return f"too short; given: {self.num_frames} frames; allowed: {min_frames} or more"
 
     def settles(self, every_frame: bool) -> bool:
-        """Return whether another check (of every frame, or of the first and last) could add nothing."""
+        """Return whether this entry makes another check, of every frame or of the two ends, unnecessary."""
         return self.source == "every_frame" or (
             self.source == "ends" and (self.reason != "" or not every_frame)
         )
@@ -188,7 +188,8 @@ def _entry(path: Path, line: str) -> Entry | None:
     except json.JSONDecodeError:
         return None
     except TypeError:
-        raise DataError(f"{path}: not a ledger of this version", given=line[:80], fix="remove it") from None
+        fix = "remove the file; a new check writes it again"
+        raise DataError(f"{path}: not a ledger of this version", given=line[:80], fix=fix) from None
 
 
 def _at_line_start(file: BinaryIO) -> bool:

@@ -111,7 +111,7 @@ def load(
 
 
 class _Lost(NamedTuple):
-    """The loss of a worker to the sample that it was reading, with the reason.
+    """A worker that crashed or hung: the sample that it was reading, and what happened.
 
     This is a value and not an exception, because a traceback would keep the old workers' queues alive and the
     new workers would inherit them.
@@ -162,7 +162,7 @@ class _Undelivered:
 
 
 class _Notes:
-    """A table of the sample that each worker is reading, in memory shared by the rank and its workers."""
+    """A record of the sample that each worker is reading, in memory shared by the rank and its workers."""
 
     def __init__(self, num_workers: int) -> None:
         # (process, sample + 1 or 0, start time) per worker; doubles hold integers exactly up to 2^53

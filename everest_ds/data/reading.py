@@ -45,7 +45,7 @@ class Failure(NamedTuple):
 
 
 class SampleReader:
-    """A reader of the frames of samples, which retries once and skips samples that crashed a decoder.
+    """A reader of the frames of samples, which retries once and refuses samples that crashed a decoder.
 
     Attributes:
         samples: the samples of the manifest.

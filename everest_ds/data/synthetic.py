@@ -268,7 +268,7 @@ def _background(rng: np.random.Generator, spec: SyntheticSpec, scene: Floats) ->
 def _with_distractor(
     frames: Sequence[Floats], rng: np.random.Generator, spec: SyntheticSpec
 ) -> Iterator[Floats]:
-    """Add a small object that moves across the frames in a random direction, as fast as the main object."""
+    """Add a small object that moves across the frames at a random speed and in a random direction."""
     side = round(_DISTRACTOR * spec.size)
     sprite, mask = _sprites(spec.seed, side)[rng.integers(NUM_SPRITES)]
     angle, start = rng.uniform(0, 2 * np.pi), rng.uniform(0, spec.size, 2)

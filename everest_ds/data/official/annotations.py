@@ -1,4 +1,4 @@
-"""The content of an official annotation, and readers of the file formats that annotations come in."""
+"""The content of official annotations, and readers of the text, JSON and CSV files that hold them."""
 
 from __future__ import annotations
 

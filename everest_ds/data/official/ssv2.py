@@ -48,7 +48,7 @@ def _either(name: str) -> tuple[str, str]:
 
 def _listed(entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path) -> Listed:
     if "id" not in entry:
-        raise DataError(f"{file}: an entry without id", given=str(entry)[:80])
+        raise DataError(f"{file}: an entry has no id", given=str(entry)[:80])
     number = str(entry["id"])
     template = entry.get("template") or answers.get(number)
     label = None if template is None else label_of(_plain(template), numbers, file)

@@ -1,4 +1,4 @@
-"""Search of a folder for the videos that an official annotation lists, and for those that are missing."""
+"""The search for the videos that an official annotation lists in a folder, and a list of missing videos."""
 
 from __future__ import annotations
 
