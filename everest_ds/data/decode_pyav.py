@@ -94,7 +94,8 @@ class PyAVVideo(Video):
         return self._keys[rank - 1][1] if rank else None
 
     def _pictures_after(self, key: _Packet | None, wanted: list[int]) -> dict[int, Picture]:
-        # Containers seek by presentation or by decoding timestamp; the wrong kind may miss the key frame.
+        # Some containers seek by presentation timestamp, others by decoding timestamp; a seek by the wrong
+        # kind may miss the key frame.
         times = (key.pts, key.dts) if key else ()
         for time in times:
             if time is not None:
@@ -152,7 +153,8 @@ def _open(path: Path) -> tuple[Any, Any]:
     import av
 
     with naming(path):
-        # FFmpeg reads a relative path `a:b.mp4` as protocol `a`; titles in other encodings are common.
+        # The path is absolute because FFmpeg reads a relative `a:b.mp4` as protocol `a`. Undecodable metadata
+        # is replaced because titles in other encodings are common.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     stream = next(iter(container.streams.video), None)
     if stream is None:
@@ -172,7 +174,8 @@ def _packets(path: Path, container: Any, stream: Any) -> tuple[list[_Packet], An
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DataError(f"{path}: cut off or damaged after {len(packets)} frames", fix=FIX)
-        if packet.size and not packet.is_discard:  # edit lists discard; the last is empty
+        # An edit list discards packets, and the packet that marks the end of the file is empty.
+        if packet.size and not packet.is_discard:
             packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
         if packet.size and first is None:
             first = packet

@@ -126,7 +126,7 @@ def _lost(worker: _Worker[Item, Result], timeout_s: float) -> tuple[int, Lost]:
     hung = worker.process.is_alive() and time.monotonic() >= worker.deadline
     how = worker.end()
     if worker.index is None:
-        raise ChildProcessError(f"worker processes cannot start on this machine: one {how}")
+        raise ChildProcessError(f"worker processes cannot start on this machine: a worker {how}")
     return worker.index, Lost(f"hung for more than {timeout_s:g} s" if hung else how)
 
 

@@ -24,7 +24,7 @@ Stamp = tuple[int, int]  # size in bytes, modification time in ns; (-1, -1): the
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of the ledger: the result of looking at one video.
+    """A line of the ledger: the result of checking, or failing to read, one video.
 
     Attributes:
         video: the sample, as `Sample.name`.

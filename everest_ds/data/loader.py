@@ -251,7 +251,7 @@ class _Crew:
     def __init__(self, notes: _Notes, timeout_s: float) -> None:
         self._notes = notes
         self._timeout_s = timeout_s
-        self._num_waits = 0  # time-outs in a row
+        self._num_waits = 0  # consecutive time-outs
 
     def deliver(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Yield the batches of the workers, until the last batch or until a worker is lost."""

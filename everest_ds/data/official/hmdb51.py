@@ -33,7 +33,8 @@ def _lines(file: Path) -> Iterator[tuple[str, str]]:
             continue
         if word not in _PARTS:
             allowed = "0, 1 or 2 at the end"
-            raise DataError(f"{file}:{number}: no part of the split", given=repr(line), allowed=allowed)
+            subject = f"{file}:{number}: the line names no part of the split"
+            raise DataError(subject, given=repr(line), allowed=allowed)
         part = _PARTS[word]
         if part is not None:
             yield part, video.strip()

@@ -1,4 +1,4 @@
-"""The search for the videos that an official annotation lists in a folder, and a list of missing videos."""
+"""The search of a folder for the videos of an official annotation, with a list of the missing videos."""
 
 from __future__ import annotations
 

@@ -111,7 +111,8 @@ def farthest_points(points_XmV: Tensor, first_X: Tensor, num_picks: int, rival_m
     for _ in range(num_picks - 1):
         to_nearest_Xm = torch.minimum(to_nearest_Xm, distance_Xmm[search_X, picks[-1]])
         ruled_out_Xm = rival_m == rival_m[picks[-1]][:, None]
-        to_nearest_Xm = to_nearest_Xm.masked_fill(ruled_out_Xm, -1.0)  # below all distances, so it stays
+        # -1 is below all distances and remains the minimum, so an excluded point is never picked.
+        to_nearest_Xm = to_nearest_Xm.masked_fill(ruled_out_Xm, -1.0)
         picks.append(to_nearest_Xm.argmax(dim=1))
     return torch.stack(picks, dim=1)
 

@@ -64,7 +64,7 @@ class ImageTeacher(nn.Module):
         patches = patches.reshape(-1, self.geometry.tokens_per_slot, patches.shape[-1])
         x_ILD = self.embed()(patches)  # I = B·T images
         x_ILD = x_ILD + self.positions.to(x_ILD.dtype)
-        class_I1D = self.class_token.to(x_ILD.dtype).expand(len(x_ILD), 1, -1)  # its position is zero
+        class_I1D = self.class_token.to(x_ILD.dtype).expand(len(x_ILD), 1, -1)  # its position embedding is 0
         x = self.blocks(torch.cat([class_I1D, x_ILD], dim=1), key_B)
         return x[:, 1:].reshape(len(clip_BFHWC), -1, x.shape[-1])
 
