@@ -1,7 +1,7 @@
-"""Look for trouble in the videos of a manifest before a training run does, and write it into its ledger.
+"""The manifest check: a search for unreadable or short videos before training, recorded in the ledger.
 
-Every file is opened in a worker process: one that kills its decoder, or keeps it for ever, is a finding, not
-the end of the check. What the ledger knows already is not looked at again, unless the file has changed.
+Every file is opened in a worker process, so that a file that crashes or hangs its decoder becomes a finding
+and does not end the check. Files that the ledger already covers are skipped unless they have changed.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from everest_ds.data.manifest import Sample
 from everest_ds.errors import DataError
 
 HANG_S = 120.0
-_AT_ONCE = 32  # frames held in memory
+_AT_ONCE = 32  # frames read per call, which bounds the memory that they take
 
 
 class Finding(NamedTuple):
-    """What looking at a video found out.
+    """The result of checking one video.
 
     Attributes:
-        reason: what is wrong with it; empty: nothing is.
-        num_frames: of the sample; 0 where they could not be counted.
+        reason: what is wrong with the video; empty if nothing is.
+        num_frames: number of frames of the sample; 0 if they could not be counted.
     """
 
     reason: str
@@ -35,11 +35,11 @@ class Finding(NamedTuple):
 
 
 class Checked(NamedTuple):
-    """A checked manifest.
+    """The result of checking a manifest.
 
     Attributes:
-        problems: in the manifest's order.
-        num_known: samples that the ledger knew already.
+        problems: the unusable samples, in the manifest's order.
+        num_known: number of samples that the ledger already covered.
     """
 
     problems: list[Problem]
@@ -57,16 +57,19 @@ def check_manifest(
     every_frame: bool = False,
     timeout_s: float = HANG_S,
 ) -> Checked:
-    """Open every video, count its frames and decode its first and last one; the ledger learns all of it.
+    """Open every video, count its frames, decode the first and last one, and record the result in the ledger.
 
     Args:
-        ledger: of this manifest. Stopped at any time, a check goes on where it was.
-        data: names the decoder.
-        min_frames: a shorter video is a problem, though not broken: the ledger keeps its frames.
+        samples: the samples of the manifest.
+        ledger: the ledger of this manifest, from which an interrupted check resumes.
+        data: the data config, which names the decoder.
+        min_frames: shortest usable video, in frames. A shorter video is reported as a problem, but the ledger
+            records its number of frames and not a fault.
         workers: number of processes.
-        on_progress: told how many samples are done, after each.
-        every_frame: decode all frames, also of what was found whole by its ends.
-        timeout_s: a file that keeps a decoder longer is broken.
+        on_progress: called after each sample with the number of samples done.
+        every_frame: decode all frames, including those of videos that an earlier check of the first and last
+            frame found intact.
+        timeout_s: a file that occupies a decoder for longer counts as broken.
     """
     known = {
         i: entry for i, s in enumerate(samples) if (entry := ledger.known(s)) and entry.settles(every_frame)
@@ -87,7 +90,7 @@ def check_manifest(
 
 
 def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> Finding:
-    """What is wrong with a video."""
+    """Decode the first and last frame of a video, or every frame; return its fault and number of frames."""
     try:
         with open_sample(sample, data) as video:
             count = video.num_frames

@@ -1,4 +1,4 @@
-"""Pictures of a video file, by number and exactly: the only door to video files."""
+"""Exact decoding of a video's pictures by number; all reading of video files goes through this module."""
 
 from __future__ import annotations
 
@@ -19,24 +19,25 @@ from everest_ds.data.video import Video, Window, shrunk
 from everest_ds.errors import ConfigError, DataError
 
 DEFAULT_DECODER = "decord"
-# decoder -> containers and codecs of which it gives every picture exactly, as the tests have found; PyAV
-# reads the rest. Of MPEG-4 and HEVC in MP4, decord 0.6.0 returns neighbours; of VP8, torchcodec counts
-# pictures that are never shown; of AVI with reordered pictures, neither is right.
+# Decoder -> the containers and codecs from which it returns every picture exactly, as found by the tests;
+# PyAV reads all others. For MPEG-4 and HEVC in MP4, decord 0.6.0 returns neighbouring pictures; for VP8,
+# torchcodec counts pictures that are never shown; for AVI with reordered pictures, neither is right.
 _EXACT: dict[str, tuple[set[str], set[str]]] = {
     "decord": ({"mp4"}, {"h264", "vp9"}),
     "torchcodec": ({"mp4", "matroska"}, {"h264", "hevc", "vp9", "av1", "mpeg4"}),
 }
-_TRIM_EVERY = 50  # files opened
+_TRIM_EVERY = 50  # number of opened files after which free memory is returned to the system
 _opened = count(1)
 _NOT_A_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
 def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | None = None) -> Video:
-    """Open a video file: through `decoder` where that is exact, through PyAV elsewhere.
+    """Open a video file with `decoder` if it reads the file exactly, else with PyAV.
 
     Args:
+        path: the file.
         decoder: `decord`, `pyav` or `torchcodec`.
-        short_side: shrink larger pictures to this as they are decoded, pixels.
+        short_side: shrink larger pictures to this short side as they are decoded, in pixels.
 
     Raises:
         DataError: the file is missing, empty, not a video, cut off, or holds no picture.
@@ -46,25 +47,25 @@ def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | Non
     if next(_opened) % _TRIM_EVERY == 0:
         _give_back_memory()
     if decoder in _EXACT and _is_exact(decoder, probe(path), short_side):
-        with suppress(DataError):  # PyAV says more plainly what is wrong
+        with suppress(DataError):  # PyAV, used next, reports faults more clearly
             return DecordVideo(path) if decoder == "decord" else TorchcodecVideo(path)
     return PyAVVideo(path, short_side)
 
 
 def open_sample(sample: Sample, data: DataConfig) -> Video:
-    """Open a sample of a manifest, as `data` says; see `open_video`."""
+    """Open a sample of a manifest with the decoder and picture size of `data`; see `open_video`."""
     video = open_video(sample.path, data.decoder, data.decode_short_side)
     return video if sample.span is None else Window(video, sample.span)
 
 
 def require_decoder(decoder: str) -> None:
-    """Refuse a decoder that is not installed, before any video is opened.
+    """Check, before any video is opened, that a decoder is installed.
 
     Raises:
-        ConfigError: naming what to install.
+        ConfigError: it is not; the message names the packages to install.
     """
     if decoder != "torchcodec":
-        return  # the others come with this package
+        return  # the other decoders are dependencies of this package
     given = "not installed" if find_spec("torchcodec") is None else None
     try:
         import_torchcodec()
@@ -73,30 +74,30 @@ def require_decoder(decoder: str) -> None:
             "data.decoder=torchcodec cannot be used",
             given=given or f"installed, but: {str(error).strip().splitlines()[0]}",
             fix="pip install 'everest-ds[torchcodec]' and FFmpeg's libraries (apt-get install ffmpeg),"
-            " or take data.decoder=decord",
+            " or use data.decoder=decord",
         ) from None
 
 
 def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
-    """Whether the decoder gives the same frames of this file as PyAV."""
+    """Return whether the decoder returns the same frames of this file as PyAV."""
     if shrunk(header.size, short_side) is not None:
-        return False  # each decoder shrinks in its own way
+        return False  # each decoder scales pictures differently
     if decoder == "torchcodec" and any(side % 2 for side in header.size):
-        return False  # chroma of odd sizes depends on the version of FFmpeg
+        return False  # the chroma of odd sizes depends on FFmpeg's version
     if decoder == "decord" and not header.has_closed_groups:
-        return False  # decord returns neighbours
+        return False  # decord returns neighbouring frames
     containers, codecs = _EXACT[decoder]
     return bool(header.containers & containers) and header.codec in codecs
 
 
 def _give_back_memory() -> None:
-    """Return what is free to the system: between FFmpeg's buffers glibc keeps it, more and more of it."""
-    with suppress(AttributeError):  # only glibc has this, and only it needs it
+    """Return free memory to the system, as glibc keeps a growing amount of it between FFmpeg's buffers."""
+    with suppress(AttributeError):  # only glibc has malloc_trim, and only glibc needs it
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _check_file(path: Path) -> None:
-    """Refuse what is no file that can be read, or has nothing in it. (Of a pipe, FFmpeg waits for data.)"""
+    """Raise an error if `path` is not a readable, non-empty file; from a pipe, FFmpeg would wait for data."""
     try:
         mode = stat.S_IFMT(os.stat(path).st_mode)
         if mode != stat.S_IFREG:
@@ -104,10 +105,10 @@ def _check_file(path: Path) -> None:
         with open(path, "rb") as file:
             empty = not file.read(1)
     except FileNotFoundError:
-        dangling = ", the link leads nowhere" if path.is_symlink() else ""
+        dangling = ", the symbolic link is broken" if path.is_symlink() else ""
         raise DataError(f"{path}: no such video file{dangling}") from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read", given=error.strerror) from None
     if empty:
-        fix = "replace the file, or take it out of the manifest"
+        fix = "replace the file, or remove it from the manifest"
         raise DataError(f"{path}: the video file is empty", given="0 bytes", fix=fix)

@@ -1,7 +1,7 @@
-"""Pictures through decord, which is exact for H.264 and the like in MP4.
+"""Decoding through decord, which is exact for H.264 and similar codecs in MP4.
 
-Not so elsewhere (decord 0.6.0): of AVI, which stores no time of showing, and of MPEG-4, some sets of indices
-come back wrong; of WebM, pictures that are never shown are counted; and nothing says so.
+For other files, decord 0.6.0 is silently wrong: for AVI, which stores no presentation timestamps, and for
+MPEG-4, some sets of indices return other pictures; for WebM, pictures that are never shown are counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from everest_ds.errors import DataError
 
 
 class DecordVideo(Video):
-    """An open video file; see `decode.open_video`."""
+    """A video file opened with decord; see `decode.open_video`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -29,7 +29,7 @@ class DecordVideo(Video):
             raise DataError(f"{path}: the video holds no picture", fix=FIX)
 
     def close(self) -> None:
-        """See `Video.close`."""
+        """Free the decoder."""
         self._reader = None
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
@@ -38,9 +38,9 @@ class DecordVideo(Video):
             try:
                 return torch.from_numpy(self._reader.get_batch(list(indices)).asnumpy())
             except (RuntimeError, decord.DECORDError):
-                self._reader = None  # its thread is dead now
-        # decord's thread reads ahead, the further the busier the machine, and may have met damage that no
-        # wanted picture needs. PyAV decodes what is asked for, and names what it cannot.
+                self._reader = None  # its decoding thread has died
+        # decord's thread reads ahead, further on a busier machine, and may have met damage that affects none
+        # of the wanted pictures. PyAV decodes only the wanted pictures, and its errors name the damaged ones.
         with PyAVVideo(self.path) as video:
             return video.read(indices)
 
@@ -48,9 +48,9 @@ class DecordVideo(Video):
         decord = _import_decord()
         try:
             reader = decord.VideoReader(str(self.path.absolute()), num_threads=1)
-            # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
-            # versions rightly only if it saw that: a first read further on would be garbage. As a batch,
-            # because that is what fails for sizes that decord cannot do (48 pixels wide, for one).
+            # x264 writes its version into the first packet only, and FFmpeg needs it for 4:4:4 files of older
+            # versions: a first read further on would return garbage. The frame is read as a batch, because
+            # only batches fail for sizes that decord does not support (such as a width of 48 pixels).
             if len(reader):
                 reader.get_batch([0])
         except (RuntimeError, decord.DECORDError) as error:
@@ -63,8 +63,8 @@ class DecordVideo(Video):
 
 
 def _import_decord() -> Any:
-    # Before the import: decord reads it once. How often a read past damage is tried again; its default of
-    # 10240 takes minutes on a file that was cut off, and a few hundred are not enough for some whole files.
+    # The number of retries after damage, which decord reads once, at import. Its default of 10240 takes
+    # minutes on a truncated file, and a few hundred are not enough for some intact files.
     os.environ.setdefault("DECORD_EOF_RETRY_MAX", "2048")
     import decord
 

@@ -1,9 +1,9 @@
-"""Exact pictures of any file that FFmpeg reads, through PyAV.
+"""Exact decoding of any file that FFmpeg reads, through PyAV.
 
-Numbers count the pictures in the order in which they are shown. Opening a file reads its packets without
-decoding them; a read then seeks to key frames and recognises the wanted pictures by their timestamps, or, in
-a file without dependable timestamps, decodes from the beginning and counts. One thread a video, as loaders
-run many processes.
+Pictures are numbered in the order in which they are shown. Opening a file reads its packets without decoding
+them; a read then seeks to key frames and recognises the wanted pictures by their timestamps, or, in a file
+without reliable timestamps, decodes from the beginning and counts. Each video uses one decoding thread,
+because loaders run many processes.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from numpy.typing import NDArray
 from everest_ds.data.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
-# What a whole file may lack of the length that its header tells: a share, and a last frame without duration.
+# An intact file may be shorter than its header states, by a share and by a last frame without a duration.
 _LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
 
 class _Packet(NamedTuple):
-    pts: int | None  # when to show it
-    dts: int | None  # when to decode it
+    pts: int | None  # presentation timestamp
+    dts: int | None  # decoding timestamp
     is_key: bool
 
 
 class PyAVVideo(Video):
-    """An open video file; see `decode.open_video`."""
+    """A video file opened with PyAV; see `decode.open_video`."""
 
     def __init__(self, path: Path, short_side: int | None = None) -> None:
         self.path = path
@@ -50,7 +50,7 @@ class PyAVVideo(Video):
             raise
 
     def close(self) -> None:
-        """See `Video.close`."""
+        """Close the file and free the decoder."""
         self._container.close()
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
@@ -61,24 +61,24 @@ class PyAVVideo(Video):
         return torch.from_numpy(np.stack([pictures[i] for i in indices]))
 
     def _index(self) -> int:
-        """Learn where the pictures are; how many there are."""
+        """Index the pictures by timestamp and key frame, and return their number."""
         with naming(self.path):
             packets, first = _packets(self.path, self._container, self._stream)
-            self._numbers: dict[int | None, int] | None = None  # by timestamp, where timestamps serve
+            self._numbers: dict[int | None, int] | None = None  # by timestamp, if reliable
             self._keys: list[tuple[int, _Packet]] = []
             if not _timestamps_serve(self._container, self._stream, packets):
                 return sum(1 for _ in self._from_start())
             shown = sorted(packets, key=lambda packet: packet.pts or 0)
             self._numbers = {packet.pts: number for number, packet in enumerate(shown)}
             self._keys = [(number, packet) for number, packet in enumerate(shown) if packet.is_key]
-            # x264 names its version in the first packet only, and FFmpeg decodes the 4:4:4 files of older
-            # versions rightly only if it saw that: without this, all after the second key frame is garbage.
+            # x264 writes its version into the first packet only, and FFmpeg needs it for 4:4:4 files of older
+            # versions: without this call, everything after the second key frame is garbage.
             if first is not None:
                 self._stream.decode(first)
             return len(shown)
 
     def _pictures(self, wanted: list[int]) -> dict[int, Picture]:
-        """The pictures `wanted` (ascending), by number."""
+        """Decode the pictures `wanted` (ascending numbers); return them by number."""
         found: dict[int, Picture] = {}
         with naming(self.path):
             for key, group in groupby(wanted, self._key_before):
@@ -89,12 +89,13 @@ class PyAVVideo(Video):
         return found
 
     def _key_before(self, number: int) -> _Packet | None:
-        """The last key frame shown no later than frame `number`; None: begin at the start."""
+        """Return the last key frame shown no later than frame `number`, or None to begin at the start."""
         rank = bisect_right(self._keys, number, key=lambda key: key[0])
         return self._keys[rank - 1][1] if rank else None
 
     def _pictures_after(self, key: _Packet | None, wanted: list[int]) -> dict[int, Picture]:
-        # Some containers seek by the time of showing, some by that of decoding, which may miss the key frame.
+        # Some containers seek by presentation timestamp, others by decoding timestamp; a seek by the wrong
+        # kind may miss the key frame.
         times = (key.pts, key.dts) if key else ()
         for time in times:
             if time is not None:
@@ -105,7 +106,7 @@ class PyAVVideo(Video):
         return self._collect(self._from_start(set(wanted)), wanted)
 
     def _collect(self, decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
-        """Those of the pictures `wanted` (ascending) that come up undamaged."""
+        """Collect the undamaged ones among the pictures `wanted` (ascending) from the decoded pictures."""
         found: dict[int, Picture] = {}
         numbers = set(wanted)
         for number, frame in decoded:
@@ -121,9 +122,9 @@ class PyAVVideo(Video):
         return self._decoded(wanted)
 
     def _decoded(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
-        """Decoded pictures with their numbers, -1 for one that the index does not know.
+        """Yield decoded pictures with their numbers; the number is -1 if the index lacks the picture.
 
-        Those that are not wanted and that no other picture refers to may be left out (None: none is).
+        Pictures that are neither wanted nor referred to by others may be left out, unless `wanted` is None.
         """
         if self._numbers is None or wanted is None:
             for count, frame in enumerate(self._container.decode(self._stream)):
@@ -138,8 +139,8 @@ class PyAVVideo(Video):
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Say of which file FFmpeg complains."""
-    import av  # heavy, and needed only where videos are read
+    """Turn FFmpeg's errors within the context into a DataError that names the file."""
+    import av  # imported here because it is slow to import, and only reading videos needs it
 
     try:
         yield
@@ -148,11 +149,12 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def _open(path: Path) -> tuple[Any, Any]:
-    """The container and its first video stream."""
+    """Open a file and return its container and first video stream."""
     import av
 
     with naming(path):
-        # FFmpeg takes a relative `a:b.mp4` for protocol `a`; titles in other encodings are common.
+        # The path is absolute because FFmpeg reads a relative `a:b.mp4` as protocol `a`. Undecodable metadata
+        # is replaced because titles in other encodings are common.
         container = av.open(str(path.absolute()), metadata_errors="replace")
     stream = next(iter(container.streams.video), None)
     if stream is None:
@@ -166,13 +168,14 @@ def _open(path: Path) -> tuple[Any, Any]:
 
 
 def _packets(path: Path, container: Any, stream: Any) -> tuple[list[_Packet], Any]:
-    """Every packet that is shown, in decoding order, and the file's first packet whole (None: no packet)."""
+    """Return the shown packets in decoding order, and the file's first packet (None if it has no packets)."""
     packets: list[_Packet] = []
     first = None
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DataError(f"{path}: cut off or damaged after {len(packets)} frames", fix=FIX)
-        if packet.size and not packet.is_discard:  # an edit list discards; the end of the file has no size
+        # An edit list discards packets, and the packet that marks the end of the file is empty.
+        if packet.size and not packet.is_discard:
             packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
         if packet.size and first is None:
             first = packet
@@ -180,22 +183,22 @@ def _packets(path: Path, container: Any, stream: Any) -> tuple[list[_Packet], An
 
 
 def _timestamps_serve(container: Any, stream: Any, packets: list[_Packet]) -> bool:
-    """Whether each packet has its own time and is one picture shown at that time."""
+    """Return whether each packet has a timestamp of its own and is one picture shown at that time."""
     times = {packet.pts for packet in packets}
     if None in times or len(times) < len(packets):
         return False
     if stream.codec_context.name == "vp8":  # some packets hold a picture that is never shown
         return False
-    if container.format.name == "mpeg":  # has no index: seeks land inside pictures
+    if container.format.name == "mpeg":  # the format has no index, so seeks land inside pictures
         return False
-    # AVI keeps no time of showing: FFmpeg guesses, wrongly where pictures are reordered.
+    # AVI stores no presentation timestamps; FFmpeg guesses them, wrongly if pictures are reordered.
     return container.format.name != "avi" or all(packet.pts == packet.dts for packet in packets)
 
 
 def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator[tuple[int, Any]]:
-    """The same pictures if they begin with a key frame no later than picture `number`, else none.
+    """Yield the decoded pictures if they begin with a key frame no later than picture `number`, else none.
 
-    What a missed seek finds lacks the pictures it refers to, or comes too late.
+    After a seek that missed, the first pictures refer to pictures that were not read, or lie too late.
     """
     start = next(decoded, None)
     if start is not None and start[1].key_frame and start[0] <= number:
@@ -204,14 +207,14 @@ def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator
 
 
 class Header(NamedTuple):
-    """What a video file says about itself.
+    """The properties of a video file that its header and packets state.
 
     Attributes:
-        containers: FFmpeg's names of its format.
-        codec: of the pictures.
-        size: of the pictures as stored, before they are turned upright.
-        has_closed_groups: no picture that follows a key frame is shown before it.
-        frame_rate: pictures a second, on average.
+        containers: FFmpeg's names of the container format.
+        codec: FFmpeg's name of the video codec.
+        size: size of the stored pictures, before they are turned upright.
+        has_closed_groups: True if no picture that follows a key frame is shown before it.
+        frame_rate: average number of pictures per second.
     """
 
     containers: frozenset[str]
@@ -222,10 +225,10 @@ class Header(NamedTuple):
 
 
 def probe(path: Path) -> Header:
-    """Read a file's header and packets: a few per cent of the time that a clip takes.
+    """Read a file's header and packets, which takes a few per cent of the time needed to read a clip.
 
     Raises:
-        DataError: not a readable video.
+        DataError: the file is not a readable video.
     """
     container, stream = _open(path)
     with container, naming(path):
@@ -238,12 +241,12 @@ def probe(path: Path) -> Header:
 
 
 def find_missing_end(path: Path) -> str:
-    """What a Matroska file lacks of the length that its header tells; empty: nothing.
+    """Describe by how much a Matroska file is shorter than its header states; return "" if it is complete.
 
-    FFmpeg takes a file of this kind that was cut off for one that ends there.
+    FFmpeg itself reports no error for a truncated Matroska file: it treats the cut as the end.
 
     Raises:
-        DataError: not a readable video.
+        DataError: the file is not a readable video.
     """
     container, _ = _open(path)
     with container, naming(path):
@@ -254,11 +257,11 @@ def find_missing_end(path: Path) -> str:
         end_s, length_s = float(max(ends, default=Fraction(0))), container.duration / 1e6
     if end_s >= _LEAST_LENGTH * length_s - _LAST_FRAME_S:
         return ""
-    return f"cut off; given: {end_s:.1f} s; allowed: {length_s:.1f} s, as its header says"
+    return f"cut off; given: {end_s:.1f} s; allowed: {length_s:.1f} s, as its header states"
 
 
 def _has_closed_groups(packets: list[_Packet]) -> bool:
-    earliest = float("inf")  # of what is decoded later
+    earliest = float("inf")  # presentation timestamp among the packets that are decoded later
     for packet in reversed(packets):
         if packet.pts is None or (packet.is_key and earliest < packet.pts):
             return False
@@ -267,7 +270,7 @@ def _has_closed_groups(packets: list[_Packet]) -> bool:
 
 
 def _rgb(frame: Any, short_side: int | None) -> Picture:
-    """The picture upright: phones store it lying, with the rotation beside it."""
+    """Convert a frame to RGB and turn it upright: phones store pictures sideways with a rotation flag."""
     width, height = shrunk(Size(frame.width, frame.height), short_side) or (frame.width, frame.height)
     picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
     return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

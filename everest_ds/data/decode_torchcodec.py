@@ -1,7 +1,7 @@
-"""Pictures through torchcodec, an optional library that finds FFmpeg's on the system.
+"""Decoding through torchcodec, an optional library that uses the system's FFmpeg libraries.
 
-It is exact for H.264 and the like in MP4 and Matroska (WebM); of AVI with reordered pictures, torchcodec 0.13
-returns neighbours.
+torchcodec is exact for H.264 and similar codecs in MP4 and Matroska (WebM); for AVI with reordered pictures,
+torchcodec 0.13 returns neighbouring pictures.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)
 
 
 class TorchcodecVideo(Video):
-    """An open video file; see `decode.open_video`."""
+    """A video file opened with torchcodec; see `decode.open_video`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -36,23 +36,23 @@ class TorchcodecVideo(Video):
             raise DataError(f"{path}: the video holds no picture", fix=FIX)
 
     def close(self) -> None:
-        """See `Video.close`."""
+        """Free the decoder."""
         self._decoder = None
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         try:
             pictures: torch.Tensor = self._decoder.get_frames_at(list(indices)).data
             return pictures
-        except _ERRORS:  # PyAV names what it cannot decode
+        except _ERRORS:  # PyAV decodes the rest, and its errors name the damaged frames
             with PyAVVideo(self.path) as video:
                 return video.read(indices)
 
 
 def import_torchcodec() -> Any:
-    """The library.
+    """Import and return torchcodec.
 
     Raises:
-        ImportError, OSError, RuntimeError: it is not installed, or does not find FFmpeg.
+        ImportError, OSError, RuntimeError: torchcodec is not installed, or does not find FFmpeg.
     """
     import torchcodec.decoders
 

@@ -1,7 +1,7 @@
-"""Run a function over items in processes that may crash or hang without taking anything else along.
+"""A map over items in worker processes that may crash or hang without affecting the other items.
 
-Video decoders are C code fed with foreign files. Each worker holds one item at a time, so that the item that
-kills its worker, or keeps it for too long, is known by name; another worker takes its place.
+Video decoders are C code that reads untrusted files. Each worker holds one item at a time, so the item that
+crashes or hangs its worker is known; a new worker then replaces the lost one.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-_START_TIMEOUT_S = 120.0  # imports on a busy machine
+_START_TIMEOUT_S = 120.0  # covers the imports of a worker on a busy machine
 _READY = "ready"
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What there is instead of a result where an item took its worker down.
+    """The outcome of an item whose worker crashed or hung, in place of a result.
 
     Attributes:
-        reason: `crashed (SIGSEGV)` or `hung for more than 60 s`.
+        reason: for example `crashed (SIGSEGV)` or `hung for more than 60 s`.
     """
 
     reason: str
@@ -35,11 +35,11 @@ class Lost:
 @dataclass
 class _Worker(Generic[Item, Result]):
     function: Callable[[Item], Result]
-    index: int | None = None  # of the item in work
+    index: int | None = None  # the item that the worker is processing
     deadline: float = field(default_factory=lambda: time.monotonic() + _START_TIMEOUT_S)
 
     def __post_init__(self) -> None:
-        # A fork of this process could inherit held locks. What is forked instead is a bare server.
+        # A fork of this process could inherit held locks, so workers are forked from a bare server process.
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["everest_ds.data.decode"])
         self.pipe, theirs = context.Pipe()
@@ -52,14 +52,14 @@ class _Worker(Generic[Item, Result]):
         self.pipe.send(item)
 
     def receive(self) -> Any:
-        """What the worker sent; None: it is gone."""
+        """Return the worker's message, or None if the worker is gone."""
         try:
             return self.pipe.recv()
         except (EOFError, ConnectionResetError):
             return None
 
     def end(self) -> str:
-        """Stop the process, if it still runs; how it ended."""
+        """Stop the process if it still runs, and describe how it ended."""
         self.process.join(timeout=0 if self.process.is_alive() and time.monotonic() > self.deadline else 5)
         self.process.kill()
         self.process.join()
@@ -71,15 +71,16 @@ class _Worker(Generic[Item, Result]):
 def map_isolated(
     function: Callable[[Item], Result], items: Sequence[Item], *, workers: int, timeout_s: float
 ) -> Iterator[tuple[int, Result | Lost]]:
-    """Pairs (index of the item, its result) as they come; `Lost` for an item that crashes or hangs.
+    """Yield (index of an item, its result) in order of completion; the result of a crash or hang is `Lost`.
 
     Args:
-        function: importable by name, as are its arguments; an exception that it raises is raised here.
+        function: the function to call; it and the items must be picklable. Its exceptions are raised here.
+        items: the arguments of the calls.
         workers: number of processes.
-        timeout_s: an item that takes longer is `Lost`, its process killed.
+        timeout_s: an item that takes longer is `Lost`, and its process is killed.
 
     Raises:
-        ChildProcessError: if processes cannot start here at all.
+        ChildProcessError: worker processes cannot be started.
     """
     pending = iter(enumerate(items))
     crew: list[_Worker[Item, Result]] = []
@@ -96,7 +97,7 @@ def map_isolated(
 def _turn(
     crew: list[_Worker[Item, Result]], pending: Iterator[tuple[int, Item]], timeout_s: float
 ) -> Iterator[tuple[int, Result | Lost]]:
-    """Hear every worker that has something to say, replace the lost, give out items."""
+    """Receive the messages of all workers that sent one, replace lost workers, and assign the next items."""
     patience = max(0.0, min(worker.deadline for worker in crew) - time.monotonic())
     heard = wait([worker.pipe for worker in crew], patience)
     for place, worker in reversed(list(enumerate(crew))):
@@ -112,7 +113,7 @@ def _turn(
 
 
 def _given(worker: _Worker[Item, Result], job: tuple[int, Item] | None, timeout_s: float) -> bool:
-    """Give the worker its next item; without one it ends."""
+    """Send the worker its next item and return True; if there is none, end the worker and return False."""
     if job is None:
         worker.pipe.close()
         worker.process.join()
@@ -125,7 +126,7 @@ def _lost(worker: _Worker[Item, Result], timeout_s: float) -> tuple[int, Lost]:
     hung = worker.process.is_alive() and time.monotonic() >= worker.deadline
     how = worker.end()
     if worker.index is None:
-        raise ChildProcessError(f"worker processes cannot start here: one {how}")
+        raise ChildProcessError(f"worker processes cannot start on this machine: a worker {how}")
     return worker.index, Lost(f"hung for more than {timeout_s:g} s" if hung else how)
 
 
@@ -137,7 +138,7 @@ def _result(message: tuple[bool, Any]) -> Any:
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
-    """What a worker does."""
+    """Run the worker's loop: receive items and send back results or exceptions, until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
     pipe.send(_READY)
     while True:
@@ -147,5 +148,5 @@ def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:
             return
         try:
             pipe.send((True, function(item)))
-        except Exception as error:  # handed over: the parent raises it
+        except Exception as error:  # sent to the parent, which raises it
             pipe.send((False, error))

@@ -1,9 +1,9 @@
-"""Manifests: which videos there are and, where known, of which class.
+"""Manifests: lists of videos and, if known, their classes.
 
-A manifest is UTF-8 text with one `path label` a line, as VideoMAE's lists are. Path and label are separated
-by spaces, a tab, a comma or a semicolon; the label is the last field, so a path may hold separators itself,
-or stand in double quotes as in CSV. `path#34-274 label` stands for the frames 34 to 273 of a longer video.
-Empty lines and lines that begin with `#` do not count.
+A manifest is UTF-8 text with one `path label` per line, like VideoMAE's lists. Path and label are separated
+by spaces, a tab, a comma or a semicolon. The label is the last field, so the path itself may contain
+separators, or be enclosed in double quotes as in CSV. `path#34-274 label` denotes frames 34 to 273 of a
+longer video. Empty lines and lines that begin with `#` are ignored.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from everest_ds.errors import DataError, UsageError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg", ".mpeg")
-_LAYOUT = "FOLDER/CLASS/VIDEO, a video being a file in " + " ".join(VIDEO_SUFFIXES)
+_LAYOUT = "FOLDER/CLASS/VIDEO, the video's suffix being one of " + " ".join(VIDEO_SUFFIXES)
 _FORM = "`path label`, the label a whole number from 0, the separator a space, tab, comma or semicolon"
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LABEL = r"(?P<label>-?[0-9]{1,18})"
@@ -31,12 +31,12 @@ _BLANKS = " \t\r"
 
 @dataclass(frozen=True)
 class Sample:
-    """One video, or a part of one.
+    """One video, or a span of its frames.
 
     Attributes:
         path: the file.
-        label: its class, from 0; None where the manifest has none.
-        span: the part, from frame span[0] up to before span[1]; None: all of it.
+        label: index of its class, from 0; None if the manifest has none.
+        span: the sample's frames, from span[0] up to but excluding span[1]; None for the whole video.
     """
 
     path: Path
@@ -45,21 +45,21 @@ class Sample:
 
     @property
     def name(self) -> str:
-        """The file, and which part of it: what messages and ledgers call this sample."""
+        """The file and span of the sample, by which messages and ledgers identify it."""
         return str(self.path) + _span_text(self.span)
 
 
 def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, labelled: bool) -> list[Sample]:
-    """The samples of a manifest, in its order.
+    """Read the samples of a manifest, in its order.
 
     Args:
         file: the manifest.
-        root: folder of the relative paths; None: the manifest's own.
-        num_classes: labels end before it; None: they do not end.
-        labelled: whether every line needs a label (else a line may be a path alone).
+        root: folder that paths are relative to; None for the manifest's own folder.
+        num_classes: number of classes, which every label must lie below; None for no limit.
+        labelled: require a label on every line; otherwise a line may consist of a path alone.
 
-    Errors:
-        DataError: not a readable manifest, no sample in it, a missing label or one out of range.
+    Raises:
+        DataError: the file is not a readable manifest or holds no sample; a label is missing or out of range.
     """
     folder = file.parent if root is None else root
     samples = []
@@ -73,7 +73,11 @@ def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, lab
             allowed = "0 or more" if num_classes is None else f"0..{num_classes - 1}"
             raise DataError(f"{file}:{number}: label out of range", given=label, allowed=allowed)
         if span is not None and span[0] >= span[1]:
-            raise DataError(f"{file}:{number}: no frames", given=repr(line), allowed="path#FIRST-STOP label")
+            raise DataError(
+                f"{file}:{number}: the span holds no frames",
+                given=repr(line),
+                allowed="path#FIRST-STOP label, with FIRST below STOP",
+            )
         samples.append(Sample(folder / path, label, span))
     if not samples:
         raise DataError(f"{file}: the manifest is empty", allowed=_FORM)
@@ -81,40 +85,41 @@ def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, lab
 
 
 def write_manifest(file: Path, samples: Iterable[Sample], root: Path) -> None:
-    """Write `samples` so that `read_manifest` with the same `root` gives them back.
+    """Write `samples` so that `read_manifest` with the same `root` returns them unchanged.
 
-    Paths below `root` are written relative to it, others absolute.
+    Paths below `root` are written relative to it, others as absolute paths.
 
-    Errors:
-        DataError: a path that a line of UTF-8 cannot hold.
+    Raises:
+        DataError: a path cannot be written as a line of UTF-8 text.
     """
     text = "".join(f"{_line(sample, root)}\n" for sample in samples)
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
 def read_class_names(file: Path) -> list[str]:
-    """The class names of a file with one a line, in label order.
+    """Read the class names of a file with one name per line, in label order.
 
-    Errors:
-        DataError: not a readable text, no name in it, or a name that comes twice.
+    Raises:
+        DataError: the file is not readable text, holds no name, or repeats a name.
     """
     names = [line for line in _lines(file, "list of class names") if line]
     if not names:
-        raise DataError(f"{file}: no class names", allowed="one class name a line, in label order")
+        raise DataError(f"{file}: no class names", allowed="one class name per line, in label order")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"{file}: class names come twice", given=", ".join(twice))
+        raise DataError(f"{file}: class names are repeated", given=", ".join(twice))
     return names
 
 
 def index_folder(folder: Path) -> tuple[list[Sample], list[str]]:
-    """The samples and class names of a folder with a folder of videos per class.
+    """Return the samples and class names of a folder that holds one folder of videos per class.
 
-    Class names are sorted and give the labels; videos may lie in further folders below. Hidden folders and
-    files that are no videos do not count.
+    Labels number the sorted class names; videos may lie in nested folders. Hidden folders and files that are
+    not videos are ignored.
 
-    Errors:
-        DataError: no such folder, no class, a class without a video, or a video outside the classes.
+    Raises:
+        DataError: the folder does not exist or has no class folders, a class has no video, or a video lies
+            outside the class folders.
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder", allowed=_LAYOUT)
@@ -131,19 +136,22 @@ def index_folder(folder: Path) -> tuple[list[Sample], list[str]]:
 def split_samples(
     samples: Sequence[Sample], fractions: tuple[float, float, float], seed: int
 ) -> tuple[list[Sample], list[Sample], list[Sample]]:
-    """Deal `samples` into train, val and test, each class in proportion; the same seed deals the same.
+    """Split `samples` into train, val and test, each class in proportion, reproducibly for a given seed.
 
-    The order of `samples` does not matter; each part comes sorted by label and path.
+    The order of `samples` does not matter; each split is sorted by label and path.
 
-    Errors:
-        UsageError: fractions that are negative or do not sum to 1.
+    Raises:
+        UsageError: a fraction is negative, or the fractions do not sum to 1.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1):
-        raise UsageError("split fractions", given=fractions, allowed="three shares, 0 or more, sum 1")
+        raise UsageError(
+            "invalid split fractions", given=fractions, allowed="three fractions from 0 up that sum to 1"
+        )
     parts: tuple[list[Sample], list[Sample], list[Sample]] = ([], [], [])
     shuffled = sorted(samples, key=_order)
     random.Random(seed).shuffle(shuffled)
-    # Class after class, each to the part that is furthest behind: small classes round up and down in turn.
+    # Class by class, each sample goes to the split that is furthest below its share, so that the rounding of
+    # small classes evens out.
     for dealt, sample in enumerate(sorted(shuffled, key=_class), start=1):
         behind = [fraction * dealt - len(part) for fraction, part in zip(fractions, parts, strict=True)]
         parts[behind.index(max(behind))].append(sample)
@@ -153,10 +161,10 @@ def split_samples(
 
 
 def list_samples(source: Path) -> list[Sample]:
-    """The videos of a folder, however nested, without labels; of a manifest; or a single one.
+    """Return the samples of `source`: a folder (at any depth, without labels), a video file, or a manifest.
 
-    Errors:
-        DataError: no such file or folder, or no video in it.
+    Raises:
+        DataError: the file or folder does not exist, or holds no video.
     """
     if source.is_dir():
         return [Sample(path, None) for path in _videos(source, "this folder")]
@@ -195,7 +203,7 @@ def _lines(file: Path, kind: str) -> list[str]:
         raise DataError(f"{file}: the {kind} is not UTF-8 text", given=f"byte {error.start}") from None
     except OSError as error:
         raise DataError(f"{file}: cannot read the {kind}", given=error.strerror) from error
-    # Not splitlines(): that would also end lines at characters that file names may hold.
+    # splitlines() would also split at characters that file names may contain.
     return [line.strip(_BLANKS) for line in text.split("\n")]
 
 
@@ -203,7 +211,7 @@ def _parse(line: str) -> tuple[str, tuple[int, int] | None, int | None]:
     match = _QUOTED.fullmatch(line)
     path = match["path"].replace('""', '"') if match else ""
     match = match or _PLAIN.fullmatch(line)
-    assert match is not None  # the plain form takes any line that is not empty
+    assert match is not None  # the plain form matches any non-empty line
     span = None if match["first"] is None else (int(match["first"]), int(match["stop"]))
     label = None if match["label"] is None else int(match["label"])
     return path or match["path"], span, label
@@ -217,7 +225,7 @@ def _line(sample: Sample, root: Path) -> str:
     path = sample.path
     text = str(path.relative_to(root) if path.is_relative_to(root) else path.absolute())
     if _NOT_IN_A_LINE.search(text):
-        raise DataError(f"{text!r}: a manifest cannot hold this path", fix="rename the file")
+        raise DataError(f"{text!r}: this path cannot be written to a manifest", fix="rename the file")
     end = _span_text(sample.span) + ("" if sample.label is None else f" {sample.label}")
     plain = text + end
     same = _parse(plain) == (text, sample.span, sample.label)

@@ -1,8 +1,8 @@
-"""Write the videos of a manifest anew so that clips decode fast: smaller, with key frames close together.
+"""Re-encoding of a manifest's videos for fast decoding: smaller pictures, key frames close together.
 
-A clip of a few frames costs the decoding of everything from the key frame before it. Frames keep their
-numbers: what is written has one picture for each of the source's, in order, upright, without sound. A part of
-a video becomes a video.
+To read a clip of a few frames, a decoder must decode everything from the preceding key frame on. Frames keep
+their numbers: a new file has one picture for each of the source's, in order and upright, without sound. A
+span of a video becomes a video of its own.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ from everest_ds.data.video import Video
 from everest_ds.errors import DataError
 
 HANG_S = 1800.0
-MIN_PSNR_DB = 20.0  # of the first and last picture: below, something else went wrong than compression
-_AT_ONCE = 32  # frames held in memory
+MIN_PSNR_DB = 20.0  # of the first and last picture; a lower value cannot be due to compression alone
+_AT_ONCE = 32  # frames read per call, which bounds the memory that they take
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How videos are written.
+    """The encoder settings of the new files.
 
     Attributes:
-        short_side: of the pictures, pixels; smaller ones stay as they are.
-        gop: frames from key frame to key frame.
-        crf: x264's constant quality; lower is better and larger.
-        preset: x264's effort.
+        short_side: short side of the pictures, in pixels; smaller pictures keep their size.
+        gop: number of frames from one key frame to the next.
+        crf: x264's constant rate factor; a lower value gives better quality and larger files.
+        preset: x264's preset, which trades encoding time for file size.
     """
 
     short_side: int = 256
@@ -51,19 +51,19 @@ class Encoding:
 
 
 class Job(NamedTuple):
-    """A sample and the file that it becomes."""
+    """A sample and the file that it is re-encoded to."""
 
     sample: Sample
     target: Path
 
 
 class Reencoded(NamedTuple):
-    """What became of a manifest.
+    """The result of re-encoding a manifest.
 
     Attributes:
-        samples: the new ones, in the manifest's order.
-        failed: the others, as (sample, reason).
-        num_known: samples that were there already.
+        samples: the re-encoded samples, in the manifest's order.
+        failed: the samples that could not be re-encoded, as (sample, reason).
+        num_known: number of samples that had been re-encoded earlier.
     """
 
     samples: list[Sample]
@@ -72,7 +72,13 @@ class Reencoded(NamedTuple):
 
 
 class Gain(NamedTuple):
-    """Decoding a training clip before and after: medians of interleaved runs."""
+    """The reading times and file sizes before and after re-encoding; times are medians of interleaved runs.
+
+    Attributes:
+        clips: number of clips that were timed.
+        before_ms, after_ms: median time to open a file and decode one clip.
+        before_bytes, after_bytes: total size of the files.
+    """
 
     clips: int
     before_ms: float
@@ -82,10 +88,10 @@ class Gain(NamedTuple):
 
 
 def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
-    """Where each sample goes: below `out` as it lay below `root`, as MP4.
+    """Map each sample to an MP4 file below `out`, at the same relative path as below `root`.
 
     Raises:
-        DataError: two samples would become one file.
+        DataError: two samples would be written to the same file, or a source file would be overwritten.
     """
     jobs: dict[Path, Job] = {}
     for sample in samples:
@@ -94,11 +100,13 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
         part = "" if sample.span is None else f"_{sample.span[0]}-{sample.span[1]}"
         target = out / place.with_name(f"{place.stem}{part}.mp4")
         if target.absolute() == path.absolute():
-            raise DataError(f"{path}: would be overwritten", fix="choose another --out")
+            raise DataError(f"{path}: the source would be overwritten", fix="choose another --out")
         other = jobs.setdefault(target, Job(sample, target)).sample
         if other.name != sample.name:
             raise DataError(
-                f"{target}: of two videos", given=f"{other.name}, {sample.name}", fix="rename one"
+                f"{target}: two videos would be written to this file",
+                given=f"{other.name}, {sample.name}",
+                fix="rename one of them",
             )
     return list(jobs.values())
 
@@ -112,9 +120,17 @@ def reencode(
     on_progress: Callable[[int], None],
     timeout_s: float = HANG_S,
 ) -> Reencoded:
-    """Write every job's file, verify it, and keep in `ledger` (of the new files) that it is whole.
+    """Write the file of every job, verify it, and record in `ledger` (of the new files) that it is intact.
 
-    What the ledger knows to be whole is not written again: stopped at any time, the work goes on.
+    Files that the ledger lists as intact are not written again, so an interrupted call can be repeated.
+
+    Args:
+        jobs: the samples and their target files.
+        ledger: the ledger of the new files.
+        encoding: the encoder settings.
+        workers: number of processes.
+        on_progress: called after each sample with the number of samples done.
+        timeout_s: a file that takes longer counts as failed.
     """
     made = [Sample(job.target, job.sample.label) for job in jobs]
     reasons = {i: "" for i, sample in enumerate(made) if _is_whole(sample, ledger)}
@@ -142,9 +158,9 @@ def reencode(
 
 
 def write_verified(job: Job, encoding: Encoding) -> int | str:
-    """Write one file; how many frames it has, or what is wrong with the source or with what was written.
+    """Write one file and verify it; return its number of frames, or what is wrong with it or its source.
 
-    The file takes its name only after it was verified.
+    The file is written under a temporary name and renamed only after it was verified.
     """
     partial_file = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp.mp4")
     try:
@@ -165,7 +181,7 @@ def write_verified(job: Job, encoding: Encoding) -> int | str:
 def measure_gain(
     pairs: Sequence[tuple[Sample, Sample]], data: DataConfig, num_frames: int, repeats: int = 3
 ) -> Gain | None:
-    """Time to open and decode random training clips of the old and the new files; None: all are too short."""
+    """Time reading random training clips from the old and new files; return None if all are too short."""
     clip = ClipFrames.of(num_frames, data)
     times: dict[int, list[float]] = {0: [], 1: []}
     for number, pair in enumerate(pairs):
@@ -191,7 +207,7 @@ def _is_whole(sample: Sample, ledger: Ledger) -> bool:
 
 
 def _reading(encoding: Encoding) -> DataConfig:
-    """PyAV reads everything exactly, and shrinks."""
+    """Return the data config to read sources with: PyAV, as it is exact for every file and can shrink."""
     return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
 
 
@@ -220,7 +236,7 @@ def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
 
 
 def _pictures(video: Video) -> Iterator[np.ndarray[Any, Any]]:
-    """All of them, with even sides: 4:2:0 halves them."""
+    """Yield all pictures, cropped to even sides, because 4:2:0 halves the chroma planes."""
     for first in range(0, video.num_frames, _AT_ONCE):
         for picture in video.read(range(first, min(first + _AT_ONCE, video.num_frames))):
             yield _even(picture)
@@ -232,17 +248,17 @@ def _even(picture: torch.Tensor) -> np.ndarray[Any, Any]:
 
 
 def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> None:
-    """As many frames, and the first and last look as the source's do.
+    """Check that the new file has the source's number of frames and matches its first and last picture.
 
     Raises:
-        DataError: they do not.
+        DataError: the number of frames or a picture differs.
     """
     with (
         open_sample(sample, _reading(encoding)) as source,
         open_sample(Sample(target, None), DataConfig()) as new,
     ):
         if new.num_frames != count:
-            raise DataError("written with another number of frames", given=new.num_frames, allowed=count)
+            raise DataError("re-encoded to a wrong number of frames", given=new.num_frames, allowed=count)
         expected = [_even(picture) for picture in source.read([0, count - 1])]
         written = new.read([0, count - 1]).numpy()
     for before, after in zip(expected, written, strict=True):
@@ -250,5 +266,7 @@ def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> Non
         psnr = 10 * np.log10(255**2 / max(error, 1e-3))
         if psnr < MIN_PSNR_DB:
             raise DataError(
-                "written too poorly", given=f"{psnr:.1f} dB", allowed=f"{MIN_PSNR_DB:g} dB or more"
+                "re-encoded with too large an error",
+                given=f"{psnr:.1f} dB PSNR",
+                allowed=f"{MIN_PSNR_DB:g} dB or more",
             )

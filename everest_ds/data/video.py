@@ -1,4 +1,4 @@
-"""What an open video is, whatever decodes it."""
+"""The interface of an open video, common to all decoders."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ import torch
 
 from everest_ds.errors import DataError
 
-FIX = "replace the file, or take it out of the manifest (`everest-ds data check` lists all such files)"
+FIX = "replace the file, or remove it from the manifest (`everest-ds data check` lists all such files)"
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """The size of a picture, in pixels."""
 
     width: int
     height: int
 
 
 class Video(ABC):
-    """An open video file, of the process that opened it. Use it in a `with`, or `close` it.
+    """An open video file, usable in the process that opened it, in a `with` statement or until `close`.
 
     Attributes:
         path: the file.
@@ -42,10 +42,10 @@ class Video(ABC):
         self.close()
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """The pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+        """Decode the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
 
         Raises:
-            DataError: an index outside 0..num_frames-1, or the file is damaged where it is read.
+            DataError: an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
         """
         outside = [i for i in indices if not 0 <= i < self.num_frames]
         if outside or not len(indices):
@@ -55,22 +55,22 @@ class Video(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Free the decoder; the video cannot be read any more."""
+        """Free the decoder; the video cannot be read afterwards."""
 
     @abstractmethod
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        """See `read`; the indices are in range."""
+        """Decode the pictures `indices`, which `read` has checked to be in range."""
 
 
 class Window(Video):
-    """A part of an open video: its frames count from 0; closing it closes the video."""
+    """A span of frames of an open video, numbered from 0; closing the window closes the video."""
 
     def __init__(self, video: Video, span: tuple[int, int]) -> None:
         first, stop = span
         if stop > video.num_frames:
             video.close()
             raise DataError(
-                f"{video.path}: the video ends before its part does",
+                f"{video.path}: the video is shorter than the span of frames that the manifest names",
                 given=f"frames {first} to {stop - 1}",
                 allowed=f"0..{video.num_frames - 1}",
             )
@@ -78,7 +78,7 @@ class Window(Video):
         self._video, self._first = video, first
 
     def close(self) -> None:
-        """See `Video.close`."""
+        """Close the underlying video."""
         self._video.close()
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
@@ -86,7 +86,7 @@ class Window(Video):
 
 
 def shrunk(size: Size, short_side: int | None) -> Size | None:
-    """The size with that short side and the same aspect; None where a picture need not shrink."""
+    """Return `size` scaled down to `short_side` at the same aspect ratio, or None if it need not shrink."""
     shorter = min(size)
     if short_side is None or shorter <= short_side:
         return None

@@ -1,4 +1,4 @@
-"""Frames come out by number exactly, whatever the container, and a bad file is named."""
+"""Tests of decoding: frames are exact by number in every container, and errors name the faulty file."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ REAL = (
     "bikes.mp4",
     "carphone_pristine.mp4",
 )
-# container, codec, pictures reordered: each treats timestamps and seeks in its own way
+# (container, codec, pictures reordered): combinations that treat timestamps and seeks differently
 CONTAINERS = (
     ("mp4", "libx264", True),
     ("mkv", "libx264", True),
@@ -72,7 +72,7 @@ def test_random_reads_of_real_clips_equal_sequential_decoding(real_videos: Path,
 
 
 def test_a_first_read_at_the_end_of_a_444_clip_equals_sequential_decoding(real_videos: Path) -> None:
-    path = real_videos / "cockatoo.mp4"  # of an x264 whose 4:4:4 FFmpeg must treat specially
+    path = real_videos / "cockatoo.mp4"  # an x264 version whose 4:4:4 files FFmpeg must treat specially
     with open_video(path) as video:
         frame = video.read([video.num_frames - 1])[0]
     with av.open(str(path)) as container:
@@ -102,7 +102,7 @@ def test_a_vp8_picture_that_is_never_shown_has_no_number(tmp_path: Path) -> None
         for number, packet in enumerate(source.demux(video=0)):
             if packet.size:
                 data = bytearray(bytes(packet))
-                data[0] &= 0xFF if number != 5 else 0xEF  # bit 4 of a VP8 frame says whether it is shown
+                data[0] &= 0xFF if number != 5 else 0xEF  # bit 4 of a VP8 frame marks it as shown
                 copy = av.Packet(bytes(data))
                 copy.pts, copy.dts, copy.time_base = packet.pts, packet.dts, packet.time_base
                 copy.is_keyframe, copy.stream = packet.is_keyframe, stream
@@ -114,7 +114,7 @@ def test_a_vp8_picture_that_is_never_shown_has_no_number(tmp_path: Path) -> None
 
 def test_a_picture_stored_lying_comes_upright(tmp_path: Path) -> None:
     picture = np.zeros((32, 64, 3), np.uint8)
-    picture[:, :16] = 255  # white at the left: at the top once turned clockwise
+    picture[:, :16] = 255  # white on the left, so on top after a clockwise turn
     path = write_video(tmp_path / "lying.mp4", [picture] * 2)
     lay_down(path)
     with open_video(path) as video:
@@ -216,14 +216,14 @@ def test_a_relative_path_with_a_colon_is_a_file(
 
 
 def frame_7(paths: list[Path]) -> torch.Tensor:
-    """What a loader's worker does with a batch of one path."""
+    """Read frame 7 of the only path, as the `collate_fn` of a loader with batches of one path."""
     with open_video(paths[0]) as video:
         return video.read([7])
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 def test_workers_of_a_loader_read_the_same_frames(synthetic_video: Path, start: str) -> None:
-    with open_video(synthetic_video) as video:  # the parent has used the decoder before it forks
+    with open_video(synthetic_video) as video:  # the parent uses the decoder before it forks
         expected = video.read([7])
         loader = DataLoader(
             [synthetic_video] * 3, 1, num_workers=2, collate_fn=frame_7, multiprocessing_context=start

@@ -1,4 +1,4 @@
-"""Manifests as people have them are read, wrong ones are refused by line, and what is written reads back."""
+"""Tests of manifests: common variants are read, faults are reported by line, and written files read back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from everest_ds.errors import DataError, UsageError
 
 
 def manifest(folder: Path, content: str | bytes) -> Path:
-    """A manifest with that content."""
+    """Write a manifest with the given content."""
     file = folder / "train.csv"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     return file
@@ -30,7 +30,7 @@ def manifest(folder: Path, content: str | bytes) -> Path:
 def read(
     file: Path, *, labelled: bool = True, num_classes: int | None = None
 ) -> list[tuple[str, int | None]]:
-    """Its lines, with the paths relative to its folder."""
+    """Return the path, relative to the manifest's folder, and the label of every line."""
     samples = read_manifest(file, root=None, num_classes=num_classes, labelled=labelled)
     return [(str(sample.path.relative_to(file.parent)), sample.label) for sample in samples]
 
@@ -108,7 +108,7 @@ def test_a_manifest_that_is_missing_a_folder_or_not_text_is_named(tmp_path: Path
         read(manifest(tmp_path, b"a\xff.mp4 0\n"))
 
 
-# Hard names: separators, quotes, comment signs, digits, and characters that other readers end lines at.
+# Difficult names: separators, quotes, comment signs, digits, and characters that splitlines() splits at.
 names = st.text(
     st.one_of(
         st.sampled_from(" ,;\t\"'#-0123\ufeff\x0b\x85\u2028"),
@@ -148,7 +148,7 @@ def test_simple_names_are_written_as_plainly_as_videomae_reads_them(tmp_path: Pa
 
 @pytest.mark.parametrize("name", ["a\nb.mp4", "a\rb.mp4", "a\udcff.mp4"])
 def test_a_name_that_no_line_can_hold_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="cannot hold this path") as caught:
+    with pytest.raises(DataError, match="cannot be written to a manifest") as caught:
         write_manifest(tmp_path / "list.txt", [Sample(tmp_path / name, 0)], tmp_path)
     str(caught.value).encode()
     assert len(str(caught.value).splitlines()) == 1
@@ -161,14 +161,16 @@ def test_class_names_come_in_the_order_of_the_file(tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(("content", "reason"), [("\n", "no class names"), ("a\nb\na\n", "twice; given: a")])
+@pytest.mark.parametrize(
+    ("content", "reason"), [("\n", "no class names"), ("a\nb\na\n", "repeated; given: a")]
+)
 def test_class_names_must_be_there_and_differ(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"train\.csv: .*{reason}"):
         read_class_names(manifest(tmp_path, content))
 
 
 def touch(folder: Path, *names: str) -> None:
-    """Empty files with these names."""
+    """Create empty files with these names."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -204,7 +206,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def class_samples(*counts: int) -> list[Sample]:
-    """`counts[c]` samples of class c."""
+    """Return `counts[c]` samples of each class c."""
     return [Sample(Path(f"{c}/{i}.mp4"), c) for c, count in enumerate(counts) for i in range(count)]
 
 
@@ -236,5 +238,5 @@ def test_another_seed_splits_otherwise() -> None:
 
 @pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
 def test_fractions_that_are_no_split_are_refused(fractions: tuple[float, float, float]) -> None:
-    with pytest.raises(UsageError, match="sum 1"):
+    with pytest.raises(UsageError, match="sum to 1"):
         split_samples(class_samples(3), fractions, 0)

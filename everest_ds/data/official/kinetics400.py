@@ -1,7 +1,7 @@
-"""Kinetics-400: `train`, `val` and `test` as CSV or JSON of DeepMind; files named YOUTUBEID_SSSSSS_EEEEEE.
+"""Kinetics-400: DeepMind's `train`, `val` and `test` as CSV or JSON; files named YOUTUBEID_SSSSSS_EEEEEE.
 
-Labels number the class names in alphabetical order, as every published model does. The first release of the
-test split tells no labels.
+Labels number the class names in alphabetical order, as all published models do. The first release of the
+test split has no labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class _Clip(NamedTuple):
 
 
 def read(folder: Path, fold: int) -> Annotations:
-    """The annotation in `folder`; there is one fold."""
+    """Read the annotation in `folder`; the data set has one fold."""
     needed = need_file(folder, *_names("train"))
     files = {split: find_file(folder, *_names(split)) for split in _SPLITS}
     clips = {split: list(_clips(file)) for split, file in files.items() if file is not None}
@@ -71,5 +71,5 @@ def _clips(file: Path) -> Iterator[_Clip]:
 
 
 def _plain(label: str) -> str:
-    """Some releases quote labels, some put underscores."""
+    """Normalise a class name: some releases quote class names, others use underscores for spaces."""
     return label.strip().strip('"').replace("_", " ")

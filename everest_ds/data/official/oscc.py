@@ -1,7 +1,7 @@
 """Ego4D object-state-change classification (OSCC): clips of 8 seconds within full videos named by video_uid.
 
-Frames are counted in Ego4D's canonical videos, 30 a second. A clip that was cut out already, named by its
-unique_id, is taken as it is.
+Frame numbers refer to Ego4D's canonical videos at 30 frames per second. A clip that has been cut out already,
+in a file named by its unique_id, is used whole.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _FILES = {
 
 
 def read(folder: Path, fold: int) -> Annotations:
-    """The annotation in `folder`; there is one fold."""
+    """Read the annotation in `folder`; the data set has one fold."""
     need_file(folder, *_FILES["train"])
     files = {split: find_file(folder, *names) for split, names in _FILES.items()}
     splits = {split: _listed(file) for split, file in files.items() if file is not None}
@@ -32,7 +32,7 @@ def _listed(file: Path) -> list[Listed]:
     content = read_json(file)
     clips = content["clips"] if isinstance(content, dict) and "clips" in content else content
     if not isinstance(clips, list):
-        raise DataError(f"{file}: no list of clips", allowed='{"clips": [...]}')
+        raise DataError(f"{file}: the file holds no list of clips", allowed='{"clips": [...]}')
     return [_clip(clip, file) for clip in clips]
 
 
@@ -42,6 +42,6 @@ def _clip(clip: dict[str, Any], file: Path) -> Listed:
         own, parent = str(clip["unique_id"]), str(clip["video_uid"])
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file}: a clip is incomplete", given=f"{error} in {str(clip)[:80]}") from None
-    # As the authors' loader reads it: what is not plainly false is a change.
+    # As in the authors' loader, every value other than `false` counts as a change.
     label = int(clip["state_change"] is not False) if "state_change" in clip else None
     return Listed((own,), label, parent, span)

@@ -1,4 +1,4 @@
-"""Where the videos of an official annotation lie, and which are missing."""
+"""The search of a folder for the videos of an official annotation, with a list of the missing videos."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from everest_ds.errors import DataError, UsageError
 
 @dataclass(frozen=True)
 class Indexed:
-    """A data set as it lies on a disk.
+    """A data set as found on disk.
 
     Attributes:
-        classes: names, in label order.
-        splits: the samples whose files are there, by split, in the annotation's order.
-        missing: the names of the listed videos that are not there, by split.
+        classes: class names, in label order.
+        splits: the samples whose files exist, by split, in the annotation's order.
+        missing: the names of the listed videos that have no file, by split.
     """
 
     classes: list[str]
@@ -30,11 +30,17 @@ class Indexed:
 
 
 def index_dataset(dataset: OfficialDataset, annotations: Path, videos: Path, fold: int = 1) -> Indexed:
-    """Match the official annotation with the files below `videos`, however these are nested.
+    """Match the official annotation with the video files below `videos`, at any depth.
+
+    Args:
+        dataset: the data set.
+        annotations: folder of its annotation files.
+        videos: folder of its videos.
+        fold: number of the official division into training and test, from 1.
 
     Raises:
         UsageError: the data set has no such fold.
-        DataError: a folder or annotation file is missing or wrong, or no listed video is there at all.
+        DataError: a folder or annotation file is missing or invalid, or no listed video exists.
     """
     if not 1 <= fold <= dataset.num_folds:
         raise UsageError(f"{dataset.title}: no such split", given=fold, allowed=f"1..{dataset.num_folds}")
@@ -54,12 +60,12 @@ def index_dataset(dataset: OfficialDataset, annotations: Path, videos: Path, fol
                 samples[split].append(sample)
     if not any(samples.values()):
         example = next((names[0] for names in missing.values() if names), "nothing")
-        raise DataError(f"{videos}: none of the listed videos is there", given=f"{example} is listed")
+        raise DataError(f"{videos}: none of the listed videos exists", given=f"{example} is listed")
     return Indexed(listed.classes, samples, missing)
 
 
 class VideoTree:
-    """The video files below a folder, by name."""
+    """An index, by name, of the video files below a folder."""
 
     def __init__(self, root: Path) -> None:
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
@@ -67,7 +73,7 @@ class VideoTree:
             self._by_stem[path.stem].append(path)
 
     def sample(self, entry: Listed) -> Sample | None:
-        """The file of a listed video; None: it is missing."""
+        """Return the sample for a listed video, or None if its file is missing."""
         for name in entry.names:
             path = self.find(name)
             if path is not None:
@@ -76,10 +82,10 @@ class VideoTree:
         return None if path is None else Sample(path, entry.label, entry.span)
 
     def find(self, name: str) -> Path | None:
-        """The file `name` (`VIDEO` or `FOLDER/VIDEO`, without suffix).
+        """Return the file called `name` (`VIDEO` or `FOLDER/VIDEO`, without suffix), or None.
 
         Raises:
-            DataError: there are several.
+            DataError: several files match.
         """
         wanted = PurePosixPath(name)
         found = self._by_stem.get(wanted.name, [])
@@ -92,7 +98,7 @@ class VideoTree:
 
 
 def _videos_below(root: Path) -> Iterator[Path]:
-    """Links are followed, in circles only once."""
+    """Yield the video files below `root`, following links but entering each folder only once."""
     seen = set()
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))

@@ -9,11 +9,11 @@ from everest_ds.errors import DataError
 
 
 def read(folder: Path, fold: int) -> Annotations:
-    """The annotation in `folder` for split `fold`, 1 to 3."""
+    """Read the annotation in `folder` for split `fold`, 1 to 3."""
     file = need_file(folder, "classInd.txt")
     lines = [line.split() for line in read_text(file).splitlines() if line.strip()]
     if [line[0] for line in lines] != [str(number) for number in range(1, len(lines) + 1)]:
-        raise DataError(f"{file}: not numbered from 1", allowed="`NUMBER CLASS` lines")
+        raise DataError(f"{file}: the lines are not numbered from 1", allowed="`NUMBER CLASS` lines")
     names = [line[-1] for line in lines]
     numbers = {name: number for number, name in enumerate(names)}
     lists = {split: need_file(folder, f"{split}list{fold:02d}.txt") for split in ("train", "test")}
@@ -21,6 +21,6 @@ def read(folder: Path, fold: int) -> Annotations:
 
 
 def _listed(file: Path, numbers: dict[str, int]) -> list[Listed]:
-    """`CLASS/VIDEO.avi`, in training lists followed by the class number: the folder says the same."""
+    """Read a list of `CLASS/VIDEO.avi`; the class number after it in training lists repeats the folder."""
     paths = [PurePosixPath(line.split()[0]) for line in read_text(file).splitlines() if line.strip()]
     return [Listed((str(path.with_suffix("")),), label_of(path.parent.name, numbers, file)) for path in paths]

@@ -1,4 +1,4 @@
-"""An indexed data set as files: manifests, class names, what is missing, and configs to train with."""
+"""Output of an indexed data set: manifests, class names, a list of missing videos, and training configs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MISSING_FILE = "missing.txt"
 def write_index(dataset: OfficialDataset, indexed: Indexed, out: Path) -> dict[str, Path]:
     """Write `<split>.txt`, `classes.txt`, `missing.txt`, `pretrain.yaml` and `finetune.yaml` into `out`.
 
-    A split of which no file is there gets no manifest.
+    A split without any existing file gets no manifest.
 
     Returns:
         The manifests, by split.

@@ -1,8 +1,8 @@
-"""The other systems of the published tables, written from their papers: one module and one line here each.
+"""The peer systems of the published tables, reimplemented from their papers, and a registry of them.
 
-They are for counting, tracing and timing next to our own, so what is computed is theirs to the last
-multiply-accumulate, and shapes, keys and randomness are as in our own models. `everest_ds.models` does not
-import this package.
+The peers exist to be counted, traced and timed next to our own models. Their computation therefore matches
+the originals to the last multiply-accumulate, while input shapes, keys and randomness follow our models. Each
+peer has one module and one line in the registry. `everest_ds.models` does not import this package.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Peer:
     """A system of the published tables.
 
     Attributes:
-        name: in the registry.
-        build: makes it at its full published size; under `torch.device("meta")` without any weights.
-        clip_shape: one view, (frames, height, width, 3), uint8.
-        views: how many views the published figure sums.
-        phase: whether it is a pre-training step, which returns the loss, or a classifier.
+        name: its name in the registry.
+        build: builds it at its full published size; under `torch.device("meta")`, no weights are allocated.
+        clip_shape: shape of one uint8 view, (frames, height, width, 3).
+        views: number of views that the published compute figure sums.
+        phase: `pretrain` for a pre-training step, which returns the loss; `finetune` for a classifier.
     """
 
     name: str
@@ -47,16 +47,16 @@ class Peer:
 
 
 def blank_inputs(model: nn.Module, num_clips: int = 1) -> tuple[Tensor, ...]:
-    """Zeros for each argument of a system's forward pass: uint8 clips, keys, and what else it takes.
+    """Return zeros for each argument of a peer's forward pass: uint8 clips, keys, and any further inputs.
 
-    For those who trace: `model(*blank_inputs(model))` runs, on any device, meta included.
+    `model(*blank_inputs(model))` runs on every device, including meta, and so can be traced and counted.
     """
     make: Any = model.blank_inputs
     return make(num_clips)
 
 
 def _kcentered(build: Callable[..., nn.Module], one_per_place: bool) -> Callable[[], nn.Module]:
-    # the sampler is made in the call, on the device that is the default then
+    # The sampler is built at the call, on the default device at that time.
     return lambda: build(LONG_CLIP, sampler=KCenterSampler(LONG_CLIP, one_per_place=one_per_place))
 
 
@@ -73,7 +73,7 @@ PEERS: dict[str, Peer] = {
         Peer("xvit", build_xvit, _clip(8), 3, "finetune"),
         Peer("motionformer", build_motionformer, _clip(16), 1, "finetune"),
         Peer("timesformer", build_timesformer, _clip(8), 3, "finetune"),
-        # X-ViT with this sampler was never released; it mixes what is at the same place, as TimeSformer does
+        # X-ViT with this sampler was never released; like TimeSformer, it mixes patches at the same place.
         Peer("kcentered_xvit", _kcentered(build_xvit, True), _clip(32), 3, "finetune"),
         Peer("kcentered_motionformer", _kcentered(build_motionformer, False), _clip(32), 1, "finetune"),
         Peer("kcentered_timesformer", _kcentered(build_timesformer, True), _clip(32), 3, "finetune"),

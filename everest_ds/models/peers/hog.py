@@ -1,16 +1,16 @@
-"""Histograms of oriented gradients: what MME's decoder predicts of a clip's appearance.
+"""Histograms of oriented gradients (HOG), the appearance targets of MME's decoder.
 
-Dalal and Triggs (CVPR 2005) without block normalisation, as MME uses it (Sun et al., "Masked Motion
-Encoding for Self-Supervised Video Representation Learning", CVPR 2023; github.com/XinyuSun/MME,
-m3video/feat.py): Sobel gradients of each colour, unsigned orientation, every pixel's magnitude shared
-linearly between the two nearest bins, averages over cells of 8 x 8 pixels.
+The method is that of Dalal and Triggs (CVPR 2005) without block normalisation, as MME uses it (Sun et al.,
+"Masked Motion Encoding for Self-Supervised Video Representation Learning", CVPR 2023;
+github.com/XinyuSun/MME, m3video/feat.py): Sobel gradients of each colour, unsigned orientation, every pixel's
+magnitude shared linearly between the two nearest bins, and averages over cells of 8 x 8 pixels.
 
-Written so that it costs little: only the frame that a tubelet's target is taken from is looked at, and
-votes go straight into the cells, not into a map per bin (87 MB a clip in the released code). The Sobel
-filters are sums of shifted maps, which no counter of multiply-accumulates sees; as convolutions over every
-frame of a clip of 16 x 224 x 224 they are 0.043 G.
+The implementation is economical: only the frame that a tubelet's target is taken from is processed, and votes
+are added directly to the cells instead of to one map per bin (87 MB per clip in the released code). The Sobel
+filters are sums of shifted maps, which counters of multiply-accumulates do not see; as convolutions over
+every frame of a clip of 16 x 224 x 224 they would cost 0.043 GMACs.
 
-Shape legend: B clips, F frames, H x W pixels, T slots, N tokens, G x G places a slot, S maps of H x W,
+Shape legend: B clips, F frames, H x W pixels, T slots, N tokens, G x G places per slot, S maps of H x W,
 c pixels along a cell, b bins, C values of a target: colours x bins x cells of a patch.
 """
 
@@ -32,17 +32,17 @@ NUM_COLOURS = 3
 
 
 def hog_width(geometry: ClipGeometry) -> int:
-    """C: values of one token's target, 108 for patches of 16 pixels."""
+    """Return C, the number of values in one token's target: 108 for patches of 16 pixels."""
     return NUM_COLOURS * NUM_BINS * (geometry.patch_size // CELL_SIZE) ** 2
 
 
 @torch.no_grad()
 def hog_targets(clip_BFHWC: Tensor, geometry: ClipGeometry) -> Tensor:
-    """Histograms of every tubelet, in its middle frame.
+    """Return the histograms of every tubelet, computed on its middle frame.
 
     Args:
-        clip_BFHWC: uint8 (B, F, H, W, 3). Gradients are of its normalised values, as the encoder sees them.
-        geometry: the tubelets; patches must be whole cells.
+        clip_BFHWC: uint8 (B, F, H, W, 3). Gradients are those of the normalised pixels that the encoder gets.
+        geometry: geometry of the clip; the patch size must be a multiple of the cell size.
 
     Returns:
         float32 (B, N, C), in (colour, bin, cell row, cell column) order.
@@ -56,10 +56,10 @@ def hog_targets(clip_BFHWC: Tensor, geometry: ClipGeometry) -> Tensor:
 
 
 def oriented_gradients(maps_SHW: Tensor) -> Tensor:
-    """Histogram of gradient orientations in each cell of single-colour maps: (S, H/c, W/c, b).
+    """Return the histogram of gradient orientations per cell of single-colour maps: (S, H/c, W/c, b).
 
-    Bin i stands for the angle i·π/b, modulo π. A gradient that points exactly at a bin votes for that alone;
-    the released code rounds up and down to find the two nearest and loses such votes.
+    Bin i is centred on the angle i·π/b, modulo π. A gradient exactly at a bin's centre votes for this bin
+    only; the released code rounds up and down to find the two nearest bins and loses such votes.
     """
     dx, dy = _sobel(maps_SHW)
     bin_position = (torch.atan2(dy, dx) % math.pi) * (NUM_BINS / math.pi)
@@ -74,7 +74,7 @@ def oriented_gradients(maps_SHW: Tensor) -> Tensor:
 
 
 def _sobel(maps_SHW: Tensor) -> tuple[Tensor, Tensor]:
-    """Horizontal and vertical Sobel gradients, (S, H, W) each; beyond the border its pixels repeat."""
+    """Return the horizontal and vertical Sobel gradients, (S, H, W) each, with replicated borders."""
     padded = F.pad(maps_SHW[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     smooth_down = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
     smooth_right = padded[:, :, :-2] + 2 * padded[:, :, 1:-1] + padded[:, :, 2:]
@@ -82,5 +82,5 @@ def _sobel(maps_SHW: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_cell(maps_SHW: Tensor) -> Tensor:
-    """(S, H, W) -> (S, H/c, W/c, c·c): the pixels of each cell."""
+    """Group the pixels of each cell: (S, H, W) -> (S, H/c, W/c, c·c)."""
     return rearrange(maps_SHW, "s (h i) (w j) -> s h w (i j)", i=CELL_SIZE, j=CELL_SIZE)

@@ -1,14 +1,14 @@
-"""K-centered patch sampling: of a long clip's patches, those that cover all others best.
+"""K-centered patch sampling: a choice of patches from a long clip that covers all its other patches well.
 
 Park et al., "K-centered Patch Sampling for Efficient Video Recognition", ECCV 2022;
-github.com/kami93/kcenter_video (kcenter_transformer/models/patch_sampler). Patches are points: their pixels
-and where they lie. Points are picked greedily, each time the one farthest from those picked before, which
-covers the rest at most twice as loosely as the best choice would (Gonzalez, 1985). A clip's 32 frames are
-cut into 8 segments, from each of which a frame's worth of patches is picked; a segment then is what a frame
-is to the backbone, whose cost is that of 8 frames. The sampler's own (3.8 GMACs of distances, and a chain
-of 195 picks that no device does faster than one after the other) is in no published figure.
+github.com/kami93/kcenter_video (kcenter_transformer/models/patch_sampler). Each patch is a point made of its
+pixels and its position. Points are picked greedily: each pick is the point farthest from all earlier picks,
+which gives a covering radius of at most twice the optimum (Gonzalez, 1985). A clip's 32 frames are divided
+into 8 segments, and as many patches as one frame has are picked from each segment. The backbone treats a
+segment as a frame, and so costs as much as for 8 frames. The cost of the sampler itself (3.8 GMACs for
+distances, and 195 picks that must run one after the other) is included in no published figure.
 
-The released options to keep whole frames ("hybrid") are left out; they change no count.
+The released options that keep whole frames ("hybrid") are left out; they do not change the compute.
 
 Shape legend: B clips, N patches of a clip, T segments (slots of the backbone), S patches picked in each,
 X = B·T searches, m = N / T candidates of a search, P values of a patch, V = P + 3 of a point, k picks.
@@ -27,19 +27,20 @@ from everest_ds.models.peers.layers import SAMPLER_STREAM
 from everest_ds.models.sampling import random_bits
 
 LONG_CLIP = ClipGeometry(num_frames=32, tubelet_size=1)
-HALF_RANGE = 127.5  # pixels become numbers from -1 to 1, as positions are scaled for
+HALF_RANGE = 127.5  # scales pixels to -1..1, the range that the scale of the positions assumes
 
 
 class KCenterSampler(nn.Module):
-    """Picks S = L patches, a frame's worth, from each of T segments of a clip. Carries no gradient.
+    """A sampler that picks S = L patches, as many as one frame has, from each of T segments of a clip.
 
-    It is a module, though it has no weights, so that profilers tell its share from the backbone's.
+    The sampler passes no gradient. It has no weights, but is a module so that profilers report its cost apart
+    from the backbone's.
 
     Args:
-        geometry: of the clip that is picked from; its slots must fill the segments evenly.
+        geometry: geometry of the clip; its slots must divide evenly into the segments.
         num_segments: T.
-        one_per_place: every place of the frame once in each segment, in order, as backbones need that mix
-            what is at the same place over time; else wherever the farthest patch is.
+        one_per_place: pick every place of the frame once per segment, in order, as required by backbones that
+            mix patches at the same place over time; otherwise pick the farthest patch at any place.
     """
 
     def __init__(
@@ -57,10 +58,10 @@ class KCenterSampler(nn.Module):
 
     @torch.no_grad()
     def forward(self, patches_BNP: Tensor, key_B: Tensor) -> Tensor:
-        """Choose from uint8 patches (B, N, P); the keys (B,) drive the first pick of each segment.
+        """Pick from uint8 patches (B, N, P); the keys (B,) determine the first pick of each segment.
 
         Returns:
-            int64 (B, T, S) indices into the N patches; ascending by place, or else by index.
+            int64 (B, T, S), indices into the N patches, in order of place if `one_per_place`, else of index.
         """
         points_BNV = self._points(patches_BNP)
         points_XmV = points_BNV.unflatten(1, (self.num_slots, -1)).flatten(0, 1)
@@ -80,9 +81,9 @@ class KCenterSampler(nn.Module):
 
 
 def patch_positions(geometry: ClipGeometry) -> Tensor:
-    """Time, row and column of each patch on the scale of its pixels, float32 (N, 3).
+    """Return the time, row and column of each patch on the scale of its pixels, float32 (N, 3).
 
-    From one end to the other it is 2·√p in time and √2 times less in space, p being the patch size.
+    The range from first to last is 2·√p in time and a factor √2 less in space, where p is the patch size.
     """
     in_time, in_space = math.sqrt(geometry.patch_size), math.sqrt(geometry.patch_size / 2)
     time = torch.linspace(-in_time, in_time, geometry.num_slots)
@@ -91,16 +92,17 @@ def patch_positions(geometry: ClipGeometry) -> Tensor:
 
 
 def farthest_points(points_XmV: Tensor, first_X: Tensor, num_picks: int, rival_m: Tensor) -> Tensor:
-    """Greedy k-center: after the first, always the point farthest from its nearest pick.
+    """Pick points by the greedy k-center algorithm: always the point farthest from its nearest earlier pick.
 
     Args:
-        points_XmV: m points of each of X searches, floating point.
-        first_X: the first pick.
+        points_XmV: the m candidate points of each of X searches, floating point.
+        first_X: the first pick of each search.
         num_picks: k.
-        rival_m: points with the same number rule each other out; `arange(m)` for none but a point itself.
+        rival_m: group number of each point; a pick excludes its whole group from later picks. `arange(m)`
+            excludes only the picked point itself.
 
     Returns:
-        int64 (X, k), in the order of picking. Of equally far points the first is picked.
+        int64 (X, k), in the order of picking. Among equally distant points, the first is picked.
     """
     distance_Xmm = squared_distances(points_XmV)
     search_X = torch.arange(len(points_XmV), device=points_XmV.device)
@@ -109,19 +111,20 @@ def farthest_points(points_XmV: Tensor, first_X: Tensor, num_picks: int, rival_m
     for _ in range(num_picks - 1):
         to_nearest_Xm = torch.minimum(to_nearest_Xm, distance_Xmm[search_X, picks[-1]])
         ruled_out_Xm = rival_m == rival_m[picks[-1]][:, None]
-        to_nearest_Xm = to_nearest_Xm.masked_fill(ruled_out_Xm, -1.0)  # less than any: stays the minimum
+        # -1 is below all distances and remains the minimum, so an excluded point is never picked.
+        to_nearest_Xm = to_nearest_Xm.masked_fill(ruled_out_Xm, -1.0)
         picks.append(to_nearest_Xm.argmax(dim=1))
     return torch.stack(picks, dim=1)
 
 
 def squared_distances(points_XmV: Tensor) -> Tensor:
-    """All against all, by one product of matrices: (X, m, V) -> (X, m, m), not negative."""
+    """Return all pairwise squared distances by one matrix product: (X, m, V) -> (X, m, m), clamped at 0."""
     length_Xm = points_XmV.square().sum(dim=-1)
-    with _without_autocast(points_XmV.device):  # half precision would confuse what is nearly alike
+    with _without_autocast(points_XmV.device):  # half precision cannot separate close points
         product_Xmm = points_XmV @ points_XmV.transpose(1, 2)
     return (length_Xm[:, :, None] + length_Xm[:, None] - 2 * product_Xmm).clamp(min=0)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    available = torch.amp.is_autocast_available(device.type)  # not on the meta device
+    available = torch.amp.is_autocast_available(device.type)  # false on the meta device
     return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -1,7 +1,7 @@
-"""What the video classifiers share: an interface, attention with the usual biases, and drops by key.
+"""Building blocks shared by the video classifiers: interface, attention with biases, and keyed dropout.
 
-All of them take uint8 clips and the clips' random keys, as our own classifier does, and normalise pixels by
-ImageNet's statistics. Some were released with other constants, which the weights of a first layer take up.
+All classifiers take uint8 clips and the clips' random keys, as our own classifier does, and normalise pixels
+by ImageNet's statistics. Some were released with other constants, which a first layer's weights can absorb.
 
 Shape legend: B clips, F frames, H x W pixels, n tokens, D width.
 """
@@ -19,16 +19,16 @@ from everest_ds.models.linear import Linear
 from everest_ds.models.sampling import random_uniform
 from everest_ds.models.vit import Blocks
 
-# Streams of per-clip randomness; masks.py has those from 0 on, MME and MVD 8 and 9, drop path 16 and up.
+# Stream numbers of per-clip randomness; masks.py uses 0 and up, MME and MVD 8 and 9, drop path 16 and up.
 SAMPLER_STREAM = 10
 DROPOUT_STREAM = 11
 
 
 class VideoClassifier(nn.Module):
-    """Class logits (B, classes) of uint8 clips (B, F, H, W, 3) and their keys (B,).
+    """Base class of the classifiers, which map uint8 clips (B, F, H, W, 3) and keys (B,) to class logits.
 
     Args:
-        clip_shape: (F, H, W, 3) of one view.
+        clip_shape: shape of one view, (F, H, W, 3).
     """
 
     def __init__(self, clip_shape: tuple[int, int, int, int]) -> None:
@@ -36,13 +36,13 @@ class VideoClassifier(nn.Module):
         self.clip_shape = clip_shape
 
     def blank_inputs(self, num_clips: int) -> tuple[Tensor, Tensor]:
-        """Zeros in place of the forward pass's arguments, for those who trace and need no values."""
+        """Return zeros for the arguments of the forward pass, for tracing, which needs no values."""
         like = next(self.parameters()).new_zeros
         return like(num_clips, *self.clip_shape, dtype=torch.uint8), like(num_clips, dtype=torch.int64)
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention whose q, k and v all have a bias, or none (`vit.Attention` gives k none)."""
+    """Multi-head self-attention with a bias on q, k and v, or on none (`vit.Attention` omits it on k)."""
 
     def __init__(self, width: int, heads: int, bias: bool = True) -> None:
         super().__init__()
@@ -51,17 +51,17 @@ class SelfAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D) -> (B, n, D)."""
+        """Attend within each sequence: (B, n, D) -> (B, n, D)."""
         return self.proj(fused_attention(self.qkv(x_BnD).unflatten(-1, (3, self.heads, -1))))
 
 
 class Drop(nn.Module):
-    """Zeroes what it is given of a clip at random, in training, and scales up what is left.
+    """Drop path or dropout driven by the clips' keys: zeroes inputs in training and rescales the others.
 
     Args:
-        rate: how often.
-        stream: of per-clip randomness.
-        width: 1 drops all of a clip at once (drop path), D single features (dropout).
+        rate: probability of being zeroed.
+        stream: stream number of per-clip randomness.
+        width: 1 zeroes a clip's whole input (drop path); D zeroes single features (dropout).
     """
 
     def __init__(self, rate: float, stream: int, width: int = 1) -> None:
@@ -69,7 +69,7 @@ class Drop(nn.Module):
         self.rate, self.stream, self.width = rate, stream, width
 
     def forward(self, x: Tensor, key_B: Tensor) -> Tensor:
-        """(B, ..., D) -> the same shape."""
+        """Zero and rescale in training, otherwise return the input: (B, ..., D) -> (B, ..., D)."""
         if not self.training or self.rate == 0.0:
             return x
         survives = random_uniform(key_B, self.stream, self.width) >= self.rate
@@ -80,7 +80,7 @@ class Drop(nn.Module):
 def blocks_with(
     attention: Callable[[], nn.Module], shape: TransformerShape, drop_path: float = 0.0
 ) -> Blocks:
-    """Our own stack of pre-norm blocks with another attention in each: (B, n, D) -> (B, n, D)."""
+    """Build our own stack of pre-norm blocks, with the attention of each block replaced by `attention()`."""
     blocks = Blocks(shape, drop_path)
     for block in blocks:
         block.attention = attention()
@@ -88,12 +88,12 @@ def blocks_with(
 
 
 def drop_path_rates(depth: int, last: float) -> list[float]:
-    """From 0 in the first block to `last` in the last one, linearly."""
+    """Return drop-path rates that rise linearly from 0 in the first block to `last` in the last block."""
     return [last * i / max(depth - 1, 1) for i in range(depth)]
 
 
 def table(*shape: int) -> nn.Parameter:
-    """A learned table of positions, or a learned token."""
+    """Create a learned table of positions, or a learned token, from a truncated normal distribution."""
     return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
 
 
@@ -103,7 +103,7 @@ def with_token(token: Tensor, x_BnD: Tensor) -> Tensor:
 
 
 def init_weights(module: nn.Module) -> None:
-    """Truncated normal linears of deviation 0.02, zero biases, as all of these systems begin."""
+    """Initialise linear layers as all peers do: truncated normal weights (deviation 0.02), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:

@@ -1,7 +1,7 @@
-"""The two halves of a masked video autoencoder in the form that VideoMAE released, and MME and MVD built on.
+"""Encoder and decoder of a masked video autoencoder as released by VideoMAE and reused by MME and MVD.
 
-Unlike ours (models/encoder.py), the encoder embeds every token before it drops the masked ones, and the
-decoder sees all tokens. Source: VideoMAE (Tong et al., NeurIPS 2022), github.com/MCG-NJU/VideoMAE.
+Unlike our own encoder (models/encoder.py), this one embeds every token before it drops the masked tokens, and
+the decoder processes all tokens. Source: VideoMAE (Tong et al., NeurIPS 2022), github.com/MCG-NJU/VideoMAE.
 
 Shape legend: B clips, N tokens, V visible, M = N - V masked, P values of a tubelet, D encoder width,
 d decoder width.
@@ -21,10 +21,14 @@ from everest_ds.models.vit import LAYER_NORM_EPS, Blocks
 
 
 class MaskedEncoder(nn.Module):
-    """Embedding of all tokens, positions, blocks on the visible ones, LayerNorm.
+    """An encoder that embeds all tokens, adds positions, and runs its blocks on the visible tokens.
 
     Args:
-        positions_ND: fixed, added to the embedded tokens.
+        geometry: geometry of the clip.
+        shape: width, depth and heads.
+        positions_ND: fixed position embeddings, added to the embedded tokens.
+        drop_path: largest drop-path rate of the blocks.
+        attention: `fused` or `unfused`.
     """
 
     positions: Tensor
@@ -44,24 +48,28 @@ class MaskedEncoder(nn.Module):
         self.register_buffer("positions", positions_ND, persistent=False)
 
     def forward(self, tubelets_BNP: Tensor, visible_BV: Tensor, key_B: Tensor) -> Tensor:
-        """uint8 tubelets (B, N, P) and indices of the visible ones (B, V) -> features (B, V, D)."""
+        """Encode the visible tubelets: uint8 tubelets (B, N, P), visible indices (B, V) -> (B, V, D)."""
         x_BVD = gather_tokens(self.embed_all(tubelets_BNP), visible_BV)
         return self.norm(self.blocks(x_BVD, key_B))
 
     def embed_all(self, tubelets_BNP: Tensor) -> Tensor:
-        """uint8 (B, N, P) -> embedded tokens, with positions: (B, N, D)."""
+        """Embed all tubelets and add their positions: uint8 (B, N, P) -> (B, N, D)."""
         x_BND = self.embed()(tubelets_BNP)
         return x_BND + self.positions.to(x_BND.dtype)
 
 
 class MaskedDecoder(nn.Module):
-    """Visible features and mask tokens, each with its position, through blocks; masked tokens come out.
+    """A decoder that runs visible features and mask tokens through its blocks and returns the masked tokens.
 
     Args:
         encoder_width: D.
-        positions_Nd: fixed, of the decoder's width.
-        bias: whether the map from D to d has one.
-        stream: of per-clip randomness, this decoder's own, so that its drop paths are not the encoder's.
+        shape: width (d), depth and heads of the decoder.
+        positions_Nd: fixed position embeddings of the decoder's width.
+        bias: add a bias to the linear map from D to d.
+        stream: this decoder's stream number of per-clip randomness, which makes its drop paths independent of
+            the encoder's.
+        drop_path: largest drop-path rate of the blocks.
+        attention: `fused` or `unfused`.
     """
 
     positions: Tensor
@@ -86,7 +94,7 @@ class MaskedDecoder(nn.Module):
         self.register_buffer("positions", positions_Nd, persistent=False)
 
     def forward(self, x_BVD: Tensor, visible_BV: Tensor, masked_BM: Tensor, key_B: Tensor) -> Tensor:
-        """The encoder's features (B, V, D) -> features of the masked tokens (B, M, d)."""
+        """Decode the features of the masked tokens from the encoder's: (B, V, D) -> (B, M, d)."""
         x_BVd = self.project(x_BVD)
         positions = self.positions.to(x_BVd.dtype)
         full = torch.cat([x_BVd + positions[visible_BV], self.mask_token + positions[masked_BM]], dim=1)

@@ -1,9 +1,10 @@
-"""MME's pre-training step: predict appearance (HOG) and motion (trajectories) of masked tubelets.
+"""MME's pre-training step: prediction of appearance (HOG) and motion (trajectories) of masked tubelets.
 
 Sun et al., "Masked Motion Encoding for Self-Supervised Video Representation Learning", CVPR 2023;
-github.com/XinyuSun/MME (pretrain/, scripts/pretrain/k400-1600epo.sh). VideoMAE's encoder, a decoder of one
-narrow block and two heads. Histograms are made on the fly. Trajectories are not: MME tracks points through
-dense optical flow once, before training, so here they are an input, and their cost is in no figure.
+github.com/XinyuSun/MME (pretrain/, scripts/pretrain/k400-1600epo.sh). The model is VideoMAE's encoder with a
+decoder of one narrow block and two heads. Histograms are computed in the forward pass. Trajectories are an
+input, because MME tracks points through dense optical flow once, before training; no figure includes the cost
+of tracking.
 
 Shape legend: B clips, F frames, H x W pixels, T slots, N tokens, V visible, M masked, R x R points of a
 frame (one per 8 x 8 pixels), S steps of a trajectory, C values of a target.
@@ -26,19 +27,20 @@ from everest_ds.models.tubelets import gather_tokens, sincos_positions, to_tubel
 from everest_ds.models.vit import init_weights
 
 NUM_STEPS = 4
-MAX_STEP = 20  # pixels; the tracker clamps longer ones
+MAX_STEP = 20  # pixels; the tracker clamps longer steps
 HEAD_WIDTH = 512
 DECODER_STREAM = 8
 
 
 class MME(nn.Module):
-    """Encoder, decoder and two heads; the forward pass returns the loss.
+    """MME's encoder, decoder and two heads; the forward pass returns the loss.
 
     Args:
-        geometry: of the clips; patches of whole 8 x 8 cells.
-        encoder, decoder: widths, depths and heads.
-        mask_ratio: of the places of a slot, the same in every slot (tubes).
-        attention: `fused`, or `unfused` as the published memory figures were taken.
+        geometry: geometry of the clips; the patch size must be a multiple of the cell size of 8 pixels.
+        encoder: width, depth and heads of the encoder.
+        decoder: width, depth and heads of the decoder.
+        mask_ratio: share of the places of a slot that are masked, the same places in every slot (tubes).
+        attention: `fused`, or `unfused` as in the published memory measurements.
     """
 
     def __init__(
@@ -67,14 +69,14 @@ class MME(nn.Module):
     def forward(
         self, clip_BFHWC: Tensor, key_B: Tensor, trajectories_BTRRS2: Tensor, valid_BTRR: Tensor
     ) -> Tensor:
-        """The loss of a batch, float32.
+        """Compute the float32 loss of a batch.
 
         Args:
             clip_BFHWC: uint8 (B, F, H, W, 3).
-            key_B: the clips' random keys (B,), which choose the tubes.
-            trajectories_BTRRS2: (B, T, R, R, S, 2), from each point of a slot's first frame S steps (x, y),
+            key_B: the clips' random keys (B,), which determine the masked tubes.
+            trajectories_BTRRS2: (B, T, R, R, S, 2), the S steps (x, y) of each point of a slot's first frame,
                 in pixels.
-            valid_BTRR: bool (B, T, R, R), whether the point stays within the picture.
+            valid_BTRR: bool (B, T, R, R), true for points that stay within the picture.
         """
         visible_BV, masked_BM = split_tubes(self.geometry, self.num_visible, key_B)
         hog_BMC = gather_tokens(hog_targets(clip_BFHWC, self.geometry), masked_BM)
@@ -88,7 +90,7 @@ class MME(nn.Module):
         return (of_hog_BM.mean() + of_motion_BM.mean()) / 2
 
     def blank_inputs(self, num_clips: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Zeros in place of the forward pass's arguments, for those who trace and need no values."""
+        """Return zeros for the arguments of the forward pass, for tracing, which needs no values."""
         g, points = self.geometry, self.geometry.image_size // CELL_SIZE
         like = self.decoder.mask_token.new_zeros
         return (
@@ -106,19 +108,19 @@ def build_mme(
     mask_ratio: float = 0.7,
     attention: str = "fused",
 ) -> MME:
-    """MME at the size and mask ratio of its K400 pre-training script, unless told other."""
+    """Build MME, by default at the size and mask ratio of its K400 pre-training script."""
     return MME(geometry, encoder, decoder, mask_ratio, attention)
 
 
 def trajectory_width(geometry: ClipGeometry) -> int:
-    """C: values of one token's target, 32 for patches of 16 pixels."""
+    """Return C, the number of values in one token's target: 32 for patches of 16 pixels."""
     return 2 * NUM_STEPS * (geometry.patch_size // CELL_SIZE) ** 2
 
 
 def trajectory_targets(trajectories_BTRRS2: Tensor, geometry: ClipGeometry) -> Tensor:
-    """Each step of a patch's points, minus their mean, over their unbiased standard deviation.
+    """Standardise each step over the points of a patch: zero mean, unit unbiased standard deviation.
 
-    What is left is how the points move against each other: the camera's motion is in the mean.
+    Subtracting the mean removes the camera's motion and keeps the motion of the points against each other.
 
     Returns:
         float32 (B, N, C), in (coordinate, step, point row, point column) order.
@@ -131,7 +133,7 @@ def trajectory_targets(trajectories_BTRRS2: Tensor, geometry: ClipGeometry) -> T
 
 
 def tracked_tokens(valid_BTRR: Tensor, geometry: ClipGeometry) -> Tensor:
-    """Whether any point of a token's patch is valid: bool (B, N)."""
+    """Return for each token whether any point of its patch is valid: bool (B, N)."""
     along = geometry.patch_size // CELL_SIZE
     return rearrange(valid_BTRR, "b t (h i) (w j) -> b (t h w) (i j)", i=along, j=along).any(dim=-1)
 
@@ -141,5 +143,5 @@ def _head(width: int, num_values: int, activation: nn.Module) -> nn.Sequential:
 
 
 def _squared_error(prediction_BMC: Tensor, target_BMC: Tensor) -> Tensor:
-    """Summed over the values of a token, float32 (B, M)."""
+    """Return the squared error summed over the values of each token, float32 (B, M)."""
     return (prediction_BMC.float() - target_BMC).square().sum(dim=-1)

@@ -1,12 +1,12 @@
-"""Motionformer: attention along trajectories, which follow what a patch shows from frame to frame.
+"""Motionformer: attention along trajectories, which follow the content of a patch from frame to frame.
 
 Patrick et al., "Keeping Your Eye on the Ball: Trajectory Attention in Video Transformers", NeurIPS 2021;
-github.com/facebookresearch/Motionformer (slowfast/models/vit_helper.py, configs/K400). Each patch looks for
-itself in every frame, softmax within the frame; what it finds, one token a frame, is its trajectory. It
-then attends over that. Projecting N trajectories of T tokens is half of all compute.
+github.com/facebookresearch/Motionformer (slowfast/models/vit_helper.py, configs/K400). Each patch first
+attends within every frame separately, which gives one token per frame: its trajectory. The patch then attends
+over this trajectory. Projecting N trajectories of T tokens takes half of all compute.
 
-The released code attends over unprojected values and says that this is a typo kept for replication. Here
-values are projected, as in the paper; the count is the same.
+The released code attends over unprojected values and notes that this is a typo kept for replication. Here
+values are projected, as in the paper; the compute is the same.
 
 Shape legend: B clips, T slots, S patches of a slot, N = T·S patches, n = 1 + N tokens, D width, h heads,
 d width of a head.
@@ -30,9 +30,11 @@ DROP_PATH = 0.2
 
 
 class TrajectoryAttention(nn.Module):
-    """Each patch attends within every slot, then over the slots; the class token attends to all tokens.
+    """Attention of each patch within every slot, then over the slots; the class token attends to all tokens.
 
     Args:
+        width: D.
+        heads: number of attention heads.
         num_slots: T.
     """
 
@@ -45,7 +47,7 @@ class TrajectoryAttention(nn.Module):
         self.proj = Linear(width, width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D), class token first -> (B, n, D)."""
+        """Attend over tokens with the class token first: (B, n, D) -> (B, n, D)."""
         q, k, v = rearrange(self.qkv(x_BnD), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         of_class = F.scaled_dot_product_attention(q[:, :, :1], k, v)
         of_class_B1D = rearrange(of_class, "b h n d -> b n (h d)")
@@ -53,14 +55,14 @@ class TrajectoryAttention(nn.Module):
         return self.proj(torch.cat([of_class_B1D, self._along(trajectories_BTND)], dim=1))
 
     def _trajectories(self, q_BhNd: Tensor, k_BhNd: Tensor, v_BhNd: Tensor) -> Tensor:
-        """What each of the N patches finds in each slot: (B, T, N, D)."""
-        # slots take the place of heads, so that attention is within them and a fused kernel can do it
+        """Attend from each of the N patches to each slot separately: (B, T, N, D)."""
+        # Slots are folded into the heads, so that a fused kernel can compute attention within each slot.
         k, v = (rearrange(x, "b h (t s) d -> b (h t) s d", t=self.num_slots) for x in (k_BhNd, v_BhNd))
         found = F.scaled_dot_product_attention(q_BhNd.repeat_interleave(self.num_slots, dim=1), k, v)
         return rearrange(found, "b (h t) n d -> b t n (h d)", h=self.heads)
 
     def _along(self, x_BTND: Tensor) -> Tensor:
-        """Attention of each patch over its trajectory, asked by the token in its own slot: (B, N, D)."""
+        """Attend over each patch's trajectory, with the token of its own slot as the query: (B, N, D)."""
         by_slot = x_BTND.unflatten(2, (self.num_slots, -1))
         own_BND = rearrange(by_slot.diagonal(dim1=1, dim2=2), "b s d t -> b (t s) d")
         q = rearrange(self.trajectory_q(own_BND), "b n (h d) -> (b n) h 1 d", h=self.heads)
@@ -76,14 +78,14 @@ def build_motionformer(
     num_classes: int = 400,
     sampler: KCenterSampler | None = None,
 ) -> PatchClassifier:
-    """Motionformer as published for K400 (16 frames), unless told other.
+    """Build Motionformer, by default as published for K400 (16 frames).
 
     Args:
-        geometry: of the clip.
+        geometry: geometry of the clip.
         shape: width, depth and heads.
-        num_classes: of the logits.
-        sampler: chooses the patches; all of them by default. With one, the head is a single linear map, as
-            K-centered sampling was released.
+        num_classes: number of classes.
+        sampler: selects the patches; None uses all patches. With a sampler, the head is a single linear map,
+            as in the release of K-centered sampling.
     """
     patches, width = sampler or AllPatches(geometry), shape.width
     blocks = blocks_with(lambda: TrajectoryAttention(width, shape.heads, patches.num_slots), shape, DROP_PATH)

@@ -1,9 +1,9 @@
-"""MVD's pre-training step: a student predicts two frozen teachers' features of masked tubelets.
+"""MVD's pre-training step: a student predicts the features of two frozen teachers at masked tubelets.
 
 Wang et al., "Masked Video Distillation: Rethinking Masked Feature Modeling for Self-supervised Video
 Representation Learning", CVPR 2023; github.com/ruiwang2021/mvd (modeling_student.py,
-engine_for_pretraining.py, scripts/mvd_vit_base_from_vit_base_teacher_epoch_400/). At its published sizes
-student and teachers see the same picture, so there is one clip.
+engine_for_pretraining.py, scripts/mvd_vit_base_from_vit_base_teacher_epoch_400/). At the published sizes,
+student and teachers use the same image size, so the input is a single clip.
 
 Shape legend: B clips, F frames, H x W pixels, N tokens, V visible, M masked, P values of a tubelet,
 D student width, E teacher width.
@@ -31,11 +31,15 @@ IMAGE_DECODER_STREAM, VIDEO_DECODER_STREAM = 8, 9
 
 
 class Student(nn.Module):
-    """An encoder of the visible tokens, and a decoder and a linear head for each teacher.
+    """The student: an encoder of the visible tokens, with a decoder and a linear head for each teacher.
 
     Args:
-        decoder_depth: blocks of each decoder, which is as wide as the encoder.
-        teacher_width: E, of both teachers.
+        geometry: geometry of the clips.
+        shape: width, depth and heads of the encoder.
+        decoder_depth: number of blocks per decoder; the decoders are as wide as the encoder.
+        teacher_width: E, the width of both teachers.
+        drop_path: largest drop-path rate of the encoder and of the decoders.
+        attention: `fused` or `unfused`.
     """
 
     def __init__(
@@ -68,7 +72,7 @@ class Student(nn.Module):
     def forward(
         self, tubelets_BNP: Tensor, visible_BV: Tensor, masked_BM: Tensor, key_B: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """uint8 tubelets (B, N, P) -> features of masked ones that each teacher should give: (B, M, E)."""
+        """Predict each teacher's features of the masked tubelets: uint8 (B, N, P) -> two of (B, M, E)."""
         x_BVD = self.encoder(tubelets_BNP, visible_BV, key_B)
         image_BME = self.image_head(self.image_decoder(x_BVD, visible_BV, masked_BM, key_B))
         video_BME = self.video_head(self.video_decoder(x_BVD, visible_BV, masked_BM, key_B))
@@ -79,7 +83,11 @@ class MVD(nn.Module):
     """The student and its teachers; the forward pass returns the loss.
 
     Args:
-        mask_ratio: of the places of a slot, the same in every slot (tubes).
+        geometry: geometry of the clips.
+        student: the network that is trained.
+        image_teacher: frozen teacher that sees single frames.
+        video_teacher: frozen teacher that sees the whole clip.
+        mask_ratio: share of the places of a slot that are masked, the same places in every slot (tubes).
     """
 
     def __init__(
@@ -102,10 +110,10 @@ class MVD(nn.Module):
         nn.init.normal_(image_teacher.class_token, std=0.02)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """The loss of uint8 clips (B, F, H, W, 3), float32; the keys (B,) drive all that is random."""
+        """Compute the float32 loss of uint8 clips (B, F, H, W, 3); the keys (B,) drive all randomness."""
         visible_BV, masked_BM = split_tubes(self.geometry, self.num_visible, key_B)
         tubelets_BNP = to_tubelets(clip_BFHWC, self.geometry)
-        # the released order: the student's activations are in memory while the teachers run
+        # As in the released code, the student's activations are in memory while the teachers run.
         image_BME, video_BME = self.student(tubelets_BNP, visible_BV, masked_BM, key_B)
         with torch.no_grad():
             image_target = gather_tokens(self.image_teacher(clip_BFHWC, key_B), masked_BM)
@@ -114,7 +122,7 @@ class MVD(nn.Module):
         return image_loss + F.smooth_l1_loss(video_BME.float(), video_target.float())
 
     def blank_inputs(self, num_clips: int) -> tuple[Tensor, Tensor]:
-        """Zeros in place of the forward pass's arguments, for those who trace and need no values."""
+        """Return zeros for the arguments of the forward pass, for tracing, which needs no values."""
         g, like = self.geometry, self.image_teacher.class_token.new_zeros
         clip_BFHWC = like(num_clips, g.num_frames, g.image_size, g.image_size, 3, dtype=torch.uint8)
         return clip_BFHWC, like(num_clips, dtype=torch.int64)
@@ -129,16 +137,16 @@ def build_mvd(
     drop_path: float = 0.1,
     attention: str = "fused",
 ) -> MVD:
-    """MVD at the sizes of its K400 script "ViT-B from ViT-B teachers", unless told other.
+    """Build MVD, by default at the sizes of its K400 script "ViT-B from ViT-B teachers".
 
     Args:
-        geometry: of the clips.
-        student: the encoder's shape.
-        teacher: both teachers' shape; `BACKBONES["vit_large"].encoder` for the recipe with larger ones.
-        decoder_depth: blocks of each of the two decoders.
-        mask_ratio: of the places of a slot.
-        drop_path: of the student's blocks, decoders' included.
-        attention: `fused`, or `unfused` as the published memory figures were taken.
+        geometry: geometry of the clips.
+        student: shape of the student's encoder.
+        teacher: shape of both teachers; `BACKBONES["vit_large"].encoder` for the recipe with larger teachers.
+        decoder_depth: number of blocks in each of the two decoders.
+        mask_ratio: share of the places of a slot that are masked.
+        drop_path: largest drop-path rate of the student's encoder and decoders.
+        attention: `fused`, or `unfused` as in the published memory measurements.
     """
     return MVD(
         geometry,

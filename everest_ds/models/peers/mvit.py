@@ -1,12 +1,12 @@
-"""MViT: a transformer that pools its tokens, stage by stage fewer of them and wider.
+"""MViT: a transformer whose tokens become fewer and wider from stage to stage, by pooling.
 
 Fan et al., "Multiscale Vision Transformers", ICCV 2021; github.com/facebookresearch/SlowFast
-(slowfast/models/attention.py, configs/Kinetics/MVIT_B_16x4_CONV.yaml). Queries are pooled where a stage
-begins, which is what makes it smaller; keys and values are pooled in every block, which is what makes
-attention over 25,088 tokens affordable. The published 70.5 GFLOPs are the max-pooling variant's.
+(slowfast/models/attention.py, configs/Kinetics/MVIT_B_16x4_CONV.yaml). Queries are pooled in the first block
+of a stage, which reduces the number of tokens; keys and values are pooled in every block, which makes
+attention over 25,088 tokens affordable. The published 70.5 GFLOPs are those of the max-pooling variant.
 
 Shape legend: B clips, F frames, H x W pixels, h heads, n = 1 + t·y·x tokens (class token first), m pooled
-ones, D width, d width of a head.
+tokens, D width, d width of a head.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ DROP_PATH, DROPOUT = 0.2, 0.5
 
 
 class GridPool(nn.Module):
-    """A pooling layer over the grid of tokens, in each head alike; the class token goes past it.
+    """A pooling layer over the token grid, the same for every head; the class token is not pooled.
 
     Args:
-        grid: of the input.
-        pool: (B·h, d, t, y, x) -> fewer places.
-        norm: of what comes out, class token included.
+        grid: token grid of the input.
+        pool: pooling layer on (B·h, d, t, y, x), which reduces the grid.
+        norm: normalisation of the output, class token included.
     """
 
     def __init__(self, grid: Grid, pool: nn.Module, norm: nn.Module) -> None:
@@ -52,7 +52,7 @@ class GridPool(nn.Module):
         self.grid, self.pool, self.norm = grid, pool, norm
 
     def forward(self, x_Bhnd: Tensor) -> Tensor:
-        """(B, h, n, d) -> (B, h, m, d)."""
+        """Pool the tokens of each head: (B, h, n, d) -> (B, h, m, d)."""
         t, y, x = self.grid
         maps = rearrange(x_Bhnd[:, :, 1:], "b h (t y x) d -> (b h) d t y x", t=t, y=y, x=x)
         patches = rearrange(self.pool(maps), "(b h) d t y x -> b h (t y x) d", h=x_Bhnd.shape[1])
@@ -60,14 +60,14 @@ class GridPool(nn.Module):
 
 
 def max_pool(grid: Grid, stride: int) -> GridPool:
-    """The maximum over windows one wider than the stride."""
+    """Build spatial max pooling whose windows are one place wider than the stride."""
     size = stride + 1
     pool = nn.MaxPool3d((1, size, size), (1, stride, stride), (0, size // 2, size // 2))
     return GridPool(grid, pool, nn.Identity())
 
 
 def conv_pool(grid: Grid, stride: int, width: int) -> GridPool:
-    """A learned weighting of 3 x 3 x 3 places in each channel, and LayerNorm."""
+    """Build pooling by a depthwise 3 x 3 x 3 convolution, followed by LayerNorm."""
     pool = nn.Conv3d(width, width, 3, (1, stride, stride), padding=1, groups=width, bias=False)
     return GridPool(grid, pool, nn.LayerNorm(width, eps=LAYER_NORM_EPS))
 
@@ -85,20 +85,20 @@ class PoolingAttention(nn.Module):
         self.proj = Linear(plan.width, plan.width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D) -> (B, m, D), m tokens being what queries are pooled to."""
+        """Attend, with m the number of pooled queries: (B, n, D) -> (B, m, D)."""
         q, k, v = rearrange(self.qkv(x_BnD), "b n (three h d) -> three b h n d", three=3, h=self.heads)
         out = F.scaled_dot_product_attention(self.pool_q(q), self.pool_k(k), self.pool_v(v))
         return self.proj(rearrange(out, "b h m d -> b m (h d)"))
 
 
 def _pool(plan: BlockPlan, stride: int, pooling: Pooling) -> nn.Module:
-    if pooling == "conv":  # at stride 1 too: its keys and values are weighted by their surroundings
+    if pooling == "conv":  # applies at stride 1 too, where it still mixes each place with its neighbours
         return conv_pool(plan.grid, stride, plan.width // plan.heads)
     return max_pool(plan.grid, stride) if stride > 1 else nn.Identity()
 
 
 class PoolingBlock(nn.Module):
-    """Attention, then an MLP that may widen, each on a normalised input and added to it, pooled or mapped."""
+    """A pre-norm block of pooling attention and an MLP that may widen; skip paths pool and widen alike."""
 
     def __init__(self, plan: BlockPlan, pooling: Pooling, drop_path: float, index: int) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class PoolingBlock(nn.Module):
         self.mlp_drop = Drop(drop_path, DROP_PATH_STREAM + 2 * index + 1)
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """(B, n, D) -> (B, m, out_width)."""
+        """Run the block: (B, n, D) -> (B, m, out_width)."""
         attended = self.attention_drop(self.attention(self.attention_norm(x_BnD)), key_B)
         x_BmD = self.pool_skip(x_BnD[:, None])[:, 0] + attended
         normed = self.mlp_norm(x_BmD)
@@ -122,7 +122,7 @@ class PoolingBlock(nn.Module):
 
 
 class MViT(VideoClassifier):
-    """Overlapping convolution, learned positions, pooling blocks, head on the class token."""
+    """A classifier of a convolutional stem, learned positions, pooling blocks, and a class-token head."""
 
     def __init__(
         self, shape: MViTShape, num_frames: int, image_size: int, num_classes: int, pooling: Pooling
@@ -144,14 +144,14 @@ class MViT(VideoClassifier):
         self.apply(init_weights)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random."""
+        """Compute the logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive randomness."""
         x_BnD = self._tokens(clip_BFHWC)
         for block in self.blocks:
             x_BnD = block(x_BnD, key_B)
         return self.head(self.drop(self.norm(x_BnD)[:, 0], key_B))
 
     def _tokens(self, clip_BFHWC: Tensor) -> Tensor:
-        """(B, n, D): class token and patches, with their positions."""
+        """Embed the clip as class token and patches with their positions: (B, n, D)."""
         pixels = rearrange(normalize_pixels(clip_BFHWC), "b f h w c -> b c f h w").to(self.stem.weight.dtype)
         patches = rearrange(self.stem(pixels), "b d t y x -> b (t y x) d")
         positions = (self.times[:, None] + self.places).flatten(0, 1)
@@ -165,13 +165,13 @@ def build_mvit(
     num_classes: int = 400,
     pooling: Pooling = "max",
 ) -> MViT:
-    """MViT-B 16x4 as published for K400, unless told other.
+    """Build MViT, by default MViT-B 16x4 as published for K400.
 
     Args:
-        shape: `MVIT_B`, `MVIT_S` or another.
-        num_frames: of the clip.
-        image_size: height and width of its frames, pixels.
-        num_classes: of the logits.
-        pooling: `conv` is the variant with the better accuracy, `max` the one whose compute is published.
+        shape: `MVIT_B`, `MVIT_S` or another size.
+        num_frames: frames per clip.
+        image_size: height and width of the frames, in pixels.
+        num_classes: number of classes.
+        pooling: `conv` is the more accurate variant, `max` the variant whose compute was published.
     """
     return MViT(shape, num_frames, image_size, num_classes, pooling)

@@ -1,8 +1,8 @@
-"""The sizes of MViT (mvit.py): which block has what width, grid and strides. Integers only.
+"""The block plan of MViT (mvit.py): widths, token grids and strides of all blocks, as integers only.
 
 Sources: Fan et al., ICCV 2021, tables 3 and 4; SlowFast's configs/Kinetics/MVIT_B_16x4_CONV.yaml. MViT-S was
-never released: `MVIT_S` is the reading whose parameters come out at the published 26.1 M; its compute stays
-3.6 % below the published figure.
+never released: `MVIT_S` is the interpretation of the paper that gives the published 26.1 M parameters; its
+compute is 3.6 % below the published figure.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Grid = tuple[int, int, int]  # tokens along time, height and width
 
 @dataclass(frozen=True)
 class MViTShape:
-    """What sets the sizes of MViT apart.
+    """The hyperparameters that distinguish the sizes of MViT.
 
     Attributes:
-        width: of the first stage; each further stage has twice the width and heads of the one before.
-        depths: blocks of each stage.
-        stem_kernel: of the first convolution, in space; 3 in time.
-        stem_stride: the same; 2 in time.
-        stem_padding: the same; 1 in time.
-        kv_stride: of keys and values, in space, in the first stage; half as much in each further one.
+        width: width of the first stage; each further stage doubles the width and the number of heads.
+        depths: number of blocks per stage.
+        stem_kernel: kernel size of the first convolution in space; in time it is 3.
+        stem_stride: stride of the first convolution in space; in time it is 2.
+        stem_padding: padding of the first convolution in space; in time it is 1.
+        kv_stride: spatial stride of keys and values in the first stage; each further stage halves it.
     """
 
     width: int
@@ -40,7 +40,7 @@ MVIT_S = MViTShape(128, (4, 7, 6), stem_kernel=8, stem_stride=8, stem_padding=0,
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """One block: widths in and out, heads, the grid of its input, strides in space."""
+    """The plan of one block: input and output width, heads, input grid, and spatial strides."""
 
     width: int
     out_width: int
@@ -51,17 +51,20 @@ class BlockPlan:
 
     @property
     def out_grid(self) -> Grid:
-        """The grid of its output."""
+        """The token grid of the block's output."""
         return pooled(self.grid, self.q_stride)
 
 
 def pooled(grid: Grid, stride: int) -> Grid:
-    """The grid that is left of `grid`: time stays, space shrinks by `stride`, rounded up."""
+    """Return `grid` after pooling: time stays, height and width are divided by `stride`, rounded up."""
     return grid[0], -(-grid[1] // stride), -(-grid[2] // stride)
 
 
 def plan_blocks(shape: MViTShape, grid: Grid) -> Iterator[BlockPlan]:
-    """All blocks, from the grid that the stem leaves on: the width grows in the last block of a stage."""
+    """Yield the plans of all blocks, given the stem's output grid.
+
+    The last block of every stage but the last doubles the width.
+    """
     last_stage = len(shape.depths) - 1
     for stage, depth in enumerate(shape.depths):
         width, kv_stride = shape.width << stage, max(shape.kv_stride >> stage, 1)

@@ -1,11 +1,12 @@
-"""MVD's teachers: encoders of two other masked autoencoders, run whole and frozen, for features to predict.
+"""MVD's teachers: frozen encoders of two other masked autoencoders, whose features the student predicts.
 
-The image teacher is MAE's (He et al., CVPR 2022; github.com/facebookresearch/mae), the video teacher
-VideoMAE's (Tong et al., NeurIPS 2022). Both hand out what their last block says; the final LayerNorm, which
-their checkpoints have, is not applied (github.com/ruiwang2021/mvd, modeling_teacher.py and
-modeling_video_teacher.py). Their weights are whatever is loaded: they are never trained here.
+The image teacher is MAE's encoder (He et al., CVPR 2022; github.com/facebookresearch/mae), the video teacher
+VideoMAE's (Tong et al., NeurIPS 2022). Both run on all tokens and return the output of their last block; the
+final LayerNorm, which their checkpoints contain, is not applied (github.com/ruiwang2021/mvd,
+modeling_teacher.py and modeling_video_teacher.py). The teachers are never trained here, so their weights must
+be loaded.
 
-Shape legend: B clips, F frames, H x W pixels, T slots, L places a slot, N = T·L tokens, P values of a
+Shape legend: B clips, F frames, H x W pixels, T slots, L places per slot, N = T·L tokens, P values of a
 tubelet, D width.
 """
 
@@ -26,7 +27,7 @@ from everest_ds.models.vit import LAYER_NORM_EPS, Attention, Blocks
 
 
 class VideoTeacher(nn.Module):
-    """VideoMAE's encoder on all tokens."""
+    """The video teacher: VideoMAE's encoder on all tokens of a clip."""
 
     def __init__(self, geometry: ClipGeometry, shape: TransformerShape, attention: str = "fused") -> None:
         super().__init__()
@@ -35,13 +36,13 @@ class VideoTeacher(nn.Module):
         self.encoder = MaskedEncoder(geometry, shape, positions_ND, attention=attention)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """uint8 clips (B, F, H, W, 3) and their keys (B,) -> features of every token (B, N, D)."""
+        """Return the features of every token: uint8 clips (B, F, H, W, 3), keys (B,) -> (B, N, D)."""
         x_BND = self.encoder.embed_all(to_tubelets(clip_BFHWC, self.geometry))
         return self.encoder.blocks(x_BND, key_B)
 
 
 class ImageTeacher(nn.Module):
-    """MAE's encoder on the first frame of every slot, each an image of its own."""
+    """The image teacher: MAE's encoder on the first frame of every slot, as separate images."""
 
     positions: Tensor
 
@@ -58,20 +59,20 @@ class ImageTeacher(nn.Module):
         self.register_buffer("positions", image_positions(geometry.grid_size, shape.width), persistent=False)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """uint8 clips (B, F, H, W, 3) and their keys (B,) -> features of every patch (B, N, D)."""
+        """Return the features of every patch: uint8 clips (B, F, H, W, 3), keys (B,) -> (B, N, D)."""
         patches = to_tubelets(clip_BFHWC[:, :: self.every], self.geometry)
         patches = patches.reshape(-1, self.geometry.tokens_per_slot, patches.shape[-1])
         x_ILD = self.embed()(patches)  # I = B·T images
         x_ILD = x_ILD + self.positions.to(x_ILD.dtype)
-        class_I1D = self.class_token.to(x_ILD.dtype).expand(len(x_ILD), 1, -1)  # its position is zero
+        class_I1D = self.class_token.to(x_ILD.dtype).expand(len(x_ILD), 1, -1)  # its position embedding is 0
         x = self.blocks(torch.cat([class_I1D, x_ILD], dim=1), key_B)
         return x[:, 1:].reshape(len(clip_BFHWC), -1, x.shape[-1])
 
 
 class BiasedAttention(Attention):
-    """Attention whose keys have a bias too, as MAE's checkpoints have it.
+    """Attention with a bias on the keys as well, which MAE's checkpoints contain.
 
-    It adds the same to all logits of a query, which softmax ignores; VideoMAE's blocks do without.
+    The bias adds the same value to all logits of a query, which softmax ignores; VideoMAE's blocks omit it.
     """
 
     def __init__(self, width: int, heads: int, kind: str = "fused") -> None:
@@ -79,6 +80,6 @@ class BiasedAttention(Attention):
         self.k_bias = nn.Parameter(torch.zeros(width))
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D) -> (B, n, D)."""
+        """Attend within each sequence: (B, n, D) -> (B, n, D)."""
         qkv = linear(x_BnD, self.qkv.weight, torch.cat([self.q_bias, self.k_bias, self.v_bias]))
         return self.proj(self.attend(qkv.unflatten(-1, (3, -1, self.head_width))))

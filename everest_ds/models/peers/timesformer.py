@@ -1,8 +1,8 @@
-"""TimeSformer: attention over time at each place, then over space in each frame.
+"""TimeSformer: a video transformer with attention over time at each place, then over space in each frame.
 
 Bertasius, Wang and Torresani, "Is Space-Time Attention All You Need for Video Understanding?", ICML 2021;
-github.com/facebookresearch/TimeSformer (timesformer/models/vit.py). Divided attention costs two small maps
-in place of one of all tokens against all, for a second set of projections.
+github.com/facebookresearch/TimeSformer (timesformer/models/vit.py). Divided attention computes two small
+attention maps in place of one over all pairs of tokens, at the price of a second set of projections.
 
 Shape legend: B clips, T slots (frames), S patches of a slot, n = 1 + T·S tokens, D width.
 """
@@ -27,11 +27,14 @@ DROP_PATH = 0.1
 
 
 class DividedBlock(nn.Module):
-    """Temporal attention and a linear map, spatial attention, MLP, each on a normalised input and added.
+    """A pre-norm block with three residual branches: temporal attention, spatial attention, and MLP.
 
     Args:
+        width: D.
+        heads: number of attention heads.
         num_slots: T.
-        index: of the block, which numbers its streams of randomness.
+        drop_path: probability of dropping a residual branch.
+        index: index of the block, from which its random streams are numbered.
     """
 
     def __init__(self, width: int, heads: int, num_slots: int, drop_path: float, index: int) -> None:
@@ -46,7 +49,7 @@ class DividedBlock(nn.Module):
         self.drops = nn.ModuleList(Drop(drop_path, DROP_PATH_STREAM + 3 * index + i) for i in range(3))
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """(B, n, D), class token first -> (B, n, D)."""
+        """Run the block on tokens with the class token first: (B, n, D) -> (B, n, D)."""
         class_B1D, x_BTSD = x_BnD[:, :1], x_BnD[:, 1:].unflatten(1, (self.num_slots, -1))
         x_BTSD = x_BTSD + self.time_out(self.drops[0](self._over_time(x_BTSD), key_B))
         class_of_slots, patches = self._over_space(class_B1D, x_BTSD, key_B)
@@ -58,7 +61,7 @@ class DividedBlock(nn.Module):
         return rearrange(self.time_attention(along), "(b s) t d -> b t s d", b=len(x_BTSD))
 
     def _over_space(self, class_B1D: Tensor, x_BTSD: Tensor, key_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Each slot with a class token of its own, all alike going in, their mean coming out."""
+        """Attend within each slot plus a copy of the class token; return the copies' mean and the patches."""
         class_BT1D = class_B1D[:, None].expand(-1, self.num_slots, -1, -1)
         slots = torch.cat([class_BT1D, x_BTSD], dim=2).flatten(0, 1)
         mixed = self.space_attention(self.space_norm(slots)).unflatten(0, (-1, self.num_slots))
@@ -67,7 +70,7 @@ class DividedBlock(nn.Module):
 
 
 class DividedBlocks(nn.ModuleList):
-    """A stack of them."""
+    """A stack of `DividedBlock`s."""
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
         """Run every block: (B, n, D) -> (B, n, D)."""
@@ -82,19 +85,19 @@ def build_timesformer(
     num_classes: int = 400,
     sampler: KCenterSampler | None = None,
 ) -> PatchClassifier:
-    """TimeSformer as published for 8 frames of K400, unless told other.
+    """Build TimeSformer, by default as published for 8 frames of K400.
 
     Args:
-        geometry: of the clip, with tubelets of one frame.
+        geometry: geometry of the clip, with tubelets of one frame.
         shape: width, depth and heads.
-        num_classes: of the logits.
-        sampler: chooses the patches; all of them by default.
+        num_classes: number of classes.
+        sampler: selects the patches; None uses all patches.
     """
     patches = sampler or AllPatches(geometry)
     rates = drop_path_rates(shape.depth, DROP_PATH)
     blocks = [DividedBlock(shape.width, shape.heads, patches.num_slots, r, i) for i, r in enumerate(rates)]
     body = SequenceBody(DividedBlocks(blocks), shape.width, nn.Linear(shape.width, num_classes))
     model = PatchClassifier(geometry, patches, PatchEmbedding(geometry, shape.width), body)
-    for block in blocks[1:]:  # so that it begins as the image model that it is fine-tuned from
+    for block in blocks[1:]:  # starts with temporal attention off, as the image model it is fine-tuned from
         nn.init.zeros_(block.time_out.weight)
     return model

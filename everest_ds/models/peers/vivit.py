@@ -1,11 +1,11 @@
-"""ViViT with a factorised encoder: a transformer over each time slot, and one over what those say.
+"""ViViT with a factorised encoder: a spatial transformer within each slot, then a temporal one over slots.
 
 Arnab et al., "ViViT: A Video Vision Transformer", ICCV 2021, model 2; github.com/google-research/scenic
-(scenic/projects/vivit, configs/kinetics400/vivit_large_factorised_encoder.py). Both transformers are the
-same thing: a class token in front, learned positions, blocks, LayerNorm, and the class token comes out. The
-released large one has 24 blocks in either.
+(scenic/projects/vivit, configs/kinetics400/vivit_large_factorised_encoder.py). Both transformers have the
+same structure: a leading class token, learned positions, blocks, LayerNorm, and the class token as the
+output. In the released large model, each has 24 blocks.
 
-Shape legend: B clips, F frames, H x W pixels, T slots, L places a slot, n tokens, D width.
+Shape legend: B clips, F frames, H x W pixels, T slots, L places per slot, n tokens, D width.
 """
 
 from __future__ import annotations
@@ -29,9 +29,10 @@ from everest_ds.models.vit import LAYER_NORM_EPS
 
 
 class SequenceEncoder(nn.Module):
-    """Sums up a sequence in its class token.
+    """A transformer that summarises a sequence in its class token.
 
     Args:
+        shape: width, depth and heads.
         num_tokens: n, without the class token.
     """
 
@@ -43,13 +44,13 @@ class SequenceEncoder(nn.Module):
         self.norm = nn.LayerNorm(shape.width, eps=LAYER_NORM_EPS)
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """(B, n, D) -> (B, D)."""
+        """Encode each sequence in its class token: (B, n, D) -> (B, D)."""
         x_BnD = with_token(self.class_token, x_BnD) + self.positions
         return self.norm(self.blocks(x_BnD, key_B))[:, 0]
 
 
 class ViViT(VideoClassifier):
-    """Tubelet embedding, the spatial encoder on each slot alone, the temporal encoder on the slots, head."""
+    """A classifier of tubelet embedding, spatial encoder within each slot, temporal encoder, and head."""
 
     def __init__(
         self, geometry: ClipGeometry, space: TransformerShape, time: TransformerShape, num_classes: int
@@ -63,10 +64,10 @@ class ViViT(VideoClassifier):
         self.apply(init_weights)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
-        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3)."""
+        """Compute the class logits (B, classes) of uint8 clips (B, F, H, W, 3)."""
         x_BND = self.embed()(to_tubelets(clip_BFHWC, self.geometry))
         slots = x_BND.unflatten(1, (self.geometry.num_slots, -1)).flatten(0, 1)
-        # keys of clips will do for slots: without drop path no block asks for them
+        # The slots are given the clips' keys, which no block reads because there is no drop path.
         slots_BTD = self.space(slots, key_B).unflatten(0, (-1, self.geometry.num_slots))
         return self.head(self.time(slots_BTD, key_B))
 
@@ -77,12 +78,12 @@ def build_vivit(
     temporal_depth: int = 24,
     num_classes: int = 400,
 ) -> ViViT:
-    """ViViT-L/16x2 FE on the 128 frames of its K400 result, unless told other.
+    """Build ViViT, by default ViViT-L/16x2 FE for 128 frames, as in its K400 result.
 
     Args:
-        geometry: of the clip.
-        shape: of the spatial encoder; the temporal one is as wide.
-        temporal_depth: blocks of the temporal encoder.
-        num_classes: of the logits.
+        geometry: geometry of the clip.
+        shape: shape of the spatial encoder; the temporal encoder has the same width and heads.
+        temporal_depth: number of blocks in the temporal encoder.
+        num_classes: number of classes.
     """
     return ViViT(geometry, shape, replace(shape, depth=temporal_depth), num_classes)

@@ -1,9 +1,9 @@
-"""X-ViT: attention within a frame whose keys and values are mixed with the neighbouring frames' for free.
+"""X-ViT: attention within each frame, with channels of keys and values taken from the neighbouring frames.
 
 Bulat et al., "Space-time Mixing Attention for Video Transformer", NeurIPS 2021;
-github.com/1adrianb/video-transformers (slowfast/models). An eighth of the channels of keys and values comes
-from the frame after, an eighth from the frame before, so the receptive field grows by a frame in each
-direction a block, at the cost of attention in images.
+github.com/1adrianb/video-transformers (slowfast/models). One eighth of the channels of keys and values comes
+from the next frame and one eighth from the previous frame. The receptive field thus grows by one frame in
+each direction per block, at the cost of attention within single images.
 
 Shape legend: B clips, T slots (frames), I = B·T images, S patches of a slot, n = 1 + S tokens, D width.
 """
@@ -23,14 +23,16 @@ from everest_ds.models.peers.patches import AllPatches, PatchClassifier, PatchEm
 from everest_ds.models.peers.timesformer import EIGHT_FRAMES
 from everest_ds.models.vit import LAYER_NORM_EPS
 
-NEIGHBOUR_SHARE = 8  # one channel in this many comes from each neighbour
+NEIGHBOUR_SHARE = 8  # one channel in 8 comes from each neighbour
 DROPOUT = 0.5
 
 
 class MixingAttention(SelfAttention):
-    """Attention within each frame, over keys and values that hold channels of the frames around.
+    """Attention within each frame over keys and values that contain channels of the neighbouring frames.
 
     Args:
+        width: D.
+        heads: number of attention heads.
         num_slots: T.
     """
 
@@ -39,17 +41,19 @@ class MixingAttention(SelfAttention):
         self.num_slots = num_slots
 
     def forward(self, x_InD: Tensor) -> Tensor:
-        """(I, n, D), a clip's images one after the other -> (I, n, D)."""
+        """Attend within each image, where a clip's images are consecutive: (I, n, D) -> (I, n, D)."""
         q, k, v = self.qkv(x_InD).chunk(3, dim=-1)
         qkv = torch.stack([q, mix_neighbours(k, self.num_slots), mix_neighbours(v, self.num_slots)], dim=2)
         return self.proj(fused_attention(qkv.unflatten(-1, (self.heads, -1))))
 
 
 def mix_neighbours(x_InD: Tensor, num_slots: int) -> Tensor:
-    """Channels of the next frame, of the previous frame, then a frame's own; beyond the clip are zeros.
+    """Replace the first eighth of a frame's channels by the next frame's, the second by the previous frame's.
+
+    Frames beyond the ends of the clip count as zeros.
 
     Returns:
-        (I, n, D), each channel where it was.
+        (I, n, D), with every channel at its original index.
     """
     x_BTnD = x_InD.unflatten(0, (-1, num_slots))
     share = x_InD.shape[-1] // NEIGHBOUR_SHARE
@@ -60,7 +64,7 @@ def mix_neighbours(x_InD: Tensor, num_slots: int) -> Tensor:
 
 
 class TemporalHead(nn.Module):
-    """A block over the frames' class features and a class token, and a two-layer perceptron on that."""
+    """A head: one block over the frames' class features and a class token, then a two-layer perceptron."""
 
     def __init__(self, width: int, heads: int, num_classes: int) -> None:
         super().__init__()
@@ -73,13 +77,13 @@ class TemporalHead(nn.Module):
         self.out = nn.Linear(width, num_classes)
 
     def forward(self, x_BTD: Tensor, key_B: Tensor) -> Tensor:
-        """Class logits (B, classes)."""
+        """Compute the class logits (B, classes) from the features of the frames (B, T, D)."""
         x_BD = self.blocks(with_token(self.class_token, x_BTD), key_B)[:, 0]
         return self.out(self.drop(F.gelu(self.hidden(self.norm(x_BD))), key_B))
 
 
 class FrameBody(nn.Module):
-    """Each frame, with its class token, through blocks of mixing attention; then the head over frames."""
+    """A body that runs each frame, with its class token, through mixing attention, then a temporal head."""
 
     def __init__(self, shape: TransformerShape, num_slots: int, num_classes: int) -> None:
         super().__init__()
@@ -89,9 +93,9 @@ class FrameBody(nn.Module):
         self.head = TemporalHead(shape.width, shape.heads, num_classes)
 
     def forward(self, class_BTD: Tensor, x_BTSD: Tensor, key_B: Tensor) -> Tensor:
-        """Class logits (B, classes)."""
+        """Compute the class logits (B, classes)."""
         x_InD = with_token(class_BTD.flatten(0, 1)[:, None], x_BTSD.flatten(0, 1))
-        # keys of clips will do for images: without drop path no block asks for them
+        # The images are given the clips' keys, which no block reads because there is no drop path.
         x_InD = self.norm(self.blocks(x_InD, key_B))
         frames_ID = self.feature(x_InD[:, 0]).tanh()
         return self.head(frames_ID.unflatten(0, class_BTD.shape[:2]), key_B)
@@ -103,13 +107,13 @@ def build_xvit(
     num_classes: int = 400,
     sampler: KCenterSampler | None = None,
 ) -> PatchClassifier:
-    """X-ViT as published for 8 frames of K400, unless told other.
+    """Build X-ViT, by default as published for 8 frames of K400.
 
     Args:
-        geometry: of the clip, with tubelets of one frame.
+        geometry: geometry of the clip, with tubelets of one frame.
         shape: width, depth and heads.
-        num_classes: of the logits.
-        sampler: chooses the patches; all of them by default.
+        num_classes: number of classes.
+        sampler: selects the patches; None uses all patches.
     """
     patches = sampler or AllPatches(geometry)
     embedding = PatchEmbedding(geometry, shape.width, class_per_slot=True)

@@ -1,1 +1,1 @@
-"""Tests of the other systems of the published tables."""
+"""Tests of the peers: the other systems of the published tables."""

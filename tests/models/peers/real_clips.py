@@ -1,4 +1,4 @@
-"""Clips of the real videos, cut to a geometry; tests that ask for them are skipped where there are none."""
+"""Clips of the real videos, cropped to a geometry; tests that need them are skipped if there are none."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.data.conftest import REAL_VIDEOS
 
 
 def real_clips(geometry: ClipGeometry, *names: str) -> Tensor:
-    """The first frames of each named video, every fourth: uint8 (B, F, H, W, 3)."""
+    """Read every fourth frame from the start of each named video: uint8 (B, F, H, W, 3)."""
     if not REAL_VIDEOS.is_dir():
         pytest.skip(f"needs the real clips in {REAL_VIDEOS}")
     return torch.stack([_clip(geometry, name) for name in names])

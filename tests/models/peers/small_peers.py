@@ -1,4 +1,4 @@
-"""Small classifiers of every kind, for tests that run them: 2 slots or more of 4 x 4 places, 5 classes."""
+"""Small classifiers of every kind for tests that run them: 2 or more slots of 4 x 4 places, 5 classes."""
 
 from __future__ import annotations
 
@@ -44,19 +44,19 @@ SMALL: dict[str, Callable[[], VideoClassifier]] = {
 
 
 def small(name: str) -> VideoClassifier:
-    """One of `SMALL`, with the same weights each time."""
+    """Build the classifier `name` of `SMALL`, with the same weights each time."""
     torch.manual_seed(0)
     return SMALL[name]()
 
 
 def noise(model: VideoClassifier, num_clips: int = 2) -> Tensor:
-    """uint8 (num_clips, F, H, W, 3) for `model`."""
+    """Draw random clips for `model`: uint8 (num_clips, F, H, W, 3)."""
     generator = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (num_clips, *model.clip_shape), generator=generator).byte()
 
 
 def randomized(model: VideoClassifier) -> VideoClassifier:
-    """No bias at zero, no gain at one, nothing as small as it begins: or a part left out would not show."""
+    """Perturb all weights, as initial biases of zero and gains of one would hide a missing part."""
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():

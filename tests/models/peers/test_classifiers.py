@@ -1,4 +1,4 @@
-"""What all video classifiers promise: the published counts, independent clips, replayable steps, learning."""
+"""Tests of all peer classifiers: published counts, independent clips, randomness by key, and learning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.models.peers.small_peers import NUM_CLASSES, SMALL, noise, randomized
 KEYS = torch.tensor([5, 6])
 MVIT_S_3_7_6 = replace(MVIT_S, depths=(3, 7, 6))
 
-# The last block's patches go nowhere, only its class token does: so it is in the released Motionformer too.
+# Weights without gradient: only the class token of the last block is used, as in the released Motionformer.
 IDLE = {
     f"body.blocks.1.attention.trajectory_{part}.{kind}" for part in ("q", "kv") for kind in ("weight", "bias")
 }
@@ -96,7 +96,7 @@ def test_counts_of_other_published_geometries(published_gmacs: float, build: Cal
     [
         ("kcentered_xvit", 140_573_922_816),
         ("kcentered_timesformer", 195_830_280_192),
-        # patches of one frame in place of tubelets of two, and no layer before the logits
+        # Patches of one frame replace tubelets of two, and there is no layer before the logits.
         ("kcentered_motionformer", 369_358_731_264 - 1568 * 768 * 768 - 768 * 768),
     ],
 )
@@ -134,7 +134,7 @@ def test_a_clip_does_not_depend_on_its_batch(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_every_frame_matters(name: str) -> None:
-    """Or, with a sampler, every segment of frames."""
+    """Changing any frame, or with a sampler any segment of frames, changes the logits."""
     model = randomized(small(name))
     clips = noise(model, 1)
     before = model(clips, KEYS[:1])
@@ -158,7 +158,7 @@ def test_randomness_of_training_is_the_keys(name: str) -> None:
 
 @pytest.mark.parametrize("name", SMALL)
 def test_learns_real_clips(name: str) -> None:
-    model = small(name).eval()  # dropout would hide how little is left to learn
+    model = small(name).eval()  # dropout would mask the decrease of the loss
     frames, side, _, _ = model.clip_shape
     clips = real_clips(ClipGeometry(frames, 1, side), "bikes.mp4", "carphone_pristine.mp4")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -169,7 +169,7 @@ def test_learns_real_clips(name: str) -> None:
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    # not in the first step: TimeSformer's temporal attention begins switched off
+    # The gradients are those of the last step, as TimeSformer's temporal attention is off in the first.
     still = {path for path, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     assert still == (IDLE if "motionformer" in name else set())
     assert losses[-1] < 0.95 * losses[0]
@@ -181,7 +181,7 @@ def test_backward_costs_two_forward_passes_but_for_pixels_and_the_sampler(name: 
     inputs = blank_inputs(model, 2)
     forward = count_forward(model, *inputs).macs_by_module
     step = count_training_step(lambda: model(*inputs).square().mean(), model)
-    passes = {"sampler": 1, "embedding": 2, "stem": 2, "": 2}  # "" is where ViViT embeds
+    passes = {"sampler": 1, "embedding": 2, "stem": 2, "": 2}  # ViViT's embedding belongs to ""
     assert step.macs == sum(passes.get(module, 3) * macs for module, macs in forward.items())
 
 

@@ -1,4 +1,4 @@
-"""Histograms of oriented gradients against one made pixel by pixel."""
+"""Tests of the HOG targets, against histograms computed pixel by pixel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GEOMETRY = ClipGeometry(num_frames=4, tubelet_size=2, image_size=32, patch_size=
 
 
 def naive_histograms(picture: np.ndarray) -> np.ndarray:
-    """(H, W) -> (H / 8, W / 8, 9), a pixel at a time."""
+    """Compute the histograms one pixel at a time: (H, W) -> (H / 8, W / 8, 9)."""
     num_bins, cell = 9, 8
     height, width = picture.shape
 
@@ -33,14 +33,14 @@ def naive_histograms(picture: np.ndarray) -> np.ndarray:
         for c in range(width):
             dx = sum(w * (at(r + i, c + 1) - at(r + i, c - 1)) for i, w in ((-1, 1), (0, 2), (1, 1)))
             dy = sum(w * (at(r + 1, c + i) - at(r - 1, c + i)) for i, w in ((-1, 1), (0, 2), (1, 1)))
-            for b in range(num_bins):  # a vote falls linearly to nothing at the next bin, 20 degrees away
+            for b in range(num_bins):  # a vote falls linearly to 0 at the next bin, 20 degrees away
                 angle = abs(math.atan2(dy, dx) - b * math.pi / num_bins) % math.pi
                 share = max(0.0, 1 - min(angle, math.pi - angle) / (math.pi / num_bins))
                 histograms[r // cell, c // cell, b] += math.hypot(dx, dy) * share / cell**2
     return histograms
 
 
-# few grey levels, so that flat areas and edges along the axes, whose angle is exactly a bin's, are common
+# Few grey levels, so that flat areas and axis-aligned edges, whose angle is exactly a bin's, are common.
 pictures = st.one_of(
     arrays(np.float32, (16, 8), elements=st.integers(0, 3).map(float)),
     arrays(np.float32, (8, 16), elements=st.integers(0, 255).map(float)),
@@ -57,12 +57,12 @@ def test_equal_to_a_loop_over_pixels(picture: np.ndarray) -> None:
 def test_an_upright_edge_votes_for_the_first_bin_alone() -> None:
     edge = torch.zeros(1, 8, 8)
     edge[..., 4:] = 1.0
-    # in 2 of 8 columns the weights 1 + 2 + 1 meet a step of 1
+    # In 2 of 8 columns, the Sobel weights 1 + 2 + 1 meet the step of 1.
     assert oriented_gradients(edge).flatten().tolist() == [4 * 2 / 8, *[0.0] * 8]
 
 
 def test_all_of_a_gradient_is_shared_out() -> None:
-    """A plane that rises by 1 a row and 3 a column; Sobel's weights add up to 8."""
+    """The votes of a plane that rises by 1 per row and 3 per column sum to its gradient times Sobel's 8."""
     row, column = torch.arange(24.0)[:, None], torch.arange(24.0)
     inner_cell = oriented_gradients((row + 3 * column)[None])[0, 1, 1]
     assert inner_cell.sum().item() == pytest.approx(8 * math.hypot(1, 3))

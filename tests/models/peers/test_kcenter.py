@@ -1,4 +1,4 @@
-"""The K-centered sampler: farthest points one by one, what it keeps of a clip, what a backbone gets."""
+"""Tests of the K-centered sampler: its greedy search, the patches that it picks, and their embedding."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.models.peers.real_clips import real_clips
 from tests.models.peers.small_peers import LONG, sampler
 
 KEYS = torch.tensor([5, 6])
-# whole numbers, so that distances are exact and equally far points are common
+# Integer coordinates, so that distances are exact and ties are common.
 clouds = arrays(np.int64, (8, 2), elements=st.integers(0, 4))
 
 
@@ -38,7 +38,7 @@ def naive_farthest(points: np.ndarray, first: int, count: int, rivals: list[int]
 
 
 def radius(points: np.ndarray, picks: tuple[int, ...] | list[int]) -> float:
-    """How far the worst covered point is from its nearest pick."""
+    """Return the covering radius: the largest distance of a point from its nearest pick."""
     return max(min(float(np.linalg.norm(p - points[i])) for i in picks) for p in points)
 
 
@@ -88,7 +88,7 @@ def random_patches() -> Tensor:
 @pytest.mark.parametrize("one_per_place", [False, True])
 @pytest.mark.parametrize("still", [False, True])
 def test_picks_a_frame_of_different_patches_from_each_segment(one_per_place: bool, still: bool) -> None:
-    """Also where all patches are alike, and every distance but that of places is zero."""
+    """The picks of a segment are distinct patches, even if all pixels are equal and only positions differ."""
     patches = torch.zeros_like(random_patches()) if still else random_patches()
     picks = sampler(one_per_place)(patches, KEYS)
     places, candidates = LONG.tokens_per_slot, 3 * LONG.tokens_per_slot
@@ -111,7 +111,7 @@ def test_the_first_pick_is_the_keys_alone() -> None:
 
 def test_a_patch_that_appears_once_is_always_picked() -> None:
     patches = torch.full((1, LONG.num_tokens, LONG.tubelet_values), 100, dtype=torch.uint8)
-    odd = [7, 50, 101, 190]  # one in each segment
+    odd = [7, 50, 101, 190]  # one patch per segment
     patches[0, odd] = 200
     for key in range(5):
         picks = sampler(False)(patches, torch.tensor([key]))

@@ -1,4 +1,4 @@
-"""MME's step: its size, what the encoder sees, its trajectory targets and a run on real clips."""
+"""Tests of MME's training step: counts, masking, loss, trajectory targets, and learning on real clips."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_masked_tubelets_do_not_reach_the_prediction() -> None:
 
 
 def test_loss_is_half_the_squared_errors_over_the_masked_tokens() -> None:
-    """With heads that say 0.5 and 0 of everything, it follows from the targets alone."""
+    """The loss follows from the targets alone if the heads always predict 0.5 and 0."""
     model = small_mme()
     for head in (model.hog_head, model.trajectory_head):
         torch.nn.init.zeros_(head.get_parameter("1.weight"))

@@ -1,4 +1,4 @@
-"""Trajectory attention against one written patch by patch and frame by frame."""
+"""Tests of trajectory attention, against a loop over patches and frames."""
 
 from __future__ import annotations
 

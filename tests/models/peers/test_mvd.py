@@ -1,4 +1,4 @@
-"""MVD's step: its sizes, its teachers, its positions and a run on real clips."""
+"""Tests of MVD's training step: counts, teachers, loss, positions, and learning on real clips."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_the_image_teacher_sees_the_first_frame_of_a_slot_alone() -> None:
 
 
 def test_decoders_drop_their_own_paths() -> None:
-    """Else a clip that skips a block of the encoder would skip that block of both decoders."""
+    """Encoder and decoders draw drop path from different keys, so that they do not drop the same blocks."""
     student = small_mvd().student
     keys: list[list[int]] = []
     for part in (student.encoder, student.image_decoder, student.video_decoder):

@@ -1,4 +1,4 @@
-"""MViT: the plan of its blocks as published, pooling next to a loop, and what a block adds to what."""
+"""Tests of MViT: the published block plan, pooling against a loop, and the skip paths of a block."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ KEYS = torch.tensor([5, 6])
 
 
 def test_plan_of_mvit_b_is_the_published_one() -> None:
-    """(width, side of the input, of the queries, of keys and values, width out) of each block."""
+    """Each block has the published width, sides of input, queries, and keys and values, and output width."""
     plans = plan_blocks(MVIT_B, (8, 56, 56))
     rows = [(p.width, p.grid[1], p.out_grid[1], -(-p.grid[1] // p.kv_stride), p.out_width) for p in plans]
     assert rows == [
@@ -44,14 +44,14 @@ def test_heads_keep_their_width_and_time_its_length(shape: MViTShape, side: int)
 
 
 def tokens() -> Tensor:
-    """(B, h, n, d) with the class token in front."""
+    """Draw random tokens (B, h, n, d), the class token first."""
     return torch.randn(2, 3, 1 + 2 * 5 * 6, 4, generator=torch.Generator().manual_seed(0))
 
 
 def neighbourhood(
     x_Bhnd: Tensor, t: int, row: int, column: int, reach: tuple[int, int, int]
 ) -> list[tuple[tuple[int, ...], Tensor]]:
-    """(offset, patch) around a place, those beyond the border left out."""
+    """Return (offset, patch) for all places around a place that lie within the grid."""
     maps = x_Bhnd[:, :, 1:].unflatten(2, GRID)
     around = itertools.product(*(range(-r, r + 1) for r in reach))
     found = []
@@ -111,7 +111,7 @@ def test_a_block_that_neither_pools_nor_widens_is_a_plain_one() -> None:
     ours, x = block(8, 1), sequence()
     plain = blocks_with(lambda: SelfAttention(8, 2), TransformerShape(8, 1, 2))[0]
     for theirs, mine in zip(plain.parameters(), ours.parameters(), strict=True):
-        theirs.data.copy_(mine)  # both in the order of computation
+        theirs.data.copy_(mine)  # both list parameters in the order of computation
     torch.testing.assert_close(ours(x, KEYS), plain(x))
 
 

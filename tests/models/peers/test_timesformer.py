@@ -1,4 +1,4 @@
-"""TimeSformer against transformers' implementation, under the same weights: logits and gradients."""
+"""Tests of TimeSformer: logits and gradients equal those of transformers' implementation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.models.peers.small_peers import FRAMES, NUM_CLASSES, SHAPE, noise, ra
 transformers = pytest.importorskip("transformers", minversion="5.0")
 
 KEYS = torch.tensor([5, 6])
-# their module in a layer -> ours in a block
+# Name of transformers' module in a layer -> name of our module in a block.
 BLOCK = {
     "temporal_layernorm": "time_norm",
     "temporal_attention.attention.qkv": "time_attention.qkv",
@@ -48,7 +48,7 @@ def theirs_with_weights_of(ours: VideoClassifier) -> Any:
 
 
 def translated(ours: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Their names for our weights."""
+    """Rename our weights to those of transformers' implementation."""
     weights = {}
     for part in ("weight", "bias"):
         weights[f"timesformer.layernorm.{part}"] = ours[f"body.norm.{part}"]

@@ -1,4 +1,4 @@
-"""ViViT's two encoders against PyTorch's transformer, and against running slot by slot."""
+"""Tests of ViViT: its two encoders equal PyTorch's transformer, run slot by slot."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def torch_layer(block: nn.Module) -> nn.TransformerEncoderLayer:
 
 
 def torch_encoder(encoder: SequenceEncoder, x_nD: Tensor) -> Tensor:
-    """(n, D) -> (D,)."""
+    """Encode one sequence by PyTorch's transformer layers: (n, D) -> (D,)."""
     x = torch.cat([encoder.class_token[None], x_nD])[None] + encoder.positions
     for block in encoder.blocks:
         x = torch_layer(block)(x)

@@ -1,4 +1,4 @@
-"""X-ViT's mixing: which channel comes from which frame, and how far a frame is seen."""
+"""Tests of X-ViT: the frame that each mixed channel comes from, the receptive field, and time embeddings."""
 
 from __future__ import annotations
 
