@@ -115,7 +115,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     ("arguments", "said"),
     [
         ("--gpu h1000", "did you mean H100"),
-        ("--gpu a100", "which of these; given: 'a100'; allowed: A100 40GB"),
+        ("--gpu a100", "matches several products; given: 'a100'; allowed: A100 40GB"),
         ("--gpu h200 --gpus 12 --nodes 5", "allowed: 1, 2, 3, 4, 6, 12"),
         ("--gpu h200 --gpus 16 --interconnect ib-ndrr", "did you mean ib-ndr"),
         ("--gpu h200 --gpus 48", "cannot be split over the ranks; given: 256 clips, 48 ranks"),
