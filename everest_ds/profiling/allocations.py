@@ -21,7 +21,7 @@ class Allocations:
     """Memory that a call took from torch's allocator, above what was live when the call started.
 
     Attributes:
-        peak_bytes: the most that was live at once.
+        peak_bytes: peak of live bytes.
         timeline: (operator, live bytes after the event) of every allocation and release, in order; the
             operator is the innermost one running, "" outside of any operator. Empty on CUDA.
     """
@@ -41,7 +41,7 @@ class ResidentPeak:
 
     Attributes:
         start_bytes: resident memory before the call.
-        peak_bytes: the most resident memory during the call.
+        peak_bytes: peak resident memory during the call.
         sampled: whether the peak was sampled every millisecond, because the kernel's own high-water mark
             could not be reset.
     """
@@ -69,6 +69,7 @@ def track_allocations(call: Callable[[], object], device: torch.device) -> Alloc
 
 
 def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Run `call` once and return the peak of the caching allocator above its state before the call."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
@@ -110,6 +111,7 @@ def measure_resident_peak(call: Callable[[], object]) -> ResidentPeak:
 
 
 def _sample_peak(call: Callable[[], object]) -> int:
+    """Run `call` once and return the peak resident memory that a sampling thread sees, in bytes."""
     done, seen = threading.Event(), [resident_bytes()]
 
     def sample() -> None:

@@ -35,12 +35,12 @@ class RunningModule:
         Call this at every operator, or a change of module may be missed.
         """
         path, node = self._entered[-1], torch._C._current_autograd_node()
-        if node is not None and len(self._entered) == 1:  # a longer stack means recomputation
+        # Within a backward pass, more than one entered path means that a module is being recomputed.
+        if node is not None and len(self._entered) == 1:
             path = self._makers[bisect_right(self._first_nodes, node._sequence_nr()) - 1]
         next_node = torch._C._autograd._get_sequence_nr()
-        if (
-            path != self._makers[-1] and next_node >= self._first_nodes[-1]
-        ):  # a smaller number: another thread
+        # A smaller node number comes from another thread, which numbers its own nodes.
+        if path != self._makers[-1] and next_node >= self._first_nodes[-1]:
             self._first_nodes.append(next_node)
             self._makers.append(path)
         return path

@@ -47,6 +47,8 @@ def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class _Float32Operators(TorchFunctionMode):
+    """A function mode that converts the inputs of `_IN_FLOAT32` operators to float32."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -139,6 +139,7 @@ def _score_macs(config: Experiment) -> int:
 
 
 def _head_macs(config: Experiment) -> int:
+    """Return the MACs of the classifier, or of the map from predicted tokens to pixels."""
     model = config.model
     if config.task == "finetune":  # the head sees one vector per clip: the mean of the tokens
         return model.shape.encoder.width * (model.num_classes or 0)
@@ -168,4 +169,5 @@ def _blocks_parameters(shape: TransformerShape) -> int:
 
 
 def _linear(num_inputs: int, num_outputs: int) -> int:
+    """Return the parameters of a linear map with bias."""
     return num_inputs * num_outputs + num_outputs

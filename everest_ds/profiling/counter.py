@@ -213,7 +213,8 @@ class _CountingMode(TorchDispatchMode):
         kwargs = kwargs or {}
         formula = macs_of(func)
         if formula is None:
-            with self:  # in inference mode composite operators, such as linear, arrive in one piece
+            # In inference mode, composite operators such as linear are dispatched without being decomposed.
+            with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts

@@ -36,11 +36,11 @@ def device_of(name: str) -> tuple[str, Device]:
 
 def _read(path: Path) -> Device:
     try:
-        tree = yaml.safe_load(path.read_text())  # JSON is YAML, too
+        tree = yaml.safe_load(path.read_text())  # JSON is a subset of YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not readable as YAML", given=" ".join(str(error).split())) from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: the file does not describe a device", allowed=_EXAMPLE)
+        raise UsageError(f"{path}: the file does not describe a device", allowed=f"keys such as {_EXAMPLE}")
     _check_keys(tree, path)
     for key in ("memory_gib", "memory_gb_per_s", "watts", "matmul_share"):
         _check_number(tree, key, path)
@@ -58,7 +58,7 @@ def _check_keys(tree: Mapping[str, Any], path: Path) -> None:
             raise UsageError(f"{path}: unknown key `{key}`", allowed=nearest(str(key), known))
     missing = [key for key in known if key not in tree and key not in _OPTIONAL]
     if missing:
-        raise UsageError(f"{path}: missing keys: {', '.join(missing)}", fix=f"add them, such as {_EXAMPLE}")
+        raise UsageError(f"{path}: missing keys: {', '.join(missing)}", fix=f"for example {_EXAMPLE}")
 
 
 def _check_rates(rates: object, path: Path) -> None:

@@ -60,6 +60,7 @@ class Device:
 
 
 def _rates(fp32: float, tf32: float | None, half: float, *, has_bf16: bool = True) -> dict[str, float]:
+    """Return peak rates by dtype, without the dtypes that a device does not support."""
     rates = {"fp32": fp32, "tf32": tf32, "fp16": half, "bf16": half if has_bf16 else None}
     return {dtype: rate for dtype, rate in rates.items() if rate is not None}
 
@@ -69,7 +70,8 @@ _A100 = _rates(19.5, 156, 312)
 _V100_SHEET, _A100_SHEET = "NVIDIA V100 data sheet, January 2020", "NVIDIA A100 data sheet, June 2021"
 _GA102, _HOPPER = "NVIDIA GA102 white paper 2.0, appendix", "NVIDIA H100 white paper 1.04, table 3"
 _H200, _MI300X = "NVIDIA H200 data sheet (halved)", "AMD Instinct MI300X data sheet, 2023"
-_PCIE3, _PCIE4, _PCIE5 = ("pcie3", "pcie3"), ("pcie4", "pcie4"), ("pcie5", "pcie5")  # cards: no other link
+# Links between GPUs and to the host, for cards without NVLink.
+_PCIE3, _PCIE4, _PCIE5 = ("pcie3", "pcie3"), ("pcie4", "pcie4"), ("pcie5", "pcie5")
 
 # Short name -> product. If a name matches several products with equal memory, the first one is used. Rates
 # are halved where the source prints only figures with sparsity.

@@ -78,7 +78,7 @@ class Measured:
         return f"{self.subject}, {self.config.batch.micro_batch_size} clips, {self.dtype}"
 
     def facts(self) -> dict[str, str]:
-        """Return the measurement as human-readable text, by name."""
+        """Return the measurement in human-readable form: name -> text with unit."""
         low, middle, high = self.step_ms
         peak = (
             "unknown: no peak rate is listed for this device and dtype"
@@ -193,6 +193,7 @@ def _from_json(content: dict[str, Any], file: Path) -> Measured:
 
 
 def _rows(cell: Cell, one: Measured) -> list[Row]:
+    """Return the rows that compare a measurement with a published cell; none if they do not correspond."""
     phase = _PHASES.get((cell.table, cell.column))
     if phase is None or not _is_about(one.config, cell, phase):
         return []
@@ -213,6 +214,7 @@ def _epoch_row(cell: Cell, one: Measured, note: str) -> Row:
 
 
 def _is_about(config: Experiment, cell: Cell, phase: str) -> bool:
+    """Return whether a config does the computation behind a published cell in a training phase."""
     model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
     return isinstance(model, OwnModel) and _identity(config) == _identity(model.config)
 

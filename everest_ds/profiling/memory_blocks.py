@@ -97,7 +97,7 @@ class BlockMemory:
 
     @property
     def _in_mlp(self) -> int:
-        """Bytes while the gradient of the hidden layer is computed.
+        """Bytes on top of the kept ones while the gradient of the hidden layer is computed.
 
         In memory are the gradients of the block's output, of GELU's output and input and of one weight, and
         the recomputed tensors with their output. GELU's output, if it was kept, is already released.
@@ -111,7 +111,7 @@ class BlockMemory:
 
     @property
     def _in_attention(self) -> int:
-        """Bytes while the gradients of attention are computed.
+        """Bytes on top of the kept ones while the gradients of attention are computed.
 
         In memory are the gradients of the sum between attention and MLP, and of attention's output. Fused
         attention adds the gradients of q, k and v and the kernel's working memory; unfused attention adds the

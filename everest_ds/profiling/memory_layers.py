@@ -172,7 +172,8 @@ def _embedding(config: Experiment) -> Layer:
     value = VALUE_BYTES[config.precision]
     pixels = _clips(config) * config.token_counts.num_visible * values * value
     weight = width * values
-    # gradients of the folded and of the stored weight; in half precision, the former also exists in float32
+    # The gradients of the folded and of the stored weight are live; in half precision, the former also exists
+    # in float32.
     gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
     incoming = _clips(config) * config.token_counts.num_visible * width * value
     return Layer("embedding", pixels, incoming + gradients, weight + width)
@@ -183,9 +184,7 @@ def _projection(config: Experiment) -> Layer:
     width, narrow = config.model.shape.encoder.width, config.model.shape.decoder.width
     value = VALUE_BYTES[config.precision]
     tokens = _clips(config) * config.token_counts.num_visible
-    kept = (
-        2 * tokens * (width * value + FLOAT32_BYTES)
-    )  # inputs of norm and map, and the norm's two statistics
+    kept = 2 * tokens * (width * value + FLOAT32_BYTES)  # inputs of norm and map, two statistics of the norm
     working = tokens * (narrow + width) * value + width * narrow * value
     return Layer("projection", kept, working, 2 * width + width * narrow + narrow)
 
@@ -197,7 +196,7 @@ def _pixel_head(config: Experiment) -> Layer:
     decoded, predicted = (_clips(config) * n for n in (counts.num_kept, counts.num_predicted))
     norm = decoded * width * value + predicted * 2 * FLOAT32_BYTES
     compared = 2 * predicted * values * FLOAT32_BYTES  # predictions and targets
-    # the gradient of the predictions in float32, and again in the model's precision if that is half
+    # The gradient of the predictions is in float32, and again in the model's precision if that is half.
     gradient = predicted * values * (FLOAT32_BYTES if value == FLOAT32_BYTES else FLOAT32_BYTES + value)
     kept = norm + predicted * width * value + compared
     return Layer("head", kept, gradient, 2 * width + width * values + values)
@@ -218,8 +217,8 @@ def _block_parameters(shape: TransformerShape, tensor_parallel: int) -> int:
     """
     width, hidden = shape.width, MLP_RATIO * shape.width
     matrices = 4 * width**2 + 2 * width * hidden
-    split_biases = 2 * width + hidden  # of q, v and the hidden layer
-    whole = 2 * width + 2 * 2 * width  # biases of the two sums over ranks; both norms
+    split_biases = 2 * width + hidden  # biases of q, v and the hidden layer
+    whole = 2 * width + 2 * 2 * width  # biases after the two sums over ranks, and both norms
     return (matrices + split_biases) // tensor_parallel + whole
 
 

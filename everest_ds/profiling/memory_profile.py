@@ -49,7 +49,10 @@ def memory_of_experiment(
 
 
 def memory_of_peer(peer: Peer) -> dict[str, Table]:
-    """Return the same tables for a peer system in float32 on one clip, without predictions."""
+    """Return tables `memory`, `memory_peak_at` and `memory_over_time` of a peer system, without predictions.
+
+    The step runs on one clip in float32.
+    """
     with torch.device("meta"):
         shapes = blank_inputs(peer.build())
     traced = trace_memory(
@@ -59,6 +62,7 @@ def memory_of_peer(peer: Peer) -> dict[str, Table]:
 
 
 def _tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
+    """Return the tables of a traced step, with predicted columns next to the counted one."""
     peak = traced.peak
     columns = {**predicted, "counted_mib": {**peak.live_bytes, PEAK: traced.peak_bytes}}
     categories = dict.fromkeys(

@@ -175,7 +175,8 @@ class ModelStates:
             return 0
         if self.stage < 3:
             return self.reduction_bytes + (0 if self._sums_apart else self._share(1) * MASTER_BYTES)
-        flat_bytes = self.sum_bytes if self.sum_bytes != MASTER_BYTES else 0  # else the masters' gradients
+        # Flat float32 gradients serve as the masters' gradients and take no memory of their own.
+        flat_bytes = self.sum_bytes if self.sum_bytes != MASTER_BYTES else 0
         return self.reduction_bytes + min(self._share(1), self.stepped_values) * (flat_bytes + MASTER_BYTES)
 
     def _gathered(self, finished: int, in_backward: bool) -> int:

@@ -160,11 +160,15 @@ class _Optimizer:
 
 @dataclass
 class _Storage:
+    """A storage that an operator allocated."""
+
     num_bytes: int
     category: str | None = None  # None until the storage is released or the forward pass is over
 
 
 class _Event(NamedTuple):
+    """The creation (positive change) or release (negative change) of a storage."""
+
     phase: str
     operator: str
     storage: _Storage

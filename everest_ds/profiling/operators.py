@@ -43,10 +43,12 @@ def _product(_: Tensor, left: Tensor, right: Tensor, *__: Any) -> int:
 
 
 def _product_added(out: Tensor, added: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    """Return the MACs of a product that is added to another tensor."""
     return _product(out, left, right)
 
 
 def _linear(_: Tensor, x: Tensor, weight_OI: Tensor, *__: Any) -> int:
+    """Return the MACs of x @ weightᵀ: the number of outputs per input value."""
     return x.numel() * weight_OI.shape[0]
 
 

@@ -41,7 +41,10 @@ def profile_experiment(config: Experiment) -> dict[str, Table]:
 
 
 def profile_peer(peer: Peer) -> dict[str, Table]:
-    """Return the same tables for a peer system at its published size, without predictions."""
+    """Return tables `compute`, `by_module`, `by_operator` and `not_counted` of a peer system.
+
+    The system has its published size; nothing is predicted.
+    """
     with torch.device("meta"):
         model = peer.build()
         inputs = blank_inputs(model)
@@ -60,6 +63,7 @@ def profile_peer(peer: Peer) -> dict[str, Table]:
 
 
 def _figures_of(num_parameters: int, forward: ComputeCount, training: ComputeCount) -> dict[str, float]:
+    """Return a model's labelled figures from its counts."""
     norms = forward.literature_macs - forward.macs
     return _figures(num_parameters, forward.macs, norms, training.macs)
 

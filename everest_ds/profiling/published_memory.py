@@ -159,6 +159,7 @@ def _pretraining_step(config: Experiment) -> ReleasedStep:
 
 
 def _finetuning_step(config: Experiment) -> ReleasedStep:
+    """Return the fine-tuning step of a system, which has no decoder."""
     return ReleasedStep(
         stacks=(Stack(config.model.shape.encoder, config.token_counts.num_kept),),
         clip_bytes=_CLIP_BYTES + _EMBEDDED_BYTES,

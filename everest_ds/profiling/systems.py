@@ -131,7 +131,10 @@ _KCENTERED = "the backbone without the sampler in front of it, which would add 3
 
 SYSTEMS: dict[tuple[str, str], System] = {
     ("MViT", "MViT-S"): System(
-        None, PeerModel("mvit_s", "a reconstruction from the paper: the config was never released")
+        None,
+        PeerModel(
+            "mvit_s", "a reconstruction that has the published parameters: the config was never released"
+        ),
     ),
     ("MViT", "MViT-B"): System(
         None,

@@ -59,7 +59,7 @@ def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None
 
 
 def make_row(cell: Cell, figure: Figure | None, why: str = "") -> Row:
-    """Return the row of a cell with our `figure`; without one, the row gives the reason `why` as its note."""
+    """Return the row of a cell with our `figure`; if there is none, `why` gives the reason in the note."""
     where = (cell.table, cell.method, cell.backbone, cell.column, cell.published)
     if figure is None:
         return Row(*where, value=None, kind="published", gap_pct=None, note=why)
@@ -76,6 +76,7 @@ def gap_pct(published: float | str | None, value: float) -> float | None:
 
 
 def _rows_of(cell: Cell) -> list[Row]:
+    """Return the row of a published cell and, for EVEREST, the row of our own sparse path."""
     if cell.table == "k400_reductions_pct":
         figure = _reduction(cell)
         points = round(figure.value - float(cell.published or 0), 2)
@@ -135,6 +136,7 @@ _FIGURES: dict[str, Callable[[Cell], Figure | None]] = {
 
 
 def _why_nothing(cell: Cell) -> str:
+    """Return the reason why a cell has no figure of ours; "" if none is known."""
     notes = {
         "pt_time": "wall-clock time needs a measurement: see --measured",
         "top1": "accuracy needs a trained model",

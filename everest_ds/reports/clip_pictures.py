@@ -18,9 +18,7 @@ CAPTIONS = {
     "attention": "Attention rollout: the share of each token in the encoder's output.",
     "slots": "Number of ReRo tokens in each slot, with the selected slots coloured.",
 }
-_COLDEST = (
-    0.15  # colour map position of the smallest share; black is reserved for tokens that are not encoded
-)
+_COLDEST = 0.15  # colour map position of the smallest share; black marks tokens that are not encoded
 _KEPT_COLOR, _LEFT_COLOR = "#d1603d", "#c9d1d9"
 
 
@@ -56,7 +54,7 @@ def draw_attention(clip_FHWC: Image, attention_Thw: NDArray[np.float32]) -> Imag
 
     The map ranges from the smallest share of an encoded token to the largest; all other tokens are black.
     """
-    from matplotlib import colormaps  # heavy
+    from matplotlib import colormaps  # slow to import
 
     step = len(clip_FHWC) // len(attention_Thw)
     frames = clip_FHWC[::step]
@@ -67,6 +65,7 @@ def draw_attention(clip_FHWC: Image, attention_Thw: NDArray[np.float32]) -> Imag
 
 
 def _relative(attention_Thw: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Scale the shares of encoded tokens to the range from `_COLDEST` to 1; other tokens are 0."""
     encoded = attention_Thw[attention_Thw > 0]
     low, high = float(encoded.min()), float(encoded.max())
     place = (attention_Thw - low) / (high - low) if high > low else np.ones_like(attention_Thw)

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Pictures of confusion matrices."""
 
 from __future__ import annotations
 

@@ -143,6 +143,7 @@ def level_of(row: Row) -> str:
 
 
 def _arrange_table(name: str, heading: Heading, rows: Sequence[Row]) -> Grid:
+    """Arrange the rows of one table into columns, lines and numbered notes."""
     notes, columns = _Notes(), []
     for column, label in heading.columns.items():
         mine = [row for row in rows if row["column"] == column]
@@ -206,7 +207,7 @@ def _printed(published: float | str | None) -> str:
 
 
 def _value(row: Row) -> str:
-    """Format our figure with one decimal more than the published one, or with one or two decimals alone."""
+    """Format our figure with one decimal more than the published one, or with one or two if there is none."""
     value, published = row["value"], row["published"]
     if value is None or isinstance(value, str):
         return value or ""

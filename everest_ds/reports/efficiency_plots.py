@@ -166,6 +166,7 @@ def _crowds(other: Bubble, bubble: Bubble) -> bool:
 
 
 def _annotate(axes: Axes, bubble: Bubble, *, below: bool) -> None:
+    """Write the label of a bubble above or below it."""
     distance = _area(bubble) ** 0.5 / 2 + 2
     axes.annotate(
         bubble.label,
@@ -204,6 +205,7 @@ def finish(
 
 
 def _legend_above(axes: Axes, marker_size: float | None) -> None:
+    """Put the legend above the figure, in at most two rows."""
     figure = axes.get_figure()
     handles, labels = axes.get_legend_handles_labels()
     per_row = len(handles) if len(handles) <= 3 or marker_size else -(-len(handles) // 2)
