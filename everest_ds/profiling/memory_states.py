@@ -12,14 +12,14 @@ gradients (in bf16 4 by default, otherwise e):
     2           eΨ           4Ψ/N      sΨ/N (c)      8Ψ/N    buckets, within the backward pass
     3           eΨ/N         4Ψ/N      sΨ/N          8Ψ/N    a bucket, always; copies (f), weights (g)
 
-(a) There are no separate masters in fp32.
-(b) A float32 sum and, next to it, the gradients of one backward pass, which are added to the sum at the end.
-(c) Between micro-batches. With a single micro-batch, gradients are written directly into the bucket.
-(d) Plus 4Ψ/N with float32 sums, once a bucket is reduced.
+(a) Stage 0 has no separate masters in fp32.
+(b) The gradients of one backward pass are held next to a float32 sum, to which they are added at the end.
+(c) The sum is held between micro-batches. A single micro-batch writes its gradients directly into the bucket.
+(d) Float32 sums take 4Ψ/N more once a bucket is reduced.
 (e) Stage 1 also holds the buckets between micro-batches, with s bytes per value.
-(f) While a full bucket is scattered over the ranks.
-(g) At most `stage3_max_live_parameters` gathered weights, plus the flat bucket that has just arrived while
-    its weights are copied into tensors of their own. If the model has fewer parameters than
+(f) The copies exist while a full bucket is scattered over the ranks.
+(g) At most `stage3_max_live_parameters` weights are gathered. The flat bucket that has just arrived is also
+    held while its weights are copied into tensors of their own. If the model has fewer parameters than
     `stage3_max_reuse_distance`, DeepSpeed releases a parameter only after its backward pass: the whole model
     is then gathered, and nothing arrives during the backward pass. DeepSpeed's default is a billion; the
     files of ds_configs/ set both to a few blocks.
