@@ -1,4 +1,4 @@
-"""Which module of a model an operator runs for, in the forward pass and in the backward pass."""
+"""Attribution of operators to the modules of a model, in the forward pass and in the backward pass."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-OUTSIDE = ""  # the path of the model itself, and of what runs outside of it
+OUTSIDE = ""  # the path of the model itself, and of operators that run outside of it
 
 
 class RunningModule:
-    """Follows the innermost module of `model` that is at work, while entered as a context.
+    """A context that tracks the innermost module of `model` that is running.
 
-    In the forward pass that is the one whose `forward` was entered last. In the backward pass it is the one
-    that made the running autograd node: autograd numbers nodes in the order that it makes them, so the
-    numbers at which the module changed tell whose a node is. This sees through custom functions and
-    recomputation, where hooks on tensors would not. Recomputation only where the backward pass runs in the
-    thread of the forward pass, as on CPU and meta devices: each thread numbers its own nodes.
+    In the forward pass, this is the module whose `forward` was entered last. In the backward pass, it is the
+    module that created the running autograd node: autograd numbers nodes in the order of their creation, so
+    the numbers at which the running module changed map each node to its module. Unlike tensor hooks, this
+    also works through custom functions and recomputation. Recomputation is supported only where the backward
+    pass runs in the thread of the forward pass, as on CPU and meta devices, since each thread numbers its
+    own nodes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -29,12 +30,17 @@ class RunningModule:
         self._hooks: list[Any] = []
 
     def now(self) -> str:
-        """Dotted path of the module at work. To be asked at every operator, or it may miss a change."""
+        """Return the dotted path of the running module.
+
+        Call this at every operator, or a change of module may be missed.
+        """
         path, node = self._entered[-1], torch._C._current_autograd_node()
-        if node is not None and len(self._entered) == 1:  # else a forward pass, repeated in the backward pass
+        # Within a backward pass, more than one entered path means that a module is being recomputed.
+        if node is not None and len(self._entered) == 1:
             path = self._makers[bisect_right(self._first_nodes, node._sequence_nr()) - 1]
         next_node = torch._C._autograd._get_sequence_nr()
-        if path != self._makers[-1] and next_node >= self._first_nodes[-1]:  # less: another thread
+        # A smaller node number comes from another thread, which numbers its own nodes.
+        if path != self._makers[-1] and next_node >= self._first_nodes[-1]:
             self._first_nodes.append(next_node)
             self._makers.append(path)
         return path

@@ -1,10 +1,11 @@
-"""Predicted compute of a model: multiply-accumulates (MACs) and parameters in closed form, no torch.
+"""Predicted compute of a model: multiply-accumulates (MACs) and parameters in closed form, without torch.
 
-Convention (the literature's "GFLOPs", as fvcore counts): one multiply-accumulate is 1; every linear map,
-QKᵀ and AV; one clip, one view. Softmax, GELU, biases, residuals, means, sorting, gathering and distances
-are not counted. LayerNorm is kept apart, in elements, as fvcore weighs it by 5 an element.
+Convention (the literature's "GFLOPs", as counted by fvcore): one multiply-accumulate counts as 1; every
+linear map, QKᵀ and AV are counted, for one clip and one view. Softmax, GELU, biases, residuals, means,
+sorting, gathering and distances are not counted. LayerNorm is reported separately, in input elements,
+because fvcore weighs it at 5 per element.
 
-Symbols: N tokens, K kept, V visible, M = K - V predicted, P values of a tubelet, D encoder width,
+Symbols: N tokens, K kept, V visible, M = K - V predicted, P values per tubelet, D encoder width,
 d decoder width.
 """
 
@@ -22,16 +23,16 @@ FLOPS_PER_MAC = 2  # a multiplication and an addition
 
 @dataclass(frozen=True)
 class ComputePrediction:
-    """MACs of one clip's forward pass, by part, on the path that our models take.
+    """MACs of one clip's forward pass, by part, on the sparse path that this project's models take.
 
     Attributes:
         score_macs: features for ReRo's importance and for frame selection, without gradient.
         embed_macs: embedding of the tokens that the encoder sees.
         encoder_macs: encoder blocks.
-        projection_macs: encoder to decoder width; 0 in fine-tuning.
+        projection_macs: projection from encoder to decoder width; 0 in fine-tuning.
         decoder_macs: decoder blocks; 0 in fine-tuning.
         head_macs: pixels of the predicted tokens, or class logits.
-        embed_all_macs: embedding of all N tokens once, as the published systems do; not a part of ours.
+        embed_all_macs: embedding of all N tokens once, as in the published systems; not on the sparse path.
         layer_norm_elements: input elements of all LayerNorms.
     """
 
@@ -50,33 +51,34 @@ class ComputePrediction:
 
     @property
     def forward_macs(self) -> int:
-        """One clip forward, LayerNorm not counted."""
+        """MACs of one clip's forward pass, not counting LayerNorm."""
         return self.score_macs + self.embed_macs + self._after_embedding_macs
 
     @property
     def training_macs(self) -> int:
-        """One clip forward and backward, without recompute.
+        """MACs of one clip's forward and backward pass, without recomputation.
 
-        Per MAC of the forward pass the backward pass costs one for the gradient of each operand: weights
-        and inputs of a linear map, both sides of QKᵀ and of AV. So 3 in all; 2 for the embedding, whose
-        input is pixels and needs no gradient; 1 for scoring, which has no backward pass.
+        For each MAC of the forward pass, the backward pass costs one MAC for the gradient of each operand:
+        the weights and inputs of a linear map, and both factors of QKᵀ and of AV. The factor is therefore 3
+        in general, 2 for the embedding (its input is pixels, which need no gradient) and 1 for scoring
+        (which has no backward pass).
         """
         return self.score_macs + 2 * self.embed_macs + 3 * self._after_embedding_macs
 
     @property
     def literature_macs_without_norms(self) -> int:
-        """One clip forward as the published systems compute it: all N tokens are embedded, once."""
+        """MACs of one clip's forward pass in the published systems, which embed all N tokens once."""
         return self.embed_all_macs + self._after_embedding_macs
 
     @property
     def literature_macs(self) -> int:
-        """What papers print as GFLOPs: the above and 5 for each LayerNorm element (fvcore's rule)."""
+        """MACs that papers print as GFLOPs: all N tokens embedded, 5 per LayerNorm element (as in fvcore)."""
         norms = LITERATURE_MACS_PER_NORM_ELEMENT * self.layer_norm_elements
         return self.literature_macs_without_norms + norms
 
 
 def predict_macs(config: Experiment) -> ComputePrediction:
-    """Compute of one clip under `config`, from its token counts and widths alone."""
+    """Predict the compute of one clip under `config` from its token counts and widths alone."""
     counts, shape = config.token_counts, config.model.shape
     embed_one = config.model.geometry.tubelet_values * shape.encoder.width
     pretrain = config.task == "pretrain"
@@ -93,7 +95,7 @@ def predict_macs(config: Experiment) -> ComputePrediction:
 
 
 def count_parameters(config: Experiment) -> int:
-    """Trainable parameters of the experiment's model; the fixed positions are none."""
+    """Return the number of trainable parameters of the experiment's model, without the fixed positions."""
     values, shape = config.model.geometry.tubelet_values, config.model.shape
     width, narrow = shape.encoder.width, shape.decoder.width
     encoder = _linear(values, width) + _blocks_parameters(shape.encoder)
@@ -107,10 +109,11 @@ def count_parameters(config: Experiment) -> int:
 
 
 def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
-    """Forward MACs of a stack of blocks on one sequence: depth · (12·n·D² + 2·n²·D) at MLP ratio 4.
+    """Return the forward MACs of a stack of blocks on one sequence of n tokens.
 
-    A token costs D² each for q, k, v and the output projection, MLP_RATIO·D² for each of the MLP's two
-    linears; a pair of tokens costs D for QKᵀ and D for AV, summed over the heads.
+    This is depth · (12·n·D² + 2·n²·D) at MLP ratio 4. Each token costs D² for each of q, k, v and the output
+    projection, and MLP_RATIO·D² for each of the MLP's two linear maps; each pair of tokens costs D for QKᵀ
+    and D for AV, summed over the heads.
     """
     linears = num_tokens * (4 + 2 * MLP_RATIO) * shape.width**2
     attention = 2 * num_tokens**2 * shape.width
@@ -118,11 +121,12 @@ def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
 
 
 def _score_macs(config: Experiment) -> int:
-    """Each scored tubelet costs P for each feature; one is scored for every pair of neighbouring slots.
+    """Return the MACs of token scoring: P MACs per feature for each scored tubelet.
 
-    Distances over differences (L2, L1) map the change of the pixels, so the first slot needs nothing; the
-    cosine needs the features of every slot. IIFS scores its candidate slots, ReRo then the chosen ones. The
-    sketch's own map is made once a step, not once a clip, and is not counted.
+    L2 and L1 distances are computed on the change of the pixels between neighbouring slots, so the first slot
+    is not scored; the cosine distance needs the features of every slot. IIFS scores its candidate slots, then
+    ReRo scores the selected ones. The projection matrix of the sketch is built once per step, not once per
+    clip, and is not counted.
     """
     tokens, model = config.tokens, config.model
     width = model.shape.encoder.width
@@ -135,14 +139,19 @@ def _score_macs(config: Experiment) -> int:
 
 
 def _head_macs(config: Experiment) -> int:
+    """Return the MACs of the classifier, or of the map from predicted tokens to pixels."""
     model = config.model
-    if config.task == "finetune":  # one vector a clip: the tokens' mean
+    if config.task == "finetune":  # the head sees one vector per clip: the mean of the tokens
         return model.shape.encoder.width * (model.num_classes or 0)
     return config.token_counts.num_predicted * model.shape.decoder.width * model.geometry.tubelet_values
 
 
 def _layer_norm_elements(config: Experiment) -> int:
-    """Two norms a block; one on the visible and one on the predicted tokens, or one on the tokens' mean."""
+    """Return the input elements of all LayerNorms.
+
+    Each block has two norms. Pre-training adds one norm on the visible and one on the predicted tokens;
+    fine-tuning adds one on the mean of the tokens.
+    """
     counts, encoder, decoder = config.token_counts, config.model.shape.encoder, config.model.shape.decoder
     in_encoder = 2 * encoder.depth * counts.num_visible * encoder.width
     if config.task == "finetune":
@@ -152,7 +161,7 @@ def _layer_norm_elements(config: Experiment) -> int:
 
 
 def _blocks_parameters(shape: TransformerShape) -> int:
-    """depth · (12·D² + 12·D) at MLP ratio 4."""
+    """Return the parameters of a stack of blocks: depth · (12·D² + 12·D) at MLP ratio 4."""
     width, hidden = shape.width, MLP_RATIO * shape.width
     attention = 3 * width**2 + 2 * width + _linear(width, width)  # biases of q and v; k has none
     norms = 2 * 2 * width
@@ -160,4 +169,5 @@ def _blocks_parameters(shape: TransformerShape) -> int:
 
 
 def _linear(num_inputs: int, num_outputs: int) -> int:
+    """Return the parameters of a linear map with bias."""
     return num_inputs * num_outputs + num_outputs

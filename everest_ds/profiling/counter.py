@@ -1,8 +1,8 @@
-"""Counted compute: multiply-accumulates (MACs) of what really runs, traced operator by operator.
+"""Counted compute: multiply-accumulates (MACs) of a real model, traced operator by operator.
 
 Tracing needs shapes only: on the meta device a ViT-H is counted in seconds, without its weights in memory.
-What `compute.py` predicts in closed form must come out here to the last integer (tests hold the two
-together). An operator that computes but has no formula is listed, never dropped.
+The counts equal the closed-form predictions of `compute.py` exactly (the tests compare them). Operators that
+compute but have no formula are listed, never dropped.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from everest_ds.profiling.operators import computes, layer_norm_elements_of, mac
 
 @dataclass(frozen=True)
 class ComputeCount:
-    """What one call computed.
+    """The compute of one call, by module and by operator.
 
     Attributes:
-        macs_by_module: multiply-accumulates by dotted path of the innermost module that did them; "" for
-            those of the model itself and outside of it.
-        macs_by_operator: the same by operator, such as `aten.addmm`.
+        macs_by_module: multiply-accumulates by dotted path of the innermost module that executed them; "" is
+            the model itself and everything outside of it.
+        macs_by_operator: multiply-accumulates by operator, such as `aten.addmm`.
         layer_norm_elements_by_module: input elements of LayerNorms with gain and bias (forward passes).
-        uncounted: calls of operators that compute but have no formula, such as `aten.gelu`. Views, copies
-            and allocations are left out.
+        uncounted: number of calls of operators that compute but have no formula, such as `aten.gelu`. Views,
+            copies and allocations are left out.
     """
 
     macs_by_module: dict[str, int]
@@ -46,35 +46,35 @@ class ComputeCount:
 
     @property
     def macs(self) -> int:
-        """All multiply-accumulates, LayerNorm not counted."""
+        """Number of multiply-accumulates, not counting LayerNorm."""
         return sum(self.macs_by_operator.values())
 
     @property
     def flops(self) -> int:
-        """Floating-point operations: a multiplication and an addition for each MAC."""
+        """Number of floating-point operations: one multiplication and one addition per MAC."""
         return 2 * self.macs
 
     @property
     def layer_norm_elements(self) -> int:
-        """Input elements of all LayerNorms with gain and bias."""
+        """Number of input elements of all LayerNorms with gain and bias."""
         return sum(self.layer_norm_elements_by_module.values())
 
     @property
     def literature_macs(self) -> int:
-        """What papers print as GFLOPs: MACs and 5 for each LayerNorm element (fvcore's rule)."""
+        """Number that papers print as GFLOPs: MACs plus 5 per LayerNorm element (fvcore's rule)."""
         return self.macs + LITERATURE_MACS_PER_NORM_ELEMENT * self.layer_norm_elements
 
 
 @dataclass(frozen=True)
 class ExperimentCount:
-    """What our model of an experiment computes, on `batch_size` clips.
+    """The counted compute of an experiment's model on `batch_size` clips.
 
     Attributes:
-        batch_size: clips.
-        num_parameters: trainable parameters.
+        batch_size: number of clips.
+        num_parameters: number of trainable parameters.
         forward: one forward pass in evaluation mode.
-        training_step: one forward and backward pass, nothing recomputed.
-        embed_all_macs: embedding of all tokens once, as the published systems do; not a part of ours.
+        training_step: one forward and backward pass, without recomputation.
+        embed_all_macs: embedding of all tokens once, as in the published systems; the model does not do this.
     """
 
     batch_size: int
@@ -85,9 +85,9 @@ class ExperimentCount:
 
     @property
     def literature_macs(self) -> int:
-        """One forward pass as the published systems compute it, 5 for each LayerNorm element.
+        """MACs of one forward pass in the published systems, plus 5 per LayerNorm element.
 
-        All tokens are embedded, once: for scoring and for the encoder alike.
+        Those systems embed all tokens once and use the embedding both for scoring and for the encoder.
         """
         parts = macs_by_part(self.forward)
         return self.forward.literature_macs - parts["score"] - parts["embed"] + self.embed_all_macs
@@ -103,8 +103,8 @@ def count_training_step(call: Callable[[], Tensor], model: nn.Module) -> Compute
     """Count one forward and backward pass.
 
     Args:
-        call: runs the forward pass and returns the loss.
-        model: what the modules' paths are of. Its gradients are as before afterwards.
+        call: a function that runs the forward pass and returns the loss.
+        model: the model whose module paths label the counts. Its gradients are restored afterwards.
     """
     before = [parameter.grad for parameter in model.parameters()]
     model.zero_grad(set_to_none=True)
@@ -116,9 +116,9 @@ def count_training_step(call: Callable[[], Tensor], model: nn.Module) -> Compute
 
 
 def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount:
-    """Count the experiment's own model, built on the meta device: no weights, no pixels, seconds for a ViT-H.
+    """Count the compute of the experiment's model, built on the meta device without weights or pixels.
 
-    Recompute is not applied: it repeats work, and repeated work is not counted.
+    Activation recomputation is not applied, since repeated work is not counted. A ViT-H takes seconds.
     """
     geometry = config.candidate_geometry
     side = geometry.image_size
@@ -148,7 +148,7 @@ def _count_embed_all(config: Experiment, batch_size: int) -> ComputeCount:
     return _count(lambda: embed()(tubelets_BNP), embed)
 
 
-# Module path -> part, as `compute.ComputePrediction` names them; the longest path that fits decides.
+# Module path -> part of `compute.ComputePrediction`; the longest matching path decides.
 _PARTS = {
     "selector": "score",
     "encoder": "embed",
@@ -160,9 +160,9 @@ _PARTS = {
 
 
 def macs_by_part(count: ComputeCount) -> dict[str, int]:
-    """MACs of our own model by the parts of `compute.ComputePrediction`: score, embed, encoder, ..., head.
+    """Return MACs by the parts of `compute.ComputePrediction`: score, embed, encoder, ..., head.
 
-    The encoder's own operators, outside of its blocks, embed the tokens that it sees.
+    The encoder's operators outside of its blocks count as embedding.
     """
     macs = dict.fromkeys(_PARTS.values(), 0)
     for module, done in count.macs_by_module.items():
@@ -197,7 +197,7 @@ def _count(call: Callable[[], object], model: nn.Module) -> ComputeCount:
 
 
 class _CountingMode(TorchDispatchMode):
-    """Sees every operator below autograd, those of the backward pass included, and books its MACs."""
+    """A dispatch mode that adds up the MACs of every operator, including those of the backward pass."""
 
     def __init__(self, running: RunningModule) -> None:
         super().__init__()
@@ -213,7 +213,8 @@ class _CountingMode(TorchDispatchMode):
         kwargs = kwargs or {}
         formula = macs_of(func)
         if formula is None:
-            with self:  # in inference mode composite operators, such as linear, arrive in one piece
+            # In inference mode, composite operators such as linear are dispatched without being decomposed.
+            with self:
                 parts = func.decompose(*args, **kwargs)
             if parts is not NotImplemented:
                 return parts

@@ -1,4 +1,4 @@
-"""A device that is in no table: its numbers, from a YAML or JSON file of the user's."""
+"""Devices described by a user's YAML or JSON file, for hardware that is not in the built-in table."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ _OPTIONAL = {"matmul_share": None, "source": "your file", "reported_as": "(?!)"}
 
 
 def device_of(name: str) -> tuple[str, Device]:
-    """Short name and product of what was typed: a name, or a file that says what it can do.
+    """Return the short name and the device for a product name or a device description file.
 
     Raises:
-        UsageError: neither; or a key is unknown, missing or not a number.
+        UsageError: the name is neither a known product nor a readable device file, or the file has a key that
+            is unknown, missing or out of range.
     """
     path = Path(name)
     if path.suffix in (".yaml", ".yml", ".json"):
@@ -35,11 +36,11 @@ def device_of(name: str) -> tuple[str, Device]:
 
 def _read(path: Path) -> Device:
     try:
-        tree = yaml.safe_load(path.read_text())  # JSON is YAML, too
+        tree = yaml.safe_load(path.read_text())  # JSON is a subset of YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise UsageError(f"{path}: not readable as YAML", given=" ".join(str(error).split())) from None
     if not isinstance(tree, dict):
-        raise UsageError(f"{path}: not a device", allowed=_EXAMPLE)
+        raise UsageError(f"{path}: the file does not describe a device", allowed=f"keys such as {_EXAMPLE}")
     _check_keys(tree, path)
     for key in ("memory_gib", "memory_gb_per_s", "watts", "matmul_share"):
         _check_number(tree, key, path)
@@ -57,7 +58,7 @@ def _check_keys(tree: Mapping[str, Any], path: Path) -> None:
             raise UsageError(f"{path}: unknown key `{key}`", allowed=nearest(str(key), known))
     missing = [key for key in known if key not in tree and key not in _OPTIONAL]
     if missing:
-        raise UsageError(f"{path}: lacks {', '.join(missing)}", fix=f"such as {_EXAMPLE}")
+        raise UsageError(f"{path}: missing keys: {', '.join(missing)}", fix=f"for example {_EXAMPLE}")
 
 
 def _check_rates(rates: object, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""What accelerators can do at best, from their makers' data sheets: rates, memory, links and power.
+"""Accelerator specifications from the vendors' data sheets: peak rates, memory, links and power.
 
-Rates are dense; data sheets print twice as much "with sparsity". Only whole products that are known by name
-are here: of a slice of a GPU (MIG), an export variant or a CPU nothing is known, and no figure is better than
-a wrong one. `matmul_share` is on no data sheet: it is from the table "Maximum Achievable Matmul FLOPS"
-of stas00/ml-engineering (bf16).
+Rates are dense; data sheets print twice as much "with sparsity". The table lists complete products that are
+identified by name. Slices of a GPU (MIG), export variants and CPUs are left out, because no figure is better
+than a wrong one. `matmul_share` is not on any data sheet: it comes from the table "Maximum Achievable Matmul
+FLOPS" of stas00/ml-engineering (bf16).
 """
 
 from __future__ import annotations
@@ -20,20 +20,22 @@ TERA = 10**12
 
 @dataclass(frozen=True)
 class Device:
-    """One product.
+    """The specification of one accelerator product.
 
     Attributes:
-        reported_as: pattern of the whole name that the driver reports (`torch.cuda.get_device_name`).
-        memory_gib: as sold; the driver keeps 1 to 3 % of it. Makers write GB and mean GiB.
-        tflops: peak rate in 10^12 floating-point operations a second, by dtype. `fp32` is without tensor
+        reported_as: regular expression for the full name that the driver reports
+            (`torch.cuda.get_device_name`).
+        memory_gib: memory as sold, of which the driver reserves 1 to 3 %. Vendors write GB and mean GiB.
+        tflops: peak rate in 10^12 floating-point operations per second, by dtype. `fp32` is without tensor
             cores and `tf32` with them; `fp16` and `bf16` accumulate in float32.
-        source: where that and the following are printed.
+        source: the document that prints `tflops` and the figures below.
         memory_gb_per_s: bandwidth of the memory.
-        link: between the GPUs of a node, and `host_link` to its host; names of `links.LINKS`. Bridges join
-            but two cards and are not counted.
-        watts: the most that it may draw.
-        matmul_share: of the peak half-precision rate, by the best of many shapes; None where nobody that we
-            know of has measured it.
+        link: link between the GPUs of a node, a key of `links.LINKS`. NVLink bridges join only two cards and
+            are not considered.
+        host_link: link to the host, a key of `links.LINKS`.
+        watts: maximum power draw.
+        matmul_share: measured share of the peak half-precision rate for the best of many matrix shapes; None
+            if no published measurement is known.
     """
 
     reported_as: str
@@ -48,16 +50,17 @@ class Device:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory as sold, bytes."""
+        """Memory of the device as sold, in bytes."""
         return self.memory_gib * GIB
 
     def peak_flops_per_s(self, dtype: str) -> float | None:
-        """Peak rate in floating-point operations a second; None where the device has no fast `dtype`."""
+        """Return the peak rate for `dtype`, in floating-point operations per second; None if unlisted."""
         rate = self.tflops.get(dtype)
         return None if rate is None else rate * TERA
 
 
 def _rates(fp32: float, tf32: float | None, half: float, *, has_bf16: bool = True) -> dict[str, float]:
+    """Return peak rates by dtype, without the dtypes that a device does not support."""
     rates = {"fp32": fp32, "tf32": tf32, "fp16": half, "bf16": half if has_bf16 else None}
     return {dtype: rate for dtype, rate in rates.items() if rate is not None}
 
@@ -67,10 +70,11 @@ _A100 = _rates(19.5, 156, 312)
 _V100_SHEET, _A100_SHEET = "NVIDIA V100 data sheet, January 2020", "NVIDIA A100 data sheet, June 2021"
 _GA102, _HOPPER = "NVIDIA GA102 white paper 2.0, appendix", "NVIDIA H100 white paper 1.04, table 3"
 _H200, _MI300X = "NVIDIA H200 data sheet (halved)", "AMD Instinct MI300X data sheet, 2023"
-_PCIE3, _PCIE4, _PCIE5 = ("pcie3", "pcie3"), ("pcie4", "pcie4"), ("pcie5", "pcie5")  # cards: no other link
+# Links between GPUs and to the host, for cards without NVLink.
+_PCIE3, _PCIE4, _PCIE5 = ("pcie3", "pcie3"), ("pcie4", "pcie4"), ("pcie5", "pcie5")
 
-# Short name -> product; of those of one memory that a name could mean, the first is meant. Halves of figures
-# with sparsity where the source prints only those.
+# Short name -> product. If a name matches several products with equal memory, the first one is used. Rates
+# are halved where the source prints only figures with sparsity.
 DEVICES: dict[str, Device] = {
     "T4": Device(
         r"Tesla T4", 16, _rates(8.1, None, 65, has_bf16=False), "NVIDIA T4 data sheet", 300, *_PCIE3, 70
@@ -142,7 +146,7 @@ DEVICES: dict[str, Device] = {
     ),
     "H200 SXM": Device(r"NVIDIA H200", 141, _rates(67, 494.5, 989.5), _H200, 4800, "nvlink4", "pcie5", 700),
     "H200 NVL": Device(r"NVIDIA H200 NVL", 141, _rates(60, 417.5, 835.5), _H200, 4800, *_PCIE5, 600),
-    # its fp32 rate is 75 or 80 by NVIDIA's own documents
+    # fp32 is left out: NVIDIA's documents disagree on it (75 or 80)
     "B200": Device(
         r"NVIDIA B200",
         180,
@@ -167,20 +171,21 @@ DEVICES: dict[str, Device] = {
     ),
 }
 
-# Words of drivers and shops that no short name needs.
+# Words that drivers and shops add to product names, ignored when a typed name is matched.
 _VENDOR_WORDS = frozenset(("nvidia", "amd", "instinct", "tesla", "geforce", "rtx", "gpu"))
 
 
 def find_device(reported_name: str) -> Device | None:
-    """The product that reports itself by this name; None if it is not known."""
+    """Return the device whose driver reports this name; None if it is unknown."""
     return next((d for d in DEVICES.values() if re.fullmatch(d.reported_as, reported_name)), None)
 
 
 def find_product(name: str) -> str:
-    """The short name of a product, however it is typed: `h100-80gb`, `rtx a6000`, or as it reports itself.
+    """Return the short name of a product typed freely (`h100-80gb`, `rtx a6000`) or as the driver reports it.
 
     Raises:
-        UsageError: none is called so, or products of different memory are; naming them, or the nearest.
+        UsageError: no product matches (the nearest names are listed), or several products with different
+            memory sizes do (they are listed).
     """
     typed = _words(name)
     called = [
@@ -190,27 +195,31 @@ def find_product(name: str) -> str:
         or (typed and typed <= _words(known) | {f"{device.memory_gib}gb"})
     ]
     if not called:
-        fix = "its maker's name, or a YAML file with its numbers"
-        raise UsageError("--gpu", given=repr(name), allowed=nearest(name.upper(), DEVICES), fix=fix)
+        fix = "use the vendor's product name, or a YAML file that describes the device"
+        raise UsageError(
+            "--gpu: unknown device", given=repr(name), allowed=nearest(name.upper(), DEVICES), fix=fix
+        )
     if len({DEVICES[known].memory_gib for known in called}) > 1:
-        raise UsageError("--gpu: which of these", given=repr(name), allowed=", ".join(called))
+        raise UsageError(
+            "--gpu: the name matches several products", given=repr(name), allowed=", ".join(called)
+        )
     return called[0]
 
 
 def _words(name: str) -> frozenset[str]:
-    """`H100-SXM5-80GB` -> {h100, sxm, 80gb}."""
+    """Split a product name into comparable words: `H100-SXM5-80GB` -> {h100, sxm, 80gb}."""
     spaced = re.sub(r"(sxm)\d|(pci)e\d?", lambda m: m[1] or "pcie", name.lower())
     joined = re.sub(r"(\d+) *(gb|gib)\b", r"\1gb", re.sub(r"\brtx(?=\w)", "", spaced))
     return frozenset(re.findall(r"[a-z0-9]+", joined)) - _VENDOR_WORDS
 
 
 def peak_flops_per_s(reported_name: str, dtype: str) -> float | None:
-    """Peak dense rate of a device in `fp32`, `tf32`, `fp16` or `bf16`; None if unknown, never a guess."""
+    """Return the peak dense rate of a device in `fp32`, `tf32`, `fp16` or `bf16`; None if unknown."""
     device = find_device(reported_name)
     return None if device is None else device.peak_flops_per_s(dtype)
 
 
 def memory_bytes(reported_name: str) -> int | None:
-    """Memory of a device as sold; None if unknown."""
+    """Return the memory of a device as sold, in bytes; None if unknown."""
     device = find_device(reported_name)
     return None if device is None else device.memory_bytes

@@ -1,4 +1,4 @@
-"""What there is to compute with on this machine, for those who have no torch to ask."""
+"""Queries about this machine's compute devices, for callers that do not import torch themselves."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ HOST = torch.device("cpu")
 
 
 def this_device() -> torch.device:
-    """A GPU if there is one, else the CPU."""
+    """Return the GPU if one is available, otherwise the CPU."""
     return torch.device("cuda") if torch.cuda.is_available() else HOST
 
 
 def num_gpus() -> int:
-    """GPUs that this process sees; 0 on a CPU."""
+    """Return the number of GPUs visible to this process; 0 without a GPU."""
     return torch.cuda.device_count()
 
 
 def num_threads() -> int:
-    """Threads of an operator on the CPU."""
+    """Return the number of CPU threads that torch uses within an operator."""
     return torch.get_num_threads()
 
 
 def precisions_of(device: torch.device) -> list[str]:
-    """In which it trains."""
+    """Return the values of `precision` that training on `device` supports."""
     if device.type == "cpu":
         return ["fp32", "bf16"]
     bf16 = ["bf16"] if torch.cuda.is_bf16_supported() else []
@@ -33,6 +33,6 @@ def precisions_of(device: torch.device) -> list[str]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that this process has, or could have."""
+    """Return the GPU memory available to this process: free memory plus what torch has already reserved."""
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device)

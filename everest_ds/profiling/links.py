@@ -1,7 +1,7 @@
-"""What links between GPUs, hosts and nodes carry: one table, with sources.
+"""Bandwidth and latency of the links between GPUs, hosts and nodes: one table, with sources.
 
-Latencies are those that NCCL reckons with for a step of a ring (`hwLat`, protocol Simple, in its
-src/graph/tuning.cc); sockets are not in it, and their latency here is an order of magnitude.
+Latencies are the ones that NCCL assumes for one step of a ring (`hwLat`, protocol Simple, in its
+src/graph/tuning.cc). NCCL lists no latency for sockets; the value here is an order of magnitude.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ _NVLINK_US, _PCIE_US, _NETWORK_US, _SOCKET_US = 3.4, 5.7, 14.0, 50.0
 
 @dataclass(frozen=True)
 class LinkKind:
-    """One kind of link.
+    """One kind of link: its nominal bandwidth, its latency and the share of the bandwidth that is attained.
 
     Attributes:
-        gb_per_s: one direction of what one GPU or one network adapter has, 10^9 bytes a second, by its maker.
-        latency_us: of one message.
-        attained: share of `gb_per_s` that large messages get.
-        source: of both.
+        gb_per_s: vendor's bandwidth per GPU or network adapter in one direction, 10^9 bytes per second.
+        latency_us: latency of one message, in microseconds.
+        attained: share of `gb_per_s` that large messages attain.
+        source: the origin of the figures.
     """
 
     gb_per_s: float
@@ -31,25 +31,25 @@ class LinkKind:
 
     @property
     def bytes_per_s(self) -> float:
-        """What large messages get, one direction."""
+        """Bandwidth that large messages attain in one direction, in bytes per second."""
         return self.gb_per_s * self.attained * 1e9
 
     @property
     def latency_s(self) -> float:
-        """Seconds of one message without content."""
+        """Latency of one empty message, in seconds."""
         return self.latency_us * 1e-6
 
 
-# 370 of 450 GB/s: NCCL's maintainer on the protocol's overhead, NVIDIA/nccl-tests#212.
+# 370 of 450 GB/s, as NCCL's maintainer explains the protocol's overhead in NVIDIA/nccl-tests#212.
 _NCCL_SHARE = 0.82
-# 26 GB/s of PCIe 4's 31.5: NVIDIA's own bandwidthTest, and its GPUDirect guide.
+# 26 of PCIe 4's 31.5 GB/s, by NVIDIA's bandwidthTest and its GPUDirect guide.
 _PCIE_SHARE = 0.82
-# 23 of 25 GB/s with RDMA; sockets take a core for a few GB/s.
+# RDMA attains 23 of 25 GB/s; with sockets, a CPU core handles only a few GB/s.
 _RDMA_SHARE, _SOCKET_SHARE = 0.92, 0.8
 
 
 def _nvlink(links: int, gb_per_s: float) -> LinkKind:
-    source = f"{links} links of {gb_per_s:g} GB/s a direction; NCCL's share: NVIDIA/nccl-tests#212"
+    source = f"{links} links of {gb_per_s:g} GB/s per direction; attained share: NVIDIA/nccl-tests#212"
     return LinkKind(links * gb_per_s, _NVLINK_US, _NCCL_SHARE, source)
 
 
@@ -58,29 +58,32 @@ def _pcie(generation: int, gb_per_s: float) -> LinkKind:
 
 
 def _rdma(name: str, gbit_per_s: int) -> LinkKind:
-    return LinkKind(gbit_per_s / 8, _NETWORK_US, _RDMA_SHARE, f"{name}: {gbit_per_s} Gbit/s a port")
+    return LinkKind(gbit_per_s / 8, _NETWORK_US, _RDMA_SHARE, f"{name}: {gbit_per_s} Gbit/s per port")
 
 
 def _ethernet(gbit_per_s: int) -> LinkKind:
-    source = f"IEEE 802.3: {gbit_per_s} Gbit/s a port; share and latency of sockets are ours"
+    source = f"IEEE 802.3: {gbit_per_s} Gbit/s per port; socket share and latency are our own estimates"
     return LinkKind(gbit_per_s / 8, _SOCKET_US, _SOCKET_SHARE, source)
 
 
-# Inside a node: what one GPU has.
+# Links inside a node, per GPU.
 LINKS: dict[str, LinkKind] = {
     "nvlink2": _nvlink(6, 25),
     "nvlink3": _nvlink(12, 25),
     "nvlink4": _nvlink(18, 25),
     "nvlink5": _nvlink(18, 50),
     "infinity-fabric": LinkKind(
-        448, _NVLINK_US, _NCCL_SHARE, "AMD MI300X data sheet: 7 links of 64 GB/s a direction; share of NVLink"
+        448,
+        _NVLINK_US,
+        _NCCL_SHARE,
+        "AMD MI300X data sheet: 7 links of 64 GB/s per direction; attained share taken from NVLink",
     ),
     "pcie3": _pcie(3, 15.75),
     "pcie4": _pcie(4, 31.5),
     "pcie5": _pcie(5, 63.0),
 }
 
-# Between nodes: what one adapter has.
+# Links between nodes, per network adapter.
 INTERCONNECTS: dict[str, LinkKind] = {
     "ib-edr": _rdma("InfiniBand EDR", 100),
     "ib-hdr": _rdma("InfiniBand HDR", 200),
@@ -96,22 +99,22 @@ INTERCONNECTS: dict[str, LinkKind] = {
 
 @dataclass(frozen=True)
 class Interconnect:
-    """How the nodes of a cluster are joined: so many adapters a node, of one kind."""
+    """The network between the nodes of a cluster: the number of adapters per node and their kind."""
 
     kind: LinkKind
     adapters: int
 
     @property
     def bytes_per_s(self) -> float:
-        """Of a whole node, one direction."""
+        """Bandwidth of a whole node in one direction, in bytes per second."""
         return self.adapters * self.kind.bytes_per_s
 
 
 def find_interconnect(text: str) -> Interconnect:
-    """`ib-ndr` (one adapter a node) or `8xib-ndr`.
+    """Parse an interconnect such as `ib-ndr` (one adapter per node) or `8xib-ndr` (eight).
 
     Raises:
-        UsageError: no such kind, or no number of adapters.
+        UsageError: the kind is unknown, or the number of adapters is not a positive integer.
     """
     count, times, name = text.lower().rpartition("x")
     if not times or not (count.isdigit() and int(count)):

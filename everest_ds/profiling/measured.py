@@ -1,4 +1,4 @@
-"""What `everest-ds profile --measure` found on a device: kept in a JSON file, read back for reports."""
+"""Results of `everest-ds profile --measure`: measured, stored as JSON and read back for reports."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from everest_ds.profiling.tables import Row, make_row
 from everest_ds.profiling.time import measure_step
 from everest_ds.units import format_bytes, format_duration
 
-FORMAT = "everest-ds profile, format 2"  # another number when the meaning of a key changes
-_K400_CLIPS = 240_000  # of an epoch of the published tables
+FORMAT = "everest-ds profile, format 2"  # the number increases when the meaning of a key changes
+_K400_CLIPS = 240_000  # clips per epoch in the published tables
 _NODE_GPUS = 8
-# which phase the figures of a column are of, by table
+# (table, column) -> training phase that the column's figures describe
 _PHASES = {
     ("pretraining_cost", "pt_time"): "pretrain",
     ("pretraining_cost", "memory_gb"): "pretrain",
@@ -36,14 +36,21 @@ _PHASES = {
 
 @dataclass(frozen=True)
 class Measured:
-    """A training step of one GPU (or CPU), measured.
+    """A measured training step of one GPU (or CPU).
 
     Attributes:
-        config: of the model.
-        phases_ms: medians: forward (on a CPU with augmentation), backward, optimizer.
-        step_ms: quartiles of the whole step: first, median, third; no data wait.
+        subject: name of the measured experiment.
+        config: configuration of the measured experiment.
+        device: name that the device's driver reports.
+        dtype: `fp32`, `tf32`, `fp16` or `bf16`.
+        torch_version: version of PyTorch.
+        commit: commit of this project; None outside a checkout.
+        phases_ms: median milliseconds of forward (on a CPU including augmentation), backward and optimizer.
+        step_ms: quartiles of the whole step without data wait: first, median, third, in milliseconds.
+        clips_per_s: clips per second, without data wait.
+        tflops_per_s: useful floating-point operations per second, in 10^12.
+        mfu_pct: model FLOPs utilisation; None on a device whose peak rate is unknown.
         peak_memory_bytes: the allocator's peak; None on a CPU.
-        mfu_pct: None on a device whose peak rate is not known.
     """
 
     subject: str
@@ -61,26 +68,26 @@ class Measured:
 
     @property
     def where(self) -> str:
-        """Device, dtype, versions and commit, in a phrase."""
+        """Device, dtype, PyTorch version and commit, as one phrase."""
         commit = f", commit {self.commit[:7]}" if self.commit else ""
         return f"{self.device}, {self.dtype}, torch {self.torch_version}{commit}"
 
     @property
     def label(self) -> str:
-        """What was measured, in a few words."""
+        """Short description of the measurement: subject, clips per micro-batch and dtype."""
         return f"{self.subject}, {self.config.batch.micro_batch_size} clips, {self.dtype}"
 
     def facts(self) -> dict[str, str]:
-        """For a reader."""
+        """Return the measurement in human-readable form: name -> text with unit."""
         low, middle, high = self.step_ms
         peak = (
-            "not known: no peak rate for this device and dtype"
+            "unknown: no peak rate is listed for this device and dtype"
             if self.mfu_pct is None
             else f"{self.mfu_pct:.1f} %"
         )
         return {
             "where": self.where,
-            "step": f"{middle:.1f} ms (quartiles {low:.1f} to {high:.1f}), data never waited for",
+            "step": f"{middle:.1f} ms (quartiles {low:.1f} to {high:.1f}), without data wait",
             **{name: f"{milliseconds:.1f} ms" for name, milliseconds in self.phases_ms.items()},
             "clips per second": f"{self.clips_per_s:.2f}",
             "useful TFLOP/s": f"{self.tflops_per_s:.2f}",
@@ -91,7 +98,7 @@ class Measured:
         }
 
     def as_json(self) -> dict[str, Any]:
-        """For the `measured` key of a profile's file."""
+        """Return the value of the `measured` key in a profile's JSON file."""
         return {**asdict(self), "config": self.config.model_dump(mode="json")}
 
 
@@ -105,14 +112,18 @@ def measure(
     """Time training steps of an experiment on one device.
 
     Args:
-        build: builds the step when it is entered, and frees it; its micro-batches need no waiting.
-        commit: of the code that runs.
+        subject: name of the experiment.
+        config: configuration of the experiment.
+        build: context manager that builds the step on entry and frees it on exit; its micro-batches are
+            already in memory.
+        device: the device that runs the step.
+        commit: commit of the running code.
 
     Raises:
-        OutOfMemoryError: if the step does not fit.
+        OutOfMemoryError: the step does not fit on the device.
     """
     on_gpu = device.type == "cuda"
-    gc.collect()  # what an engine before this one left
+    gc.collect()  # free what an earlier engine left behind
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
     try:
@@ -120,7 +131,7 @@ def measure(
             found = measure_step(step, config, device, commit=commit)
     except torch.OutOfMemoryError:
         raise OutOfMemoryError(
-            f"{subject}: a step does not fit on {device}",
+            f"{subject}: a training step does not fit on {device}",
             given=f"batch.micro_batch_size={config.batch.micro_batch_size}",
             fix="lower batch.micro_batch_size, or set recompute.mode",
         ) from None
@@ -144,20 +155,20 @@ def measure(
 
 
 def read_measured(file: Path) -> Measured:
-    """The measurement in a file of `everest-ds profile --measure --json FILE`.
+    """Read the measurement in a file written by `everest-ds profile --measure --json FILE`.
 
     Raises:
-        UsageError: if there is no such file, it is of another version, or holds no measurement.
+        UsageError: the file cannot be read, has another format version, or holds no measurement.
     """
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read as JSON", given=str(error)) from None
-    again = "everest-ds profile SUBJECT --measure --json FILE"
+    again = "run everest-ds profile SUBJECT --measure --json FILE"
     found = content.get("format") if isinstance(content, dict) else None
     if found != FORMAT:
         raise UsageError(
-            f"{file}: not a measurement of this version",
+            f"{file}: not a measurement in this version's format",
             given=f"format {found!r}",
             allowed=repr(FORMAT),
             fix=again,
@@ -168,7 +179,7 @@ def read_measured(file: Path) -> Measured:
 
 
 def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> list[Row]:
-    """Rows for the published cells that a measurement speaks about: the same tokens on the same backbone."""
+    """Return a row for each pair of a published cell and a measurement with the same tokens and backbone."""
     return [row for cell in cells for one in measurements for row in _rows(cell, one)]
 
 
@@ -177,11 +188,12 @@ def _from_json(content: dict[str, Any], file: Path) -> Measured:
         config = Experiment.model_validate(content["config"])
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
-        raise UsageError(f"{file}: its config is of another version", given=reason) from None
+        raise UsageError(f"{file}: its config was written by another version", given=reason) from None
     return Measured(**{**content, "config": config, "step_ms": tuple(content["step_ms"])})
 
 
 def _rows(cell: Cell, one: Measured) -> list[Row]:
+    """Return the rows that compare a measurement with a published cell; none if they do not correspond."""
     phase = _PHASES.get((cell.table, cell.column))
     if phase is None or not _is_about(one.config, cell, phase):
         return []
@@ -195,18 +207,19 @@ def _rows(cell: Cell, one: Measured) -> list[Row]:
 
 
 def _epoch_row(cell: Cell, one: Measured, note: str) -> Row:
-    """Time of an epoch on another device than the published one: no gap is taken."""
+    """Return the row of an epoch's time, without a gap because the published device is another one."""
     epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
-    how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s each, data never waited for"
+    how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s per GPU, without data wait"
     return replace(make_row(cell, None, how), value=epoch, kind="measured")
 
 
 def _is_about(config: Experiment, cell: Cell, phase: str) -> bool:
+    """Return whether a config does the computation behind a published cell in a training phase."""
     model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
     return isinstance(model, OwnModel) and _identity(config) == _identity(model.config)
 
 
 def _identity(config: Experiment) -> tuple[object, ...]:
-    """What makes two experiments compute the same on the same number of clips."""
+    """Return a key that is equal for experiments that do the same computation per clip."""
     model = config.model
     return config.task, model.backbone, model.geometry, config.tokens.selection, config.token_counts

@@ -1,12 +1,14 @@
-"""Predicted memory of a training step: the peak of one rank and what it is made of, in closed form, no torch.
+"""Predicted peak memory of a training step on one rank and its parts, in closed form, without torch.
 
-The peak of a step can lie at few moments: while tokens are scored, when clips are all there is; while
-targets are made, next to all activations; in the backward pass of any layer, which works beside what it and
-the layers before it have kept; and, with activations gone, while gradients are reduced or weights updated.
-Each is added up, and the largest is the peak. Which it is differs: the encoder is wide and sees few tokens,
-the decoder is narrow and sees many.
+The peak of a step can occur at one of a few moments: during token scoring, when only the clips are in memory;
+while reconstruction targets are made, next to all activations; in the backward pass of any layer, which needs
+working memory on top of what that layer and the earlier ones have kept; and, once the activations are freed,
+while gradients are reduced or weights are updated. The memory of each moment is added up, and the largest sum
+is the peak. The moment differs between configs: the encoder is wide and sees few tokens, the decoder is
+narrow and sees many.
 
-Not in it: what libraries take for themselves (CUDA's context, cuBLAS) and gaps of the allocator.
+The prediction leaves out what libraries allocate for themselves (CUDA's context, cuBLAS) and the
+fragmentation of the allocator.
 """
 
 from __future__ import annotations
@@ -36,19 +38,19 @@ from everest_ds.profiling.memory_states import ModelStates, model_states
 
 @dataclass(frozen=True)
 class MemoryPrediction:
-    """Bytes of one rank at the peak of a training step.
+    """Bytes on one rank at the peak of a training step.
 
     Attributes:
         parameters: weights, and the fixed position tables.
-        master_parameters: float32 copies that the optimiser steps.
-        gradients: those that are there at the peak.
+        master_parameters: float32 copies that the optimiser updates.
+        gradients: gradients that exist at the peak.
         optimizer_states: AdamW's two moments.
         inputs: the micro-batch of uint8 clips.
-        activations: what the forward pass has left for the backward pass.
-        temporary: what the operators of that moment work in.
+        activations: tensors that the forward pass keeps for the backward pass.
+        temporary: working memory of the operators that run at the peak.
         communication_buffers: ZeRO's reduce buckets, and the parameters that ZeRO-3 has gathered.
-        peak_at: the moment, for people: `backward pass of decoder block 4`.
-        host_bytes: in host memory meanwhile, by offload; not a part of the peak.
+        peak_at: human-readable name of the moment, such as `backward pass of decoder block 4`.
+        host_bytes: bytes offloaded to host memory; not part of the peak.
     """
 
     parameters: int
@@ -64,39 +66,39 @@ class MemoryPrediction:
 
     @property
     def peak_bytes(self) -> int:
-        """All of it."""
+        """Total device memory at the peak, in bytes."""
         return sum(self.parts().values())
 
     @property
     def step_bytes(self) -> int:
-        """What forward and backward pass need besides states and clips."""
+        """Bytes that the forward and backward passes need in addition to states and clips."""
         return self.activations + self.temporary
 
     def parts(self) -> dict[str, int]:
-        """Bytes by category."""
+        """Return the device memory at the peak by category, in bytes."""
         return {name: size for name, size in vars(self).items() if name not in ("peak_at", "host_bytes")}
 
 
 class Moment(NamedTuple):
-    """One that may be the peak; bytes beside states and clips."""
+    """A moment of a training step that may be its peak; bytes in addition to states and clips."""
 
     name: str
     activations: int
     temporary: int
-    finished_parameters: int = 0  # through with their backward pass
+    finished_parameters: int = 0  # parameters whose backward pass is over
     in_backward: bool = False
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Forward and backward pass of a micro-batch on one rank, whatever ZeRO does with its states.
+    """Memory of a micro-batch's forward and backward pass on one rank, independent of ZeRO.
 
     Attributes:
-        moments: of both.
-        num_parameters: of this rank's share under tensor parallelism.
-        position_bytes: fixed tables.
-        input_bytes: the clips.
-        host_bytes: activations in host memory.
+        moments: moments of both passes that may be the peak.
+        num_parameters: parameters of this rank's share under tensor parallelism.
+        position_bytes: size of the fixed position tables.
+        input_bytes: size of the clips.
+        host_bytes: activations offloaded to host memory.
     """
 
     moments: tuple[Moment, ...]
@@ -109,14 +111,15 @@ class Passes:
 def predict_memory(
     config: Experiment, num_ranks: int = 1, zero: ZeroSettings | None = None
 ) -> MemoryPrediction:
-    """Peak memory of one rank, at the last micro-batch of a step that is not the first.
+    """Predict the peak memory of one rank during the last micro-batch of any step after the first.
 
     Args:
-        num_ranks: all of them; those that are not tensor parallel share ZeRO's states.
-        zero: instead of what the config's DeepSpeed file says.
+        config: the experiment.
+        num_ranks: number of all ranks; ZeRO partitions its states over the data-parallel ones.
+        zero: ZeRO settings that replace those of the config's DeepSpeed file.
 
     Raises:
-        ConfigError: if parallelism.tensor does not divide the ranks.
+        ConfigError: parallelism.tensor does not divide the number of ranks.
     """
     degree = data_parallel_degree(config, num_ranks)
     passes = predict_passes(config)
@@ -124,12 +127,12 @@ def predict_memory(
 
 
 def predict_step_bytes(config: Experiment) -> int:
-    """The most that both passes hold besides states and clips, gradients being there already."""
+    """Predict the peak bytes of forward and backward pass in addition to states, gradients and clips."""
     return max(moment.activations + moment.temporary for moment in predict_passes(config).moments)
 
 
 def predict_passes(config: Experiment) -> Passes:
-    """What `predict_memory` says of a config, but for ZeRO's stage, ranks and settings."""
+    """Predict the part of a config's memory that does not depend on ZeRO's stage, ranks and settings."""
     stack = layers(config)
     return Passes(
         moments=tuple(_moments(stack, config)),
@@ -141,7 +144,7 @@ def predict_passes(config: Experiment) -> Passes:
 
 
 def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
-    """The largest moment, with ZeRO's states added."""
+    """Return the memory at the largest moment of a step, including ZeRO's states."""
     finished = states.num_parameters
     after = (
         Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True),
@@ -168,7 +171,7 @@ def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
 
 
 def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[Moment]:
-    """Forward and backward pass through `stack`."""
+    """Yield the moments of the forward and backward pass through `stack`."""
     kept = list(accumulate(layer.kept_bytes for layer in stack))
     held, of_loss = held_bytes(config), loss_storage_bytes(config)
     yield Moment("token scoring", 0, scoring_bytes(config))
@@ -196,14 +199,14 @@ def _buffer_bytes(states: ModelStates, moment: Moment) -> int:
 
 
 def _position_bytes(config: Experiment) -> int:
-    """The fixed sine-cosine tables over all N tokens, which every rank has."""
+    """Return the bytes of the fixed sine-cosine tables over all N tokens, which every rank holds."""
     shape, num_tokens = config.model.shape, config.model.geometry.num_tokens
     widths = shape.encoder.width + (shape.decoder.width if config.task == "pretrain" else 0)
     return num_tokens * widths * VALUE_BYTES[config.precision]
 
 
 def _input_bytes(config: Experiment) -> int:
-    """uint8 pixels, one for each colour; key and label of 8 bytes each."""
+    """Return the bytes of a micro-batch: uint8 RGB pixels, and a key and a label of 8 bytes each per clip."""
     clip = config.candidate_geometry
     pixels = clip.num_frames * clip.image_size**2 * 3
     return config.batch.micro_batch_size * (pixels + 2 * 8)

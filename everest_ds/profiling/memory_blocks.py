@@ -1,19 +1,20 @@
-"""Predicted activation memory of a stack of blocks, in closed form, no torch.
+"""Predicted activation memory of a stack of blocks, in closed form, without torch.
 
-Bytes come in tensors of n tokens x D width, A = B·n·D·(bytes of a value). What a block of models/vit.py needs
-again in its backward pass:
+Sizes are multiples of one tensor of n tokens x D width: A = B·n·D·(bytes per value). A block of models/vit.py
+keeps for its backward pass:
 
-    A    input of the first norm, which is the block's own
-    A    its output, input of the qkv projection
+    A    input of the first norm, which is the input of the block
+    A    output of the first norm, the input of the qkv projection
     3A   q, k and v
-    A    what attention says, input of the output projection
-    S    unfused attention: the softmax of every pair of tokens, B·h·n²
+    A    output of attention, the input of the output projection
+    S    unfused attention only: the softmax of every pair of tokens, B·h·n² values
     A    input of the second norm
-    A    its output, input of the MLP
+    A    output of the second norm, the input of the MLP
     4A   the hidden layer before GELU
-    4A   the hidden layer after GELU, unless it is computed again (models/mlp.py)
+    4A   the hidden layer after GELU, unless it is recomputed (models/mlp.py)
 
-Tensor parallelism splits heads and hidden layer, so everything between the projections, over its ranks.
+Tensor parallelism splits the heads and the hidden layer over its ranks, and with them everything between the
+projections.
 """
 
 from __future__ import annotations
@@ -26,30 +27,31 @@ from everest_ds.config.schema import Experiment, RecomputeConfig
 
 FLOAT32_BYTES = 4
 VALUE_BYTES = {"fp32": FLOAT32_BYTES, "tf32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
-_CHUNK_LOGITS = 2**20  # of models/attention.py
+_CHUNK_LOGITS = 2**20  # the same value as in models/attention.py
 
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]
 
 
 @dataclass(frozen=True)
 class BlockMemory:
-    """One block of a stack, on one rank.
+    """The memory of one block of a stack on one rank.
 
     Attributes:
-        recomputed: what the forward pass forgets.
-        input_bytes: of the block's input, or of the recomputed part's, what stays on this rank's device
-            meanwhile: nothing if offloaded to the host, a part if the tensor-parallel ranks split it.
-        host_bytes: and in host memory.
-        drops: both branches are multiplied by drop path's scales.
+        recomputed: part of the block that the forward pass drops and the backward pass recomputes.
+        input_bytes: the part of the input of the block, or of its recomputed part, that stays on this rank's
+            device: 0 if it is offloaded to the host, a share if the tensor-parallel ranks split it.
+        host_bytes: the part of that input that is offloaded to host memory.
+        drops: whether both branches are multiplied by drop path's scales.
         tensor_bytes: A, one tensor of all tokens and the whole width.
-        split_bytes: A over the tensor-parallel ranks.
-        attention_bytes: kept within attention: q, k, v, result, and weights or the logarithms of their sums.
-        hidden_bytes: of the MLP's hidden layer.
-        gelu_bytes: kept of GELU of it: as much, or 0 where that is computed again.
+        split_bytes: A divided by the tensor-parallel degree.
+        attention_bytes: kept within attention: q, k, v, output, and the softmax or its log-sum-exp values.
+        hidden_bytes: the MLP's hidden layer before GELU.
+        gelu_bytes: the hidden layer after GELU; 0 if it is recomputed.
         norm_bytes: means and deviations of both norms.
         logits_bytes: S, or 0 for fused attention.
-        fused_bytes: what a fused kernel works in, or 0: gradients of q, k and v, and logits of a few heads.
-        weight_bytes: gradient of one of the MLP's matrices, before it is added to what is there.
+        fused_bytes: working memory of a fused kernel: gradients of q, k and v, and logits of a few heads;
+            0 for unfused attention.
+        weight_bytes: gradient of one of the MLP's matrices, before it is accumulated.
     """
 
     recomputed: Recomputed
@@ -68,7 +70,7 @@ class BlockMemory:
 
     @property
     def kept_bytes(self) -> int:
-        """What the forward pass leaves on the device."""
+        """Bytes that the forward pass keeps on the device for the backward pass."""
         if self.recomputed == "everything":
             return self.input_bytes
         forgotten = {"attention": self.attention_bytes, "mlp": self.hidden_bytes}.get(self.recomputed, 0)
@@ -76,10 +78,11 @@ class BlockMemory:
 
     @property
     def forward_bytes(self) -> int:
-        """The memory that the forward pass works in at the end of the MLP, beside what it leaves.
+        """Peak of temporary bytes in the forward pass, at the end of the MLP, on top of what it keeps.
 
-        While the result is made, that is GELU's output, if it is not kept, and the result. While it is added,
-        it is the result, masked or not, and the sum. A recomputed part adds what leads there.
+        While the MLP's output is computed, these are GELU's output (unless it is kept) and that output. While
+        the output is added to the residual stream, they are the output, its copy scaled by drop path, and the
+        sum. A recomputed part adds the tensors that lead up to it.
         """
         forgotten = {"mlp": self.hidden_bytes, "everything": 2 * self.tensor_bytes + self.hidden_bytes}
         making = self.hidden_bytes - self.gelu_bytes + self.tensor_bytes
@@ -88,16 +91,16 @@ class BlockMemory:
 
     @property
     def backward_bytes(self) -> int:
-        """The most that the backward pass adds to what the forward pass has left."""
+        """Peak of bytes in the backward pass on top of what the forward pass keeps."""
         fetched = self.tensor_bytes if self.input_bytes < self.tensor_bytes else 0
         return fetched + max(self._in_mlp, self._in_attention)
 
     @property
     def _in_mlp(self) -> int:
-        """While the gradient of the hidden layer is made.
+        """Bytes on top of the kept ones while the gradient of the hidden layer is computed.
 
-        There are the gradients of the block's output, of GELU's output and input and of a weight; and what
-        was computed again, with its own result. Done with is GELU's output, if it was kept.
+        In memory are the gradients of the block's output, of GELU's output and input and of one weight, and
+        the recomputed tensors with their output. GELU's output, if it was kept, is already released.
         """
         again = {
             "mlp": self.hidden_bytes + self.tensor_bytes,
@@ -108,12 +111,13 @@ class BlockMemory:
 
     @property
     def _in_attention(self) -> int:
-        """While attention's gradients are made.
+        """Bytes on top of the kept ones while the gradients of attention are computed.
 
-        There are those of the block's middle and of attention's result; of q, k and v, beside what a fused
-        kernel works in, or unfused of weights and logits; and what was computed again, with its own result
-        and that one's gradient, if not the block's own. Done with are the MLP and its norm, the input of the
-        output projection and, unfused, v.
+        In memory are the gradients of the sum between attention and MLP, and of attention's output. Fused
+        attention adds the gradients of q, k and v and the kernel's working memory; unfused attention adds the
+        gradients of softmax and logits. Recomputation adds the recomputed tensors with their output, and the
+        gradient of that output if it differs from the block's. Already released are the MLP and its norm, the
+        input of the output projection and, in unfused attention, v.
         """
         again = {
             "attention": self.attention_bytes + self.tensor_bytes + self._masked_bytes,
@@ -127,12 +131,12 @@ class BlockMemory:
 
     @property
     def _masked_bytes(self) -> int:
-        """The gradient of a branch, where drop path makes it another than that of the sum."""
+        """Bytes of a branch's gradient if drop path makes it differ from the sum's gradient, otherwise 0."""
         return self.tensor_bytes if self.drops else 0
 
     @property
     def _inner_bytes(self) -> int:
-        """All that a block keeps if nothing is recomputed, but for its input."""
+        """Bytes that a block keeps without recomputation, excluding its input."""
         in_mlp = self.hidden_bytes + self.gelu_bytes
         return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + in_mlp
 
@@ -140,7 +144,7 @@ class BlockMemory:
 def block_memory(
     config: Experiment, shape: TransformerShape, num_tokens: int, recomputed: Recomputed, drops: bool
 ) -> BlockMemory:
-    """Memory of a block of a stack on `num_tokens` tokens of each clip of a micro-batch, on one rank."""
+    """Predict the memory of one block on one rank, for `num_tokens` tokens per clip of a micro-batch."""
     value, clips = VALUE_BYTES[config.precision], config.batch.micro_batch_size
     tensor = config.parallelism.tensor
     heads, tokens = shape.heads // tensor, clips * num_tokens
@@ -148,8 +152,9 @@ def block_memory(
     split = full // tensor
     unfused = config.model.attention == "unfused"
     logits = tokens * num_tokens * heads * value if unfused else 0
-    # Of several clips unfused attention copies k and v to multiply them and lets q, k and v go, of which it
-    # keeps q scaled. A single clip's are multiplied as they are, and all three stay beside the scaled q.
+    # For several clips, unfused attention copies k and v for the matrix products, keeps the scaled q and
+    # releases the original q, k and v. For a single clip, k and v are used without a copy, so all three
+    # originals stay in memory next to the scaled q.
     tensors = 5 if unfused and clips == 1 else 4
     part = split if config.recompute.partition else full
     offloaded = config.recompute.offload_to_cpu and recomputed != "nothing"
@@ -171,10 +176,11 @@ def block_memory(
 
 
 def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
-    """Logits of the heads that are worked on at once in bfloat16 on a CPU (models/attention.py).
+    """Return the bytes of logits for the heads processed at once in bfloat16 on a CPU (models/attention.py).
 
-    Weights, their gradient, that of the logits, and two on the way. Kernels of GPUs hold none of them; there
-    this is too much by some megabytes, where it is a peak at all.
+    Five tensors of that size are live: the softmax, its gradient, the gradient of the logits, and two
+    intermediate results. GPU kernels hold none of them, so there the prediction is a few megabytes too high
+    if this moment is the peak.
     """
     if config.precision != "bf16":
         return 0
@@ -183,7 +189,10 @@ def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
 
 
 def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
-    """What of block `index`: in mode `blocks` the first of every n (parallel/recompute.py)."""
+    """Return the recomputed part of block `index`; mode `blocks` recomputes the first of every n blocks.
+
+    This mirrors parallel/recompute.py.
+    """
     if config.mode in ("attention", "mlp"):
         return "attention" if config.mode == "attention" else "mlp"
     every = {"none": 0, "gelu": 0, "blocks": config.every, "full": 1}[config.mode]

@@ -1,7 +1,7 @@
-"""Predicted activation memory of our models, layer by layer, in closed form, no torch.
+"""Predicted activation memory of this project's models, layer by layer, in closed form, without torch.
 
-Symbols as in compute.py: B clips of a micro-batch, N tokens, K kept, V visible, M = K - V predicted, P values
-of a tubelet, D encoder width, d decoder width, e bytes of a value.
+Symbols as in compute.py: B clips per micro-batch, N tokens, K kept, V visible, M = K - V predicted, P values
+per tubelet, D encoder width, d decoder width, e bytes per value.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from everest_ds.profiling.memory_blocks import (
     recomputed_of,
 )
 
-_SCORED_TOKENS = 2**15  # at a time on a GPU (models/rero.py); on a CPU an eighth of these
+_SCORED_TOKENS = 2**15  # tokens scored at a time on a GPU (models/rero.py); a CPU scores an eighth of these
 
 
 class Layer(NamedTuple):
-    """A part of the model, in the order of the forward pass.
+    """The memory of one part of the model.
 
     Attributes:
-        name: for people, such as `decoder block 4`.
-        kept_bytes: what its forward pass leaves to its backward pass.
-        backward_bytes: the most that its backward pass adds to that.
-        num_parameters: on this rank.
-        forward_bytes: what its forward pass works in, if that can be a peak.
-        host_bytes: what its forward pass leaves in host memory.
+        name: human-readable name, such as `decoder block 4`.
+        kept_bytes: bytes that its forward pass keeps for its backward pass.
+        backward_bytes: peak of bytes that its backward pass adds to `kept_bytes`.
+        num_parameters: number of its parameters on this rank.
+        forward_bytes: working memory of its forward pass; 0 where that cannot be a peak.
+        host_bytes: bytes that its forward pass keeps in host memory.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Layer(NamedTuple):
 
 
 def layers(config: Experiment) -> list[Layer]:
-    """The layers of the experiment's model, one rank's share of them."""
+    """Return one rank's share of the model's layers, in the order of the forward pass."""
     counts, shape = config.token_counts, config.model.shape
     in_encoder = _blocks("encoder", config, shape.encoder, counts.num_visible)
     if config.task == "finetune":
@@ -56,7 +56,7 @@ def layers(config: Experiment) -> list[Layer]:
 
 
 def rank_parameters(config: Experiment) -> int:
-    """Parameters of one rank: tensor parallelism splits the blocks."""
+    """Return the number of parameters on one rank; tensor parallelism splits those of the blocks."""
     shape, tensor = config.model.shape, config.parallelism.tensor
     stacks = [shape.encoder] if config.task == "finetune" else [shape.encoder, shape.decoder]
     elsewhere = (
@@ -66,11 +66,12 @@ def rank_parameters(config: Experiment) -> int:
 
 
 def scoring_bytes(config: Experiment) -> int:
-    """While tokens are scored: a clip's tubelets, and a few clips' at a time in numbers (models/rero.py).
+    """Return the bytes in memory while tokens are scored.
 
-    Those are all pixels, and of every slot but the first the change from the one before and its features.
-    Beside them lie the embedding with the normalisation folded into it, and the maps to the features: the
-    embedding again, on the scale of a pixel, or the sketch on either scale.
+    These are the uint8 tubelets of all clips, and floating-point values for a few clips at a time
+    (models/rero.py): all pixels and, for every slot but the first, the change from the previous slot and its
+    features. Added to them are the embedding with the normalisation folded into it, and the linear maps to
+    the features: the embedding again, scaled to pixels, or the sketch on both scales.
     """
     tokens, geometry = config.tokens, config.candidate_geometry
     num_tokens, values = geometry.num_tokens, geometry.tubelet_values
@@ -90,9 +91,10 @@ def scoring_bytes(config: Experiment) -> int:
 
 
 def held_bytes(config: Experiment) -> int:
-    """What the forward pass holds on to until it returns: a clip's tubelets, in uint8, and the embedding.
+    """Return the bytes that the forward pass holds until it returns.
 
-    That is the embedding with the normalisation folded into it.
+    These are the uint8 tubelets of the micro-batch, and the embedding's weight with the normalisation folded
+    into it.
     """
     geometry, value = config.model.geometry, VALUE_BYTES[config.precision]
     weight = config.model.shape.encoder.width * geometry.tubelet_values * value
@@ -101,15 +103,16 @@ def held_bytes(config: Experiment) -> int:
 
 
 def gathered_bytes(config: Experiment) -> int:
-    """The visible tubelets in uint8, which the encoder's forward pass is called with and holds on to."""
+    """Return the bytes of the visible uint8 tubelets, which live as long as the encoder's forward pass."""
     return _clips(config) * config.token_counts.num_visible * config.model.geometry.tubelet_values
 
 
 def target_bytes(config: Experiment) -> int:
-    """While targets are made (models/tubelets.py), beside what all layers keep.
+    """Return the bytes in memory while targets are computed, on top of what all layers keep.
 
-    All tubelets and the predicted ones in uint8; the latter's values in float32, and minus their means.
-    Predictions in half precision wait for the float32 copy that the head keeps, as it does the targets.
+    These are all tubelets and the predicted ones in uint8, and the predicted ones' values in float32, before
+    and after their means are subtracted (models/tubelets.py). Half-precision predictions are in memory, too,
+    but not yet the float32 copy of them that the head is counted to keep.
     """
     in_float32 = 2 if config.loss.normalize_targets else 1
     each = 1 + in_float32 * FLOAT32_BYTES + VALUE_BYTES[config.precision] - FLOAT32_BYTES
@@ -117,9 +120,9 @@ def target_bytes(config: Experiment) -> int:
 
 
 def loss_bytes(config: Experiment) -> int:
-    """While squared errors are added up, beside what all layers keep.
+    """Return the bytes in memory while squared errors are summed, on top of what all layers keep.
 
-    PyTorch's kernel holds two tensors of them; predictions in half precision are still there, too.
+    PyTorch's kernel holds two tensors of errors; half-precision predictions are still in memory, too.
     """
     value = VALUE_BYTES[config.precision]
     waiting = 0 if value == FLOAT32_BYTES else _predicted_values(config) * value
@@ -127,20 +130,21 @@ def loss_bytes(config: Experiment) -> int:
 
 
 def loss_storage_bytes(config: Experiment) -> int:
-    """What the loss, one number, holds on to in pre-training as long as it lives.
+    """Return the bytes of storage behind the pre-training loss, a scalar, for as long as it lives.
 
-    PyTorch's `mse_loss` makes its result as large as the errors and then says that it has one value.
+    PyTorch's `mse_loss` allocates its result at the size of the errors and then resizes it to one value
+    without releasing the storage.
     """
     return _predicted_values(config) * FLOAT32_BYTES
 
 
 def _predicted_values(config: Experiment) -> int:
-    """B·M·P; 0 in fine-tuning."""
+    """Return the number of predicted pixel values, B·M·P; 0 in fine-tuning."""
     return _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
 
 
 def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
-    """Blocks of which the same is recomputed share one `BlockMemory`."""
+    """Yield the layers of a stack; blocks that recompute the same part share one `BlockMemory`."""
     tensor, drops = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
     num_parameters = _block_parameters(shape, tensor)
     kinds: dict[Recomputed, BlockMemory] = {}
@@ -160,53 +164,61 @@ def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: 
 
 
 def _embedding(config: Experiment) -> Layer:
-    """Keeps the visible tubelets as numbers; they need no gradient, so the weight is not kept."""
+    """Return the memory of the embedding, which keeps the visible tubelets as floating-point values.
+
+    The tubelets need no gradient, so the weight is not kept.
+    """
     values, width = config.model.geometry.tubelet_values, config.model.shape.encoder.width
     value = VALUE_BYTES[config.precision]
     pixels = _clips(config) * config.token_counts.num_visible * values * value
     weight = width * values
-    # the folded weight's gradient, and the weight's own; in half precision the first in float32 as well
+    # The gradients of the folded and of the stored weight are live; in half precision, the former also exists
+    # in float32.
     gradients = weight * (2 * value if value == FLOAT32_BYTES else 2 * value + FLOAT32_BYTES)
     incoming = _clips(config) * config.token_counts.num_visible * width * value
     return Layer("embedding", pixels, incoming + gradients, weight + width)
 
 
 def _projection(config: Experiment) -> Layer:
-    """Norm and linear map from the encoder's width to the decoder's, and the mask token."""
+    """Return the memory of the norm and linear map from encoder to decoder width, and of the mask token."""
     width, narrow = config.model.shape.encoder.width, config.model.shape.decoder.width
     value = VALUE_BYTES[config.precision]
     tokens = _clips(config) * config.token_counts.num_visible
-    kept = 2 * tokens * (width * value + FLOAT32_BYTES)  # inputs of both, and the norm's two statistics
+    kept = 2 * tokens * (width * value + FLOAT32_BYTES)  # inputs of norm and map, two statistics of the norm
     working = tokens * (narrow + width) * value + width * narrow * value
     return Layer("projection", kept, working, 2 * width + width * narrow + narrow)
 
 
 def _pixel_head(config: Experiment) -> Layer:
-    """Norm and linear map from predicted tokens to pixels, and their squared error in float32."""
+    """Return the memory of norm and linear map from predicted tokens to pixels, and of the float32 loss."""
     counts, width = config.token_counts, config.model.shape.decoder.width
     values, value = config.model.geometry.tubelet_values, VALUE_BYTES[config.precision]
     decoded, predicted = (_clips(config) * n for n in (counts.num_kept, counts.num_predicted))
     norm = decoded * width * value + predicted * 2 * FLOAT32_BYTES
     compared = 2 * predicted * values * FLOAT32_BYTES  # predictions and targets
-    # the gradient of the predictions, in the model's precision as well if that is half
+    # The gradient of the predictions is in float32, and again in the model's precision if that is half.
     gradient = predicted * values * (FLOAT32_BYTES if value == FLOAT32_BYTES else FLOAT32_BYTES + value)
     kept = norm + predicted * width * value + compared
     return Layer("head", kept, gradient, 2 * width + width * values + values)
 
 
 def _classifier_head(config: Experiment) -> Layer:
-    """Mean, norm and linear map: a few vectors a clip, as good as nothing."""
+    """Return the memory of mean, norm and linear map of the classifier: a few vectors per clip."""
     width, classes = config.model.shape.encoder.width, config.model.num_classes or 0
     kept = _clips(config) * (2 * width + classes) * FLOAT32_BYTES
     return Layer("head", kept, 0, 2 * width + width * classes + classes)
 
 
 def _block_parameters(shape: TransformerShape, tensor_parallel: int) -> int:
-    """One rank's share: the matrices and what follows their outputs are split, norms and sums are not."""
+    """Return one rank's parameters of a block.
+
+    Tensor parallelism splits the matrices and the biases of q, v and the hidden layer. Norms and the biases
+    added after a sum over ranks are not split.
+    """
     width, hidden = shape.width, MLP_RATIO * shape.width
     matrices = 4 * width**2 + 2 * width * hidden
-    split_biases = 2 * width + hidden  # of q, v and the hidden layer
-    whole = 2 * width + 2 * 2 * width  # biases of the two sums over ranks; both norms
+    split_biases = 2 * width + hidden  # biases of q, v and the hidden layer
+    whole = 2 * width + 2 * 2 * width  # biases after the two sums over ranks, and both norms
     return (matrices + split_biases) // tensor_parallel + whole
 
 

@@ -1,4 +1,4 @@
-"""The memory of one subject as tables: predicted for a rank, counted on the traced model, over the step."""
+"""The memory of one model as tables: predicted for a rank, counted on a traced step, and over time."""
 
 from __future__ import annotations
 
@@ -19,23 +19,27 @@ from everest_ds.profiling.memory_trace import CATEGORIES, MemoryTrace, Moment, t
 MIB = 1024**2
 PEAK = "peak"
 Table = list[dict[str, Any]]
-# bfloat16 is traced as float16, of the same size: a CPU has its own attention in bfloat16, a GPU has not
+# bfloat16 is traced as float16, which has the same size, because CPUs use an attention path of their own for
+# bfloat16 and GPUs do not.
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
-_MOMENTS = 240  # of the table over time: about what a plot can show
+_MOMENTS = 240  # rows of the table over time: about as many as a plot can show
 
 
 def memory_of_experiment(
     config: Experiment, num_ranks: int, prepare: Callable[[nn.Module], object]
 ) -> dict[str, Table]:
-    """Tables `memory`, `memory_peak_at` and `memory_over_time` of a rank's training step on one micro-batch.
+    """Return tables `memory`, `memory_peak_at` and `memory_over_time` of one micro-batch's training step.
 
-    Predicted is a rank under ZeRO and tensor parallelism, counted is one rank without either.
+    Predicted figures are for one rank under ZeRO and tensor parallelism, counted figures for a single rank
+    without either.
 
     Args:
-        prepare: changes the model before it is traced, such as what it recomputes.
+        config: the experiment.
+        num_ranks: number of all ranks.
+        prepare: changes the model before it is traced, for example its recomputation.
 
     Raises:
-        ConfigError: if the ranks do not divide.
+        ConfigError: parallelism.tensor does not divide the number of ranks.
     """
     predicted = predict_memory(config, num_ranks)
     traced = trace_experiment(config, prepare)
@@ -45,7 +49,10 @@ def memory_of_experiment(
 
 
 def memory_of_peer(peer: Peer) -> dict[str, Table]:
-    """The same tables of another system, float32, on one clip; nothing is predicted."""
+    """Return tables `memory`, `memory_peak_at` and `memory_over_time` of a peer system, without predictions.
+
+    The step runs on one clip in float32.
+    """
     with torch.device("meta"):
         shapes = blank_inputs(peer.build())
     traced = trace_memory(
@@ -55,6 +62,7 @@ def memory_of_peer(peer: Peer) -> dict[str, Table]:
 
 
 def _tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
+    """Return the tables of a traced step, with predicted columns next to the counted one."""
     peak = traced.peak
     columns = {**predicted, "counted_mib": {**peak.live_bytes, PEAK: traced.peak_bytes}}
     categories = dict.fromkeys(
@@ -71,7 +79,7 @@ def _tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[s
 
 
 def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object]) -> MemoryTrace:
-    """Trace a training step of our model: weights in the experiment's precision, AdamW on float32."""
+    """Trace a training step of an experiment's model, with weights in its precision and AdamW in float32."""
 
     def build() -> nn.Module:
         model = build_model(config).to(_DTYPES[config.precision])
@@ -82,7 +90,7 @@ def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object])
 
 
 def over_time(traced: MemoryTrace) -> Table:
-    """The step in at most `_MOMENTS` rows of live bytes by category; of moments in between, the highest."""
+    """Return at most `_MOMENTS` rows of live bytes by category, each the highest moment of an interval."""
     timeline = traced.timeline
     stride = -(-len(timeline) // _MOMENTS)
     highest = [max(timeline[i : i + stride], key=_total) for i in range(0, len(timeline), stride)]
@@ -97,7 +105,7 @@ def _total(moment: Moment) -> int:
 
 
 def _blank_batch(config: Experiment) -> Sequence[Tensor]:
-    """Uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
+    """Return empty uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
     clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
     return (
         torch.empty(num_clips, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8),

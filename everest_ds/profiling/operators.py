@@ -1,10 +1,10 @@
-"""Which operator costs how many multiply-accumulates (MACs): one table, from ATen's operators to formulas.
+"""Multiply-accumulates (MACs) per operator: a table from ATen's operators to formulas.
 
-Linear maps, convolutions and attention are counted; a backward operator by the products that its gradients
-are made of. An operator in neither table of this module computes something that nobody counts, such as
-softmax; the counter lists it by name.
+Linear maps, convolutions and attention are counted; a backward operator is counted by the products that make
+up its gradients. An operator in neither table of this module, such as softmax, does uncounted arithmetic; the
+counter lists it by name.
 
-A formula gets the operator's result and its positional arguments (those by keyword are options).
+A formula receives the operator's result and its positional arguments (keyword arguments are options).
 """
 
 from __future__ import annotations
@@ -21,32 +21,34 @@ aten = torch.ops.aten
 
 
 def macs_of(operator: OpOverload) -> Formula | None:
-    """The formula of `operator`; None if it has none."""
+    """Return the MAC formula of `operator`; None if it has none."""
     return _MACS.get(operator.overloadpacket)
 
 
 def computes(operator: OpOverload) -> bool:
-    """Whether `operator` does arithmetic, rather than look at, make or move values."""
+    """Return whether `operator` does arithmetic, as opposed to viewing, creating or moving values."""
     return not (operator.is_view or operator.overloadpacket.__name__ in _MOVING)
 
 
 def layer_norm_elements_of(operator: OpOverload, arguments: tuple[Any, ...]) -> int | None:
-    """Input elements if `operator` is a LayerNorm with gain and bias, as fvcore weighs them; else None."""
+    """Return the input elements of a LayerNorm with gain and bias (which fvcore weighs); None otherwise."""
     if operator.overloadpacket is not aten.native_layer_norm or arguments[2] is None:
         return None
     return int(arguments[0].numel())
 
 
 def _product(_: Tensor, left: Tensor, right: Tensor, *__: Any) -> int:
-    """(..., m, k) by (..., k, n), or by a vector (k,): every value on the left meets n on the right."""
+    """Return the MACs of (..., m, k) times (..., k, n) or times a vector (k,): n per value on the left."""
     return left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
 
 
 def _product_added(out: Tensor, added: Tensor, left: Tensor, right: Tensor, *_: Any) -> int:
+    """Return the MACs of a product that is added to another tensor."""
     return _product(out, left, right)
 
 
 def _linear(_: Tensor, x: Tensor, weight_OI: Tensor, *__: Any) -> int:
+    """Return the MACs of x @ weightᵀ: the number of outputs per input value."""
     return x.numel() * weight_OI.shape[0]
 
 
@@ -61,9 +63,10 @@ def _convolution(
     transposed: bool,
     *_: Any,
 ) -> int:
-    """A weight is (outputs, inputs of its group, *kernel), or transposed (inputs, outputs of its group, ...).
+    """Return the MACs of a convolution: one filter of values per output value.
 
-    So each value of the output takes one filter of values; transposed, each value of the input gives one.
+    A transposed convolution uses one filter of values per input value. The weight's shape is (outputs, inputs
+    per group, *kernel), or (inputs, outputs per group, *kernel) if transposed.
     """
     return (x if transposed else out).numel() * weight[0].numel()
 
@@ -71,21 +74,21 @@ def _convolution(
 def _convolution_backward(
     _: Any, of_out: Tensor, x: Tensor, weight: Tensor, bias_sizes: list[int] | None, *geometry: Any
 ) -> int:
-    """Each gradient of two, the input's and the weight's, pairs the same values as the forward pass."""
+    """Return the MACs of the requested gradients; input and weight gradient each cost one forward pass."""
     wanted = geometry[-1]
     return (wanted[0] + wanted[1]) * _convolution(of_out, x, weight, None, *geometry)
 
 
 def _attention(_: Any, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> int:
-    """QKᵀ and AV over (..., heads, tokens, width), whatever a mask may spare."""
+    """Return the MACs of QKᵀ and AV over (..., heads, tokens, width), ignoring any mask."""
     return q.shape[:-1].numel() * k.shape[-2] * (q.shape[-1] + v.shape[-1])
 
 
 def _attention_backward(_: Any, of_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *__: Any) -> int:
-    """Both factors of both products need a gradient.
+    """Return the MACs of attention's gradients: one product for each factor of QKᵀ and AV.
 
-    A fused kernel also computes QKᵀ again. That is not counted: work that a kernel repeats to save memory is
-    no use to the model, and the count would depend on the kernel.
+    A fused kernel also recomputes QKᵀ to save memory. That is not counted, because it is no useful work and
+    would make the count depend on the kernel.
     """
     return 2 * _attention(None, q, k, v)
 
@@ -116,7 +119,7 @@ _MACS: dict[OpOverloadPacket, Formula] = {
 if torch.backends.mkldnn.is_available():
     _MACS[torch.ops.mkldnn._linear_pointwise] = _linear
 
-# Operators that make, copy or pick values and compute none. Views are recognised by their schema.
+# Operators that create, copy or select values without arithmetic. Views are recognised by their schema.
 _MOVING = frozenset(
     """
     arange empty empty_like empty_strided eye fill fill_ full full_like new_empty new_empty_strided new_full

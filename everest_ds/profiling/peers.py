@@ -1,4 +1,4 @@
-"""Counted compute and size of the other systems, each traced once on the meta device."""
+"""Counted compute and size of the peer systems, each traced once on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from everest_ds.profiling.counter import ComputeCount, count_forward
 
 @dataclass(frozen=True)
 class PeerCount:
-    """One view's forward pass, how many views the published figure sums, and the trainable parameters."""
+    """The counted size and compute of a peer system.
+
+    Attributes:
+        forward: forward pass of one view.
+        views: number of views that the published figure sums over.
+        num_parameters: number of trainable parameters.
+    """
 
     forward: ComputeCount
     views: int
@@ -21,18 +27,18 @@ class PeerCount:
 
 
 def peer_names() -> list[str]:
-    """Names of the systems that can be built."""
+    """Return the names of the peer systems that can be built."""
     return list(PEERS)
 
 
 def find_peer(name: str) -> Peer:
-    """A system by one of `peer_names()`."""
+    """Return the peer system with this name, one of `peer_names()`."""
     return PEERS[name]
 
 
 @cache
 def count_peer(name: str) -> PeerCount:
-    """Build a system of models/peers/ at its published size, without weights, and count it."""
+    """Build a system of models/peers/ at its published size, without weights, and count its compute."""
     peer = PEERS[name]
     with torch.device("meta"):
         model = peer.build()

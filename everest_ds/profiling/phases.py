@@ -13,14 +13,14 @@ from torch import Tensor
 
 
 class TrainingStep(NamedTuple):
-    """The phases of one training step; each is given what the one before returned.
+    """The phases of one training step, as functions that are called in order.
 
     Attributes:
-        load: the next micro-batch, on its device; its time is data wait.
-        forward: a micro-batch -> the loss.
-        backward: the loss -> gradients.
-        optimize: updates the weights and clears the gradients, at the last micro-batch.
-        micro_batches: rounds of all phases in a step; the time of a phase is its sum over them.
+        load: returns the next micro-batch on its device; its time counts as data wait.
+        forward: maps a micro-batch to the loss.
+        backward: computes the gradients of the loss.
+        optimize: updates the weights and clears the gradients at the last micro-batch of a step.
+        micro_batches: number of rounds of all phases in a step; the time of a phase is summed over them.
     """
 
     load: Callable[[], Any]
@@ -32,7 +32,7 @@ class TrainingStep(NamedTuple):
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles of repeated measurements, seconds."""
+    """Median and quartiles of repeated measurements, in seconds."""
 
     median_s: float
     quartile_1_s: float
@@ -41,7 +41,7 @@ class Spread:
 
 @dataclass(frozen=True)
 class PhaseTimes:
-    """Seconds of a training step's phases over all repeats; `step` is all of them but the data wait."""
+    """Seconds of a training step's phases over all repeats; `step` is their sum without the data wait."""
 
     data_wait: Spread
     forward: Spread
@@ -51,10 +51,13 @@ class PhaseTimes:
 
 
 def measure_phases(step: TrainingStep, device: torch.device, *, warmup: int, repeats: int) -> PhaseTimes:
-    """Time `repeats` steps after `warmup` others: events on a GPU, the host's clock on a CPU.
+    """Time the phases of training steps, with events on a GPU and with the host's clock on a CPU.
 
     Args:
-        repeats: at least 2, for quartiles.
+        step: the phases of a step.
+        device: the device that runs the step.
+        warmup: number of steps before the measured ones.
+        repeats: number of measured steps, at least 2 so that quartiles exist.
     """
     for _ in range(warmup):
         _time_once(step, device)
@@ -63,18 +66,18 @@ def measure_phases(step: TrainingStep, device: torch.device, *, warmup: int, rep
 
 
 def _time_once(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float, float]:
-    """Seconds of data wait, forward, backward, optimiser, and of the last three together."""
+    """Return the seconds of data wait, forward, backward and optimiser, and the sum of the last three."""
     rounds = [_time_round(step, device) for _ in range(step.micro_batches)]
     data_wait, forward, backward, optimizer = map(sum, zip(*rounds, strict=True))
     return data_wait, forward, backward, optimizer, forward + backward + optimizer
 
 
 def _time_round(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float]:
-    """Seconds of data wait, forward, backward and optimiser of one micro-batch."""
+    """Return the seconds of data wait, forward, backward and optimiser for one micro-batch."""
     clock = _EventClock() if device.type == "cuda" else _HostClock()
     before = time.perf_counter()
     batch = step.load()
-    data_wait = time.perf_counter() - before  # by the host's clock: the GPU is idle since the last round
+    data_wait = time.perf_counter() - before  # host clock: the GPU has been idle since the last round
     clock.mark()
     loss = step.forward(batch)
     clock.mark()
@@ -87,28 +90,34 @@ def _time_round(step: TrainingStep, device: torch.device) -> tuple[float, float,
 
 
 class _HostClock:
+    """A stopwatch that reads the host's clock."""
+
     def __init__(self) -> None:
         self._marks: list[float] = []
 
     def mark(self) -> None:
+        """Record the current time."""
         self._marks.append(time.perf_counter())
 
     def seconds(self) -> list[float]:
+        """Return the seconds between consecutive marks."""
         return [end - start for start, end in zip(self._marks, self._marks[1:], strict=False)]
 
 
 class _EventClock:
-    """Marks pass through the GPU's own queue, so that phases are told apart without making it wait."""
+    """A stopwatch of CUDA events, which separate the phases without synchronising the GPU."""
 
     def __init__(self) -> None:
         self._marks: list[torch.cuda.Event] = []
 
     def mark(self) -> None:
+        """Enqueue an event on the GPU's current stream."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         self._marks.append(event)
 
     def seconds(self) -> list[float]:
+        """Wait for the last event and return the seconds between consecutive events."""
         self._marks[-1].synchronize()
         pairs = zip(self._marks, self._marks[1:], strict=False)
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]

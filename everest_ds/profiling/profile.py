@@ -1,6 +1,7 @@
-"""The compute of one subject as tables, without running it: to print, to save and to compare.
+"""Tables of one model's compute, without running it: to print, to save and to compare.
 
-All of one clip (one view). Predicted: by a closed formula. Counted: traced on the real model.
+All figures are per clip (one view). Predicted figures come from a closed formula, counted figures from a
+trace of the real model.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _MEGA, _GIGA = 1e6, 1e9
 
 
 def profile_experiment(config: Experiment) -> dict[str, Table]:
-    """Our model of an experiment: tables `compute`, `by_module`, `by_operator` and `not_counted`."""
+    """Return tables `compute`, `by_module`, `by_operator` and `not_counted` of an experiment's model."""
     predicted, counted = predict_macs(config), count_experiment(config)
     norms = LITERATURE_MACS_PER_NORM_ELEMENT * predicted.layer_norm_elements
     formula = _figures(count_parameters(config), predicted.forward_macs, norms, predicted.training_macs)
@@ -40,7 +41,10 @@ def profile_experiment(config: Experiment) -> dict[str, Table]:
 
 
 def profile_peer(peer: Peer) -> dict[str, Table]:
-    """Another system at its published size: the same tables; nothing is predicted."""
+    """Return tables `compute`, `by_module`, `by_operator` and `not_counted` of a peer system.
+
+    The system has its published size; nothing is predicted.
+    """
     with torch.device("meta"):
         model = peer.build()
         inputs = blank_inputs(model)
@@ -59,24 +63,25 @@ def profile_peer(peer: Peer) -> dict[str, Table]:
 
 
 def _figures_of(num_parameters: int, forward: ComputeCount, training: ComputeCount) -> dict[str, float]:
+    """Return a model's labelled figures from its counts."""
     norms = forward.literature_macs - forward.macs
     return _figures(num_parameters, forward.macs, norms, training.macs)
 
 
 def _figures(num_parameters: int, forward: int, norms: int, training: int) -> dict[str, float]:
-    """The figures of a model, from its MACs and the literature's weight of its LayerNorms."""
+    """Return a model's labelled figures from its MACs and its LayerNorms in the literature's weighting."""
     return {
         "trainable parameters, M": num_parameters / _MEGA,
         "forward, GMACs": forward / _GIGA,
-        "forward, literature's GFLOPs (GMACs, and 5 a LayerNorm element)": (forward + norms) / _GIGA,
-        "forward, true GFLOPs (2 a MAC)": FLOPS_PER_MAC * forward / _GIGA,
+        "forward, literature's GFLOPs (GMACs, plus 5 per LayerNorm element)": (forward + norms) / _GIGA,
+        "forward, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * forward / _GIGA,
         "training step, GMACs": training / _GIGA,
-        "training step, true GFLOPs (2 a MAC)": FLOPS_PER_MAC * training / _GIGA,
+        "training step, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * training / _GIGA,
     }
 
 
 def _details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
-    """Counted compute by module and by operator, and what has no count."""
+    """Return tables of counted compute by module and by operator, and of calls that are not counted."""
     by_module = {
         "forward_gmacs": _giga(_merge_blocks(forward.macs_by_module)),
         "layer_norm_gmacs": _giga(_norms(forward)),
@@ -95,7 +100,7 @@ def _details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
 
 
 def _merge_blocks(by_module: Mapping[str, int]) -> dict[str, int]:
-    """Sums over the blocks of a stack: `blocks.0.mlp` and `blocks.1.mlp` are `blocks.*.mlp`."""
+    """Sum values over the blocks of a stack: `blocks.0.mlp` and `blocks.1.mlp` become `blocks.*.mlp`."""
     merged: Counter[str] = Counter()
     for path, value in by_module.items():
         merged[re.sub(r"\.\d+(?=\.|$)", ".*", path) or "(the model itself)"] += value
@@ -112,7 +117,7 @@ def _giga(values: Mapping[str, int]) -> dict[str, float]:
 
 
 def _beside(key: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """One row a name that occurs in any column; 0 where a column has none."""
+    """Join columns into one row per name, with 0 where a column lacks the name."""
     names = dict.fromkeys(name for values in columns.values() for name in values)
     return [
         {key: name, **{column: values.get(name, 0) for column, values in columns.items()}} for name in names

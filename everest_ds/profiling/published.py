@@ -1,4 +1,4 @@
-"""The published efficiency tables, as data: what every figure of ours is set beside."""
+"""The published efficiency tables as data, the reference for the figures of `everest-ds report`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,11 @@ class Cell:
     """One figure of a published table.
 
     Attributes:
-        published: as printed: a number, or a duration as text; None where only ours is given.
+        table: name of the table.
+        method: name of the system.
+        backbone: name of the backbone.
+        column: name of the column.
+        published: the figure as printed, a number or a duration as text; None where nothing was published.
     """
 
     table: str
@@ -32,17 +36,22 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What a user may select it by: `VideoMAE + EVEREST` goes by either, and by its backbone."""
+        """Names that select this cell: the method, the parts of one such as `MVD + EVEREST`, the backbone."""
         parts = [part for part in self.method.split(" + ") if part != FULL_TOKEN]
         return (self.method, *parts, self.backbone)
 
 
 @dataclass(frozen=True)
 class PublishedTable:
-    """A published table and what it says about itself.
+    """A published table with its title, description and source.
 
     Attributes:
+        name: key of the table in published.yaml.
+        title: heading of the table.
+        text: description of the setting.
+        source: publication that printed the table.
         columns: column -> heading, in print order.
+        cells: all figures, row by row.
     """
 
     name: str
@@ -55,15 +64,15 @@ class PublishedTable:
 
 @cache
 def published_tables() -> dict[str, PublishedTable]:
-    """All tables by name, in the order of the file."""
+    """Return all tables by name, in the order of published.yaml."""
     return {name: _read_table(name, table) for name, table in yaml.safe_load(_FILE.read_text()).items()}
 
 
 def select_cells(tables: Sequence[str] = (), models: Sequence[str] = ()) -> list[Cell]:
-    """The cells of `tables` whose method or backbone is among `models`; nothing named means all.
+    """Return the cells of `tables` whose method or backbone is among `models`; an empty list selects all.
 
     Raises:
-        UsageError: for a name that is in no table, with the nearest that are; or if nothing is left.
+        UsageError: a name is in no table (the nearest names are listed), or no cell matches.
     """
     known = published_tables()
     _check_names("table", tables, known)
@@ -72,7 +81,7 @@ def select_cells(tables: Sequence[str] = (), models: Sequence[str] = ()) -> list
     cells = [cell for cell in everything if not tables or cell.table in tables]
     cells = [cell for cell in cells if not wanted or set(wanted) & set(cell.names)]
     if not cells:
-        raise UsageError(f"no row of {', '.join(tables)} is about {', '.join(models)}")
+        raise UsageError(f"no row of {', '.join(tables)} matches {', '.join(models)}")
     return cells
 
 
@@ -93,7 +102,7 @@ def _check_names(what: str, given: Sequence[str], known: dict[str, PublishedTabl
 
 
 def _find_name(given: str, known: set[str]) -> str:
-    """`given` as the tables spell it, whatever its case."""
+    """Return the name as the tables spell it, ignoring case."""
     by_lower = {name.lower(): name for name in known}
     if given.lower() not in by_lower:
         close = nearest(given.lower(), by_lower)

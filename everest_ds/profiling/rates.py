@@ -1,7 +1,8 @@
-"""Measured rates of this machine's device over the shapes of our models: what a calibration is made of.
+"""Measured rates of this machine's device over the shapes of this project's models, for a calibration.
 
-Call on all ranks at the same time: those of a CPU share its caches and its memory. Ranks that take turns
-on its cores are not seen here, since the fastest call is one that nobody interrupted: the caller knows.
+Call these functions on all ranks at the same time, because the ranks of a CPU share its caches and memory.
+They cannot detect ranks that share cores, since the fastest call is the one that ran uninterrupted; the
+caller has to account for that.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from everest_ds.profiling.launches import count_launches
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _MIN_REPEATS, _MIN_SECONDS = 5, 0.04
-_LAUNCHED_TOGETHER = 10  # on a GPU, so that the host's time for each is hidden
-_HEAD_WIDTH = 64  # of S, B and L; H has 80
-_LOGITS = 2**21  # of attention, at once: a few clips' heads
+_LAUNCHED_TOGETHER = 10  # calls per timing on a GPU, to hide the host's time for each launch
+_HEAD_WIDTH = 64  # head width of ViT-S, ViT-B and ViT-L; ViT-H has 80
+_LOGITS = 2**21  # attention logits per call: the heads of a few clips
 _STEPPED_VALUES = 2**22
 _COPIED_BYTES = 2**26
-_CACHE_BYTES = 2**26  # more than what caches hold
+_CACHE_BYTES = 2**26  # exceeds the size of the caches
 
 
 class Rate(NamedTuple):
-    """What one size attains.
+    """The rate that is attained at one size.
 
     Attributes:
         shape: rows, inputs and outputs of a linear map; tokens of attention; or bytes of a tensor.
-        rate: floating-point operations a second, two for a multiply-accumulate; or bytes a second.
+        rate: floating-point operations per second, two per multiply-accumulate; or bytes per second.
     """
 
     shape: tuple[int, ...]
@@ -48,11 +49,13 @@ class Rate(NamedTuple):
 def linear_rates(
     device: torch.device, precision: str, rows: Sequence[int], widths: Sequence[int]
 ) -> list[Rate]:
-    """All three products of a block's MLP: forward, and backward for inputs and weights.
+    """Measure the rate of a linear map's three products: forward, and backward for inputs and for weights.
 
     Args:
-        rows: tokens of a micro-batch.
-        widths: D; the map is from D to 4·D values.
+        device: the device to measure.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`.
+        rows: numbers of tokens per micro-batch.
+        widths: values of D; the map is from D to 4·D values.
     """
     set_matmul_precision(precision)
     return [_linear_rate(device, precision, n, width) for width in widths for n in rows]
@@ -62,7 +65,7 @@ def _linear_rate(device: torch.device, precision: str, rows: int, width: int) ->
     outputs = MLP_RATIO * width
     x, gradient = (_noise(size, device, precision) for size in ((rows, width), (rows, outputs)))
     size_bytes = width * outputs * DTYPES[precision].itemsize
-    # as in a model, a weight has left the caches when its turn comes again
+    # As in a model, a weight has been evicted from the caches by the time it is used again.
     weights = cycle(
         [_noise((outputs, width), device, precision) for _ in range(-(-_CACHE_BYTES // size_bytes))]
     )
@@ -78,7 +81,7 @@ def _linear_rate(device: torch.device, precision: str, rows: int, width: int) ->
 
 
 def attention_rates(device: torch.device, precision: str, tokens: Sequence[int]) -> list[Rate]:
-    """Fused attention both ways: two products forward and five backward."""
+    """Measure the rate of fused attention, forward and backward: two products forward and five backward."""
     set_matmul_precision(precision)
     return [_attention_rate(device, precision, n) for n in tokens]
 
@@ -95,10 +98,10 @@ def _attention_rate(device: torch.device, precision: str, n: int) -> Rate:
 def moving_rates(
     device: torch.device, precision: str, rows: Sequence[int], widths: Sequence[int]
 ) -> list[Rate]:
-    """Bytes a second of what a block does beside its products and attention, over the bytes of a tensor.
+    """Measure the rate of a block's memory-bound operators in bytes per second, by the size of a tensor.
 
-    Norms, sums, GELU and its gradient, sums over rows: 51 passes over (rows, width) forward and backward, by
-    tuning/compute_time.py's count.
+    These are norms, residual sums, GELU and its gradient, and sums over rows: 51 passes over (rows, width) in
+    forward and backward pass, as tuning/compute_time.py counts them.
     """
     return [_moving_rate(device, precision, n, width) for width in widths for n in rows]
 
@@ -122,7 +125,7 @@ def _moving_rate(device: torch.device, precision: str, rows: int, width: int) ->
 
 
 def launch_seconds(device: torch.device) -> float:
-    """Return the host's time for one operator: of a block so small that nothing else counts."""
+    """Return the host's seconds per operator launch, measured on a block too small to load the device."""
     block = Block(_HEAD_WIDTH, 1).to(device)
     x = torch.zeros(1, 2, _HEAD_WIDTH, device=device)
 
@@ -133,7 +136,7 @@ def launch_seconds(device: torch.device) -> float:
 
 
 def adam_values_per_s(device: torch.device) -> float:
-    """Parameters that torch's fused AdamW steps."""
+    """Measure the parameters per second that torch's fused AdamW updates."""
     weight = torch.zeros(_STEPPED_VALUES, device=device, requires_grad=True)
     weight.grad = torch.full_like(weight, 1e-3)
     optimizer = torch.optim.AdamW([weight], lr=1e-3, fused=True)
@@ -141,27 +144,27 @@ def adam_values_per_s(device: torch.device) -> float:
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
-    """Of memory that is read and written once."""
+    """Measure the rate of a copy within the device's memory, counting bytes read and bytes written."""
     source = torch.zeros(_COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
     return 2 * _COPIED_BYTES / best_time(lambda: target.copy_(source), device)
 
 
 def fresh_bytes_per_s(device: torch.device) -> float:
-    """Of memory that is written for the first time since it was allocated."""
+    """Measure the rate of the first write to newly allocated memory, in bytes per second."""
     count = _COPIED_BYTES // 4
     return _COPIED_BYTES / best_time(lambda: torch.empty(count, device=device).fill_(1.0), device)
 
 
 def host_bytes_per_s(device: torch.device) -> float:
-    """From pinned host memory to a GPU."""
+    """Measure the rate of a copy from pinned host memory to a GPU, in bytes per second."""
     source = torch.zeros(_COPIED_BYTES // 4, pin_memory=True)
     target = torch.empty(_COPIED_BYTES // 4, device=device)
     return _COPIED_BYTES / best_time(lambda: target.copy_(source, non_blocking=True), device)
 
 
 def best_time(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several calls: what others do on the machine meanwhile is not its rate."""
+    """Return the seconds of the fastest of several calls, which excludes interference by other processes."""
     together = _LAUNCHED_TOGETHER if device.type == "cuda" else 1
     call()
     wait(device)
@@ -176,7 +179,7 @@ def best_time(call: Callable[[], object], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done what it was given."""
+    """Wait until the device has finished all submitted work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -1,6 +1,6 @@
-"""The systems of the published tables: one entry a row, saying what computes its figures.
+"""The systems of the published tables: one entry per row, naming the models behind its figures.
 
-A new system is a module under models/peers/, a line in that registry, and a line in `SYSTEMS` here.
+To add a system, write a module under models/peers/, and add an entry to that registry and to `SYSTEMS`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from everest_ds.profiling.peers import count_peer
 
 Kind = Literal["predicted", "counted", "measured", "published"]
 K400_CLASSES = 400
-K400_KEEP_RATIO = 0.4  # what reproduces EVEREST's published K400 pre-training figures
+K400_KEEP_RATIO = 0.4  # reproduces EVEREST's published K400 pre-training figures; the paper's default is 0.3
 BACKBONES = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large", "ViT-H": "vit_huge"}
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure and where it comes from."""
+    """A figure and its origin."""
 
     value: float
     kind: Kind
@@ -29,37 +29,39 @@ class Figure:
 
 
 class Subject(Protocol):
-    """A video model whose compute and size can be told without running it."""
+    """A video model whose compute and size are known without running it."""
 
     def compute(self) -> Figure:
-        """Forward multiply-accumulates as the literature counts them: LayerNorm at 5 an element."""
+        """Return the forward multiply-accumulates as in the literature, with LayerNorm at 5 per element."""
 
     def parameters(self) -> Figure:
-        """Number of trainable parameters."""
+        """Return the number of trainable parameters."""
 
 
 @dataclass(frozen=True)
 class OwnModel:
-    """A model of ours, from its config alone."""
+    """A model of this project, whose figures are predicted from its config alone."""
 
     config: Experiment
     note: str = ""
 
     def compute(self) -> Figure:
+        """Predict the forward multiply-accumulates in the literature's convention."""
         return Figure(predict_macs(self.config).literature_macs, "predicted", self.note)
 
     def parameters(self) -> Figure:
+        """Predict the number of trainable parameters."""
         return Figure(count_parameters(self.config), "predicted")
 
 
 @dataclass(frozen=True)
 class PeerModel:
-    """A module under models/peers/, traced on the meta device.
+    """A peer system of models/peers/, whose figures are counted on the meta device.
 
     Attributes:
-        name: in the registry there.
-        note: on its compute.
-        parameters_note: on its parameters.
+        name: key in the registry of models/peers/.
+        note: remark on its compute.
+        parameters_note: remark on its parameters.
     """
 
     name: str
@@ -67,6 +69,7 @@ class PeerModel:
     parameters_note: str = ""
 
     def compute(self) -> Figure:
+        """Count the forward multiply-accumulates over all views, in the literature's convention."""
         peer = count_peer(self.name)
         macs = peer.forward.literature_macs
         per_view = f"{peer.views} views of {macs / 1e9:.1f}" if peer.views > 1 else ""
@@ -74,15 +77,18 @@ class PeerModel:
         return Figure(peer.views * macs, "counted", note)
 
     def parameters(self) -> Figure:
+        """Count the trainable parameters."""
         return Figure(count_peer(self.name).num_parameters, "counted", self.parameters_note)
 
 
 @dataclass(frozen=True)
 class System:
-    """What a row of the tables computes in each phase; None where it is not a video model's.
+    """The models behind a row of the published tables.
 
     Attributes:
-        pretrain_note: why a published pre-training figure stands alone.
+        pretrain: the model in pre-training; None if it is not a video model.
+        finetune: the model in fine-tuning; None if the row has no such figure.
+        pretrain_note: reason why a published pre-training figure has no counterpart.
     """
 
     pretrain: Subject | None
@@ -91,7 +97,7 @@ class System:
 
 
 def videomae(backbone: str) -> System:
-    """VideoMAE: tube masking, then every token."""
+    """Return VideoMAE: pre-training with tube masking, fine-tuning on every token."""
     return System(
         OwnModel(_experiment("pretrain", backbone, {"selection": "tube"})),
         OwnModel(_experiment("finetune", backbone, {"selection": "none"})),
@@ -99,7 +105,7 @@ def videomae(backbone: str) -> System:
 
 
 def everest(backbone: str) -> System:
-    """EVEREST at the ratios of its K400 figures."""
+    """Return EVEREST at the keep ratios behind its published K400 figures."""
     kept = {"selection": "rero", "keep_ratio": K400_KEEP_RATIO}
     at_default = predict_macs(_experiment("pretrain", backbone, {"selection": "rero", "keep_ratio": 0.3}))
     note = f"keep ratio {K400_KEEP_RATIO}; {at_default.literature_macs / 1e9:.1f} at the paper's 0.3"
@@ -118,25 +124,32 @@ def _experiment(task: str, backbone: str, tokens: Mapping[str, Any]) -> Experime
 
 
 _IMAGES = (
-    "cost of image pre-training, in a unit that the source does not say; one 224 x 224 image is {} GMACs"
+    "cost of image pre-training, in a unit that the source does not state; one 224 x 224 image takes {} GMACs"
 )
 _IMAGES_B, _IMAGES_L = _IMAGES.format("17.6"), _IMAGES.format("61.6")
-_KCENTERED = "the backbone's own figure; the sampler in front would add 3.8 a view"
+_KCENTERED = "the backbone without the sampler in front of it, which would add 3.8 per view"
 
 SYSTEMS: dict[tuple[str, str], System] = {
     ("MViT", "MViT-S"): System(
-        None, PeerModel("mvit_s", "its config was never released: the best reading of it")
+        None,
+        PeerModel(
+            "mvit_s", "a reconstruction that has the published parameters: the config was never released"
+        ),
     ),
     ("MViT", "MViT-B"): System(
         None,
-        PeerModel("mvit_b", "the max-pooling variant", "with max-pooling; convolutions instead give 36.6"),
+        PeerModel(
+            "mvit_b", "the max-pooling variant", "with max-pooling; the variant with convolutions has 36.6"
+        ),
     ),
     ("ViViT FE", "ViT-L"): System(None, PeerModel("vivit_l_fe", "one view of 128 frames"), _IMAGES_L),
     ("K-centered", "XViT"): System(None, PeerModel("xvit", _KCENTERED), _IMAGES_B),
     ("K-centered", "Mformer"): System(None, PeerModel("motionformer", f"one view; {_KCENTERED}"), _IMAGES_B),
     ("K-centered", "TSformer"): System(None, PeerModel("timesformer", _KCENTERED), _IMAGES_B),
     ("MME", "ViT-B"): System(PeerModel("mme"), None),
-    ("MVD", "ViT-B"): System(PeerModel("mvd", "77.3 of the student, 320.8 of its two frozen teachers"), None),
+    ("MVD", "ViT-B"): System(
+        PeerModel("mvd", "77.3 for the student, 320.8 for its two frozen teachers"), None
+    ),
     ("VideoMAE", "ViT-S"): videomae("ViT-S"),
     ("VideoMAE", "ViT-B"): videomae("ViT-B"),
     ("VideoMAE", "ViT-L"): videomae("ViT-L"),

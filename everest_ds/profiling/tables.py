@@ -1,6 +1,7 @@
-"""The published tables again, with our figures: one row per cell, and one for our own sparse path.
+"""Rows that compare the published tables with our figures: one per cell, and one for our own sparse path.
 
-Rows, as they are, make report.json: table, method, backbone, column, published, value, kind, gap_pct, note.
+The rows are written to report.json with these keys: table, method, backbone, column, published, value, kind,
+gap_pct, note.
 """
 
 from __future__ import annotations
@@ -22,13 +23,19 @@ _GIGA = 1e9
 
 @dataclass(frozen=True)
 class Row:
-    """A figure of ours beside the published one.
+    """One of our figures next to the published one.
 
     Attributes:
-        published: as printed; None if it was not published.
-        value: ours, in the column's unit; None where nothing here gives it.
-        kind: where `value` comes from; `published` if there is none.
-        gap_pct: of `value` from `published`.
+        table: name of the published table.
+        method: name of the system.
+        backbone: name of the backbone.
+        column: name of the column.
+        published: the figure as printed; None if none was published.
+        value: our figure, in the column's unit; None if there is none.
+        kind: origin of `value`; `published` if there is no value.
+        gap_pct: difference of `value` from `published`, in per cent (in the table of reductions, in
+            percentage points).
+        note: remark on the figure.
     """
 
     table: str
@@ -43,7 +50,7 @@ class Row:
 
 
 def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None) -> list[Row]:
-    """Rows of `cells`, in their order; `on_cell` is called after each."""
+    """Return the rows of `cells` in their order, calling `on_cell` after each cell."""
     rows = []
     for cell in cells:
         rows += _rows_of(cell)
@@ -52,7 +59,7 @@ def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None
 
 
 def make_row(cell: Cell, figure: Figure | None, why: str = "") -> Row:
-    """`figure` beside the cell; without a figure the published one stands alone, and `why` says why."""
+    """Return the row of a cell with our `figure`; if there is none, `why` gives the reason in the note."""
     where = (cell.table, cell.method, cell.backbone, cell.column, cell.published)
     if figure is None:
         return Row(*where, value=None, kind="published", gap_pct=None, note=why)
@@ -62,13 +69,14 @@ def make_row(cell: Cell, figure: Figure | None, why: str = "") -> Row:
 
 
 def gap_pct(published: float | str | None, value: float) -> float | None:
-    """How far `value` lies above the published number, in per cent of it; None beside text or nothing."""
+    """Return how far `value` lies above the published number, in per cent; None if that is not a number."""
     if published is None or isinstance(published, str):
         return None
     return round(100 * (value - published) / published, 2)
 
 
 def _rows_of(cell: Cell) -> list[Row]:
+    """Return the row of a published cell and, for EVEREST, the row of our own sparse path."""
     if cell.table == "k400_reductions_pct":
         figure = _reduction(cell)
         points = round(figure.value - float(cell.published or 0), 2)
@@ -81,7 +89,7 @@ def _rows_of(cell: Cell) -> list[Row]:
 
 
 def _reduction(cell: Cell) -> Figure:
-    """Derived from our figures of the same column for both methods, not from the published ones."""
+    """Return the reduction against VideoMAE, computed from our figures of both methods."""
     column = "memory_gb" if cell.column == "memory" else cell.column
     figure = _FIGURES[column]
     before, after = (
@@ -128,7 +136,11 @@ _FIGURES: dict[str, Callable[[Cell], Figure | None]] = {
 
 
 def _why_nothing(cell: Cell) -> str:
-    notes = {"pt_time": "wall-clock time needs a run: --measured", "top1": "accuracy needs a trained model"}
+    """Return the reason why a cell has no figure of ours; "" if none is known."""
+    notes = {
+        "pt_time": "wall-clock time needs a measurement: see --measured",
+        "top1": "accuracy needs a trained model",
+    }
     return notes.get(cell.column) or _system(cell).pretrain_note
 
 
@@ -141,7 +153,7 @@ def _sparse_finetuning_gflops(cell: Cell) -> Figure:
 
 
 def _sparse_memory_gb(cell: Cell) -> Figure:
-    """Our own pre-training on as many clips as the published figure is taken to be of."""
+    """Predict the memory of our own pre-training at the batch size assumed for the published figure."""
     clips = ASSUMPTIONS[cell.table].clips_per_gpu
     peak = memory_at(_own_config(_system(cell).pretrain), clips).peak_bytes
     note = f"our pre-training, {clips} clips per GPU: bf16, fused attention, ZeRO-2; no CUDA context"
@@ -156,10 +168,10 @@ _SPARSE_FIGURES: dict[str, Callable[[Cell], Figure]] = {
 
 
 def _sparse_gflops(config: Experiment) -> Figure:
-    """What our model really computes: pixels of neighbouring slots are scored, kept tokens embedded."""
+    """Count the compute of our sparse path, which scores all tokens but embeds only the kept ones."""
     forward = _count(config).forward
     score = macs_by_part(forward)["score"] / _GIGA
-    note = f"our sparse path: scoring all tokens takes {score:.1f}, only kept ones are embedded"
+    note = f"our sparse path: scoring all tokens takes {score:.1f}, and only kept tokens are embedded"
     return Figure(forward.literature_macs / _GIGA, "counted", note)
 
 

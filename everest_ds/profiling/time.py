@@ -1,4 +1,4 @@
-"""Measured training steps of an experiment: their time and the share of the device's peak rate they reach."""
+"""Measured training steps of an experiment: their time and the share of the device's peak rate."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _CPU_INFO = Path("/proc/cpuinfo")
 
 @dataclass(frozen=True)
 class StepMeasurement:
-    """A measured training step of one experiment on one device, and where it was measured.
+    """A measured training step of one experiment, with the device and software it was measured on.
 
     Attributes:
         times: seconds by phase.
-        batch_size: clips of a step, over all its micro-batches.
-        repeats: measured steps.
-        useful_flops: floating-point operations of a step that the masked model needs, none repeated.
-        peak_flops_per_s: of the device in `dtype`; None if unknown.
-        device: the name that its driver reports.
+        batch_size: clips per step, over all its micro-batches.
+        repeats: number of measured steps.
+        useful_flops: floating-point operations per step that the masked model needs, without recomputation.
+        peak_flops_per_s: peak rate of the device in `dtype`; None if unknown.
+        device: name that the device's driver reports.
         dtype: `fp32`, `tf32` (float32 weights, tensor cores), `fp16` or `bf16`.
-        torch_version: of PyTorch.
-        commit: of this project; None outside a checkout.
+        torch_version: version of PyTorch.
+        commit: commit of this project; None outside a checkout.
     """
 
     times: PhaseTimes
@@ -44,21 +44,21 @@ class StepMeasurement:
 
     @property
     def clips_per_s(self) -> float:
-        """Clips a second, were data always there."""
+        """Clips per second, without data wait."""
         return self.batch_size / self.times.step.median_s
 
     @property
     def flops_per_s(self) -> float:
-        """Useful floating-point operations a second."""
+        """Useful floating-point operations per second."""
         return self.useful_flops / self.times.step.median_s
 
     @property
     def mfu_pct(self) -> float | None:
-        """Model FLOPs utilisation (PaLM, 2022, appendix B): useful over peak rate; None if unknown."""
+        """Model FLOPs utilisation (PaLM, 2022, appendix B): useful over peak rate, in per cent, or None."""
         return None if self.peak_flops_per_s is None else 100 * self.flops_per_s / self.peak_flops_per_s
 
     def epoch_s(self, num_clips: int, num_ranks: int = 1) -> float:
-        """Seconds of an epoch if this step were all there is: data never waited for, communication free."""
+        """Return the seconds of an epoch at this step's speed, without data wait and communication."""
         return num_clips / (num_ranks * self.clips_per_s)
 
 
@@ -73,12 +73,16 @@ def measure_step(
 ) -> StepMeasurement:
     """Measure training steps of an experiment on one device.
 
-    Useful FLOPs are the closed formula's for the masked model: what recompute repeats adds time but no work.
+    Useful FLOPs come from the closed formula for the masked model, so recomputation adds time but no work.
 
     Args:
-        step: its phases, with micro-batches of `config.batch.micro_batch_size` clips.
-        commit: of the code that runs.
-        warmup: steps before the measured ones: caches, autotuning, the optimiser's states.
+        step: phases of the step, with micro-batches of `config.batch.micro_batch_size` clips.
+        config: the experiment.
+        device: the device that runs the step.
+        commit: commit of the running code.
+        warmup: number of steps before the measured ones, to fill caches, finish autotuning and create the
+            optimiser's states.
+        repeats: number of measured steps.
     """
     times = measure_phases(step, device, warmup=warmup, repeats=repeats)
     name, dtype = device_name(device), compute_dtype(config.precision, device)
@@ -97,7 +101,7 @@ def measure_step(
 
 
 def device_name(device: torch.device) -> str:
-    """As the driver reports it; the processor's name for a CPU."""
+    """Return the device's name as the driver reports it, or the processor's name for a CPU."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     lines = _CPU_INFO.read_text().splitlines() if _CPU_INFO.exists() else []
@@ -106,6 +110,6 @@ def device_name(device: torch.device) -> str:
 
 
 def compute_dtype(precision: str, device: torch.device) -> str:
-    """The key of a device's rates: `config.precision`, or `tf32` where float32 products go through it."""
+    """Return the key of the device's rate: `precision`, or `tf32` where float32 products use tensor cores."""
     tensor_cores = device.type == "cuda" and torch.get_float32_matmul_precision() != "highest"
     return "tf32" if precision == "fp32" and tensor_cores else precision

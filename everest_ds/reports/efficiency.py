@@ -1,4 +1,4 @@
-"""Rows of the efficiency report, arranged for reading: one line a system, published beside ours.
+"""Layout of the efficiency report: one line per system, with the published figures next to ours.
 
 A row has the keys table, method, backbone, column, published, value, kind, gap_pct, note.
 """
@@ -17,11 +17,13 @@ _CLOSE_PCT, _FAIR_PCT = 1.0, 15.0
 
 @dataclass(frozen=True)
 class Heading:
-    """What a table says about itself.
+    """The title, description and column labels of a table.
 
     Attributes:
-        columns: column -> its label, in order.
-        methods: what its rows are.
+        title: heading of the table.
+        text: description of the table.
+        columns: column -> label, in print order.
+        methods: label of the first column, which names the rows.
     """
 
     title: str
@@ -32,12 +34,14 @@ class Heading:
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure, as text.
+    """One figure of a table, as text.
 
     Attributes:
+        published: the published figure; "" if there is none.
+        value: our figure; "" if there is none.
         kind: predicted, counted, measured or published.
-        gap: of ours from the published figure; a tick where they agree to the printed digit.
-        level: exact, close (1 %), fair (15 %) or far; "" where nothing is compared.
+        gap: difference of our figure from the published one; a tick if they agree to the printed digit.
+        level: exact, close (1 %), fair (15 %) or far; "" if nothing is compared.
         note: number of a note under the table; 0 for none.
     """
 
@@ -51,7 +55,7 @@ class Entry:
 
 @dataclass
 class Line:
-    """A system's line: column -> its figures (several where several kinds are known)."""
+    """The line of one system: column -> figures, several of them if several kinds are known."""
 
     method: str
     backbone: str
@@ -60,7 +64,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: which of published, ours and gap it shows, and the note that all its figures share or 0."""
+    """A column of a table.
+
+    Attributes:
+        name: key of the column in the rows.
+        label: heading of the column.
+        parts: the parts that it shows, of `published`, `ours` and `gap`.
+        note: number of the note that all its figures share; 0 for none.
+    """
 
     name: str
     label: str
@@ -70,7 +81,7 @@ class Column:
 
 @dataclass
 class Grid:
-    """A table for reading, with its numbered notes."""
+    """A table in human-readable form, with its numbered notes."""
 
     name: str
     heading: Heading
@@ -80,18 +91,18 @@ class Grid:
 
     @property
     def compares(self) -> bool:
-        """Whether anything in it was published."""
+        """True if any column of the table shows published figures."""
         return any("published" in column.parts for column in self.columns)
 
 
 def arrange(rows: Sequence[Row], headings: Mapping[str, Heading]) -> list[Grid]:
-    """The tables that occur in `rows`, in their order."""
+    """Arrange rows into tables, in the order in which the tables occur in `rows`."""
     names = dict.fromkeys(row["table"] for row in rows)
     return [_arrange_table(name, headings[name], [r for r in rows if r["table"] == name]) for name in names]
 
 
 def to_csv(rows: Sequence[Row]) -> str:
-    """Rows with a header line."""
+    """Return the rows as CSV with a header line."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -99,16 +110,16 @@ def to_csv(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-# What a reader asks first of a family of columns: how many figures come out how well.
+# Headline figures of the summary: (part of the columns' names, label, levels that count as agreement).
 _BARS = (
-    ("gflops", "GFLOPs figures to the printed digit", ("exact",)),
+    ("gflops", "GFLOPs figures equal to the printed digit", ("exact",)),
     ("gflops", f"GFLOPs figures within {_CLOSE_PCT:g} %", ("exact", "close")),
     ("memory", f"memory figures within {_FAIR_PCT:g} %", ("exact", "close", "fair")),
 )
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, str]:
-    """How many of the published figures ours agree with: label -> `17 of 23`.
+    """Return how many of our figures agree with the published ones: label -> `17 of 23`.
 
     Measured figures are left out, and so are percentages that follow from other figures.
     """
@@ -122,7 +133,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def level_of(row: Row) -> str:
-    """How well ours agrees: exact, close, fair, far; "" where one of the two is missing."""
+    """Return how well our figure agrees: exact, close, fair or far; "" if there is nothing to compare."""
     if row["gap_pct"] is None:
         return ""
     if round(row["value"], _decimals(row["published"])) == row["published"]:
@@ -132,6 +143,7 @@ def level_of(row: Row) -> str:
 
 
 def _arrange_table(name: str, heading: Heading, rows: Sequence[Row]) -> Grid:
+    """Arrange the rows of one table into columns, lines and numbered notes."""
     notes, columns = _Notes(), []
     for column, label in heading.columns.items():
         mine = [row for row in rows if row["column"] == column]
@@ -148,7 +160,7 @@ def _arrange_table(name: str, heading: Heading, rows: Sequence[Row]) -> Grid:
 
 
 def _parts(rows: Sequence[Row], *, annotated: bool) -> tuple[str, ...]:
-    """Those of published, ours and gap (where notes stand as well) that there is something for."""
+    """Return the parts among published, ours and gap (which also shows notes) that have any content."""
     shown = {
         "published": any(row["published"] is not None for row in rows),
         "ours": any(row["value"] is not None for row in rows),
@@ -158,19 +170,19 @@ def _parts(rows: Sequence[Row], *, annotated: bool) -> tuple[str, ...]:
 
 
 def _shared_note(rows: Sequence[Row]) -> str:
-    """What all of several figures say."""
+    """Return the note that all rows share; "" if they differ or there is only one row."""
     notes = {row["note"] for row in rows}
     return notes.pop() if len(rows) > 1 and len(notes) == 1 else ""
 
 
 class _Notes:
-    """Notes under a table, each said once."""
+    """The notes under a table, without repetitions."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def number(self, text: str) -> int:
-        """From 1 on; 0 for no text."""
+        """Return the number of a note, adding it if it is new; 0 for an empty text."""
         if not text:
             return 0
         if text not in self.texts:
@@ -186,7 +198,7 @@ def _entry(row: Row, note: int) -> Entry:
 
 
 def _holds_percentages(row: Row) -> bool:
-    """Gaps between percentages are in points."""
+    """Return whether the row's figures are percentages, whose gaps are in percentage points."""
     return str(row["table"]).endswith("_pct")
 
 
@@ -195,7 +207,7 @@ def _printed(published: float | str | None) -> str:
 
 
 def _value(row: Row) -> str:
-    """One digit more than was published, or three digits beside nothing."""
+    """Format our figure with one decimal more than the published one, or with one or two if there is none."""
     value, published = row["value"], row["published"]
     if value is None or isinstance(value, str):
         return value or ""

@@ -17,12 +17,16 @@ def render_efficiency_page(
     own_method: str,
     provenance: str,
 ) -> str:
-    """HTML with style and plots inside: headline figures, plots, then every table with its notes.
+    """Render HTML with inline style and plots: headline figures, plots, then every table with its notes.
 
     Args:
+        title: title of the page.
+        lead: introduction below the title.
         figures: label -> headline figure.
-        own_method: the method whose lines are set off.
-        provenance: what made the page, for its foot.
+        grids: tables in print order.
+        plots: plots in print order.
+        own_method: the method whose lines are highlighted.
+        provenance: text of the footer that names the version and commit behind the page.
     """
     page = Page(title, lead, figures, sections=())
     return render_template(

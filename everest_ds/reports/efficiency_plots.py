@@ -16,7 +16,7 @@ INK, SOFT, LINE = "#1c2733", "#5b6b7b", "#dfe5eb"
 EVEREST, BASELINE = "#d1603d", "#2a6f97"
 _OTHERS = ("#6a994e", "#8d6cab", "#b58a4a", "#3f8f8f", "#7d8597")
 _STACK = ("#1f4e6b", "#2a6f97", "#61a5c2", "#a9d6e5", "#3f8f8f", EVEREST, "#f0b67f", "#c9d1d9")
-_SIZE, _WIDE = (5.8, 3.7), (11.8, 4.7)  # inches: half of a page's width and all of it, at one font size
+_SIZE, _WIDE = (5.8, 3.7), (11.8, 4.7)  # inches: half and full page width, so that font sizes match
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,9 @@ class Bubble:
     """A system in the plot of accuracy against compute.
 
     Attributes:
-        group: what shares a colour.
-        gflops: of one clip.
+        group: name of the group of systems that share a colour.
+        label: text next to the bubble.
+        gflops: compute of one clip, in GFLOPs.
         top1: accuracy in per cent.
         parameters_m: millions of parameters, drawn as the area.
     """
@@ -39,7 +40,7 @@ class Bubble:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve, dashed or not, in the colour of its group."""
+    """A solid or dashed curve in the colour of its group."""
 
     group: str
     label: str
@@ -48,7 +49,7 @@ class Line:
 
 
 def draw_bubbles(bubbles: Sequence[Bubble], links: Sequence[tuple[Bubble, Bubble]]) -> str:
-    """Top-1 over GFLOPs (logarithmic), areas are parameters; an arrow goes from the first of a link on."""
+    """Draw top-1 accuracy over GFLOPs (logarithmic), with parameters as areas and links as arrows."""
     figure, axes = new_figure(*_WIDE)
     for start, end in links:
         axes.annotate(
@@ -79,7 +80,7 @@ def draw_bubbles(bubbles: Sequence[Bubble], links: Sequence[tuple[Bubble, Bubble
     axes.margins(0.08, 0.14)
     reach = [bubble.gflops for bubble in bubbles]
     axes.set_xlim(0.6 * min(reach), 1.6 * max(reach))
-    axes.set_xlabel("GFLOPs of fine-tuning, one clip")
+    axes.set_xlabel("fine-tuning GFLOPs per clip")
     axes.set_ylabel("K400 top-1, % (published)")
     finish(axes, marker_size=45)
     return to_svg(figure)
@@ -88,7 +89,7 @@ def draw_bubbles(bubbles: Sequence[Bubble], links: Sequence[tuple[Bubble, Bubble
 def draw_lines(
     lines: Sequence[Line], xlabel: str, ylabel: str, limits: Mapping[str, float] | None = None
 ) -> str:
-    """Curves from zero up, with named levels (such as the memory of devices) across them."""
+    """Draw curves on axes that start at zero, with named horizontal lines such as the memory of devices."""
     figure, axes = new_figure(*_SIZE)
     colors = group_colors([line.group for line in lines])
     for line in lines:
@@ -114,7 +115,7 @@ def draw_lines(
 
 
 def draw_stacks(stacks: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
-    """One horizontal bar a name, its parts stacked; parts share colours and order over all bars."""
+    """Draw one stacked horizontal bar per name; parts have the same colour and order in all bars."""
     figure, axes = new_figure(_SIZE[0], 1.6 + 0.44 * len(stacks))
     names, parts = list(stacks), list(dict.fromkeys(part for stack in stacks.values() for part in stack))
     left = [0.0] * len(names)
@@ -134,7 +135,11 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
 
 
 def draw_memory_over_time(timeline: Mapping[str, Sequence[float]]) -> str:
-    """Live bytes over the events of one training step: category -> bytes after each event, stacked."""
+    """Draw live memory over one training step, stacked by category.
+
+    Args:
+        timeline: category -> live bytes after each event.
+    """
     figure, axes = new_figure(*_SIZE)
     events = range(len(next(iter(timeline.values()))))
     in_gib = [[size / GIB for size in sizes] for sizes in timeline.values()]
@@ -147,7 +152,7 @@ def draw_memory_over_time(timeline: Mapping[str, Sequence[float]]) -> str:
 
 
 def group_colors(groups: Sequence[str]) -> dict[str, str]:
-    """A colour a group: EVEREST and its baseline always have theirs."""
+    """Assign a colour to each group; the colours of EVEREST and its baseline are fixed."""
     fixed = {"EVEREST": EVEREST, "VideoMAE": BASELINE}
     others = [group for group in dict.fromkeys(groups) if group not in fixed]
     colors = {group: _OTHERS[number % len(_OTHERS)] for number, group in enumerate(others)}
@@ -155,12 +160,13 @@ def group_colors(groups: Sequence[str]) -> dict[str, str]:
 
 
 def _crowds(other: Bubble, bubble: Bubble) -> bool:
-    """Whether `other` lies where the label above `bubble` would be."""
+    """Return whether `other` would overlap the label above `bubble`."""
     near = 0.8 < other.gflops / bubble.gflops < 1.25
     return near and 0 < other.top1 - bubble.top1 < 0.8
 
 
 def _annotate(axes: Axes, bubble: Bubble, *, below: bool) -> None:
+    """Write the label of a bubble above or below it."""
     distance = _area(bubble) ** 0.5 / 2 + 2
     axes.annotate(
         bubble.label,
@@ -175,7 +181,7 @@ def _annotate(axes: Axes, bubble: Bubble, *, below: bool) -> None:
 
 
 def _area(bubble: Bubble) -> float:
-    """In square points; the smallest systems stay visible."""
+    """Return the area of a bubble in square points, with an offset that keeps small systems visible."""
     return 18 + 2.2 * bubble.parameters_m
 
 
@@ -186,7 +192,7 @@ def _shades(count: int) -> list[str]:
 def finish(
     axes: Axes, *, grid: Literal["both", "x"] = "both", marker_size: float | None = None, legend: bool = True
 ) -> None:
-    """Quiet frame and grid, the legend above the figure; markers in it have one size."""
+    """Style the frame and grid, and put the legend above the figure with markers of `marker_size`."""
     axes.grid(axis=grid, color=LINE, linewidth=0.8)
     axes.set_axisbelow(True)
     for side in ("top", "right"):
@@ -199,6 +205,7 @@ def finish(
 
 
 def _legend_above(axes: Axes, marker_size: float | None) -> None:
+    """Put the legend above the figure, in at most two rows."""
     figure = axes.get_figure()
     handles, labels = axes.get_legend_handles_labels()
     per_row = len(handles) if len(handles) <= 3 or marker_size else -(-len(handles) // 2)

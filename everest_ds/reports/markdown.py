@@ -9,12 +9,12 @@ from everest_ds.reports.efficiency import Entry, Grid
 _MARKS = {"predicted": "ᵖ", "counted": "ᶜ", "measured": "ᵐ", "published": ""}
 LEGEND = (
     "Published / ours (gap): ᵖ predicted by a closed formula, ᶜ counted on the traced model, ᵐ measured on a"
-    " device; ✓ agrees to the printed digit."
+    " device; ✓ equal to the printed digit."
 )
 
 
 def render_markdown(title: str, lead: str, grids: Sequence[Grid], plots: Sequence[tuple[str, str]]) -> str:
-    """A document of all tables and then the plots, given as (caption, file)."""
+    """Render a document of all tables, followed by the plots given as (caption, file)."""
     parts = [f"# {title}", lead, LEGEND]
     for grid in grids:
         parts += [f"## {grid.heading.title}", grid.heading.text, _table(grid), _notes(grid)]
@@ -32,7 +32,7 @@ def _table(grid: Grid) -> str:
 
 
 def _cell(entry: Entry) -> str:
-    """`35.5 / 35.48ᵖ (✓) [2]`"""
+    """Format a figure, such as `35.5 / 35.48ᵖ (✓) [2]`."""
     gap = f" ({entry.gap})" if entry.gap else ""
     ours = f"{entry.value}{_MARKS[entry.kind]}{gap}" if entry.value else ""
     return " / ".join(part for part in (entry.published, ours) if part) + _note(entry.note)

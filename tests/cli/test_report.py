@@ -84,7 +84,7 @@ def test_runs_are_compared_by_what_they_compute_hold_and_reach(
         (["--tables", "k40"], 2, "did you mean k400"),
         (["--models", "EVREST"], 2, "did you mean everest"),
         (["--measured", "none.json"], 2, "none.json: cannot be read as JSON"),
-        (["--measured", "other.json"], 2, "not a measurement of this version"),
+        (["--measured", "other.json"], 2, "not a measurement in this version's format"),
         (["--measured", "empty.json"], 2, "holds no measurement"),
         (["no-such-run"], 5, "no metrics.jsonl"),
         (["silent"], 5, "no training step is logged yet"),

@@ -116,7 +116,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     ("arguments", "said"),
     [
         ("--gpu h1000", "did you mean H100"),
-        ("--gpu a100", "which of these; given: 'a100'; allowed: A100 40GB"),
+        ("--gpu a100", "matches several products; given: 'a100'; allowed: A100 40GB"),
         (
             "--gpu h200 --gpus 12 --nodes 5",
             "--gpus 12 is not a multiple of --nodes 5; allowed: --nodes 1, 2, 3, 4, 6, 12",

@@ -1,4 +1,4 @@
-"""Predicted compute against the published tables, hand-derived integers and the models themselves."""
+"""Tests of predicted compute, against the published tables, hand-derived figures and the built models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def finetune(size: str, selection: str = "rero", num_classes: int = 400, **more:
     return Experiment.model_validate({"task": "finetune", "model": model, "tokens": tokens})
 
 
-# Published GFLOPs (EVEREST, ICML 2024: K400 table of the poster), one decimal as printed.
+# Published GFLOPs with one decimal, as printed in the K400 table of EVEREST's poster (ICML 2024).
 PUBLISHED = {
     "VideoMAE pre-training": (lambda size: pretrain(size, "tube"), {"S": 11.6, "B": 35.5, "L": 83.1}),
     "EVEREST pre-training": (
@@ -48,7 +48,7 @@ def test_literature_macs_are_the_published_gflops_to_the_printed_digit(row: str,
     assert round(predict_macs(config_of(size)).literature_macs / 1e9, 1) == printed[size]
 
 
-# Hand-derived GMACs of the same rows and of what was not published: without / with LayerNorm.
+# Hand-derived GMACs, without and with LayerNorm, of the same rows and of unpublished ones.
 HAND_DERIVED = [
     (pretrain("S", keep_ratio=0.4), 6.33, 6.34),
     (pretrain("S"), 5.74, 5.75),
@@ -76,7 +76,7 @@ def test_literature_macs_of_rows_derived_by_hand(
     assert round(compute.literature_macs / 1e9, 2) == with_norms
 
 
-# VideoMAE: MACs without LayerNorm, LayerNorm elements, parameters; counted from its released code.
+# VideoMAE's MACs without LayerNorm, LayerNorm elements and parameters, counted from its released code.
 VIDEOMAE = [
     (finetune("S", "none"), 56_878_061_568, 14_451_072, 22_033_936),
     (finetune("B", "none"), 180_344_893_440, 28_902_144, 86_534_800),
@@ -105,12 +105,12 @@ def test_parts_of_videomae_pretraining_with_vit_base() -> None:
     assert compute.head_macs == 1408 * 384 * 1536
 
 
-# "FT, embedding only the kept": what the sparse path computes if the scoring is left out.
+# GMACs of fine-tuning on the sparse path without scoring: only the kept tokens are embedded.
 @pytest.mark.parametrize(("size", "gmacs"), [("S", 28.66), ("B", 97.23), ("L", 328.78), ("H", 665.63)])
 def test_finetuning_embeds_only_the_kept_tokens_with_gradient(size: str, gmacs: float) -> None:
     compute = predict_macs(finetune(size))
     assert round((compute.forward_macs - compute.score_macs) / 1e9, 2) == gmacs
-    # seven pairs of neighbouring slots out of eight slots
+    # Eight slots have seven pairs of neighbours.
     assert compute.score_macs == 7 * 196 * 1536 * BACKBONES[FULL[size]].encoder.width
     assert compute.embed_all_macs == 1568 * 1536 * BACKBONES[FULL[size]].encoder.width
 
@@ -164,7 +164,7 @@ def test_forward_and_training_macs_are_what_torch_counts(config: Experiment) -> 
         model = build_model(config)
         clip = torch.empty(1, geometry.num_frames, side, side, 3, dtype=torch.uint8)
         key = torch.empty(1, dtype=torch.int64)
-    # torch counts no fused CPU attention: MATH spells it out as matrix products
+    # torch does not count fused attention on a CPU; the MATH backend splits it into matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         output = model(clip, key)
         forward_flops = counter.get_total_flops()
@@ -175,7 +175,10 @@ def test_forward_and_training_macs_are_what_torch_counts(config: Experiment) -> 
 
 
 def test_a_sketch_scores_at_a_tenth_of_the_multiplies() -> None:
-    """Its map is made once a step from the embedding's, so the count of two clips tells what a clip costs."""
+    """Scoring with a sketch costs about a tenth of scoring with the embedding.
+
+    The sketch's map is built once per step, so the difference between two clips and one is the cost per clip.
+    """
     config = pretrain("B", score="sketch")
     compute = predict_macs(config)
     assert 0.9 * compute.score_macs < predict_macs(pretrain("B")).score_macs / 10 < 1.1 * compute.score_macs

@@ -1,4 +1,4 @@
-"""Counted compute: equal to the closed formula to the last integer, told apart by module, harmless."""
+"""Tests of counted compute: it equals the closed formula, is split by module, and has no side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from everest_ds.profiling.counter import (
 from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
 
 PUBLISHED_SIZE = {"num_frames": 16, "image_size": 224}
-NO_GRADIENT, OF_WEIGHTS_ONLY, OF_BOTH = 1, 2, 3  # forward passes that a training step is worth
+NO_GRADIENT, OF_WEIGHTS_ONLY, OF_BOTH = 1, 2, 3  # cost of a training step in forward passes
 TRAINING_FACTOR = {"score": NO_GRADIENT, "embed": OF_WEIGHTS_ONLY}
 
 
@@ -78,7 +78,10 @@ def test_a_sketch_costs_its_map_once_a_step_and_as_predicted_for_each_clip(dista
 
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_fused_attention_counts_as_unfused_does(task: str) -> None:
-    """On a CPU, where the fused kernel is one operator; on the meta device PyTorch takes it apart."""
+    """Fused and unfused attention have equal counts, also in the backward pass and by part.
+
+    This runs on a CPU, where the fused kernel is one operator; the meta device decomposes it.
+    """
     counts = []
     for attention in ("fused", "unfused"):
         config = experiment(task, "rero", attention=attention)
@@ -104,11 +107,11 @@ def test_recomputed_work_belongs_to_the_module_that_does_it_again(mode: str) -> 
 
     def is_repeated(module: str) -> bool:
         block, _, part = module.partition(".attention" if ".attention" in module else ".mlp")
-        if mode == "blocks":  # the first of every two
+        if mode == "blocks":  # recomputes the first of every two blocks
             return ("blocks." in module or "decoder." in module) and int(block.rpartition(".")[2]) % 2 == 0
         return f".{mode}" in module
 
-    # three times without, a fourth with recompute
+    # A training step costs three forward passes, and four with recomputation.
     assert recomputing == {name: n // 3 * 4 if is_repeated(name) else n for name, n in plain.items()}
 
 

@@ -1,4 +1,4 @@
-"""Our count against fvcore's, which reads another graph (TorchScript's) with formulas of its own."""
+"""Tests of counted compute against fvcore, which reads a TorchScript graph with formulas of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed: pip i
 
 
 def linear(inputs: list[Any], outputs: list[Any]) -> int:
-    """fvcore sees a custom autograd function from outside only."""
+    """Count the MACs of a custom autograd function, inside of which fvcore sees nothing."""
     x, weight = (fvcore.jit_handles.get_shape(value) for value in inputs[:2])
     return prod(x) * weight[0]
 
@@ -32,7 +32,10 @@ def linear(inputs: list[Any], outputs: list[Any]) -> int:
     ],
 )
 def test_fvcore_counts_the_same(task: str, selection: str, backbone: str) -> None:
-    """LayerNorm's 5 an element included. Unfused, as fvcore has no handle of fused attention."""
+    """Both counts are equal, including LayerNorm at 5 per element.
+
+    Attention is unfused, because fvcore has no handle for fused attention.
+    """
     config = experiment(
         task, selection, backbone=backbone, num_frames=16, image_size=224, attention="unfused"
     )

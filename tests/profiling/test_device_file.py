@@ -1,4 +1,4 @@
-"""A device given by its numbers: what is read, and what is refused, naming file and key."""
+"""Tests of device description files: valid ones are read, and errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def test_a_wrong_number_is_named(tmp_path: Path, change: dict[str, object], said
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "not a device"),
-        ("- 1", "not a device"),
+        ("", "does not describe a device"),
+        ("- 1", "does not describe a device"),
         ("{", "not readable"),
-        ("{watts: 5}", "lacks memory_gib"),
+        ("{watts: 5}", "missing keys: memory_gib"),
     ],
 )
 def test_a_file_that_is_no_device_is_refused(tmp_path: Path, text: str, said: str) -> None:

@@ -1,4 +1,4 @@
-"""Devices are known by the names that drivers report, each by one entry; nothing else has a peak rate."""
+"""Tests of the device table: each reported name matches one entry, and unknown names have no peak rate."""
 
 from __future__ import annotations
 
@@ -61,8 +61,8 @@ def test_every_product_is_reachable_by_a_reported_name() -> None:
 @pytest.mark.parametrize(
     "reported",
     [
-        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",  # a slice has a part of the rate
-        "NVIDIA GH200 480GB",  # of which 96 are the GPU's
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb",  # a slice has only a part of the rate
+        "NVIDIA GH200 480GB",  # the GPU itself has 96 GB
         "NVIDIA A800-SXM4-80GB",
         "NVIDIA H20",
         "NVIDIA GeForce RTX 4090 Laptop GPU",
@@ -82,7 +82,9 @@ def test_a_dtype_that_a_device_has_no_fast_path_for_has_no_peak() -> None:
 
 
 def test_rates_are_dense_and_memory_is_in_bytes() -> None:
-    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "bf16") == pytest.approx(989.4e12)  # not 1979, sparse
+    assert peak_flops_per_s("NVIDIA H100 80GB HBM3", "bf16") == pytest.approx(
+        989.4e12
+    )  # 1979 is the rate with sparsity
     assert memory_bytes("NVIDIA A100-SXM4-80GB") == 80 * GIB
     assert all(device.source for device in DEVICES.values())
 
@@ -110,7 +112,7 @@ def test_a_product_is_found_as_people_type_it(typed: str, meant: str) -> None:
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
-        ("a100", "A100 40GB, A100 80GB, A100 PCIe 40GB, A100 PCIe 80GB"),  # memory decides what fits
+        ("a100", "A100 40GB, A100 80GB, A100 PCIe 40GB, A100 PCIe 80GB"),  # memory sizes differ
         ("h1000", "did you mean H100 SXM"),
         ("-", "one of A10"),
     ],

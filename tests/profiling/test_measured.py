@@ -1,4 +1,4 @@
-"""Measured training steps, kept in files and set beside the published tables."""
+"""Tests of measured training steps: stored in files and compared with the published tables."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
     written["config"]["tokens"]["gone"] = 1
     file = tmp_path / "p.json"
     file.write_text(json.dumps({"format": FORMAT, "measured": written}))
-    with pytest.raises(UsageError, match="of another version"):
+    with pytest.raises(UsageError, match="written by another version"):
         read_measured(file)
 
 
@@ -59,8 +59,8 @@ def test_a_measurement_stands_beside_the_cells_of_the_same_tokens_and_backbone()
     for said in ("8 x one NVIDIA H100", "bf16", "torch 2.9", "commit 0123456", "32 clips per GPU"):
         assert said in memory.note
     epoch = rows["pretraining_cost", "pt_time"]
-    assert (epoch.value, epoch.gap_pct) == ("30s", None)  # 240,000 clips at 8 x 1000 a second
-    assert "data never waited for" in epoch.note
+    assert (epoch.value, epoch.gap_pct) == ("30s", None)  # 240,000 clips at 8 x 1000 per second
+    assert "without data wait" in epoch.note
 
 
 def test_other_keep_ratios_and_devices_without_a_peak_add_no_memory_rows() -> None:

@@ -1,4 +1,4 @@
-"""Predicted memory against the traced model, against measured allocations, and against common sense."""
+"""Tests of predicted memory, against the traced model, measured allocations and expected orders."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @pytest.fixture(autouse=True)
 def scores_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Score in a GPU's chunks of tokens, which predictions are about; a CPU takes smaller ones."""
+    """Score tokens in the chunk size of a GPU, which the predictions assume; a CPU uses smaller chunks."""
     monkeypatch.setattr(rero, "_CHUNK_TOKENS", rero._CHUNK_TOKENS_ON_GPU)
 
 
@@ -78,14 +78,14 @@ def loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor
 
 
 def counted_bytes(config: Experiment) -> int:
-    """The most that forward and backward pass of the traced model hold besides what rests."""
+    """Return the peak bytes of the traced model's forward and backward pass beyond the resting bytes."""
     trace = trace_memory(partial(build, config), partial(inputs, config), partial(loss, config))
     passes = [moment.total_bytes for moment in trace.timeline if moment.phase != "optimizer"]
     return max(passes) - sum(trace.resting_bytes.values())
 
 
 def measured_bytes(config: Experiment) -> int:
-    """The same, as torch's allocator sees it on a CPU."""
+    """Return the peak bytes of forward and backward pass that torch allocates on a CPU."""
     model, batch = build(config), inputs(config)
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
@@ -116,7 +116,10 @@ def name(config: Experiment) -> str:
 
 
 def assert_predicted_as_counted(config: Experiment) -> None:
-    """But for the squared errors within `mse_loss`, which a trace cannot see."""
+    """Assert that prediction and count agree within 1 %.
+
+    The prediction may be higher by the squared errors inside `mse_loss`, which a trace cannot see.
+    """
     predicted, counted = predict_step_bytes(config), counted_bytes(config)
     unseen = 2 * loss_storage_bytes(config)
     assert 0.99 * counted < predicted < 1.01 * counted + unseen, name(config)
@@ -176,7 +179,7 @@ def test_what_rests_is_what_rests_in_the_traced_model(precision: str) -> None:
     predicted, resting = predict_memory(config).parts(), traced.resting_bytes
     for category in ("parameters", "master_parameters", "inputs"):
         assert predicted[category] == resting[category], category
-    # AdamW counts the steps of each weight in a float32
+    # AdamW also keeps a float32 step counter per weight.
     assert predicted["optimizer_states"] == pytest.approx(resting["optimizer_states"], rel=1e-4)
 
 
@@ -212,14 +215,14 @@ def test_more_clips_take_more_and_more_ranks_take_less(config: Experiment) -> No
         }
     )
     assert peak(predict_memory(config, 8)) < peak(predict_memory(more, 8))
-    # one rank alone has nothing to gather under ZeRO-3
+    # The comparison starts at two ranks, because a single rank gathers nothing under ZeRO-3.
     assert peak(predict_memory(config, 16)) <= peak(predict_memory(config, 2))
 
 
 @settings(max_examples=60, deadline=None)
 @given(configs.filter(lambda config: config.model.backbone != "vit_small"))
 def test_tensor_parallelism_takes_from_every_rank(config: Experiment) -> None:
-    """At the same number of data-parallel ranks."""
+    """Tensor parallelism lowers the peak of every rank at the same number of data-parallel ranks."""
     split = config.model_copy(update={"parallelism": config.parallelism.model_copy(update={"tensor": 2})})
     assert peak(predict_memory(split, 16)) < peak(predict_memory(config, 8))
 
@@ -250,7 +253,7 @@ def with_tensor(config: Experiment, **recompute: Any) -> Experiment:
 
 
 def test_a_partitioned_input_is_split_over_the_tensor_group() -> None:
-    """Of what every block of two ranks would keep, each keeps half; all of it is fetched for one block."""
+    """Each of two ranks keeps half of every block's input and gathers the whole for one block at a time."""
     config = experiment("finetune", "vit_base", clips=8)
     whole, split = (predict_step_bytes(with_tensor(config, partition=on)) for on in (False, True))
     an_input = 8 * config.token_counts.num_visible * 768 * 4

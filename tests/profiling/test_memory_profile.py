@@ -1,4 +1,4 @@
-"""The memory tables of a profile."""
+"""Tests of a profile's memory tables."""
 
 from __future__ import annotations
 

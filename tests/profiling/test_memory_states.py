@@ -1,4 +1,4 @@
-"""Predicted states of ZeRO against the tensors that live in a DeepSpeed engine on two ranks."""
+"""Tests of predicted ZeRO states, against the live tensors of a DeepSpeed engine on two ranks."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from tests.ranks import run_ranks
 
 NUM_RANKS = 2
 BUCKET_VALUES = 2_000_000
-Case = tuple[int, str, int]  # ZeRO stage, precision, micro-batches of a step
+Case = tuple[int, str, int]  # ZeRO stage, precision, micro-batches per step
 ONE_A_STAGE: list[Case] = [(0, "fp32", 1), (1, "bf16", 2), (2, "bf16", 2), (3, "bf16", 2)]
 ON_ONE_RANK: list[Case] = [(1, "fp32", 2), (2, "bf16", 1), (2, "bf16", 2)]
 OTHERS: list[Case] = [
@@ -38,7 +38,7 @@ OTHERS: list[Case] = [
 
 
 def experiment(folder: Path, stage: int, precision: str, micro_batches: int) -> Experiment:
-    """A model of a million parameters on eight tokens: activations are next to nothing."""
+    """Return a model of a million parameters on eight tokens, whose activations are negligible."""
     zero = {
         "stage": stage,
         "overlap_comm": stage in (1, 2),
@@ -47,7 +47,7 @@ def experiment(folder: Path, stage: int, precision: str, micro_batches: int) -> 
     }
     own = folder / f"zero{stage}.json"
     text = json.dumps({"zero_allow_untested_optimizer": True, "zero_optimization": zero})
-    if not own.exists() or own.read_text() != text:  # the ranks share it
+    if not own.exists() or own.read_text() != text:  # all ranks share the file
         own.write_text(text)
     return Experiment.model_validate(
         {
@@ -62,7 +62,7 @@ def experiment(folder: Path, stage: int, precision: str, micro_batches: int) -> 
 
 
 def live_bytes() -> int:
-    """Of all tensors that Python knows of, and their gradients."""
+    """Return the bytes of all CPU tensors that Python's garbage collector tracks, and of their gradients."""
     gc.collect()
     tensors = [
         found for found in gc.get_objects() if isinstance(found, Tensor) and found.device.type == "cpu"
@@ -87,9 +87,10 @@ def measure_all(world: World, folder: Path, cases: list[Case]) -> list[list[int]
 
 
 def measure(world: World, config: Experiment) -> list[int]:
-    """Bytes that live before the last micro-batch of a third step, and half-way through its backward pass.
+    """Measure the live bytes before the last micro-batch of a third step, and within its backward pass.
 
-    In bf16 also what the update takes; in fp32 it gives back meanwhile what was allocated before it.
+    In bf16 the figures also include the memory of the update. In fp32 the update is not measured, because it
+    releases memory that was allocated before it.
     """
     others = live_bytes()
     model = build_model(config)
@@ -113,7 +114,7 @@ def measure(world: World, config: Experiment) -> list[int]:
 
 
 def forward_bytes(world: World, config: Experiment) -> int:
-    """What a third forward pass takes at most."""
+    """Measure the peak memory of a third forward pass."""
     engine, objective = engine_of(build_model(config), config, world), build_objective(config)
     for _ in range(2):
         engine.backward(objective(engine, a_clip()))
@@ -124,7 +125,7 @@ def forward_bytes(world: World, config: Experiment) -> int:
 
 
 def predict(config: Experiment, num_ranks: int) -> list[int]:
-    """Predict the same figures by the formula."""
+    """Predict the figures of `measure` by the closed formula."""
     states = model_states(config, count_parameters(config), num_ranks)
     resting = states.parameter_bytes + states.master_bytes + states.optimizer_bytes
     finished = sum(p.numel() for p in finished_parameters(build_model(config)))
@@ -135,15 +136,15 @@ def predict(config: Experiment, num_ranks: int) -> list[int]:
             states.buffer_bytes(0, in_backward=False)
             - states.num_buckets * states.bucket_values * states.value_bytes
         )
-    # on several ranks, the averages of this rank's part are there before the update
+    # With several ranks, this rank's averaged gradients already exist before the update.
     update = states.update_bytes - states.reduction_bytes
-    if states.stage in (1, 2) and num_ranks > 1:  # gloo gathers into a copy of its own, after the update
+    if states.stage in (1, 2) and num_ranks > 1:  # gloo gathers into a copy
         update = max(update, states.num_parameters * states.value_bytes)
     return [before, in_step, update] if config.precision == "bf16" else [before, in_step]
 
 
 def finished_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Those that the backward pass is through with when it comes to the second block."""
+    """Return the parameters whose backward pass is over when it reaches the second block."""
     rest = ("encoder.embed", "encoder.blocks.0", "encoder.blocks.1")
     return [p for name, p in model.named_parameters() if not name.startswith(rest)]
 
@@ -151,7 +152,7 @@ def finished_parameters(model: nn.Module) -> list[nn.Parameter]:
 def check(folder: Path, cases: list[Case], num_ranks: int = NUM_RANKS) -> None:
     measured = run_ranks(measure_all, num_ranks, folder, cases)[0]
     for case, found in zip(cases, measured, strict=True):
-        # the rest is activations, position tables and one block's weights, whose turn it is
+        # The tolerance covers activations, position tables and the weights of the running block.
         assert found == pytest.approx(predict(experiment(folder, *case), num_ranks), rel=0.06, abs=1e4), case
 
 
@@ -173,7 +174,7 @@ def test_zero3_has_weights_that_arrive_twice(tmp_path: Path) -> None:
     )
     assert predicted == 2 * model_bytes
     measured = run_ranks(forward_bytes, NUM_RANKS, config)[0]
-    # gloo gathers into a copy of its own, which may still be there
+    # gloo gathers into a copy of its own, which may still be live.
     assert 0.94 * predicted < measured < 1.06 * (predicted + model_bytes)
 
 

@@ -1,4 +1,4 @@
-"""Each operator's formula against PyTorch's own counter, and by hand where that one has none or differs."""
+"""Tests of the operators' formulas, against PyTorch's counter or, where that falls short, by hand."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def flops_by_torch(call: Call) -> int:
 
 
 def convolve(*weight: int, transposed: bool = False, **geometry: object) -> Call:
-    """A convolution of 2 samples of 6 channels, 3-dimensional for a weight of 5 dimensions."""
+    """Return a call of a convolution on 2 samples of 6 channels; a weight of 5 dimensions makes it 3D."""
     sides = (8, 9, 10)[: len(weight) - 2]
     functions = {
         (4, False): F.conv2d,
@@ -109,7 +109,7 @@ def test_the_backward_pass_of_a_convolution_costs_a_forward_pass_for_each_gradie
     forward = count_forward(conv, x)
     step = count_training_step(lambda: conv(x).sum(), conv)
     assert step.macs == (3 if of_input else 2) * forward.macs
-    if groups == 1:  # with groups torch counts the weight's gradient as if it were dense
+    if groups == 1:  # with groups, torch counts the weight's gradient as if the convolution were dense
         assert step.flops == flops_by_torch(lambda: conv(x).sum().backward())
 
 

@@ -1,4 +1,4 @@
-"""The published tables as data, and how a user picks from them."""
+"""Tests of the published tables: their data, and the selection of cells by name."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_models_are_methods_or_backbones_in_any_case(models: list[str], methods:
         (["k4000"], [], "did you mean k400"),
         ([], ["VideoMEA"], "did you mean videomae"),
         ([], ["ViT-Q"], "did you mean vit-"),
-        (["pretraining_cost"], ["MViT"], "no row of pretraining_cost is about MViT"),
+        (["pretraining_cost"], ["MViT"], "no row of pretraining_cost matches MViT"),
     ],
 )
 def test_unknown_names_get_the_nearest(tables: list[str], models: list[str], says: str) -> None:

@@ -1,4 +1,4 @@
-"""Predictions of the published memory figures: within the bar, and from formulas that a trace confirms."""
+"""Tests of the predicted published memory: within the limit, and from formulas that a trace confirms."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_cells_are_within_the_bar_or_said_not_to_be(cell: Cell) -> None:
     unexplained = (cell.table, cell.method, cell.backbone) in UNEXPLAINED
     assert (abs(gap_pct(cell)) > BAR_PCT) == unexplained
     note = predict_published_memory(cell.table, cell.method, cell.backbone)[1]
-    assert "clips a GPU" in note and ("not explained" in note) == unexplained
+    assert "clips per GPU" in note and ("not explained" in note) == unexplained
 
 
 def test_only_two_cells_are_not_explained() -> None:
@@ -87,7 +87,7 @@ def peak_of_passes(trace: MemoryTrace) -> int:
     ids=["a decoder of all tokens", "an encoder of kept tokens"],
 )
 def test_the_formula_of_a_block_is_what_a_trace_counts(stack: Stack) -> None:
-    """Of one more clip, so that nothing of the weights is in it."""
+    """The formula equals the traced memory of one additional clip, which excludes the weights."""
     two, three = (peak_of_passes(trace_blocks(stack, num_clips)) for num_clips in (2, 3))
     predicted = kept_bytes(stack) + working_bytes(stack)
     assert three - two == pytest.approx(predicted, rel=0.03)

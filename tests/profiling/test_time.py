@@ -1,4 +1,4 @@
-"""Measured time: on steps whose durations are known, and on real ones."""
+"""Tests of measured time, on steps of known durations and on real ones."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_step_of_several_micro_batches_is_the_sum_of_its_rounds() -> None:
     assert measured.batch_size == 3 * config.batch.micro_batch_size
     assert measured.useful_flops == 2 * predict_macs(config).training_macs * measured.batch_size
     assert (measured.commit, measured.torch_version) == ("abc", torch.__version__)
-    assert measured.device and measured.mfu_pct is None  # no peak rate of a processor is known
+    assert measured.device and measured.mfu_pct is None  # the table lists no peak rate of a processor
 
 
 def test_float32_products_through_tensor_cores_have_another_peak() -> None:

@@ -1,4 +1,4 @@
-"""Rows of the efficiency report, arranged and rendered."""
+"""Tests of the efficiency report: its rows are arranged, summarised and rendered."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_note_that_all_figures_of_a_column_share_stands_at_its_head() -> None:
 def test_the_summary_leaves_out_measured_figures_and_derived_percentages() -> None:
     derived = {**row("A", "gflops", 40.0, 40.0), "table": "t_pct"}
     assert summarise([*ROWS, derived]) == {
-        "GFLOPs figures to the printed digit": "1 of 1",
+        "GFLOPs figures equal to the printed digit": "1 of 1",
         "GFLOPs figures within 1 %": "1 of 1",
         "memory figures within 15 %": "1 of 2",
     }

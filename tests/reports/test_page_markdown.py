@@ -1,4 +1,4 @@
-"""A page as Markdown."""
+"""Tests of pages rendered as Markdown."""
 
 from __future__ import annotations
 

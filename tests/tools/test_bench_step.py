@@ -137,6 +137,6 @@ def test_a_folder_that_is_no_clone_is_a_mistake_told_in_one_line(tmp_path: Path)
     done = subprocess.run([*command, "--peer", f"everest={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        f"error: {tmp_path}: holds no modeling_pretrain.py; fix: git clone https://"
+        f"error: {tmp_path}: contains no modeling_pretrain.py; fix: git clone https://"
     )
     assert len(done.stderr.splitlines()) == 1
