@@ -1,4 +1,4 @@
-"""Evaluation: the same on any number of ranks, with metrics as defined, and all its files."""
+"""Tests of evaluation: its metrics, its files, and equal results on any number of ranks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
 
 
 def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
-    """Return the error that ends an evaluation on each rank when the loader of rank 1 fails."""
+    """Evaluate with a failing loader on rank 1, and return the error that ends the evaluation here."""
     if world.rank == 1:
         EvaluationClips.__getitem__ = fail
     try:
