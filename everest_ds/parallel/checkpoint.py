@@ -129,4 +129,4 @@ def _examine(path: Path, world: World) -> tuple[Manifest | None, str | None]:
 
 def _skip(damaged: list[tuple[Path, str]]) -> None:
     for path, problem in damaged:
-        logger.warning("not resuming from %s: %s; it is now %s", path, problem, set_aside(path).name)
+        logger.warning("not resuming from %s: %s; renamed to %s", path, problem, set_aside(path).name)

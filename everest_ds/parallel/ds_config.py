@@ -83,12 +83,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as DeepSpeed JSON", given=str(error)) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
-        raise ConfigError(f"{path}: has no `zero_optimization` section", fix='{"zero_optimization": {...}}')
+        raise ConfigError(
+            f"{path}: the `zero_optimization` section is missing", fix='add "zero_optimization": {...}'
+        )
     return tree
 
 
 def _tell_device() -> None:
-    """Before DeepSpeed is imported, which else warns that it had to look for one."""
+    """Set DeepSpeed's device before its import; otherwise DeepSpeed searches for one and warns about it."""
     import torch  # heavy
 
     from everest_ds.parallel.world import prepare_deepspeed

@@ -49,7 +49,7 @@ def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
     """Turn DeepSpeed's optimiser of stage 1 or 2 into a `LeanZeroOptimizer`, before the first step.
 
     Args:
-        optimizer: of an engine without offload; DeepSpeed's constructor has laid out the partitions.
+        optimizer: DeepSpeed's optimiser of an engine without offload, with the partitions laid out.
         sums_in_float32: True to sum micro-batch gradients in float32 rather than the training precision.
 
     Raises:
@@ -67,7 +67,7 @@ def make_norm_lean(optimizer: Any) -> None:
     """Make DeepSpeed's optimiser of stage 3 compute the norm of all gradients at once.
 
     Args:
-        optimizer: of an engine without offload.
+        optimizer: DeepSpeed's optimiser of an engine without offload.
 
     Raises:
         EverestError: if this version of DeepSpeed has another optimiser, or lacks a method needed here.

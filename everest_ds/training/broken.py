@@ -38,8 +38,8 @@ class BrokenVideos:
         self._max_pct = data.max_broken_pct
         self._file = file
         self._world = world
-        self._noted: list[Failure] = []  # since the last `collect`, of this rank
-        self._known: set[Failure] = set()  # of all ranks
+        self._noted: list[Failure] = []  # failures of this rank since the last `collect`
+        self._known: set[Failure] = set()  # all collected failures of all ranks
 
     def forget_after(self, step: int) -> None:
         """Drop failures after `step`, from which the run resumes: they will recur. Call on every rank."""

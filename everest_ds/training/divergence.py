@@ -50,7 +50,7 @@ class LossWatch:
         self._allowed = config.run.max_skipped_steps
         self._scales_loss = config.precision == "fp16"
         self._noted: list[_Noted] = []
-        self._skipped = range(0)  # the latest run of consecutive skipped steps
+        self._skipped = range(0)  # the most recent consecutive skipped steps
 
     def note(self, step: int, loss: Tensor, items: Tensor) -> None:
         """Remember the loss and the samples of a micro-batch of optimiser step `step`."""

@@ -27,7 +27,7 @@ from everest_ds.training.packing import Packer
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.prefetch import Preparation
 
-_NOISE_RANGE = 0.03  # about the spread of initial weights
+_NOISE_RANGE = 0.03  # similar to the spread of initial weights
 
 
 class MeasuredStep(ABC):

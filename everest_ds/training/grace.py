@@ -1,4 +1,4 @@
-"""Check that SLURM's signal leaves a run enough time to finish a step and save, from measured durations."""
+"""The time that a run needs to stop, from measured steps and saves, checked against SLURM's signal time."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class Grace:
     def note_step(self, seconds: float) -> None:
         """Note the host time of a step, including logging and validation after it but not the save.
 
-        A GPU may still be computing when the host is done. The estimate is not too short for that: the host
-        can run ahead by a bounded number of launches only, so host times add up to device times, the longest
-        host time is at least the mean step, and work left on the device counts as part of the next save.
+        A GPU may still be computing when the host is done. This does not make the estimate too short: the
+        host can run ahead by a bounded number of launches only, so host times add up to device times, the
+        longest host time is at least the mean step, and work left on the device counts towards the save.
         """
         self._step_s = max(self._step_s, seconds)
 

@@ -172,7 +172,7 @@ class TrainingRun:
         set_learning_rate(self.engine, self.schedule.lr(self.step))
         losses = []
         for _ in range(self.plan.grad_accum_steps):
-            # A rank that cannot read a video tells the others, instead of leaving them in a collective.
+            # An error of one rank's loader is raised on all; otherwise the others would wait in a collective.
             ready = self.world.together(batches.take)
             self.batch = ready.batch
             loss = self.objective(self.engine, self.batch)

@@ -1,4 +1,4 @@
-"""Tests that a checkpoint can be loaded in any other layout of ranks, without a change of a bit."""
+"""Tests that a checkpoint loads bit-exactly in any other layout of ranks."""
 
 from __future__ import annotations
 

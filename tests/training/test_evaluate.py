@@ -74,7 +74,7 @@ def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
 
 
 def fail(clips: EvaluationClips, items: Sequence[int]) -> Loaded:
-    raise RuntimeError("the machine is on fire")
+    raise RuntimeError("simulated failure")
 
 
 def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tmp_path: Path) -> None:
@@ -83,4 +83,4 @@ def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tm
     )
     run_ranks(train_rank, 1, config)
     for text in run_ranks(evaluate_with_a_failing_rank, 2, config):
-        assert "a loader worker failed; given: RuntimeError: the machine is on fire" in text
+        assert "a loader worker failed; given: RuntimeError: simulated failure" in text

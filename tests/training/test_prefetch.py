@@ -125,7 +125,7 @@ def fail_in_epoch_1(world: World, config: Experiment) -> str:
     def make(read: Any) -> Any:
         def getitem(clips: TrainingClips, visit: Visit) -> Loaded:
             if visit.epoch == 1 and world.rank == 1:
-                raise RuntimeError("no such luck")
+                raise RuntimeError("simulated failure")
             return read(clips, visit)  # type: ignore[no-any-return]
 
         return getitem
@@ -140,6 +140,6 @@ def test_an_error_ends_all_ranks_at_the_step_of_its_batch(
 ) -> None:
     config = experiment(motion_data, tmp_path, data={"num_workers": workers}, run={"save_every_steps": 3})
     messages = run_ranks(fail_in_epoch_1, 2, config)
-    assert messages[0] == messages[1] and "given: RuntimeError: no such luck" in messages[0]
+    assert messages[0] == messages[1] and "given: RuntimeError: simulated failure" in messages[0]
     assert list(losses(tmp_path)) == [1, 2, 3]  # the first epoch is complete
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()
