@@ -1,4 +1,7 @@
-"""Restoring a run together, and publishing its weights: every rank reads the elements that it will hold."""
+"""Restoring a run from a checkpoint and publishing its weights, on all ranks together.
+
+Every rank reads only the elements that it will hold.
+"""
 
 from __future__ import annotations
 
@@ -30,12 +33,12 @@ from everest_ds.parallel.world import World
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:
-    """The newest checkpoint that is whole, read by all ranks together; None before the first one.
+    """Return the newest complete checkpoint in `folder` and its manifest, or None if there is none yet.
 
-    Damaged ones that are newer are named and set aside.
+    Newer checkpoints that are damaged are logged and renamed out of the way. Call on every rank.
 
     Raises:
-        CheckpointError: if there are damaged ones only.
+        CheckpointError: if every checkpoint is damaged.
     """
     paths = world.share(lambda: list_checkpoints(folder))
     skipped: list[tuple[Path, str]] = []
@@ -55,10 +58,10 @@ def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:
 
 
 def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) -> None:
-    """Restore weights, moments, step count and loss scale. Call on every rank.
+    """Restore weights, AdamW moments, step count and loss scale. Call on every rank.
 
     Raises:
-        CheckpointError: if it is of another model, or a file is damaged.
+        CheckpointError: if the checkpoint belongs to another model, or one of its files is damaged.
     """
     states = model_states(engine, mesh)
     mesh.world.together(lambda: _read_part(states, path, manifest))
@@ -67,10 +70,10 @@ def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) 
 
 
 def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: Mesh) -> None:
-    """Publish the full float32 weights of a sharded model, gathered one by one. Call on every rank.
+    """Write the full float32 weights of a sharded model to `file`, gathered one by one. Call on every rank.
 
     Raises:
-        CheckpointError: on every rank, if rank 0 could not write; `file` stays what it was.
+        CheckpointError: on every rank, if rank 0 could not write; `file` is left unchanged.
     """
     specs = {n: TensorSpec(torch.float32, whole_shape(p, mesh)) for n, p in model.named_parameters()}
     gathered = (full_parameter(p) for p in model.parameters())
@@ -79,7 +82,7 @@ def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: 
         try:
             if mesh.world.is_main:
                 publish_tensors(file, specs, gathered, metadata)
-        finally:  # the others wait in every gather, whatever became of the file
+        finally:  # the other ranks wait in every gather, even if writing failed here
             for _ in gathered:
                 pass
 
@@ -104,14 +107,17 @@ def _check_same_model(held: list[Held], path: Path, manifest: Manifest) -> None:
         saved = manifest.parameters.get(each.name)
         if saved is None or saved.shape != each.shape:
             raise CheckpointError(
-                f"{path}: of another model, at `{each.name}`",
+                f"{path}: the checkpoint belongs to another model: `{each.name}` differs",
                 given="absent" if saved is None else f"shape {saved.shape}",
                 allowed=f"shape {each.shape}",
             )
 
 
 def _examine(path: Path, world: World) -> tuple[Manifest | None, str | None]:
-    """The manifest and what is wrong; each rank reads its share of the files."""
+    """Return the manifest, if readable, and a description of the damage, if any.
+
+    Each rank reads its share of the files.
+    """
     try:
         manifest = world.share(lambda: read_manifest(path))
     except CheckpointError as error:
@@ -123,4 +129,4 @@ def _examine(path: Path, world: World) -> tuple[Manifest | None, str | None]:
 
 def _skip(damaged: list[tuple[Path, str]]) -> None:
     for path, problem in damaged:
-        logger.warning("not resuming from %s: %s; it is now %s", path, problem, set_aside(path).name)
+        logger.warning("not resuming from %s: %s; renamed to %s", path, problem, set_aside(path).name)

@@ -1,8 +1,8 @@
-"""Filling the outline of a model: each rank takes its share of every tensor, one module's at a time.
+"""Initial weights of a model built on the meta device: each rank keeps its share, one tensor at a time.
 
-A tensor arrives whole in float32. Of it a rank keeps its shard under tensor parallelism, in the precision of
-training, and of that at ZeRO-3 its part; the rest is dropped before the next arrives. So the most that is
-there while a rank is set up is its own share and one module.
+A tensor arrives whole, in float32. A rank keeps its tensor-parallel shard in the training precision (at
+ZeRO-3, only its part of that shard) and drops the rest before the next tensor arrives. Peak memory during
+set-up is therefore the rank's own share plus one module.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.states import model_states
 from everest_ds.parallel.tensor_parallel import split_of
 
-# All parameters and buffers by name: whole, float32, on the host, equal on every rank and at every call.
+# Yields all parameters and buffers by name: whole, float32, on the host, equal on every rank and call.
 InitialWeights = Callable[[], Iterable[tuple[str, Tensor]]]
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -27,13 +27,16 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, 
 def fill(
     model: nn.Module, weights: InitialWeights, precision: str, ds_config: dict[str, Any], mesh: Mesh
 ) -> None:
-    """Give an outline, split over the tensor group already, this rank's share of `weights`.
+    """Fill a model on the meta device with this rank's share of `weights`.
 
-    Its parameters stay the same objects.
+    The model's parameters stay the same objects.
 
     Args:
-        precision: of training; buffers stay float32.
-        ds_config: whose ZeRO stage says whether data-parallel ranks share the weights.
+        model: on the meta device, already split over the tensor group.
+        weights: the whole weights, by name.
+        precision: the training precision, to which parameters are cast; buffers stay float32.
+        ds_config: its ZeRO stage decides whether data-parallel ranks share the weights.
+        mesh: the ranks of the run.
     """
     parameters, share = dict(model.named_parameters()), _sharing(ds_config, mesh)
     for name, whole in weights():
@@ -47,7 +50,7 @@ def fill(
 
 
 def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
-    """Make the float32 weights those of `weights`, which DeepSpeed takes from the rounded ones."""
+    """Set the optimiser's float32 weights to `weights`; DeepSpeed derived them from rounded values."""
     states = model_states(engine, mesh)
     held = {each.name: each for each in states.held()}
     for name, whole in weights():
@@ -64,7 +67,7 @@ def _shard(parameter: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
 
 
 def _materialize(parameter: nn.Parameter, value: Tensor) -> None:
-    marks = dict(vars(parameter))  # which are swapped, too
+    marks = dict(vars(parameter))  # swap_tensors swaps attributes too, so they are put back afterwards
     torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
     vars(parameter).update(marks)
 
@@ -75,13 +78,13 @@ def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
 
 
 def _sharing(ds_config: dict[str, Any], mesh: Mesh) -> Callable[[nn.Parameter], None]:
-    """What leaves of a parameter the part of this data-parallel rank; nothing below stage 3."""
+    """Return a function that reduces a parameter to this data-parallel rank's part; a no-op below stage 3."""
     if ds_config["zero_optimization"]["stage"] < 3:
         return lambda parameter: None
     import deepspeed  # heavy
 
     zero = deepspeed.zero.Init(
-        module=nn.Module(),  # else it would shard what is constructed from now on
+        module=nn.Module(),  # without a module, Init would shard every module constructed from now on
         data_parallel_group=mesh.mpu.get_data_parallel_group() if mesh.mpu else None,
         config_dict_or_path=copy.deepcopy(ds_config),
         mpu=mesh.mpu,

@@ -1,4 +1,4 @@
-"""Measured collectives over the actual ranks: what a calibration of the machine's links is made of."""
+"""Timing of collectives over the actual ranks, the raw data for calibrating a machine's links."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ _REPEATS = 5
 
 
 class CollectiveTime(NamedTuple):
-    """One collective, measured.
+    """The measured time of one collective.
 
     Attributes:
         name: `all_reduce`, `reduce_scatter` or `all_gather`.
-        ranks: of a group; several groups run at the same time if there are more ranks.
-        num_bytes: of the whole tensor.
-        seconds: of the slowest rank.
+        ranks: ranks per group; with more ranks than that, several groups run at the same time.
+        num_bytes: size of the whole tensor.
+        seconds: duration on the slowest rank.
     """
 
     name: str
@@ -32,15 +32,19 @@ class CollectiveTime(NamedTuple):
 
 
 def measure_collectives(world: World, sizes: Sequence[int]) -> list[CollectiveTime]:
-    """Every collective of a step, over groups of 2, 4, ... and all ranks, for tensors of `sizes` bytes.
+    """Time the collectives of a training step, over groups of 2, 4, ... and all ranks. Call on every rank.
 
-    Call on every rank. Neighbours form a group, as in tensor parallelism.
+    Neighbouring ranks form a group, as in tensor parallelism.
+
+    Args:
+        world: the ranks of the run.
+        sizes: tensor sizes in bytes.
     """
     return [row for ranks in _group_sizes(world.size) for row in _measure_group(world, ranks, sizes)]
 
 
 def _group_sizes(num_ranks: int) -> list[int]:
-    """Powers of two that divide the ranks, and all of them."""
+    """Return the group sizes to measure: the powers of two that divide `num_ranks`, and `num_ranks`."""
     powers = [2**i for i in range(1, num_ranks.bit_length()) if num_ranks % 2**i == 0]
     return sorted({*powers, num_ranks} - {1})
 
@@ -67,10 +71,10 @@ def _calls(whole: Tensor, part: Tensor, group: dist.ProcessGroup) -> dict[str, C
 
 
 def seconds_of(world: World, call: Callable[[], object]) -> float:
-    """Median duration of a few calls of a collective, on the slowest rank. Call on every rank.
+    """Return the median duration of five calls of a collective, on the slowest rank. Call on every rank.
 
-    A small collective precedes each call. All ranks leave it at the same moment, so that none of them waits
-    for another within the time that is taken.
+    A small all-reduce precedes each call. All ranks leave it at the same moment, so the measured time
+    includes no waiting for late ranks.
     """
     meeting = torch.zeros(1, device=world.device)
     call()
@@ -85,7 +89,7 @@ def seconds_of(world: World, call: Callable[[], object]) -> float:
 
 
 def _start_clock(device: torch.device) -> Callable[[], float]:
-    """Return what reads the seconds since now, of the device's own clock where it computes on its own."""
+    """Start a clock and return a function that reads the elapsed seconds; on a GPU, by CUDA events."""
     if device.type != "cuda":
         started = time.perf_counter()
         return lambda: time.perf_counter() - started

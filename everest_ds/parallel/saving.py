@@ -1,7 +1,7 @@
-"""Saving a run together: every rank writes the elements that it holds, in the background if asked to.
+"""Saving of a checkpoint by all ranks together, in the background on request.
 
-What lies on the disk does not depend on the ranks that wrote it (see `everest_ds.checkpoints`), so that any
-number of ranks at any ZeRO stage goes on from it.
+Every rank writes the elements that it holds. The checkpoint does not depend on the ranks that wrote it (see
+`everest_ds.checkpoints`): any number of ranks at any ZeRO stage can resume from it.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from everest_ds.parallel.states import ModelStates, loss_scale, model_states, op
 
 
 class Keep(NamedTuple):
-    """Which checkpoints stay: the newest `last`, and those at multiples of `every_steps`."""
+    """The checkpoints to keep: the newest `last`, and all at multiples of `every_steps`."""
 
     last: int
     every_steps: int | None
 
 
 class _Saved(NamedTuple):
-    """What one rank saved of a parameter."""
+    """The part of a parameter that one rank saved."""
 
     name: str
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class _Saved(NamedTuple):
 
 
 class _Written(NamedTuple):
-    """What one rank wrote: its file, and what is in it."""
+    """The file that one rank wrote, and the pieces of parameters in it."""
 
     file: str
     seal: FileSeal
@@ -54,10 +54,10 @@ class _Written(NamedTuple):
 
 
 class Saving:
-    """The checkpoint of this step on its way to the disk: not there, under its name, before `finish` ends.
+    """A checkpoint that is being written; it appears under its final name only when `finish` returns.
 
-    With `copies`, a thread writes from a copy on the host, and the next steps need not wait. Otherwise the
-    states themselves are written before this returns.
+    With `copies`, a thread writes from a copy on the host and the next steps need not wait. Without, the
+    constructor returns only after the states have been written.
     """
 
     def __init__(
@@ -69,14 +69,19 @@ class Saving:
         mesh: Mesh,
         copies: HostCopies | None,
     ) -> None:
-        """Start to write. Call on every rank.
+        """Start writing a checkpoint of the engine's states. Call on every rank.
 
         Args:
-            facts: those of `Facts` that are not the engine's to know.
-            copies: in use until `finish` returns.
+            engine: the engine to save.
+            folder: the folder of all checkpoints of the run.
+            facts: the fields of `Facts` that the engine does not provide.
+            keep: the checkpoints that `finish` leaves in `folder`.
+            mesh: the ranks of the run.
+            copies: host buffer for writing in the background, in use until `finish` returns; None to write
+                at once.
 
         Raises:
-            CheckpointError: on every rank, if the folder cannot be written to.
+            CheckpointError: on every rank, if `folder` is not writable.
         """
         self._world, self._folder, self._keep = mesh.world, folder, keep
         started = time.perf_counter()
@@ -89,21 +94,21 @@ class Saving:
             raise not_saved(folder, error) from None
         write = _writer(states, self._path, self._world.rank, copies)
         self._part = _done(write) if copies is None else _in_thread(write)
-        self.seconds = 0.0  # that this rank wrote, once it has
+        self.seconds = 0.0  # how long this rank took to write; set when it has finished
         self._part.add_done_callback(lambda _: self._note(time.perf_counter() - started))
 
     def _note(self, seconds: float) -> None:
         self.seconds = seconds
 
     def written(self) -> bool:
-        """All ranks are through with writing, with or without success. Call on every rank."""
+        """Return True if all ranks have finished writing, successfully or not. Call on every rank."""
         return not self._world.any(not self._part.done())
 
     def finish(self) -> Path:
-        """Wait for all ranks, publish the checkpoint, drop those that need not be kept. Call on every rank.
+        """Wait for all ranks, publish the checkpoint and remove old ones. Call on every rank.
 
         Raises:
-            CheckpointError: on every rank, if one could not write; earlier checkpoints are untouched.
+            CheckpointError: on every rank, if one rank could not write; earlier checkpoints are untouched.
         """
         world, keep = self._world, self._keep
         try:
@@ -118,9 +123,9 @@ class Saving:
 
 
 def not_saved(path: Path, error: OSError) -> CheckpointError:
-    """What a disk that is full, or gone, is told as."""
+    """Turn an OSError raised while saving `path` into a CheckpointError."""
     return CheckpointError(
-        f"{path}: could not be saved",
+        f"{path}: saving failed",
         given=error.strerror or str(error),
         fix="free disk space and run the same command again",
     )
@@ -130,13 +135,16 @@ def _done(write: Callable[[], _Written]) -> Future[_Written]:
     future: Future[_Written] = Future()
     try:
         future.set_result(write())
-    except Exception as error:  # told to the other ranks when they have written, too
+    except Exception as error:  # raised in `finish`, when the other ranks have written too
         future.set_exception(error)
     return future
 
 
 def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
-    """A daemon, unlike an executor's threads: a disk that hangs must not hold a process that has to end."""
+    """Run `write` in a daemon thread.
+
+    An executor's threads are no daemons: with a hanging disk, they would keep the process from ending.
+    """
     future: Future[_Written] = Future()
 
     def run() -> None:
@@ -152,9 +160,9 @@ def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
 def _writer(
     states: ModelStates, saving: Path, rank: int, copies: HostCopies | None
 ) -> Callable[[], _Written]:
-    """Return a function that writes this rank's file, the weights first: an export reads them in one go.
+    """Return a function that writes this rank's file, weights first, so that an export reads one range.
 
-    With `copies`, the file holds the states of this moment; without, those of the moment when it is written.
+    With `copies`, the file holds the states at the time of this call; without, those at the time of writing.
     """
     mine = [held for held in states.held() if held.saved_here]
     file = f"rank-{rank:05d}.safetensors"

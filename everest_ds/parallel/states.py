@@ -1,9 +1,8 @@
-"""Where DeepSpeed keeps the float32 weights and AdamW's moments: one view of them for all ZeRO stages.
+"""Access to the float32 weights and AdamW's moments of a DeepSpeed engine, the same for all ZeRO stages.
 
-Of each parameter, or of its shard of one that a tensor group shares, a rank holds at most one run of
-elements: all of them at stage 0, what falls into its part of a flattened group at stages 1 and 2, an equal
-share at stage 3. Nothing here is gathered: a rank saves the elements that it holds, and reads those that it
-will hold.
+A rank holds at most one contiguous range of each parameter (or of its tensor-parallel shard): all elements at
+stage 0, those that fall into its part of a flattened group at stages 1 and 2, an equal share at stage 3.
+Nothing is gathered here: a rank saves the elements that it holds, and reads the elements that it will hold.
 """
 
 from __future__ import annotations
@@ -27,16 +26,20 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 @dataclass(frozen=True)
 class Held:
-    """Elements `start` .. `start + numel` of a flattened parameter, or shard of one, held by this rank.
+    """The range `start` .. `start + numel` of a flattened parameter, or of its shard, held by this rank.
 
     Attributes:
-        shape: of the whole parameter.
-        cut: the shard that this rank has of it.
-        saved_here: this rank is the one to save them; another holds them too where it is False.
+        name: the parameter's name.
+        parameter: the parameter itself.
+        shape: shape of the whole parameter.
+        cut: this rank's tensor-parallel shard of the parameter.
+        start: first element of the range.
+        numel: number of elements in the range.
+        saved_here: True if this rank saves the range; False if another rank holds a copy and saves it.
     """
 
     name: str
-    parameter: Any  # nn.Parameter, with what DeepSpeed hangs on it
+    parameter: Any  # nn.Parameter, with the attributes that DeepSpeed adds
     shape: tuple[int, ...]
     cut: Cut
     start: int
@@ -45,26 +48,26 @@ class Held:
 
 
 class ModelStates(Protocol):
-    """The states of a model under one way of sharding."""
+    """Interface to the states of a model (weights and AdamW's moments), one implementation per sharding."""
 
     def held(self) -> Iterator[Held]:
-        """What this rank holds, in the order of the parameters."""
+        """Yield the ranges that this rank holds, in the order of the parameters."""
 
     def get(self, held: Held, state: str) -> Tensor:
-        """Return those elements of a state, float32 and flat: a view where they live."""
+        """Return the elements of `state` in the range `held`, float32 and flat; a view if possible."""
 
     def put(self, held: Held, state: str, values: Tensor) -> None:
-        """Set them. Call `refresh` after the last."""
+        """Set the elements of `state` in the range `held`. Call `refresh` after the last `put`."""
 
     def refresh(self) -> None:
-        """Make what the next forward pass computes with follow the float32 weights. Call on every rank."""
+        """Update the weights of the forward pass from the float32 weights. Call on every rank."""
 
     def slots(self) -> list[dict[str, Any]]:
-        """AdamW's own records on this rank, made if there are none yet: a step count and moments each."""
+        """Return AdamW's records on this rank (a step count and moments each); create missing ones."""
 
 
 def model_states(engine: Any, mesh: Mesh) -> ModelStates:
-    """The view that fits the engine's ZeRO stage."""
+    """Return the implementation of `ModelStates` for the engine's ZeRO stage and offload."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return _Replicated(engine, mesh)
@@ -74,7 +77,7 @@ def model_states(engine: Any, mesh: Mesh) -> ModelStates:
 
 
 def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
-    """The shape of a parameter before any rank had a part of it only."""
+    """Return the shape of a parameter before ZeRO or tensor parallelism sharded it."""
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     split = split_of(parameter)
     if split is not None:
@@ -86,25 +89,25 @@ def _held(
     name: str, parameter: Any, mesh: Mesh, start: int, numel: int, saved_by_data_rank: bool = True
 ) -> Held:
     shape, split = whole_shape(parameter, mesh), split_of(parameter)
-    if split is None:  # the same on every rank of the tensor group, of which one saves it
+    if split is None:  # equal on every rank of the tensor group, so only the first one saves it
         return Held(name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0)
     cut = Cut(mesh.tensor_rank, mesh.tensor_degree, math.prod(shape[: split.dim]) * split.pieces)
     return Held(name, parameter, shape, cut, start, numel, saved_by_data_rank)
 
 
 def optimizer_step(states: ModelStates) -> int:
-    """How many steps AdamW has counted."""
+    """Return the number of steps that AdamW has counted."""
     return max(int(slot["step"]) for slot in states.slots())
 
 
 def set_optimizer_step(states: ModelStates, step: int) -> None:
-    """Let AdamW go on counting from `step`."""
+    """Set AdamW's step counters to `step`."""
     for slot in states.slots():
         slot["step"].fill_(step)
 
 
 def loss_scale(engine: Any) -> dict[str, int | float] | None:
-    """State of the fp16 loss scaler; None in other precisions."""
+    """Return the state of the fp16 loss scaler; None in other precisions."""
     if not engine.fp16_enabled():
         return None
     scaler = engine.optimizer.loss_scaler
@@ -112,14 +115,14 @@ def loss_scale(engine: Any) -> dict[str, int | float] | None:
 
 
 def set_loss_scale(engine: Any, saved: dict[str, int | float] | None) -> None:
-    """Go on with a saved loss scale; without one, as DeepSpeed starts."""
+    """Restore a saved state of the fp16 loss scaler; None keeps DeepSpeed's initial state."""
     if saved is not None and engine.fp16_enabled():
         for name, value in saved.items():
             setattr(engine.optimizer.loss_scaler, name, value)
 
 
 class _Replicated:
-    """Stage 0: torch's AdamW over whole parameters, the same on every rank."""
+    """The states at stage 0: torch's AdamW over whole parameters, the same on every rank."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
@@ -143,7 +146,7 @@ class _Replicated:
         self._tensor(held.parameter, state).copy_(values.view_as(held.parameter))
 
     def refresh(self) -> None:
-        pass  # the forward pass computes with these very tensors
+        pass  # the forward pass uses the float32 weights themselves
 
     def slots(self) -> list[dict[str, Any]]:
         return _slots(self._optimizer, list(self._module.parameters()))
@@ -156,7 +159,7 @@ class _Replicated:
 
 
 class _Flattened:
-    """Stages 1 and 2: each group of parameters is one flat tensor, of which every rank holds a part."""
+    """The states at stages 1 and 2: each parameter group is a flat tensor, split over the ranks."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
@@ -193,7 +196,7 @@ class _Flattened:
 
 
 class _Partitioned:
-    """Stage 3: every parameter is cut into equal shares, the last ones filled up with zeros."""
+    """The states at stage 3: every parameter is cut into equal shares, padded with zeros at the end."""
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
@@ -230,7 +233,7 @@ class _Partitioned:
             safe_set_local_optimizer_state(held.parameter, share, state)
 
     def refresh(self) -> None:
-        # Small parameters stay whole between steps: cut them to the new shares, then gather them again.
+        # Small parameters stay gathered between steps: release them, then gather the new shares again.
         self._zero.checkpoint_event_prologue()
         self._zero.checkpoint_event_epilogue()
 
@@ -239,20 +242,19 @@ class _Partitioned:
 
 
 class _Swapped(_Partitioned):
-    """Stage 3 with optimiser states on a disk, from which DeepSpeed fetches those of one group at a time.
+    """The states at stage 3 with optimiser offload to a disk; DeepSpeed fetches one group at a time.
 
-    Neighbouring parameters share a group, so each is fetched about once, not for every parameter.
+    Neighbouring parameters share a group, so each group is fetched about once, not once per parameter.
     """
 
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         super().__init__(engine, mesh)
-        self._fetched: int | None = None  # group whose states are in memory, to be changed
-        self._copied: tuple[int, str] | None = None  # group and state that was read last
+        self._fetched: int | None = None  # the group whose states are in memory and may have changed
+        self._copied: tuple[int, str] | None = None  # the group and state that `_copy` holds
         self._copy: Tensor
 
-    def get(
-        self, held: Held, state: str
-    ) -> Tensor:  # of a copy on the host, for what is fetched is sent back
+    def get(self, held: Held, state: str) -> Tensor:
+        # A view of a host copy, because the fetched states themselves go back to the disk.
         group, start, _ = self._place(held)
         if self._copied != (group, state):
             self._send_back()
@@ -287,7 +289,7 @@ class _Swapped(_Partitioned):
         return [self._zero.optimizer.state[flat] for flat in self._zero.fp32_partitioned_groups_flat]
 
     def _place(self, held: Held) -> tuple[int, int, int]:
-        """Group of the parameter, and start and length of this rank's share in it."""
+        """Return the parameter's group, and the start and length of this rank's share in it."""
         place: tuple[int, int, int] = self._zero.grad_position[self._zero.get_param_id(held.parameter)]
         return place
 
@@ -296,7 +298,7 @@ class _Swapped(_Partitioned):
         return flat if state == WEIGHT else self._zero.optimizer.state[flat][state]
 
     def _fetch(self, group: int) -> None:
-        if self._zero._swappable_optimizer_subgroup(group):  # small ones stay in memory
+        if self._zero._swappable_optimizer_subgroup(group):  # small groups always stay in memory
             self._zero._optimizer_states_and_gradient_swap_in(group)
         self._fetched = group
 
@@ -307,7 +309,10 @@ class _Swapped(_Partitioned):
 
 
 def _slots(optimizer: torch.optim.AdamW, tensors: list[Tensor]) -> list[dict[str, Any]]:
-    """AdamW makes its record of a tensor at that tensor's first step; a resumed run needs it before."""
+    """Return AdamW's records of `tensors`, creating missing ones.
+
+    AdamW itself creates a record at the first step, which is too late for a resumed run.
+    """
     for tensor in tensors:
         slot = optimizer.state[tensor]
         if not slot:

@@ -1,7 +1,7 @@
-"""Videos that cannot be read while a run goes on: counted, written down, and the end of the run if too many.
+"""Record of the videos that cannot be read during a run; too many of them end the run.
 
-Each rank notes what its own loader could not read; rank 0 writes `broken.jsonl`, one object a line. Nothing
-is left out of an epoch for it: a stand-in is in the video's slot (`data.order.stand_ins`).
+Each rank notes the videos that its own loader could not read. Rank 0 writes `broken.jsonl`, one object per
+line. An epoch keeps its length: a replacement fills the video's slot (`data.order.stand_ins`).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from everest_ds.parallel.world import World
 
 
 class BrokenVideos:
-    """What could not be read, epoch by epoch.
+    """The unreadable videos of a run, by epoch.
 
     Args:
-        data: of the run: its `max_broken_pct`, and `train`, whose ledger learns of damaged files, so that
-            later runs leave them out. This run does not: its order would change.
-        file: where the run writes them down.
+        samples: the training samples of the run.
+        data: `max_broken_pct` is the limit per epoch. Damaged files are recorded in the ledger of `train`, so
+            that later runs leave them out; this run keeps them, because its order would change.
+        file: the `broken.jsonl` of the run.
+        world: the ranks of the run.
     """
 
     def __init__(self, samples: Sequence[Sample], data: DataConfig, file: Path, world: World) -> None:
@@ -36,26 +38,26 @@ class BrokenVideos:
         self._max_pct = data.max_broken_pct
         self._file = file
         self._world = world
-        self._noted: list[Failure] = []  # since the last `collect`, of this rank
-        self._known: set[Failure] = set()  # of all ranks
+        self._noted: list[Failure] = []  # failures of this rank since the last `collect`
+        self._known: set[Failure] = set()  # all collected failures of all ranks
 
     def forget_after(self, step: int) -> None:
-        """Take up where a run was saved: what came later will happen again. Call on every rank."""
+        """Drop failures after `step`, from which the run resumes: they will recur. Call on every rank."""
         rows = self._world.share(lambda: _keep_until(self._file, step))
         self._known = {Failure(*(row[name] for name in Failure._fields)) for row in rows}
 
     def note(self, failure: Failure) -> None:
-        """This rank's loader could not read a sample."""
+        """Note a sample that this rank's loader could not read."""
         self._noted.append(failure)
 
     def collect(self, step: int, epoch: int) -> int:
-        """Bring together what all ranks noted. Call on every rank.
+        """Gather and record the failures that all ranks have noted. Call on every rank.
 
         Returns:
-            Slots of `epoch` so far that a stand-in filled.
+            The number of slots of `epoch` that a replacement has filled so far.
 
         Raises:
-            DataError: on every rank, if an epoch lacks too many.
+            DataError: on every rank, if more than `max_broken_pct` of an epoch's videos are unreadable.
         """
         noted = {failure for part in self._world.gather(self._noted) for failure in part}
         self._noted = []
@@ -87,7 +89,7 @@ class BrokenVideos:
                 sample = self._samples[failure.sample]
                 if ledger.broken(sample) is None:
                     ledger.record(sample, failure.reason, by_run=True)
-        except DataError as error:  # data sets often lie where a run may not write; it has its own file
+        except DataError as error:  # data sets are often read-only, and the run has its own record
             logger.warning("%s", error)
 
     def _too_many(self, epoch: int, slots: list[int]) -> DataError:
@@ -95,7 +97,7 @@ class BrokenVideos:
         first = f"{self._samples[slots[0]].name}: {reasons[slots[0]]}"
         error = DataError(
             f"too many videos cannot be read in epoch {epoch}",
-            given=f"{len(slots)} of {len(self._samples)}, as {first}",
+            given=f"{len(slots)} of {len(self._samples)}, for example {first}",
             allowed=f"{self._max_pct:g} % (data.max_broken_pct)",
             fix=f"see {self._file}, repair the files, or raise data.max_broken_pct",
         )
@@ -106,7 +108,7 @@ class BrokenVideos:
 def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    lines = file.read_text().split("\n")[:-1]  # a last line cut off by a crash is no line
+    lines = file.read_text().split("\n")[:-1]  # drops a last line that a crash cut off
     rows = [row for row in map(json.loads, lines) if row["step"] <= step]
     shorter = file.with_name(f".{file.name}.tmp")
     shorter.write_text("".join(json.dumps(row) + "\n" for row in rows))

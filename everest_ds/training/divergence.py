@@ -1,8 +1,8 @@
-"""Whether losses and gradients are still numbers, on every rank and at every step, without waiting for it.
+"""Detection of losses and gradients that are not finite, on every rank and step, without delaying the device.
 
-Losses stay on the device until they are looked at: when a step is logged, before anything is saved, so that
-weights behind a loss of NaN are never written, and when DeepSpeed left out a step. It does so at ZeRO stages
-1 to 3, on all ranks alike, if the norm of the gradients is not finite; it learns that norm anyway.
+Losses stay on the device until they are checked: when a step is logged, before a checkpoint is saved (so that
+weights are never saved after a loss of NaN), and when DeepSpeed skipped a step. At ZeRO stages 1 to 3,
+DeepSpeed skips a step on all ranks if the norm of the gradients, which it computes anyway, is not finite.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from everest_ds.parallel.world import World
 
 _FIX = (
     "lower schedule.base_lr, set optimizer.clip_grad_norm, use precision=bf16 or fp32, or allow such steps to"
-    " be left out (run.max_skipped_steps); the last checkpoint is from before"
+    " be skipped (run.max_skipped_steps); the last checkpoint was saved before this step"
 )
-_NAMED = 4  # samples that the error names; the rank's log names all
+_NAMED = 4  # the error names this many samples at most; the rank's log names all
 
 
 class _Noted(NamedTuple):
@@ -33,7 +33,7 @@ class _Noted(NamedTuple):
 
 
 class _Found(NamedTuple):
-    """The first loss of a rank that is not a number, and the samples that it is of."""
+    """The first loss of a rank that is not finite, and the samples of its micro-batch."""
 
     step: int
     rank: int
@@ -42,7 +42,7 @@ class _Found(NamedTuple):
 
 
 class LossWatch:
-    """The losses of this rank's micro-batches since they were last looked at, and the steps left out."""
+    """The losses of this rank's micro-batches since the last check, and the skipped steps."""
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, world: World) -> None:
         self._samples = samples
@@ -50,29 +50,30 @@ class LossWatch:
         self._allowed = config.run.max_skipped_steps
         self._scales_loss = config.precision == "fp16"
         self._noted: list[_Noted] = []
-        self._skipped = range(0)  # the latest steps in a row that were left out
+        self._skipped = range(0)  # the most recent consecutive skipped steps
 
     def note(self, step: int, loss: Tensor, items: Tensor) -> None:
-        """Remember a micro-batch of optimiser step `step`: its loss, and which samples it has."""
+        """Remember the loss and the samples of a micro-batch of optimiser step `step`."""
         self._noted.append(_Noted(step, loss, items.tolist()))
 
     def check(self) -> None:
-        """Look at all losses noted. Call on every rank.
+        """Check all losses noted since the last check. Call on every rank.
 
         Raises:
-            DivergedError: on every rank, if one of them is not finite on any.
+            DivergedError: on every rank, if a loss of any rank is not finite.
         """
         found = self._look()
         if found is not None:
             raise self._error(found)
 
     def skipped(self, step: int) -> None:
-        """Step `step` was left out, on every rank: log the samples, and go on if that is allowed once more.
+        """Record that `step` was skipped and log its samples. Call on every rank.
 
-        Not counted is what fp16 is expected to do: gradients too large for its loss scale, of finite losses.
+        In fp16, a skipped step with finite losses does not count: gradients too large for the loss scale are
+        expected there.
 
         Raises:
-            DivergedError: on every rank, after more than `run.max_skipped_steps` in a row.
+            DivergedError: on every rank, after more than `run.max_skipped_steps` skipped steps in a row.
         """
         found = self._look()
         if found is None and self._scales_loss:
@@ -82,7 +83,7 @@ class LossWatch:
         if len(self._skipped) > self._allowed:
             raise self._error(found) if found else _no_gradient(step)
         logger.warning(
-            "step %d left out: a loss or gradient is not finite (%d in a row)", step, len(self._skipped)
+            "step %d skipped: a loss or gradient is not finite (%d in a row)", step, len(self._skipped)
         )
 
     def _look(self) -> _Found | None:
@@ -97,7 +98,7 @@ class LossWatch:
         if all(finite):
             return None
         step, loss, items = self._noted[finite.index(False)]
-        logger.error("loss %f at step %d, of the samples:", loss, step)
+        logger.error("the loss is %f at step %d; samples of this micro-batch:", loss, step)
         for item in items:
             logger.error("  %d: %s", item, self._samples[item].path)
         return _Found(step, self._world.rank, float(loss), items)
@@ -113,4 +114,6 @@ class LossWatch:
 
 
 def _no_gradient(step: int) -> DivergedError:
-    return DivergedError(f"a gradient is not finite at step {step}", given="finite losses", fix=_FIX)
+    return DivergedError(
+        f"a gradient is not finite at step {step}", given="finite losses on all ranks", fix=_FIX
+    )

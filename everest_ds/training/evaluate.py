@@ -1,6 +1,6 @@
-"""Evaluation of a classifier: every view of every sample, averaged, the same on any number of ranks.
+"""Evaluation of a classifier over all views of all samples, with the same result on any number of ranks.
 
-A sample of which a view cannot be read is missing: from every figure, and by name.
+A sample with an unreadable view is left out of every figure and reported by name.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from everest_ds.parallel.world import World
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier said about each sample that could be read.
+    """The predictions of a classifier for every readable sample.
 
     Attributes:
         probabilities: float32 (samples, classes), softmax averaged over the views.
         labels: int64 (samples,).
-        missing: the other samples' numbers, and why.
+        missing: index of each unreadable sample -> reason.
     """
 
     probabilities: NDArray[np.float32]
@@ -40,17 +40,17 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of the averaged probabilities."""
+        """The mean negative log-likelihood of the averaged probabilities."""
         true = self.probabilities[np.arange(len(self.labels)), self.labels]
         return float(-np.log(np.maximum(true, 1e-12)).mean())
 
     def top(self, k: int) -> float:
-        """Per cent of samples whose label is among the k likeliest classes."""
+        """Return the percentage of samples whose label is among the k most probable classes."""
         best = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return float(100 * (best == self.labels[:, None]).any(axis=1).mean())
 
     def confusion(self) -> NDArray[np.int64]:
-        """Counts (true class, predicted class)."""
+        """Return the confusion matrix of counts (true class, predicted class)."""
         classes = self.probabilities.shape[1]
         pairs = self.labels * classes + self.probabilities.argmax(axis=1)
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
@@ -69,13 +69,16 @@ def evaluate(
     """Evaluate `model` (an engine or a bare module) on all ranks together.
 
     Args:
-        samples: labelled.
-        mesh: how the ranks share the model; those of a tensor group must see the same views.
-        segments: temporal views of a sample.
-        crops: spatial views of each.
+        model: an engine or a bare module; its training mode is restored afterwards.
+        samples: labelled samples.
+        config: the run config.
+        mesh: how the ranks share the model; all ranks of a tensor group read the same views.
+        segments: temporal views per sample.
+        crops: spatial views per temporal view.
+        show_progress: show a progress display on rank 0.
 
     Raises:
-        DataError: none of the samples can be read.
+        DataError: if none of the samples can be read.
     """
     world = mesh.world
     was_training = model.training
@@ -101,7 +104,7 @@ def _average(
         logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
     if not present:
         name, reason = samples[0].name, missing[0]
-        raise DataError("none of the videos to evaluate on can be read", given=f"{name}: {reason}")
+        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
     means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
     labels = np.array([samples[index].label for index in present])
     return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
@@ -119,6 +122,9 @@ def _predict(
 
 
 def _together(loader: Iterator[ClipBatch], world: World) -> Iterator[ClipBatch]:
-    """The batches of a rank; an error of one rank's loader is raised on all. All have as many batches."""
+    """Yield this rank's batches; an error of one rank's loader is raised on all ranks.
+
+    All ranks have the same number of batches.
+    """
     while (batch := world.together(lambda: next(loader, None))) is not None:
         yield batch

@@ -1,4 +1,4 @@
-"""How long a run needs to stop in time, from its own steps and saves, against what SLURM grants it."""
+"""The time that a run needs to stop, from measured steps and saves, checked against SLURM's signal time."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from everest_ds.log import logger
 from everest_ds.units import format_duration
 
 FILE_NAME = "grace.json"
-# The signal may come right after a step began; a busy file system may take twice as long as it did.
+# The signal may arrive just after a step began, and a busy file system may be twice as slow as measured.
 _SAFETY = 2
 
 
 class Grace:
-    """The slowest step and save so far, of this start or, until both are known, of the one before.
+    """The time that a run needs to stop, from its slowest step and save so far.
+
+    Until this start has saved once, the measurement of the previous start is used.
 
     Args:
-        granted_s: between the signal and the end; None if nobody says.
-        file: where the measurement is kept for the next start; None on all ranks but one.
+        granted_s: seconds between the stop signal and the end of the job; None if unknown.
+        file: stores the measurement for the next start; None on all ranks but one.
     """
 
     def __init__(self, granted_s: float | None, file: Path | None) -> None:
@@ -30,16 +32,16 @@ class Grace:
             self._compare(json.loads(file.read_text())["needed_s"])
 
     def note_step(self, seconds: float) -> None:
-        """Note the host's time of a step and of what was due after it, without the save.
+        """Note the host time of a step, including logging and validation after it but not the save.
 
-        A GPU may still compute then. That shortens no estimate: the host can run ahead by a bounded number of
-        launches only, so its times add up to the device's, the longest is at least the mean step, and what
-        the device has left to do at a save counts as part of that save.
+        A GPU may still be computing when the host is done. This does not make the estimate too short: the
+        host can run ahead by a bounded number of launches only, so host times add up to device times, the
+        longest host time is at least the mean step, and work left on the device counts towards the save.
         """
         self._step_s = max(self._step_s, seconds)
 
     def note_save(self, seconds: float) -> None:
-        """A checkpoint was saved."""
+        """Note how long a checkpoint took to save, and store the measurement."""
         self._save_s = max(self._save_s, seconds)
         if self._file is not None:
             facts = {
@@ -52,7 +54,7 @@ class Grace:
 
     @property
     def needed_s(self) -> float:
-        """Two steps and two saves."""
+        """The seconds needed to stop: two of the slowest steps and two of the slowest saves."""
         return _SAFETY * (self._step_s + self._save_s)
 
     def _compare(self, needed_s: float) -> None:
@@ -60,7 +62,8 @@ class Grace:
             return
         self._warned = True
         logger.warning(
-            "too little time to stop: two of the slowest steps and saves take %s, --signal grants %s;"
+            "too little time to stop: two of the slowest steps and two of the slowest saves take %s,"
+            " but --signal leaves %s;"
             " fix: sbatch --signal=USR1@%d and EVEREST_SIGNAL_SECONDS=%d",
             format_duration(needed_s),
             format_duration(self._granted_s),

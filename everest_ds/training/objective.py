@@ -1,4 +1,4 @@
-"""What a batch costs: the loss of each task, given the engine's forward pass."""
+"""The training loss of each task, given the engine's forward pass."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Objective = Callable[[Forward, Batch], Tensor]
 
 
 def build_objective(config: Experiment) -> Objective:
-    """The training loss of the experiment's task."""
+    """Return the training loss function of the experiment's task."""
     if config.task == "pretrain":
         return lambda forward, batch: forward(*batch.arguments).loss
     smoothing = config.loss.label_smoothing

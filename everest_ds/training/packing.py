@@ -1,10 +1,10 @@
-"""ReRo in the loader's workers: only the kept tubelets cross to the rank and to the device.
+"""ReRo token selection in the loader's workers, so that only kept tubelets are copied to rank and device.
 
-Only for the score that needs no weights (`tokens.score=pixel`). The selection is the model's own function, so
-training on a CPU is exactly what it is without; a GPU sums scores in another order, and may break a near tie
-in another way.
+Packing is possible only for the score that needs no weights (`tokens.score=pixel`). The selection is the
+model's own function, so on a CPU training computes exactly the same with and without packing. A GPU sums
+scores in another order and may break a near tie differently.
 
-Shape legend: B clips, F frames, H x W pixels, N tokens, K kept, P values of a tubelet.
+Shape legend: B clips, F frames, H x W pixels, N tokens, K kept tokens, P values of a tubelet.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 
 
 class Packer:
-    """Replaces a clip by its kept tubelets and their indices."""
+    """A callable that replaces a clip by its kept tubelets and their indices."""
 
     def __init__(self, config: Experiment) -> None:
         self.geometry = config.model.geometry
@@ -29,7 +29,7 @@ class Packer:
 
     @torch.no_grad()
     def __call__(self, clip_FHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 (F, H, W, 3) -> uint8 (K, P) and int32 (K,), ascending."""
+        """Pack a clip: uint8 (F, H, W, 3) -> tubelets uint8 (K, P) and ascending indices int32 (K,)."""
         pixels_1NP = to_tubelets(clip_FHWC[None], self.geometry)
         scores = token_importance(pixels_1NP, self.geometry.num_slots, None, self.distance)
         keep_1K = select_tokens(scores, self.num_kept)
@@ -37,7 +37,10 @@ class Packer:
 
 
 def unpack(batch: PackedBatch, geometry: ClipGeometry) -> PackedBatch:
-    """The clips again, on the device, black where nothing was kept: nobody looks there."""
+    """Restore the clips of a packed batch on its device.
+
+    Discarded tubelets are black; the model does not read them.
+    """
     tubelets_BKP, keep_BK = batch.clip, batch.kept.long()
     pixels_BNP = tubelets_BKP.new_zeros(len(tubelets_BKP), geometry.num_tokens, tubelets_BKP.shape[2])
     pixels_BNP.scatter_(1, keep_BK[:, :, None].expand_as(tubelets_BKP), tubelets_BKP)

@@ -1,4 +1,4 @@
-"""Which parameters are decayed, and how fast each layer learns."""
+"""Parameter groups of the optimiser: weight decay and layer-wise learning rates."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from everest_ds.config.schema import OptimizerConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """AdamW groups: matrices are decayed, vectors (biases, norms, mask token) are not.
+    """Return AdamW's parameter groups, with weight decay for matrices only.
 
-    Each group has an `lr_scale`: layer_decay ** (distance of the layer from the head), as BEiT and
-    VideoMAE fine-tune. Layer 0 is the embedding, layer i + 1 is encoder block i, the rest is at the top.
+    Vectors (biases, norms, mask token) are not decayed. Each group has an `lr_scale`, which is layer_decay **
+    (distance of the layer from the head), as in the fine-tuning of BEiT and VideoMAE. Layer 0 is the
+    embedding, layer i + 1 is encoder block i, and all other parameters belong to the top layer.
     """
     top = 1 + max((_layer(name, 0) for name, _ in model.named_parameters()), default=0)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}

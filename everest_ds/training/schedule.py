@@ -1,4 +1,4 @@
-"""The learning rate of every step: linear warm-up, then a cosine down to `min_lr`. Pure numbers."""
+"""The learning-rate schedule: linear warm-up, then cosine decay to `min_lr`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.schema import ScheduleConfig
 
-REFERENCE_BATCH = 256  # rates are given for so many samples a step, as in VideoMAE
+REFERENCE_BATCH = 256  # configured rates apply to this many samples per step, as in VideoMAE
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Schedule:
     min_lr: float
 
     def lr(self, step: int) -> float:
-        """Rate of optimiser step `step`, counted from 0."""
+        """Return the learning rate of optimiser step `step`, counted from 0."""
         if step < self.warmup_steps:
             return self.warmup_lr + (self.peak_lr - self.warmup_lr) * step / self.warmup_steps
         progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
@@ -29,7 +29,7 @@ class Schedule:
 
 
 def build_schedule(config: ScheduleConfig, steps_per_epoch: int, samples_per_step: int) -> Schedule:
-    """Scale the configured rates to the samples of a step, and epochs to steps."""
+    """Build the schedule: scale the configured rates by the samples per step, and convert epochs to steps."""
     scale = samples_per_step / REFERENCE_BATCH
     return Schedule(
         total_steps=config.epochs * steps_per_epoch,

@@ -1,4 +1,4 @@
-"""Stopping and saving on request: signals and files only leave a wish; the loop grants it after the step."""
+"""Stopping and saving on request, by signals or files, which the training loop handles after each step."""
 
 from __future__ import annotations
 
@@ -7,36 +7,37 @@ from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
 
-# Ctrl-C; what schedulers send before the end; what SLURM users ask for with --signal.
+# From Ctrl-C; from schedulers before a job ends; from SLURM, as requested with --signal=USR1.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_FILE, SAVE_FILE = "kill", "save"
 
 
 class Wish(IntEnum):
-    """What somebody asked of the run; of several ranks' wishes the greatest counts."""
+    """The stop or save request of a run; if ranks differ, the greatest one counts."""
 
     NONE = 0
-    SAVE = 1  # the file RUN/save: save and go on
-    SIGNAL = 2  # a stop signal: save and stop, to be started again
+    SAVE = 1  # the file RUN/save: save and continue
+    SIGNAL = 2  # a stop signal: save and stop, to be resumed later
     KILL = 3  # the file RUN/kill: save and stop for good
 
     @property
     def stops(self) -> bool:
+        """True if the request ends the run."""
         return self >= Wish.SIGNAL
 
     @property
     def origin(self) -> str:
-        """Who asked, for the job log."""
+        """The origin of the request, for the job log."""
         return {Wish.SAVE: f"RUN/{SAVE_FILE}", Wish.KILL: f"RUN/{KILL_FILE}"}.get(self, "a signal")
 
 
 class StopRequest:
-    """Context in which the stop signals set `received` instead of ending the process.
+    """A context manager in which stop signals set `received` instead of ending the process.
 
-    A second Ctrl-C ends it at once.
+    A second Ctrl-C ends the process at once.
 
     Args:
-        run: the folder in which to look for the files `kill` and `save`; None on all ranks but one.
+        run: the run folder, in which the files `kill` and `save` are looked up; None on all ranks but one.
     """
 
     def __init__(self, run: Path | None = None) -> None:
@@ -54,14 +55,14 @@ class StopRequest:
             signal.signal(number, handler)
 
     def wish(self) -> Wish:
-        """What was asked of this rank until now."""
+        """Return the strongest request that this rank has received so far."""
         found = [wish for wish, file in self._files.items() if file.exists()]
         if self.received is not None:
             found.append(Wish.SIGNAL)
         return max(found, default=Wish.NONE)
 
     def granted(self, wish: Wish) -> None:
-        """Remove the file that asked for it, so that it does not ask again."""
+        """Remove the file behind a request that was carried out, so that it is not repeated."""
         if wish in self._files:
             self._files[wish].unlink(missing_ok=True)
 

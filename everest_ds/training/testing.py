@@ -1,4 +1,4 @@
-"""The multi-view test of a fine-tuned run, and what it leaves in the run folder."""
+"""The multi-view test of a fine-tuned run, and its result files in the run folder."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
 
     Returns:
-        Top-1 and top-5 in per cent, and one row a class; also in `evaluation.json`, with a picture of the
-        confusion matrix beside it.
+        Top-1 and top-5 accuracy in per cent, and one row per class. They are also written to
+        `evaluation.json`, next to a picture of the confusion matrix.
 
     Raises:
-        CheckpointError: if the run has no weights, or of another architecture.
+        CheckpointError: if the run has no weights, or weights of another architecture.
     """
     file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
     usable = world.share(lambda: read_samples(config, "test"))
@@ -43,7 +43,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     model.to(world.device)
     set_matmul_precision(config.precision)
     data = config.data
-    mesh = Mesh(world)  # the whole model on every rank, however it was trained
+    mesh = Mesh(world)  # every rank holds the whole model, even if training used tensor parallelism
     outcome = evaluate(model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True)
     missing = {problem.sample.name: problem.reason for problem in usable.excluded}
     missing |= {samples[index].name: reason for index, reason in outcome.missing.items()}
@@ -62,10 +62,10 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
 
 
 def class_names(config: Experiment) -> list[str]:
-    """Names of the classes, from `data.class_names` or their numbers.
+    """Return the class names from `data.class_names`; without that file, the class indices as text.
 
     Raises:
-        ConfigError: if there are not model.num_classes of them.
+        ConfigError: if the number of names is not model.num_classes.
     """
     count = config.model.num_classes or 0
     if config.data.class_names is None:
@@ -73,9 +73,9 @@ def class_names(config: Experiment) -> list[str]:
     names = read_class_names(config.data.class_names)
     if len(names) != count:
         raise ConfigError(
-            f"{config.data.class_names}: does not fit model.num_classes",
+            f"{config.data.class_names}: the number of names differs from model.num_classes",
             given=f"{len(names)} names",
-            allowed=f"{count}, one a line",
+            allowed=f"{count} names, one per line",
         )
     return names
 

@@ -1,4 +1,4 @@
-"""Where the time of training steps goes: waiting for data, or anything else."""
+"""Timing of training steps, with the time spent waiting for data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ T = TypeVar("T")
 
 
 class StepTimer:
-    """Clock of the steps between two reports.
+    """A clock for the steps between two reports.
 
-    A GPU computes after the host has gone on, so no single step is timed: the clock runs from `restart` to
-    the report that reads `seconds` after it has waited for the last loss. What is no step is left out by
-    `paused`.
+    A GPU computes asynchronously, so no single step is timed. The clock runs from `restart` to the report,
+    which reads `seconds` after waiting for the last loss. Time within `paused` does not count.
 
     Attributes:
-        steps: since `restart`.
-        waited: seconds in which the host waited for data, of those steps.
+        steps: number of steps since `restart`.
+        waited: seconds of those steps in which the host waited for data.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -29,18 +28,21 @@ class StepTimer:
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new interval. The device has nothing left to do."""
+        """Start a new interval. Call this when the device is idle."""
         self.steps, self.waited, self._paused = 0, 0.0, 0.0
         self._started = time.perf_counter()
 
     @property
     def seconds(self) -> float:
-        """Time of the steps since `restart`. Read it when the device has finished them."""
+        """The seconds spent on steps since `restart`; valid when the device has finished them."""
         return time.perf_counter() - self._started - self._paused
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what is no step, such as validation; begins when the device has finished its steps."""
+        """Exclude the time within this context, such as a validation, from the time of the steps.
+
+        The context begins and ends when the device has finished its work.
+        """
         self._finish()
         started = time.perf_counter()
         try:
@@ -55,7 +57,7 @@ class StepTimer:
 
 
 class Waited(Generic[T]):
-    """An iterator that books the time until its next item as waiting."""
+    """An iterator that adds the time until its next item to the timer's `waited`."""
 
     def __init__(self, items: Iterator[T], timer: StepTimer) -> None:
         self._items = items

@@ -117,7 +117,7 @@ def test_a_deepspeed_file_with_its_own_batch_size_is_refused(
     (tmp_path / "own.json").write_text(json.dumps(own))
     config = write_config(motion_data, tmp_path, parallelism={"ds_config": str(tmp_path / "own.json")})
     assert run_main(monkeypatch, "pretrain", str(config), "--dry-run") == 2
-    assert "`train_micro_batch_size_per_gpu` is owned by the run config" in capsys.readouterr().err
+    assert "`train_micro_batch_size_per_gpu` contradicts the run config" in capsys.readouterr().err
 
 
 def test_synthesised_videos_can_be_checked_and_a_broken_one_is_listed(

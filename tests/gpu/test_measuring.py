@@ -1,4 +1,4 @@
-"""Time and memory measured on a CUDA device."""
+"""Tests of time and memory measurements on a CUDA device."""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ def test_only_tf32_lets_products_round(strict_again: None) -> None:
 def test_a_cpu_refuses_it(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path).model_copy(update={"precision": "tf32"})
     (message,) = run_ranks(outcome, 1, config)
-    assert message == "ConfigError: precision: no TF32 on cpu; allowed: fp32; fix: set precision=fp32"
+    assert (
+        message == "ConfigError: precision: cpu does not support TF32; allowed: fp32; fix: set precision=fp32"
+    )
     assert not has_tf32(CPU)
 
 

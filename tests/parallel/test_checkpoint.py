@@ -1,4 +1,4 @@
-"""What a world saves, any other world takes up and saves again: the same bits, and the same next step."""
+"""Tests that a checkpoint loads bit-exactly in any other layout of ranks."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from tests.checkpoints.made import facts
 from tests.parallel.equality import experiment, global_batch, part
 from tests.ranks import run_ranks
 
-SAVED = 2  # steps done when the first world saves
+SAVED = 2  # number of steps before the first world saves
 
 
 class Layout(NamedTuple):
-    """How a world holds a model."""
+    """The way in which the ranks share a model: ZeRO stage and tensor degree."""
 
     stage: int
     tensor: int
@@ -43,7 +43,7 @@ Move = tuple[Layout, Layout]
 
 
 class Trained:
-    """The tiny classifier in one layout."""
+    """The tiny classifier and its engine in one layout."""
 
     def __init__(self, world: World, layout: Layout, precision: str) -> None:
         self.mesh = form_mesh(world, layout.tensor)
@@ -58,7 +58,7 @@ class Trained:
         self.engine: Engine = build_engine(model, groups, self.config, ds_config, world)
 
     def step(self, number: int) -> float:
-        """Mean loss of one optimiser step."""
+        """Run one optimiser step and return its mean loss."""
         set_learning_rate(self.engine, 1e-3)
         objective, losses = build_objective(self.config), []
         for micro in range(self.plan.grad_accum_steps):
@@ -75,7 +75,7 @@ class Trained:
 
 
 def train_and_save(world: World, folder: Path, precision: str, layouts: list[Layout]) -> list[float]:
-    """In each layout: train, save, and the loss of the step after."""
+    """Train and save in each layout; return the losses of the steps after saving."""
     losses = []
     for layout in layouts:
         trained = Trained(world, layout, precision)
@@ -88,7 +88,11 @@ def train_and_save(world: World, folder: Path, precision: str, layouts: list[Lay
 
 
 def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> list[float]:
-    """For each pair of layouts: load what the first saved into the second, save, go on."""
+    """Load the checkpoint of one layout in another and save it again, for each move.
+
+    Returns:
+        The losses of the steps after loading.
+    """
     losses = []
     for before, now in moves:
         source = before.folder(folder) / f"step-{SAVED:08d}"
@@ -111,7 +115,7 @@ def layouts(stages: tuple[int, ...], tensor_degrees: tuple[int, ...]) -> list[La
 
 
 def some_moves(before: list[Layout], now: list[Layout]) -> list[Move]:
-    """Every third pair: each layout with many of the other side."""
+    """Return every third pair of layouts, which combines each layout with many others."""
     return [(b, n) for (i, b), (j, n) in product(enumerate(before), enumerate(now)) if (i + j) % 3 == 0]
 
 

@@ -1,4 +1,4 @@
-"""A run's ranks start from the weights of one process, though none of them ever holds the whole model."""
+"""Tests of initial weights: ranks start from the weights of one process, and none holds the whole model."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def starts_as_one_process_would(world: World, cases: list[Case], init_from: Path
 
 
 def encoder_of_another(config: Experiment) -> Iterator[NamedTensor]:
-    """Not the weights that the seed gives."""
+    """Yield encoder weights that differ from those of the seed."""
     for name, parameter in dense(config).named_parameters():
         if name.startswith("encoder."):
             yield name, torch.sin(parameter.detach() + 1)
 
 
 def test_every_rank_starts_from_its_share_of_the_dense_weights(tmp_path: Path) -> None:
-    """Float32 weights in every bit, those that bfloat16 is rounded from too."""
+    """All float32 weights are bit-identical to those of one process, masters of bfloat16 weights included."""
     encoder = dict(encoder_of_another(experiment("finetune", 0, 1)))
     specs = {name: TensorSpec(torch.float32, tuple(tensor.shape)) for name, tensor in encoder.items()}
     publish_tensors(tmp_path / "encoder.safetensors", specs, iter(encoder.values()), {})
@@ -78,8 +78,8 @@ def watched(weights: InitialWeights, seen: list[int]) -> Iterator[NamedTensor]:
 
 
 def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
-    """Bytes that live at once at most; those of the rank's share; those of the largest module."""
-    from everest_ds.parallel.initial import fill  # deepspeed's groups exist by then
+    """Return the peak bytes during `fill`, the bytes of the rank's share, and those of the largest tensor."""
+    from everest_ds.parallel.initial import fill
 
     config = experiment("pretrain", 3, RANKS // tensor, tensor)
     mesh, model = form_mesh(world, tensor), outline(config)
@@ -97,4 +97,4 @@ def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
 def test_a_rank_holds_its_share_and_one_module_at_most(tensor: int) -> None:
     for most, share, largest in run_ranks(most_while_filled, RANKS, tensor):
         assert share < 0.7 * sum(p.nbytes for p in build_model(experiment("pretrain", 3, 1)).parameters())
-        assert most <= share + 1.1 * largest  # with a bias
+        assert most <= share + 1.1 * largest  # the margin covers the bias of the same module

@@ -1,4 +1,4 @@
-"""Videos that break while a run goes on: others stand in, they are counted and written down, and no more."""
+"""Tests of videos that turn out unreadable during a run: they are replaced, counted and recorded."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def train_and_test(world: World, config: Experiment) -> dict[str, object]:
 
 
 def with_a_broken_video(data: Path, folder: Path, split: str) -> Path:
-    """A copy of a manifest in which the first video is empty."""
+    """Write a copy of a manifest in which the first video is empty, and return its path."""
     folder.mkdir(exist_ok=True)
     (folder / "empty.mp4").touch()
     first, *rest = (data / f"{split}.txt").read_text().splitlines()
@@ -63,6 +63,7 @@ def test_the_next_run_leaves_out_what_this_one_found_broken(motion_data: Path, t
     data = {"train": str(manifest), "max_broken_pct": 5.0}
     (this, following) = (experiment(motion_data, tmp_path / name, data=data) for name in ("this", "next"))
     run_ranks(train_rank, 1, this)
-    assert read_training_samples(this, this.run.dir / "excluded.json").excluded == []  # not even if resumed
+    # The same run would still read the video if it were resumed.
+    assert read_training_samples(this, this.run.dir / "excluded.json").excluded == []
     (problem,) = read_training_samples(following, following.run.dir / "excluded.json").excluded
     assert problem.sample.path == tmp_path / "empty.mp4" and "empty" in problem.reason

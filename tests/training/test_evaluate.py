@@ -1,4 +1,4 @@
-"""Evaluation: the same on any number of ranks, with metrics as defined, and all its files."""
+"""Tests of evaluation: its metrics, its files, and equal results on any number of ranks."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
 
 
 def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
-    """Return the error that ends an evaluation on each rank when the loader of rank 1 fails."""
+    """Evaluate with a failing loader on rank 1, and return the error that ends the evaluation here."""
     if world.rank == 1:
         EvaluationClips.__getitem__ = fail
     try:
@@ -74,7 +74,7 @@ def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
 
 
 def fail(clips: EvaluationClips, items: Sequence[int]) -> Loaded:
-    raise RuntimeError("the machine is on fire")
+    raise RuntimeError("simulated failure")
 
 
 def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tmp_path: Path) -> None:
@@ -83,4 +83,4 @@ def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tm
     )
     run_ranks(train_rank, 1, config)
     for text in run_ranks(evaluate_with_a_failing_rank, 2, config):
-        assert "a loader worker failed; given: RuntimeError: the machine is on fire" in text
+        assert "a loader worker failed; given: RuntimeError: simulated failure" in text

@@ -1,4 +1,4 @@
-"""Tokens selected in the loader's workers: exactly what the model selects later, in fewer bytes."""
+"""Tests of token selection in the loader's workers: the same tokens as in the model, in fewer bytes."""
 
 from __future__ import annotations
 

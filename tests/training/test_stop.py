@@ -1,4 +1,4 @@
-"""What asks a run to stop or save, and whether it will be in time."""
+"""Tests of requests to stop or save, and of the warning about too little time to stop."""
 
 from __future__ import annotations
 
@@ -42,6 +42,6 @@ def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(
     for _ in range(2):
         grace.note_save(16.0)
     (told,) = caplog.records
-    assert "take 40s, --signal grants 30s; fix: sbatch --signal=USR1@41" in told.getMessage()
+    assert "take 40s, but --signal leaves 30s; fix: sbatch --signal=USR1@41" in told.getMessage()
     Grace(30.0, tmp_path / "grace.json")
     assert len(caplog.records) == 2

@@ -1,4 +1,4 @@
-"""Reported times: all of the steps, what the device does late included, and nothing but the steps."""
+"""Tests of reported step times: they include late work of the device, and nothing but steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.ranks import run_ranks
 from tests.training.faults import before, replaced
 from tests.training.runs import experiment, metrics
 
-_SLOW_S = 5.0  # longer than any step of these runs, on a busy machine too
+_SLOW_S = 5.0  # longer than any step of these runs, even on a busy machine
 _EPOCH = {"epochs": 1, "warmup_epochs": 0}
 _AUGMENT = {
     "rand_augment_ops": 4,
@@ -35,7 +35,7 @@ _PARTS = {"save": Saver, "evaluate": loop, "draw": loop, "mean": World}
 
 
 def train_slowly(world: World, config: Experiment, *slow: str) -> None:
-    """Train; the second call of each of the `slow` functions takes longer."""
+    """Train with a delay in the second call of each of the `slow` functions."""
     with ExitStack() as patches:
         for name in slow:
             sleep = before(lambda: time.sleep(_SLOW_S), call=2)
@@ -44,7 +44,7 @@ def train_slowly(world: World, config: Experiment, *slow: str) -> None:
 
 
 def seconds_of_steps(config: Experiment, run: Path) -> dict[int, float]:
-    """Seconds a step, as its line reports it."""
+    """Return the seconds per step, by step, as the metrics file reports them."""
     rows = [row for row in metrics(run) if "clips_per_s" in row]
     return {row["step"]: (config.batch.global_batch_size or 0) / row["clips_per_s"] for row in rows}
 
@@ -66,7 +66,7 @@ def test_saving_validation_and_pictures_are_no_steps(motion_data: Path, tmp_path
 
 
 def test_what_the_report_waits_for_is_part_of_the_steps(motion_data: Path, tmp_path: Path) -> None:
-    """A device that, like a GPU, still computes when the host has launched the last step."""
+    """Work that a device, such as a GPU, finishes after the last launch counts as part of the steps."""
     config = experiment(
         motion_data, tmp_path, data={"num_workers": 0}, schedule=_EPOCH, batch={"micro_batch_size": 8}
     )
@@ -76,7 +76,7 @@ def test_what_the_report_waits_for_is_part_of_the_steps(motion_data: Path, tmp_p
 
 
 class HostWaits(TorchDispatchMode):
-    """Counts reads of a tensor's value by the function of ours or of DeepSpeed that asks for it."""
+    """A counter of host reads of tensor values, by the EVEREST-DS or DeepSpeed function that reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class HostWaits(TorchDispatchMode):
 
 
 def waits_of_steps(world: World, config: Experiment) -> list[Counter[str]]:
-    """Return the waits of each training step."""
+    """Train, and return the counted host waits of each training step."""
     counts = []
 
     def counting(train_step: Any) -> Any:
@@ -114,5 +114,6 @@ def test_a_step_waits_for_the_device_once(motion_data: Path, tmp_path: Path) -> 
     )
     config = config.model_copy(update={"precision": "bf16"})
     _, counts, _ = run_ranks(waits_of_steps, 1, config)[0]
-    # the norm of the gradients; and on the host a message between ranks for each of two micro-batches
+    # The device is read once, for the norm of the gradients. The two other reads are messages between hosts,
+    # one for each micro-batch.
     assert counts == {"parallel/lean_update._scaled_norm": 1, "parallel/world.greatest": 2}
