@@ -103,7 +103,7 @@ def test_dry_run_prints_the_plan_and_writes_it(
     printed = capsys.readouterr().out
     plan = json.loads((tmp_path / "p.json").read_text())["plan"]
     assert code == 0
-    assert plan["steps"] == "9 = 3 a epoch x 3 epochs"
+    assert plan["steps"] == "9 = 3 per epoch x 3 epochs"
     assert plan["batch"].startswith("8 clips = 4 per rank and micro-batch x 1 accumulated x 2")
     assert "backbone: vit_tiny" in printed and plan["forward_gmacs_per_clip"] > 0
     assert not (tmp_path / "pretrain").exists()
