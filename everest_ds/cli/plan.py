@@ -113,7 +113,9 @@ def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
 
 
 def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
-    """Count the samples of an epoch; None if the number is unknown, because `data.train` is not set.
+    """Count the samples of an epoch, or return None if their number is unknown.
+
+    The number is unknown if `data.train` is not set.
 
     Args:
         config: config of the run.

@@ -57,7 +57,8 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
     device = DEVICES[gpus.product]
     plan, needed = plan_ranks(config, gpus.count), predict_memory(config, gpus.count)
     share = needed.peak_bytes / device.memory_bytes
-    fits = f"{100 * share:.0f} % of its {device.memory_gib} GB" if share <= 1 else "does NOT fit"
+    memory = f"a GPU's {device.memory_gib} GB"
+    fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
     machine = machine_from_sheet(gpus.product, device)
     step = predict_step(config, gpus.count, machine)
     return {

@@ -45,7 +45,7 @@ def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile =
 
 
 def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
-    """Compare the nodes, measure an all-reduce and check the disk space. A collective call for all ranks.
+    """Compare the nodes, measure an all-reduce and check the disk space. Every rank must make this call.
 
     Returns:
         The results as the rows of a table.

@@ -44,8 +44,8 @@ DryRun = Annotated[
     bool,
     typer.Option(
         "--dry-run",
-        help="Check the run without starting it: print the resolved config, the plan, and the predicted"
-        " memory and time.",
+        help="Check the run without starting it: print the resolved config and the plan and, for training,"
+        " the predicted memory and time.",
     ),
 ]
 On = Annotated[

@@ -1,4 +1,4 @@
-"""Checks of a machine before it runs EVEREST-DS, each with its result and its fix. Prints nothing."""
+"""Checks of a machine before it runs EVEREST-DS, returned as findings, each with a status and a fix."""
 
 from __future__ import annotations
 

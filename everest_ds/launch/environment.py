@@ -272,5 +272,5 @@ def _below(environ: Environ, name: str, limit: int) -> int:
 def _port(environ: Environ) -> int:
     port = _integer(environ, "MASTER_PORT")
     if not 0 < port < 2**16:
-        raise UsageError("environment variable MASTER_PORT is no TCP port", given=port, allowed="1 to 65535")
+        raise UsageError("environment variable MASTER_PORT is not a port", given=port, allowed="1 to 65535")
     return port

@@ -19,7 +19,7 @@ _FLAGS = frozenset(
     " --no-requeue --overcommit --oversubscribe --parsable --propagate --quiet --reboot --requeue"
     " --spread-job --test-only --use-min-nodes --verbose --wait -H -O -Q -W -k -s -v".split()
 )
-# Options that `submit` sets itself: passed on, they would bypass the checks made before submission.
+# Option of sbatch that `submit` rejects, because it would bypass our checks -> option to use instead.
 _OURS = {
     **dict.fromkeys(("-N", "--ntasks", "-n"), "--nodes with --gpus-per-node or --ntasks-per-node"),
     **dict.fromkeys(("-G", "--gpus", "--gpus-per-task", "--ntasks-per-gpu", "--gres"), "--gpus-per-node"),
@@ -102,7 +102,7 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         The positional words, and the options with their values.
 
     Raises:
-        UsageError: for an option that `submit` sets itself.
+        UsageError: for an option that `submit` rejects; names the option to use instead.
     """
     positional: list[str] = []
     options: list[str] = []
@@ -162,7 +162,7 @@ def _takes_next(word: str) -> bool:
 def _refuse_ours(word: str) -> None:
     name = word.partition("=")[0] if word.startswith("--") else word[:2]
     if name in _OURS:
-        raise UsageError("submit sets this sbatch option itself", given=word, fix=f"use {_OURS[name]}")
+        raise UsageError("submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}")
 
 
 def _named_options(job: BatchJob) -> list[str]:
