@@ -98,7 +98,7 @@ def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
     return (
         f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, and the same amount"
         f" of pinned memory if they use GPUs. Per rank: {workers} worker{'s' if workers > 1 else ''}"
-        f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two batches in use"
+        f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two in use"
         + (f"; WARNING: this machine has {found.detail}; fix: {found.fix}" if found.fix else "")
     )
 
