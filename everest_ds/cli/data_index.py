@@ -29,7 +29,9 @@ def index(
         int,
         typer.Option(min=1, help="Known data set: number of the official split (UCF101, HMDB51: 1 to 3)."),
     ] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder to write to; default: SOURCE.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; default: the path given as source.")
+    ] = None,
     val: Annotated[
         float, typer.Option(min=0, max=1, help="Class folders: fraction of the videos for validation.")
     ] = 0.1,
