@@ -1,4 +1,4 @@
-"""Resident memory of this process: what it holds now, and the most that it held since it was last asked."""
+"""Resident memory of this process: its current size, and its peak since the last reset."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _RESET_PEAK = "5"  # proc(5): the peak becomes what is resident now
 
 
 def resident_bytes() -> int:
-    """Now.
+    """Return the resident set size of this process, in bytes.
 
     Raises:
-        OSError: on a system without Linux' /proc.
+        OSError: if the system has no Linux /proc.
     """
     found = re.search(r"^VmRSS:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
     if found is None:
@@ -23,12 +23,15 @@ def resident_bytes() -> int:
 
 
 def peak_bytes() -> int:
-    """The most since `reset_peak`, or since the start of the process."""
+    """Return the peak resident set size since `reset_peak`, or since the process started, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reset_peak() -> bool:
-    """Forget the peak; False where the system forbids it, as some containers do, or knows no such thing."""
+    """Reset the peak to the current size, and return whether that succeeded.
+
+    Some containers forbid the reset, and systems other than Linux have no such call.
+    """
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)
     except OSError:

@@ -1,4 +1,4 @@
-"""Who may import whom: the arrows of the architecture, read from the source."""
+"""Tests of the import rules between the packages of the architecture, checked in the source text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "everest_ds"
 
 GROUND = {"cache", "errors", "log", "resident", "units", "shipped", "__init__"}
-# room -> rooms that it may import, besides the ground floor and itself
+# Package -> packages that it may import, besides itself and the modules of GROUND.
 ALLOWED: dict[str, set[str]] = {
     "config": set(),
     "models": {"config"},
@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
     },
     "__main__": {"cli"},
 }
-# library -> the only rooms that may import it
+# Library -> the only packages that may import it.
 OWNERS: dict[str, set[str]] = {
     "torch": {
         *{"models", "data", "checkpoints", "interchange", "inference"},
@@ -85,5 +85,5 @@ def test_torch_distributed_stays_in_parallel() -> None:
 
 
 def test_every_folder_of_sources_is_a_package() -> None:
-    """One that is not works in a checkout, and is missing from the wheel."""
+    """Every folder of sources has an `__init__.py`; a folder without one would be missing from the wheel."""
     assert all((folder / "__init__.py").is_file() for folder in {file.parent for file in SOURCES})

@@ -1,4 +1,4 @@
-"""A world of one process, for commands that no launcher starts."""
+"""A process group with this process as its only rank, for commands that run without a launcher."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
 
 @contextmanager
 def world_of_one() -> Iterator[World]:
-    """Join a world of this process alone, and leave it at the end. Once per process: DeepSpeed keeps the
-    groups of the first world.
+    """Join a process group with this process as its only rank, and leave the group at the end of the block.
 
-    It listens on the loopback interface only, so that it works on a machine without a network. The process's
-    environment is a single rank's meanwhile, whatever launcher started it.
+    A process can do this only once, because DeepSpeed keeps the groups of its first world. The group listens
+    on the loopback interface only, so that it works on a machine without a network. Within the block, the
+    environment variables are those of a single rank, even if a launcher started this process.
     """
     from everest_ds.launch.environment import detect
     from everest_ds.parallel.world import join_world, leave_world

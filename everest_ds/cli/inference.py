@@ -1,4 +1,4 @@
-"""`everest-ds features | predict`: a trained model at work on videos."""
+"""The commands `everest-ds features` and `everest-ds predict`, which apply a trained model to videos."""
 
 from __future__ import annotations
 
@@ -19,38 +19,47 @@ Model = Annotated[
     Path,
     typer.Option(
         "--model",
-        help="A run, a checkpoint or .safetensors file, a .pth of VideoMAE, EVEREST, MVD or MME, or a folder"
-        " of transformers' VideoMAE.",
+        help="The trained model: a run folder, a checkpoint, a .safetensors file, a .pth file of VideoMAE,"
+        " EVEREST, MVD or MME, or a folder of transformers' VideoMAE.",
     ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY.PATH=VALUE]...",
-        help="Settings to change: data.frame_stride=2, or tokens.selection=rero tokens.keep_ratio=0.6.",
+        help="Settings to change, such as data.frame_stride=2 or tokens.keep_ratio=0.6.",
     ),
 ]
-Segments = Annotated[int, typer.Option(min=1, help="Places in time to look at, averaged.")]
-Workers = Annotated[int, typer.Option(min=0, help="Decoding processes.")]
+Segments = Annotated[
+    int, typer.Option(min=1, help="Number of clips from different times of a video; results are averaged.")
+]
+Workers = Annotated[int, typer.Option(min=0, help="Number of processes that decode videos.")]
 CORES = min(8, os.cpu_count() or 1)
 _PLACES = ("second", "third", "fourth", "fifth")
-Crops = Annotated[int, typer.Option(min=1, help="Places in space to look at, averaged.")]
+Crops = Annotated[
+    int, typer.Option(min=1, help="Number of crops at different positions of a clip; results are averaged.")
+]
 
 
 def features(
-    videos: Annotated[Path, typer.Argument(help="A folder of videos, however nested, or a manifest.")],
+    videos: Annotated[
+        Path, typer.Argument(help="A folder of videos, searched recursively, or a manifest of videos.")
+    ],
     model: Model,
-    out: Annotated[Path, typer.Option("--out", help="Table to write: .npz, or .parquet (needs pyarrow).")],
+    out: Annotated[
+        Path, typer.Option("--out", help="File to write: .npz, or .parquet if pyarrow is installed.")
+    ],
     overrides: Overrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
     workers: Workers = CORES,
     json_file: JsonFile = None,
 ) -> None:
-    """Write one vector a video: the encoder's mean over the tokens that it keeps.
+    """Write one feature vector per video: the mean of the encoder's output over the tokens that it keeps.
 
-    Columns: video, label (of a manifest; -1 without), features. Stopped, the same command goes on. Videos
-    that cannot be read are listed, kept in OUT.ledger.jsonl, and left out; exit 3 if there are any.
+    The file has the columns video, label (from a manifest, otherwise -1) and features. Repeat the command to
+    resume an interrupted run. Videos that cannot be read are left out, listed and recorded in
+    OUT.ledger.jsonl; the exit code is then 3.
 
     Example: everest-ds features my_videos --model runs/pre --out features.npz
     """
@@ -75,7 +84,7 @@ def features(
         "videos": 0 if done.table is None else len(done.table.video),
         "there_already": done.num_known,
         "left_out": len(done.problems),
-        "features": "none" if done.table is None else f"{done.table.features.shape[1]} a video, float32",
+        "features": "none" if done.table is None else f"{done.table.features.shape[1]} per video, float32",
         "tokens": _tokens(network.config),
     }
     print_facts(f"{out}", facts)
@@ -86,26 +95,34 @@ def features(
 
 def predict(
     videos: Annotated[
-        Path, typer.Argument(help="A video, a folder of videos, however nested, or a manifest.")
+        Path,
+        typer.Argument(help="A video, a folder of videos, searched recursively, or a manifest of videos."),
     ],
     model: Model,
     overrides: Overrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
-    classes: Annotated[Path | None, typer.Option(help="Class names, one a line, in label order.")] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="Text file with one class name per line, in the order of the labels."),
+    ] = None,
     picture: Annotated[
         Path | None,
-        typer.Option(help="Of one video: where to draw its kept tokens. Default: VIDEO.kept.png, here."),
+        typer.Option(
+            help="Single video: picture of the kept tokens to write; default: VIDEO.kept.png in the current"
+            " folder."
+        ),
     ] = None,
     workers: Workers = CORES,
     csv_file: Annotated[
-        Path | None, typer.Option("--csv", metavar="FILE", help="Also write a line a video.")
+        Path | None,
+        typer.Option("--csv", metavar="FILE", help="Also write the results to FILE, one line per video."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Name the five likeliest classes of each video; of a single one, also draw the tokens that were kept.
+    """Predict the five most probable classes of each video; for a single video, also draw the kept tokens.
 
-    Videos that cannot be read are listed; exit 3 if there are any.
+    Videos that cannot be read are listed, and the exit code is then 3.
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
@@ -117,7 +134,7 @@ def predict(
     network = _load(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
     names = _class_names(network, classes)
     views = _views(segments, crops)
-    with progress_of("looking", len(samples) * views.num_views) as on_progress:
+    with progress_of("predicting", len(samples) * views.num_views) as on_progress:
         done = inference.predict(network, samples, views, on_progress)
     best = {samples[index].name: _best(row, names) for index, row in done.probabilities.items()}
     if single and best:
@@ -145,7 +162,7 @@ def _line(video: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _draw_kept(network: Any, video: Path, file: Path) -> None:
-    from matplotlib.image import imsave  # heavy
+    from matplotlib.image import imsave  # imported late, because importing matplotlib is slow
 
     from everest_ds.inference.predict import see
     from everest_ds.reports.kept_tokens import draw_kept
@@ -156,7 +173,7 @@ def _draw_kept(network: Any, video: Path, file: Path) -> None:
         imsave(file, draw_kept(*sight))
     except OSError as error:
         raise UsageError(f"{file}: cannot write the picture", given=error.strerror) from None
-    typer.echo(f"{file}: {sight.kept_Thw.mean():.0%} of the tokens ({_tokens(network.config)})")
+    typer.echo(f"{file}: {sight.kept_Thw.mean():.0%} of the tokens are kept ({_tokens(network.config)})")
 
 
 def _problem_rows(problems: list[Problem]) -> list[dict[str, Any]]:
@@ -187,11 +204,15 @@ def _tokens(config: Any) -> str:
 
 
 def _class_names(model: Any, file: Path | None) -> list[str]:
-    """From the file, the model's own, or numbers."""
+    """Return the class names from the file, else from the model, else names made of class numbers."""
     from everest_ds.data.manifest import read_class_names
 
     count = model.config.model.num_classes or 0
     names = read_class_names(file) if file else model.class_names or [f"class {i}" for i in range(count)]
     if len(names) != count:
-        raise UsageError(f"{file}: not the model's classes", given=f"{len(names)} names", allowed=count)
+        raise UsageError(
+            f"{file}: the number of class names is not the model's number of classes",
+            given=f"{len(names)} names",
+            allowed=count,
+        )
     return list(names)

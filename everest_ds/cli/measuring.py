@@ -1,4 +1,4 @@
-"""Training steps of one experiment, timed on this machine: the engine's and a plain loop's."""
+"""Timing of training steps on this machine, with the DeepSpeed engine and with a plain loop."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ if TYPE_CHECKING:
 
 
 def measure_step(subject: str, config: Experiment) -> tuple[Measured, Measured]:
-    """Measure a step of the engine that trains, and one of a plain loop without DeepSpeed, on one rank.
+    """Measure a training step of the DeepSpeed engine and one of a plain loop, both on one rank.
 
-    A global batch is that of a run on many ranks: here a step has the micro-batches of
-    `batch.grad_accum_steps`, one by default.
+    `batch.global_batch_size` is ignored, because it describes a run on many ranks: a step here has
+    `batch.grad_accum_steps` micro-batches, one by default.
+
+    Returns:
+        The measurements of the engine and of the plain loop.
 
     Raises:
-        ConfigError: the config does not run on one rank or on this device.
-        OutOfMemoryError: a step does not fit.
+        ConfigError: if the config cannot run on one rank or on this device.
+        OutOfMemoryError: if a step does not fit into the device's memory.
     """
     from everest_ds.profiling.measured import measure
     from everest_ds.training.run_folder import describe_environment
@@ -53,7 +56,10 @@ def _plain(config: Experiment, world: World) -> Iterator[TrainingStep]:
 
 
 def _phases(step: MeasuredStep, world: World) -> TrainingStep:
-    """The phases as in a run: it augments the next batch beside a step on a GPU, and within it on a CPU."""
+    """Divide a step into the phases of a real run.
+
+    On a GPU, a run augments the next batch concurrently with the step; on a CPU, it does so within the step.
+    """
     from everest_ds.profiling.phases import TrainingStep
 
     rest = step.backward, step.update, step.micro_batches

@@ -1,4 +1,4 @@
-"""Tables for people and the same rows as JSON for programs."""
+"""Output of the commands: human-readable tables, and the same rows as JSON or CSV for programs."""
 
 from __future__ import annotations
 
@@ -18,18 +18,20 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write what is printed as JSON.")
+    Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to FILE as JSON.")
 ]
 
-_UNBOUNDED = 10_000  # characters of a line
+_UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None = None) -> None:
-    """Print `rows` with their keys as columns.
+    """Print `rows` as a table, with their keys as columns.
 
     Args:
-        key: a column that tells rows apart. Columns that do not fit beside each other then go into further
-            tables, below, each with this column first; without it, their text is broken.
+        title: heading of the table.
+        rows: rows with equal keys.
+        key: column that identifies a row. Columns that exceed the console's width then move to further tables
+            below, each beginning with this column. If None, the text of the columns is wrapped instead.
     """
     from rich.console import Console
 
@@ -42,7 +44,7 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None =
 def _parts_that_fit(
     rows: Sequence[Mapping[str, Any]], names: list[str], key: str | None, console: Console
 ) -> list[list[str]]:
-    """The columns of each table."""
+    """Distribute the columns over as many tables as the console's width requires."""
     if key is None:
         return [names]
     parts, unbounded = [[key]], console.options.update(max_width=_UNBOUNDED)
@@ -67,7 +69,7 @@ def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
-    """Print name-value pairs."""
+    """Print a table with one name and value per row."""
     from rich.console import Console
     from rich.table import Table
 
@@ -81,7 +83,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar; call what this gives with the number that are done."""
+    """Show a progress bar, and yield a function that updates it with the number of finished items."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -91,7 +93,7 @@ def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
 
 
 def write_json(file: Path | None, value: object) -> None:
-    """Write `value` to `file`, if one was asked for."""
+    """Write `value` to `file` as JSON, unless `file` is None."""
     if file is None:
         return
     try:
@@ -102,7 +104,7 @@ def write_json(file: Path | None, value: object) -> None:
 
 
 def write_csv(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write `rows` with their keys as the first line, if a file was asked for."""
+    """Write `rows` to `file` as CSV with a header line of their keys, unless `file` is None."""
     if file is None:
         return
     try:

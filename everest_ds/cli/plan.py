@@ -1,4 +1,4 @@
-"""What a run is about to do, in numbers, before anything is built: no model, no GPU, no ranks."""
+"""The plan of a run as figures, computed from its config without a model, a GPU or other ranks."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.units import format_bytes, format_count
 
-_RANKS_PER_NODE = 8  # of the usual node with GPUs, where nothing says how many there are
+_RANKS_PER_NODE = 8  # assumed for a node with GPUs if the number is not given
 
 
 class Epoch(NamedTuple):
-    """The samples of an epoch, and where the number is from if not from the manifest."""
+    """The number of samples in an epoch, and the source of that number if it is not the manifest."""
 
     num_samples: int
     source: str = ""
@@ -30,14 +30,17 @@ class Epoch(NamedTuple):
 def describe_plan(
     config: Experiment, num_ranks: int, planned: bool = False, ranks_per_node: int | None = None
 ) -> dict[str, Any]:
-    """Model, tokens, batch arithmetic and predicted compute, for a table.
+    """Describe model, tokens, batch arithmetic and predicted compute of a run as the rows of a table.
 
     Args:
-        ranks_per_node: ranks that share a node's memory; all of up to eight by default.
-        planned: the data need not be there yet; see `count_samples`.
+        config: config of the run.
+        num_ranks: number of ranks of the run.
+        planned: True if the data need not exist yet; see `count_samples`.
+        ranks_per_node: ranks that share a node's memory; by default all ranks, but at most eight.
 
     Raises:
-        ConfigError, DataError: what cannot run, before any rank starts.
+        ConfigError: if the config cannot run on this number of ranks.
+        DataError: if the manifest is missing or malformed.
     """
     plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
@@ -45,11 +48,11 @@ def describe_plan(
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
         "clip": _clip(config),
-        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}), "
-        f"{counts.num_visible} in the encoder",
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}),"
+        f" {counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan, count_samples(config, planned)),
-        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at its peak",
+        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at the peak",
         "ranks": _ranks(config, plan),
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
@@ -64,7 +67,7 @@ def describe_plan(
 
 def _clip(config: Experiment) -> str:
     model, candidates = config.model, config.candidate_geometry
-    drawn = f", drawn from {candidates.num_frames} (IIFS)" if candidates != model.geometry else ""
+    drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
     return f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}"
 
 
@@ -75,33 +78,34 @@ def _selection(config: Experiment) -> str:
 
 
 def _compile(config: Experiment) -> str:
-    """Describe where the blocks are compiled (parallel/compile.py)."""
-    on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no: ZeRO-3"
+    """Describe on which devices torch.compile is applied to the blocks (parallel/compile.py)."""
+    on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no, because of ZeRO-3"
     return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
 
 
 def _ranks(config: Experiment, plan: BatchPlan) -> str:
     tensor = config.parallelism.tensor
-    shared = f" x {tensor} tensor-parallel (neighbours in a node)" if tensor > 1 else ""
+    shared = f" x {tensor} tensor-parallel (adjacent ranks of a node)" if tensor > 1 else ""
     return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
 
 
 def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
-    """Describe the shared memory that a node's loaders need, with the fix where this machine has less."""
+    """Describe the shared memory that a node's loaders need, with a fix if this machine has less."""
     workers, needed_bytes = config.data.num_workers, shared_memory_bytes(config, ranks_per_node)
     if not needed_bytes:
-        return "none: the ranks decode themselves (data.num_workers=0)"
+        return "none: the ranks decode the videos themselves (data.num_workers=0)"
     found = check_shared_memory(needed_bytes)
     return (
-        f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, on a GPU as much"
-        f" again pinned: {workers} workers x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))}"
-        " ahead, and two in use" + (f"; WARNING: here, {found.detail}: {found.fix}" if found.fix else "")
+        f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, and the same amount"
+        f" of pinned memory if they use GPUs. Per rank: {workers} worker{'s' if workers > 1 else ''}"
+        f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two in use"
+        + (f"; WARNING: this machine has {found.detail}; fix: {found.fix}" if found.fix else "")
     )
 
 
 def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
     if epoch is None:
-        return "unknown: no manifest"
+        return "unknown, because there is no manifest"
     from everest_ds.data.order import steps_per_epoch
 
     steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
@@ -109,14 +113,17 @@ def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
 
 
 def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
-    """The samples that an epoch has; None if `data.train` is not set.
+    """Count the samples of an epoch, or return None if their number is unknown.
+
+    The number is unknown if `data.train` is not set.
 
     Args:
-        planned: where there is no such manifest and its folder is called as an official data set, take
-            what that has; None where it is called otherwise.
+        config: config of the run.
+        planned: True if the manifest need not exist yet. The published size then replaces the count if the
+            manifest's folder has the name of a known data set; otherwise the number is unknown.
 
     Raises:
-        DataError: the manifest is not there, or is wrong.
+        DataError: if the manifest is missing (unless `planned`) or malformed.
     """
     manifest = config.data.train
     if manifest is None:
@@ -140,5 +147,5 @@ def _official_epoch(manifest: Path) -> Epoch | None:
     dataset = DATASETS.get(manifest.parent.name)
     if dataset is None:
         return None
-    source = f" ({dataset.num_train:,} samples, as published: {manifest} is not there)"
+    source = f" ({dataset.num_train:,} samples, the published number, because {manifest} does not exist)"
     return Epoch(dataset.num_train, source)

@@ -1,4 +1,4 @@
-"""What a run would need and how long it would take on GPUs of a kind, before there are any: `--dry-run`."""
+"""The predicted memory and time of a run on GPUs that need not be present, printed by `--dry-run`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ REFERENCE = "8xA100-80GB"  # the largest machine of the paper
 
 @dataclass(frozen=True)
 class Gpus:
-    """So many GPUs of one product, one rank on each."""
+    """A number of GPUs of one product, with one rank on each GPU."""
 
     count: int
     product: str
@@ -27,10 +27,10 @@ class Gpus:
 
 
 def parse_gpus(text: str) -> Gpus:
-    """`8xA100-80GB`, or `H100` for one.
+    """Parse a number of GPUs and their name, such as `8xA100-80GB`, or `H100` for one GPU.
 
     Raises:
-        UsageError: no such GPU, or no number of them.
+        UsageError: if the GPU or the number is unknown.
     """
     count, times, name = text.partition("x")
     if times and count.isdigit() and int(count):
@@ -39,23 +39,26 @@ def parse_gpus(text: str) -> Gpus:
 
 
 def memory_text(needed: MemoryPrediction) -> str:
-    """The peak of a rank, in words."""
-    return f"{format_bytes(needed.peak_bytes)} of a rank at its peak (predicted; {needed.peak_at})"
+    """Describe the predicted peak memory of one rank in words."""
+    return f"{format_bytes(needed.peak_bytes)} per rank at the peak (predicted; {needed.peak_at})"
 
 
 def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None) -> dict[str, Any]:
-    """Memory and time of training on `gpus`, for a table.
+    """Predict the memory and time of training on `gpus` as the rows of a table.
 
     Args:
-        num_samples: of an epoch; None if not known.
+        config: config of the run.
+        gpus: number and product of the GPUs.
+        num_samples: samples in an epoch; None if unknown.
 
     Raises:
-        ConfigError: the ranks do not divide, or the GPUs lack the precision.
+        ConfigError: if the batch cannot be divided among the ranks, or the GPUs do not support the precision.
     """
     device = DEVICES[gpus.product]
     plan, needed = plan_ranks(config, gpus.count), predict_memory(config, gpus.count)
     share = needed.peak_bytes / device.memory_bytes
-    fits = f"{100 * share:.0f} % of its {device.memory_gib} GB" if share <= 1 else "does NOT fit"
+    memory = f"a GPU's {device.memory_gib} GB"
+    fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
     machine = machine_from_sheet(gpus.product, device)
     step = predict_step(config, gpus.count, machine)
     return {

@@ -1,4 +1,4 @@
-"""`everest-ds preflight`, and the same before every run in a SLURM job: can these nodes train it?"""
+"""The check of a job's nodes, made by `everest-ds preflight` and before each run in a SLURM job."""
 
 from __future__ import annotations
 
@@ -19,12 +19,15 @@ if TYPE_CHECKING:
     from everest_ds.launch.node import NodeFacts
     from everest_ds.parallel.world import World
 
-# fp32 weights and AdamW's two moments; other tensors and the manifest are small.
+# fp32 weights and the two moments of AdamW; other tensors and the manifest are negligible.
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check the nodes that srun, mpirun or torchrun gives for this recipe; train nothing.
+    """Check whether the nodes of a job can train a recipe, without training.
+
+    Start this command with srun, mpirun or torchrun, like the training itself. The nodes must have the same
+    code, packages and data; the speed of their network and the disk space for checkpoints are shown.
 
     Example: srun --nodes=4 --ntasks-per-node=8 python -m everest_ds preflight my.yaml
     """
@@ -35,18 +38,21 @@ def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile =
     def act(world: World) -> None:
         facts = check_nodes(config, world)
         if world.is_main:
-            print_facts("Preflight: these nodes can train it", facts)
+            print_facts("Preflight: these nodes can train the recipe", facts)
             write_json(json_file, facts)
 
     in_world(config, act, tell_job=False)
 
 
 def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
-    """Compare the nodes, measure an all-reduce, look for room for a checkpoint. Call on every rank.
+    """Compare the nodes, measure an all-reduce and check the disk space. Every rank must make this call.
+
+    Returns:
+        The results as the rows of a table.
 
     Raises:
-        BadNodeError: naming nodes that differ from the others.
-        RunFolderError: there is no room for a checkpoint.
+        BadNodeError: if a node differs from the others or has a faulty GPU; names the node.
+        RunFolderError: if the disk has too little space for a checkpoint.
     """
     from everest_ds.parallel.preflight import all_reduce_bytes_per_s, device_digest
 
@@ -60,13 +66,15 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
         "gpus": nodes[0].gpus or "none",
         **({"warnings": "; ".join(found)} if found else {}),
         "clocks": f"within {_clock_spread(nodes):.3f} s",
-        "all_reduce": "one rank" if rate is None else f"{format_bytes(int(rate))}/s over {world.size} ranks",
-        "disk": f"{format_bytes(free_bytes)} free; checkpoints of {format_bytes(_checkpoint_bytes(config))}",
+        "all_reduce": "not measured with one rank"
+        if rate is None
+        else f"{format_bytes(int(rate))}/s over {world.size} ranks",
+        "disk": f"{format_bytes(free_bytes)} free, {format_bytes(_checkpoint_bytes(config))} per checkpoint",
     }
 
 
 def _facts_of_nodes(config: Experiment, world: World) -> list[NodeFacts]:
-    """One node's facts from each of its first ranks."""
+    """Gather the facts about every node, collected by the first rank of each node."""
     from everest_ds.launch.node import look
 
     token = world.share(lambda: _write_token(config.run.dir))
@@ -87,7 +95,7 @@ def _write_token(run: Path) -> Path:
 
 
 def _needed_files(config: Experiment) -> list[Path]:
-    """The manifests, and three of the videos."""
+    """Return the files that every node must see: the manifests, and three of the training videos."""
     from everest_ds.training.samples import read_samples
 
     data = config.data
@@ -99,12 +107,12 @@ def _needed_files(config: Experiment) -> list[Path]:
 
 
 def _check_disk(config: Experiment) -> int:
-    """Free bytes where the run folder is."""
+    """Return the free disk space at the run folder in bytes, or raise an error if it is too small."""
     config.run.dir.mkdir(parents=True, exist_ok=True)
     free, needed = shutil.disk_usage(config.run.dir).free, _checkpoint_bytes(config)
     if free < needed:
         raise RunFolderError(
-            f"{config.run.dir}: no room for a checkpoint",
+            f"{config.run.dir}: too little disk space for a checkpoint",
             given=f"{format_bytes(free)} free",
             allowed=f"{format_bytes(needed)} or more",
             fix="free disk space, or choose another run.dir",
@@ -119,7 +127,7 @@ def _checkpoint_bytes(config: Experiment) -> int:
 
 
 def _check_alike(nodes: Sequence[NodeFacts]) -> list[str]:
-    """Warnings; an unfit node is an error."""
+    """Return the warnings about nodes, or raise an error that names the unfit nodes."""
     from everest_ds.launch.node import compare
 
     found = compare(nodes)
@@ -143,8 +151,8 @@ def _check_digests(world: World, digest: str) -> None:
     names = sorted({node for node, other in found if other != right})
     if names:
         raise BadNodeError(
-            f"{', '.join(names)}: a GPU computes wrong products",
-            fix="exclude the node and tell its administrators",
+            f"{', '.join(names)}: a GPU computes wrong matrix products",
+            fix="exclude the node and report it to its administrators",
             nodes=",".join(names),
         )
 

@@ -1,4 +1,4 @@
-"""Which plots a report gets: from its rows, its runs and what was measured."""
+"""The plots of a report, drawn from its rows, its runs and its measurements."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from everest_ds.reports.figure import png_as_svg
 from everest_ds.reports.page import Plot
 from everest_ds.units import GIB
 
-_CLIPS = 32  # of the stacks
+_CLIPS = 32  # clips per GPU in the plot of memory by category
 _BATCH_SIZES = range(4, 97, 4)
 _LIMITS = ("A6000", "H100 SXM")
-_OUR_TRAINING = f"bf16, ZeRO-2 on {NUM_RANKS} ranks, fused attention, nothing recomputed"
+_OUR_TRAINING = f"bf16, ZeRO-2 on {NUM_RANKS} ranks, fused attention, no recomputation"
 
 
 def draw_plots(rows: Sequence[Row], runs: Sequence[Run], measured: Sequence[Measured]) -> list[Plot]:
-    """Every plot that there is something for."""
+    """Draw every plot for which the report has data."""
     return list(chain(_accuracy(rows), _memory(rows), _step_times(measured), _losses(runs), _clips(runs)))
 
 
@@ -50,7 +50,8 @@ def _accuracy(rows: Sequence[Row]) -> Iterator[Plot]:
     ]
     if bubbles:
         caption = (
-            "Kinetics-400: published accuracy over our GFLOPs; areas are parameters, arrows lead to EVEREST."
+            "Kinetics-400: published accuracy over our GFLOPs. The area of a circle shows the number of"
+            " parameters; an arrow leads from VideoMAE to EVEREST."
         )
         yield Plot("accuracy_over_gflops", caption, draw_bubbles(list(bubbles.values()), links), wide=True)
 
@@ -73,8 +74,8 @@ def _memory(rows: Sequence[Row]) -> Iterator[Plot]:
         for phase, config in trained_configs(method, largest).items()
     }
     training = f"{largest}, {_OUR_TRAINING}"
-    yield Plot("memory_over_batch", f"What fits: {training}.", _draw_batches(trained))
-    caption = f"Where memory goes at {_CLIPS} clips per GPU: {training}."
+    yield Plot("memory_over_batch", f"Peak memory over batch size: {training}.", _draw_batches(trained))
+    caption = f"Memory by category at {_CLIPS} clips per GPU: {training}."
     yield Plot("memory_by_category", caption, _draw_categories(trained))
 
 
@@ -103,7 +104,7 @@ def _draw_categories(trained: Mapping[tuple[str, str], Experiment]) -> str:
 def _step_times(measured: Sequence[Measured]) -> Iterator[Plot]:
     if measured:
         stacks = {f"{one.label}\n{one.device}": one.phases_ms for one in measured}
-        caption = "Where time goes in a training step; medians, data never waited for."
+        caption = "Duration of the phases of a training step: medians, without waiting for data."
         yield Plot("step_time", caption, draw_stacks(stacks, "ms (measured)"))
 
 
@@ -120,7 +121,10 @@ def _losses(runs: Sequence[Run]) -> Iterator[Plot]:
 
 
 def _clips(runs: Sequence[Run]) -> Iterator[Plot]:
-    """The last clip that each run has drawn; a reconstruction shows the kept tokens too."""
+    """Yield the pictures of the last clip of each run, without a picture that another one includes.
+
+    A reconstruction also shows the kept tokens, so their separate picture is left out.
+    """
     for run in runs:
         for name, caption in CAPTIONS.items():
             if name in run.pictures and not (name == "kept_tokens" and "reconstruction" in run.pictures):

@@ -1,4 +1,4 @@
-"""Run folders as rows of a report: what each computes, holds, reaches and how fast it goes."""
+"""Run folders as rows of a report: their compute, memory, throughput and accuracy."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from everest_ds.training.run_folder import read_metrics
 from everest_ds.units import GIB
 
 TABLE = "runs"
-_EVALUATION_FILE = "evaluation.json"  # of training.testing, whose import would bring DeepSpeed along
+_EVALUATION_FILE = "evaluation.json"  # repeated from training.testing, because importing it imports DeepSpeed
 HEADING = Heading(
     title="Runs",
-    text="Compute of one clip, memory of one rank (predicted: allocated; a run on a CPU measures what is"
-    " resident), throughput of all ranks together, median of the logged steps.",
+    text="Compute of one clip, memory of one rank and throughput of all ranks together, as the median of the"
+    " logged steps. Predicted memory is allocated memory; a run on a CPU measures resident memory.",
     columns={
         "parameters_m": "parameters, M",
         "training_gmacs": "training GMACs",
@@ -40,12 +40,15 @@ HEADING = Heading(
 
 @dataclass(frozen=True)
 class Run:
-    """What a run folder says.
+    """The contents of a run folder.
 
     Attributes:
-        pictures: PNG files of the last clip that was drawn, by name.
+        name: name of the run in the report.
+        config: resolved config of the run.
         metrics: rows of metrics.jsonl.
-        tested_top1: of `everest-ds evaluate`; None if that has not run.
+        environment: contents of environment.json.
+        tested_top1: top-1 accuracy of `everest-ds evaluate`, in percent; None if it has not run.
+        pictures: PNG files of the last clip that was drawn, by name.
     """
 
     name: str
@@ -57,21 +60,21 @@ class Run:
 
     @property
     def top1(self) -> float | None:
-        """Of the test if there was one, else of the best validation; None without either."""
+        """The top-1 accuracy of the test, or of the best validation if there was no test, in percent."""
         validated = [row["val_top1"] for row in self.metrics if "val_top1" in row]
         return max(validated, default=None) if self.tested_top1 is None else self.tested_top1
 
     @property
     def steps(self) -> list[dict[str, Any]]:
-        """Rows of training steps."""
+        """The rows of `metrics` that belong to training steps."""
         return [row for row in self.metrics if row.get("loss") is not None]
 
 
 def read_runs(folders: Sequence[Path]) -> list[Run]:
-    """Read the folders; runs go by their folders' names, or by paths where two names are equal.
+    """Read run folders; a run is named after its folder, or after its path if two folder names are equal.
 
     Raises:
-        RunFolderError: if one is no run's, or has not logged a training step.
+        RunFolderError: if a folder is not a run folder, or has no logged training step.
     """
     names = [folder.resolve().name for folder in folders]
     unique = len(set(names)) == len(names)
@@ -82,7 +85,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_rows(run: Run) -> list[Row]:
-    """Rows of table `runs`: compute of one clip, memory of one rank, throughput of all ranks together."""
+    """Return a run's rows of table `runs`: predicted and measured figures, in the units of `HEADING`."""
     world_size, versions = run.environment["world_size"], run.environment["packages"]
     commit = (run.environment["git"] or {}).get("commit", "unknown")[:7]
     ran = f"{world_size} ranks, torch {versions['torch']}, commit {commit}"
@@ -95,13 +98,15 @@ def _read_run(folder: Path, name: str) -> Run:
     environment, tested = folder / "environment.json", folder / _EVALUATION_FILE
     if not environment.is_file():
         raise RunFolderError(
-            f"{folder}: no {environment.name}", fix="give the folder of a run that has trained"
+            f"{folder}: {environment.name} is missing", fix="give the folder of a run that has trained"
         )
     top1 = json.loads(tested.read_text())["top1"] if tested.is_file() else None
     pictures = {file.stem: file.read_bytes() for file in (folder / "tensorboard").glob("*.png")}
     run = Run(name, load_experiment(folder), metrics, json.loads(environment.read_text()), top1, pictures)
     if not run.steps:
-        raise RunFolderError(f"{folder}: no training step is logged yet", fix="wait, or leave this run out")
+        raise RunFolderError(
+            f"{folder}: no training step is logged yet", fix="wait for the first step, or leave this run out"
+        )
     return run
 
 

@@ -1,4 +1,4 @@
-"""`everest-ds pretrain | finetune | evaluate`: start ranks, or be one of those already started."""
+"""The commands `everest-ds pretrain`, `finetune` and `evaluate`, which start ranks or run as one rank."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ if TYPE_CHECKING:
     from everest_ds.training.utilization import ClipCost
 
 Source = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
+    str,
+    typer.Argument(
+        metavar="RECIPE",
+        help="Config of the run: a recipe's name (see everest-ds recipes), a YAML file, or a run folder.",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -30,16 +34,26 @@ Overrides = Annotated[
 NumProcesses = Annotated[
     int | None,
     typer.Option(
-        "--nproc", min=1, help="Ranks to start on this machine, one a GPU. Leave out under torchrun or srun."
+        "--nproc",
+        min=1,
+        help="Number of ranks (processes) to start on this machine, one per GPU. Leave this out under"
+        " torchrun or srun, which start the ranks themselves.",
     ),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Print the resolved config, batch, predicted memory and time; stop."),
+    typer.Option(
+        "--dry-run",
+        help="Check the run without starting it: print the resolved config and the plan and, for training,"
+        " the predicted memory and time.",
+    ),
 ]
 On = Annotated[
     str | None,
-    typer.Option(metavar="GPUS", help="Of a dry run: for these, such as 4xH100; default 8xA100-80GB."),
+    typer.Option(
+        metavar="GPUS",
+        help="With --dry-run: GPUs to predict memory and time for, such as 4xH100; default: 8xA100-80GB.",
+    ),
 ]
 
 
@@ -51,7 +65,9 @@ def pretrain(
     on: On = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Pre-train a masked video autoencoder. Run the same command again to resume.
+    """Pre-train a masked video autoencoder on unlabelled videos.
+
+    Repeat the command to resume an interrupted run.
 
     Example: everest-ds pretrain demo_pretrain --nproc 2 schedule.epochs=10 run.dir=runs/first
     """
@@ -66,7 +82,10 @@ def finetune(
     on: On = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Fine-tune a classifier, from model.init_from=RUN if given. Run the same command again to resume.
+    """Fine-tune a video classifier on labelled videos.
+
+    Set model.init_from to a pre-training run to start from its weights. Repeat the command to resume an
+    interrupted run.
 
     Example: everest-ds finetune demo_finetune --nproc 2 model.init_from=runs/first
     """
@@ -80,7 +99,9 @@ def evaluate(
     dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Multi-view test of a fine-tuned run: top-1, top-5, a table by class and a confusion matrix.
+    """Test a fine-tuned classifier on several views (clips and crops) of each test video.
+
+    The results are top-1 and top-5 accuracy, a table by class and a confusion matrix.
 
     Example: everest-ds evaluate runs/finetuned --nproc 2 data.test_segments=2 data.test_crops=3
     """
@@ -102,7 +123,11 @@ def _train(
 ) -> None:
     config = load_for_task(task, source, overrides)
     if on is not None and not dry_run:
-        raise UsageError("--on is for --dry-run", given=f"--on {on}", fix="add --dry-run, or give --nproc")
+        raise UsageError(
+            "--on was given without --dry-run",
+            given=f"--on {on}",
+            fix="add --dry-run, or replace --on by --nproc",
+        )
     if dry_run:
         _show_plan(config, _planned_gpus(config, nproc, on), json_file)
         return
@@ -112,19 +137,20 @@ def _train(
 
 
 def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """The config of a run, which must be for `task`.
+    """Load the config of a run, and check that it is for `task`.
 
     Raises:
-        ConfigError: it cannot be read.
-        UsageError: it is for another task.
+        ConfigError: if the config cannot be read.
+        UsageError: if the config is for another task.
     """
     from everest_ds.config import load_experiment
 
     config = load_experiment(source, overrides)
     if config.task != task:
         raise UsageError(
-            f"{source}: is for task {config.task}",
-            fix=f"everest-ds {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
+            f"{source}: this config is for task {config.task}",
+            given=f"everest-ds {task}",
+            fix=f"run everest-ds {config.task} {source}, or choose a {task} recipe (everest-ds recipes)",
         )
     return config
 
@@ -145,9 +171,11 @@ def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool
 
 
 def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus:
-    """The GPUs of a dry run: those named, or as many of the reference's kind as there are to be ranks.
+    """Return the GPUs that a dry run makes its prediction for.
 
-    Where nothing says how many, it is the whole reference, or one where batch or data are too small for that.
+    These are the GPUs named by `--on`, or as many of the reference product as the run has ranks. If the
+    number of ranks is not given, the prediction is for the whole reference machine, or for one of its GPUs if
+    the batch or the data set is too small for that machine.
     """
     from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
     from everest_ds.launch.environment import detect
@@ -155,7 +183,11 @@ def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus
     if on is not None:
         gpus = parse_gpus(on)
         if nproc not in (None, gpus.count):
-            raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
+            raise UsageError(
+                "--on and --nproc name different numbers of GPUs",
+                given=f"--on {on} --nproc {nproc}",
+                fix="leave out --nproc",
+            )
         return gpus
     count, reference = nproc or detect().world_size, parse_gpus(REFERENCE)
     if nproc is None and count == 1 and _can_plan(config, reference.count):
@@ -174,10 +206,10 @@ def _can_plan(config: Experiment, num_ranks: int) -> bool:
 
 
 def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
-    """What `--dry-run` checks, and tells.
+    """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
 
     Raises:
-        EverestError: what cannot run.
+        EverestError: if the run cannot start.
     """
     from everest_ds.cli.plan import describe_plan
     from everest_ds.config import plan_ranks
@@ -196,12 +228,18 @@ def _started_ranks(
     config: Experiment,
     json_file: JsonFile,
 ) -> bool:
-    """Start the ranks here if --nproc asks for them, and end with their exit code."""
+    """Start the ranks on this machine if --nproc is given, and return whether it is.
+
+    Raises:
+        UsageError: if a launcher has already started this process as a rank.
+        EverestError: if the run cannot start.
+        typer.Exit: with the exit code of the ranks if they failed.
+    """
     if nproc is None:
         return False
     if "WORLD_SIZE" in os.environ:
         raise UsageError(
-            "--nproc inside a world that is already started",
+            "--nproc was given, but a launcher has already started the ranks",
             given=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="leave out --nproc under torchrun, deepspeed, mpirun or srun",
         )
@@ -211,7 +249,7 @@ def _started_ranks(
     if command != "evaluate":
         from everest_ds.parallel.nvme import check_nvme
 
-        describe_plan(config, nproc)  # refuses what cannot run before any rank starts
+        describe_plan(config, nproc)  # raises an error before any rank starts if the run cannot start
         check_nvme(config)
     json_options = [] if json_file is None else ["--json", str(json_file)]
     code = launch_local(nproc, [command, source, *overrides, *json_options], log_dir=config.run.dir / "logs")
@@ -221,9 +259,10 @@ def _started_ranks(
 
 
 def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool = True) -> None:
-    """Become one rank of the world this process was started in, and act there.
+    """Join the process group as one of its ranks, call `act`, and leave the group.
 
-    How it ends goes into the job log of the run, in a SLURM job and unless `tell_job` is false.
+    In a SLURM job, the way in which this rank ends is logged in the run's event log, unless `tell_job` is
+    false.
     """
     from everest_ds.cli.ending import early_stop, noted_ending
     from everest_ds.launch.environment import detect
@@ -257,7 +296,7 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
             print_facts(f"preflight: {job.nodes}", checked)
     train(config, world, _clip_cost(config, world), None if job is None else job.signal_s)
     if world.is_main:
-        typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
+        typer.echo(f"finished: {config.run.dir}; to see the curves: tensorboard --logdir {config.run.dir}")
 
 
 def _clip_cost(config: Experiment, world: World) -> ClipCost:

@@ -1,4 +1,4 @@
-"""A run's SLURM job: which one this is, whether it may go on, and whether to queue it again when it ends."""
+"""The SLURM job of this process: its identity, its permission to start, and the decision to requeue it."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from typing import Literal
 from everest_ds.errors import ExitCode, RestartError, UsageError
 from everest_ds.launch.job_log import JobEvent, append_event, read_events
 
-# Of a stop that the user asked for by a file: the job is over, though the run is not.
+# Stop reason of a run that the user stopped with a file: the job must not be requeued.
 STOPPED_BY_FILE = "RUN/kill"
-# Starts from the same step: one more than bad luck may need.
+# Starts from the same step after which a job counts as stuck: two can be bad luck.
 _FRUITLESS_STARTS = 3
 _MAX_RESTARTS = 50
 
 
 @dataclass(frozen=True)
 class Job:
-    """This SLURM job.
+    """The SLURM job that this process belongs to.
 
     Attributes:
-        restarts: how often it was requeued before this start.
-        max_restarts: how often it may be, in all.
-        nodes: SLURM's list of its nodes.
-        signal_s: how long before the end SLURM was told to send the signal; None if nobody says.
+        job_id: SLURM_JOB_ID.
+        restarts: number of times that the job was requeued before this start.
+        max_restarts: number of restarts allowed in all.
+        nodes: the job's nodes in SLURM's node-list notation.
+        signal_s: lead time of the signal that SLURM sends before the end, in seconds; None if unknown.
     """
 
     job_id: str
@@ -37,7 +38,7 @@ class Job:
     signal_s: float | None
 
     def event(self, kind: JobEventKind, **facts: int | str | None) -> JobEvent:
-        """An event of this start."""
+        """Return a log event of this start of the job."""
         return JobEvent(kind, self.job_id, self.restarts, **facts)  # type: ignore[arg-type]
 
 
@@ -45,10 +46,10 @@ JobEventKind = Literal["started", "stopped", "requeued", "finished", "failed"]
 
 
 def current_job(environ: Mapping[str, str] = os.environ) -> Job | None:
-    """The job that this process belongs to; None outside SLURM.
+    """Return the SLURM job that this process belongs to, or None outside SLURM.
 
     Raises:
-        UsageError: a variable is not a whole number.
+        UsageError: if a variable is not a whole number.
     """
     if "SLURM_JOB_ID" not in environ:
         return None
@@ -62,10 +63,10 @@ def current_job(environ: Mapping[str, str] = os.environ) -> Job | None:
 
 
 def begin(job: Job, run: Path, step: int) -> None:
-    """Note that the job starts from `step`.
+    """Log that the job starts from `step`, or that it may not start.
 
     Raises:
-        RestartError: it was restarted too often, or again and again without getting any further.
+        RestartError: if the job was restarted too often, or repeatedly without progress.
     """
     refusal = why_not_start(job, read_events(run), step)
     if refusal is not None:
@@ -75,12 +76,12 @@ def begin(job: Job, run: Path, step: int) -> None:
 
 
 def why_not_start(job: Job, events: Sequence[JobEvent], step: int) -> RestartError | None:
-    """What speaks against this start; None if nothing does."""
+    """Return why the job must not start again, or None."""
     if job.restarts > job.max_restarts:
         return RestartError(
             f"job {job.job_id} was restarted {job.restarts} times",
             allowed=job.max_restarts,
-            fix="see jobs.jsonl for the reasons; submit it again to go on",
+            fix="see jobs.jsonl for the reasons; submit the job again to resume the run",
         )
     starts = [
         e for e in events if e.event == "started" and e.job_id == job.job_id and e.restarts < job.restarts
@@ -88,22 +89,28 @@ def why_not_start(job: Job, events: Sequence[JobEvent], step: int) -> RestartErr
     recent = starts[1 - _FRUITLESS_STARTS :]
     if len(recent) == _FRUITLESS_STARTS - 1 and all(e.step == step for e in recent):
         return RestartError(
-            f"job {job.job_id} makes no progress: start number {len(starts) + 1} finds it at step {step},"
-            " as the two before it",
+            f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
+            " as did the two starts before it",
             given=_last_reason(events, job),
-            fix="put that right, or lower run.save_every_steps; then submit it again",
+            fix="remove the cause, or lower run.save_every_steps; then submit the job again",
         )
     return None
 
 
 def _last_reason(events: Sequence[JobEvent], job: Job) -> str:
     ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
-    return ends[-1] if ends else "no reason known: a node was lost, or the job was killed"
+    return ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is to become of a job whose ranks have ended; `bad_nodes` is SLURM's list of nodes to blame."""
+    """The decision whether to requeue a job whose ranks have ended.
+
+    Attributes:
+        requeue: True if the job goes back into the queue.
+        reason: reason for the decision.
+        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
+    """
 
     requeue: bool
     reason: str
@@ -111,32 +118,36 @@ class Verdict:
 
 
 def judge(job: Job, events: Sequence[JobEvent], code: int, state: str) -> Verdict:
-    """Whether to queue the job again.
+    """Decide whether the job goes back into the queue.
 
     Args:
-        events: of the run, of which those of this start count.
+        job: the job that is ending.
+        events: events of the run; only those of this start of the job count.
         code: srun's exit code.
-        state: SLURM's word on the job and the reason, such as `RUNNING/None`.
+        state: SLURM's state and reason of the job, such as `RUNNING/None`.
     """
     mine = [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
     verdict = _by_events(mine, code)
     if not verdict.requeue:
         return verdict
     if not may_be_requeued(state):
-        return Verdict(False, f"{verdict.reason}; SLURM says {state}")
+        return Verdict(False, f"{verdict.reason}; SLURM reports {state}")
     if job.restarts >= job.max_restarts:
         return Verdict(False, f"{verdict.reason}; restarted {job.restarts} times, which is the limit")
     return verdict
 
 
 def may_be_requeued(state: str) -> bool:
-    """Whether the job lives, or ran out of time. One that was cancelled, or that SLURM requeues, does not."""
+    """Return whether requeueing is allowed: the job is still running, or ended at its time limit.
+
+    A job that was cancelled, or that SLURM itself requeues, must not be requeued here.
+    """
     name, _, reason = state.partition("/")
     return name == "RUNNING" or reason == "TimeLimit"
 
 
 def _by_events(mine: Sequence[JobEvent], code: int) -> Verdict:
-    """By what the ranks said, else by the exit code."""
+    """Decide from the events that the ranks logged, or from the exit code if there are none."""
     own = [e for e in mine if e.event == "failed" and e.code not in (None, ExitCode.RANK_LOST)]
     if own:
         is_node = own[0].code == ExitCode.BAD_NODE
@@ -154,13 +165,13 @@ def _by_events(mine: Sequence[JobEvent], code: int) -> Verdict:
 def _by_code(code: int) -> Verdict:
     if code == ExitCode.STOPPED:
         return Verdict(True, "stopped before the first step")
-    if code > 128:  # as a shell counts signals
+    if code > 128:  # a shell reports signal n as 128 + n
         return Verdict(True, f"a rank was killed by signal {code - 128}")
     return Verdict(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
 
 
 def end(job: Job, run: Path, code: int, state: str) -> Verdict:
-    """Judge, and note the outcome in the run's folder if no rank has."""
+    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
     events = read_events(run)
     verdict = judge(job, events, code, state)
     told = any(e.job_id == job.job_id and e.restarts == job.restarts and e.event != "started" for e in events)
@@ -173,7 +184,10 @@ def end(job: Job, run: Path, code: int, state: str) -> Verdict:
 
 
 def note(job: Job | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
-    """A rank's own word on how it ended. A full disk must not hide what it is told about."""
+    """Log an event of this rank, if the rank belongs to a SLURM job.
+
+    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
+    """
     if job is not None:
         _append(run, job.event(kind, **facts))
 
@@ -182,11 +196,16 @@ def _append(run: Path, event: JobEvent) -> None:
     try:
         append_event(run, event)
     except OSError as error:
-        print(f"everest-ds: {run}: {event.event} is not in its log: {error}", file=sys.stderr, flush=True)
+        message = f"everest-ds: {run}: the event `{event.event}` could not be logged: {error}"
+        print(message, file=sys.stderr, flush=True)
 
 
 def _count(environ: Mapping[str, str], name: str, default: int) -> int:
     text = environ.get(name) or str(default)
     if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"environment variable {name}", given=repr(text), allowed="a whole number")
+        raise UsageError(
+            f"environment variable {name} is not a whole number",
+            given=repr(text),
+            allowed="an integer, 0 or more",
+        )
     return int(text)

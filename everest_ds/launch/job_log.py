@@ -1,6 +1,7 @@
-"""What became of a run's SLURM jobs: events, one JSON object a line, in the run folder's `jobs.jsonl`.
+"""The event log of a run's jobs: one JSON object per line in `jobs.jsonl` of the run folder.
 
-`everest-ds submit` writes the first line, the job itself the others; `everest-ds jobs` reads them.
+`everest-ds submit` writes the first line of a job, and the job itself writes the others. `everest-ds jobs`
+reads them.
 """
 
 from __future__ import annotations
@@ -19,11 +20,15 @@ Event = Literal["submitted", "started", "stopped", "requeued", "finished", "fail
 
 @dataclass(frozen=True)
 class JobEvent:
-    """One thing that happened to a job of this run.
+    """One event in the life of a job of this run.
 
-    `restarts` counts the starts before this one (SLURM_RESTART_COUNT); `step` is the last step that was done;
-    `nodes` are those of the job when it started, and those to blame when it failed; `code` is the exit code
-    of a rank that failed; `task` is the command of the job, of which a run can have several.
+    Attributes:
+        restarts: starts of the job before this one (SLURM_RESTART_COUNT).
+        step: last completed optimizer step.
+        nodes: all nodes of the job when it started; the nodes at fault when it failed.
+        code: exit code of the rank that failed.
+        task: command of the job, such as pretrain; a run can have jobs of several commands.
+        seconds: time of the event, in seconds since the Unix epoch.
     """
 
     event: Event
@@ -38,7 +43,7 @@ class JobEvent:
 
 
 def append_event(run: Path, event: JobEvent) -> None:
-    """Add one line, whole even if several processes write at once."""
+    """Append one event as a single write, so that lines of concurrent processes do not mix."""
     line = json.dumps(asdict(event)) + "\n"
     file = os.open(run / FILE_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
@@ -48,7 +53,7 @@ def append_event(run: Path, event: JobEvent) -> None:
 
 
 def read_events(run: Path) -> list[JobEvent]:
-    """All events, oldest first; a last line that a crash cut short is left out."""
+    """Return all events of a run, oldest first, without a last line that a crash cut short."""
     file = run / FILE_NAME
     if not file.exists():
         return []

@@ -1,6 +1,6 @@
-"""What SLURM says of jobs: from squeue while it remembers them, from sacct where accounting does.
+"""SLURM's records of jobs, read from squeue, or from sacct for jobs that squeue no longer lists.
 
-Only fields without free text are asked for, so that no job's name can be taken for another field.
+Only fields without free text are requested, so that a job's name cannot be mistaken for another field.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ _SQUEUE = "JobArrayID JobID State exit_code RestartCnt TimeUsed NumNodes NodeLis
 _SACCT = "JobID JobIDRaw State ExitCode Elapsed NNodes NodeList Reason".split()
 _JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")
 _SIGNAL_CODE = 128
-# Ids of one call: a command line has an end.
+# Job ids in one call, because the length of a command line is limited.
 _AT_ONCE = 500
 
 
 @dataclass(frozen=True)
 class JobState:
-    """One job, as SLURM tells it.
+    """SLURM's record of one job.
 
     Attributes:
         job_id: `123`, or `123_4` for task 4 of an array.
-        raw_id: what the job itself sees as SLURM_JOB_ID; differs from `job_id` in arrays.
-        state: SLURM's word in full: PENDING, RUNNING, OUT_OF_MEMORY, ...
-        exit_code: of the batch script; 128 + n if signal n ended it.
-        restarts: times that it was requeued; None where not told.
-        reason: SLURM's, of waiting or of the end; "" without one.
+        raw_id: SLURM_JOB_ID inside the job; differs from `job_id` in arrays.
+        state: SLURM's state in full: PENDING, RUNNING, OUT_OF_MEMORY, ...
+        exit_code: exit code of the batch script; 128 + n if signal n ended it.
+        restarts: number of times that the job was requeued; None if unknown.
+        elapsed: run time in SLURM's format, such as 1-02:03:04.
+        num_nodes: number of allocated or requested nodes.
+        nodes: allocated nodes in SLURM's node-list notation; "" while the job is pending.
+        reason: SLURM's reason why the job waits or ended; "" without one.
     """
 
     job_id: str
@@ -45,30 +48,32 @@ class JobState:
 
     @property
     def waits(self) -> bool:
-        """Queued, or requeued."""
+        """Return whether the job is in the queue, for its first start or for a restart."""
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
     @property
     def runs(self) -> bool:
-        """Holds nodes."""
+        """Return whether the job occupies nodes."""
         return self.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
 
     @property
     def is_over(self) -> bool:
-        """Will do nothing more by itself."""
+        """Return whether the job has ended and will not restart by itself."""
         return not (self.waits or self.runs)
 
 
 def is_job_id(text: str) -> bool:
-    """Whether SLURM could have given this id."""
+    """Return whether the text has the format of a SLURM job id, such as `123` or `123_4`."""
     return _JOB_ID.fullmatch(text) is not None
 
 
 def query_jobs(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """What SLURM knows of these jobs, under both ids of each; those it has forgotten are left out.
+    """Ask SLURM for the state of these jobs, and return the states by job id and by raw id.
+
+    Jobs that SLURM no longer knows are left out.
 
     Raises:
-        UsageError: the controller does not answer.
+        UsageError: if the controller does not answer.
     """
     wanted = sorted({job_id for job_id in job_ids if is_job_id(job_id)})
     found: dict[str, JobState] = {}
@@ -81,7 +86,7 @@ def query_jobs(job_ids: Iterable[str]) -> dict[str, JobState]:
 
 
 def parse_squeue(text: str) -> list[JobState]:
-    """Lines of `squeue -O` with the fields asked for here."""
+    """Parse the output of `squeue -O` with the fields of `_SQUEUE`."""
     states = []
     for line in text.splitlines():
         fields = line.split("|", len(_SQUEUE) - 1)
@@ -105,7 +110,10 @@ def parse_squeue(text: str) -> list[JobState]:
 
 
 def parse_sacct(text: str) -> list[JobState]:
-    """Lines of `sacct -P -n -X` with the fields asked for here; of a requeued job its last start counts."""
+    """Parse the output of `sacct -P -n -X` with the fields of `_SACCT`.
+
+    For a requeued job sacct reports the last start.
+    """
     states = []
     for line in text.splitlines():
         fields = line.split("|", len(_SACCT) - 1)
@@ -115,7 +123,7 @@ def parse_sacct(text: str) -> list[JobState]:
                 JobState(
                     job_id,
                     raw,
-                    state.split(" ")[0],  # "CANCELLED by 1000"
+                    state.split(" ")[0],  # sacct appends the user: "CANCELLED by 1000"
                     _from_pair(code),
                     None,
                     elapsed,
@@ -135,7 +143,7 @@ def _ask_squeue(job_ids: Sequence[str]) -> list[JobState]:
     try:
         return parse_squeue(call(words))
     except UsageError as error:
-        if "Invalid job id" in str(error):  # it has forgotten all of them
+        if "Invalid job id" in str(error):  # squeue no longer knows any of the jobs
             return []
         raise
 
@@ -149,7 +157,8 @@ def _add(found: dict[str, JobState], states: Sequence[JobState]) -> None:
     for state in states:
         found[state.job_id] = state
     for state in states:
-        found.setdefault(state.raw_id, state)  # an array's own id is also the raw id of its last task
+        # A job id takes precedence, because the id of an array is also the raw id of its last task.
+        found.setdefault(state.raw_id, state)
 
 
 def _from_wait_status(status: int) -> int:

@@ -1,4 +1,4 @@
-"""SLURM's two compact notations, read without calling `scontrol`: node lists and task counts."""
+"""Parsers of SLURM's two compact notations, node lists and task counts, that do not call `scontrol`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ _ELEMENT = rf"(?:[^\[\],\s]|\[{_RANGE}(?:,{_RANGE})*\])+"
 _NODELIST = re.compile(rf"{_ELEMENT}(?:,{_ELEMENT})*")
 _PIECE = re.compile(r"\[[^\]]*\]|[^\[\]]+")
 _TASK_COUNT = re.compile(r"([0-9]{1,9})(?:\(x([0-9]{1,9})\))?")
-# SLURM's own bound on one range (MAX_RANGE); a mistyped digit must not fill the memory.
+# SLURM's own bound on one range (MAX_RANGE), so that a mistyped digit cannot exhaust the memory.
 MAX_HOSTS = 64 * 1024
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """`gpu-a[01-03,07],login` -> the host names in order, as `scontrol show hostnames` prints them.
+    """Expand a node list such as `gpu-a[01-03,07],login` to host names, as `scontrol show hostnames` does.
 
     Raises:
-        UsageError: the notation is malformed or names more than `MAX_HOSTS` hosts.
+        UsageError: if the notation is malformed or names more than `MAX_HOSTS` hosts.
     """
     if not _NODELIST.fullmatch(nodelist):
         raise _malformed(nodelist)
@@ -37,7 +37,7 @@ def expand_nodelist(nodelist: str) -> list[str]:
 
 
 def _in_slurms_order(pieces: Sequence[str], choices: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
-    """Combinations as SLURM counts them: the last bracket fastest, then the first, the second, ..."""
+    """Yield all combinations in SLURM's order: the last bracket varies fastest, then the first, and so on."""
     last = max((i for i, piece in enumerate(pieces) if piece.startswith("[")), default=0)
     for before in itertools.product(*reversed(choices[:last])):
         for after in itertools.product(*choices[last:]):
@@ -45,7 +45,7 @@ def _in_slurms_order(pieces: Sequence[str], choices: Sequence[Sequence[str]]) ->
 
 
 def _choices(piece: str, nodelist: str) -> Sequence[str]:
-    """The texts one piece stands for: itself, or every number of its brackets."""
+    """Return the texts that one piece expands to: the piece itself, or every number in its brackets."""
     if not piece.startswith("["):
         return [piece]
     numbers: list[str] = []
@@ -59,10 +59,10 @@ def _choices(piece: str, nodelist: str) -> Sequence[str]:
 
 
 def expand_task_counts(counts: str) -> list[int]:
-    """`4(x2),3` -> `[4, 4, 3]`: tasks on each node, as SLURM writes `SLURM_TASKS_PER_NODE`.
+    """Expand SLURM_TASKS_PER_NODE to the number of tasks on each node: `4(x2),3` -> `[4, 4, 3]`.
 
     Raises:
-        UsageError: the notation is malformed.
+        UsageError: if the notation is malformed.
     """
     tasks: list[int] = []
     for item in counts.split(","):
@@ -70,7 +70,7 @@ def expand_task_counts(counts: str) -> list[int]:
         repeat = int(match[2] or 1) if match else 0
         if match is None or not 0 < repeat <= MAX_HOSTS:
             raise UsageError(
-                "SLURM task counts cannot be read", given=repr(counts), allowed="such as 4(x2),3"
+                "the SLURM task counts are malformed", given=repr(counts), allowed="a list such as 4(x2),3"
             )
         tasks.extend([int(match[1])] * repeat)
     return tasks
@@ -78,7 +78,7 @@ def expand_task_counts(counts: str) -> list[int]:
 
 def _malformed(nodelist: str) -> UsageError:
     return UsageError(
-        "SLURM node list cannot be read",
+        "the SLURM node list is malformed or too long",
         given=repr(nodelist),
-        allowed=f"such as node[1-3,7],gpu-a[01-10]; at most {MAX_HOSTS} hosts",
+        allowed=f"a list such as node[1-3,7],gpu-a[01-10], with at most {MAX_HOSTS} hosts",
     )

@@ -1,4 +1,4 @@
-"""Which rank runs where, before any node is there: SLURM's block distribution over a node list."""
+"""The host of every rank, predicted before a job starts from SLURM's block distribution over a node list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from everest_ds.launch.nodelist import expand_nodelist
 
 
 class RankPlace(NamedTuple):
-    """One rank's seat."""
+    """The host of one rank, and the rank's number on that host."""
 
     rank: int
     host: str
@@ -18,7 +18,10 @@ class RankPlace(NamedTuple):
 
 
 def place_ranks(hosts: Sequence[str], ranks_per_node: int) -> list[RankPlace]:
-    """Rank 0 on the first host; a host's ranks are neighbours, so that tensor groups stay on it."""
+    """Assign consecutive ranks to each host, beginning with rank 0 on the first host.
+
+    The ranks of a host are consecutive, so that tensor-parallel groups stay within one host.
+    """
     return [
         RankPlace(node * ranks_per_node + local_rank, host, local_rank)
         for node, host in enumerate(hosts)
@@ -27,16 +30,16 @@ def place_ranks(hosts: Sequence[str], ranks_per_node: int) -> list[RankPlace]:
 
 
 def hosts_of(nodelist: str, num_nodes: int) -> list[str]:
-    """The hosts that `--nodelist` names.
+    """Return the hosts that `--nodelist` names.
 
     Raises:
-        UsageError: the notation is malformed, or a list that `--nodes` cannot be taken from.
+        UsageError: if the notation is malformed, or the list does not name `num_nodes` different hosts.
     """
     hosts = expand_nodelist(nodelist)
     if len(hosts) != len(set(hosts)) or len(hosts) != num_nodes:
         raise UsageError(
             "--nodelist and --nodes disagree",
-            given=f"{len(set(hosts))} different hosts of {len(hosts)} named, --nodes {num_nodes}",
+            given=f"{len(hosts)} hosts named, {len(set(hosts))} of them different, with --nodes {num_nodes}",
             fix="name as many hosts as --nodes asks for, each once",
         )
     return hosts

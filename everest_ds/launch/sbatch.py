@@ -1,6 +1,6 @@
-"""The sbatch command of a job, as a pure function of what is asked: nothing here calls SLURM.
+"""The sbatch command of a job, computed by pure functions that never call SLURM.
 
-Commands are lists of arguments from here to the trainer; no shell reads a user's name in between.
+A command stays a list of arguments all the way to the trainer, so that no shell interprets a user's text.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from pathlib import Path
 
 from everest_ds.errors import UsageError
 
-# sbatch's options that take no value, or one only after `=`. Every other takes the next word as its value.
+# Options of sbatch without a value, or with one only after `=`. All others take the next word as their value.
 _FLAGS = frozenset(
     "--contiguous --exclusive --get-user-env --hold --ignore-pbs --kill-on-invalid-dep --nice --no-kill"
     " --no-requeue --overcommit --oversubscribe --parsable --propagate --quiet --reboot --requeue"
     " --spread-job --test-only --use-min-nodes --verbose --wait -H -O -Q -W -k -s -v".split()
 )
-# Options that would change the number of ranks behind the back of what was checked.
+# Option of sbatch that `submit` rejects, because it would bypass our checks -> option to use instead.
 _OURS = {
     **dict.fromkeys(("-N", "--ntasks", "-n"), "--nodes with --gpus-per-node or --ntasks-per-node"),
     **dict.fromkeys(("-G", "--gpus", "--gpus-per-task", "--ntasks-per-gpu", "--gres"), "--gpus-per-node"),
@@ -31,17 +31,17 @@ _OURS = {
 }
 _SIGNAL = re.compile(r"[= ](?:[RB]+:)?[A-Z0-9]+@([0-9]{1,9})(?: |$)")
 _LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-_SIGNAL_SECONDS = 300  # before the end: what the scripts of slurm/ ask for
+_SIGNAL_SECONDS = 300  # time before the end of the job at which the scripts in slurm/ request the signal
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The ranks of a job.
+    """The number of nodes of a job, and of GPUs and ranks on each node.
 
     Attributes:
-        gpus_per_node: 0: ranks on CPUs.
-        ranks_per_node: equals `gpus_per_node` where there are GPUs.
+        gpus_per_node: GPUs on each node; 0 if the ranks run on CPUs.
+        ranks_per_node: ranks on each node; equals `gpus_per_node` on nodes with GPUs.
     """
 
     nodes: int = 1
@@ -50,20 +50,20 @@ class Shape:
 
     @property
     def num_ranks(self) -> int:
-        """All ranks."""
+        """The number of ranks on all nodes together."""
         return self.nodes * self.ranks_per_node
 
 
 @dataclass(frozen=True)
 class BatchJob:
-    """One call of sbatch.
+    """The arguments of one call of sbatch.
 
     Attributes:
-        script: of slurm/.
-        arguments: the script's, each passed on as it is.
-        logs: folder of the job's output; None: where sbatch is called.
-        options: sbatch's own, such as `--qos=high`, unchanged.
-        environment: what the script shall see besides the caller's environment.
+        script: batch script in slurm/.
+        arguments: arguments of the script, passed on unchanged.
+        logs: folder of the job's output; None for the folder in which sbatch is called.
+        options: further options of sbatch, such as `--qos=high`, passed on unchanged.
+        environment: variables that the script sees in addition to the caller's environment.
     """
 
     script: Path
@@ -81,25 +81,28 @@ class BatchJob:
 
 
 def sbatch_command(job: BatchJob) -> list[str]:
-    """The words of the command; equal jobs give equal commands."""
+    """Return the sbatch command of a job as a list of words; equal jobs give equal commands."""
     return ["sbatch", "--parsable", *_named_options(job), *job.options, str(job.script), *job.arguments]
 
 
 def as_shell(words: Sequence[str]) -> str:
-    """The words as one line that a shell reads back to exactly them."""
+    """Return the words as one line, quoted so that a shell splits it back into the same words."""
     return shlex.join(words)
 
 
 def job_name(command: str, run: Path) -> str:
-    """What `squeue` shows: the command and the run folder's name, without what terminals trip over."""
+    """Return the job name for `squeue`: command and run folder, with unusual characters replaced by `_`."""
     return _NOT_IN_A_NAME.sub("_", f"everest-{command}-{run.name}")[:80]
 
 
 def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separate sbatch's options from positional words; `--qos high` and `--qos=high` are both options.
 
+    Returns:
+        The positional words, and the options with their values.
+
     Raises:
-        UsageError: an option that has a name of its own here.
+        UsageError: for an option that `submit` rejects; names the option to use instead.
     """
     positional: list[str] = []
     options: list[str] = []
@@ -116,16 +119,20 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def signal_seconds(options: Sequence[str]) -> int | None:
-    """How long before the end SLURM shall send a signal: of `--signal=[B:]USR1@SECONDS` among the options."""
+    """Return the lead time of the signal, in seconds before the end of the job, or None without `--signal`.
+
+    The time is read from `--signal=[B:]USR1@SECONDS` among the options.
+    """
     given = " ".join(options).partition("--signal")[2]
     match = _SIGNAL.match(given)
     return int(match[1]) if match else None
 
 
 def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[str]:
-    """The options, with a `--signal` that leaves three quarters of a short time limit to the run.
+    """Return the options, adding a `--signal` that leaves three quarters of a short time limit to the run.
 
-    SLURM sends the scripts' own five minutes before the end: at once, if the limit is no longer.
+    The scripts request the signal five minutes before the end. A job with a time limit below that would
+    receive it as soon as it starts.
     """
     limit_s, given = limit_seconds(time_limit), any(word.partition("=")[0] == "--signal" for word in options)
     if given or limit_s is None or limit_s >= 4 * _SIGNAL_SECONDS:
@@ -134,7 +141,10 @@ def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[s
 
 
 def limit_seconds(time_limit: str | None) -> int | None:
-    """`--time` in seconds, as sbatch reads it: M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: no limit."""
+    """Convert a `--time` value to seconds as sbatch does, or return None if there is no limit.
+
+    The formats are M, M:S, H:M:S, D-H, D-H:M and D-H:M:S.
+    """
     match = _LIMIT.fullmatch(time_limit or "")
     if match is None:
         return None
@@ -152,7 +162,7 @@ def _takes_next(word: str) -> bool:
 def _refuse_ours(word: str) -> None:
     name = word.partition("=")[0] if word.startswith("--") else word[:2]
     if name in _OURS:
-        raise UsageError("submit does not pass this sbatch option on", given=word, fix=f"use {_OURS[name]}")
+        raise UsageError("submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}")
 
 
 def _named_options(job: BatchJob) -> list[str]:
@@ -173,7 +183,11 @@ def _named_options(job: BatchJob) -> list[str]:
 
 
 def _output_pattern(folder: Path, is_array: bool) -> str:
-    """SLURM expands % in the whole path; a backslash anywhere turns that off, and each must be doubled."""
+    """Return the `--output` pattern of a job, with the folder's special characters escaped for SLURM.
+
+    SLURM expands % in the whole path. A backslash anywhere in the path turns the expansion off, and each
+    backslash must be doubled.
+    """
     path = str(folder.absolute())
     if "\\" in path:
         return path.replace("\\", "\\\\") + "/slurm.out"

@@ -1,4 +1,4 @@
-"""Calls of SLURM's own commands; arguments go to them as they are, never through a shell."""
+"""Calls of SLURM's commands, with arguments passed directly and never through a shell."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from pathlib import Path
 from everest_ds.errors import UsageError
 from everest_ds.launch.sbatch import BatchJob, sbatch_command
 
-_SECONDS = 60.0  # a controller that is busy or restarting answers within that, or not at all
+_SECONDS = 60.0  # a busy or restarting controller answers within this time, or not at all
 
 
 def has_slurm() -> bool:
-    """Whether sbatch can be called here."""
+    """Return whether sbatch is installed on this machine."""
     return shutil.which("sbatch") is not None
 
 
 def submit(job: BatchJob, folder: Path | None = None) -> str:
-    """Queue the job, from `folder` instead of the current one if it is given; its id.
+    """Submit the job from `folder` (None: the current folder), and return its id.
 
     Raises:
-        UsageError: sbatch refuses it, in its own words, or is not there.
+        UsageError: if the folder is gone, or sbatch is not installed or rejects the job.
     """
     if folder is not None and not folder.is_dir():
-        raise UsageError(f"{folder}: the folder that the job was submitted from is gone")
+        raise UsageError(f"{folder}: the folder that the job was submitted from no longer exists")
     output = call(sbatch_command(job), job.environment, folder)
-    return output.strip().partition(";")[0]  # "id;cluster" where there are several
+    return output.strip().partition(";")[0]  # sbatch prints "id;cluster" on a site with several clusters
 
 
 def test_only(job: BatchJob) -> str:
-    """What `sbatch --test-only` says of when and where the job would start, or why it never could."""
+    """Return the answer of `sbatch --test-only`: when and where the job would start, or why it cannot."""
     words = sbatch_command(job)
     done = _run([words[0], "--test-only", *words[1:]], job.environment)
     return " ".join((done.stderr or done.stdout).split())
@@ -41,20 +41,20 @@ def test_only(job: BatchJob) -> str:
 def call(
     words: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path | None = None
 ) -> str:
-    """Standard output of one command.
+    """Run one command and return its standard output.
 
     Raises:
-        UsageError: it is not there, or refuses, in its own words.
+        UsageError: if the command is not installed, fails or does not answer; quotes the command's message.
     """
     done = _run(words, environment or {}, folder)
     if done.returncode:
         reason = " ".join((done.stderr or done.stdout).split())
-        raise UsageError(f"{words[0]} refuses", given=reason or f"exit code {done.returncode}")
+        raise UsageError(f"{words[0]} failed", given=reason or f"exit code {done.returncode}")
     return done.stdout
 
 
 def answer(words: Sequence[str]) -> str | None:
-    """Standard output of one command; None where it is not there, fails or does not answer."""
+    """Return the standard output of one command, or None if it is not installed, fails or does not answer."""
     try:
         return call(words)
     except UsageError:
@@ -77,7 +77,8 @@ def _run(
         )
     except FileNotFoundError:
         raise UsageError(
-            f"{words[0]} is not installed here", fix="run this on a login node, or add --local to submit"
+            f"{words[0]} is not installed on this machine",
+            fix="run this on a login node, or add --local to submit",
         ) from None
     except subprocess.TimeoutExpired:
-        raise UsageError(f"{words[0]} does not answer", given=f"nothing within {_SECONDS:.0f} s") from None
+        raise UsageError(f"{words[0]} did not answer within {_SECONDS:.0f} s") from None

@@ -1,4 +1,4 @@
-"""Queue a job and leave in its run folder what is needed to find it again and to queue it once more."""
+"""Submission of jobs, with a record in the run folder from which `everest-ds requeue` submits them again."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from everest_ds.launch.slurm import submit
 
 
 def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | None) -> str:
-    """Submit the job; returns its id.
+    """Submit a job, record it in its run folders, and return its id.
 
     Args:
-        command: pretrain, finetune, ...: what the log calls the job.
-        runs: suffix of the job's id ("" or "_4") -> run folder that logs it.
-        home: where the job is written down for `requeue`; None: nowhere.
+        job: arguments of the sbatch call.
+        command: command of the job in the event log, such as pretrain or finetune.
+        runs: suffix of the job's id ("" or "_4") -> run folder that logs the event.
+        home: folder that records the job for `requeue`; None for no record.
 
     Raises:
-        UsageError: SLURM refuses it.
-        RunFolderError: a folder cannot be written.
+        UsageError: if SLURM rejects the job.
+        RunFolderError: if a folder cannot be written.
     """
     try:
         for folder in [*runs.values(), *([job.logs] if job.logs else [])]:
@@ -32,8 +33,8 @@ def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | No
         if home is not None:
             _file(home, command).write_text(_as_json(job))
     except OSError as error:
-        raise RunFolderError("cannot write the run folder", given=str(error)) from None
-    asked = time.time()  # the job may start, and say so, before sbatch returns
+        raise RunFolderError("the run folder cannot be written", given=str(error)) from None
+    asked = time.time()  # taken now, because the job may start and log events before sbatch returns
     job_id = submit(job)
     for suffix, run in runs.items():
         event = JobEvent("submitted", f"{job_id}{suffix}", nodes=None, task=command, seconds=asked)
@@ -42,19 +43,19 @@ def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | No
 
 
 def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
-    """The job as `queue` wrote it down, and the folder that its relative names were meant from.
+    """Read the job that `queue` recorded, and the folder to which its relative paths refer.
 
     Raises:
-        RunFolderError: there is none.
+        RunFolderError: if the folder holds no readable record of such a job.
     """
     file = _file(home, command)
     try:
         row = json.loads(file.read_text())
     except (OSError, ValueError) as error:
         raise RunFolderError(
-            f"{home}: no job was submitted from here",
+            f"{home}: no readable record of a submitted {command} job",
             given=str(error),
-            fix="send it again as it was sent, or use everest-ds submit",
+            fix="submit the job again with everest-ds submit",
         ) from None
     folder = Path(row.pop("folder"))
     job = BatchJob(

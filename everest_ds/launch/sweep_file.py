@@ -1,4 +1,4 @@
-"""A sweep's candidates, one JSON object a line: task N of an array job takes line N."""
+"""The candidates of a sweep, one JSON object per line: task N of an array job runs line N (from 0)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from everest_ds.errors import UsageError
 
 FILE_NAME = "sweep.jsonl"
-# SLURM's own bound on the tasks of an array, at most.
+# The largest number of array tasks that SLURM can be configured to allow.
 MAX_TASKS = 4_000_001
 _ARRAY_ITEM = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([1-9][0-9]{0,8}))?)?")
 
@@ -23,10 +23,11 @@ class Candidate:
     """One run of a sweep.
 
     Attributes:
-        name: of its run folder within the sweep's.
+        name: name of the run folder within the sweep's folder.
         task: pretrain or finetune.
-        settings: the overrides that tell it from the others, for people.
-        overrides: all of them, run.dir too.
+        recipe: recipe of the run.
+        settings: the overrides that distinguish this run from the others, for display.
+        overrides: all overrides of the run, including run.dir.
     """
 
     name: str
@@ -37,46 +38,55 @@ class Candidate:
 
 
 def write_candidates(file: Path, candidates: Sequence[Candidate]) -> None:
-    """One line each, all ASCII."""
+    """Write the candidates to a file, one ASCII line for each."""
     file.write_text("".join(json.dumps(asdict(candidate)) + "\n" for candidate in candidates))
 
 
 def read_candidates(file: Path) -> list[Candidate]:
-    """What `write_candidates` wrote.
+    """Read the candidates that `write_candidates` wrote.
 
     Raises:
-        UsageError: not such a file.
+        UsageError: if the file is unreadable or does not hold the candidates of a sweep.
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
         return [Candidate(**{k: _frozen(v) for k, v in row.items()}) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{file}: not the candidates of a sweep", given=str(error)) from None
+        raise UsageError(f"{file}: does not hold the candidates of a sweep", given=str(error)) from None
 
 
 def read_settings(file: Path) -> list[tuple[str | None, tuple[str, ...]]]:
-    """A user's or the tuner's candidates: `{"name": ..., "overrides": ["key=value", ...]}` a line.
+    """Read candidates from a user or the tuner: `{"name": ..., "overrides": ["key=value", ...]}` per line.
+
+    Returns:
+        The name (None if not given) and the overrides of each candidate.
 
     Raises:
-        UsageError: naming the line that is not one.
+        UsageError: if a line is not a candidate; names that line.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{file}: not readable", given=str(error)) from None
+        raise UsageError(f"{file}: the file cannot be read", given=str(error)) from None
     return [_settings(file, number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def expand_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
-    """`["a=1,2", "b=x"]` -> `[("a=1", "b=x"), ("a=2", "b=x")]`; commas in brackets or quotes do not split.
+    """Combine the values of all axes: `["a=1,2", "b=x"]` -> `[("a=1", "b=x"), ("a=2", "b=x")]`.
+
+    Commas in brackets or quotes do not split a value.
 
     Raises:
-        UsageError: an axis without a key, a value, or given twice.
+        UsageError: if an axis has no key or no value, or a key occurs twice.
     """
     keys = [axis.partition("=")[0] for axis in axes]
     for key, axis in zip(keys, axes, strict=True):
         if not key or "=" not in axis or keys.count(key) > 1:
-            raise UsageError("--grid", given=repr(axis), allowed="key.path=value,value,... once for each key")
+            raise UsageError(
+                "--grid is malformed or repeats a key",
+                given=repr(axis),
+                allowed="key.path=value,value,... once for each key",
+            )
     choices = [
         [f"{key}={value}" for value in split_values(axis.partition("=")[2])]
         for key, axis in zip(keys, axes, strict=True)
@@ -85,7 +95,7 @@ def expand_grid(axes: Sequence[str]) -> list[tuple[str, ...]]:
 
 
 def split_values(text: str) -> list[str]:
-    """`1,[2,3],"a,b"` -> `['1', '[2,3]', '"a,b"']`."""
+    """Split a text at commas outside brackets and quotes: `1,[2,3],"a,b"` -> `['1', '[2,3]', '"a,b"']`."""
     values, depth, quote = [""], 0, ""
     for character in text:
         if quote:
@@ -102,30 +112,36 @@ def split_values(text: str) -> list[str]:
 
 
 def expand_array(spec: str, count: int) -> list[int]:
-    """`0-6:2,9%3` -> `[0, 2, 4, 6, 9]`: the tasks of sbatch's `--array`.
+    """Expand a value of sbatch's `--array` to task numbers: `0-6:2,9%3` -> `[0, 2, 4, 6, 9]`.
 
     Raises:
-        UsageError: malformed, or a task that is no line of `count`.
+        UsageError: if the value is malformed, or names a task that is not below `count`.
     """
     tasks: list[int] = []
     for item in spec.partition("%")[0].split(","):
         span = _span(item)
         if not span or span[-1] >= count:
             raise UsageError(
-                "--array", given=spec, allowed=f"tasks from 0 to {count - 1}, as in 0-3,7 or 0-7%2"
+                "--array is malformed or names a task that does not exist",
+                given=spec,
+                allowed=f"tasks from 0 to {count - 1}, as in 0-3,7 or 0-7%2",
             )
         tasks.extend(span)
     return tasks
 
 
 def check_name(name: object) -> str:
-    """A candidate's name is a folder's.
+    """Return the name of a candidate, if it is a valid folder name.
 
     Raises:
-        UsageError: it could not be one.
+        UsageError: if no folder can have this name.
     """
     if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\0" in name:
-        raise UsageError("name of a candidate", given=repr(name), allowed="the name of a folder")
+        raise UsageError(
+            "the name of a candidate is not a folder name",
+            given=repr(name),
+            allowed='text without "/", other than "." and ".."',
+        )
     return name
 
 
@@ -144,7 +160,7 @@ def _settings(file: Path, number: int, line: str) -> tuple[str | None, tuple[str
         if isinstance(overrides, dict):
             overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
         if not all(isinstance(text, str) for text in overrides):
-            raise TypeError("an override is no text")
+            raise TypeError("an override is not text")
         return (check_name(row["name"]) if "name" in row else None), tuple(overrides)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""What a job's state means for its run, and what to do next: SLURM's word and the run's own log as one."""
+"""The status of a job, its reason and the next action, derived from SLURM's state and the run's event log."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from everest_ds.launch.job_log import JobEvent
 from everest_ds.launch.job_state import JobState
 
 LOCAL = "local"  # the id of a job that runs without SLURM
-_GO_ON = "`everest-ds requeue {run}` goes on from the newest checkpoint"
-_READ_LOGS = "`everest-ds logs {run} --job` shows the reason; then submit again"
+_GO_ON = "`everest-ds requeue {run}` resumes from the newest checkpoint"
+_READ_LOGS = "`everest-ds logs {run} --job` shows the cause; correct it, then submit again"
 
-# state -> what to do next; {run} and {job} are filled in
+# State -> next action; {run} and {job} are filled in.
 NEXT = {
-    "queued": "wait; `squeue --start --jobs={job}` says how long",
+    "queued": "wait; `squeue --start --jobs={job}` shows the expected start",
     "held": "`scontrol release {job}`",
-    "requeued": "nothing: it goes on by itself, from its newest checkpoint",
+    "requeued": "nothing: SLURM restarts the job, which resumes from its newest checkpoint",
     "running": "`everest-ds logs {run} -f`",
-    "ending": "nothing: it is leaving its nodes",
+    "ending": "nothing: SLURM is releasing the job's nodes",
     "finished": "`everest-ds report {run}`",
     "stopped": _GO_ON,
     "preempted": _GO_ON,
@@ -29,10 +29,10 @@ NEXT = {
     "rank lost": f"{_GO_ON}; `everest-ds logs {{run}} --job` names the rank",
     "out of memory": "submit again with a lower batch.micro_batch_size, or with recompute.mode=attention",
     "out of host memory": "submit again with fewer data.num_workers, or with more --mem",
-    "bad node": f"{_GO_ON}; tell the site about the node, or --exclude it",
-    "too many restarts": "put the reason right, then `everest-ds requeue {run}`",
+    "bad node": f"{_GO_ON}; report the node to its administrators, or exclude it with --exclude",
+    "too many restarts": "remove the cause, then `everest-ds requeue {run}`",
     "diverged": "lower schedule.base_lr or set optimizer.clip_grad_norm, in another run.dir",
-    "dependency failed": "mend the job before it, then submit again",
+    "dependency failed": "correct the job that this one depends on, then submit again",
     "failed": _READ_LOGS,
     "forgotten": "SLURM no longer knows the job; `everest-ds requeue {run}` submits it again",
 }
@@ -58,24 +58,24 @@ _OF_EXIT_CODE = {
     ExitCode.RESTARTS: "too many restarts",
 }
 _MEANING = {
-    ExitCode.FAILURE: "a bug, or something unforeseen",
-    ExitCode.USAGE: "the command line or the config",
-    ExitCode.DATA: "a video, a manifest or a label",
-    ExitCode.CHECKPOINT: "a checkpoint",
-    ExitCode.RUN_FOLDER: "the run folder",
+    ExitCode.FAILURE: "a bug or an unforeseen failure",
+    ExitCode.USAGE: "the command line or the config is wrong",
+    ExitCode.DATA: "a video, a manifest or a label is missing or damaged",
+    ExitCode.CHECKPOINT: "a checkpoint is missing, damaged or belongs to another model",
+    ExitCode.RUN_FOLDER: "the run folder belongs to another config or is in use",
     ExitCode.RANK_LOST: "another rank was lost",
     ExitCode.OUT_OF_MEMORY: "accelerator memory is full",
-    ExitCode.BAD_NODE: "the preflight found a node unfit",
-    ExitCode.RESTARTS: "restarted too often, or without progress",
+    ExitCode.BAD_NODE: "the preflight found an unfit node",
+    ExitCode.RESTARTS: "the job restarted too often, or without progress",
     ExitCode.DIVERGED: "the loss is no longer finite",
-    ExitCode.STOPPED: "stopped as asked, saved",
+    ExitCode.STOPPED: "stopped on request and saved",
 }
 _OF_LAST_EVENT = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A job's state in one word of `NEXT`, why, and what to do."""
+    """The state of a job (a key of `NEXT`), the reason for that state, and the next action."""
 
     state: str
     reason: str
@@ -83,18 +83,20 @@ class Verdict:
 
 
 def judge(run: str, job_id: str, state: JobState | None, events: Sequence[JobEvent]) -> Verdict:
-    """Weigh what SLURM says (None: it has forgotten the job) and what the job itself wrote down.
+    """Derive the status of a job from SLURM's record and from the job's own events.
 
     Args:
-        run: the run folder as a shell wants it written.
-        events: of this job, oldest first.
+        run: the run folder, quoted for a shell.
+        job_id: id of the job.
+        state: SLURM's record of the job; None if SLURM no longer knows the job.
+        events: events of this job, oldest first.
     """
     word = _word(state, events)
     return Verdict(word, _reason(word, state, events), NEXT[word].format(run=run, job=job_id))
 
 
 def explain_exit_code(code: int) -> str:
-    """`7` -> `exit code 7: accelerator memory is full`."""
+    """Explain an exit code in words: `7` -> `exit code 7: accelerator memory is full`."""
     if code > 128:
         return f"ended by signal {code - 128}"
     meaning = _MEANING.get(ExitCode(code)) if code in list(ExitCode) else None
@@ -114,7 +116,7 @@ def _word(state: JobState | None, events: Sequence[JobEvent]) -> str:
 
 
 def _of_events(events: Sequence[JobEvent]) -> str:
-    """All that is known of a job that SLURM has forgotten, or never had."""
+    """Return the state of a job that SLURM no longer knows, or that ran without SLURM, from its events."""
     ends = [event for event in events if event.event in _OF_LAST_EVENT]
     if not ends or events[-1].event == "started":
         return "running" if events and events[-1].job_id == LOCAL else "forgotten"

@@ -279,5 +279,5 @@ def test_a_dry_run_says_what_shared_memory_the_loaders_need(
     assert shared_memory().startswith("384.00 KiB of /dev/shm on a node with 2 ranks")
     assert "WARNING" not in shared_memory()
     vast = shared_memory("data.num_workers=100000000")
-    assert "WARNING: here, " in vast and "loader workers need" in vast and "--shm-size=" in vast
+    assert "WARNING: this machine has " in vast and "loader workers need" in vast and "--shm-size=" in vast
     assert shared_memory("data.num_workers=0").startswith("none")

@@ -46,8 +46,8 @@ def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     facts = describe_plan(config, gpus.count, planned=True)
     resolve_ds_config(config, plan_ranks(config, gpus.count))
     predicted = describe_prediction(config, gpus, epoch and epoch.num_samples)
-    assert facts["steps"].endswith("is not there)")
-    assert "of its 80 GB" in predicted["memory"]
+    assert " per epoch x " in facts["steps"] and facts["steps"].endswith("does not exist)")
+    assert "of a GPU's 80 GB" in predicted["memory"]
     assert {"step", "epoch", "training"} <= set(predicted)
     model = config.model
     assert parameters_on_meta(config.task, model.backbone, model.num_classes) == count_parameters(config)

@@ -1,4 +1,4 @@
-"""The doctor names what is missing, and does not load torch into this process to find out."""
+"""The doctor: it names every missing item with a fix, and does not import torch into its own process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every launcher's variables lead to the same six facts; half an environment is an error, never a guess."""
+"""Tests of rank detection under every launcher, and of its errors for an incomplete environment."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-# What a daemon that mpirun started through srun passes on to its ranks.
+# Variables that the ranks inherit from an mpirun daemon started through srun.
 DAEMON = {
     "SLURM_JOB_ID": "1",
     "SLURM_STEP_ID": "0",
@@ -193,7 +193,7 @@ def test_under_a_real_mpirun_all_ranks_agree_on_where_rank_0_listens() -> None:
 def test_an_mpi_library_that_is_not_mpiruns_is_refused_instead_of_hanging() -> None:
     pytest.importorskip("mpi4py", reason="mpi4py is missing: pip install mpi4py mpich")
     command = [sys.executable, "-c", WHO_AM_I]
-    # Open MPI's variables, read by whichever library mpi4py loads here: it makes a world of one rank.
+    # These are Open MPI's variables. Another MPI library ignores them, so mpi4py sees a world of one rank.
     done = subprocess.run(
         command, env=_clean_environment(**OPENMPI), capture_output=True, text=True, timeout=60
     )

@@ -1,4 +1,4 @@
-"""May a job start, and is it queued again: by what its ranks wrote and how it ended."""
+"""Tests of the decisions whether a job may start and whether it is requeued."""
 
 from __future__ import annotations
 
@@ -54,15 +54,17 @@ def test_slurms_own_restarts_count_too(tmp_path: Path) -> None:
         ([], 6, LIVE, True, "exit code 6"),
         ([], 1, LIVE, False, "exit code 1"),
         ([], 0, LIVE, False, "finished"),
-        ([], 137, "COMPLETING/None", False, "SLURM says COMPLETING"),  # scancel
+        ([], 137, "COMPLETING/None", False, "SLURM reports COMPLETING"),  # cancelled with scancel
         ([], 143, "COMPLETING/TimeLimit", True, "signal 15"),
-        ([("stopped", "a signal", None)], 137, LIVE, True, "a signal"),  # its peers were killed while it left
+        # the other ranks were killed while this one ended
+        ([("stopped", "a signal", None)], 137, LIVE, True, "a signal"),
         ([("stopped", "RUN/kill", None)], 75, LIVE, False, "RUN/kill"),
         ([("failed", "rank 0 lost a peer", 6)], 6, LIVE, True, "lost a peer"),
-        # rank 1 was out of memory, rank 0 only saw it go
+        # rank 1 ran out of memory, and rank 0 only lost its connection to rank 1
         ([("failed", "rank 0 lost a peer", 6), ("failed", "out of memory", 7)], 7, LIVE, False, "out of"),
         ([("failed", "node2 cannot take part", 9)], 9, LIVE, True, "node2"),
-        ([("finished", None, None)], 143, LIVE, False, "finished"),  # killed while it closed its files
+        # the job was killed while a rank closed its files
+        ([("finished", None, None)], 143, LIVE, False, "finished"),
     ],
 )
 def test_a_job_is_queued_again_if_that_can_help(

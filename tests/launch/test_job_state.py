@@ -1,4 +1,4 @@
-"""What squeue and sacct print, read back: written after SLURM 22.05 and its manual."""
+"""Tests of the parsers of squeue and sacct output, with samples modelled on SLURM 22.05 and its manual."""
 
 from __future__ import annotations
 

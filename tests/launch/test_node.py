@@ -1,4 +1,4 @@
-"""Which of several nodes is the odd one."""
+"""Tests of the comparison that finds the node that differs from the others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fact, value, says",
     [
-        ("code", "123", "another copy of everest-ds"),
+        ("code", "123", "another version of everest-ds"),
         ("packages", "torch=2.5 deepspeed=0.19.8", "torch=2.5 (elsewhere 2.13)"),
         ("files", "/data/a.mp4=-1 /data/b.mp4=7", "/data/a.mp4=-1 (elsewhere 5)"),
         ("run", "No such file", "does not see the run folder"),

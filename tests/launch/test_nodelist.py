@@ -1,4 +1,4 @@
-"""SLURM's notations: what SLURM writes is read back exactly, what it never writes is refused."""
+"""Tests of SLURM's notations: every valid list is expanded exactly, and every malformed one is rejected."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from everest_ds.launch.nodelist import expand_nodelist, expand_task_counts
     ],
 )
 def test_expands_like_scontrol_show_hostnames(nodelist: str, hosts: str) -> None:
-    assert expand_nodelist(nodelist) == hosts.split()  # taken down from scontrol of SLURM 22.05
+    assert expand_nodelist(nodelist) == hosts.split()  # expected hosts: the output of SLURM 22.05's scontrol
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_compressed_lists_expand_to_the_hosts_they_were_made_from(
     elements: list[list[str | list[tuple[int, int, int]]]],
 ) -> None:
     nodelist = ",".join(map(compress, elements))
-    # their order, where brackets are several: test_rank_table.py, against SLURM itself
+    # The order of several brackets is checked against SLURM itself in test_rank_table.py.
     assert Counter(expand_nodelist(nodelist)) == Counter(
         host for element in elements for host in _naive_hosts(element)
     )

@@ -1,4 +1,4 @@
-"""The sbatch command: held against golden files, and nothing in it for a shell to read."""
+"""Tests of the sbatch command, checked against golden files, and of its safety from shell interpretation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Candidates of a sweep: what is written comes back, what is no candidate is refused with its line."""
+"""Tests of a sweep's candidates: they are read back as written, and an error names a malformed line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From SLURM's word and the run's own log to one state, its reason and what to do next."""
+"""Tests of a job's status, reason and next action, derived from SLURM's state and the run's event log."""
 
 from __future__ import annotations
 
