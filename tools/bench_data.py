@@ -35,7 +35,7 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
 from everest_ds.data.order import Visit
-from everest_ds.data.reencode import Encoding, plan_jobs, reencode
+from everest_ds.data.reencode import Encoding, plan_jobs, reencode_videos
 from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 
@@ -156,7 +156,7 @@ def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[
     out.mkdir()
     root = Path(os.path.commonpath([sample.path.parent for sample in samples]))
     with progress_of(f"re-encoding, GOP {encoding.gop}", len(samples)) as on_progress:
-        made = reencode(
+        made = reencode_videos(
             plan_jobs(samples, root, out),
             Ledger.read(out / "ledger"),
             encoding,

@@ -16,8 +16,8 @@ from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
 from everest_ds.data.clips import ClipBatch
-from everest_ds.launch.environment import detect
-from everest_ds.models.initial import draw, outline
+from everest_ds.launch.environment import detect_environment
+from everest_ds.models.initial import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
@@ -37,7 +37,7 @@ def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
     """Build the engine of a run from random weights."""
     model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
 
 
 def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
@@ -129,7 +129,7 @@ def main(
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only host memory is measured
     give_back_what_is_freed()
     config = load_experiment(experiment, overrides or [])
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     world = join_world()
     rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
     leave_world()

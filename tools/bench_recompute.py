@@ -20,7 +20,7 @@ from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.data.clips import ClipBatch
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import check_precision
 from everest_ds.parallel.recompute import apply_recompute
@@ -143,7 +143,7 @@ def main(
     on a GPU some kernels are not deterministic.
     """
     config = load_experiment(experiment, overrides or [])
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     world = join_world()
     check_precision(config, world)
     rows = bench(config, every, rounds, world.device)

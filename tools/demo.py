@@ -20,7 +20,7 @@ from typing import Any
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.data.synthetic import MOTIONS
 from everest_ds.profiling.compute import predict_macs
-from everest_ds.reports.page import Page, Section, render_page
+from everest_ds.reports.page import Page, PageSection, render_page
 from everest_ds.reports.plots import draw_accuracies, draw_curves
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.units import format_count, format_duration
@@ -99,7 +99,7 @@ def build_page(summary: dict[str, Any]) -> Page:
             "total time": format_duration(summary["seconds"]),
         },
         sections=[
-            Section(
+            PageSection(
                 "What the model sees",
                 "Rows: the clip; the tokens that EVEREST keeps (those that changed most); the kept tokens"
                 " that the encoder sees; the prediction of the other kept tokens. Columns: slots in time.",
@@ -112,7 +112,7 @@ def build_page(summary: dict[str, Any]) -> Page:
                     ).read_bytes(),
                 },
             ),
-            Section(
+            PageSection(
                 "Learning",
                 f"Pre-training loss in {pre['steps']} steps:"
                 f" {pre['loss_first']:.3f} to {pre['loss_last']:.3f}.",
@@ -125,14 +125,14 @@ def build_page(summary: dict[str, Any]) -> Page:
                     "confusion matrix": (DEMO / "finetune/confusion.png").read_bytes(),
                 },
             ),
-            Section("By motion", rows=evaluation("finetune")["classes"]),
-            Section(
+            PageSection("By motion", rows=evaluation("finetune")["classes"]),
+            PageSection(
                 "Compute used",
                 "Predicted from the token counts; one multiply-accumulate (MAC) is two floating-point"
                 " operations. `all tokens` is VideoMAE: tube masking, and fine-tuning on every token.",
                 rows=[compute_row(run) for run in ("pretrain", "finetune")],
             ),
-            Section("Look further", f"tensorboard --logdir {DEMO}"),
+            PageSection("Look further", f"tensorboard --logdir {DEMO}"),
         ],
     )
 

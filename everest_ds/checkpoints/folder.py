@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from everest_ds.checkpoints.manifest import Manifest, read_manifest, write_manifest
+from everest_ds.checkpoints.manifest import Manifest, read_checkpoint_manifest, write_checkpoint_manifest
 from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints, step_of
 from everest_ds.checkpoints.tensor_file import seal_of, sync_folder
 from everest_ds.errors import CheckpointError
@@ -34,13 +34,13 @@ def damage(path: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
     return None
 
 
-def verify(path: Path) -> Manifest:
+def verify_checkpoint(path: Path) -> Manifest:
     """Verify every byte of a checkpoint, and return its manifest.
 
     Raises:
         CheckpointError: if a file is missing or damaged; the message names it.
     """
-    manifest = read_manifest(path)
+    manifest = read_checkpoint_manifest(path)
     problem = damage(path, manifest, manifest.files)
     if problem is not None:
         raise CheckpointError(f"{path}: damaged", given=problem, fix="use another checkpoint of the run")
@@ -55,11 +55,11 @@ def find_checkpoint(source: Path) -> tuple[Path, Manifest]:
     """
     found = list_checkpoints(source / "checkpoints")
     if not found:
-        return source, verify(source)
+        return source, verify_checkpoint(source)
     problems = []
     for path in reversed(found):
         try:
-            return path, verify(path)
+            return path, verify_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError(f"{source}: no complete checkpoint", given=problems[0])
@@ -84,7 +84,7 @@ def commit(saving: Path, manifest: Manifest) -> Path:
 
     All files except the manifest must be in `saving` and flushed to the disk.
     """
-    write_manifest(saving, manifest)
+    write_checkpoint_manifest(saving, manifest)
     sync_folder(saving)
     path = checkpoint_path(saving.parent, manifest.facts.step)
     if path.exists():  # a damaged checkpoint: the run would have resumed from a complete one

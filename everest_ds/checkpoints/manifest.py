@@ -160,14 +160,14 @@ class Manifest(_Part):
         return sum(seal.num_bytes for seal in self.files.values())
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
+def write_checkpoint_manifest(folder: Path, manifest: Manifest) -> None:
     """Write the manifest and then its seal, each flushed to the disk."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=1).encode()
     _write_flushed(folder / MANIFEST_FILE, text)
     _write_flushed(folder / SEAL_FILE, _seal_line(text))
 
 
-def read_manifest(folder: Path) -> Manifest:
+def read_checkpoint_manifest(folder: Path) -> Manifest:
     """Read and check the manifest, without the files that it lists.
 
     Raises:

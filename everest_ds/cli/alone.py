@@ -23,11 +23,11 @@ def world_of_one() -> Iterator[World]:
     on the loopback interface only, so that it works on a machine without a network. Within the block, the
     environment variables are those of a single rank, even if a launcher started this process.
     """
-    from everest_ds.launch.environment import detect
+    from everest_ds.launch.environment import detect_environment
     from everest_ds.parallel.world import join_world, leave_world
 
     before = dict(os.environ)
-    os.environ.update(detect({}).as_variables())
+    os.environ.update(detect_environment({}).as_variables())
     if _LOOPBACK in (name for _, name in socket.if_nameindex()):
         os.environ.update(dict.fromkeys(_INTERFACES, _LOOPBACK))
     try:

@@ -110,10 +110,10 @@ def _up_to(most: int) -> list[int]:
 
 
 def _as_rank(file: Path) -> None:
-    from everest_ds.launch.environment import detect
+    from everest_ds.launch.environment import detect_environment
     from everest_ds.parallel.world import explained_failures, join_world, leave_world
 
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     world = join_world()
     with explained_failures(world):
         _measure_and_keep(world, file)
@@ -121,12 +121,12 @@ def _as_rank(file: Path) -> None:
 
 
 def _measure_and_keep(world: World, file: Path) -> None:
-    from everest_ds.cli.calibrate_rank import measure
+    from everest_ds.cli.calibrate_rank import measure_machine
     from everest_ds.profiling.devices import peak_flops_per_s
     from everest_ds.tuning.calibration import Calibration
     from everest_ds.tuning.fit import fit_machine
 
-    found = measure(world)
+    found = measure_machine(world)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     peaks = {name: peak_flops_per_s(found.device, name) for name in found.products}
     known = {name: peak for name, peak in peaks.items() if peak is not None}

@@ -52,7 +52,7 @@ _GPU = _Shapes(
 )
 
 
-def measure(world: World) -> Measurements:
+def measure_machine(world: World) -> Measurements:
     """Measure all rates of this machine. Call on every rank."""
     on_gpu, device = world.device.type == "cuda", world.device
     shapes, threads, precisions = _GPU if on_gpu else _CPU, num_threads(), precisions_of(device)

@@ -17,7 +17,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 app.command()(convert)
-Source = Annotated[
+WeightsArg = Annotated[
     Path,
     typer.Argument(
         metavar="CHECKPOINT",
@@ -27,7 +27,7 @@ Source = Annotated[
 
 
 @app.command()
-def inspect(source: Source, json_file: JsonFile = None) -> None:
+def inspect(source: WeightsArg, json_file: JsonFile = None) -> None:
     """Print the contents of a checkpoint: step, position in the data, ranks that saved it, and sizes.
 
     Example: everest-ds checkpoint inspect runs/first
@@ -82,7 +82,7 @@ def verify(
 
 @app.command()
 def export(
-    source: Source,
+    source: WeightsArg,
     file: Annotated[Path, typer.Argument(help="Name of the .safetensors file to write.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
 ) -> None:
@@ -101,10 +101,10 @@ def export(
 
 
 def _problem(path: Path) -> str:
-    from everest_ds.checkpoints.folder import verify
+    from everest_ds.checkpoints.folder import verify_checkpoint
 
     try:
-        verify(path)
+        verify_checkpoint(path)
     except CheckpointError as error:
         return str(error)
     return "none"

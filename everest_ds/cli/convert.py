@@ -60,7 +60,7 @@ def convert(
 
     Example: everest-ds checkpoint convert videomae_vit_b_k400.pth vit_b.safetensors
     """
-    from everest_ds.interchange.convert import convert as run
+    from everest_ds.interchange.convert import convert_weights as run
 
     done = run(source, target, to, overrides or [], entry)
     counts = Counter(key.status for key in done.keys)

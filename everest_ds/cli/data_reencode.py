@@ -60,7 +60,7 @@ def reencode(
     target = out / manifest.name
     encoding = work.Encoding(short_side, gop, crf, preset)
     with progress_of("writing videos", len(jobs)) as on_progress:
-        result = work.reencode(
+        result = work.reencode_videos(
             jobs, Ledger.of_manifest(target), encoding, workers=workers, on_progress=on_progress
         )
     write_manifest(target, result.samples, out)

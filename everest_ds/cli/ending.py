@@ -11,11 +11,11 @@ from pathlib import Path
 from types import FrameType
 
 from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
-from everest_ds.launch.job import Job, note
+from everest_ds.launch.job import SlurmJob, note
 
 
 @contextmanager
-def early_stop(job: Job | None) -> Iterator[None]:
+def early_stop(job: SlurmJob | None) -> Iterator[None]:
     """Exit at once, to be requeued, on a stop signal that arrives before training has its own handler."""
     if job is None:
         yield
@@ -39,7 +39,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def noted_ending(job: Job | None, run: Path, rank: int) -> Iterator[None]:
+def noted_ending(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
     """Record in the job log how this rank ended, unless another rank records it; re-raise any error."""
     try:
         yield

@@ -11,7 +11,7 @@ from everest_ds.cli.submission import Stage
 from everest_ds.cli.sweep_plan import keep_candidates
 from everest_ds.errors import ExitCode
 from everest_ds.launch.job_log import Event, JobEvent, append_event
-from everest_ds.launch.sweep_file import Candidate
+from everest_ds.launch.sweep_file import SweepCandidate
 from everest_ds.launch.verdict import LOCAL, explain_exit_code
 
 _OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
@@ -26,7 +26,7 @@ def run_stages(stages: Sequence[Stage]) -> int:
     return ExitCode.OK
 
 
-def run_sweep(stage: Stage, swept: Sequence[Candidate]) -> int:
+def run_sweep(stage: Stage, swept: Sequence[SweepCandidate]) -> int:
     """Run every candidate of a sweep, failures included; only a stop ends the sweep early."""
     assert stage.run is not None
     keep_candidates(stage, swept)

@@ -65,9 +65,9 @@ def features(
     """
     from everest_ds.data.manifest import list_samples
     from everest_ds.inference.features import extract
-    from everest_ds.inference.table import check_name
+    from everest_ds.inference.table import check_table_file
 
-    check_name(out)
+    check_table_file(out)
     samples = list_samples(videos)
     settings = [f"data.num_workers={workers}", *(overrides or [])]
     network = _load(model, settings, features=True)
@@ -135,7 +135,7 @@ def predict(
     names = _class_names(network, classes)
     views = _views(segments, crops)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
-        done = inference.predict(network, samples, views, on_progress)
+        done = inference.predict_videos(network, samples, views, on_progress)
     best = {samples[index].name: _best(row, names) for index, row in done.probabilities.items()}
     if single and best:
         print_table(f"{videos}", next(iter(best.values())))

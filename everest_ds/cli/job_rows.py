@@ -12,10 +12,10 @@ from typing import Any
 
 from everest_ds.config import load_experiment
 from everest_ds.errors import EverestError
-from everest_ds.launch.job_log import FILE_NAME, JobEvent, read_events
+from everest_ds.launch.job_log import EVENTS_FILE, JobEvent, read_events
 from everest_ds.launch.job_state import JobState, query_jobs
-from everest_ds.launch.sweep_file import FILE_NAME as SWEEP_FILE
-from everest_ds.launch.verdict import Verdict, judge
+from everest_ds.launch.sweep_file import SWEEP_FILE as SWEEP_FILE
+from everest_ds.launch.verdict import JobStatus, job_status
 from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
 from everest_ds.units import GIB
 
@@ -53,7 +53,7 @@ class JobRow:
     slurm: JobState | None
     events: tuple[JobEvent, ...]
     progress: Progress
-    verdict: Verdict
+    verdict: JobStatus
 
     @property
     def restarts(self) -> int:
@@ -96,7 +96,7 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
         for place, below, files in os.walk(folder):
             depth = len(Path(place).parts) - len(folder.parts)
             below[:] = sorted(name for name in below if name not in _NOT_SEARCHED and depth < _DEEPEST)
-            if FILE_NAME in files:
+            if EVENTS_FILE in files:
                 found[Path(place)] = None
     return list(found)
 
@@ -140,7 +140,7 @@ def _rows_of(run: Path, events: Sequence[JobEvent], known: dict[str, JobState]) 
         lives = state is not None and not state.is_over
         if lives or last_of_task[task] == job_id:
             shown = progress if task in (*_TRAINING, "sweep", "") else Progress(top1=progress.top1)
-            verdict = judge(shlex.quote(str(run)), job_id, state, told)
+            verdict = job_status(shlex.quote(str(run)), job_id, state, told)
             yield JobRow(run, job_id, task, state, tuple(told), shown, verdict)
 
 

@@ -240,13 +240,13 @@ def _requeue(row: JobRow) -> str:
 
 def _submit_again(row: JobRow, after: str | None) -> str:
     from everest_ds.launch.job_log import JobEvent, append_event
-    from everest_ds.launch.slurm import submit
+    from everest_ds.launch.slurm import submit_job
     from everest_ds.launch.submitted import load_job
 
     number = row.job_id.partition("_")[2] if row.home != row.run else None
     job, folder = load_job(row.home, "sweep" if number else row.task)
     asked = time.time()
     job = replace(job, dependency=f"afterok:{after}" if after else None, array=number)
-    job_id = submit(job, folder) + (f"_{number}" if number else "")
+    job_id = submit_job(job, folder) + (f"_{number}" if number else "")
     append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
     return job_id

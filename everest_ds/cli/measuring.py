@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from everest_ds.training.engine_step import MeasuredStep
 
 
-def measure_step(subject: str, config: Experiment) -> tuple[Measured, Measured]:
+def measure_both_steps(subject: str, config: Experiment) -> tuple[Measured, Measured]:
     """Measure a training step of the DeepSpeed engine and one of a plain loop, both on one rank.
 
     `batch.global_batch_size` is ignored, because it describes a run on many ranks: a step here has
@@ -29,14 +29,14 @@ def measure_step(subject: str, config: Experiment) -> tuple[Measured, Measured]:
         ConfigError: if the config cannot run on one rank or on this device.
         OutOfMemoryError: if a step does not fit into the device's memory.
     """
-    from everest_ds.profiling.measured import measure
+    from everest_ds.profiling.measured import measure_experiment
     from everest_ds.training.run_folder import describe_environment
 
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_batch_size": None})})
     commit = (describe_environment(world_size=1)["git"] or {}).get("commit")
     with world_of_one() as world:
-        engine = measure(subject, config, _engine(config, world), world.device, commit)
-        plain = measure(subject, config, _plain(config, world), world.device, commit)
+        engine = measure_experiment(subject, config, _engine(config, world), world.device, commit)
+        plain = measure_experiment(subject, config, _plain(config, world), world.device, commit)
     return engine, plain
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from everest_ds.cli.output import JsonFile, print_facts, write_json
-from everest_ds.cli.train import Overrides, Source, in_world
+from everest_ds.cli.train import Overrides, RecipeArg, in_world
 from everest_ds.errors import BadNodeError, RunFolderError
 from everest_ds.units import format_bytes
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 _CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
-def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+def preflight(source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None) -> None:
     """Check whether the nodes of a job can train a recipe, without training.
 
     Start this command with srun, mpirun or torchrun, like the training itself. The nodes must have the same
@@ -75,12 +75,12 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
 
 def _facts_of_nodes(config: Experiment, world: World) -> list[NodeFacts]:
     """Gather the facts about every node, collected by the first rank of each node."""
-    from everest_ds.launch.node import look
+    from everest_ds.launch.node import node_facts
 
     token = world.share(lambda: _write_token(config.run.dir))
     files = world.share(lambda: _needed_files(config))
     world.barrier()
-    here = look(files, token, time.time()) if world.local_rank == 0 else None
+    here = node_facts(files, token, time.time()) if world.local_rank == 0 else None
     nodes = [facts for facts in world.gather(here) if facts is not None]
     if world.is_main:
         token.unlink(missing_ok=True)

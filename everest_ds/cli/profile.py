@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli.measuring import measure_step
+from everest_ds.cli.measuring import measure_both_steps
 from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
 from everest_ds.cli.train import Overrides
 from everest_ds.errors import ConfigError, UsageError, nearest
@@ -78,7 +78,7 @@ def profile(
     print_table("Memory over time in a training step (counted)", _shapes(tables["memory_over_time"]))
     measured = plain = None
     if config and measure:
-        measured, plain = measure_step(subject, config)
+        measured, plain = measure_both_steps(subject, config)
         print_facts("One training step of the engine (measured)", measured.facts())
         print_facts("The same step in a plain loop, without DeepSpeed (measured)", plain.facts())
     write_json(json_file, _as_json(subject, config, tables, measured, plain))

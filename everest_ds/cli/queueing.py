@@ -16,7 +16,7 @@ from everest_ds.launch.rank_table import RankPlace
 from everest_ds.launch.sbatch import BatchJob, as_shell, job_name, sbatch_command
 from everest_ds.launch.slurm import answer, has_slurm, test_only
 from everest_ds.launch.submitted import queue
-from everest_ds.launch.sweep_file import MAX_TASKS, Candidate, expand_array
+from everest_ds.launch.sweep_file import MAX_TASKS, SweepCandidate, expand_array
 from everest_ds.shipped import shipped
 
 # Placeholder in a chain: --dry-run cannot know the id of the preceding job.
@@ -41,11 +41,11 @@ class Submission:
     """Successive stages and the job of each; `swept` lists the runs if the only job is a sweep."""
 
     stages: Sequence[Stage]
-    swept: Sequence[Candidate]
+    swept: Sequence[SweepCandidate]
     jobs: Sequence[BatchJob]
 
 
-def as_jobs(stages: Sequence[Stage], swept: Sequence[Candidate], queueing: Queueing) -> list[BatchJob]:
+def as_jobs(stages: Sequence[Stage], swept: Sequence[SweepCandidate], queueing: Queueing) -> list[BatchJob]:
     """Build one job per stage; each job waits for the one before it.
 
     Raises:
@@ -126,7 +126,7 @@ def queue_all(submission: Submission, json_file: Path | None) -> None:
     write_json(json_file, [{"job": job_id, "command": s.command, "run": s.run} for s, job_id in rows])
 
 
-def _array(asked: str | None, stages: Sequence[Stage], swept: Sequence[Candidate]) -> str | None:
+def _array(asked: str | None, stages: Sequence[Stage], swept: Sequence[SweepCandidate]) -> str | None:
     if swept:
         every = f"0-{len(swept) - 1}"
         array = every if asked is None else f"{every}{asked}" if asked.startswith("%") else asked
@@ -149,7 +149,7 @@ def _when(job: BatchJob) -> str:
     return test_only(job) if has_slurm() else "start time unknown: SLURM is not installed here"
 
 
-def _runs_of(stage: Stage, job: BatchJob, swept: Sequence[Candidate]) -> dict[str, Path]:
+def _runs_of(stage: Stage, job: BatchJob, swept: Sequence[SweepCandidate]) -> dict[str, Path]:
     """Map the suffix of each task's job id to the run folder that logs the task."""
     if stage.run is None:
         return {}

@@ -16,7 +16,7 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.profiling.measured import Measured
     from everest_ds.profiling.published import Cell
-    from everest_ds.profiling.tables import Row
+    from everest_ds.profiling.tables import ComparisonRow
     from everest_ds.reports.efficiency import Heading
     from everest_ds.reports.page import Plot
 
@@ -87,7 +87,7 @@ def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) -> list[Row]:
+def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) -> list[ComparisonRow]:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -101,7 +101,7 @@ def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) 
     return rows + measured_rows(cells, measurements)
 
 
-def _write(out: Path, rows: Sequence[Row], plots: Sequence[Plot]) -> None:
+def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> None:
     """Write all files of the report, and print a summary with the file to open."""
     from everest_ds.profiling.tables import OURS
     from everest_ds.reports.efficiency import arrange, summarise, to_csv

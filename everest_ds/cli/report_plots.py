@@ -12,9 +12,9 @@ from everest_ds.profiling.devices import DEVICES
 from everest_ds.profiling.measured import Measured
 from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by_batch, trained_configs
 from everest_ds.profiling.systems import BACKBONES, SYSTEMS
-from everest_ds.profiling.tables import Row
+from everest_ds.profiling.tables import ComparisonRow
 from everest_ds.reports.clip_pictures import CAPTIONS
-from everest_ds.reports.efficiency_plots import Bubble, Line, draw_bubbles, draw_lines, draw_stacks
+from everest_ds.reports.efficiency_plots import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.figure import png_as_svg
 from everest_ds.reports.page import Plot
 from everest_ds.units import GIB
@@ -25,12 +25,14 @@ _LIMITS = ("A6000", "H100 SXM")
 _OUR_TRAINING = f"bf16, ZeRO-2 on {NUM_RANKS} ranks, fused attention, no recomputation"
 
 
-def draw_plots(rows: Sequence[Row], runs: Sequence[Run], measured: Sequence[Measured]) -> list[Plot]:
+def draw_plots(
+    rows: Sequence[ComparisonRow], runs: Sequence[Run], measured: Sequence[Measured]
+) -> list[Plot]:
     """Draw every plot for which the report has data."""
     return list(chain(_accuracy(rows), _memory(rows), _step_times(measured), _losses(runs), _clips(runs)))
 
 
-def _accuracy(rows: Sequence[Row]) -> Iterator[Plot]:
+def _accuracy(rows: Sequence[ComparisonRow]) -> Iterator[Plot]:
     values = {(row.method, row.backbone, row.column): row for row in rows if row.table == "k400"}
     systems = [key for key in SYSTEMS if {(*key, "ft_gflops"), (*key, "top1")} <= set(values)]
     bubbles = {
@@ -61,7 +63,7 @@ def _parameters_m(method: str, backbone: str) -> float:
     return model.parameters().value / 1e6 if model else 0.0
 
 
-def _memory(rows: Sequence[Row]) -> Iterator[Plot]:
+def _memory(rows: Sequence[ComparisonRow]) -> Iterator[Plot]:
     chosen = {(row.method, row.backbone) for row in rows}
     backbones = [backbone for backbone in BACKBONES if chosen & {(method, backbone) for method in METHODS}]
     if not backbones:
@@ -81,7 +83,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[Plot]:
 
 def _draw_batches(trained: Mapping[tuple[str, str], Experiment]) -> str:
     lines = [
-        Line(
+        Curve(
             method,
             f"{method}, {phase}",
             [(clips, size / GIB) for clips, size in memory_by_batch(config, _BATCH_SIZES)],
@@ -109,11 +111,11 @@ def _step_times(measured: Sequence[Measured]) -> Iterator[Plot]:
 
 
 def _losses(runs: Sequence[Run]) -> Iterator[Plot]:
-    lines = [Line(run.name, run.name, [(row["step"], row["loss"]) for row in run.steps]) for run in runs]
+    lines = [Curve(run.name, run.name, [(row["step"], row["loss"]) for row in run.steps]) for run in runs]
     if lines:
         yield Plot("loss", "Training loss.", draw_lines(lines, "optimiser step", "loss (measured)"))
     rates = [
-        Line(run.name, run.name, [(row["step"], row["clips_per_s"]) for row in run.steps]) for run in runs
+        Curve(run.name, run.name, [(row["step"], row["clips_per_s"]) for row in run.steps]) for run in runs
     ]
     if rates:
         svg = draw_lines(rates, "optimiser step", "clips/s of all ranks (measured)")

@@ -13,7 +13,7 @@ from everest_ds.config import Experiment, load_experiment
 from everest_ds.errors import RunFolderError
 from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.profiling.memory import predict_memory
-from everest_ds.profiling.tables import Kind, Row
+from everest_ds.profiling.tables import ComparisonRow, FigureKind
 from everest_ds.reports.efficiency import Heading
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.units import GIB
@@ -84,7 +84,7 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     ]
 
 
-def run_rows(run: Run) -> list[Row]:
+def run_rows(run: Run) -> list[ComparisonRow]:
     """Return a run's rows of table `runs`: predicted and measured figures, in the units of `HEADING`."""
     world_size, versions = run.environment["world_size"], run.environment["packages"]
     commit = (run.environment["git"] or {}).get("commit", "unknown")[:7]
@@ -136,6 +136,6 @@ def _median_of_known(values: Sequence[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _row(run: Run, column: str, value: float, kind: Kind, note: str) -> Row:
+def _row(run: Run, column: str, value: float, kind: FigureKind, note: str) -> ComparisonRow:
     backbone = run.config.model.backbone
-    return Row(TABLE, run.name, backbone, column, None, round(value, 3), kind, None, note)
+    return ComparisonRow(TABLE, run.name, backbone, column, None, round(value, 3), kind, None, note)

@@ -13,7 +13,7 @@ from everest_ds.cli.plan import describe_plan
 from everest_ds.cli.prediction import memory_text
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
-from everest_ds.launch.sbatch import Shape
+from everest_ds.launch.sbatch import JobShape
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.profiling.devices import DEVICES, find_product
 from everest_ds.profiling.memory import predict_memory
@@ -37,7 +37,7 @@ class Stage:
     command: str
     arguments: tuple[str, ...]
     run: Path | None
-    shape: Shape
+    shape: JobShape
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -50,7 +50,7 @@ class Target:
         inputs_follow: the job depends on another job, which may still have to write the initial weights.
     """
 
-    shape: Shape
+    shape: JobShape
     gpu: str | None = None
     inputs_follow: bool = False
 
@@ -111,7 +111,7 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     return {"run": str(config.run.dir), **plan, "memory": memory}
 
 
-def _check_tensor(config: Experiment, shape: Shape) -> None:
+def _check_tensor(config: Experiment, shape: JobShape) -> None:
     tensor = config.parallelism.tensor
     if shape.ranks_per_node % tensor:
         raise ConfigError(
@@ -202,4 +202,4 @@ def _fits(config: Experiment, num_ranks: int, memory_bytes: int) -> bool:
 
 def without_gpus(target: Target) -> Target:
     """Return `target` reduced to one rank on one node without GPUs, for a job that computes nothing."""
-    return replace(target, shape=Shape(), gpu=None)
+    return replace(target, shape=JobShape(), gpu=None)

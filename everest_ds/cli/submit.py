@@ -17,8 +17,8 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.cli.queueing import Submission
     from everest_ds.cli.submission import Stage, Target
-    from everest_ds.launch.sbatch import Shape
-    from everest_ds.launch.sweep_file import Candidate
+    from everest_ds.launch.sbatch import JobShape
+    from everest_ds.launch.sweep_file import SweepCandidate
 
 Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
 Job = Annotated[
@@ -141,8 +141,8 @@ def submit(
         queue_all(submission, json_file)
 
 
-def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
-    from everest_ds.launch.sbatch import Shape
+def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> JobShape:
+    from everest_ds.launch.sbatch import JobShape
 
     if gpus is None and tasks is None:
         if job != "profile":
@@ -157,7 +157,7 @@ def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
             allowed="one rank per GPU",
             fix="leave out --ntasks-per-node",
         )
-    return Shape(nodes, gpus or 0, gpus or tasks or 1)
+    return JobShape(nodes, gpus or 0, gpus or tasks or 1)
 
 
 def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
@@ -181,7 +181,7 @@ def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: 
 
 def _plan(
     job: str, words: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
-) -> tuple[list[Stage], list[Candidate]]:
+) -> tuple[list[Stage], list[SweepCandidate]]:
     from everest_ds.cli import submission
     from everest_ds.cli.chain import plan_chain
     from everest_ds.cli.sweep_plan import plan_sweep

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds.cli.output import JsonFile, print_table, write_csv, write_json
-from everest_ds.launch.sweep_file import FILE_NAME, Candidate, expand_array, read_candidates
+from everest_ds.launch.sweep_file import SWEEP_FILE, SweepCandidate, expand_array, read_candidates
 
 if TYPE_CHECKING:
     from everest_ds.cli.job_rows import JobRow
@@ -31,7 +31,7 @@ def sweep(folder: Folder, json_file: JsonFile = None, csv_file: CsvFile = None) 
     """
     from everest_ds.cli.job_rows import job_rows
 
-    swept = read_candidates(folder / FILE_NAME)
+    swept = read_candidates(folder / SWEEP_FILE)
     rows = {row.run: row for row in job_rows([folder / candidate.name for candidate in swept])}
     keys = list(dict.fromkeys(key for candidate in swept for key in _settings(candidate)))
     table = [_result(candidate, keys, rows.get(folder / candidate.name)) for candidate in swept]
@@ -48,11 +48,11 @@ def candidate(file: Path, number: int) -> None:
         sys.stdout.buffer.write(os.fsencode(word) + b"\0")
 
 
-def _settings(candidate: Candidate) -> dict[str, str]:
+def _settings(candidate: SweepCandidate) -> dict[str, str]:
     return {key: value for key, _, value in (text.partition("=") for text in candidate.settings)}
 
 
-def _result(candidate: Candidate, keys: Sequence[str], row: JobRow | None) -> dict[str, Any]:
+def _result(candidate: SweepCandidate, keys: Sequence[str], row: JobRow | None) -> dict[str, Any]:
     from everest_ds.cli.job_rows import Progress
 
     settings, progress = _settings(candidate), row.progress if row else Progress()

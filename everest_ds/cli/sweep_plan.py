@@ -11,8 +11,8 @@ from everest_ds.cli.submission import Stage, Target, check_run
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.errors import EverestError, RunFolderError, UsageError
 from everest_ds.launch.sweep_file import (
-    FILE_NAME,
-    Candidate,
+    SWEEP_FILE,
+    SweepCandidate,
     expand_grid,
     read_candidates,
     read_settings,
@@ -22,7 +22,7 @@ from everest_ds.launch.sweep_file import (
 
 def plan_sweep(
     source: str, overrides: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
-) -> tuple[list[Stage], list[Candidate]]:
+) -> tuple[list[Stage], list[SweepCandidate]]:
     """Plan the array job of a sweep and check each of its runs.
 
     Memory is not checked: for a sweep, a run that is out of memory is a result.
@@ -43,10 +43,10 @@ def plan_sweep(
     ]
     _check(swept, replace(target, gpu=None), folder)
     facts = {"sweep": str(folder), "runs": len(swept), "each": f"{target.shape.num_ranks} ranks"}
-    return [Stage("sweep", (str(folder / FILE_NAME),), folder, target.shape, facts)], swept
+    return [Stage("sweep", (str(folder / SWEEP_FILE),), folder, target.shape, facts)], swept
 
 
-def keep_candidates(stage: Stage, swept: Sequence[Candidate]) -> None:
+def keep_candidates(stage: Stage, swept: Sequence[SweepCandidate]) -> None:
     """Write the candidates to the sweep's folder: task N of the array runs line N.
 
     Raises:
@@ -55,19 +55,19 @@ def keep_candidates(stage: Stage, swept: Sequence[Candidate]) -> None:
     assert stage.run is not None
     try:
         stage.run.mkdir(parents=True, exist_ok=True)
-        write_candidates(stage.run / FILE_NAME, swept)
+        write_candidates(stage.run / SWEEP_FILE, swept)
     except OSError as error:
         raise RunFolderError(f"{stage.run}: cannot be written", given=str(error)) from None
 
 
 def _candidate(
     base: Experiment, source: str, overrides: Sequence[str], name: str, settings: tuple[str, ...]
-) -> Candidate:
+) -> SweepCandidate:
     place = f"run.dir={json.dumps(str(base.run.dir / name))}"
-    return Candidate(name, base.task, source, settings, (*overrides, *settings, place))
+    return SweepCandidate(name, base.task, source, settings, (*overrides, *settings, place))
 
 
-def _check(swept: Sequence[Candidate], target: Target, folder: Path) -> None:
+def _check(swept: Sequence[SweepCandidate], target: Target, folder: Path) -> None:
     names = [candidate.name for candidate in swept]
     twice = sorted({name for name in names if names.count(name) > 1})
     if not swept or twice:
@@ -83,6 +83,6 @@ def _check(swept: Sequence[Candidate], target: Target, folder: Path) -> None:
         except EverestError as error:
             said = " ".join(candidate.settings)
             raise type(error)(f"candidate {candidate.name} ({said}): {error}") from None
-    file = folder / FILE_NAME
+    file = folder / SWEEP_FILE
     if file.is_file() and read_candidates(file) != list(swept):
         raise RunFolderError(f"{folder}: this folder holds another sweep", fix="choose another run.dir")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from everest_ds.parallel.world import World
     from everest_ds.training.utilization import ClipCost
 
-Source = Annotated[
+RecipeArg = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
@@ -58,7 +58,7 @@ On = Annotated[
 
 
 def pretrain(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
@@ -75,7 +75,7 @@ def pretrain(
 
 
 def finetune(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
@@ -93,7 +93,7 @@ def finetune(
 
 
 def evaluate(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
@@ -178,7 +178,7 @@ def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus
     the batch or the data set is too small for that machine.
     """
     from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
-    from everest_ds.launch.environment import detect
+    from everest_ds.launch.environment import detect_environment
 
     if on is not None:
         gpus = parse_gpus(on)
@@ -189,7 +189,7 @@ def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus
                 fix="leave out --nproc",
             )
         return gpus
-    count, reference = nproc or detect().world_size, parse_gpus(REFERENCE)
+    count, reference = nproc or detect_environment().world_size, parse_gpus(REFERENCE)
     if nproc is None and count == 1 and _can_plan(config, reference.count):
         return reference
     return Gpus(count, reference.product)
@@ -265,10 +265,10 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
     false.
     """
     from everest_ds.cli.ending import early_stop, noted_ending
-    from everest_ds.launch.environment import detect
+    from everest_ds.launch.environment import detect_environment
     from everest_ds.launch.job import current_job
 
-    job, place = current_job() if tell_job else None, detect()
+    job, place = current_job() if tell_job else None, detect_environment()
     os.environ.update(place.as_variables())
     with noted_ending(job, config.run.dir, place.rank), early_stop(job):
         from everest_ds.parallel.world import explained_failures, join_world, leave_world

@@ -25,16 +25,16 @@ from everest_ds.cli.trial_run import (
 )
 from everest_ds.config import Experiment
 from everest_ds.errors import RunFolderError
-from everest_ds.launch.sweep_file import FILE_NAME as SWEEP_FILE
+from everest_ds.launch.sweep_file import SWEEP_FILE as SWEEP_FILE
 from everest_ds.tuning.standing import Tried
-from everest_ds.tuning.trials import Outcome, Trial, keep_trial, read_trials, trial_key
+from everest_ds.tuning.trials import Trial, TrialOutcome, keep_trial, read_trials, trial_key
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:
     from everest_ds.cli.job_rows import JobRow
 
 # State of a job -> outcome of its trial. Other jobs (stopped, preempted, node lost) have none.
-_OUTCOMES: dict[str, Outcome] = {
+_OUTCOMES: dict[str, TrialOutcome] = {
     "finished": "measured",
     "out of memory": "oom",
     "out of host memory": "oom",
@@ -49,7 +49,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
-class Entry:
+class TrialEntry:
     """One candidate of the trials, with the config that it gives the recipe."""
 
     tried: Tried
@@ -66,14 +66,14 @@ class Array:
     options: str
 
 
-def with_trials(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -> list[Entry]:
+def with_trials(setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any]) -> list[TrialEntry]:
     """Return the entries with the trials that earlier commands recorded."""
     known = read_trials(setup.folder)
     keys = [trial_key(entry.config, setup.num_ranks, place) for entry in entries]
     return [_known(entry, known.get(key)) for entry, key in zip(entries, keys, strict=True)]
 
 
-def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -> list[Entry]:
+def try_here(setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any]) -> list[TrialEntry]:
     """Run the entries without a trial on this machine, one at a time, and record each as soon as it ends."""
     todo = [entry for entry in with_trials(setup, entries, place) if entry.tried.trial is None]
     if todo:
@@ -88,8 +88,8 @@ def try_here(setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any]) -
 
 
 def try_by_slurm(
-    setup: Setup, entries: Sequence[Entry], place: Mapping[str, Any], array: Array
-) -> list[Entry]:
+    setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any], array: Array
+) -> list[TrialEntry]:
     """Record the trials that array jobs have finished and submit those not yet submitted, without waiting."""
     todo = {
         run_name(setup, entry, place): entry
@@ -113,13 +113,13 @@ def try_by_slurm(
     return with_trials(setup, entries, place)
 
 
-def run_name(setup: Setup, entry: Entry, place: Mapping[str, Any]) -> str:
+def run_name(setup: Setup, entry: TrialEntry, place: Mapping[str, Any]) -> str:
     """Return the name of an entry's run folder: its candidate's name and its unique trial key."""
     name = _NOT_IN_A_NAME.sub("-", entry.tried.name)
     return f"{name}-{trial_key(entry.config, setup.num_ranks, place)}"
 
 
-def _known(entry: Entry, trial: Trial | None) -> Entry:
+def _known(entry: TrialEntry, trial: Trial | None) -> TrialEntry:
     return replace(entry, tried=replace(entry.tried, trial=trial))
 
 
@@ -132,7 +132,7 @@ def _prepared(setup: Setup, config: Experiment) -> tuple[str, ...]:
     return trial_overrides(setup, config)
 
 
-def _keep(setup: Setup, entry: Entry, place: Mapping[str, Any], ending: Ending, run: Path) -> None:
+def _keep(setup: Setup, entry: TrialEntry, place: Mapping[str, Any], ending: Ending, run: Path) -> None:
     figures: dict[str, Any] = {}
     if ending.outcome == "measured":
         try:
@@ -171,7 +171,7 @@ def _may_go_on(row: JobRow) -> bool:
     return row.is_over and row.verdict.state not in _OUTCOMES
 
 
-def _submit(setup: Setup, entries: Mapping[str, Entry], array: Array) -> None:
+def _submit(setup: Setup, entries: Mapping[str, TrialEntry], array: Array) -> None:
     from everest_ds.cli.submit import submit
 
     overrides = _prepared(setup, next(iter(entries.values())).config)

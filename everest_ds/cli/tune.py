@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
 
 _COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
-Source = Annotated[
+OptionalRecipe = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Total number of GPUs; one rank runs on each.")]
@@ -151,7 +151,7 @@ CalibrationFile = Annotated[
 
 
 def tune(
-    source: Source = None,
+    source: OptionalRecipe = None,
     overrides: Overrides = None,
     gpus: Gpus = 1,
     gpu: Gpu = None,

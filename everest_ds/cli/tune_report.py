@@ -8,16 +8,16 @@ from statistics import median
 from typing import Any
 
 from everest_ds.errors import UsageError
-from everest_ds.reports.page import Page, Plot, Section, render_page
+from everest_ds.reports.page import Page, PageSection, Plot, render_page
 from everest_ds.reports.page_markdown import render_page_markdown
 from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
-from everest_ds.tuning.standing import Result, Standing, pareto_front
+from everest_ds.tuning.standing import Standing, TrialResults, pareto_front
 from everest_ds.tuning.what_if import TRAITS, WhatIf, values_of, where_it_pays
 from everest_ds.units import GIB
 
 
 def trials_page(
-    subject: str, result: Result, memory_bytes: int, dropped: Sequence[Mapping[str, str]], baseline: str
+    subject: str, result: TrialResults, memory_bytes: int, dropped: Sequence[Mapping[str, str]], baseline: str
 ) -> Page:
     """Build the page on the trials of a tuning: ranking, prediction errors and the speed-memory front.
 
@@ -29,10 +29,10 @@ def trials_page(
         baseline: name of the baseline that the winner is compared with.
     """
     sections = [
-        Section("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
+        PageSection("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
         _agreement_section(result),
         _front_section(result, memory_bytes),
-        Section("Families left out", rows=dropped) if dropped else None,
+        PageSection("Families left out", rows=dropped) if dropped else None,
     ]
     lead = (
         f"{subject}. Measured figures are medians over the steps after warm-up, taken in the real trainer;"
@@ -69,8 +69,8 @@ def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
         lead,
         {},
         [
-            Section("Numbers of GPUs for which each choice pays off", plots=[plot], rows=pays_rows(rows)),
-            Section("Fastest candidate for each number of GPUs", rows=what_if_rows(rows)),
+            PageSection("Numbers of GPUs for which each choice pays off", plots=[plot], rows=pays_rows(rows)),
+            PageSection("Fastest candidate for each number of GPUs", rows=what_if_rows(rows)),
         ],
     )
 
@@ -138,7 +138,7 @@ def what_if_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
     ]
 
 
-def _headline(result: Result, baseline: str) -> dict[str, str]:
+def _headline(result: TrialResults, baseline: str) -> dict[str, str]:
     winner = result.recommended
     if winner is None:
         return {"recommended": "none: no trial could be measured"}
@@ -153,7 +153,7 @@ def _headline(result: Result, baseline: str) -> dict[str, str]:
     return figures
 
 
-def _ranking_text(result: Result) -> str:
+def _ranking_text(result: TrialResults) -> str:
     first = result.standings[0] if result.standings else None
     text = f"Predictions are corrected with the trials: time {result.time}; memory {result.memory}."
     if first and not first.refused and not first.tried.measured and result.recommended:
@@ -161,7 +161,7 @@ def _ranking_text(result: Result) -> str:
     return text
 
 
-def _agreement_section(result: Result) -> Section | None:
+def _agreement_section(result: TrialResults) -> PageSection | None:
     ran = [one.tried for one in result.standings if one.tried.measured]
     if not ran:
         return None
@@ -188,7 +188,7 @@ def _agreement_section(result: Result) -> Section | None:
         ),
         Plot("memory", "Peak memory of rank 0.", draw_agreement(peaks, "memory", "GiB")),
     ]
-    return Section(
+    return PageSection(
         "Predicted against measured", "Predictions are those made before the trials.", plots=plots, rows=rows
     )
 
@@ -207,7 +207,7 @@ def _short(value: float) -> float:
     return float(f"{value:.3g}")
 
 
-def _front_section(result: Result, memory_bytes: int) -> Section | None:
+def _front_section(result: TrialResults, memory_bytes: int) -> PageSection | None:
     front = pareto_front(result.standings)
     if not front:
         return None
@@ -218,7 +218,7 @@ def _front_section(result: Result, memory_bytes: int) -> Section | None:
     ]
     caption = "Speed over memory, with corrected predictions. No candidate beats those on the line in both."
     plot = Plot("front", caption, draw_front(places, memory_bytes / GIB), wide=True)
-    return Section("Memory and speed", plots=[plot])
+    return PageSection("Memory and speed", plots=[plot])
 
 
 def _numbers(gpus: Sequence[int]) -> str:

@@ -14,7 +14,7 @@ from everest_ds.tuning.space import Dropped
 from everest_ds.tuning.standing import CLOSE_PCT
 from everest_ds.units import GIB, format_bytes, format_duration
 
-Row = dict[str, Any]
+TableRow = dict[str, Any]
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
 _BESIDES = ("optimizer", "overhead")
 _HEADINGS = {"communication": "comm.", "recompute": "again"}  # short headings for narrow columns of numbers
@@ -35,7 +35,7 @@ class Costs:
     kwh: float | None = None
 
 
-def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) -> list[Row]:
+def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) -> list[TableRow]:
     """Return one row per candidate, in the given order."""
     rows = [
         {"rank": rank, **_settings(one, cluster), **_speed(one), **total_of(one, cluster, costs)}
@@ -46,14 +46,14 @@ def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) 
     return [{name: value for name, value in row.items() if name not in unused} for row in rows]
 
 
-def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> Row:
+def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> TableRow:
     """Return the time, cost and energy of a whole training, as far as they are known."""
     if costs.num_samples is None:
         return {}
     steps = steps_per_epoch(costs.num_samples, plan_ranks(candidate.config, cluster.num_ranks))
     epoch_s = steps * candidate.step.step_s
     total_s = epoch_s * candidate.config.schedule.epochs
-    row: Row = {"epoch": format_duration(epoch_s), "in_all": format_duration(total_s)}
+    row: TableRow = {"epoch": format_duration(epoch_s), "in_all": format_duration(total_s)}
     if costs.gpu_hour is not None:
         row["GPUs_cost"] = round(costs.gpu_hour * cluster.num_ranks * total_s / _HOUR_S, 2)
     if cluster.machine.watts is not None and costs.kwh is not None:
@@ -62,7 +62,7 @@ def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> Row:
     return row
 
 
-def memory_rows(candidate: Candidate, machine: Machine) -> list[Row]:
+def memory_rows(candidate: Candidate, machine: Machine) -> list[TableRow]:
     """Return the peak memory per rank of a candidate by category, with the usable memory."""
     parts = candidate.memory.parts()
     needed = needed_bytes(candidate.memory, machine)
@@ -81,12 +81,14 @@ def close_calls(ranked: Sequence[Candidate], machine: Machine) -> list[str]:
     ]
 
 
-def dropped_rows(dropped: Sequence[Dropped]) -> list[Row]:
+def dropped_rows(dropped: Sequence[Dropped]) -> list[TableRow]:
     """Return the families left out, each with its reason, as rows."""
     return [{"family": one.family, "why_not": one.reason} for one in dropped]
 
 
-def as_json(rows: Sequence[Row], ranked: Sequence[Candidate], machine: Machine) -> list[Mapping[str, Any]]:
+def as_json(
+    rows: Sequence[TableRow], ranked: Sequence[Candidate], machine: Machine
+) -> list[Mapping[str, Any]]:
     """Return the rows with the figures that programs need: settings, bytes by category, seconds by group."""
     return [
         row
@@ -101,7 +103,7 @@ def as_json(rows: Sequence[Row], ranked: Sequence[Candidate], machine: Machine) 
     ]
 
 
-def _settings(candidate: Candidate, cluster: Cluster) -> Row:
+def _settings(candidate: Candidate, cluster: Cluster) -> TableRow:
     plan = plan_ranks(candidate.config, cluster.num_ranks)
     buckets = f", buckets {candidate.zero.reduce_bucket_values / 1e6:g} M" if candidate.own_buckets else ""
     return {
@@ -111,7 +113,7 @@ def _settings(candidate: Candidate, cluster: Cluster) -> Row:
     }
 
 
-def _memory(candidate: Candidate, machine: Machine) -> Row:
+def _memory(candidate: Candidate, machine: Machine) -> TableRow:
     needed = needed_bytes(candidate.memory, machine)
     return {"GiB": round(needed / GIB, 1), "free_%": round(_free_pct(candidate, machine))}
 
@@ -120,7 +122,7 @@ def _free_pct(candidate: Candidate, machine: Machine) -> float:
     return 100 * (1 - needed_bytes(candidate.memory, machine) / machine.memory_bytes)
 
 
-def _speed(candidate: Candidate) -> Row:
+def _speed(candidate: Candidate) -> TableRow:
     step, mfu = candidate.step, candidate.step.mfu_pct
     return {
         "step_ms": round(1e3 * step.step_s, 1),
@@ -129,7 +131,7 @@ def _speed(candidate: Candidate) -> Row:
     }
 
 
-def _split(candidate: Candidate) -> Row:
+def _split(candidate: Candidate) -> TableRow:
     """Return the parts of a step in ms: compute, recompute, exposed communication and so on."""
     split = candidate.step.split()
     seconds: dict[str, float] = {_HEADINGS.get(group, group): split[group] for group in split}

@@ -12,7 +12,7 @@ import typer
 from everest_ds.cli.calibrate import facts_here
 from everest_ds.cli.output import print_table
 from everest_ds.cli.trial_run import Setup
-from everest_ds.cli.trials import Array, Entry, try_by_slurm, try_here
+from everest_ds.cli.trials import Array, TrialEntry, try_by_slurm, try_here
 from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
 from everest_ds.cli.tune_tables import dropped_rows
 from everest_ds.config import Experiment, load_experiment
@@ -26,7 +26,7 @@ from everest_ds.tuning.correction import traits_of
 from everest_ds.tuning.reasons import slower_families
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Sharding
-from everest_ds.tuning.standing import Result, Tried, weigh
+from everest_ds.tuning.standing import TrialResults, Tried, weigh
 from everest_ds.tuning.step_time import predict_step
 from everest_ds.tuning.trials import trial_key
 from everest_ds.tuning.winner import deepspeed_file
@@ -40,7 +40,7 @@ class Contender:
 
     name: str
     candidate: Candidate
-    entry: Entry
+    entry: TrialEntry
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,7 @@ def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contende
         overrides = (*overrides, f"parallelism.ds_config={file}")
         parallelism = config.parallelism.model_copy(update={"ds_config": file})
         config = config.model_copy(update={"parallelism": parallelism})
-    return Contender(name, candidate, Entry(_tried(name, overrides, candidate, cluster), config))
+    return Contender(name, candidate, TrialEntry(_tried(name, overrides, candidate, cluster), config))
 
 
 def _write_deepspeed(setup: Setup, candidate: Candidate) -> Path:
@@ -180,7 +180,9 @@ def _baseline(setup: Setup, cluster: Cluster, one: Baseline) -> Contender:
         predict_step(config, cluster.num_ranks, cluster.machine, zero),
         load_experiment(setup.source, setup.overrides),
     )
-    return Contender(one.name, candidate, Entry(_tried(one.name, one.overrides, candidate, cluster), config))
+    return Contender(
+        one.name, candidate, TrialEntry(_tried(one.name, one.overrides, candidate, cluster), config)
+    )
 
 
 def _tried(name: str, overrides: tuple[str, ...], candidate: Candidate, cluster: Cluster) -> Tried:
@@ -203,7 +205,7 @@ def _place(cluster: Cluster) -> dict[str, Any]:
     }
 
 
-def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result) -> None:
+def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: TrialResults) -> None:
     machine = cluster.machine
     print_table("Candidates after trials", _rows_to_show(weighed, machine.memory_bytes))
     dropped = dropped_rows([*slower_families(result.ranked, len(result.ranked)), *result.dropped])
@@ -212,7 +214,7 @@ def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: Result)
     typer.echo(f"report: {write_page(setup.folder, 'report', page)}")
 
 
-def _rows_to_show(weighed: Result, memory_bytes: int) -> list[dict[str, Any]]:
+def _rows_to_show(weighed: TrialResults, memory_bytes: int) -> list[dict[str, Any]]:
     """Select the candidates that were tried, and those that may be faster than the winner."""
     rows = ranking_rows(weighed.standings, memory_bytes)
     first = next((n for n, one in enumerate(weighed.standings) if one is weighed.recommended), len(rows))

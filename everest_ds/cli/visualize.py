@@ -13,7 +13,7 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.inference.look import Seen
 
-Source = Annotated[
+ClipSourceArg = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
@@ -29,7 +29,7 @@ _FPS = 8  # frames per second, slow enough for a viewer to follow one token
 
 
 def visualize(
-    source: Source,
+    source: ClipSourceArg,
     video: Annotated[Path, typer.Argument(help="Video file to show to the model.")],
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")] = Path("pictures"),
@@ -45,11 +45,11 @@ def visualize(
     Example: everest-ds visualize runs/pre clip.mp4 --out pictures
              everest-ds visualize k400_finetune_vit_base clip.mp4 tokens.keep_ratio=0.3
     """
-    from everest_ds.inference.look import look, open_model
+    from everest_ds.inference.look import open_model, watch_video
     from everest_ds.inference.views import best_device
 
     model = open_model(source, ["data.num_workers=0", *(overrides or [])]).to(best_device())
-    seen = look(model, video)
+    seen = watch_video(model, video)
     files = _write(seen, out)
     slots, tokens = seen.slots_BT[0].tolist(), model.config.tokens
     facts: dict[str, Any] = {

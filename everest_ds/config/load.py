@@ -11,9 +11,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from everest_ds.config.recipes import Source, choose, find_recipe, recipe_names
+from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tree import Tree, merge, read_yaml
+from everest_ds.config.tree import ConfigTree, merge, read_yaml
 from everest_ds.errors import ConfigError, nearest
 
 
@@ -34,7 +34,7 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     return build_experiment(tree, overrides, found.path)
 
 
-def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Experiment:
+def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: Path) -> Experiment:
     """Apply `key.path=value` overrides to a tree of settings, then validate.
 
     Args:
@@ -58,7 +58,7 @@ def dump_experiment(config: Experiment) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def find_config(source: str | Path) -> Source:
+def find_config(source: str | Path) -> ConfigSource:
     """Find the config file of a recipe name, a YAML file or a run folder.
 
     Raises:
@@ -66,9 +66,9 @@ def find_config(source: str | Path) -> Source:
     """
     path = Path(source)
     if path.is_dir() and (path / "config.yaml").is_file():
-        return Source(path / "config.yaml")
+        return ConfigSource(path / "config.yaml")
     if path.is_file():
-        return Source(path)
+        return ConfigSource(path)
     recipe = find_recipe(str(source))
     if recipe is not None:
         return recipe
@@ -89,7 +89,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
+def _read_with_bases(source: ConfigSource, seen: tuple[Path, ...]) -> ConfigTree:
     path = source.path
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
@@ -103,15 +103,15 @@ def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
     return merge(choose(inherited, below) if below.variant else inherited, tree)
 
 
-def _find_base(base: str, path: Path) -> Source:
+def _find_base(base: str, path: Path) -> ConfigSource:
     beside = path.parent / base
     try:
-        return Source(beside) if beside.is_file() else find_config(base)
+        return ConfigSource(beside) if beside.is_file() else find_config(base)
     except ConfigError as error:
         raise ConfigError(f"{path}: `base`: {error}") from None
 
 
-def _apply_override(tree: Tree, text: str) -> None:
+def _apply_override(tree: ConfigTree, text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError("override without `=`", given=repr(text), allowed="key.path=value")

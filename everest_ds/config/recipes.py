@@ -17,14 +17,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everest_ds.config.tree import Tree, merge, read_yaml
+from everest_ds.config.tree import ConfigTree, merge, read_yaml
 from everest_ds.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 VARIANTS = "variants"
 
 
-class Source(NamedTuple):
+class ConfigSource(NamedTuple):
     """The location of a config: a file and a variant name in it (empty if the file holds a single config)."""
 
     path: Path
@@ -36,16 +36,16 @@ def recipe_names() -> list[str]:
     return [name for path in sorted(RECIPES.glob("*.yaml")) for name in _names(path)]
 
 
-def find_recipe(name: str) -> Source | None:
+def find_recipe(name: str) -> ConfigSource | None:
     """Return the file and variant of the recipe called `name`, or None if no recipe has this name."""
     for path in RECIPES.glob("*.yaml"):
         if name == path.stem or name.startswith(f"{path.stem}_"):
             if name in _names(path):
-                return Source(path, name.removeprefix(path.stem).removeprefix("_"))
+                return ConfigSource(path, name.removeprefix(path.stem).removeprefix("_"))
     return None
 
 
-def choose(tree: Tree, source: Source) -> Tree:
+def choose(tree: ConfigTree, source: ConfigSource) -> ConfigTree:
     """Return the settings of the variant that `source` names, merged over the family's shared settings.
 
     Raises:
@@ -71,7 +71,7 @@ def _names(path: Path) -> list[str]:
     return [f"{path.stem}_{member}" for member in _members(variants)] if variants else [path.stem]
 
 
-def _inherited_variants(path: Path) -> Tree:
+def _inherited_variants(path: Path) -> ConfigTree:
     """Return the `variants` of a family file, merged over those of its base.
 
     Only a base given as a relative path is followed: a base given by recipe name is a single recipe.
@@ -82,12 +82,12 @@ def _inherited_variants(path: Path) -> Tree:
     return merge(inherited, tree.get(VARIANTS, {}))
 
 
-def _members(variants: Tree) -> dict[str, list[tuple[str, str]]]:
+def _members(variants: ConfigTree) -> dict[str, list[tuple[str, str]]]:
     """Map the name of each family member to its (axis, choice) pairs, in the order of merging."""
     return dict(_combine(variants))
 
 
-def _combine(variants: Tree) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _combine(variants: ConfigTree) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     unnamed = next(iter(variants["method"]))
     for backbone in variants["backbone"]:
         for method in variants["method"]:

@@ -31,13 +31,13 @@ NonNegative = Annotated[float, Field(ge=0.0)]
 Epsilon = Annotated[float, Field(gt=0.0)]
 
 
-class Section(BaseModel):
+class ConfigSection(BaseModel):
     """A section of the config: immutable, and unknown keys are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class ModelConfig(Section):
+class ModelConfig(ConfigSection):
     """The Vision Transformer and the shape of its input clip."""
 
     backbone: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
@@ -97,7 +97,7 @@ class ModelConfig(Section):
         return self
 
 
-class TokensConfig(Section):
+class TokensConfig(ConfigSection):
     """The token selection of a model.
 
     Selections: `rero` is EVEREST. `random`, the control, keeps the same number of tokens at random. `none`
@@ -119,7 +119,7 @@ class TokensConfig(Section):
     )
 
 
-class DataConfig(Section):
+class DataConfig(ConfigSection):
     """The manifests of a dataset (`path label` lines), and how clips are cut from its videos."""
 
     train: Path | None = None
@@ -166,7 +166,7 @@ class DataConfig(Section):
     )
 
 
-class AugmentConfig(Section):
+class AugmentConfig(ConfigSection):
     """The augmentation of fine-tuning beyond crops and flips, on the device; 0 turns a part off."""
 
     rand_augment_ops: Annotated[int, Field(ge=0)] = Field(
@@ -192,14 +192,14 @@ class AugmentConfig(Section):
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
 
 
-class LossConfig(Section):
+class LossConfig(ConfigSection):
     """The settings of the training loss."""
 
     normalize_targets: bool = Field(True, description="normalise target pixels per tubelet (pre-training)")
     label_smoothing: Probability = Field(0.0, description="fine-tuning only")
 
 
-class OptimizerConfig(Section):
+class OptimizerConfig(ConfigSection):
     """The settings of AdamW. Biases, norms and the mask token get no weight decay."""
 
     betas: tuple[Probability, Probability] = (0.9, 0.95)
@@ -211,7 +211,7 @@ class OptimizerConfig(Section):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
 
 
-class ScheduleConfig(Section):
+class ScheduleConfig(ConfigSection):
     """The learning-rate schedule: linear warm-up, then cosine decay.
 
     All three rates are scaled by samples per optimiser step / 256.
@@ -224,7 +224,7 @@ class ScheduleConfig(Section):
     min_lr: NonNegative = 1e-5
 
 
-class BatchConfig(Section):
+class BatchConfig(ConfigSection):
     """The clips of an optimiser step. A given `global_batch_size` holds for any number of ranks."""
 
     micro_batch_size: PositiveInt = Field(8, description="clips per rank in one forward pass")
@@ -232,7 +232,7 @@ class BatchConfig(Section):
     grad_accum_steps: PositiveInt | None = Field(None, description="default: derived from global_batch_size")
 
 
-class ParallelismConfig(Section):
+class ParallelismConfig(ConfigSection):
     """The distribution of the model and its training states over the ranks."""
 
     tensor: Literal[1, 2, 4, 8] = Field(
@@ -267,7 +267,7 @@ class ParallelismConfig(Section):
         return self
 
 
-class RecomputeConfig(Section):
+class RecomputeConfig(ConfigSection):
     """Activation checkpointing, which saves memory at the price of a second forward pass."""
 
     mode: Literal["none", "gelu", "attention", "mlp", "blocks", "full"] = Field(
@@ -282,7 +282,7 @@ class RecomputeConfig(Section):
     )
 
 
-class RunConfig(Section):
+class RunConfig(ConfigSection):
     """The run folder, and how often a run logs, saves and validates. May change when a run is resumed."""
 
     dir: Path = Path("runs/default")
@@ -306,7 +306,7 @@ class RunConfig(Section):
     validate_every_epochs: PositiveInt = 1
 
 
-class Experiment(Section):
+class Experiment(ConfigSection):
     """The complete config of a run, as `config.yaml` in a run folder stores it."""
 
     task: Literal["pretrain", "finetune"]

@@ -9,10 +9,10 @@ import yaml
 
 from everest_ds.errors import ConfigError
 
-Tree = dict[str, Any]
+ConfigTree = dict[str, Any]
 
 
-def read_yaml(path: Path) -> Tree:
+def read_yaml(path: Path) -> ConfigTree:
     """Read the mapping in a YAML file; an empty file gives an empty mapping.
 
     Raises:
@@ -30,7 +30,7 @@ def read_yaml(path: Path) -> Tree:
     return tree
 
 
-def merge(base: Tree, top: Tree) -> Tree:
+def merge(base: ConfigTree, top: ConfigTree) -> ConfigTree:
     """Merge `top` over `base`, recursing into the sections that both hold."""
     merged = dict(base)
     for key, value in top.items():

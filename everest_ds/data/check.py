@@ -22,7 +22,7 @@ HANG_S = 120.0
 _AT_ONCE = 32  # frames read per call, which bounds the memory that they take
 
 
-class Finding(NamedTuple):
+class VideoCheck(NamedTuple):
     """The result of checking one video.
 
     Attributes:
@@ -80,7 +80,7 @@ def check_manifest(
     inspect = partial(find_fault, data=data, every_frame=every_frame)
     outcomes = map_isolated(inspect, [samples[i] for i in left], workers=workers, timeout_s=timeout_s)
     for place, outcome in outcomes:
-        finding = Finding(f"the decoder {outcome.reason}", 0) if isinstance(outcome, Lost) else outcome
+        finding = VideoCheck(f"the decoder {outcome.reason}", 0) if isinstance(outcome, Lost) else outcome
         index = left[place]
         entries[index] = ledger.record(samples[index], *finding, every_frame=every_frame)
         on_progress(len(entries))
@@ -89,7 +89,7 @@ def check_manifest(
     return Checked(problems, len(known))
 
 
-def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> Finding:
+def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> VideoCheck:
     """Decode the first and last frame of a video, or every frame; return its fault and number of frames."""
     try:
         with open_sample(sample, data) as video:
@@ -99,5 +99,5 @@ def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> F
             video.read([0, count - 1])
         fault = find_missing_end(sample.path) if sample.span is None else ""
     except DataError as error:
-        return Finding(str(error).removeprefix(f"{sample.path}: "), 0)
-    return Finding(fault, 0 if fault else count)
+        return VideoCheck(str(error).removeprefix(f"{sample.path}: "), 0)
+    return VideoCheck(fault, 0 if fault else count)

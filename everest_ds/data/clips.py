@@ -16,7 +16,7 @@ from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.loader import Loaded, load
+from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import Failure, SampleReader
@@ -114,7 +114,7 @@ class TrainingClips:
         self.seed = config.run.seed
         self.pack = pack
 
-    def __getitem__(self, visit: Visit) -> Loaded:
+    def __getitem__(self, visit: Visit) -> LoadedItem:
         """Return the clips of a visit, from its sample or else from the first replacement that can be read.
 
         Raises:
@@ -128,7 +128,7 @@ class TrainingClips:
             except DataError as error:
                 failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
-                return Loaded(self.crops(frames, visit, candidate), failures)
+                return LoadedItem(self.crops(frames, visit, candidate), failures)
         raise DataError(
             f"{self.samples[visit.sample].name}: cannot be read, nor can {len(failures) - 1} replacements",
             given=failures[0].reason,
@@ -191,7 +191,7 @@ class EvaluationClips:
         """Return the name of the sample that these views belong to, for messages."""
         return self.samples[self.sample_of(items[0])].name
 
-    def __getitem__(self, items: Sequence[int]) -> Loaded:
+    def __getitem__(self, items: Sequence[int]) -> LoadedItem:
         """Return views of one sample; it is opened once, and frames that crops share are decoded once."""
         views = [self.views[item] for item in items]
         sample, segments = views[0].sample, sorted({view.segment for view in views})
@@ -199,9 +199,9 @@ class EvaluationClips:
             frames = self.reader.read(sample, partial(self._choose, segments))
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
-            return Loaded([self._missing(item) for item in items], [failure])
+            return LoadedItem([self._missing(item) for item in items], [failure])
         by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
-        return Loaded([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
+        return LoadedItem([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
 
     def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
         """Raise an error if the results lack a view of a sample that could be read.

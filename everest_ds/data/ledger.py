@@ -18,12 +18,12 @@ from everest_ds.data.manifest import Sample
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
-Source = Literal["ends", "every_frame", "run"]
+CheckSource = Literal["ends", "every_frame", "run"]
 Stamp = tuple[int, int]  # size in bytes, modification time in ns; (-1, -1): there is no such file
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """A line of the ledger: the result of checking, or failing to read, one video.
 
     Attributes:
@@ -40,7 +40,7 @@ class Entry:
     num_frames: int
     num_bytes: int
     changed_ns: int
-    source: Source
+    source: CheckSource
 
     def fault(self, min_frames: int) -> str:
         """Return why no clip of `min_frames` frames can be cut from the video, or an empty string."""
@@ -89,7 +89,7 @@ class Usable:
 class Ledger:
     """The ledger of a manifest, opened with `read` or `of_manifest`."""
 
-    def __init__(self, path: Path, entries: Iterable[Entry]) -> None:
+    def __init__(self, path: Path, entries: Iterable[LedgerEntry]) -> None:
         self.path = path
         self._entries = {entry.video: entry for entry in entries}
 
@@ -113,7 +113,7 @@ class Ledger:
         """Read the ledger that lies beside `manifest`."""
         return cls.read(manifest.with_name(manifest.name + SUFFIX))
 
-    def known(self, sample: Sample) -> Entry | None:
+    def known(self, sample: Sample) -> LedgerEntry | None:
         """Return the entry about the sample's file in its present state, or None if there is none."""
         entry = self._entries.get(sample.name)
         return entry if entry is not None and entry.stamp == stamp(sample.path) else None
@@ -134,7 +134,7 @@ class Ledger:
         *,
         by_run: bool = False,
         every_frame: bool = False,
-    ) -> Entry:
+    ) -> LedgerEntry:
         """Append an entry about `sample`; several processes may do so at once.
 
         Args:
@@ -148,8 +148,8 @@ class Ledger:
             DataError: the file cannot be written.
         """
         size, changed = stamp(sample.path)
-        source: Source = "run" if by_run else "every_frame" if every_frame else "ends"
-        entry = Entry(sample.name, reason, num_frames, size, changed, source)
+        source: CheckSource = "run" if by_run else "every_frame" if every_frame else "ends"
+        entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)
         try:
             with open(self.path, "ab+") as file:
                 file.write(b"" if _at_line_start(file) else b"\n")
@@ -180,11 +180,11 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _entry(path: Path, line: str) -> Entry | None:
+def _entry(path: Path, line: str) -> LedgerEntry | None:
     if not line.strip():
         return None
     try:
-        return Entry(**json.loads(line))
+        return LedgerEntry(**json.loads(line))
     except json.JSONDecodeError:
         return None
     except TypeError:

@@ -45,7 +45,7 @@ _CRASHES = 2  # crashes until a video counts as broken: a single crash may have 
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
-class Loaded(NamedTuple):
+class LoadedItem(NamedTuple):
     """The result of reading one item, or of a batch of items.
 
     Attributes:
@@ -57,12 +57,12 @@ class Loaded(NamedTuple):
     failures: list[Failure]
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """A data set whose items are read by a `SampleReader`."""
 
     reader: SampleReader
 
-    def __getitem__(self, item: Any) -> Loaded: ...
+    def __getitem__(self, item: Any) -> LoadedItem: ...
 
     def name_of(self, item: Any) -> str:
         """Return the name of the item's sample, for messages."""
@@ -70,7 +70,7 @@ class Source(Protocol):
 
 
 def load(
-    source: Source,
+    source: ClipSource,
     batches: Iterator[list[T]],
     data: DataConfig,
     pin_memory: bool,
@@ -204,10 +204,10 @@ class _Notes:
 class _Guarded:
     """A wrapper of a source that returns errors as values: raised in a worker, they would arrive as text."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ClipSource) -> None:
         self.source = source
 
-    def __getitem__(self, item: object) -> Loaded | Failed:
+    def __getitem__(self, item: object) -> LoadedItem | Failed:
         try:
             return self.source[item]
         except Exception as error:
@@ -215,8 +215,8 @@ class _Guarded:
 
 
 def _pass(
-    source: Source, batches: _Undelivered, data: DataConfig, pin_memory: bool
-) -> Iterator[Loaded | Failed | _Lost]:
+    source: ClipSource, batches: _Undelivered, data: DataConfig, pin_memory: bool
+) -> Iterator[LoadedItem | Failed | _Lost]:
     """Yield the batches from one set of workers, until they are complete or a worker is lost."""
     notes = _Notes(data.num_workers)
 
@@ -326,7 +326,7 @@ def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _
     return None
 
 
-def _collate(items: list[Loaded | Failed]) -> Loaded | Failed:
+def _collate(items: list[LoadedItem | Failed]) -> LoadedItem | Failed:
     clips: list[Any] = []
     failures: list[Failure] = []
     for item in items:
@@ -335,6 +335,6 @@ def _collate(items: list[Loaded | Failed]) -> Loaded | Failed:
         clips += item.clips
         failures += item.failures
     try:
-        return Loaded(default_collate(clips), failures)
+        return LoadedItem(default_collate(clips), failures)
     except Exception as error:
         return failed_join(error)

@@ -50,7 +50,7 @@ class Encoding:
     preset: str = "medium"
 
 
-class Job(NamedTuple):
+class ReencodeTask(NamedTuple):
     """A sample and the file that it is re-encoded to."""
 
     sample: Sample
@@ -87,13 +87,13 @@ class Gain(NamedTuple):
     after_bytes: int
 
 
-def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
+def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[ReencodeTask]:
     """Map each sample to an MP4 file below `out`, at the same relative path as below `root`.
 
     Raises:
         DataError: two samples would be written to the same file, or a source file would be overwritten.
     """
-    jobs: dict[Path, Job] = {}
+    jobs: dict[Path, ReencodeTask] = {}
     for sample in samples:
         path = sample.path
         place = path.relative_to(root) if path.is_relative_to(root) else Path(*path.absolute().parts[1:])
@@ -101,7 +101,7 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
         target = out / place.with_name(f"{place.stem}{part}.mp4")
         if target.absolute() == path.absolute():
             raise DataError(f"{path}: the source would be overwritten", fix="choose another --out")
-        other = jobs.setdefault(target, Job(sample, target)).sample
+        other = jobs.setdefault(target, ReencodeTask(sample, target)).sample
         if other.name != sample.name:
             raise DataError(
                 f"{target}: two videos would be written to this file",
@@ -111,8 +111,8 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Job]:
     return list(jobs.values())
 
 
-def reencode(
-    jobs: Sequence[Job],
+def reencode_videos(
+    jobs: Sequence[ReencodeTask],
     ledger: Ledger,
     encoding: Encoding,
     *,
@@ -157,7 +157,7 @@ def reencode(
     return Reencoded([s for i, s in enumerate(made) if not reasons[i]], failed, num_known)
 
 
-def write_verified(job: Job, encoding: Encoding) -> int | str:
+def write_verified(job: ReencodeTask, encoding: Encoding) -> int | str:
     """Write one file and verify it; return its number of frames, or what is wrong with it or its source.
 
     The file is written under a temporary name and renamed only after it was verified.

@@ -43,7 +43,7 @@ SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Kind:
+class SceneStyle:
     """A variant of the data set: its background, camera noise, distractors and share of frames with motion.
 
     Attributes:
@@ -60,10 +60,10 @@ class Kind:
     moving: float = 1.0
 
 
-KINDS: dict[str, Kind] = {
-    "plain": Kind(),
-    "busy": Kind("panning", noise=8.0, distractors=2),
-    "pauses": Kind("still", moving=0.25),
+KINDS: dict[str, SceneStyle] = {
+    "plain": SceneStyle(),
+    "busy": SceneStyle("panning", noise=8.0, distractors=2),
+    "pauses": SceneStyle("still", moving=0.25),
 }
 
 

@@ -38,7 +38,7 @@ def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
 
 
 @torch.no_grad()
-def look(model: Any, video: Path) -> Seen:
+def watch_video(model: Any, video: Path) -> Seen:
     """Run `model` on the middle clip of a video, and return the recorded tokens and attention.
 
     Raises:

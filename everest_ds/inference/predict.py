@@ -48,7 +48,7 @@ class Predictions(NamedTuple):
     problems: list[Problem]
 
 
-def predict(
+def predict_videos(
     model: Any,
     samples: Sequence[Sample],
     views: Views = Views(),

@@ -33,7 +33,7 @@ class FeatureTable(NamedTuple):
     model: str
 
 
-def check_name(file: Path) -> None:
+def check_table_file(file: Path) -> None:
     """Check that a table can be written under the given file name.
 
     Raises:

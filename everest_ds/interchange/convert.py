@@ -19,7 +19,7 @@ from everest_ds.config.backbones import LAYER_NORM_EPS
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.infer import TRANSFORMERS_LAST_EPS
 from everest_ds.interchange.layouts import Layout, layout_of
-from everest_ds.interchange.source import Source, open_source
+from everest_ds.interchange.source import WeightSource, open_source
 from everest_ds.interchange.tensors import to_theirs
 from everest_ds.interchange.transformers_folder import save_folder
 
@@ -63,7 +63,7 @@ class Conversion:
     notes: list[str]
 
 
-def convert(
+def convert_weights(
     path: Path, target: Path, system: str, overrides: Sequence[str] = (), entry: str | None = None
 ) -> Conversion:
     """Write the weights at `path` in the layout of another system.
@@ -99,7 +99,7 @@ def convert(
         )
 
 
-def _write(source: Source, layout: Layout, target: Path) -> None:
+def _write(source: WeightSource, layout: Layout, target: Path) -> None:
     if layout.system == "everest":
         _save_own(source, target)
         return
@@ -115,7 +115,7 @@ def _write(source: Source, layout: Layout, target: Path) -> None:
         _save_pickle(state, target)
 
 
-def _save_own(source: Source, file: Path) -> None:
+def _save_own(source: WeightSource, file: Path) -> None:
     metadata = config_entry(source.config.model_dump(mode="json"))
     if source.class_names:
         metadata["classes"] = json.dumps(source.class_names)
@@ -132,7 +132,7 @@ def _save_pickle(state: dict[str, Tensor], file: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _account(source: Source, layout: Layout) -> list[Key]:
+def _account(source: WeightSource, layout: Layout) -> list[Key]:
     keys = []
     for name, theirs in source.theirs.items():
         new = layout.theirs(name)
@@ -142,7 +142,7 @@ def _account(source: Source, layout: Layout) -> list[Key]:
     return keys + [Key(key, "", "unused", why) for key, why in source.unused]
 
 
-def _check_positions(source: Source, system: str) -> None:
+def _check_positions(source: WeightSource, system: str) -> None:
     positions, theirs = source.config.model.positions, "grid" if system == "mvd" else "flat"
     if system != "everest" and positions != theirs:
         raise CheckpointError(
@@ -153,7 +153,7 @@ def _check_positions(source: Source, system: str) -> None:
         )
 
 
-def _notes(source: Source, system: str) -> list[str]:
+def _notes(source: WeightSource, system: str) -> list[str]:
     model, tokens, notes = source.config.model, source.config.tokens, []
     if (source.layout.system, source.layout.kind) == ("videomae", "finetune") and model.positions == "flat":
         notes.append(

@@ -13,12 +13,12 @@ from torch import Tensor
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import open_raw
-from everest_ds.interchange.layouts import detect
+from everest_ds.interchange.layouts import detect_layout
 from everest_ds.interchange.source import as_source
-from everest_ds.interchange.tensors import Shape
+from everest_ds.interchange.tensors import TensorShape
 
 
-class Encoder(NamedTuple):
+class EncoderWeights(NamedTuple):
     """Weights on the disk that include those of an encoder.
 
     Attributes:
@@ -28,12 +28,12 @@ class Encoder(NamedTuple):
     """
 
     path: Path
-    shapes: dict[str, Shape]
+    shapes: dict[str, TensorShape]
     read: Callable[[str], Tensor]
 
 
 @contextmanager
-def open_encoder(path: Path, config: Experiment) -> Iterator[Encoder]:
+def open_encoder(path: Path, config: Experiment) -> Iterator[EncoderWeights]:
     """Open the weights that `model.init_from` names, for the encoder of `config`.
 
     Args:
@@ -44,14 +44,14 @@ def open_encoder(path: Path, config: Experiment) -> Iterator[Encoder]:
         CheckpointError: if the weights cannot be read, or were trained with other positions.
     """
     with open_raw(path, prefer_best=False) as raw:
-        if detect(raw.shapes, raw.path).system == "everest":
+        if detect_layout(raw.shapes, raw.path).system == "everest":
             model = json.loads(raw.metadata.get("config", "{}")).get("model", {})
             _check_positions(raw.path, model.get("positions", "flat"), config)
-            yield Encoder(raw.path, raw.shapes, raw.read)
+            yield EncoderWeights(raw.path, raw.shapes, raw.read)
         else:
             source = as_source(raw)
             _check_positions(raw.path, source.config.model.positions, config)
-            yield Encoder(raw.path, source.shapes, source.read)
+            yield EncoderWeights(raw.path, source.shapes, source.read)
 
 
 def _check_positions(path: Path, found: str, config: Experiment) -> None:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.export import find_weights, open_weights
-from everest_ds.checkpoints.manifest import read_manifest
+from everest_ds.checkpoints.manifest import read_checkpoint_manifest
 from everest_ds.checkpoints.tensor_file import open_tensors
 from everest_ds.config import load_experiment
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.layouts import TRANSFORMERS_RENAMED
-from everest_ds.interchange.tensors import Shape
+from everest_ds.interchange.tensors import TensorShape
 
 # Entries of a saved dictionary under which training scripts and DeepSpeed store the weights.
 WEIGHT_KEYS = ("model", "module", "model_state", "model_state_dict", "state_dict")
@@ -54,7 +54,7 @@ class RawWeights:
     """
 
     path: Path
-    shapes: dict[str, Shape]
+    shapes: dict[str, TensorShape]
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -97,7 +97,7 @@ def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> 
 def _open_own(path: Path, prefer_best: bool) -> Iterator[RawWeights]:
     """Open a checkpoint, or the best weights or newest checkpoint of a run."""
     found = find_weights(path, prefer_best)
-    config = read_manifest(found).facts.config if found.is_dir() else _config_beside(found)
+    config = read_checkpoint_manifest(found).facts.config if found.is_dir() else _config_beside(found)
     with open_weights(found) as stored:
         metadata = {"config": json.dumps(config)} if config else {}
         yield RawWeights(found, stored.shapes, stored.read, metadata)
@@ -127,7 +127,7 @@ def _files(path: Path) -> list[Path]:
 def _open_files(files: list[Path], entry: str | None, stack: ExitStack) -> RawWeights:
     if files[0].suffix != ".safetensors":
         return _open_pickle(files[0], entry)
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorShape] = {}
     of: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:

@@ -17,14 +17,14 @@ from everest_ds.interchange.files import RawWeights
 from everest_ds.interchange.layouts import EMBEDDING, Layout
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
-Tree = dict[str, Any]
+InferredTree = dict[str, Any]
 # config.json does not define this epsilon: transformers uses PyTorch's default for the last LayerNorm.
 TRANSFORMERS_LAST_EPS = 1e-5
 # Arguments and mask types of the original training scripts -> keys and values of the config.
 _ARGUMENTS = {"num_frames": "num_frames", "input_size": "image_size"}
 _MASKS = {"tube": "tube", "random": "none", "motion-centric": "rero"}
 # Settings that no shape reveals, with the values of all released models.
-_USUAL: Tree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
+_USUAL: InferredTree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
 
 
 class Described(NamedTuple):
@@ -41,7 +41,7 @@ class Described(NamedTuple):
     class_names: list[str] | None
 
 
-def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Described:
+def describe_weights(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Described:
     """Infer the config of the model that the weights belong to.
 
     Args:
@@ -62,9 +62,9 @@ def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Descr
     return Described(config, assumed, _class_names(raw, config))
 
 
-def _told(layout: Layout, raw: RawWeights) -> Tree:
+def _told(layout: Layout, raw: RawWeights) -> InferredTree:
     if layout.system == "everest" and "config" in raw.metadata:
-        own: Tree = json.loads(raw.metadata["config"])
+        own: InferredTree = json.loads(raw.metadata["config"])
         return own
     said = _by_transformers(raw) if raw.transformers else _by_arguments(raw.arguments)
     task = "finetune" if layout.kind == "finetune" else "pretrain"
@@ -74,7 +74,7 @@ def _told(layout: Layout, raw: RawWeights) -> Tree:
     return {"task": task, **said, "tokens": tokens, "model": model}
 
 
-def _shape(layout: Layout, raw: RawWeights) -> Tree:
+def _shape(layout: Layout, raw: RawWeights) -> InferredTree:
     """Infer the settings of section `model` that the shapes of the weights determine."""
     (embedding,) = layout.theirs(EMBEDDING)
     shape = raw.shapes[embedding]
@@ -86,7 +86,7 @@ def _shape(layout: Layout, raw: RawWeights) -> Tree:
         )
     depth = _depth(layout, raw, "encoder.blocks")
     backbone = _backbone(raw.path, shape[0], depth)
-    tree: Tree = {"backbone": backbone, **_tubelet(shape)}
+    tree: InferredTree = {"backbone": backbone, **_tubelet(shape)}
     if layout.kind == "pretrain":
         decoder_depth = _depth(layout, raw, "decoder")
         if decoder_depth != BACKBONES[backbone].decoder.depth:
@@ -102,7 +102,7 @@ def _depth(layout: Layout, raw: RawWeights, stack: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in raw.shapes)
 
 
-def _tubelet(shape: tuple[int, ...]) -> Tree:
+def _tubelet(shape: tuple[int, ...]) -> InferredTree:
     if len(shape) == 5:
         return {"tubelet_size": shape[2], "patch_size": shape[3]}
     return {"patch_size": math.isqrt(shape[1] // (3 * _USUAL["tubelet_size"]))}
@@ -120,7 +120,7 @@ def _backbone(path: Path, width: int, depth: int) -> str:
     )
 
 
-def _by_transformers(raw: RawWeights) -> Tree:
+def _by_transformers(raw: RawWeights) -> InferredTree:
     said = raw.transformers
     width, depth = said.get("hidden_size", 768), said.get("num_hidden_layers", 12)
     heads = BACKBONES[_backbone(raw.path, width, depth)].encoder.heads
@@ -136,7 +136,7 @@ def _by_transformers(raw: RawWeights) -> Tree:
             )
     _check_normalization(raw)
     names = ("image_size", "patch_size", "num_frames", "tubelet_size")
-    model: Tree = {name: said[name] for name in names if name in said}
+    model: InferredTree = {name: said[name] for name in names if name in said}
     model["norm_eps"] = said.get("layer_norm_eps", 1e-12)
     model["last_norm_eps"] = TRANSFORMERS_LAST_EPS
     return {"model": model, "loss": {"normalize_targets": said.get("norm_pix_loss", True)}}
@@ -153,23 +153,23 @@ def _check_normalization(raw: RawWeights) -> None:
             )
 
 
-def _by_arguments(said: Mapping[str, Any]) -> Tree:
+def _by_arguments(said: Mapping[str, Any]) -> InferredTree:
     """Translate the arguments of an original training script into config settings."""
-    model: Tree = {ours: said[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in said}
+    model: InferredTree = {ours: said[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in said}
     if "use_cls_token" in said:  # only MVD's scripts have this argument
         model["positions"] = "grid"
-    data: Tree = {"frame_stride": said["sampling_rate"]} if "sampling_rate" in said else {}
+    data: InferredTree = {"frame_stride": said["sampling_rate"]} if "sampling_rate" in said else {}
     if said.get("data_set") == "SSV2":
         data["sampling"] = "segments"
     return {"model": model, "tokens": _tokens(said), "data": data}
 
 
-def _tokens(said: Mapping[str, Any]) -> Tree:
+def _tokens(said: Mapping[str, Any]) -> InferredTree:
     if said.get("mcm"):  # EVEREST's fine-tuning
         return {"selection": "rero", "keep_ratio": _kept(said["mcm_ratio"])}
     if said.get("mask_type") not in _MASKS:
         return {}
-    tokens: Tree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
+    tokens: InferredTree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
     if tokens["selection"] == "rero":
         tokens["keep_ratio"] = _kept(said["motion_centric_masking_ratio"])
     return tokens

@@ -16,11 +16,11 @@ from typing import Literal
 
 from everest_ds.errors import CheckpointError
 
-Kind = Literal["pretrain", "finetune", "encoder"]
+WeightKind = Literal["pretrain", "finetune", "encoder"]
 Names = tuple[str, ...]
 # Name or prefix in EVEREST-DS -> name in the other system; several names if their tensors are concatenated
 # here.
-Table = Mapping[str, str | Names]
+NameTable = Mapping[str, str | Names]
 
 EMBEDDING = "encoder.embed.weight"
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
@@ -40,9 +40,9 @@ class Layout:
     """
 
     system: str
-    kind: Kind
-    stems: Table
-    block: Table = field(default_factory=dict)
+    kind: WeightKind
+    stems: NameTable
+    block: NameTable = field(default_factory=dict)
     mark: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
 
@@ -67,7 +67,7 @@ class Layout:
         return {self.mark, *self.theirs(EMBEDDING)} <= set(keys)
 
 
-def _translate(name: str, table: Table) -> Names:
+def _translate(name: str, table: NameTable) -> Names:
     for ours, theirs in table.items():
         if name == ours or name.startswith(f"{ours}."):
             names = (theirs,) if isinstance(theirs, str) else theirs
@@ -75,8 +75,8 @@ def _translate(name: str, table: Table) -> Names:
     return ()
 
 
-_ORIGINAL_BLOCK: Table = {"attention": "attn"}
-_TRANSFORMERS_BLOCK: Table = {
+_ORIGINAL_BLOCK: NameTable = {"attention": "attn"}
+_TRANSFORMERS_BLOCK: NameTable = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attention.qkv.weight": tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
@@ -178,7 +178,7 @@ LAYOUTS = (
 SYSTEMS = ("everest", "videomae", "mvd", "mme", "transformers")
 
 
-def detect(keys: Iterable[str], file: Path) -> Layout:
+def detect_layout(keys: Iterable[str], file: Path) -> Layout:
     """Find the layout that the given keys belong to.
 
     Args:
@@ -200,7 +200,7 @@ def detect(keys: Iterable[str], file: Path) -> Layout:
     )
 
 
-def layout_of(system: str, kind: Kind) -> Layout:
+def layout_of(system: str, kind: WeightKind) -> Layout:
     """Return a system's layout of one kind of model, or of the encoder only if it has no such model.
 
     Fine-tuned models of MVD and MME have the names of VideoMAE.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights, open_raw
-from everest_ds.interchange.infer import describe
-from everest_ds.interchange.layouts import Kind, Layout, Names, detect
-from everest_ds.interchange.tensors import Shape, our_shape, to_ours
+from everest_ds.interchange.infer import describe_weights
+from everest_ds.interchange.layouts import Layout, Names, WeightKind, detect_layout
+from everest_ds.interchange.tensors import TensorShape, our_shape, to_ours
 from everest_ds.models import build_model
 from everest_ds.models.features import FeatureModel
 from everest_ds.models.positions import fixed_positions
@@ -32,7 +32,7 @@ class Unused(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightSource:
     """The weights of a model in a file or folder, readable by their EVEREST-DS names.
 
     Attributes:
@@ -53,21 +53,23 @@ class Source:
     config: Experiment
     assumed: list[str]
     class_names: list[str] | None
-    shapes: dict[str, Shape]
+    shapes: dict[str, TensorShape]
     theirs: dict[str, Names]
     unused: list[Unused]
     left_out: tuple[str, ...]
     read: Callable[[str], Tensor]
 
 
-def outline_of(config: Experiment, kind: Kind) -> nn.Module:
+def outline_of(config: Experiment, kind: WeightKind) -> nn.Module:
     """Build a model on the meta device: names and shapes that take no memory."""
     with torch.device("meta"):
         return FeatureModel(config) if kind == "encoder" else build_model(config)
 
 
 @contextmanager
-def open_source(path: Path, overrides: Sequence[str] = (), entry: str | None = None) -> Iterator[Source]:
+def open_source(
+    path: Path, overrides: Sequence[str] = (), entry: str | None = None
+) -> Iterator[WeightSource]:
     """Open weights of any supported layout.
 
     Args:
@@ -85,15 +87,15 @@ def open_source(path: Path, overrides: Sequence[str] = (), entry: str | None = N
         yield as_source(raw, overrides)
 
 
-def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> Source:
+def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> WeightSource:
     """Translate opened weights to the names of EVEREST-DS; see `open_source`."""
-    layout = detect(raw.shapes, raw.path)
-    config, assumed, class_names = describe(layout, raw, overrides)
+    layout = detect_layout(raw.shapes, raw.path)
+    config, assumed, class_names = describe_weights(layout, raw, overrides)
     model = outline_of(config, layout.kind)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     theirs = {name: layout.theirs(name) for name in shapes}
     _check_shapes(raw, shapes, theirs)
-    return Source(
+    return WeightSource(
         raw.path,
         layout,
         config,
@@ -107,7 +109,7 @@ def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> Source:
     )
 
 
-def _check_shapes(raw: RawWeights, shapes: dict[str, Shape], theirs: dict[str, Names]) -> None:
+def _check_shapes(raw: RawWeights, shapes: dict[str, TensorShape], theirs: dict[str, Names]) -> None:
     for name, wanted in shapes.items():
         absent = [key for key in theirs[name] if key not in raw.shapes]
         found = None if absent else our_shape([raw.shapes[key] for key in theirs[name]])

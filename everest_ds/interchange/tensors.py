@@ -18,10 +18,10 @@ from torch import Tensor
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.interchange.layouts import EMBEDDING
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
-def our_shape(theirs: Sequence[Shape]) -> Shape:
+def our_shape(theirs: Sequence[TensorShape]) -> TensorShape:
     """Return the EVEREST-DS shape of a parameter that has the given shapes in another system."""
     first = theirs[0]
     if len(theirs) > 1:

@@ -107,28 +107,28 @@ def main_job_can_run(findings: Sequence[Finding]) -> bool:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ProbeOutput:
     """The result of a probe process: its last line (or all lines) on stdout, or on stderr if it failed."""
 
     succeeded: bool
     line: str
 
 
-def run_probe(command: Sequence[str], all_lines: bool = False) -> Outcome:
+def run_probe(command: Sequence[str], all_lines: bool = False) -> ProbeOutput:
     """Run a short program with a time limit, and report every failure as an outcome instead of raising."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_SECONDS, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return Outcome(False, f"no answer within {_PROBE_SECONDS:.0f} s")
+        return ProbeOutput(False, f"no answer within {_PROBE_SECONDS:.0f} s")
     except OSError as error:
-        return Outcome(False, str(error))
+        return ProbeOutput(False, str(error))
     succeeded = done.returncode == 0
     if succeeded and all_lines:
-        return Outcome(True, done.stdout.strip())
+        return ProbeOutput(True, done.stdout.strip())
     lines = (done.stdout if succeeded else done.stderr).strip().splitlines()
-    return Outcome(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
+    return ProbeOutput(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
 
 
 def _python(version: tuple[int, int]) -> Finding:
@@ -148,7 +148,7 @@ def _package(name: str) -> Finding:
         return Finding(name, "missing", "not installed", f"pip install {name}", required=True)
 
 
-def _accelerator(probe: Outcome) -> list[Finding]:
+def _accelerator(probe: ProbeOutput) -> list[Finding]:
     """Report what torch supports here: the devices, their torch.distributed backend, and bf16."""
     if not probe.succeeded:
         return [
@@ -164,7 +164,7 @@ def _accelerator(probe: Outcome) -> list[Finding]:
     return [_devices(found), _backend(found), _bf16(found)]
 
 
-def _num_devices(probe: Outcome) -> int:
+def _num_devices(probe: ProbeOutput) -> int:
     return len(json.loads(probe.line)["devices"]) if probe.succeeded else 0
 
 
@@ -199,7 +199,7 @@ def _bf16(found: Mapping[str, Any]) -> Finding:
     return Finding("bf16", "warning", "not supported by the GPU", "train in fp16 or fp32")
 
 
-def _mpi_library(probe: Outcome) -> Finding:
+def _mpi_library(probe: ProbeOutput) -> Finding:
     if probe.succeeded:
         return Finding("MPI library", "ok", probe.line)
     detail = f"needed only to start ranks with MPI: {probe.line}"

@@ -53,7 +53,7 @@ class RankEnvironment:
         }
 
 
-def detect(environ: Environ = os.environ) -> RankEnvironment:
+def detect_environment(environ: Environ = os.environ) -> RankEnvironment:
     """Read this rank's position from the variables that its launcher set.
 
     Under mpirun without MASTER_ADDR and MASTER_PORT this is a collective call: every rank must make it.

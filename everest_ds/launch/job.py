@@ -20,7 +20,7 @@ _MAX_RESTARTS = 50
 
 
 @dataclass(frozen=True)
-class Job:
+class SlurmJob:
     """The SLURM job that this process belongs to.
 
     Attributes:
@@ -45,7 +45,7 @@ class Job:
 JobEventKind = Literal["started", "stopped", "requeued", "finished", "failed"]
 
 
-def current_job(environ: Mapping[str, str] = os.environ) -> Job | None:
+def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     """Return the SLURM job that this process belongs to, or None outside SLURM.
 
     Raises:
@@ -53,7 +53,7 @@ def current_job(environ: Mapping[str, str] = os.environ) -> Job | None:
     """
     if "SLURM_JOB_ID" not in environ:
         return None
-    return Job(
+    return SlurmJob(
         environ["SLURM_JOB_ID"],
         _count(environ, "SLURM_RESTART_COUNT", 0),
         _count(environ, "EVEREST_MAX_RESTARTS", _MAX_RESTARTS),
@@ -62,7 +62,7 @@ def current_job(environ: Mapping[str, str] = os.environ) -> Job | None:
     )
 
 
-def begin(job: Job, run: Path, step: int) -> None:
+def record_start(job: SlurmJob, run: Path, step: int) -> None:
     """Log that the job starts from `step`, or that it may not start.
 
     Raises:
@@ -75,7 +75,7 @@ def begin(job: Job, run: Path, step: int) -> None:
     _append(run, job.event("started", step=step, nodes=job.nodes))
 
 
-def why_not_start(job: Job, events: Sequence[JobEvent], step: int) -> RestartError | None:
+def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> RestartError | None:
     """Return why the job must not start again, or None."""
     if job.restarts > job.max_restarts:
         return RestartError(
@@ -97,13 +97,13 @@ def why_not_start(job: Job, events: Sequence[JobEvent], step: int) -> RestartErr
     return None
 
 
-def _last_reason(events: Sequence[JobEvent], job: Job) -> str:
+def _last_reason(events: Sequence[JobEvent], job: SlurmJob) -> str:
     ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
     return ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class RequeueDecision:
     """The decision whether to requeue a job whose ranks have ended.
 
     Attributes:
@@ -117,7 +117,7 @@ class Verdict:
     bad_nodes: str | None = None
 
 
-def judge(job: Job, events: Sequence[JobEvent], code: int, state: str) -> Verdict:
+def decide_requeue(job: SlurmJob, events: Sequence[JobEvent], code: int, state: str) -> RequeueDecision:
     """Decide whether the job goes back into the queue.
 
     Args:
@@ -131,9 +131,9 @@ def judge(job: Job, events: Sequence[JobEvent], code: int, state: str) -> Verdic
     if not verdict.requeue:
         return verdict
     if not may_be_requeued(state):
-        return Verdict(False, f"{verdict.reason}; SLURM reports {state}")
+        return RequeueDecision(False, f"{verdict.reason}; SLURM reports {state}")
     if job.restarts >= job.max_restarts:
-        return Verdict(False, f"{verdict.reason}; restarted {job.restarts} times, which is the limit")
+        return RequeueDecision(False, f"{verdict.reason}; restarted {job.restarts} times, which is the limit")
     return verdict
 
 
@@ -146,34 +146,34 @@ def may_be_requeued(state: str) -> bool:
     return name == "RUNNING" or reason == "TimeLimit"
 
 
-def _by_events(mine: Sequence[JobEvent], code: int) -> Verdict:
+def _by_events(mine: Sequence[JobEvent], code: int) -> RequeueDecision:
     """Decide from the events that the ranks logged, or from the exit code if there are none."""
     own = [e for e in mine if e.event == "failed" and e.code not in (None, ExitCode.RANK_LOST)]
     if own:
         is_node = own[0].code == ExitCode.BAD_NODE
-        return Verdict(is_node, own[0].reason or "failed", own[0].nodes if is_node else None)
+        return RequeueDecision(is_node, own[0].reason or "failed", own[0].nodes if is_node else None)
     last = next((e for e in reversed(mine) if e.event in ("stopped", "finished", "failed")), None)
     if last is not None and last.event == "stopped":
-        return Verdict(last.reason != STOPPED_BY_FILE, f"stopped by {last.reason}")
+        return RequeueDecision(last.reason != STOPPED_BY_FILE, f"stopped by {last.reason}")
     if code == ExitCode.OK or (last is not None and last.event == "finished"):
-        return Verdict(False, "finished")
+        return RequeueDecision(False, "finished")
     if last is not None:
-        return Verdict(True, last.reason or "a rank was lost")
+        return RequeueDecision(True, last.reason or "a rank was lost")
     return _by_code(code)
 
 
-def _by_code(code: int) -> Verdict:
+def _by_code(code: int) -> RequeueDecision:
     if code == ExitCode.STOPPED:
-        return Verdict(True, "stopped before the first step")
+        return RequeueDecision(True, "stopped before the first step")
     if code > 128:  # a shell reports signal n as 128 + n
-        return Verdict(True, f"a rank was killed by signal {code - 128}")
-    return Verdict(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
+        return RequeueDecision(True, f"a rank was killed by signal {code - 128}")
+    return RequeueDecision(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
 
 
-def end(job: Job, run: Path, code: int, state: str) -> Verdict:
+def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
     """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
     events = read_events(run)
-    verdict = judge(job, events, code, state)
+    verdict = decide_requeue(job, events, code, state)
     told = any(e.job_id == job.job_id and e.restarts == job.restarts and e.event != "started" for e in events)
     if verdict.requeue:
         _append(run, job.event("requeued", reason=verdict.reason))
@@ -183,7 +183,7 @@ def end(job: Job, run: Path, code: int, state: str) -> Verdict:
     return verdict
 
 
-def note(job: Job | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
+def note(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
     """Log an event of this rank, if the rank belongs to a SLURM job.
 
     A log that cannot be written is reported on stderr and does not hide the event that was to be logged.

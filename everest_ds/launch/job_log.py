@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
 
-FILE_NAME = "jobs.jsonl"
+EVENTS_FILE = "jobs.jsonl"
 
 Event = Literal["submitted", "started", "stopped", "requeued", "finished", "failed"]
 
@@ -45,7 +45,7 @@ class JobEvent:
 def append_event(run: Path, event: JobEvent) -> None:
     """Append one event as a single write, so that lines of concurrent processes do not mix."""
     line = json.dumps(asdict(event)) + "\n"
-    file = os.open(run / FILE_NAME, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    file = os.open(run / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         os.write(file, line.encode())
     finally:
@@ -54,7 +54,7 @@ def append_event(run: Path, event: JobEvent) -> None:
 
 def read_events(run: Path) -> list[JobEvent]:
     """Return all events of a run, oldest first, without a last line that a crash cut short."""
-    file = run / FILE_NAME
+    file = run / EVENTS_FILE
     if not file.exists():
         return []
     lines = file.read_text(encoding="utf-8").split("\n")[:-1]

@@ -69,7 +69,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def look(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
+def node_facts(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
     """Collect the facts about this node.
 
     Args:

@@ -36,7 +36,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
-class Shape:
+class JobShape:
     """The number of nodes of a job, and of GPUs and ranks on each node.
 
     Attributes:
@@ -69,7 +69,7 @@ class BatchJob:
     script: Path
     arguments: tuple[str, ...]
     name: str
-    shape: Shape
+    shape: JobShape
     logs: Path | None = None
     time: str | None = None
     partition: str | None = None

@@ -19,7 +19,7 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def submit(job: BatchJob, folder: Path | None = None) -> str:
+def submit_job(job: BatchJob, folder: Path | None = None) -> str:
     """Submit the job from `folder` (None: the current folder), and return its id.
 
     Raises:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.job_log import JobEvent, append_event
-from everest_ds.launch.sbatch import BatchJob, Shape
-from everest_ds.launch.slurm import submit
+from everest_ds.launch.sbatch import BatchJob, JobShape
+from everest_ds.launch.slurm import submit_job
 
 
 def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | None) -> str:
@@ -35,7 +35,7 @@ def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | No
     except OSError as error:
         raise RunFolderError("the run folder cannot be written", given=str(error)) from None
     asked = time.time()  # taken now, because the job may start and log events before sbatch returns
-    job_id = submit(job)
+    job_id = submit_job(job)
     for suffix, run in runs.items():
         event = JobEvent("submitted", f"{job_id}{suffix}", nodes=None, task=command, seconds=asked)
         append_event(run, event)
@@ -63,7 +63,7 @@ def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
             **row,
             "script": Path(row["script"]),
             "arguments": tuple(row["arguments"]),
-            "shape": Shape(**row["shape"]),
+            "shape": JobShape(**row["shape"]),
             "logs": Path(row["logs"]) if row["logs"] else None,
             "options": tuple(row["options"]),
         }

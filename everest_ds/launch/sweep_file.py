@@ -12,14 +12,14 @@ from typing import Any
 
 from everest_ds.errors import UsageError
 
-FILE_NAME = "sweep.jsonl"
+SWEEP_FILE = "sweep.jsonl"
 # The largest number of array tasks that SLURM can be configured to allow.
 MAX_TASKS = 4_000_001
 _ARRAY_ITEM = re.compile(r"([0-9]{1,9})(?:-([0-9]{1,9})(?::([1-9][0-9]{0,8}))?)?")
 
 
 @dataclass(frozen=True)
-class Candidate:
+class SweepCandidate:
     """One run of a sweep.
 
     Attributes:
@@ -37,12 +37,12 @@ class Candidate:
     overrides: tuple[str, ...]
 
 
-def write_candidates(file: Path, candidates: Sequence[Candidate]) -> None:
+def write_candidates(file: Path, candidates: Sequence[SweepCandidate]) -> None:
     """Write the candidates to a file, one ASCII line for each."""
     file.write_text("".join(json.dumps(asdict(candidate)) + "\n" for candidate in candidates))
 
 
-def read_candidates(file: Path) -> list[Candidate]:
+def read_candidates(file: Path) -> list[SweepCandidate]:
     """Read the candidates that `write_candidates` wrote.
 
     Raises:
@@ -50,7 +50,7 @@ def read_candidates(file: Path) -> list[Candidate]:
     """
     try:
         rows = [json.loads(line) for line in file.read_text().splitlines()]
-        return [Candidate(**{k: _frozen(v) for k, v in row.items()}) for row in rows]
+        return [SweepCandidate(**{k: _frozen(v) for k, v in row.items()}) for row in rows]
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise UsageError(f"{file}: does not hold the candidates of a sweep", given=str(error)) from None
 
@@ -130,7 +130,7 @@ def expand_array(spec: str, count: int) -> list[int]:
     return tasks
 
 
-def check_name(name: object) -> str:
+def check_candidate_name(name: object) -> str:
     """Return the name of a candidate, if it is a valid folder name.
 
     Raises:
@@ -161,7 +161,7 @@ def _settings(file: Path, number: int, line: str) -> tuple[str | None, tuple[str
             overrides = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
         if not all(isinstance(text, str) for text in overrides):
             raise TypeError("an override is not text")
-        return (check_name(row["name"]) if "name" in row else None), tuple(overrides)
+        return (check_candidate_name(row["name"]) if "name" in row else None), tuple(overrides)
     except (ValueError, TypeError, KeyError) as error:
         raise UsageError(
             f"{file}:{number}: not a candidate",

@@ -74,7 +74,7 @@ _OF_LAST_EVENT = {"finished": "finished", "failed": "failed", "stopped": "stoppe
 
 
 @dataclass(frozen=True)
-class Verdict:
+class JobStatus:
     """The state of a job (a key of `NEXT`), the reason for that state, and the next action."""
 
     state: str
@@ -82,7 +82,7 @@ class Verdict:
     next: str
 
 
-def judge(run: str, job_id: str, state: JobState | None, events: Sequence[JobEvent]) -> Verdict:
+def job_status(run: str, job_id: str, state: JobState | None, events: Sequence[JobEvent]) -> JobStatus:
     """Derive the status of a job from SLURM's record and from the job's own events.
 
     Args:
@@ -92,7 +92,7 @@ def judge(run: str, job_id: str, state: JobState | None, events: Sequence[JobEve
         events: events of this job, oldest first.
     """
     word = _word(state, events)
-    return Verdict(word, _reason(word, state, events), NEXT[word].format(run=run, job=job_id))
+    return JobStatus(word, _reason(word, state, events), NEXT[word].format(run=run, job=job_id))
 
 
 def explain_exit_code(code: int) -> str:

@@ -26,7 +26,7 @@ def outline(config: Experiment) -> nn.Module:
         return build_model(config)
 
 
-def draw(config: Experiment) -> Iterator[NamedTensor]:
+def draw_initial_weights(config: Experiment) -> Iterator[NamedTensor]:
     """Yield all parameters and buffers by name, equal to those of `build_model` seeded with `run.seed`.
 
     The tensors of a module are freed when the next module is drawn, unless the caller keeps them. The random

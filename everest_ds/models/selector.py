@@ -21,7 +21,7 @@ from everest_ds.models.tubelets import PixelMap, to_tubelets
 _TUBES = {"tube": split_tubes, "dual": split_dual}
 
 
-class Kept(NamedTuple):
+class KeptTokens(NamedTuple):
     """Tubelets of a batch of clips, and the indices of their kept tokens.
 
     Attributes:
@@ -35,7 +35,7 @@ class Kept(NamedTuple):
     keep_BK: Tensor
 
 
-class Selection(NamedTuple):
+class TokenSplit(NamedTuple):
     """Tubelets of a batch of clips, and the indices of their visible and predicted tokens.
 
     Attributes:
@@ -67,7 +67,7 @@ class Selector(nn.Module):
     @torch.no_grad()
     def forward(
         self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
-    ) -> Selection:
+    ) -> TokenSplit:
         """Select frames and tokens from uint8 clips of S candidate slots.
 
         Args:
@@ -81,12 +81,12 @@ class Selector(nn.Module):
             split = _TUBES[self.tokens.selection](self.geometry, self.counts.num_visible, key_B)
         else:
             split = split_kept(keep_BK, self.counts.num_visible, key_B)
-        return Selection(pixels_BNP, slots_BT, *split)
+        return TokenSplit(pixels_BNP, slots_BT, *split)
 
     @torch.no_grad()
     def kept(
         self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor, keep_BK: Tensor | None = None
-    ) -> Kept:
+    ) -> KeptTokens:
         """Select frames and kept tokens, without splitting them into visible and predicted tokens.
 
         Args:
@@ -98,7 +98,7 @@ class Selector(nn.Module):
         pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
         if keep_BK is None:
             keep_BK = self._keep(pixels_BNP, embedding, key_B)
-        return Kept(pixels_BNP, slots_BT, keep_BK)
+        return KeptTokens(pixels_BNP, slots_BT, keep_BK)
 
     def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return the tubelets and indices of the T slots that IIFS draws from S, or of all slots if S = T."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.models.attention import attention_weights
-from everest_ds.models.selector import Selection, Selector
+from everest_ds.models.selector import Selector, TokenSplit
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 from everest_ds.models.vit import Attention
 
@@ -60,7 +60,7 @@ class Watch:
         self._num_clips = num_clips
         self._hooks = ExitStack()
         self._weights_Bnn: list[Tensor] = []  # per block, the mean over its heads
-        self._selection: Selection
+        self._selection: TokenSplit
         self._counts_BS: Tensor
 
     def __enter__(self) -> Watch:
@@ -101,8 +101,8 @@ class Watch:
             restored,
         )
 
-    def _on_selection(self, selector: nn.Module, inputs: tuple[Any, ...], selection: Selection) -> None:
-        self._selection = Selection(*(tensor[: self._num_clips].detach() for tensor in selection))
+    def _on_selection(self, selector: nn.Module, inputs: tuple[Any, ...], selection: TokenSplit) -> None:
+        self._selection = TokenSplit(*(tensor[: self._num_clips].detach() for tensor in selection))
         clip, embedding = inputs[0][: self._num_clips], inputs[1]
         if self._selector.candidates == self._selector.geometry:
             index = torch.cat(self._selection[2:], dim=1)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from everest_ds.checkpoints.folder import damage, set_aside
-from everest_ds.checkpoints.manifest import Manifest, read_manifest
+from everest_ds.checkpoints.manifest import Manifest, read_checkpoint_manifest
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
@@ -22,11 +22,11 @@ from everest_ds.parallel.engine import Engine, full_parameter
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.saving import not_saved
 from everest_ds.parallel.states import (
-    Held,
-    ModelStates,
-    model_states,
+    LocalShard,
+    ZeroStates,
     set_loss_scale,
     set_optimizer_step,
+    states_of_engine,
     whole_shape,
 )
 from everest_ds.parallel.world import World
@@ -63,7 +63,7 @@ def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) 
     Raises:
         CheckpointError: if the checkpoint belongs to another model, or one of its files is damaged.
     """
-    states = model_states(engine, mesh)
+    states = states_of_engine(engine, mesh)
     mesh.world.together(lambda: _read_part(states, path, manifest))
     states.refresh()
     set_loss_scale(engine, manifest.facts.loss_scale)
@@ -92,7 +92,7 @@ def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: 
         raise not_saved(file, error) from None
 
 
-def _read_part(states: ModelStates, path: Path, manifest: Manifest) -> None:
+def _read_part(states: ZeroStates, path: Path, manifest: Manifest) -> None:
     set_optimizer_step(states, manifest.facts.optimizer_step)
     held = list(states.held())
     _check_same_model(held, path, manifest)
@@ -102,7 +102,7 @@ def _read_part(states: ModelStates, path: Path, manifest: Manifest) -> None:
                 states.put(each, state, reader.read(state, each.name, each.start, each.numel, each.cut))
 
 
-def _check_same_model(held: list[Held], path: Path, manifest: Manifest) -> None:
+def _check_same_model(held: list[LocalShard], path: Path, manifest: Manifest) -> None:
     for each in held:
         saved = manifest.parameters.get(each.name)
         if saved is None or saved.shape != each.shape:
@@ -119,7 +119,7 @@ def _examine(path: Path, world: World) -> tuple[Manifest | None, str | None]:
     Each rank reads its share of the files.
     """
     try:
-        manifest = world.share(lambda: read_manifest(path))
+        manifest = world.share(lambda: read_checkpoint_manifest(path))
     except CheckpointError as error:
         return None, str(error)
     names = sorted(manifest.files)[world.rank :: world.size]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from everest_ds.checkpoints.reader import WEIGHT
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.states import model_states
+from everest_ds.parallel.states import states_of_engine
 from everest_ds.parallel.tensor_parallel import split_of
 
 # Yields all parameters and buffers by name: whole, float32, on the host, equal on every rank and call.
@@ -51,7 +51,7 @@ def fill(
 
 def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
     """Set the optimiser's float32 weights to `weights`; DeepSpeed derived them from rounded values."""
-    states = model_states(engine, mesh)
+    states = states_of_engine(engine, mesh)
     held = {each.name: each for each in states.held()}
     for name, whole in weights():
         if name in held:

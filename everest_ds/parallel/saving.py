@@ -26,7 +26,7 @@ from everest_ds.errors import CheckpointError
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.states import ModelStates, loss_scale, model_states, optimizer_step
+from everest_ds.parallel.states import ZeroStates, loss_scale, optimizer_step, states_of_engine
 
 
 class Keep(NamedTuple):
@@ -85,7 +85,7 @@ class Saving:
         """
         self._world, self._folder, self._keep = mesh.world, folder, keep
         started = time.perf_counter()
-        states = model_states(engine, mesh)
+        states = states_of_engine(engine, mesh)
         own = {"optimizer_step": optimizer_step(states), "loss_scale": loss_scale(engine)}
         self._facts = Facts(**facts, **own)
         try:
@@ -157,9 +157,7 @@ def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
     return future
 
 
-def _writer(
-    states: ModelStates, saving: Path, rank: int, copies: HostCopies | None
-) -> Callable[[], _Written]:
+def _writer(states: ZeroStates, saving: Path, rank: int, copies: HostCopies | None) -> Callable[[], _Written]:
     """Return a function that writes this rank's file, weights first, so that an export reads one range.
 
     With `copies`, the file holds the states at the time of this call; without, those at the time of writing.

@@ -25,7 +25,7 @@ _LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
-class Held:
+class LocalShard:
     """The range `start` .. `start + numel` of a flattened parameter, or of its shard, held by this rank.
 
     Attributes:
@@ -47,16 +47,16 @@ class Held:
     saved_here: bool
 
 
-class ModelStates(Protocol):
+class ZeroStates(Protocol):
     """Interface to the states of a model (weights and AdamW's moments), one implementation per sharding."""
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalShard]:
         """Yield the ranges that this rank holds, in the order of the parameters."""
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: LocalShard, state: str) -> Tensor:
         """Return the elements of `state` in the range `held`, float32 and flat; a view if possible."""
 
-    def put(self, held: Held, state: str, values: Tensor) -> None:
+    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
         """Set the elements of `state` in the range `held`. Call `refresh` after the last `put`."""
 
     def refresh(self) -> None:
@@ -66,8 +66,8 @@ class ModelStates(Protocol):
         """Return AdamW's records on this rank (a step count and moments each); create missing ones."""
 
 
-def model_states(engine: Any, mesh: Mesh) -> ModelStates:
-    """Return the implementation of `ModelStates` for the engine's ZeRO stage and offload."""
+def states_of_engine(engine: Any, mesh: Mesh) -> ZeroStates:
+    """Return the implementation of `ZeroStates` for the engine's ZeRO stage and offload."""
     stage = engine.zero_optimization_stage()
     if stage == 0:
         return _Replicated(engine, mesh)
@@ -87,20 +87,22 @@ def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
 
 def _held(
     name: str, parameter: Any, mesh: Mesh, start: int, numel: int, saved_by_data_rank: bool = True
-) -> Held:
+) -> LocalShard:
     shape, split = whole_shape(parameter, mesh), split_of(parameter)
     if split is None:  # equal on every rank of the tensor group, so only the first one saves it
-        return Held(name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0)
+        return LocalShard(
+            name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0
+        )
     cut = Cut(mesh.tensor_rank, mesh.tensor_degree, math.prod(shape[: split.dim]) * split.pieces)
-    return Held(name, parameter, shape, cut, start, numel, saved_by_data_rank)
+    return LocalShard(name, parameter, shape, cut, start, numel, saved_by_data_rank)
 
 
-def optimizer_step(states: ModelStates) -> int:
+def optimizer_step(states: ZeroStates) -> int:
     """Return the number of steps that AdamW has counted."""
     return max(int(slot["step"]) for slot in states.slots())
 
 
-def set_optimizer_step(states: ModelStates, step: int) -> None:
+def set_optimizer_step(states: ZeroStates, step: int) -> None:
     """Set AdamW's step counters to `step`."""
     for slot in states.slots():
         slot["step"].fill_(step)
@@ -129,7 +131,7 @@ class _Replicated:
         self._optimizer: torch.optim.AdamW = engine.optimizer
         self._mesh = mesh
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalShard]:
         parameters = list(self._module.named_parameters())
         total = sum(parameter.numel() for _, parameter in parameters)
         before = 0
@@ -138,11 +140,11 @@ class _Replicated:
             yield _held(name, parameter, self._mesh, 0, parameter.numel(), writer == self._mesh.data_rank)
             before += parameter.numel()
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: LocalShard, state: str) -> Tensor:
         return self._tensor(held.parameter, state).detach().view(-1)
 
     @torch.no_grad()
-    def put(self, held: Held, state: str, values: Tensor) -> None:
+    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
         self._tensor(held.parameter, state).copy_(values.view_as(held.parameter))
 
     def refresh(self) -> None:
@@ -168,7 +170,7 @@ class _Flattened:
         self._optimizer: torch.optim.AdamW = engine.optimizer.optimizer
         self._parts: list[Tensor] = [group["params"][0] for group in self._optimizer.param_groups]
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalShard]:
         parameter: Any
         for name, parameter in self._module.named_parameters():
             mapping = parameter._hp_mapping  # None if no element falls into this rank's part
@@ -176,10 +178,10 @@ class _Flattened:
                 address = mapping.lp_fragment_address
                 yield _held(name, parameter, self._mesh, address.start, address.numel)
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: LocalShard, state: str) -> Tensor:
         return self._elements(held, state).detach()
 
-    def put(self, held: Held, state: str, values: Tensor) -> None:
+    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
         self._elements(held, state).copy_(values)
 
     def refresh(self) -> None:
@@ -188,7 +190,7 @@ class _Flattened:
     def slots(self) -> list[dict[str, Any]]:
         return _slots(self._optimizer, self._parts)
 
-    def _elements(self, held: Held, state: str) -> Tensor:
+    def _elements(self, held: LocalShard, state: str) -> Tensor:
         mapping = held.parameter._hp_mapping
         part = self._parts[mapping.param_group_index]
         source: Tensor = part.detach() if state == WEIGHT else self._optimizer.state[part][state]
@@ -203,7 +205,7 @@ class _Partitioned:
         self._zero = engine.optimizer
         self._mesh = mesh
 
-    def held(self) -> Iterator[Held]:
+    def held(self) -> Iterator[LocalShard]:
         parameter: Any
         for name, parameter in self._module.named_parameters():
             share = parameter.ds_tensor.ds_numel
@@ -212,7 +214,7 @@ class _Partitioned:
             if numel > 0:
                 yield _held(name, parameter, self._mesh, start, numel)
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: LocalShard, state: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # heavy
 
         if state == WEIGHT:
@@ -221,7 +223,7 @@ class _Partitioned:
             share = safe_get_local_optimizer_state(held.parameter, state)
         return share.detach()[: held.numel]
 
-    def put(self, held: Held, state: str, values: Tensor) -> None:
+    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state  # heavy
 
         share = torch.zeros(held.parameter.ds_tensor.ds_numel)
@@ -253,7 +255,7 @@ class _Swapped(_Partitioned):
         self._copied: tuple[int, str] | None = None  # the group and state that `_copy` holds
         self._copy: Tensor
 
-    def get(self, held: Held, state: str) -> Tensor:
+    def get(self, held: LocalShard, state: str) -> Tensor:
         # A view of a host copy, because the fetched states themselves go back to the disk.
         group, start, _ = self._place(held)
         if self._copied != (group, state):
@@ -263,7 +265,7 @@ class _Swapped(_Partitioned):
             self._send_back()
         return self._copy.narrow(0, start, held.numel)
 
-    def put(self, held: Held, state: str, values: Tensor) -> None:
+    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
         group, start, share = self._place(held)
         if group != self._fetched:
             self._send_back()
@@ -288,7 +290,7 @@ class _Swapped(_Partitioned):
                 self._send_back()
         return [self._zero.optimizer.state[flat] for flat in self._zero.fp32_partitioned_groups_flat]
 
-    def _place(self, held: Held) -> tuple[int, int, int]:
+    def _place(self, held: LocalShard) -> tuple[int, int, int]:
         """Return the parameter's group, and the start and length of this rank's share in it."""
         place: tuple[int, int, int] = self._zero.grad_position[self._zero.get_param_id(held.parameter)]
         return place

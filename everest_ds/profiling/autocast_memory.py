@@ -38,20 +38,20 @@ _ATTENTION_PER_LOGIT = 2 * FLOAT32_BYTES - FLOAT16_BYTES
 _ATTENTION_PER_VALUE = 2 * FLOAT16_BYTES - (FLOAT32_BYTES + (1 + 4 + 4 + 1 + 1) * FLOAT16_BYTES)
 
 
-class Stack(NamedTuple):
+class AutocastStack(NamedTuple):
     """A stack of blocks of one shape that runs on `num_tokens` tokens per clip."""
 
     shape: TransformerShape
     num_tokens: int
 
 
-def kept_bytes(stack: Stack) -> int:
+def kept_bytes(stack: AutocastStack) -> int:
     """Return the bytes per clip that the stack keeps for the backward pass."""
     values, logits = _sizes(stack)
     return stack.shape.depth * (_KEPT_PER_VALUE * values + _KEPT_PER_LOGIT * logits)
 
 
-def working_bytes(last: Stack, frozen: Sequence[Stack] = ()) -> int:
+def working_bytes(last: AutocastStack, frozen: Sequence[AutocastStack] = ()) -> int:
     """Return the peak of temporary bytes per clip on top of the activations that all stacks keep.
 
     Args:
@@ -67,6 +67,6 @@ def working_bytes(last: Stack, frozen: Sequence[Stack] = ()) -> int:
     return max(moments)
 
 
-def _sizes(stack: Stack) -> tuple[int, int]:
+def _sizes(stack: AutocastStack) -> tuple[int, int]:
     """Return n·D (values of all tokens) and h·n² (attention logits) of a stack."""
     return stack.num_tokens * stack.shape.width, stack.shape.heads * stack.num_tokens**2

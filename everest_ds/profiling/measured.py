@@ -18,7 +18,7 @@ from everest_ds.errors import OutOfMemoryError, UsageError
 from everest_ds.profiling.phases import TrainingStep
 from everest_ds.profiling.published import Cell
 from everest_ds.profiling.systems import SYSTEMS, Figure, OwnModel
-from everest_ds.profiling.tables import Row, make_row
+from everest_ds.profiling.tables import ComparisonRow, make_row
 from everest_ds.profiling.time import measure_step
 from everest_ds.units import format_bytes, format_duration
 
@@ -102,7 +102,7 @@ class Measured:
         return {**asdict(self), "config": self.config.model_dump(mode="json")}
 
 
-def measure(
+def measure_experiment(
     subject: str,
     config: Experiment,
     build: AbstractContextManager[TrainingStep],
@@ -178,7 +178,7 @@ def read_measured(file: Path) -> Measured:
     return _from_json(content["measured"], file)
 
 
-def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> list[Row]:
+def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> list[ComparisonRow]:
     """Return a row for each pair of a published cell and a measurement with the same tokens and backbone."""
     return [row for cell in cells for one in measurements for row in _rows(cell, one)]
 
@@ -192,7 +192,7 @@ def _from_json(content: dict[str, Any], file: Path) -> Measured:
     return Measured(**{**content, "config": config, "step_ms": tuple(content["step_ms"])})
 
 
-def _rows(cell: Cell, one: Measured) -> list[Row]:
+def _rows(cell: Cell, one: Measured) -> list[ComparisonRow]:
     """Return the rows that compare a measurement with a published cell; none if they do not correspond."""
     phase = _PHASES.get((cell.table, cell.column))
     if phase is None or not _is_about(one.config, cell, phase):
@@ -206,7 +206,7 @@ def _rows(cell: Cell, one: Measured) -> list[Row]:
     return [make_row(cell, Figure(_NODE_GPUS * one.peak_memory_bytes / 1e9, "measured", note))]
 
 
-def _epoch_row(cell: Cell, one: Measured, note: str) -> Row:
+def _epoch_row(cell: Cell, one: Measured, note: str) -> ComparisonRow:
     """Return the row of an epoch's time, without a gap because the published device is another one."""
     epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
     how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s per GPU, without data wait"

@@ -33,7 +33,7 @@ from everest_ds.profiling.memory_layers import (
     scoring_bytes,
     target_bytes,
 )
-from everest_ds.profiling.memory_states import ModelStates, model_states
+from everest_ds.profiling.memory_states import StateMemory, state_memory
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class MemoryPrediction:
         return {name: size for name, size in vars(self).items() if name not in ("peak_at", "host_bytes")}
 
 
-class Moment(NamedTuple):
+class PeakCandidate(NamedTuple):
     """A moment of a training step that may be its peak; bytes in addition to states and clips."""
 
     name: str
@@ -90,7 +90,7 @@ class Moment(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Passes:
+class PassMemory:
     """Memory of a micro-batch's forward and backward pass on one rank, independent of ZeRO.
 
     Attributes:
@@ -101,7 +101,7 @@ class Passes:
         host_bytes: activations offloaded to host memory.
     """
 
-    moments: tuple[Moment, ...]
+    moments: tuple[PeakCandidate, ...]
     num_parameters: int
     position_bytes: int
     input_bytes: int
@@ -123,7 +123,7 @@ def predict_memory(
     """
     degree = data_parallel_degree(config, num_ranks)
     passes = predict_passes(config)
-    return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
+    return peak_of(passes, state_memory(config, passes.num_parameters, degree, zero))
 
 
 def predict_step_bytes(config: Experiment) -> int:
@@ -131,10 +131,10 @@ def predict_step_bytes(config: Experiment) -> int:
     return max(moment.activations + moment.temporary for moment in predict_passes(config).moments)
 
 
-def predict_passes(config: Experiment) -> Passes:
+def predict_passes(config: Experiment) -> PassMemory:
     """Predict the part of a config's memory that does not depend on ZeRO's stage, ranks and settings."""
     stack = layers(config)
-    return Passes(
+    return PassMemory(
         moments=tuple(_moments(stack, config)),
         num_parameters=rank_parameters(config),
         position_bytes=_position_bytes(config),
@@ -143,15 +143,15 @@ def predict_passes(config: Experiment) -> Passes:
     )
 
 
-def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
+def peak_of(passes: PassMemory, states: StateMemory) -> MemoryPrediction:
     """Return the memory at the largest moment of a step, including ZeRO's states."""
     finished = states.num_parameters
     after = (
-        Moment("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True),
-        Moment("update of weights", 0, states.update_bytes, finished),
+        PeakCandidate("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True),
+        PeakCandidate("update of weights", 0, states.update_bytes, finished),
     )
 
-    def total(moment: Moment) -> int:
+    def total(moment: PeakCandidate) -> int:
         held = _gradient_bytes(states, moment) + _buffer_bytes(states, moment)
         return moment.activations + moment.temporary + held
 
@@ -170,29 +170,31 @@ def peak_of(passes: Passes, states: ModelStates) -> MemoryPrediction:
     )
 
 
-def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[Moment]:
+def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[PeakCandidate]:
     """Yield the moments of the forward and backward pass through `stack`."""
     kept = list(accumulate(layer.kept_bytes for layer in stack))
     held, of_loss = held_bytes(config), loss_storage_bytes(config)
-    yield Moment("token scoring", 0, scoring_bytes(config))
+    yield PeakCandidate("token scoring", 0, scoring_bytes(config))
     for layer, kept_bytes in zip(stack, kept, strict=True):
         gathered = gathered_bytes(config) if layer.name.startswith(("embedding", "encoder")) else 0
-        yield Moment(f"forward pass of {layer.name}", kept_bytes, held + gathered + layer.forward_bytes)
+        yield PeakCandidate(
+            f"forward pass of {layer.name}", kept_bytes, held + gathered + layer.forward_bytes
+        )
     if config.task == "pretrain":
-        yield Moment("reconstruction targets", kept[-1], target_bytes(config))
-        yield Moment("reconstruction loss", kept[-1], loss_bytes(config))
+        yield PeakCandidate("reconstruction targets", kept[-1], target_bytes(config))
+        yield PeakCandidate("reconstruction loss", kept[-1], loss_bytes(config))
     finished = 0
     for layer, kept_bytes in zip(reversed(stack), reversed(kept), strict=True):
         name, working = f"backward pass of {layer.name}", layer.backward_bytes + of_loss
-        yield Moment(name, kept_bytes, working, finished, in_backward=True)
+        yield PeakCandidate(name, kept_bytes, working, finished, in_backward=True)
         finished += layer.num_parameters
 
 
-def _gradient_bytes(states: ModelStates, moment: Moment) -> int:
+def _gradient_bytes(states: StateMemory, moment: PeakCandidate) -> int:
     return states.gradient_bytes(moment.finished_parameters, moment.in_backward)
 
 
-def _buffer_bytes(states: ModelStates, moment: Moment) -> int:
+def _buffer_bytes(states: StateMemory, moment: PeakCandidate) -> int:
     finished = moment.finished_parameters
     buffers = states.buffer_bytes(finished, moment.in_backward)
     return buffers + (states.scatter_bytes(finished) if moment.in_backward else 0)

@@ -14,7 +14,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.models import build_model
 from everest_ds.models.peers import Peer, blank_inputs
 from everest_ds.profiling.memory import predict_memory
-from everest_ds.profiling.memory_trace import CATEGORIES, MemoryTrace, Moment, trace_memory
+from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
 
 MIB = 1024**2
 PEAK = "peak"
@@ -100,7 +100,7 @@ def over_time(traced: MemoryTrace) -> Table:
     ]
 
 
-def _total(moment: Moment) -> int:
+def _total(moment: LiveSample) -> int:
     return moment.total_bytes
 
 

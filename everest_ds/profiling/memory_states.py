@@ -43,7 +43,7 @@ _ALLREDUCE_VALUES = 500_000_000  # values that stage 0 all-reduces at once
 
 
 @dataclass(frozen=True)
-class ModelStates:
+class StateMemory:
     """The model states of one rank under ZeRO.
 
     Attributes:
@@ -192,9 +192,9 @@ class ModelStates:
         return -(-self.num_parameters // self.ranks) if self.stage >= from_stage else self.num_parameters
 
 
-def model_states(
+def state_memory(
     config: Experiment, num_parameters: int, ranks: int, zero: ZeroSettings | None = None
-) -> ModelStates:
+) -> StateMemory:
     """Return the states of `num_parameters` parameters on one of `ranks` data-parallel ranks.
 
     Args:
@@ -209,7 +209,7 @@ def model_states(
     accumulated = batch.grad_accum_steps or (batch.global_batch_size or 0) // (batch.micro_batch_size * ranks)
     accumulates, value_bytes = accumulated > 1, VALUE_BYTES[config.precision]
     sums_in_float32 = zero.sums_in_float32(config.precision, accumulates)
-    return ModelStates(
+    return StateMemory(
         stage=stage,
         num_parameters=num_parameters,
         ranks=ranks,

@@ -29,7 +29,7 @@ INPUTS, ACTIVATIONS, TEMPORARY = "inputs", "activations", "temporary"
 CATEGORIES = (PARAMETERS, MASTERS, GRADIENTS, STATES, INPUTS, ACTIVATIONS, TEMPORARY)
 
 
-class Moment(NamedTuple):
+class LiveSample(NamedTuple):
     """Live memory just after a storage was created or released.
 
     Attributes:
@@ -61,10 +61,10 @@ class MemoryTrace:
     """
 
     resting_bytes: dict[str, int]
-    timeline: list[Moment]
+    timeline: list[LiveSample]
 
     @property
-    def peak(self) -> Moment:
+    def peak(self) -> LiveSample:
         """The moment with the most live memory."""
         return max(self.timeline, key=lambda moment: moment.total_bytes)
 
@@ -222,7 +222,7 @@ class _Ledger(TorchDispatchMode):
         live, timeline = dict(resting), []
         for event in self._events:
             live[event.storage.category or TEMPORARY] += event.change_bytes
-            timeline.append(Moment(event.phase, event.operator, dict(live)))
+            timeline.append(LiveSample(event.phase, event.operator, dict(live)))
         return MemoryTrace(resting, timeline)
 
     def _see(self, memory: torch.UntypedStorage) -> None:

@@ -15,7 +15,7 @@ from everest_ds.config.tokens import ClipGeometry, pretrain_counts
 from everest_ds.profiling.autocast_memory import (
     FLOAT16_BYTES,
     FLOAT32_BYTES,
-    Stack,
+    AutocastStack,
     kept_bytes,
     working_bytes,
 )
@@ -83,10 +83,10 @@ class ReleasedStep:
         num_frozen: number of the teachers' parameters.
     """
 
-    stacks: tuple[Stack, ...]
+    stacks: tuple[AutocastStack, ...]
     clip_bytes: int
     num_parameters: int
-    frozen: tuple[Stack, ...] = ()
+    frozen: tuple[AutocastStack, ...] = ()
     num_frozen: int = 0
 
     @property
@@ -149,7 +149,10 @@ def _pretraining_step(config: Experiment) -> ReleasedStep:
     predicted = counts.num_predicted * _GEOMETRY.tubelet_values
     projected = counts.num_visible * shape.encoder.width + counts.num_predicted * shape.decoder.width
     return ReleasedStep(
-        stacks=(Stack(shape.encoder, counts.num_visible), Stack(shape.decoder, counts.num_kept)),
+        stacks=(
+            AutocastStack(shape.encoder, counts.num_visible),
+            AutocastStack(shape.decoder, counts.num_kept),
+        ),
         clip_bytes=4 * _CLIP_BYTES
         + _EMBEDDED_BYTES
         + predicted * (2 * FLOAT32_BYTES + FLOAT16_BYTES)
@@ -161,7 +164,7 @@ def _pretraining_step(config: Experiment) -> ReleasedStep:
 def _finetuning_step(config: Experiment) -> ReleasedStep:
     """Return the fine-tuning step of a system, which has no decoder."""
     return ReleasedStep(
-        stacks=(Stack(config.model.shape.encoder, config.token_counts.num_kept),),
+        stacks=(AutocastStack(config.model.shape.encoder, config.token_counts.num_kept),),
         clip_bytes=_CLIP_BYTES + _EMBEDDED_BYTES,
         num_parameters=count_parameters(config),
     )
@@ -177,7 +180,7 @@ def _mme_step() -> ReleasedStep:
     hidden = counts.num_predicted * 2 * 512 * 2 * FLOAT16_BYTES  # two heads, before and after GELU
     decoder = TransformerShape(width=192, depth=1, heads=6)
     return ReleasedStep(
-        stacks=(Stack(_VIT_BASE, counts.num_visible), Stack(decoder, _NUM_TOKENS)),
+        stacks=(AutocastStack(_VIT_BASE, counts.num_visible), AutocastStack(decoder, _NUM_TOKENS)),
         clip_bytes=_CLIP_BYTES + _EMBEDDED_BYTES + targets + hidden,
         num_parameters=87_089_356,
     )
@@ -189,13 +192,13 @@ def _mvd_step() -> ReleasedStep:
     Student and teachers each have a copy of the clip.
     """
     counts = pretrain_counts(_GEOMETRY, "tube", 1.0, 0.9)
-    decoder = Stack(replace(_VIT_BASE, depth=2), _NUM_TOKENS)
+    decoder = AutocastStack(replace(_VIT_BASE, depth=2), _NUM_TOKENS)
     predicted = 2 * counts.num_predicted * _VIT_BASE.width * FLOAT16_BYTES
     return ReleasedStep(
-        stacks=(Stack(_VIT_BASE, counts.num_visible), decoder, decoder),
+        stacks=(AutocastStack(_VIT_BASE, counts.num_visible), decoder, decoder),
         clip_bytes=2 * _CLIP_BYTES + _EMBEDDED_BYTES + predicted,
         num_parameters=116_942_592,
-        frozen=(Stack(_VIT_BASE, _NUM_TOKENS),),
+        frozen=(AutocastStack(_VIT_BASE, _NUM_TOKENS),),
         num_frozen=85_647_360 + 86_227_200,
     )
 

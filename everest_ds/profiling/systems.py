@@ -13,7 +13,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.profiling.peers import count_peer
 
-Kind = Literal["predicted", "counted", "measured", "published"]
+FigureKind = Literal["predicted", "counted", "measured", "published"]
 K400_CLASSES = 400
 K400_KEEP_RATIO = 0.4  # reproduces EVEREST's published K400 pre-training figures; the paper's default is 0.3
 BACKBONES = {"ViT-S": "vit_small", "ViT-B": "vit_base", "ViT-L": "vit_large", "ViT-H": "vit_huge"}
@@ -24,7 +24,7 @@ class Figure:
     """A figure and its origin."""
 
     value: float
-    kind: Kind
+    kind: FigureKind
     note: str = ""
 
 

@@ -15,14 +15,14 @@ from everest_ds.profiling.counter import ExperimentCount, count_experiment, macs
 from everest_ds.profiling.published import Cell
 from everest_ds.profiling.published_memory import ASSUMPTIONS, predict_published_memory
 from everest_ds.profiling.sweeps import NUM_RANKS, memory_at
-from everest_ds.profiling.systems import SYSTEMS, Figure, Kind, OwnModel, Subject, System
+from everest_ds.profiling.systems import SYSTEMS, Figure, FigureKind, OwnModel, Subject, System
 
 OURS = "EVEREST-DS"  # the method of rows about our own sparse path
 _GIGA = 1e9
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One of our figures next to the published one.
 
     Attributes:
@@ -44,12 +44,12 @@ class Row:
     column: str
     published: float | str | None
     value: float | str | None
-    kind: Kind
+    kind: FigureKind
     gap_pct: float | None
     note: str
 
 
-def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None) -> list[Row]:
+def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None) -> list[ComparisonRow]:
     """Return the rows of `cells` in their order, calling `on_cell` after each cell."""
     rows = []
     for cell in cells:
@@ -58,12 +58,12 @@ def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None
     return rows
 
 
-def make_row(cell: Cell, figure: Figure | None, why: str = "") -> Row:
+def make_row(cell: Cell, figure: Figure | None, why: str = "") -> ComparisonRow:
     """Return the row of a cell with our `figure`; if there is none, `why` gives the reason in the note."""
     where = (cell.table, cell.method, cell.backbone, cell.column, cell.published)
     if figure is None:
-        return Row(*where, value=None, kind="published", gap_pct=None, note=why)
-    return Row(
+        return ComparisonRow(*where, value=None, kind="published", gap_pct=None, note=why)
+    return ComparisonRow(
         *where, round(figure.value, 3), figure.kind, gap_pct(cell.published, figure.value), figure.note
     )
 
@@ -75,7 +75,7 @@ def gap_pct(published: float | str | None, value: float) -> float | None:
     return round(100 * (value - published) / published, 2)
 
 
-def _rows_of(cell: Cell) -> list[Row]:
+def _rows_of(cell: Cell) -> list[ComparisonRow]:
     """Return the row of a published cell and, for EVEREST, the row of our own sparse path."""
     if cell.table == "k400_reductions_pct":
         figure = _reduction(cell)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.reports.figure import new_figure, to_image
-from everest_ds.reports.kept_tokens import Kept, dim_discarded, draw_kept, spread
+from everest_ds.reports.kept_tokens import KeptMask, dim_discarded, draw_kept, spread
 from everest_ds.reports.tiles import Image, tile
 
 CAPTIONS = {
@@ -24,8 +24,8 @@ _KEPT_COLOR, _LEFT_COLOR = "#d1603d", "#c9d1d9"
 
 def draw_clip(
     clip_FHWC: Image,
-    kept_Thw: Kept,
-    visible_Thw: Kept,
+    kept_Thw: KeptMask,
+    visible_Thw: KeptMask,
     attention_Thw: NDArray[np.float32],
     counts_S: NDArray[np.int64],
     slots_T: NDArray[np.int64],
@@ -39,7 +39,7 @@ def draw_clip(
     pictures = {
         "kept_tokens": draw_kept(clip_FHWC, kept_Thw),
         "attention": draw_attention(clip_FHWC, attention_Thw),
-        "slots": draw_slots(counts_S, slots_T),
+        "slots": draw_slot_bars(counts_S, slots_T),
     }
     if restored_FHWC is not None:
         shown = [clip_FHWC, dim_discarded(clip_FHWC, kept_Thw), dim_discarded(clip_FHWC, visible_Thw)]
@@ -72,7 +72,7 @@ def _relative(attention_Thw: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.where(attention_Thw > 0, _COLDEST + (1 - _COLDEST) * place, 0)
 
 
-def draw_slots(counts_S: NDArray[np.int64], slots_T: NDArray[np.int64]) -> Image:
+def draw_slot_bars(counts_S: NDArray[np.int64], slots_T: NDArray[np.int64]) -> Image:
     """Draw the number of ReRo tokens of each slot as bars, with the selected slots coloured."""
     figure, axes = new_figure(6, 2.6)
     taken = set(slots_T.tolist())

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-Row = Mapping[str, Any]
+FigureRow = Mapping[str, Any]
 _CLOSE_PCT, _FAIR_PCT = 1.0, 15.0
 
 
@@ -33,7 +33,7 @@ class Heading:
 
 
 @dataclass(frozen=True)
-class Entry:
+class TableEntry:
     """One figure of a table, as text.
 
     Attributes:
@@ -54,12 +54,12 @@ class Entry:
 
 
 @dataclass
-class Line:
+class SystemLine:
     """The line of one system: column -> figures, several of them if several kinds are known."""
 
     method: str
     backbone: str
-    entries: dict[str, list[Entry]] = field(default_factory=dict)
+    entries: dict[str, list[TableEntry]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -80,13 +80,13 @@ class Column:
 
 
 @dataclass
-class Grid:
+class ReportTable:
     """A table in human-readable form, with its numbered notes."""
 
     name: str
     heading: Heading
     columns: list[Column]
-    lines: list[Line]
+    lines: list[SystemLine]
     notes: list[str]
 
     @property
@@ -95,13 +95,13 @@ class Grid:
         return any("published" in column.parts for column in self.columns)
 
 
-def arrange(rows: Sequence[Row], headings: Mapping[str, Heading]) -> list[Grid]:
+def arrange(rows: Sequence[FigureRow], headings: Mapping[str, Heading]) -> list[ReportTable]:
     """Arrange rows into tables, in the order in which the tables occur in `rows`."""
     names = dict.fromkeys(row["table"] for row in rows)
     return [_arrange_table(name, headings[name], [r for r in rows if r["table"] == name]) for name in names]
 
 
-def to_csv(rows: Sequence[Row]) -> str:
+def to_csv(rows: Sequence[FigureRow]) -> str:
     """Return the rows as CSV with a header line."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
@@ -118,7 +118,7 @@ _BARS = (
 )
 
 
-def summarise(rows: Sequence[Row]) -> dict[str, str]:
+def summarise(rows: Sequence[FigureRow]) -> dict[str, str]:
     """Return how many of our figures agree with the published ones: label -> `17 of 23`.
 
     Measured figures are left out, and so are percentages that follow from other figures.
@@ -132,7 +132,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, str]:
     return summary
 
 
-def level_of(row: Row) -> str:
+def level_of(row: FigureRow) -> str:
     """Return how well our figure agrees: exact, close, fair or far; "" if there is nothing to compare."""
     if row["gap_pct"] is None:
         return ""
@@ -142,24 +142,24 @@ def level_of(row: Row) -> str:
     return "close" if gap <= _CLOSE_PCT else "fair" if gap <= _FAIR_PCT else "far"
 
 
-def _arrange_table(name: str, heading: Heading, rows: Sequence[Row]) -> Grid:
+def _arrange_table(name: str, heading: Heading, rows: Sequence[FigureRow]) -> ReportTable:
     """Arrange the rows of one table into columns, lines and numbered notes."""
-    notes, columns = _Notes(), []
+    notes, columns = _Footnotes(), []
     for column, label in heading.columns.items():
         mine = [row for row in rows if row["column"] == column]
         if mine:
             shared = notes.number(_shared_note(mine))
             columns.append(Column(column, label, _parts(mine, annotated=not shared), shared))
     annotated = {column.name for column in columns if column.note}
-    lines: dict[tuple[str, str], Line] = {}
+    lines: dict[tuple[str, str], SystemLine] = {}
     for row in rows:
-        line = lines.setdefault((row["method"], row["backbone"]), Line(row["method"], row["backbone"]))
+        line = lines.setdefault((row["method"], row["backbone"]), SystemLine(row["method"], row["backbone"]))
         note = 0 if row["column"] in annotated else notes.number(row["note"])
         line.entries.setdefault(row["column"], []).append(_entry(row, note))
-    return Grid(name, heading, columns, list(lines.values()), notes.texts)
+    return ReportTable(name, heading, columns, list(lines.values()), notes.texts)
 
 
-def _parts(rows: Sequence[Row], *, annotated: bool) -> tuple[str, ...]:
+def _parts(rows: Sequence[FigureRow], *, annotated: bool) -> tuple[str, ...]:
     """Return the parts among published, ours and gap (which also shows notes) that have any content."""
     shown = {
         "published": any(row["published"] is not None for row in rows),
@@ -169,13 +169,13 @@ def _parts(rows: Sequence[Row], *, annotated: bool) -> tuple[str, ...]:
     return tuple(part for part, there in shown.items() if there)
 
 
-def _shared_note(rows: Sequence[Row]) -> str:
+def _shared_note(rows: Sequence[FigureRow]) -> str:
     """Return the note that all rows share; "" if they differ or there is only one row."""
     notes = {row["note"] for row in rows}
     return notes.pop() if len(rows) > 1 and len(notes) == 1 else ""
 
 
-class _Notes:
+class _Footnotes:
     """The notes under a table, without repetitions."""
 
     def __init__(self) -> None:
@@ -190,14 +190,14 @@ class _Notes:
         return self.texts.index(text) + 1
 
 
-def _entry(row: Row, note: int) -> Entry:
+def _entry(row: FigureRow, note: int) -> TableEntry:
     level = level_of(row)
     unit = "pt" if _holds_percentages(row) else "%"
     gap = "" if not level else "✓" if level == "exact" else f"{row['gap_pct']:+.1f} {unit}"
-    return Entry(_printed(row["published"]), _value(row), row["kind"], gap, level, note)
+    return TableEntry(_printed(row["published"]), _value(row), row["kind"], gap, level, note)
 
 
-def _holds_percentages(row: Row) -> bool:
+def _holds_percentages(row: FigureRow) -> bool:
     """Return whether the row's figures are percentages, whose gaps are in percentage points."""
     return str(row["table"]).endswith("_pct")
 
@@ -206,7 +206,7 @@ def _printed(published: float | str | None) -> str:
     return "" if published is None else str(published)
 
 
-def _value(row: Row) -> str:
+def _value(row: FigureRow) -> str:
     """Format our figure with one decimal more than the published one, or with one or two if there is none."""
     value, published = row["value"], row["published"]
     if value is None or isinstance(value, str):

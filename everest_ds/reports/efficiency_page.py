@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from everest_ds.reports.efficiency import Grid
+from everest_ds.reports.efficiency import ReportTable
 from everest_ds.reports.page import Page, Plot, render_template
 
 
@@ -12,7 +12,7 @@ def render_efficiency_page(
     title: str,
     lead: str,
     figures: Mapping[str, str],
-    grids: Sequence[Grid],
+    grids: Sequence[ReportTable],
     plots: Sequence[Plot],
     own_method: str,
     provenance: str,

@@ -39,7 +39,7 @@ class Bubble:
 
 
 @dataclass(frozen=True)
-class Line:
+class Curve:
     """A solid or dashed curve in the colour of its group."""
 
     group: str
@@ -87,7 +87,7 @@ def draw_bubbles(bubbles: Sequence[Bubble], links: Sequence[tuple[Bubble, Bubble
 
 
 def draw_lines(
-    lines: Sequence[Line], xlabel: str, ylabel: str, limits: Mapping[str, float] | None = None
+    lines: Sequence[Curve], xlabel: str, ylabel: str, limits: Mapping[str, float] | None = None
 ) -> str:
     """Draw curves on axes that start at zero, with named horizontal lines such as the memory of devices."""
     figure, axes = new_figure(*_SIZE)

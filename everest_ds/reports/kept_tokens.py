@@ -14,10 +14,10 @@ from everest_ds.reports.tiles import Image, tile
 
 _DIM = 0.2  # relative brightness of discarded tokens
 
-Kept = NDArray[np.bool_]
+KeptMask = NDArray[np.bool_]
 
 
-def draw_kept(clip_FHWC: Image, kept_Thw: Kept) -> Image:
+def draw_kept(clip_FHWC: Image, kept_Thw: KeptMask) -> Image:
     """Draw the first frame of each slot, and below it the same frame with its discarded tokens darkened.
 
     Args:
@@ -31,7 +31,7 @@ def draw_kept(clip_FHWC: Image, kept_Thw: Kept) -> Image:
     return tile(np.stack([clip_FHWC[::step], dim_discarded(clip_FHWC, kept_Thw)[::step]]))
 
 
-def dim_discarded(clip_FHWC: Image, kept_Thw: Kept) -> Image:
+def dim_discarded(clip_FHWC: Image, kept_Thw: KeptMask) -> Image:
     """Return the clip with the pixels of discarded tokens darkened."""
     lit_FHW = spread(kept_Thw, clip_FHWC.shape[:3])
     return np.where(lit_FHW[..., None], clip_FHWC, np.rint(clip_FHWC * _DIM)).astype(np.uint8)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from everest_ds.reports.efficiency import Entry, Grid
+from everest_ds.reports.efficiency import ReportTable, TableEntry
 
 _MARKS = {"predicted": "ᵖ", "counted": "ᶜ", "measured": "ᵐ", "published": ""}
 LEGEND = (
@@ -13,7 +13,9 @@ LEGEND = (
 )
 
 
-def render_markdown(title: str, lead: str, grids: Sequence[Grid], plots: Sequence[tuple[str, str]]) -> str:
+def render_markdown(
+    title: str, lead: str, grids: Sequence[ReportTable], plots: Sequence[tuple[str, str]]
+) -> str:
     """Render a document of all tables, followed by the plots given as (caption, file)."""
     parts = [f"# {title}", lead, LEGEND]
     for grid in grids:
@@ -22,7 +24,7 @@ def render_markdown(title: str, lead: str, grids: Sequence[Grid], plots: Sequenc
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(grid: Grid) -> str:
+def _table(grid: ReportTable) -> str:
     labels = [column.label + _note(column.note) for column in grid.columns]
     lines = [_join([grid.heading.methods, "backbone", *labels]), _join(["---"] * (2 + len(labels)))]
     for line in grid.lines:
@@ -31,7 +33,7 @@ def _table(grid: Grid) -> str:
     return "\n".join(lines)
 
 
-def _cell(entry: Entry) -> str:
+def _cell(entry: TableEntry) -> str:
     """Format a figure, such as `35.5 / 35.48ᵖ (✓) [2]`."""
     gap = f" ({entry.gap})" if entry.gap else ""
     ours = f"{entry.value}{_MARKS[entry.kind]}{gap}" if entry.value else ""
@@ -42,7 +44,7 @@ def _note(number: int) -> str:
     return f" [{number}]" if number else ""
 
 
-def _notes(grid: Grid) -> str:
+def _notes(grid: ReportTable) -> str:
     return "\n".join(f"{number}. {note}" for number, note in enumerate(grid.notes, 1))
 
 

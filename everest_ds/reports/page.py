@@ -22,7 +22,7 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A section of a page; empty parts are left out.
 
     Attributes:
@@ -54,7 +54,7 @@ class Page:
     title: str
     lead: str
     figures: Mapping[str, str]
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
 
 
 def render_page(page: Page) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from everest_ds.reports.page import Page, Section
+from everest_ds.reports.page import Page, PageSection
 
 
 def render_page_markdown(page: Page) -> str:
@@ -23,7 +23,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_line(cells) for cells in lines)
 
 
-def _section(section: Section) -> Iterator[str]:
+def _section(section: PageSection) -> Iterator[str]:
     yield f"## {section.title}"
     yield section.text
     yield from (f"![{plot.caption}](plots/{plot.name}.svg)" for plot in section.plots)

@@ -57,7 +57,7 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_views(
     model: nn.Module,
     samples: Sequence[Sample],
     config: Experiment,

@@ -8,7 +8,7 @@ from pathlib import Path
 from everest_ds.log import logger
 from everest_ds.units import format_duration
 
-FILE_NAME = "grace.json"
+GRACE_FILE = "grace.json"
 # The signal may arrive just after a step began, and a busy file system may be twice as slow as measured.
 _SAFETY = 2
 

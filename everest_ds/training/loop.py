@@ -30,8 +30,8 @@ from everest_ds.parallel.world import World
 from everest_ds.resident import peak_bytes, reset_peak
 from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
-from everest_ds.training.evaluate import evaluate
-from everest_ds.training.grace import FILE_NAME as GRACE_FILE
+from everest_ds.training.evaluate import evaluate_views
+from everest_ds.training.grace import GRACE_FILE as GRACE_FILE
 from everest_ds.training.grace import Grace
 from everest_ds.training.objective import Objective, build_objective
 from everest_ds.training.observers import (
@@ -44,13 +44,13 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.packing import Packer
 from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.pictures import draw, watch
+from everest_ds.training.pictures import draw_pictures, watch
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
 from everest_ds.training.schedule import build_schedule
-from everest_ds.training.stop import StopRequest, Wish
+from everest_ds.training.stop import StopReason, StopRequest
 from everest_ds.training.timer import StepTimer, Waited
 from everest_ds.training.utilization import ClipCost
 from everest_ds.training.watchdog import Watchdog
@@ -221,7 +221,7 @@ class TrainingRun:
             return
         with self.timer.paused(), torch.no_grad():
             seen = watch(self.engine, self.engine.module, self.batch)
-            pictures = draw(seen) if self.observers else {}
+            pictures = draw_pictures(seen) if self.observers else {}
             for observer in self.observers:
                 for name, picture in pictures.items():
                     observer.on_picture(self.step, name, picture)
@@ -236,7 +236,7 @@ class TrainingRun:
     def _validate_now(self) -> None:
         self.losses.check()
         usable = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
+        result = evaluate_views(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
@@ -253,7 +253,7 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        wish = Wish(self.world.greatest(stop.wish()))
+        wish = StopReason(self.world.greatest(stop.wish()))
         if wish or self._due(self.config.run.save_every_steps):
             with self.timer.paused():
                 self.losses.check()
@@ -263,7 +263,7 @@ class TrainingRun:
             self.saver.poll()
         if wish or self.finished:
             self.saver.finish()
-        stop.granted(wish)
+        stop.acknowledge(wish)
         if wish.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",

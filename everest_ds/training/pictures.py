@@ -28,7 +28,7 @@ def watch(engine: Any, model: Any, batch: Batch) -> Seen:
     return watched.seen(output)
 
 
-def draw(seen: Seen) -> dict[str, Tensor]:
+def draw_pictures(seen: Seen) -> dict[str, Tensor]:
     """Draw the pictures of the first clip, by name: uint8 (row, column, colour)."""
     arrays = [None if tensor is None else tensor[0].numpy() for tensor in seen]
     return {name: torch.from_numpy(picture) for name, picture in draw_clip(*arrays).items()}  # type: ignore[arg-type]

@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_FILE, SAVE_FILE = "kill", "save"
 
 
-class Wish(IntEnum):
+class StopReason(IntEnum):
     """The stop or save request of a run; if ranks differ, the greatest one counts."""
 
     NONE = 0
@@ -23,12 +23,14 @@ class Wish(IntEnum):
     @property
     def stops(self) -> bool:
         """True if the request ends the run."""
-        return self >= Wish.SIGNAL
+        return self >= StopReason.SIGNAL
 
     @property
     def origin(self) -> str:
         """The origin of the request, for the job log."""
-        return {Wish.SAVE: f"RUN/{SAVE_FILE}", Wish.KILL: f"RUN/{KILL_FILE}"}.get(self, "a signal")
+        return {StopReason.SAVE: f"RUN/{SAVE_FILE}", StopReason.KILL: f"RUN/{KILL_FILE}"}.get(
+            self, "a signal"
+        )
 
 
 class StopRequest:
@@ -42,7 +44,9 @@ class StopRequest:
 
     def __init__(self, run: Path | None = None) -> None:
         self.received: signal.Signals | None = None
-        self._files = {} if run is None else {Wish.KILL: run / KILL_FILE, Wish.SAVE: run / SAVE_FILE}
+        self._files = (
+            {} if run is None else {StopReason.KILL: run / KILL_FILE, StopReason.SAVE: run / SAVE_FILE}
+        )
 
     def __enter__(self) -> StopRequest:
         self._previous = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
@@ -54,14 +58,14 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def wish(self) -> Wish:
+    def wish(self) -> StopReason:
         """Return the strongest request that this rank has received so far."""
         found = [wish for wish, file in self._files.items() if file.exists()]
         if self.received is not None:
-            found.append(Wish.SIGNAL)
-        return max(found, default=Wish.NONE)
+            found.append(StopReason.SIGNAL)
+        return max(found, default=StopReason.NONE)
 
-    def granted(self, wish: Wish) -> None:
+    def acknowledge(self, wish: StopReason) -> None:
         """Remove the file behind a request that was carried out, so that it is not repeated."""
         if wish in self._files:
             self._files[wish].unlink(missing_ok=True)

@@ -14,10 +14,10 @@ from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
-from everest_ds.training.evaluate import Evaluation, evaluate
+from everest_ds.training.evaluate import Evaluation, evaluate_views
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_samples
-from everest_ds.training.weights import load_tensors
+from everest_ds.training.weights import copy_tensors
 
 RESULT_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"
@@ -39,12 +39,14 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     names = world.share(lambda: class_names(config))
     model = build_model(config)
     tensors, _ = world.together(lambda: load_weights(file))
-    load_tensors(model, tensors, file)
+    copy_tensors(model, tensors, file)
     model.to(world.device)
     set_matmul_precision(config.precision)
     data = config.data
     mesh = Mesh(world)  # every rank holds the whole model, even if training used tensor parallelism
-    outcome = evaluate(model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True)
+    outcome = evaluate_views(
+        model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True
+    )
     missing = {problem.sample.name: problem.reason for problem in usable.excluded}
     missing |= {samples[index].name: reason for index, reason in outcome.missing.items()}
     result = {

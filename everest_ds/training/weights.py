@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.encoder import Encoder, open_encoder
+from everest_ds.interchange.encoder import EncoderWeights, open_encoder
 from everest_ds.log import logger
-from everest_ds.models.initial import NamedTensor, draw, outline
+from everest_ds.models.initial import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.initial import InitialWeights
 
 ENCODER = "encoder."
@@ -31,7 +31,7 @@ def load_encoder(model: nn.Module, config: Experiment, source: Path) -> Path:
     """
     with open_encoder(source, config) as stored:
         tensors = {name: stored.read(name) for name in _encoders(stored.shapes)}
-        load_tensors(model, tensors, stored.path, prefix=ENCODER)
+        copy_tensors(model, tensors, stored.path, prefix=ENCODER)
         return stored.path
 
 
@@ -45,7 +45,7 @@ def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[Init
         CheckpointError: if the encoder at `init_from` has another architecture.
     """
     if init_from is None:
-        yield partial(draw, config)
+        yield partial(draw_initial_weights, config)
         return
     with open_encoder(init_from, config) as stored:
         shapes = {name: tuple(p.shape) for name, p in outline(config).named_parameters()}
@@ -54,9 +54,9 @@ def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[Init
         yield partial(_with_encoder_of, stored, config)
 
 
-def _with_encoder_of(stored: Encoder, config: Experiment) -> Iterator[NamedTensor]:
+def _with_encoder_of(stored: EncoderWeights, config: Experiment) -> Iterator[NamedTensor]:
     replaced = _encoders(stored.shapes)
-    for name, drawn in draw(config):
+    for name, drawn in draw_initial_weights(config):
         yield name, stored.read(name) if name in replaced else drawn
 
 
@@ -64,7 +64,7 @@ def _encoders(shapes: _Shapes) -> _Shapes:
     return {name: shape for name, shape in shapes.items() if name.startswith(ENCODER)}
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefix: str = "") -> None:
+def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefix: str = "") -> None:
     """Copy `tensors` into all parameters of `model` that start with `prefix`.
 
     Raises:

@@ -21,7 +21,7 @@ from everest_ds.tuning.machine import Link, Machine
 
 
 @dataclass(frozen=True)
-class Group:
+class RankGroup:
     """The ranks of a collective.
 
     Attributes:
@@ -57,18 +57,18 @@ class Collective(NamedTuple):
 NOTHING = Collective(0.0, 0.0, "none")
 
 
-def data_group(degree: int, tensor: int, ranks_per_node: int) -> Group:
+def data_group(degree: int, tensor: int, ranks_per_node: int) -> RankGroup:
     """Return the group of `degree` ranks that share ZeRO's states: every `tensor`-th rank."""
     nodes = -(-degree * tensor // ranks_per_node)
-    return Group(degree, min(nodes, degree), min(tensor, ranks_per_node))
+    return RankGroup(degree, min(nodes, degree), min(tensor, ranks_per_node))
 
 
-def tensor_group(tensor: int) -> Group:
+def tensor_group(tensor: int) -> RankGroup:
     """Return the group of ranks that share every layer: neighbours on one node."""
-    return Group(tensor)
+    return RankGroup(tensor)
 
 
-def collective(name: str, num_bytes: float, group: Group, machine: Machine) -> Collective:
+def collective(name: str, num_bytes: float, group: RankGroup, machine: Machine) -> Collective:
     """Predict the collective `name` (one of COLLECTIVES) over a whole tensor of `num_bytes`."""
     if group.ranks == 1:
         return NOTHING
@@ -92,7 +92,7 @@ def _flat(name: str, num_bytes: float, n: int, link: Link) -> Collective:
     return min(ring, tree, key=lambda way: way.seconds)
 
 
-def _hierarchical(name: str, num_bytes: float, group: Group, inside: Link, between: Link) -> Collective:
+def _hierarchical(name: str, num_bytes: float, group: RankGroup, inside: Link, between: Link) -> Collective:
     """Predict a two-level collective: each of the g ranks of a node carries its part between nodes."""
     g = group.inside
     own_lane = Link(between.latency_s, between.bytes_per_s / g)

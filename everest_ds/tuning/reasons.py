@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 from everest_ds.tuning.search import Candidate
 from everest_ds.tuning.space import Dropped, by_reason
-from everest_ds.tuning.term import Group
+from everest_ds.tuning.term import TermGroup
 
-_BOUND: dict[Group, str] = {
+_BOUND: dict[TermGroup, str] = {
     "compute": "its matrix products are smaller and reach a lower rate",
     "recompute": "recomputes activations",
     "optimizer": "updates more weights on each rank",
@@ -37,7 +37,7 @@ def slower_families(ranked: Sequence[Candidate], shown: int) -> Iterator[Dropped
     return by_reason((one.sharding, why_slower(one, ranked[0]), None) for one in ordered)
 
 
-def _bound(group: Group, candidate: Candidate, best: Candidate) -> str:
+def _bound(group: TermGroup, candidate: Candidate, best: Candidate) -> str:
     if group == "compute" and candidate.sharding.precision != best.sharding.precision:
         return f"products in {candidate.sharding.precision} are slower"
     return _BOUND[group]

@@ -17,8 +17,8 @@ from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.errors import ConfigError, UsageError
-from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
-from everest_ds.profiling.memory_states import model_states
+from everest_ds.profiling.memory import MemoryPrediction, PassMemory, peak_of, predict_passes
+from everest_ds.profiling.memory_states import state_memory
 from everest_ds.tuning.batches import (
     keep_global_batch,
     nothing_runs,
@@ -26,7 +26,7 @@ from everest_ds.tuning.batches import (
 )
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
-from everest_ds.tuning.step_time import StepPrediction, StepWork, predict_work, step_of
+from everest_ds.tuning.step_time import StepPrediction, StepWork, assemble_step, predict_work
 from everest_ds.units import format_bytes
 
 BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, tried beside the sizes of the DeepSpeed file
@@ -144,7 +144,7 @@ def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
 _Key = tuple[str, int, RecomputeConfig, int]
 
 
-class _Way(NamedTuple):
+class _Variant(NamedTuple):
     """A sharding with a recompute setting."""
 
     sharding: Sharding
@@ -158,9 +158,11 @@ class _Search:
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
         self.refused: list[tuple[Sharding, str, int | None]] = []  # with the reason; the shortage is None
-        self.fitting: dict[_Way, frozenset[int]] = {}
-        self.shortages: dict[_Way, tuple[int, int]] = {}  # the least shortage in bytes, and its micro-batch
-        self.passes: dict[_Key, Passes] = {}
+        self.fitting: dict[_Variant, frozenset[int]] = {}
+        self.shortages: dict[
+            _Variant, tuple[int, int]
+        ] = {}  # the least shortage in bytes, and its micro-batch
+        self.passes: dict[_Key, PassMemory] = {}
         self.work: dict[_Key, StepWork] = {}
         self.num_memories = self.num_times = 0
 
@@ -203,7 +205,7 @@ class _Search:
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
-            way = _Way(sharding, recompute)
+            way = _Variant(sharding, recompute)
             config = sharded.model_copy(update={"recompute": recompute})
             done_faster = self._done_faster(way)
             configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
@@ -220,23 +222,23 @@ class _Search:
     def _over(self, memory: MemoryPrediction) -> int:
         return needed_bytes(memory, self.machine) - self.machine.memory_bytes
 
-    def _done_faster(self, way: _Way) -> frozenset[int]:
+    def _done_faster(self, way: _Variant) -> frozenset[int]:
         """Return the micro-batches that already fit in a way that needs less time for the same step."""
         if self.options.exhaustive:
             return frozenset()
         return frozenset().union(*(self.fitting.get(other, ()) for other in self._faster(way)))
 
-    def _faster(self, way: _Way) -> Iterator[_Way]:
+    def _faster(self, way: _Variant) -> Iterator[_Variant]:
         """Yield the ways that need less time with the same micro-batch."""
         sharding, recompute = way
         if sharding.offload:
-            yield _Way(sharding._replace(offload=False), recompute)
+            yield _Variant(sharding._replace(offload=False), recompute)
         for key in ("offload_to_cpu", "partition"):
             if getattr(recompute, key):
-                yield _Way(sharding, recompute.model_copy(update={key: False}))
+                yield _Variant(sharding, recompute.model_copy(update={key: False}))
         less = {"none": (), "gelu": ("none",)}.get(recompute.mode, ("none", "gelu"))
         for mode in less:
-            yield _Way(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
+            yield _Variant(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
         key, degree = _key(config), self.num_ranks // config.parallelism.tensor
@@ -244,7 +246,7 @@ class _Search:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
         self.num_memories += 1
-        return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
+        return peak_of(passes, state_memory(config, passes.num_parameters, degree, zero))
 
     def _candidate(
         self,
@@ -258,7 +260,7 @@ class _Search:
         key, plan = _key(config), plan_ranks(config, self.num_ranks)
         if key not in self.work:
             self.work[key] = predict_work(config, self.machine)
-        step = step_of(self.work[key], config, plan, self.machine, zero)
+        step = assemble_step(self.work[key], config, plan, self.machine, zero)
         return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
@@ -285,7 +287,7 @@ class _Search:
         ]
 
     def _unused(
-        self, used: Collection[Any], part: Callable[[_Way], Any]
+        self, used: Collection[Any], part: Callable[[_Variant], Any]
     ) -> Iterator[tuple[Any, str, int | None]]:
         """Yield each sharding (or recompute setting) without a candidate, the reason, and the bytes short."""
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):

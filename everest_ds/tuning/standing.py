@@ -62,7 +62,7 @@ class Standing:
 
 
 @dataclass(frozen=True)
-class Result:
+class TrialResults:
     """The outcome of all trials.
 
     Attributes:
@@ -88,7 +88,7 @@ class Result:
         return next(ran, None)
 
 
-def weigh(candidates: Sequence[Tried], memory_bytes: int) -> Result:
+def weigh(candidates: Sequence[Tried], memory_bytes: int) -> TrialResults:
     """Correct the predictions by the trials and rank all candidates again.
 
     Args:
@@ -103,7 +103,7 @@ def weigh(candidates: Sequence[Tried], memory_bytes: int) -> Result:
     time, memory = fit_correction(times), fit_correction(peaks)
     failed_at = _least_that_failed(candidates, memory)
     standings = [_stand(one, time, memory, memory_bytes, failed_at) for one in candidates]
-    return Result(
+    return TrialResults(
         sorted(standings, key=lambda standing: (bool(standing.refused), standing.step_s)),
         time,
         memory,

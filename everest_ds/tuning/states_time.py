@@ -21,7 +21,7 @@ from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.tuning.collectives import Collective, Group, collective, data_group, tensor_group
+from everest_ds.tuning.collectives import Collective, RankGroup, collective, data_group, tensor_group
 from everest_ds.tuning.compute_time import BlockTime
 from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.term import Term
@@ -31,7 +31,7 @@ _FLOAT64_BYTES = 8
 _SUMS_OF_A_BLOCK = 2  # in the forward pass, after attention and after the MLP; as many in the backward pass
 
 
-class Passes(NamedTuple):
+class PassTime(NamedTuple):
     """Times of one micro-batch's passes, which can hide communication, and Ψ, the parameters of this rank."""
 
     forward_s: float
@@ -39,7 +39,7 @@ class Passes(NamedTuple):
     num_parameters: int
 
 
-class Stack(NamedTuple):
+class BlockStack(NamedTuple):
     """A stack of equal blocks; `recomputing` blocks recompute more than GELU."""
 
     name: str
@@ -65,7 +65,7 @@ def tensor_terms(
     config: Experiment,
     plan: BatchPlan,
     machine: Machine,
-    stacks: Sequence[Stack],
+    stacks: Sequence[BlockStack],
 ) -> Iterator[Term]:
     """Yield the terms of tensor parallelism's sums, and of partitioned or offloaded block inputs."""
     mode, tensor = config.recompute.mode, config.parallelism.tensor
@@ -95,7 +95,7 @@ def tensor_terms(
 
 
 def state_terms(
-    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: Passes
+    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: PassTime
 ) -> Iterator[Term]:
     """Yield the terms of ZeRO's work, in the order of a step."""
     degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
@@ -112,7 +112,7 @@ def state_terms(
 
 
 def _reduction_term(
-    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+    plan: BatchPlan, group: RankGroup, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Term:
     bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
     buckets = -(-states.num_parameters // bucket)
@@ -125,7 +125,7 @@ def _reduction_term(
 
 
 def _gather_terms(
-    plan: BatchPlan, group: Group, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+    plan: BatchPlan, group: RankGroup, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Iterator[Term]:
     how, times = "all_gather", plan.grad_accum_steps
     if states.stage in (1, 2):
@@ -160,7 +160,7 @@ def _hidden_term(
 
 
 def _offload_terms(
-    plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: Passes
+    plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Iterator[Term]:
     """Yield the copies of offload: gradients to the host in each backward pass, and weights back."""
     share, times = states.part * states.value_bytes, plan.grad_accum_steps

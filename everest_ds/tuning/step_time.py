@@ -31,10 +31,10 @@ from everest_ds.tuning.compute_time import (
 )
 from everest_ds.tuning.host_work import HostWork, host_work
 from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.states_time import Passes, Stack, state_terms, tensor_terms
-from everest_ds.tuning.term import Group, Term
+from everest_ds.tuning.states_time import BlockStack, PassTime, state_terms, tensor_terms
+from everest_ds.tuning.term import Term, TermGroup
 
-GROUPS: tuple[Group, ...] = get_args(Group)
+GROUPS: tuple[TermGroup, ...] = get_args(TermGroup)
 # Stored videos are a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
 _STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
 
@@ -72,7 +72,7 @@ class StepPrediction:
             return None
         return 100 * self.useful_flops / self.step_s / self.peak_flops_per_s
 
-    def split(self) -> dict[Group, float]:
+    def split(self) -> dict[TermGroup, float]:
         """Return the seconds of every group of terms."""
         seconds = dict.fromkeys(GROUPS, 0.0)
         for term in self.terms:
@@ -104,7 +104,7 @@ class StepWork(NamedTuple):
     """
 
     parts: tuple[Part, ...]
-    stacks: tuple[Stack, ...]
+    stacks: tuple[BlockStack, ...]
     again: Work
     num_parameters: int
 
@@ -115,13 +115,13 @@ class StepWork(NamedTuple):
             total(*(part.backward for part in self.parts), self.again),
         )
 
-    def passes(self, host: HostWork, machine: Machine) -> Passes:
+    def passes(self, host: HostWork, machine: Machine) -> PassTime:
         """Return the times of the passes, which can hide communication: the slower of device and host."""
         forward_s, backward_s = (work.seconds for work in self.device())
         if machine.asynchronous:
             seconds = host.seconds(machine)
             forward_s, backward_s = max(forward_s, seconds.forward), max(backward_s, seconds.backward)
-        return Passes(forward_s, backward_s, self.num_parameters)
+        return PassTime(forward_s, backward_s, self.num_parameters)
 
 
 def predict_step(
@@ -139,7 +139,7 @@ def predict_step(
         ConfigError: the batch cannot be split over the ranks, the machine has no rates for the precision,
             or states are offloaded to NVMe.
     """
-    return step_of(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
+    return assemble_step(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
 
 
 def predict_work(config: Experiment, machine: Machine) -> StepWork:
@@ -155,7 +155,7 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
     return StepWork(parts, stacks, again, rank_parameters(config))
 
 
-def _again(stack: Stack, mode: str) -> Work:
+def _again(stack: BlockStack, mode: str) -> Work:
     """Return the work that recompute repeats for a stack: GELU of every block, the rest of some blocks."""
     if mode == "none":
         return NO_WORK
@@ -163,7 +163,7 @@ def _again(stack: Stack, mode: str) -> Work:
     return total(gelu, stack.block.again(mode).times(stack.recomputing))
 
 
-def step_of(
+def assemble_step(
     work: StepWork, config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings | None = None
 ) -> StepPrediction:
     """Predict the step that consists of micro-batches of `work`."""
@@ -215,13 +215,13 @@ def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
     )
 
 
-def _stacks(config: Experiment, rates: Rates) -> Iterator[Stack]:
+def _stacks(config: Experiment, rates: Rates) -> Iterator[BlockStack]:
     counts, shape = config.token_counts, config.model.shape
     encoder = block_time(config, shape.encoder, counts.num_visible, rates, drops=config.model.drop_path > 0)
-    yield Stack("encoder", encoder, shape.encoder.depth, _recomputing(config, shape.encoder.depth))
+    yield BlockStack("encoder", encoder, shape.encoder.depth, _recomputing(config, shape.encoder.depth))
     if config.task == "pretrain":
         decoder = block_time(config, shape.decoder, counts.num_kept, rates, drops=False)
-        yield Stack("decoder", decoder, shape.decoder.depth, _recomputing(config, shape.decoder.depth))
+        yield BlockStack("decoder", decoder, shape.decoder.depth, _recomputing(config, shape.decoder.depth))
 
 
 def _recomputing(config: Experiment, depth: int) -> int:
@@ -240,7 +240,7 @@ def _compute_terms(parts: Sequence[Part], micro_batches: int) -> list[Term]:
     ]
 
 
-def _work_term(name: str, group: Group, formula: str, work: Work, micro_batches: int) -> Term:
+def _work_term(name: str, group: TermGroup, formula: str, work: Work, micro_batches: int) -> Term:
     numbers = {
         "micro-batches": micro_batches,
         "GFLOP": FLOPS_PER_MAC * work.macs / 1e9,

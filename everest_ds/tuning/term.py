@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Group = Literal["compute", "recompute", "optimizer", "communication", "offload", "data", "overhead"]
+TermGroup = Literal["compute", "recompute", "optimizer", "communication", "offload", "data", "overhead"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Term:
     """
 
     name: str
-    group: Group
+    group: TermGroup
     seconds: float
     busy_s: float
     formula: str

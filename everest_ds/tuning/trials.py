@@ -13,11 +13,11 @@ from typing import Any, Literal
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import RunFolderError
 
-FILE_NAME = "trials.jsonl"
+TRIALS_FILE = "trials.jsonl"
 # The first steps of a trial do not count: they fill buffers and caches.
 WARM_UP_STEPS = 3
 
-Outcome = Literal["measured", "oom", "crash", "timeout"]
+TrialOutcome = Literal["measured", "oom", "crash", "timeout"]
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Trial:
     key: str
     name: str
     overrides: tuple[str, ...]
-    outcome: Outcome
+    outcome: TrialOutcome
     step_s: float | None = None
     peak_bytes: int | None = None
     data_wait_pct: float | None = None
@@ -85,10 +85,10 @@ def keep_trial(folder: Path, trial: Trial) -> None:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / FILE_NAME, "a") as stream:
+        with open(folder / TRIALS_FILE, "a") as stream:
             stream.write(json.dumps(asdict(trial)) + "\n")
     except OSError as error:
-        raise RunFolderError(f"{folder / FILE_NAME}: cannot be written", given=str(error)) from None
+        raise RunFolderError(f"{folder / TRIALS_FILE}: cannot be written", given=str(error)) from None
 
 
 def read_trials(folder: Path) -> dict[str, Trial]:
@@ -97,7 +97,7 @@ def read_trials(folder: Path) -> dict[str, Trial]:
     Raises:
         RunFolderError: a line is damaged.
     """
-    file = folder / FILE_NAME
+    file = folder / TRIALS_FILE
     try:
         lines = file.read_text().split("\n")[:-1] if file.is_file() else []
         trials = [_trial(json.loads(line)) for line in lines]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from everest_ds.cli.trial_run import Setup, judge_exit, run_here, trial_overrides
-from everest_ds.cli.trials import Entry, run_name, try_here, with_trials
+from everest_ds.cli.trials import TrialEntry, run_name, try_here, with_trials
 from everest_ds.config import dump_experiment, load_experiment
 from everest_ds.errors import ExitCode
 from everest_ds.tuning.correction import traits_of
@@ -30,12 +30,12 @@ def setup(tmp_path: Path) -> Setup:
     return Setup("pretrain", str(recipe), ("data.train=null",), 1, tmp_path / "tuned", WARM_UP_STEPS + 2, 120)
 
 
-def entry(setup: Setup, name: str, *overrides: str) -> Entry:
+def entry(setup: Setup, name: str, *overrides: str) -> TrialEntry:
     config = load_experiment(setup.source, [*setup.overrides, *overrides])
-    return Entry(Tried(name, overrides, traits_of(config), 8, 1.0, 10**9), config)
+    return TrialEntry(Tried(name, overrides, traits_of(config), 8, 1.0, 10**9), config)
 
 
-def outcomes(entries: Sequence[Entry]) -> list[str]:
+def outcomes(entries: Sequence[TrialEntry]) -> list[str]:
     return [one.tried.trial.outcome for one in entries if one.tried.trial]
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data import loader
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import Loaded, load
+from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import SampleReader
 from everest_ds.errors import DataError
@@ -48,11 +48,11 @@ class Numbers:
         self.reader = SampleReader([Sample(Path(f"{i}.mp4"), None) for i in range(99)], DataConfig())
         self.act, self.size = act, size
 
-    def __getitem__(self, item: int) -> Loaded:
+    def __getitem__(self, item: int) -> LoadedItem:
         self.reader.watch(item)
         self.act(item)
         self.reader.watch(None)
-        return Loaded([torch.full((self.size,), item)], [])
+        return LoadedItem([torch.full((self.size,), item)], [])
 
     def name_of(self, item: int) -> str:
         return self.reader.samples[item].name
@@ -100,8 +100,8 @@ def test_any_exception_of_any_item_is_named_in_its_place(
 
 def test_clips_that_make_no_batch_are_named() -> None:
     class Growing(Numbers):
-        def __getitem__(self, item: int) -> Loaded:
-            return Loaded([torch.zeros(item)], [])
+        def __getitem__(self, item: int) -> LoadedItem:
+            return LoadedItem([torch.zeros(item)], [])
 
     came, error = delivered(Growing(), [[4, 4], [5, 6], [7, 7]], workers=2)
     assert len(came) == 1
@@ -138,7 +138,7 @@ def test_one_batch_that_cannot_be_pinned_is_not_skipped(pins: None, monkeypatch:
     assert came == [[1], [2]] and "given: RuntimeError: CUDA error: out of memory" in error
 
 
-class Explosive(Loaded):
+class Explosive(LoadedItem):
     """A result that cannot be unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:

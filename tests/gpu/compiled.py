@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from everest_ds.config import Experiment
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import join_world, leave_world
 from tests.parallel.equality import engine_run, experiment
 
@@ -27,7 +27,7 @@ def main() -> None:
     """Compare the losses, and print the device and each comparison."""
     from torch._dynamo.utils import counters  # heavy
 
-    os.environ.update(detect({}).as_variables())
+    os.environ.update(detect_environment({}).as_variables())
     world = join_world()
     for task, precision, mode, tolerance in CASES:
         eager = experiment(task, 2, 1, recompute={"mode": mode}, precision=precision)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import join_world, leave_world
 from tests.parallel.equality import (
     MICRO_BATCHES,
@@ -27,7 +27,7 @@ ON_A_GPU = 1e-4
 
 def main() -> None:
     """Compare the weights, and print the device and each comparison."""
-    os.environ.update(detect({}).as_variables())
+    os.environ.update(detect_environment({}).as_variables())
     world = join_world()
     for task in TASKS:
         expected = plain_run(task, world.device, MICRO_BATCHES)

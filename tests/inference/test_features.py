@@ -15,7 +15,7 @@ from everest_ds.data.manifest import list_samples
 from everest_ds.errors import DataError, UsageError
 from everest_ds.inference import features
 from everest_ds.inference.features import Extracted, extract
-from everest_ds.inference.table import FeatureTable, check_name, read_table, write_table
+from everest_ds.inference.table import FeatureTable, check_table_file, read_table, write_table
 from everest_ds.inference.views import Views
 from tests.interchange import systems
 from tests.interchange.systems import CLIP
@@ -146,7 +146,7 @@ def test_labels_come_from_a_manifest(model: Any, motion_data: Path, tmp_path: Pa
 
 def test_names_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="allowed: .npz or .parquet"):
-        check_name(tmp_path / "a.csv")
+        check_table_file(tmp_path / "a.csv")
     (tmp_path / "a.npz").write_bytes(b"damaged")
     with pytest.raises(DataError, match="not a feature table"):
         read_table(tmp_path / "a.npz")

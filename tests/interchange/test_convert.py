@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everest_ds import load_model
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.convert import convert
+from everest_ds.interchange.convert import convert_weights
 from tests.interchange import systems
 from tests.interchange.systems import CLIP, State
 
@@ -52,8 +52,10 @@ def test_there_and_back_is_the_same_in_every_bit(
     state = make()
     torch.save({"model": state}, tmp_path / "source.pth")
     to = {"a.safetensors": "everest", "a-folder": "transformers", "a.pth": "videomae"}[through]
-    convert(tmp_path / "source.pth", tmp_path / through, to, CLIP)
-    convert(tmp_path / through, tmp_path / "back.pth", "videomae", ["model.last_norm_eps=1e-6", *CLIP])
+    convert_weights(tmp_path / "source.pth", tmp_path / through, to, CLIP)
+    convert_weights(
+        tmp_path / through, tmp_path / "back.pth", "videomae", ["model.last_norm_eps=1e-6", *CLIP]
+    )
     assert_equal(keys_of(tmp_path / "back.pth"), state)
 
 
@@ -63,8 +65,8 @@ def test_encoders_of_mvd_and_mme_go_back_under_their_names(tmp_path: Path) -> No
         "mme": systems.mme_state(systems.autoencoder()),
     }.items():
         torch.save({"model": state}, tmp_path / f"{system}.pth")
-        convert(tmp_path / f"{system}.pth", tmp_path / f"{system}.safetensors", "everest", CLIP)
-        convert(tmp_path / f"{system}.safetensors", tmp_path / "back.pth", system)
+        convert_weights(tmp_path / f"{system}.pth", tmp_path / f"{system}.safetensors", "everest", CLIP)
+        convert_weights(tmp_path / f"{system}.safetensors", tmp_path / "back.pth", system)
         back = keys_of(tmp_path / "back.pth")
         assert len(back) == 56 and all(torch.equal(back[key], state[key]) for key in back)
 
@@ -78,7 +80,7 @@ def test_every_key_on_both_sides_is_in_the_report(
     torch.save(state, tmp_path / "source.pth")
     if system in ("videomae", "mme"):
         target = target.with_suffix(".pth")
-    done = convert(tmp_path / "source.pth", target, system, CLIP)
+    done = convert_weights(tmp_path / "source.pth", target, system, CLIP)
     sources = [name for key in done.keys for name in key.source.split(" + ")]
     targets = [name for key in done.keys for name in key.target.split(" + ") if name]
     assert sorted(sources) == sorted(state)
@@ -90,7 +92,7 @@ def test_every_key_on_both_sides_is_in_the_report(
 def test_the_decoders_of_other_targets_are_unused_and_it_says_why(tmp_path: Path) -> None:
     state = systems.mvd_state(systems.autoencoder())
     torch.save(state, tmp_path / "mvd.pth")
-    done = convert(tmp_path / "mvd.pth", tmp_path / "a.safetensors", "everest", CLIP)
+    done = convert_weights(tmp_path / "mvd.pth", tmp_path / "a.safetensors", "everest", CLIP)
     why = {key.source: key.why for key in done.keys if key.status == "unused"}
     assert done.source == "mvd encoder" and done.config.model.positions == "grid"
     assert len(why) == len(state) - 56 and why["decoder_vid.blocks.1.mlp.fc2.bias"].startswith(
@@ -112,7 +114,7 @@ def test_a_training_scripts_file_tells_its_clips_and_tokens(tmp_path: Path) -> N
     arguments = training_arguments(mcm=True, mcm_ratio=0.4, data_set="SSV2")
     content = {"model": finetuned(), "optimizer": optimizer, "epoch": 9, "scaler": {}, "args": arguments}
     torch.save(content, tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
     assert done.assumed == [] and done.left_out == ("optimizer", "epoch", "scaler", "args")
     config = load_model(tmp_path / "a.safetensors").config
     assert (config.model.num_frames, config.model.image_size, config.data.frame_stride) == (8, 64, 2)
@@ -135,7 +137,7 @@ def test_pretraining_arguments_of_everest(tmp_path: Path) -> None:
 
 def test_what_no_file_tells_is_assumed_and_said(tmp_path: Path) -> None:
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest", ["model.image_size=64"])
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest", ["model.image_size=64"])
     assert done.assumed == ["model.num_frames=16"]
 
 
@@ -152,7 +154,7 @@ def test_what_no_file_tells_is_assumed_and_said(tmp_path: Path) -> None:
 def test_wrappers_come_off(tmp_path: Path, wrap: Change, entry: str | None) -> None:
     state = finetuned()
     torch.save(wrap(state), tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "back.pth", "videomae", CLIP, entry)
+    convert_weights(tmp_path / "a.pth", tmp_path / "back.pth", "videomae", CLIP, entry)
     assert_equal(keys_of(tmp_path / "back.pth"), {key: value.half().float() for key, value in state.items()})
 
 
@@ -245,13 +247,15 @@ def test_other_positions_do_not_go_where_they_are_not_known(tmp_path: Path) -> N
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
     for system, positions in (("mvd", "flat"), ("videomae", "grid"), ("transformers", "grid")):
         with pytest.raises(CheckpointError, match=f"{system} uses other fixed positions"):
-            convert(tmp_path / "a.pth", tmp_path / "b", system, [*CLIP, f"model.positions={positions}"])
+            convert_weights(
+                tmp_path / "a.pth", tmp_path / "b", system, [*CLIP, f"model.positions={positions}"]
+            )
     assert not (tmp_path / "b").exists()
 
 
 def test_class_names_travel(tmp_path: Path) -> None:
     names = {number: f"sport {number}" for number in range(systems.CLASSES)}
     systems.classifier(id2label=names).save_pretrained(tmp_path / "hub")
-    convert(tmp_path / "hub", tmp_path / "a.safetensors", "everest")
-    convert(tmp_path / "a.safetensors", tmp_path / "again", "transformers")
+    convert_weights(tmp_path / "hub", tmp_path / "a.safetensors", "everest")
+    convert_weights(tmp_path / "a.safetensors", tmp_path / "again", "transformers")
     assert load_model(tmp_path / "again").class_names == list(names.values())

@@ -108,12 +108,12 @@ def test_transformers_weights_as_they_come(clip: Tensor, tmp_path: Path, save: s
 
 
 def test_an_export_loads_with_from_pretrained_and_says_the_same(clip: Tensor, tmp_path: Path) -> None:
-    from everest_ds.interchange.convert import convert
+    from everest_ds.interchange.convert import convert_weights
 
     for kind, model in {"finetune": systems.classifier(), "pretrain": systems.autoencoder()}.items():
         model.save_pretrained(tmp_path / kind)
-        convert(tmp_path / kind, tmp_path / f"{kind}.safetensors", "everest")
-        convert(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-back", "transformers")
+        convert_weights(tmp_path / kind, tmp_path / f"{kind}.safetensors", "everest")
+        convert_weights(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-back", "transformers")
         again = type(model).from_pretrained(tmp_path / f"{kind}-back").eval()
         assert again.config.architectures == model.config.architectures
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
@@ -125,10 +125,10 @@ def test_an_export_loads_with_from_pretrained_and_says_the_same(clip: Tensor, tm
 
 
 def test_an_export_of_our_own_model_differs_by_its_last_epsilon_at_most(clip: Tensor, tmp_path: Path) -> None:
-    from everest_ds.interchange.convert import convert
+    from everest_ds.interchange.convert import convert_weights
 
     torch.save(systems.finetuned_state(systems.classifier()), tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "out", "transformers", CLIP)
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "out", "transformers", CLIP)
     theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "out").eval()
     ours = outputs(load_model(tmp_path / "a.pth", *CLIP), clip)
     assert (ours - systems.their_logits(theirs, clip)).abs().max() < 5e-5 * ours.abs().max()

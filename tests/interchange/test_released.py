@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds import load_model
-from everest_ds.interchange.convert import convert
+from everest_ds.interchange.convert import convert_weights
 from tests.interchange.systems import assert_same
 from tests.models.test_released_parity import KEY, clip_for, full_size, hidden, randomize
 from tools.peers import REPOSITORIES, load_peer, their_modules, to_video
@@ -142,9 +142,9 @@ def test_what_is_written_for_them_loads_there(make: Any, system: str, task: str,
     """A written checkpoint loads in the original code: all weights, or only the encoder for MVD and MME."""
     theirs, again = make(system, task), make(system, task)
     save(theirs, tmp_path / "a.pth", **ARGUMENTS.get((system, task), {}))
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
     to = "videomae" if system == "everest" else system
-    convert(tmp_path / "a.safetensors", tmp_path / "back.pth", to)
+    convert_weights(tmp_path / "a.safetensors", tmp_path / "back.pth", to)
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()

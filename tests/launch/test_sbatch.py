@@ -14,7 +14,7 @@ from everest_ds.errors import UsageError
 from everest_ds.launch.sbatch import (
     _SIGNAL_SECONDS,
     BatchJob,
-    Shape,
+    JobShape,
     as_shell,
     job_name,
     limit_seconds,
@@ -31,14 +31,14 @@ PRETRAIN = BatchJob(
     script=Path("/opt/everest/slurm/pretrain.sbatch"),
     arguments=("my.yaml", "schedule.epochs=800"),
     name=job_name("pretrain", Path("runs/first")),
-    shape=Shape(nodes=4, gpus_per_node=8, ranks_per_node=8),
+    shape=JobShape(nodes=4, gpus_per_node=8, ranks_per_node=8),
     logs=Path("/data/runs/first/logs"),
     time="1-00:00:00",
     partition="gpu",
 )
 JOBS = {
     "pretrain": PRETRAIN,
-    "cpu_ranks": replace(PRETRAIN, shape=Shape(nodes=2, ranks_per_node=4), time=None, partition=None),
+    "cpu_ranks": replace(PRETRAIN, shape=JobShape(nodes=2, ranks_per_node=4), time=None, partition=None),
     "after_another": replace(PRETRAIN, dependency="afterok:123", options=("--qos=high", "--exclusive")),
     "sweep": replace(PRETRAIN, arguments=("/data/lr/sweep.jsonl",), array="0-9%2"),
     "no_run_folder": replace(PRETRAIN, logs=None),

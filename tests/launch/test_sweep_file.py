@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
 from everest_ds.launch.sweep_file import (
-    Candidate,
-    check_name,
+    SweepCandidate,
+    check_candidate_name,
     expand_array,
     expand_grid,
     read_candidates,
@@ -25,8 +25,8 @@ WORDS = st.lists(st.text(), max_size=3).map(tuple)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50)
-@given(st.lists(st.builds(Candidate, st.text(), st.text(), st.text(), WORDS, WORDS), max_size=4))
-def test_candidates_come_back_as_they_were_written(tmp_path: Path, candidates: list[Candidate]) -> None:
+@given(st.lists(st.builds(SweepCandidate, st.text(), st.text(), st.text(), WORDS, WORDS), max_size=4))
+def test_candidates_come_back_as_they_were_written(tmp_path: Path, candidates: list[SweepCandidate]) -> None:
     write_candidates(tmp_path / "sweep.jsonl", candidates)
     assert read_candidates(tmp_path / "sweep.jsonl") == candidates
 
@@ -71,7 +71,7 @@ def test_a_task_without_a_candidate_is_refused(spec: str) -> None:
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "a\0b", 3])
 def test_a_name_that_is_no_folders_is_refused(name: object) -> None:
     with pytest.raises(UsageError, match="name of a candidate"):
-        check_name(name)
+        check_candidate_name(name)
 
 
 def test_overrides_may_be_a_list_or_a_mapping(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from everest_ds.errors import ExitCode
 from everest_ds.launch.job_log import JobEvent
 from everest_ds.launch.job_state import JobState
-from everest_ds.launch.verdict import LOCAL, NEXT, explain_exit_code, judge
+from everest_ds.launch.verdict import LOCAL, NEXT, explain_exit_code, job_status
 
 
 def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> JobState:
@@ -42,7 +42,7 @@ def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> Job
     ],
 )
 def test_every_end_has_a_word_and_a_next_step(state: JobState | None, word: str) -> None:
-    verdict = judge("runs/a", "7", state, [JobEvent("submitted", "7")])
+    verdict = job_status("runs/a", "7", state, [JobEvent("submitted", "7")])
     assert verdict.state == word and word in NEXT
     assert "{" not in verdict.next and ("runs/a" in verdict.next) == ("{run}" in NEXT[word])
 
@@ -59,14 +59,16 @@ def test_every_end_has_a_word_and_a_next_step(state: JobState | None, word: str)
     ],
 )
 def test_of_a_job_that_slurm_has_forgotten_its_own_log_tells(job_id: str, last: JobEvent, word: str) -> None:
-    assert judge("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == word
+    assert job_status("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == word
 
 
 def test_the_jobs_own_reason_goes_before_slurms() -> None:
     told = [JobEvent("failed", "7", reason="video.mp4: cannot be decoded", code=3)]
-    assert judge("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), told).reason == told[0].reason
-    assert judge("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), []).reason == explain_exit_code(3)
-    assert judge("r", "7", slurm("PENDING", reason="Priority"), []).reason == "Priority"
+    assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), told).reason == told[0].reason
+    assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), []).reason == explain_exit_code(
+        3
+    )
+    assert job_status("r", "7", slurm("PENDING", reason="Priority"), []).reason == "Priority"
 
 
 def test_every_exit_code_of_ours_is_explained() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from everest_ds.models import build_model
-from everest_ds.models.initial import draw, outline
+from everest_ds.models.initial import draw_initial_weights, outline
 from tests.parallel.equality import TASKS, experiment
 
 
@@ -16,7 +16,7 @@ def test_every_tensor_is_drawn_as_in_the_whole_model(task: str) -> None:
     torch.manual_seed(config.run.seed)
     whole = build_model(config)
     expected = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    drawn = {name: tensor.clone() for name, tensor in draw(config)}
+    drawn = {name: tensor.clone() for name, tensor in draw_initial_weights(config)}
     assert drawn.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(drawn[name], tensor), name
@@ -24,7 +24,7 @@ def test_every_tensor_is_drawn_as_in_the_whole_model(task: str) -> None:
 
 def test_drawing_leaves_the_process_its_random_state() -> None:
     before = torch.get_rng_state()
-    for _ in draw(experiment("pretrain", stage=0, data_degree=1)):
+    for _ in draw_initial_weights(experiment("pretrain", stage=0, data_degree=1)):
         assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -16,7 +16,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
-from everest_ds.models.initial import draw, outline
+from everest_ds.models.initial import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import (
     Engine,
@@ -144,7 +144,7 @@ def start(world: World, config: Experiment) -> Engine:
     """Return the engine of a run, built as `train` builds it."""
     model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
 
 
 def engine_run(world: World, config: Experiment) -> Trajectory:

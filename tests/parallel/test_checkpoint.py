@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.folder import verify
+from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.config import plan_ranks
 from everest_ds.models import build_model
@@ -97,7 +97,7 @@ def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> li
     for before, now in moves:
         source = before.folder(folder) / f"step-{SAVED:08d}"
         trained = Trained(world, now, precision)
-        load_checkpoint(trained.engine, source, verify(source), trained.mesh)
+        load_checkpoint(trained.engine, source, verify_checkpoint(source), trained.mesh)
         trained.save(now.folder(before.folder(folder)))
         losses.append(trained.step(SAVED))
         trained.engine.destroy()
@@ -106,7 +106,7 @@ def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> li
 
 def contents(folder: Path) -> dict[tuple[str, str], Tensor]:
     path = folder / f"step-{SAVED:08d}"
-    with CheckpointReader(path, verify(path)) as reader:
+    with CheckpointReader(path, verify_checkpoint(path)) as reader:
         return {(s, name): reader.whole(s, name) for s in STATES for name in reader.manifest.parameters}
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.models import build_model
-from everest_ds.models.initial import NamedTensor, draw, outline
+from everest_ds.models.initial import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter
 from everest_ds.parallel.initial import InitialWeights
@@ -87,10 +87,10 @@ def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
         apply_tensor_parallel(model, mesh)
     others, seen = live_bytes(), list[int]()
     ds_config = resolve_ds_config(config, plan_ranks(config, world.size))
-    weights: InitialWeights = partial(watched, lambda: draw(config), seen)
+    weights: InitialWeights = partial(watched, lambda: draw_initial_weights(config), seen)
     fill(model, weights, "fp32", ds_config, mesh)
     share = live_bytes() - others
-    return max(seen) - others, share, max(tensor.nbytes for _, tensor in draw(config))
+    return max(seen) - others, share, max(tensor.nbytes for _, tensor in draw_initial_weights(config))
 
 
 @pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -19,7 +19,7 @@ from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import _refuse_stale_locks, check_nvme
 from everest_ds.parallel.saving import Keep, Saving
-from everest_ds.parallel.states import model_states
+from everest_ds.parallel.states import states_of_engine
 from everest_ds.parallel.world import World
 from everest_ds.shipped import shipped
 from tests.checkpoints.made import facts
@@ -82,14 +82,14 @@ def disk(tmp_path: Path) -> Path:
 
 
 def states_of(engine: Any, mesh: Mesh) -> list[list[float]]:
-    view = model_states(engine, mesh)
+    view = states_of_engine(engine, mesh)
     held = list(view.held())
     return [view.get(each, state).tolist() for state in STATES for each in held]
 
 
 def fill_states(engine: Any, mesh: Mesh) -> None:
     """Fill the states with random numbers that depend on the rank."""
-    view = model_states(engine, mesh)
+    view = states_of_engine(engine, mesh)
     view.slots()
     generator = torch.Generator().manual_seed(mesh.world.rank)
     for each in list(view.held()):

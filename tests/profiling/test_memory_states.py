@@ -20,7 +20,7 @@ from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
 from everest_ds.profiling.compute import count_parameters
-from everest_ds.profiling.memory_states import model_states
+from everest_ds.profiling.memory_states import state_memory
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
 from tests.ranks import run_ranks
@@ -126,7 +126,7 @@ def forward_bytes(world: World, config: Experiment) -> int:
 
 def predict(config: Experiment, num_ranks: int) -> list[int]:
     """Predict the figures of `measure` by the closed formula."""
-    states = model_states(config, count_parameters(config), num_ranks)
+    states = state_memory(config, count_parameters(config), num_ranks)
     resting = states.parameter_bytes + states.master_bytes + states.optimizer_bytes
     finished = sum(p.numel() for p in finished_parameters(build_model(config)))
     in_step = resting + states.gradient_bytes(finished) + states.buffer_bytes(finished, in_backward=True)
@@ -166,7 +166,7 @@ def test_states_of_one_rank_have_no_buckets(tmp_path: Path) -> None:
 
 def test_zero3_has_weights_that_arrive_twice(tmp_path: Path) -> None:
     config = experiment(tmp_path, 3, "bf16", 1)
-    states = model_states(config, count_parameters(config), NUM_RANKS)
+    states = state_memory(config, count_parameters(config), NUM_RANKS)
     model_bytes = states.num_parameters * states.value_bytes
     predicted = (
         states.buffer_bytes(0, in_backward=False)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.models.vit import Blocks
-from everest_ds.profiling.autocast_memory import Stack, kept_bytes, working_bytes
+from everest_ds.profiling.autocast_memory import AutocastStack, kept_bytes, working_bytes
 from everest_ds.profiling.memory_trace import MemoryTrace, trace_memory
 from everest_ds.profiling.peers import count_peer
 from everest_ds.profiling.published import Cell, select_cells
@@ -64,7 +64,7 @@ def test_the_other_systems_have_as_many_parameters_as_their_modules() -> None:
         assert count_peer(name).num_parameters == step.num_parameters
 
 
-def trace_blocks(stack: Stack, num_clips: int) -> MemoryTrace:
+def trace_blocks(stack: AutocastStack, num_clips: int) -> MemoryTrace:
     def inputs() -> tuple[Tensor, Tensor]:
         x_BnD = torch.zeros(num_clips, stack.num_tokens, stack.shape.width, dtype=torch.float16)
         return x_BnD, torch.zeros(num_clips, dtype=torch.int64)
@@ -83,10 +83,10 @@ def peak_of_passes(trace: MemoryTrace) -> int:
 
 @pytest.mark.parametrize(
     "stack",
-    [Stack(TransformerShape(384, 4, 6), 1568), Stack(TransformerShape(768, 6, 12), 940)],
+    [AutocastStack(TransformerShape(384, 4, 6), 1568), AutocastStack(TransformerShape(768, 6, 12), 940)],
     ids=["a decoder of all tokens", "an encoder of kept tokens"],
 )
-def test_the_formula_of_a_block_is_what_a_trace_counts(stack: Stack) -> None:
+def test_the_formula_of_a_block_is_what_a_trace_counts(stack: AutocastStack) -> None:
     """The formula equals the traced memory of one additional clip, which excludes the weights."""
     two, three = (peak_of_passes(trace_blocks(stack, num_clips)) for num_clips in (2, 3))
     predicted = kept_bytes(stack) + working_bytes(stack)

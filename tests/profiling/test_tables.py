@@ -8,24 +8,26 @@ import pytest
 
 from everest_ds.profiling.peers import count_peer
 from everest_ds.profiling.published import select_cells
-from everest_ds.profiling.tables import OURS, Row, build_rows
+from everest_ds.profiling.tables import OURS, ComparisonRow, build_rows
 
 
-def rows_of(table: str, *columns: str) -> list[Row]:
+def rows_of(table: str, *columns: str) -> list[ComparisonRow]:
     return build_rows([cell for cell in select_cells([table]) if cell.column in columns])
 
 
-def find(rows: list[Row], method: str, backbone: str, column: str) -> Row:
+def find(rows: list[ComparisonRow], method: str, backbone: str, column: str) -> ComparisonRow:
     (row,) = [row for row in rows if (row.method, row.backbone, row.column) == (method, backbone, column)]
     return row
 
 
 @pytest.fixture(scope="module")
-def k400() -> list[Row]:
+def k400() -> list[ComparisonRow]:
     return rows_of("k400", "pt_gflops", "ft_gflops", "top1")
 
 
-def test_all_twelve_gflops_of_videomae_and_everest_come_out_to_the_printed_digit(k400: list[Row]) -> None:
+def test_all_twelve_gflops_of_videomae_and_everest_come_out_to_the_printed_digit(
+    k400: list[ComparisonRow],
+) -> None:
     rows = [row for row in k400 if row.method in ("VideoMAE", "EVEREST") and "gflops" in row.column]
     assert len(rows) == 12
     assert all(round(row.value, 1) == row.published and row.kind == "predicted" for row in rows)
@@ -42,12 +44,14 @@ def test_all_twelve_gflops_of_videomae_and_everest_come_out_to_the_printed_digit
         ("MViT", "MViT-S", 4.0),  # reconstructed: its config was never released
     ],
 )
-def test_other_systems_are_counted(k400: list[Row], method: str, backbone: str, worst_pct: float) -> None:
+def test_other_systems_are_counted(
+    k400: list[ComparisonRow], method: str, backbone: str, worst_pct: float
+) -> None:
     row = find(k400, method, backbone, "ft_gflops")
     assert row.kind == "counted" and row.gap_pct is not None and abs(row.gap_pct) <= worst_pct
 
 
-def test_views_and_units_are_said(k400: list[Row]) -> None:
+def test_views_and_units_are_said(k400: list[ComparisonRow]) -> None:
     assert find(k400, "K-centered", "XViT", "ft_gflops").note.startswith("3 views of 140.7")
     images = find(k400, "K-centered", "XViT", "pt_gflops")
     assert images.value is None and images.kind == "published" and "image pre-training" in images.note
@@ -56,7 +60,7 @@ def test_views_and_units_are_said(k400: list[Row]) -> None:
     assert (accuracy.value, accuracy.kind, accuracy.gap_pct) == (None, "published", None)
 
 
-def test_beside_every_everest_cell_stands_our_sparse_path(k400: list[Row]) -> None:
+def test_beside_every_everest_cell_stands_our_sparse_path(k400: list[ComparisonRow]) -> None:
     ours = [row for row in k400 if row.method == OURS]
     assert len(ours) == 6 and {row.kind for row in ours} == {"counted"}
     assert find(k400, OURS, "ViT-B", "pt_gflops").value == pytest.approx(21.496, abs=1e-3)

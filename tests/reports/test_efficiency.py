@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from everest_ds.reports.efficiency import Heading, arrange, level_of, summarise, to_csv
 from everest_ds.reports.efficiency_page import render_efficiency_page
-from everest_ds.reports.efficiency_plots import Bubble, Line, draw_bubbles, draw_lines, draw_stacks
+from everest_ds.reports.efficiency_plots import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.markdown import render_markdown
 from everest_ds.reports.page import Plot
 
@@ -100,7 +100,7 @@ def test_the_page_is_self_contained_and_escapes_what_it_is_given() -> None:
 
 def test_plots_are_well_formed_and_repeatable() -> None:
     ours, theirs = Bubble("EVEREST", "ViT-B", 98, 79.2, 87), Bubble("VideoMAE", "ViT-B", 180, 78.4, 87)
-    line = Line("EVEREST", "EVEREST, pre-training", [(4, 1.0), (8, 2.0)], dashed=True)
+    line = Curve("EVEREST", "EVEREST, pre-training", [(4, 1.0), (8, 2.0)], dashed=True)
     for draw in (
         lambda: draw_bubbles([ours, theirs], [(theirs, ours)]),
         lambda: draw_lines([line], "clips", "GiB", {"A6000": 48.0}),

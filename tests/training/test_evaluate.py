@@ -11,7 +11,7 @@ import pytest
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import Loaded
+from everest_ds.data.loader import LoadedItem
 from everest_ds.errors import EverestError
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import Evaluation
@@ -73,7 +73,7 @@ def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
     return "done"
 
 
-def fail(clips: EvaluationClips, items: Sequence[int]) -> Loaded:
+def fail(clips: EvaluationClips, items: Sequence[int]) -> LoadedItem:
     raise RuntimeError("simulated failure")
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints import tensor_file
-from everest_ds.checkpoints.folder import verify
+from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints
 from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
@@ -214,7 +214,10 @@ def test_a_checkpoint_written_in_the_background_is_of_the_step_that_began_it(
     run_ranks(stop_at, 2, here, 5)
     assert run_ranks(saved_while_steps_go_on, 2, there)[0] == [4]
     for path in list_checkpoints(tmp_path / "here" / "checkpoints"):
-        assert verify(tmp_path / "there" / "checkpoints" / path.name).files == verify(path).files
+        assert (
+            verify_checkpoint(tmp_path / "there" / "checkpoints" / path.name).files
+            == verify_checkpoint(path).files
+        )
 
 
 def not_a_number(world: World, config: Experiment, step: int, rank: int) -> str:
@@ -267,7 +270,7 @@ def test_a_step_with_nan_on_one_rank_is_left_out_by_all_as_often_as_allowed(
 def weights_after(run: Path, step: int) -> dict[str, Tensor]:
     """Return the parameters in the checkpoint of `step`, and AdamW's step count under the name `steps`."""
     path = checkpoint_path(run / "checkpoints", step)
-    manifest = verify(path)
+    manifest = verify_checkpoint(path)
     with CheckpointReader(path, manifest) as reader:
         return {**dict(reader.weights()), "steps": torch.tensor(manifest.facts.optimizer_step)}
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import ClipBatch, TrainingClips
-from everest_ds.data.loader import Loaded
+from everest_ds.data.loader import LoadedItem
 from everest_ds.data.order import Visit, epoch_order
 from everest_ds.data.reading import Failure
 from everest_ds.errors import DataError
@@ -123,7 +123,7 @@ def fail_in_epoch_1(world: World, config: Experiment) -> str:
     """Train with a loader of rank 1 that fails at its first sample of the second epoch."""
 
     def make(read: Any) -> Any:
-        def getitem(clips: TrainingClips, visit: Visit) -> Loaded:
+        def getitem(clips: TrainingClips, visit: Visit) -> LoadedItem:
             if visit.epoch == 1 and world.rank == 1:
                 raise RuntimeError("simulated failure")
             return read(clips, visit)  # type: ignore[no-any-return]

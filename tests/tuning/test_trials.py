@@ -14,9 +14,9 @@ from everest_ds.tuning.baselines import natural_baselines
 from everest_ds.tuning.correction import Observed, fit_correction, kendall_tau
 from everest_ds.tuning.standing import Tried, pareto_front, weigh
 from everest_ds.tuning.trials import (
-    FILE_NAME,
-    Outcome,
+    TRIALS_FILE,
     Trial,
+    TrialOutcome,
     keep_trial,
     read_trials,
     summarise_steps,
@@ -28,7 +28,7 @@ GB = 10**9
 
 
 def tried(
-    name: str, predicted_s: float, gigabytes: float, outcome: Outcome | None = None, *measured: float
+    name: str, predicted_s: float, gigabytes: float, outcome: TrialOutcome | None = None, *measured: float
 ) -> Tried:
     """Return a candidate; `measured` holds the seconds and gigabytes of its trial."""
     trial = None
@@ -43,10 +43,10 @@ def test_trials_are_read_as_they_were_kept_without_the_line_that_was_cut_off(tmp
     again = replace(first, step_s=0.4)
     for trial in (first, Trial("k2", "b", (), "oom", reason="no memory"), again):
         keep_trial(tmp_path, trial)
-    with open(tmp_path / FILE_NAME, "a") as stream:
+    with open(tmp_path / TRIALS_FILE, "a") as stream:
         stream.write('{"key": "k3", "na')
     assert read_trials(tmp_path) == {"k1": again, "k2": Trial("k2", "b", (), "oom", reason="no memory")}
-    (tmp_path / FILE_NAME).write_text("not JSON\n")
+    (tmp_path / TRIALS_FILE).write_text("not JSON\n")
     with pytest.raises(RunFolderError, match="damaged"):
         read_trials(tmp_path)
 

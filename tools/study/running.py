@@ -30,7 +30,7 @@ from everest_ds.data.manifest import read_manifest, write_manifest
 from everest_ds.data.synthetic import synthesize
 from everest_ds.data.video import Video
 from everest_ds.errors import RunFolderError
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
@@ -158,7 +158,7 @@ def _score(study: Study, run: Run) -> Row:
 @cache
 def _world() -> World:
     """Join the world of one rank of this process."""
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     return join_world()
 
 

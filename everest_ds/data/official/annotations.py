@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from everest_ds.errors import DataError, nearest
 
 
-class Listed(NamedTuple):
+class AnnotatedVideo(NamedTuple):
     """A video that an annotation file lists.
 
     Attributes:
@@ -38,7 +38,7 @@ class Annotations:
     """
 
     classes: list[str]
-    splits: dict[str, list[Listed]]
+    splits: dict[str, list[AnnotatedVideo]]
 
 
 def find_file(folder: Path, *names: str) -> Path | None:

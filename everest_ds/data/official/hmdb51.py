@@ -5,23 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from everest_ds.data.official.annotations import Annotations, Listed, read_text
+from everest_ds.data.official.annotations import AnnotatedVideo, Annotations, read_text
 from everest_ds.errors import DataError
 
 # The last word of a line names the part of the split. Videos marked 0 are in neither part.
 _PARTS: dict[str, str | None] = {"1": "train", "2": "test", "0": None}
 
 
-def read(folder: Path, fold: int) -> Annotations:
+def read_hmdb51(folder: Path, fold: int) -> Annotations:
     """Read the annotation in `folder` for split `fold`, 1 to 3."""
     ending = f"_test_split{fold}.txt"
     files = {file.name.removesuffix(ending): file for file in folder.glob(f"*{ending}")}
     if not files:
         raise DataError(f"{folder}: no split lists", allowed=f"CLASS{ending}, one per class")
-    splits: dict[str, list[Listed]] = {"train": [], "test": []}
+    splits: dict[str, list[AnnotatedVideo]] = {"train": [], "test": []}
     for label, name in enumerate(sorted(files)):
         for split, video in _lines(files[name]):
-            splits[split].append(Listed((f"{name}/{PurePosixPath(video).with_suffix('')}",), label))
+            splits[split].append(AnnotatedVideo((f"{name}/{PurePosixPath(video).with_suffix('')}",), label))
     return Annotations(sorted(files), splits)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from everest_ds.data.official.annotations import (
+    AnnotatedVideo,
     Annotations,
-    Listed,
     find_file,
     label_of,
     need_file,
@@ -31,7 +31,7 @@ class _Clip(NamedTuple):
     label: str
 
 
-def read(folder: Path, fold: int) -> Annotations:
+def read_kinetics400(folder: Path, fold: int) -> Annotations:
     """Read the annotation in `folder`; the data set has one fold."""
     needed = need_file(folder, *_names("train"))
     files = {split: find_file(folder, *_names(split)) for split in _SPLITS}
@@ -51,10 +51,10 @@ def _names(split: str) -> list[str]:
     ]
 
 
-def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> Listed:
+def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> AnnotatedVideo:
     times = (f"{int(float(time)):06d}" for time in (clip.start_s, clip.end_s))
     cut = "_".join((clip.video, *times))
-    return Listed((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
+    return AnnotatedVideo((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
 
 
 def _clips(file: Path) -> Iterator[_Clip]:

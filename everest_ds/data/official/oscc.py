@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from everest_ds.data.official.annotations import Annotations, Listed, find_file, need_file, read_json
+from everest_ds.data.official.annotations import AnnotatedVideo, Annotations, find_file, need_file, read_json
 from everest_ds.errors import DataError
 
 _CLASSES = ["no object state change", "object state change"]
@@ -20,7 +20,7 @@ _FILES = {
 }
 
 
-def read(folder: Path, fold: int) -> Annotations:
+def read_oscc(folder: Path, fold: int) -> Annotations:
     """Read the annotation in `folder`; the data set has one fold."""
     need_file(folder, *_FILES["train"])
     files = {split: find_file(folder, *names) for split, names in _FILES.items()}
@@ -28,7 +28,7 @@ def read(folder: Path, fold: int) -> Annotations:
     return Annotations(_CLASSES, splits)
 
 
-def _listed(file: Path) -> list[Listed]:
+def _listed(file: Path) -> list[AnnotatedVideo]:
     content = read_json(file)
     clips = content["clips"] if isinstance(content, dict) and "clips" in content else content
     if not isinstance(clips, list):
@@ -36,7 +36,7 @@ def _listed(file: Path) -> list[Listed]:
     return [_clip(clip, file) for clip in clips]
 
 
-def _clip(clip: dict[str, Any], file: Path) -> Listed:
+def _clip(clip: dict[str, Any], file: Path) -> AnnotatedVideo:
     try:
         span = int(clip["parent_start_frame"]), int(clip["parent_end_frame"])
         own, parent = str(clip["unique_id"]), str(clip["video_uid"])
@@ -44,4 +44,4 @@ def _clip(clip: dict[str, Any], file: Path) -> Listed:
         raise DataError(f"{file}: a clip is incomplete", given=f"{error} in {str(clip)[:80]}") from None
     # As in the authors' loader, every value other than `false` counts as a change.
     label = int(clip["state_change"] is not False) if "state_change" in clip else None
-    return Listed((own,), label, parent, span)
+    return AnnotatedVideo((own,), label, parent, span)

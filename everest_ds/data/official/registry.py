@@ -43,11 +43,11 @@ class OfficialDataset:
 DATASETS = {
     dataset.name: dataset
     for dataset in (
-        OfficialDataset("k400", "Kinetics-400", kinetics400.read, 400, 1, "val", 240_436),
-        OfficialDataset("ssv2", "Something-Something v2", ssv2.read, 174, 1, "val", 168_913),
-        OfficialDataset("ucf101", "UCF101", ucf101.read, 101, 3, "test", 9_537),
-        OfficialDataset("hmdb51", "HMDB51", hmdb51.read, 51, 3, "test", 3_570),
-        OfficialDataset("oscc", "Ego4D OSCC", oscc.read, 2, 1, "val", 41_085),
+        OfficialDataset("k400", "Kinetics-400", kinetics400.read_kinetics400, 400, 1, "val", 240_436),
+        OfficialDataset("ssv2", "Something-Something v2", ssv2.read_ssv2, 174, 1, "val", 168_913),
+        OfficialDataset("ucf101", "UCF101", ucf101.read_ucf101, 101, 3, "test", 9_537),
+        OfficialDataset("hmdb51", "HMDB51", hmdb51.read_hmdb51, 51, 3, "test", 3_570),
+        OfficialDataset("oscc", "Ego4D OSCC", oscc.read_oscc, 2, 1, "val", 41_085),
     )
 }
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.data.official.annotations import (
+    AnnotatedVideo,
     Annotations,
-    Listed,
     find_file,
     label_of,
     need_file,
@@ -25,7 +25,7 @@ _FILES = {"train": "train.json", "val": "validation.json", "test": "test.json"}
 _ANSWERS = "test-answers.csv"
 
 
-def read(folder: Path, fold: int) -> Annotations:
+def read_ssv2(folder: Path, fold: int) -> Annotations:
     """Read the annotation in `folder`; the data set has one fold."""
     file = need_file(folder, *_either("labels.json"))
     numbers = {name: int(number) for name, number in read_json(file).items()}
@@ -46,13 +46,15 @@ def _either(name: str) -> tuple[str, str]:
     return _PREFIX + name, name
 
 
-def _listed(entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path) -> Listed:
+def _listed(
+    entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path
+) -> AnnotatedVideo:
     if "id" not in entry:
         raise DataError(f"{file}: an entry has no id", given=str(entry)[:80])
     number = str(entry["id"])
     template = entry.get("template") or answers.get(number)
     label = None if template is None else label_of(_plain(template), numbers, file)
-    return Listed((number,), label)
+    return AnnotatedVideo((number,), label)
 
 
 def _plain(template: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample
-from everest_ds.data.official.annotations import Listed
+from everest_ds.data.official.annotations import AnnotatedVideo
 from everest_ds.data.official.registry import OfficialDataset
 from everest_ds.errors import DataError, UsageError
 
@@ -72,7 +72,7 @@ class VideoTree:
         for path in _videos_below(root):
             self._by_stem[path.stem].append(path)
 
-    def sample(self, entry: Listed) -> Sample | None:
+    def sample(self, entry: AnnotatedVideo) -> Sample | None:
         """Return the sample for a listed video, or None if its file is missing."""
         for name in entry.names:
             path = self.find(name)

@@ -102,7 +102,7 @@ def with_token(token: Tensor, x_BnD: Tensor) -> Tensor:
     return torch.cat([token.to(x_BnD.dtype).expand(len(x_BnD), 1, -1), x_BnD], dim=1)
 
 
-def init_weights(module: nn.Module) -> None:
+def init_peer_weights(module: nn.Module) -> None:
     """Initialise linear layers as all peers do: truncated normal weights (deviation 0.02), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -26,11 +26,11 @@ from everest_ds.models.peers.layers import (
     Drop,
     VideoClassifier,
     drop_path_rates,
-    init_weights,
+    init_peer_weights,
     table,
     with_token,
 )
-from everest_ds.models.peers.mvit_plan import MVIT_B, BlockPlan, Grid, MViTShape, plan_blocks
+from everest_ds.models.peers.mvit_plan import MVIT_B, BlockPlan, MViTShape, TokenGrid, plan_blocks
 from everest_ds.models.tubelets import normalize_pixels
 from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
 
@@ -47,7 +47,7 @@ class GridPool(nn.Module):
         norm: normalisation of the output, class token included.
     """
 
-    def __init__(self, grid: Grid, pool: nn.Module, norm: nn.Module) -> None:
+    def __init__(self, grid: TokenGrid, pool: nn.Module, norm: nn.Module) -> None:
         super().__init__()
         self.grid, self.pool, self.norm = grid, pool, norm
 
@@ -59,14 +59,14 @@ class GridPool(nn.Module):
         return self.norm(torch.cat([x_Bhnd[:, :, :1], patches], dim=2))
 
 
-def max_pool(grid: Grid, stride: int) -> GridPool:
+def max_pool(grid: TokenGrid, stride: int) -> GridPool:
     """Build spatial max pooling whose windows are one place wider than the stride."""
     size = stride + 1
     pool = nn.MaxPool3d((1, size, size), (1, stride, stride), (0, size // 2, size // 2))
     return GridPool(grid, pool, nn.Identity())
 
 
-def conv_pool(grid: Grid, stride: int, width: int) -> GridPool:
+def conv_pool(grid: TokenGrid, stride: int, width: int) -> GridPool:
     """Build pooling by a depthwise 3 x 3 x 3 convolution, followed by LayerNorm."""
     pool = nn.Conv3d(width, width, 3, (1, stride, stride), padding=1, groups=width, bias=False)
     return GridPool(grid, pool, nn.LayerNorm(width, eps=LAYER_NORM_EPS))
@@ -141,7 +141,7 @@ class MViT(VideoClassifier):
         self.norm = nn.LayerNorm(plans[-1].out_width, eps=LAYER_NORM_EPS)
         self.drop = Drop(DROPOUT, DROPOUT_STREAM, plans[-1].out_width)
         self.head = nn.Linear(plans[-1].out_width, num_classes)
-        self.apply(init_weights)
+        self.apply(init_peer_weights)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
         """Compute the logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive randomness."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-Grid = tuple[int, int, int]  # tokens along time, height and width
+TokenGrid = tuple[int, int, int]  # tokens along time, height and width
 
 
 @dataclass(frozen=True)
@@ -45,22 +45,22 @@ class BlockPlan:
     width: int
     out_width: int
     heads: int
-    grid: Grid
+    grid: TokenGrid
     q_stride: int
     kv_stride: int
 
     @property
-    def out_grid(self) -> Grid:
+    def out_grid(self) -> TokenGrid:
         """The token grid of the block's output."""
         return pooled(self.grid, self.q_stride)
 
 
-def pooled(grid: Grid, stride: int) -> Grid:
+def pooled(grid: TokenGrid, stride: int) -> TokenGrid:
     """Return `grid` after pooling: time stays, height and width are divided by `stride`, rounded up."""
     return grid[0], -(-grid[1] // stride), -(-grid[2] // stride)
 
 
-def plan_blocks(shape: MViTShape, grid: Grid) -> Iterator[BlockPlan]:
+def plan_blocks(shape: MViTShape, grid: TokenGrid) -> Iterator[BlockPlan]:
     """Yield the plans of all blocks, given the stem's output grid.
 
     The last block of every stage but the last doubles the width.

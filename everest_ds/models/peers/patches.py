@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.layers import VideoClassifier, init_weights, table, with_token
+from everest_ds.models.peers.layers import VideoClassifier, init_peer_weights, table, with_token
 from everest_ds.models.tubelets import TubeletEmbedding, gather_tokens, to_tubelets
 from everest_ds.models.vit import LAYER_NORM_EPS
 
@@ -103,7 +103,7 @@ class PatchClassifier(VideoClassifier):
         self.sampler = sampler
         self.embedding = embedding
         self.body = body
-        self.apply(init_weights)
+        self.apply(init_peer_weights)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
         """Compute the logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive randomness."""

@@ -20,7 +20,7 @@ from everest_ds.models.peers.layers import (
     SelfAttention,
     VideoClassifier,
     blocks_with,
-    init_weights,
+    init_peer_weights,
     table,
     with_token,
 )
@@ -61,7 +61,7 @@ class ViViT(VideoClassifier):
         self.space = SequenceEncoder(space, geometry.tokens_per_slot)
         self.time = SequenceEncoder(time, geometry.num_slots)
         self.head = nn.Linear(time.width, num_classes)
-        self.apply(init_weights)
+        self.apply(init_peer_weights)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
         """Compute the class logits (B, classes) of uint8 clips (B, F, H, W, 3)."""
