@@ -20,7 +20,7 @@ from everest_ds.config.schema import DECODERS
 from everest_ds.data.decode import open_video, require_decoder
 from everest_ds.data.manifest import VIDEO_SUFFIXES
 from everest_ds.errors import ConfigError
-from everest_ds.resident import resident_bytes
+from everest_ds.host_memory import resident_bytes
 
 MIB = 2**20
 FRAMES = 16

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from everest_ds.cli.output import print_facts, print_table
+from everest_ds.console import print_facts, print_table
 from everest_ds.units import format_bytes
 
 _PRODUCT_ROWS = 12

@@ -14,10 +14,10 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations

@@ -24,10 +24,10 @@ from typing import Annotated, Any
 import typer
 
 from everest_ds.cli.calibrate import facts_here, machine_here
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import EverestError
 from everest_ds.profiling.here import num_gpus
 from everest_ds.profiling.memory import predict_memory

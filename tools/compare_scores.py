@@ -20,9 +20,9 @@ import torch
 import typer
 from torch import Tensor
 
-from everest_ds.cli.output import print_table
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
+from everest_ds.console import print_table
 from everest_ds.data.decode import open_video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize

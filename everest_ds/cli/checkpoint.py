@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from everest_ds.cli.convert import convert
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.console import JsonFile, print_facts, print_table, write_json
 from everest_ds.errors import CheckpointError, ExitCode
 
 app = typer.Typer(

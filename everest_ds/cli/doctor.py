@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.console import JsonFile, print_table, write_json
 from everest_ds.errors import ExitCode
 
 

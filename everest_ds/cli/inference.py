@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, print_table, progress_of, write_csv, write_json
+from everest_ds.console import JsonFile, print_facts, print_table, progress_of, write_csv, write_json
 from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:

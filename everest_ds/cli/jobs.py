@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, write_json
+from everest_ds.console import JsonFile, write_json
 from everest_ds.errors import UsageError
 from everest_ds.launch.job_state import is_job_id
 

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from everest_ds.cli.output import JsonFile, print_facts, write_json
 from everest_ds.cli.train import Overrides, RecipeArg, in_world
+from everest_ds.console import JsonFile, print_facts, write_json
 from everest_ds.errors import BadNodeError, RunFolderError
 from everest_ds.units import format_bytes
 

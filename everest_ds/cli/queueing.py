@@ -8,9 +8,9 @@ from pathlib import Path
 
 import typer
 
-from everest_ds.cli.output import print_facts, write_json
 from everest_ds.cli.submission import Stage
 from everest_ds.cli.sweep_plan import keep_candidates
+from everest_ds.console import print_facts, write_json
 from everest_ds.errors import EverestError, UsageError
 from everest_ds.launch.rank_table import RankPlace
 from everest_ds.launch.sbatch import BatchJob, as_shell, job_name, sbatch_command

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import print_facts
+from everest_ds.console import print_facts
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from everest_ds.cli.output import JsonFile
+from everest_ds.console import JsonFile
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:

@@ -148,7 +148,7 @@ def read_steps(run: Path, clips: int) -> dict[str, Any]:
 
 def _synthetic_videos(setup: Setup, config: Experiment) -> Path:
     """Return the manifest of synthetic videos, which are written once per frame count and size."""
-    from everest_ds.cli.output import progress_of
+    from everest_ds.console import progress_of
     from everest_ds.data.synthetic import SyntheticSpec, synthesize
 
     frames = config.candidate_geometry.num_frames * config.data.frame_stride

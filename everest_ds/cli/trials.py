@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from everest_ds.cli.output import progress_of
 from everest_ds.cli.trial_run import (
     Ending,
     Setup,
@@ -24,6 +23,7 @@ from everest_ds.cli.trial_run import (
     trial_overrides,
 )
 from everest_ds.config import Experiment
+from everest_ds.console import progress_of
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.sweep_file import SWEEP_FILE as SWEEP_FILE
 from everest_ds.tuning.standing import Tried

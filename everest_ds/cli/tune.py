@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.output import JsonFile, write_csv, write_json
 from everest_ds.cli.train import Overrides
+from everest_ds.console import JsonFile, write_csv, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import typer
 
-from everest_ds.cli.output import print_facts, print_table
 from everest_ds.cli.tune_tables import (
     Costs,
     candidate_rows,
@@ -15,6 +14,7 @@ from everest_ds.cli.tune_tables import (
     memory_rows,
 )
 from everest_ds.config import Experiment
+from everest_ds.console import print_facts, print_table
 from everest_ds.errors import UsageError
 from everest_ds.tuning.reasons import slower_families, why_slower
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult

@@ -10,13 +10,13 @@ from typing import Any
 import typer
 
 from everest_ds.cli.calibrate import facts_here
-from everest_ds.cli.output import print_table
 from everest_ds.cli.trial_run import Setup
 from everest_ds.cli.trials import Array, TrialEntry, try_by_slurm, try_here
 from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
 from everest_ds.cli.tune_tables import dropped_rows
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.zero_settings import zero_settings
+from everest_ds.console import print_table
 from everest_ds.errors import UsageError
 from everest_ds.profiling.devices import DEVICES, find_device
 from everest_ds.profiling.memory import predict_memory

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, write_json
+from everest_ds.console import JsonFile, print_facts, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:

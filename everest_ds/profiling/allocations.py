@@ -11,7 +11,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from everest_ds.errors import UsageError
-from everest_ds.resident import peak_bytes, reset_peak, resident_bytes
+from everest_ds.host_memory import peak_bytes, reset_peak, resident_bytes
 
 _SAMPLING_PERIOD_S = 0.001
 

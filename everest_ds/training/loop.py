@@ -19,6 +19,7 @@ from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
+from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial import outline
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
@@ -27,7 +28,6 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
-from everest_ds.resident import peak_bytes, reset_peak
 from everest_ds.training.broken import BrokenVideos
 from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate_views

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from everest_ds import resident
+from everest_ds import host_memory as resident
 from everest_ds.profiling.allocations import measure_resident_peak, track_allocations
 
 CPU = torch.device("cpu")
