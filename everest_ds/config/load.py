@@ -13,7 +13,7 @@ from pydantic_core import ErrorDetails
 
 from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tree import ConfigTree, merge, read_yaml
+from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
 from everest_ds.errors import ConfigError, nearest
 
 

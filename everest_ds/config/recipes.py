@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everest_ds.config.tree import ConfigTree, merge, read_yaml
+from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
 from everest_ds.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"

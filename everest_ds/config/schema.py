@@ -12,8 +12,8 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from everest_ds.config.agreement import check_sections_agree
 from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
+from everest_ds.config.checks import check_sections_agree
 from everest_ds.config.tokens import (
     ClipGeometry,
     TokenCounts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from everest_ds.config.agreement import check_sections_agree
+from everest_ds.config.checks import check_sections_agree
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
 
