@@ -15,6 +15,7 @@ import typer
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
 from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import ClipBatch
 from everest_ds.host_memory import resident_bytes
 from everest_ds.launch.environment import detect_environment
@@ -24,7 +25,6 @@ from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World, join_world, leave_world
 from everest_ds.profiling.allocations import measure_resident_peak
-from everest_ds.profiling.memory import predict_memory
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
 

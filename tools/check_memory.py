@@ -18,10 +18,10 @@ from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.costs.memory import predict_step_bytes
 from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.memory import predict_step_bytes
 from everest_ds.profiling.memory_trace import trace_memory
 from everest_ds.profiling.time import device_name
 from everest_ds.units import format_bytes

@@ -23,6 +23,7 @@ from torch import Tensor
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.console import print_table
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.decode import open_video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
@@ -30,7 +31,6 @@ from everest_ds.data.transforms import crop_resize, view_box
 from everest_ds.models import Classifier
 from everest_ds.models.selector import Selector
 from everest_ds.models.tubelets import PixelMap, from_tubelets, to_tubelets
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.reports.figure import new_figure, to_png
 from everest_ds.training.weights import load_encoder
 

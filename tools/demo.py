@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.reports.page import Page, PageSection, render_page
 from everest_ds.reports.plots import draw_accuracies, draw_curves
 from everest_ds.training.run_folder import read_metrics

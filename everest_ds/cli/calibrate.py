@@ -13,8 +13,8 @@ from everest_ds.cache import cache_folder
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
+    from everest_ds.costs.hardware.machine import Machine
     from everest_ds.parallel.world import World
-    from everest_ds.tuning.machine import Machine
 
 # This allocator setting decides how often a CPU rank gets fresh pages, which can cost as much time as the
 # arithmetic of a step (docs/parallel.md).
@@ -122,7 +122,7 @@ def _as_rank(file: Path) -> None:
 
 def _measure_and_keep(world: World, file: Path) -> None:
     from everest_ds.cli.calibrate_rank import measure_machine
-    from everest_ds.profiling.devices import peak_flops_per_s
+    from everest_ds.costs.hardware.gpus import peak_flops_per_s
     from everest_ds.tuning.calibration import Calibration
     from everest_ds.tuning.fit import fit_machine
 

@@ -13,6 +13,7 @@ from statistics import fmean, quantiles
 from typing import NamedTuple
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import TrainingClips
 from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit
@@ -22,7 +23,6 @@ from everest_ds.parallel.links import measure_collectives
 from everest_ds.parallel.world import World
 from everest_ds.profiling import rates
 from everest_ds.profiling.here import HOST, free_bytes, num_threads, precisions_of
-from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.time import device_name
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics

@@ -13,8 +13,8 @@ from everest_ds.config import (
     plan_ranks,
     shared_memory_bytes,
 )
+from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.launch.doctor import check_shared_memory
-from everest_ds.profiling.compute import count_parameters, predict_macs
 from everest_ds.units import format_bytes, format_count
 
 _RANKS_PER_NODE = 8  # assumed for a node with GPUs if the number is not given

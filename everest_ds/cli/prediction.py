@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
-from everest_ds.profiling.devices import DEVICES, find_product
-from everest_ds.profiling.memory import MemoryPrediction, predict_memory
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import StepPrediction, predict_step
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES, find_product
+from everest_ds.costs.memory import MemoryPrediction, predict_memory
+from everest_ds.costs.step_time import StepPrediction, predict_step
 from everest_ds.units import format_bytes, format_duration
 
 REFERENCE = "8xA100-80GB"  # the largest machine of the paper

@@ -121,7 +121,7 @@ def _check_disk(config: Experiment) -> int:
 
 
 def _checkpoint_bytes(config: Experiment) -> int:
-    from everest_ds.profiling.compute import count_parameters
+    from everest_ds.costs.compute import count_parameters
 
     return _CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config)
 

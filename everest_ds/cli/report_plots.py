@@ -8,7 +8,7 @@ from pathlib import Path
 
 from everest_ds.cli.runs import Run
 from everest_ds.config import Experiment
-from everest_ds.profiling.devices import DEVICES
+from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.profiling.measured import Measured
 from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by_batch, trained_configs
 from everest_ds.profiling.systems import BACKBONES, SYSTEMS

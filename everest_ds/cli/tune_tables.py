@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from everest_ds.config import plan_ranks
+from everest_ds.costs.hardware.machine import Machine
 from everest_ds.data.order import steps_per_epoch
-from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.search import Candidate, Cluster, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Dropped
 from everest_ds.tuning.standing import CLOSE_PCT

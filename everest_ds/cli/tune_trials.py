@@ -17,9 +17,10 @@ from everest_ds.cli.tune_tables import dropped_rows
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.console import print_table
+from everest_ds.costs.hardware.gpus import DEVICES, find_device
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
-from everest_ds.profiling.devices import DEVICES, find_device
-from everest_ds.profiling.memory import predict_memory
 from everest_ds.training.run_folder import package_versions
 from everest_ds.tuning.baselines import Baseline, natural_baselines
 from everest_ds.tuning.correction import traits_of
@@ -27,7 +28,6 @@ from everest_ds.tuning.reasons import slower_families
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Sharding
 from everest_ds.tuning.standing import TrialResults, Tried, weigh
-from everest_ds.tuning.step_time import predict_step
 from everest_ds.tuning.trials import trial_key
 from everest_ds.tuning.winner import deepspeed_file
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.config.schema import Experiment
+from everest_ds.costs.compute import LITERATURE_MACS_PER_NORM_ELEMENT
 from everest_ds.models import build_model
 from everest_ds.models.tubelets import TubeletEmbedding
 from everest_ds.profiling.attribution import RunningModule
-from everest_ds.profiling.compute import LITERATURE_MACS_PER_NORM_ELEMENT
 from everest_ds.profiling.operators import computes, layer_norm_elements_of, macs_of
 
 

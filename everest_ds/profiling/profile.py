@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from everest_ds.config.schema import Experiment
-from everest_ds.models.peers import Peer, blank_inputs
-from everest_ds.profiling.compute import (
+from everest_ds.costs.compute import (
     FLOPS_PER_MAC,
     LITERATURE_MACS_PER_NORM_ELEMENT,
     count_parameters,
     predict_macs,
 )
+from everest_ds.models.peers import Peer, blank_inputs
 from everest_ds.profiling.counter import ComputeCount, count_experiment, count_forward, count_training_step
 
 Table = list[dict[str, Any]]

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.costs.compute import count_parameters
 from everest_ds.profiling.autocast_memory import (
     FLOAT16_BYTES,
     FLOAT32_BYTES,
@@ -19,7 +20,6 @@ from everest_ds.profiling.autocast_memory import (
     kept_bytes,
     working_bytes,
 )
-from everest_ds.profiling.compute import count_parameters
 from everest_ds.profiling.systems import SYSTEMS, OwnModel
 
 NUM_GPUS = 8

@@ -17,11 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config.backbones import MLP_RATIO
+from everest_ds.costs.compute import FLOPS_PER_MAC
 from everest_ds.models.attention import fused_attention
 from everest_ds.models.linear import multiply
 from everest_ds.models.precision import set_matmul_precision
 from everest_ds.models.vit import Block
-from everest_ds.profiling.compute import FLOPS_PER_MAC
 from everest_ds.profiling.launches import count_launches
 
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -101,7 +101,7 @@ def moving_rates(
     """Measure the rate of a block's memory-bound operators in bytes per second, by the size of a tensor.
 
     These are norms, residual sums, GELU and its gradient, and sums over rows: 51 passes over (rows, width) in
-    forward and backward pass, as tuning/compute_time.py counts them.
+    forward and backward pass, as costs/compute_time.py counts them.
     """
     return [_moving_rate(device, precision, n, width) for width in widths for n in rows]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from everest_ds.config.schema import Experiment
-from everest_ds.profiling.compute import count_parameters, predict_macs
+from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.profiling.peers import count_peer
 
 FigureKind = Literal["predicted", "counted", "measured", "published"]

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from everest_ds.config.schema import Experiment
-from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.devices import peak_flops_per_s
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.hardware.gpus import peak_flops_per_s
 from everest_ds.profiling.phases import PhaseTimes, TrainingStep, measure_phases
 
 _CPU_INFO = Path("/proc/cpuinfo")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from everest_ds.costs.hardware.machine import Machine
 from everest_ds.errors import UsageError
-from everest_ds.tuning.machine import Machine
 
 FORMAT = "everest-ds calibration, format 1"  # the number is raised when the meaning of a key changes
 _FIX = "everest-ds tune --calibrate"

@@ -10,9 +10,9 @@ from statistics import fmean
 from typing import NamedTuple
 
 from everest_ds.config.schema import Experiment
-from everest_ds.tuning.host_work import num_tensors
-from everest_ds.tuning.machine import COLLECTIVES, Link, Machine, RateCurve, intensity, same_link
-from everest_ds.tuning.step_time import predict_step
+from everest_ds.costs.hardware.machine import COLLECTIVES, Link, Machine, RateCurve, intensity, same_link
+from everest_ds.costs.host_work import num_tensors
+from everest_ds.costs.step_time import predict_step
 
 _NO_LINK = Link(0.0, 1e12)  # a lone rank communicates with no other rank
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from everest_ds.config.schema import Experiment
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Machine
 from everest_ds.errors import UsageError
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.search import Cluster, Options, search
-from everest_ds.tuning.sheet import machine_from_sheet
 from everest_ds.tuning.space import Dropped
 from everest_ds.units import format_bytes
 

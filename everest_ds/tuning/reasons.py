@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from everest_ds.costs.term import TermGroup
 from everest_ds.tuning.search import Candidate
 from everest_ds.tuning.space import Dropped, by_reason
-from everest_ds.tuning.term import TermGroup
 
 _BOUND: dict[TermGroup, str] = {
     "compute": "its matrix products are smaller and reach a lower rate",

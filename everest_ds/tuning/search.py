@@ -16,17 +16,17 @@ from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.memory import MemoryPrediction, PassMemory, peak_of, predict_passes
+from everest_ds.costs.state_memory import state_memory
+from everest_ds.costs.step_time import StepPrediction, StepWork, assemble_step, predict_work
 from everest_ds.errors import ConfigError, UsageError
-from everest_ds.profiling.memory import MemoryPrediction, PassMemory, peak_of, predict_passes
-from everest_ds.profiling.memory_states import state_memory
 from everest_ds.tuning.batches import (
     keep_global_batch,
     nothing_runs,
     with_micro_batch,
 )
-from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
-from everest_ds.tuning.step_time import StepPrediction, StepWork, assemble_step, predict_work
 from everest_ds.units import format_bytes
 
 BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, tried beside the sizes of the DeepSpeed file

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import StepPrediction, predict_step
 from everest_ds.models.precision import has_tf32, set_matmul_precision
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.time import compute_dtype
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import StepPrediction, predict_step
 from tests.ranks import run_ranks
 from tests.training.faults import outcome
 from tests.training.runs import experiment

@@ -9,9 +9,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES
+from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.models import build_model
 from everest_ds.models.pretrain import Reconstruction
-from everest_ds.profiling.compute import count_parameters, predict_macs
 
 FULL = {"S": "vit_small", "B": "vit_base", "L": "vit_large", "H": "vit_huge"}
 

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
+from everest_ds.costs.compute import ComputePrediction, count_parameters, predict_macs
 from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
-from everest_ds.profiling.compute import ComputePrediction, count_parameters, predict_macs
 from everest_ds.profiling.counter import (
     ComputeCount,
     count_experiment,

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from everest_ds.costs.hardware.gpu_file import device_of
+from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.errors import UsageError
-from everest_ds.profiling.device_file import device_of
-from everest_ds.profiling.devices import DEVICES
 
 NUMBERS = {
     "memory_gib": 64,

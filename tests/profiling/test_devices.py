@@ -6,15 +6,15 @@ import re
 
 import pytest
 
-from everest_ds.errors import UsageError
-from everest_ds.profiling.devices import (
+from everest_ds.costs.hardware.gpus import (
     DEVICES,
     find_device,
     find_product,
     memory_bytes,
     peak_flops_per_s,
 )
-from everest_ds.profiling.links import LINKS, find_interconnect
+from everest_ds.costs.hardware.links import LINKS, find_interconnect
+from everest_ds.errors import UsageError
 from everest_ds.units import GIB
 
 REPORTED = {

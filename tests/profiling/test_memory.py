@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import count_parameters
+from everest_ds.costs.layer_memory import layers, loss_storage_bytes
+from everest_ds.costs.memory import MemoryPrediction, predict_memory, predict_step_bytes
 from everest_ds.models import build_model, rero
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.compute import count_parameters
-from everest_ds.profiling.memory import MemoryPrediction, predict_memory, predict_step_bytes
-from everest_ds.profiling.memory_layers import layers, loss_storage_bytes
 from everest_ds.profiling.memory_trace import trace_memory
 
 MODES = ("none", "gelu", "attention", "mlp", "blocks", "full")

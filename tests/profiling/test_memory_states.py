@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_batch
+from everest_ds.costs.compute import count_parameters
+from everest_ds.costs.state_memory import state_memory
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.models.vit import Block
@@ -19,8 +21,6 @@ from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.compute import count_parameters
-from everest_ds.profiling.memory_states import state_memory
 from everest_ds.training.objective import build_objective
 from everest_ds.training.parameters import parameter_groups
 from tests.ranks import run_ranks

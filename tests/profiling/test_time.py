@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.profiling.compute import predict_macs
+from everest_ds.costs.compute import predict_macs
 from everest_ds.profiling.phases import PhaseTimes, Spread, TrainingStep, measure_phases
 from everest_ds.profiling.time import StepMeasurement, compute_dtype, measure_step
 from tests.models import experiment

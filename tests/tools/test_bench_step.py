@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from everest_ds.costs.compute import predict_macs
 from everest_ds.models import build_model
-from everest_ds.profiling.compute import predict_macs
 from tests.models import experiment, random_clips
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from everest_ds.config import dump_experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.parallel.world import World
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.training.loop import train
 from everest_ds.training.observers import MetricsFile, StepReport, TensorBoard
 from everest_ds.training.utilization import ClipCost

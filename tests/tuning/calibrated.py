@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from everest_ds.cli.calibrate import calibration_file, facts_here
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.launch.local import threads_per_rank
-from everest_ds.profiling.devices import DEVICES
 from everest_ds.tuning.calibration import Calibration
-from everest_ds.tuning.sheet import machine_from_sheet
 
 
 def pretend_calibration(*numbers_of_ranks: int) -> Path:

@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config.schema import Experiment
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Link, intensity
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
-from everest_ds.profiling.devices import DEVICES
 from everest_ds.tuning.calibration import Calibration, read_calibration
 from everest_ds.tuning.fit import (
     CollectiveSample,
@@ -19,9 +22,6 @@ from everest_ds.tuning.fit import (
     fit_links,
     fit_machine,
 )
-from everest_ds.tuning.machine import Link, intensity
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import predict_step
 
 FACTS = {"device": "a processor", "torch": "2.13.0"}
 SHEET = machine_from_sheet("T4", DEVICES["T4"])

@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.collectives import NOTHING, RankGroup, collective, data_group
-from everest_ds.tuning.machine import Link, Machine, same_link
-from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.costs.collectives import NOTHING, RankGroup, collective, data_group
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Link, Machine, same_link
 
 LATENCY, RATE, MIB = 1e-5, 1e9, 2**20
 

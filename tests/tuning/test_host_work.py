@@ -10,14 +10,7 @@ import torch
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.zero_settings import zero_settings
-from everest_ds.models import rero
-from everest_ds.models.initial import outline
-from everest_ds.parallel.world import World
-from everest_ds.profiling.launches import count_launches
-from everest_ds.training.engine_step import EngineStep, MeasuredStep
-from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.plain_step import PlainStep
-from everest_ds.tuning.host_work import (
+from everest_ds.costs.host_work import (
     CHUNK_TOKENS,
     Launches,
     host_work,
@@ -25,6 +18,13 @@ from everest_ds.tuning.host_work import (
     num_groups,
     num_tensors,
 )
+from everest_ds.models import rero
+from everest_ds.models.initial import outline
+from everest_ds.parallel.world import World
+from everest_ds.profiling.launches import count_launches
+from everest_ds.training.engine_step import EngineStep, MeasuredStep
+from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.plain_step import PlainStep
 from tests.ranks import run_ranks
 
 _WARM_UP = 4  # ZeRO-3 learns the order of the parameters in its first steps
@@ -100,7 +100,7 @@ def test_operators_of_every_chunk_of_scores(monkeypatch: pytest.MonkeyPatch, sco
     config = experiment(tokens={"score": score})
     clip_tokens = config.candidate_geometry.num_tokens
     monkeypatch.setattr(rero, "_CHUNK_TOKENS", clip_tokens)
-    monkeypatch.setattr("everest_ds.tuning.host_work.CHUNK_TOKENS", clip_tokens)
+    monkeypatch.setattr("everest_ds.costs.host_work.CHUNK_TOKENS", clip_tokens)
     assert model_launches(config) == counted(PlainStep(config, torch.device("cpu")))[:2]
 
 

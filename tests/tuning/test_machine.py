@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.machine import Link, Machine, RateCurve, intensity
-from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Link, Machine, RateCurve, intensity
 
 CURVE = RateCurve((10.0, 40.0, 640.0), (1e12, 4e12, 1e12))
 

@@ -9,16 +9,16 @@ from itertools import product
 import pytest
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError, EverestError, UsageError
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.nearest import fits_nowhere
 from everest_ds.tuning.reasons import slower_families, why_slower
 from everest_ds.tuning.search import BUCKETS, Cluster, Options, SearchResult, needed_bytes, search
-from everest_ds.tuning.sheet import machine_from_sheet
 from everest_ds.tuning.space import Sharding, Space
-from everest_ds.tuning.step_time import predict_step
 from everest_ds.units import format_bytes
 
 MIB = 2**20

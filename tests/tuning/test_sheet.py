@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Machine
 
 
 @pytest.mark.parametrize("name", DEVICES)

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from everest_ds.config.schema import Experiment
+from everest_ds.costs.compute import count_parameters, predict_macs
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Link, Machine, level, same_link
+from everest_ds.costs.step_time import StepPrediction, predict_step
 from everest_ds.errors import ConfigError
-from everest_ds.profiling.compute import count_parameters, predict_macs
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.machine import Link, Machine, level, same_link
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import StepPrediction, predict_step
 
 FLOPS, BYTES, COPY, FRESH, LINK = 1e13, 1e11, 5e10, 2e10, 1e10
 CPU = replace(

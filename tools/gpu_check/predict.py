@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.memory import predict_memory
 from gpu_check.cases import Case
 from gpu_check.engine import CASES
 from gpu_check.steps import GIB, predict

@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import Device, find_device, peak_flops_per_s
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.world import World
-from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.devices import Device, find_device, peak_flops_per_s
-from everest_ds.profiling.memory import predict_memory
 from everest_ds.profiling.rates import wait
 from everest_ds.profiling.time import compute_dtype, device_name
 from everest_ds.training.engine_step import EngineStep
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import predict_step
 from gpu_check.cases import Case
 from gpu_check.record import Record, Row
 from gpu_check.trace import trace_steps

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.training.schedule import REFERENCE_BATCH
 
 Tokens = dict[str, Any]  # the section of a config

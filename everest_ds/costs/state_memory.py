@@ -35,7 +35,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
-from everest_ds.profiling.memory_blocks import VALUE_BYTES
+from everest_ds.costs.activation_memory import VALUE_BYTES
 
 MASTER_BYTES = 4
 ADAMW_BYTES = 2 * 4  # two moments in float32

@@ -20,11 +20,11 @@ from typing import NamedTuple
 from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.tuning.collectives import Collective, RankGroup, collective, data_group, tensor_group
-from everest_ds.tuning.compute_time import BlockTime
-from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.term import Term
+from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
+from everest_ds.costs.collectives import Collective, RankGroup, collective, data_group, tensor_group
+from everest_ds.costs.compute_time import BlockTime
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.term import Term
 
 _ALLREDUCE_VALUES = 500_000_000  # values per all-reduce at stage 0
 _FLOAT64_BYTES = 8

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
+from everest_ds.costs.hardware.gpus import DEVICES, Device, find_product
+from everest_ds.costs.hardware.links import LINKS
 from everest_ds.errors import UsageError, nearest
-from everest_ds.profiling.devices import DEVICES, Device, find_product
-from everest_ds.profiling.links import LINKS
 
 _EXAMPLE = (
     "memory_gib: 64, tflops: {fp32: 40, bf16: 300}, memory_gb_per_s: 2000, link: pcie5, host_link: pcie5,"

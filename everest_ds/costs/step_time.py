@@ -15,10 +15,9 @@ from typing import NamedTuple, get_args
 from everest_ds.config.batch import BatchPlan, plan_ranks
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
-from everest_ds.errors import ConfigError
-from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.memory_layers import rank_parameters
-from everest_ds.tuning.compute_time import (
+from everest_ds.costs.communication_time import BlockStack, PassTime, state_terms, tensor_terms
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.compute_time import (
     NO_WORK,
     Rates,
     Work,
@@ -29,10 +28,11 @@ from everest_ds.tuning.compute_time import (
     selection_time,
     total,
 )
-from everest_ds.tuning.host_work import HostWork, host_work
-from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.states_time import BlockStack, PassTime, state_terms, tensor_terms
-from everest_ds.tuning.term import Term, TermGroup
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.host_work import HostWork, host_work
+from everest_ds.costs.layer_memory import rank_parameters
+from everest_ds.costs.term import Term, TermGroup
+from everest_ds.errors import ConfigError
 
 GROUPS: tuple[TermGroup, ...] = get_args(TermGroup)
 # Stored videos are a little larger than their crops: 256 pixels high for crops of 224, at 4:3.

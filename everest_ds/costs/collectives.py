@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from math import ceil, log2
 from typing import NamedTuple
 
-from everest_ds.tuning.machine import Link, Machine
+from everest_ds.costs.hardware.machine import Link, Machine
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.tuning.machine import Machine
+from everest_ds.costs.hardware.machine import Machine
 
 _BLOCK = 12, 19  # operators per block, forward and backward
 _DROP_PATH = 2, 2  # per block, forward and backward
@@ -26,7 +26,7 @@ _GELU_AGAIN = 1  # per block in every recompute mode but none
 _AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # per recomputing block
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, {"pretrain": 10, "finetune": 6}
 # Shares of `Machine.parameter_s` in forward pass, backward pass and update, by ZeRO stage, as in the
-# measurements of tuning/sheet.py.
+# measurements of costs/hardware/data_sheet.py.
 _SHARES = {0: (0.0, 0.0, 1.0), 1: (0.0, 0.55, 0.45), 2: (0.0, 0.55, 0.45), 3: (0.53, 0.41, 0.06)}
 
 

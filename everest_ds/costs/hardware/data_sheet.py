@@ -1,6 +1,6 @@
 """A machine from data sheets, for a cluster that has not been calibrated.
 
-Peaks, bandwidths and links are the makers' (profiling/devices.py, links.py). The attained shares of
+Peaks, bandwidths and links are the makers' (costs/hardware/gpus.py, links.py). The attained shares of
 them are published measurements, taken on an A100 unless noted; the host's times are our own:
 
 - products: Calculon's A100 (systems/a100_80g.json) gives shares of the peak over the size of a product, here
@@ -21,10 +21,10 @@ A calibration replaces all of these numbers.
 
 from __future__ import annotations
 
-from everest_ds.profiling.devices import Device
-from everest_ds.profiling.links import LINKS, Interconnect, LinkKind, find_interconnect
-from everest_ds.profiling.memory_blocks import VALUE_BYTES
-from everest_ds.tuning.machine import Link, Machine, RateCurve, level, same_link
+from everest_ds.costs.activation_memory import VALUE_BYTES
+from everest_ds.costs.hardware.gpus import Device
+from everest_ds.costs.hardware.links import LINKS, Interconnect, LinkKind, find_interconnect
+from everest_ds.costs.hardware.machine import Link, Machine, RateCurve, level, same_link
 from everest_ds.units import GIB
 
 # Calculon: GFLOP of a product -> share of the peak from that size on. The intensity is that of a cube with

@@ -12,8 +12,7 @@ from typing import NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import sketch_width
-from everest_ds.profiling.compute import count_parameters
-from everest_ds.profiling.memory_blocks import (
+from everest_ds.costs.activation_memory import (
     FLOAT32_BYTES,
     VALUE_BYTES,
     BlockMemory,
@@ -21,6 +20,7 @@ from everest_ds.profiling.memory_blocks import (
     block_memory,
     recomputed_of,
 )
+from everest_ds.costs.compute import count_parameters
 
 _SCORED_TOKENS = 2**15  # tokens scored at a time on a GPU (models/rero.py); a CPU scores an eighth of these
 

@@ -1,6 +1,6 @@
 """Time of the parts of our models on one rank: products, attention, and operators that only move memory.
 
-Symbols as in profiling/compute.py: B clips per micro-batch, n tokens per clip, P values per tubelet, D the
+Symbols as in costs/compute.py: B clips per micro-batch, n tokens per clip, P values per tubelet, D the
 width of a stack, t tensor-parallel ranks, e bytes per value; A = B·n·D·e, the bytes of one tensor of a block.
 
 A linear map is one product forward and two backward, all three with the same multiply-accumulates and the
@@ -20,9 +20,9 @@ from typing import NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.memory_blocks import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.tuning.machine import Machine, RateCurve, intensity
+from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 
 _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # products per pass of fused attention
 _UNFUSED_BACKWARD_PRODUCTS = 4

@@ -21,8 +21,8 @@ from typing import NamedTuple
 from everest_ds.config.batch import data_parallel_degree
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.profiling.memory_blocks import VALUE_BYTES
-from everest_ds.profiling.memory_layers import (
+from everest_ds.costs.activation_memory import VALUE_BYTES
+from everest_ds.costs.layer_memory import (
     Layer,
     gathered_bytes,
     held_bytes,
@@ -33,7 +33,7 @@ from everest_ds.profiling.memory_layers import (
     scoring_bytes,
     target_bytes,
 )
-from everest_ds.profiling.memory_states import StateMemory, state_memory
+from everest_ds.costs.state_memory import StateMemory, state_memory
 
 
 @dataclass(frozen=True)
