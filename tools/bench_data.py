@@ -30,12 +30,12 @@ from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.console import JsonFile, print_table, progress_of, write_json
 from everest_ds.data.clips import TrainingClips, training_batches
-from everest_ds.data.decode import open_sample
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
+from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
 from everest_ds.data.order import Visit
-from everest_ds.data.reencode import Encoding, plan_jobs, reencode_videos
+from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 

@@ -24,7 +24,7 @@ from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.console import print_table
 from everest_ds.costs.compute import predict_macs
-from everest_ds.data.decode import open_video
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.transforms import crop_resize, view_box

@@ -26,11 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from everest_ds.config import DataConfig
-from everest_ds.data.check import check_manifest
-from everest_ds.data.decode import open_sample
-from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.ledger import Ledger, Usable, exclude
-from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, write_manifest
+from everest_ds.data.maintenance.check import check_manifest
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, write_manifest
 from everest_ds.errors import DataError
 
 Random = np.random.Generator

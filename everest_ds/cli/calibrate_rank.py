@@ -15,9 +15,9 @@ from typing import NamedTuple
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import TrainingClips
-from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
+from everest_ds.data.video_list import Sample
 from everest_ds.launch.local import available_cores
 from everest_ds.parallel.links import measure_collectives
 from everest_ds.parallel.world import World

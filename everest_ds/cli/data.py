@@ -91,9 +91,9 @@ def check(
     (MANIFEST.ledger.jsonl). Repeating the command resumes an interrupted check and skips files that have not
     changed; training excludes the videos that the ledger lists as broken.
     """
-    from everest_ds.data.check import check_manifest
     from everest_ds.data.ledger import Ledger
-    from everest_ds.data.manifest import read_manifest
+    from everest_ds.data.maintenance.check import check_manifest
+    from everest_ds.data.video_list import read_manifest
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
     ledger = Ledger.of_manifest(manifest)
@@ -129,7 +129,7 @@ def data_config(decoder: str) -> DataConfig:
     """
     from everest_ds.config import DataConfig
     from everest_ds.config.schema import DECODERS
-    from everest_ds.data.decode import require_decoder
+    from everest_ds.data.decoding.open_video import require_decoder
 
     if decoder not in DECODERS:
         raise UsageError("--decoder is not a known decoder", given=decoder, allowed=", ".join(DECODERS))

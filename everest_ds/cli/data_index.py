@@ -108,8 +108,8 @@ def _recipe(task: str, name: str) -> dict[str, Any]:
 def _index_folder(
     source: str, out: Path | None, val: float, test: float, seed: int, json_file: JsonFile
 ) -> None:
-    from everest_ds.data.manifest import index_folder, split_samples, write_manifest
     from everest_ds.data.official import DATASETS
+    from everest_ds.data.video_list import index_folder, split_samples, write_manifest
 
     folder = Path(source)
     if source in DATASETS and not folder.is_dir():

@@ -50,9 +50,9 @@ def reencode(
     Example: everest-ds data reencode k400/train.txt --out k400_256
     """
     from everest_ds.config import DataConfig
-    from everest_ds.data import reencode as work
     from everest_ds.data.ledger import Ledger
-    from everest_ds.data.manifest import read_manifest, write_manifest
+    from everest_ds.data.maintenance import reencode as work
+    from everest_ds.data.video_list import read_manifest, write_manifest
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
     jobs = work.plan_jobs(samples, root or manifest.parent, out)

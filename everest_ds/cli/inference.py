@@ -63,7 +63,7 @@ def features(
 
     Example: everest-ds features my_videos --model runs/pre --out features.npz
     """
-    from everest_ds.data.manifest import list_samples
+    from everest_ds.data.video_list import list_samples
     from everest_ds.inference.features import extract
     from everest_ds.inference.table import check_table_file
 
@@ -126,7 +126,7 @@ def predict(
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
-    from everest_ds.data.manifest import list_samples
+    from everest_ds.data.video_list import list_samples
     from everest_ds.inference import predict as inference
 
     samples = list_samples(videos)
@@ -205,7 +205,7 @@ def _tokens(config: Any) -> str:
 
 def _class_names(model: Any, file: Path | None) -> list[str]:
     """Return the class names from the file, else from the model, else names made of class numbers."""
-    from everest_ds.data.manifest import read_class_names
+    from everest_ds.data.video_list import read_class_names
 
     count = model.config.model.num_classes or 0
     names = read_class_names(file) if file else model.class_names or [f"class {i}" for i in range(count)]

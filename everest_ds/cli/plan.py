@@ -130,7 +130,7 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
         return None
     if planned and not manifest.is_file():
         return _official_epoch(manifest)
-    from everest_ds.data.manifest import read_manifest
+    from everest_ds.data.video_list import read_manifest
 
     samples = read_manifest(
         manifest,

@@ -90,7 +90,7 @@ def reads_synthetic_clips(config: Experiment) -> bool:
 
 def write_manifest_for(setup: Setup, config: Experiment) -> Path:
     """Write the manifest of a trial, with the recipe's videos or else synthetic ones; return its path."""
-    from everest_ds.data.manifest import read_manifest, write_manifest
+    from everest_ds.data.video_list import read_manifest, write_manifest
 
     source, root, classes = config.data.train, config.data.root, config.model.num_classes
     made = source is None or reads_synthetic_clips(config)

@@ -17,10 +17,10 @@ from torch import Tensor
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import LoadedItem, load
-from everest_ds.data.manifest import Sample
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.data.transforms import crop_resize, train_box, view_box
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 # Maps a clip (F, H, W, 3) to its kept tubelets (K, P) and the indices of their tokens (K,).

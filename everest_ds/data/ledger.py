@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"

@@ -12,9 +12,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everest_ds.config import DataConfig
-from everest_ds.data.decode import open_sample
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import TooShortError
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 _ATTEMPTS = 2

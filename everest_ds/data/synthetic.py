@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.manifest import Sample, write_manifest
+from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import DataError
 
 Floats = NDArray[np.floating]

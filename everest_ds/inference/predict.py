@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from everest_ds.config import Experiment
 from everest_ds.data.ledger import Problem
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import UsageError
 from everest_ds.inference.views import Views, over_views, read_clip
 from everest_ds.models.classifier import Classifier

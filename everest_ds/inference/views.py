@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 

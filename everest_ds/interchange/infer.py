@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment, build_experiment
 from everest_ds.config.backbones import BACKBONES
-from everest_ds.data.manifest import read_class_names
+from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights
 from everest_ds.interchange.layouts import EMBEDDING, Layout

@@ -14,8 +14,8 @@ from typing import Any
 
 from everest_ds.config import DataConfig
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import Experiment
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DivergedError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World

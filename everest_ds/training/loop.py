@@ -15,9 +15,9 @@ from everest_ds.checkpoints.manifest import Facts
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import Batch, training_batches
-from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging

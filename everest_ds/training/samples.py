@@ -10,10 +10,10 @@ import json
 from pathlib import Path
 
 from everest_ds.config import Experiment
-from everest_ds.data.decode import require_decoder
+from everest_ds.data.decoding.open_video import require_decoder
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import ConfigError, DataError
 from everest_ds.log import logger
 

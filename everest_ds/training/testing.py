@@ -7,7 +7,7 @@ from typing import Any
 
 from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
-from everest_ds.data.manifest import read_class_names
+from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import ConfigError
 from everest_ds.models import build_model
 from everest_ds.models.precision import set_matmul_precision

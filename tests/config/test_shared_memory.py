@@ -8,7 +8,7 @@ import pytest
 
 from everest_ds.config import BatchPlan, batch_bytes, shared_memory_bytes
 from everest_ds.data.clips import training_batches
-from everest_ds.data.manifest import read_manifest
+from everest_ds.data.video_list import read_manifest
 from everest_ds.training.packing import Packer
 from tests.training.runs import experiment
 

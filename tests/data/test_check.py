@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import DataConfig
-from everest_ds.data.check import Checked, check_manifest
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample
+from everest_ds.data.maintenance.check import Checked, check_manifest
+from everest_ds.data.video_list import Sample
 
 from .conftest import noisy_pictures, write_video
 

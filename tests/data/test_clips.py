@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan
 from everest_ds.data.clips import EvaluationClips, TrainingClips, training_batches
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.manifest import read_manifest
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
 from everest_ds.data.transforms import Box, crop_resize, train_box, view_box
+from everest_ds.data.video_list import read_manifest
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 

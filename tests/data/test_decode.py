@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from everest_ds.data.decode import open_video
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.errors import DataError
 
 from .conftest import all_frames, lay_down, noisy_pictures, write_video

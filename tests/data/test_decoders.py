@@ -12,8 +12,8 @@ import pytest
 
 from everest_ds.config import DataConfig
 from everest_ds.config.schema import DECODERS
-from everest_ds.data.decode import open_sample, open_video, require_decoder
-from everest_ds.data.manifest import Sample
+from everest_ds.data.decoding.open_video import open_sample, open_video, require_decoder
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
 from .conftest import all_frames, lay_down, noisy_pictures, write_video

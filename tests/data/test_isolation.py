@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
 
 
 def act(item: str) -> str:
@@ -46,7 +46,7 @@ def test_an_exception_is_no_fault_of_an_item() -> None:
 
 def test_processes_that_cannot_start_are_not_blamed_on_the_items() -> None:
     script = (
-        "from everest_ds.data.isolation import map_isolated as m;"
+        "from everest_ds.data.maintenance.isolation import map_isolated as m;"
         " print(list(m(abs, [-1], workers=1, timeout_s=9)))"
     )
     # Worker processes cannot import a program that was read from a pipe.

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.data.ledger import Ledger, exclude
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.decoding.video import Video
 from everest_ds.data.order import epoch_order, stand_ins, steps_per_epoch, training_visits
 from everest_ds.data.reading import Failure
-from everest_ds.data.video import Video
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 

@@ -23,8 +23,8 @@ from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data import loader
 from everest_ds.data.clips import EvaluationClips
 from everest_ds.data.loader import LoadedItem, load
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import SampleReader
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 

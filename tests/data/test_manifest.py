@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from everest_ds.data.manifest import (
+from everest_ds.data.video_list import (
     Sample,
     index_folder,
     read_class_names,

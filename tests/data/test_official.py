@@ -9,8 +9,8 @@ import pytest
 
 from everest_ds.cli.app import main
 from everest_ds.config import load_experiment
-from everest_ds.data.manifest import read_class_names, read_manifest
 from everest_ds.data.official import DATASETS, Indexed, find_dataset, index_dataset
+from everest_ds.data.video_list import read_class_names, read_manifest
 from everest_ds.errors import DataError, UsageError
 
 KINETICS_TRAIN = """label,youtube_id,time_start,time_end,split,is_cc

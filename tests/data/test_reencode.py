@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from everest_ds.cli.app import main
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import Sample, read_manifest
-from everest_ds.data.reencode import plan_jobs
+from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.maintenance.reencode import plan_jobs
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 
 from .conftest import lay_down, noisy_pictures, write_video

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import read_class_names, read_manifest
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, render_video, synthesize
+from everest_ds.data.video_list import read_class_names, read_manifest
 
 SPEC = SyntheticSpec(num_frames=12, size=48)
 

@@ -58,7 +58,7 @@ def test_what_is_compared_differs_in_nothing_else(tmp_path: Path) -> None:
 
 def test_a_list_of_visits_takes_every_video_equally_often_and_mixes_labels(tmp_path: Path) -> None:
     running = import_module("study.running")
-    manifest = import_module("everest_ds.data.manifest")
+    manifest = import_module("everest_ds.data.video_list")
     run = runs("smoke", tmp_path)[0]
     folder = run.config.data.train.parent
     folder.mkdir(parents=True)

@@ -9,7 +9,7 @@ import pytest
 
 from everest_ds.config import Experiment
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 from everest_ds.parallel.world import World
 from everest_ds.training.samples import read_samples, read_training_samples, settle

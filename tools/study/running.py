@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from everest_ds.data import reading
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import read_manifest, write_manifest
+from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.decoding.video import Video
 from everest_ds.data.synthetic import synthesize
-from everest_ds.data.video import Video
+from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world

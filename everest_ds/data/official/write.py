@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from everest_ds.data.manifest import write_manifest
+from everest_ds.data.official.folder_tree import Indexed
 from everest_ds.data.official.registry import OfficialDataset
-from everest_ds.data.official.tree import Indexed
+from everest_ds.data.video_list import write_manifest
 from everest_ds.errors import DataError
 
 MISSING_FILE = "missing.txt"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.data.decode import open_video
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.transforms import crop_resize, view_box
 from tests.data.conftest import REAL_VIDEOS
 

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from everest_ds.data.video import FIX, Size, Video, shrunk
+from everest_ds.data.decoding.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
 # An intact file may be shorter than its header states, by a share and by a last frame without a duration.

@@ -11,11 +11,11 @@ from functools import partial
 from typing import NamedTuple
 
 from everest_ds.config import DataConfig
-from everest_ds.data.decode import open_sample
-from everest_ds.data.decode_pyav import find_missing_end
-from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.decoding.pyav import find_missing_end
 from everest_ds.data.ledger import Ledger, Problem
-from everest_ds.data.manifest import Sample
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 HANG_S = 120.0

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from everest_ds.data.decode_pyav import PyAVVideo
-from everest_ds.data.video import FIX, Video
+from everest_ds.data.decoding.pyav import PyAVVideo
+from everest_ds.data.decoding.video import FIX, Video
 from everest_ds.errors import DataError
 
 _ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)

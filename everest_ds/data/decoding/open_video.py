@@ -11,11 +11,11 @@ from itertools import count
 from pathlib import Path
 
 from everest_ds.config import DataConfig
-from everest_ds.data.decode_decord import DecordVideo
-from everest_ds.data.decode_pyav import Header, PyAVVideo, probe
-from everest_ds.data.decode_torchcodec import TorchcodecVideo, import_torchcodec
-from everest_ds.data.manifest import Sample
-from everest_ds.data.video import Video, Window, shrunk
+from everest_ds.data.decoding.decord import DecordVideo
+from everest_ds.data.decoding.pyav import Header, PyAVVideo, probe
+from everest_ds.data.decoding.torchcodec import TorchcodecVideo, import_torchcodec
+from everest_ds.data.decoding.video import Video, Window, shrunk
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
 DEFAULT_DECODER = "decord"

@@ -41,7 +41,7 @@ class _Worker(Generic[Item, Result]):
     def __post_init__(self) -> None:
         # A fork of this process could inherit held locks, so workers are forked from a bare server process.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["everest_ds.data.decode"])
+        context.set_forkserver_preload(["everest_ds.data.decoding.open_video"])
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(self.function, theirs), daemon=True)
         self.process.start()

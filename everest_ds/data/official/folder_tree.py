@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample
 from everest_ds.data.official.annotations import AnnotatedVideo
 from everest_ds.data.official.registry import OfficialDataset
+from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample
 from everest_ds.errors import DataError, UsageError
 
 

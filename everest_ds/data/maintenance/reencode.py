@@ -19,13 +19,13 @@ import numpy as np
 import torch
 
 from everest_ds.config import DataConfig
-from everest_ds.data.decode import open_sample
-from everest_ds.data.decode_pyav import naming, probe
+from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.decoding.pyav import naming, probe
+from everest_ds.data.decoding.video import Video
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.isolation import Lost, map_isolated
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample
-from everest_ds.data.video import Video
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 HANG_S = 1800.0
