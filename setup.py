@@ -60,7 +60,7 @@ setup(
     packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), *TRAVELLING],
     package_dir=TRAVELLING,
     package_data={
-        "everest_ds": ["profiling/*.yaml", "recipes/*.yaml", "recipes/common/*.yaml", "reports/templates/*"],
+        "everest_ds": ["efficiency/*.yaml", "recipes/*.yaml", "recipes/common/*.yaml", "reports/templates/*"],
         "everest_ds.ds_configs": ["*.json"],
         "everest_ds.slurm": ["*.sbatch", "common.sh", "clusters/*.env"],
     },

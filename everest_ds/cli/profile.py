@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli.measuring import measure_both_steps
 from everest_ds.cli.train import Overrides
 from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.efficiency.measure_step import measure_both_steps
 from everest_ds.errors import ConfigError, UsageError, nearest
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
-    from everest_ds.profiling.measured import Measured
+    from everest_ds.efficiency.measured import Measured
     from everest_ds.profiling.profile import Table
 
 Subject = Annotated[
@@ -91,7 +91,7 @@ def _resolve(subject: str, overrides: Sequence[str]) -> Experiment | None:
     try:
         find_config(subject)
     except ConfigError:
-        from everest_ds.profiling.peers import peer_names
+        from everest_ds.efficiency.peer_counts import peer_names
 
         if subject in peer_names():
             return None
@@ -116,8 +116,8 @@ def _refuse_settings(subject: str, overrides: Sequence[str], ranks: int, measure
 
 
 def _profile_system(name: str) -> dict[str, Table]:
+    from everest_ds.efficiency.peer_counts import find_peer
     from everest_ds.profiling.memory_profile import memory_of_peer
-    from everest_ds.profiling.peers import find_peer
     from everest_ds.profiling.profile import profile_peer
 
     peer = find_peer(name)
@@ -160,7 +160,7 @@ def _thinned(sizes: Sequence[int]) -> list[int]:
 
 
 def _system_facts(name: str) -> dict[str, Any]:
-    from everest_ds.profiling.peers import find_peer
+    from everest_ds.efficiency.peer_counts import find_peer
 
     peer = find_peer(name)
     frames, height, width, _ = peer.clip_shape
@@ -192,7 +192,7 @@ def _as_json(
     measured: Measured | None,
     plain: Measured | None,
 ) -> dict[str, Any]:
-    from everest_ds.profiling.measured import FORMAT
+    from everest_ds.efficiency.measured import FORMAT
 
     return {
         "format": FORMAT,

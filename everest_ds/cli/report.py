@@ -14,10 +14,10 @@ from everest_ds.console import print_facts
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.profiling.measured import Measured
-    from everest_ds.profiling.published import Cell
-    from everest_ds.profiling.tables import ComparisonRow
-    from everest_ds.reports.efficiency import Heading
+    from everest_ds.efficiency.arrange import Heading
+    from everest_ds.efficiency.measured import Measured
+    from everest_ds.efficiency.published import Cell
+    from everest_ds.efficiency.tables import ComparisonRow
     from everest_ds.reports.page import Plot
 
 Runs = Annotated[
@@ -58,10 +58,10 @@ def report(
     Example: everest-ds report --out report          compare every published figure with ours
              everest-ds report runs/a runs/b         compare compute, memory, speed and accuracy of two runs
     """
-    from everest_ds.cli.report_plots import draw_plots
-    from everest_ds.cli.runs import read_runs, run_rows
-    from everest_ds.profiling.measured import read_measured
-    from everest_ds.profiling.published import select_cells
+    from everest_ds.efficiency.measured import read_measured
+    from everest_ds.efficiency.published import select_cells
+    from everest_ds.efficiency.report_plots import draw_plots
+    from everest_ds.efficiency.runs import read_runs, run_rows
 
     compared, measurements = read_runs(runs or []), [read_measured(file) for file in measured or []]
     cells = [] if runs and not (tables or models) else select_cells(_split(tables), _split(models))
@@ -72,7 +72,7 @@ def report(
 
 
 def _say_what_matches_no_row(cells: Sequence[Cell], measurements: Mapping[Path, Measured]) -> None:
-    from everest_ds.profiling.measured import measured_rows
+    from everest_ds.efficiency.measured import measured_rows
 
     for file, measurement in measurements.items():
         if not measured_rows(cells, [measurement]):
@@ -91,8 +91,8 @@ def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) 
     from rich.console import Console
     from rich.progress import Progress
 
-    from everest_ds.profiling.measured import measured_rows
-    from everest_ds.profiling.tables import build_rows
+    from everest_ds.efficiency.measured import measured_rows
+    from everest_ds.efficiency.tables import build_rows
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -103,10 +103,10 @@ def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) 
 
 def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> None:
     """Write all files of the report, and print a summary with the file to open."""
-    from everest_ds.profiling.tables import OURS
-    from everest_ds.reports.efficiency import arrange, summarise, to_csv
-    from everest_ds.reports.efficiency_page import render_efficiency_page
-    from everest_ds.reports.markdown import render_markdown
+    from everest_ds.efficiency.arrange import arrange, summarise, to_csv
+    from everest_ds.efficiency.markdown import render_markdown
+    from everest_ds.efficiency.report_page import render_efficiency_page
+    from everest_ds.efficiency.tables import OURS
 
     written = [asdict(row) for row in rows]
     grids, summary = arrange(written, _headings()), summarise(written)
@@ -124,9 +124,9 @@ def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> N
 
 
 def _headings() -> dict[str, Heading]:
-    from everest_ds.cli.runs import HEADING, TABLE
-    from everest_ds.profiling.published import published_tables
-    from everest_ds.reports.efficiency import Heading
+    from everest_ds.efficiency.arrange import Heading
+    from everest_ds.efficiency.published import published_tables
+    from everest_ds.efficiency.runs import HEADING, TABLE
 
     published = {
         name: Heading(table.title, f"{table.text} Source: {table.source}.", table.columns)
@@ -137,7 +137,7 @@ def _headings() -> dict[str, Heading]:
 
 def _lead(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the introduction of the report."""
-    from everest_ds.cli.runs import TABLE
+    from everest_ds.efficiency.runs import TABLE
 
     if all(row["table"] == TABLE for row in rows):
         return "A comparison of runs: predicted compute and memory, and the figures that the runs measured."

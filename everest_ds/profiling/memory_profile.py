@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.memory import predict_memory
+from everest_ds.efficiency.peers import Peer, blank_inputs
 from everest_ds.models import build_model
-from everest_ds.models.peers import Peer, blank_inputs
 from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
 
 MIB = 1024**2

@@ -21,7 +21,7 @@ from everest_ds.costs.compute import (
     count_parameters,
     predict_macs,
 )
-from everest_ds.models.peers import Peer, blank_inputs
+from everest_ds.efficiency.peers import Peer, blank_inputs
 from everest_ds.profiling.counter import ComputeCount, count_experiment, count_forward, count_training_step
 
 Table = list[dict[str, Any]]

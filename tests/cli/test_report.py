@@ -99,7 +99,7 @@ def test_a_mistake_gets_one_line_and_a_code(
     code: int,
     says: str,
 ) -> None:
-    from everest_ds.profiling.measured import FORMAT
+    from everest_ds.efficiency.measured import FORMAT
 
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text(json.dumps({"format": "everest-ds profile, format 0"}))

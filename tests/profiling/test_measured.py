@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import load_experiment
+from everest_ds.efficiency.measured import FORMAT, Measured, measured_rows, read_measured
+from everest_ds.efficiency.published import select_cells
 from everest_ds.errors import UsageError
-from everest_ds.profiling.measured import FORMAT, Measured, measured_rows, read_measured
-from everest_ds.profiling.published import select_cells
 
 MEASURED = Measured(
     subject="k400_pretrain_vit_base",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from everest_ds.efficiency.published import published_tables, select_cells
+from everest_ds.efficiency.systems import SYSTEMS
 from everest_ds.errors import UsageError
-from everest_ds.profiling.published import published_tables, select_cells
-from everest_ds.profiling.systems import SYSTEMS
 
 
 def test_every_published_row_has_a_system_and_every_system_a_row() -> None:

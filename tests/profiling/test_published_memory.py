@@ -9,18 +9,18 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
-from everest_ds.models.vit import Blocks
-from everest_ds.profiling.autocast_memory import AutocastStack, kept_bytes, working_bytes
-from everest_ds.profiling.memory_trace import MemoryTrace, trace_memory
-from everest_ds.profiling.peers import count_peer
-from everest_ds.profiling.published import Cell, select_cells
-from everest_ds.profiling.published_memory import (
+from everest_ds.efficiency.autocast_memory import AutocastStack, kept_bytes, working_bytes
+from everest_ds.efficiency.peer_counts import count_peer
+from everest_ds.efficiency.published import Cell, select_cells
+from everest_ds.efficiency.published_memory import (
     UNEXPLAINED,
     ReleasedStep,
     node_gb,
     predict_published_memory,
     released_step,
 )
+from everest_ds.models.vit import Blocks
+from everest_ds.profiling.memory_trace import MemoryTrace, trace_memory
 
 CELLS = [cell for cell in select_cells() if cell.column == "memory_gb" and cell.published is not None]
 BAR_PCT = 15

@@ -6,9 +6,9 @@ from dataclasses import asdict
 
 import pytest
 
-from everest_ds.profiling.peers import count_peer
-from everest_ds.profiling.published import select_cells
-from everest_ds.profiling.tables import OURS, ComparisonRow, build_rows
+from everest_ds.efficiency.peer_counts import count_peer
+from everest_ds.efficiency.published import select_cells
+from everest_ds.efficiency.tables import OURS, ComparisonRow, build_rows
 
 
 def rows_of(table: str, *columns: str) -> list[ComparisonRow]:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.kcenter import KCenterSampler
-from everest_ds.models.peers.layers import VideoClassifier
-from everest_ds.models.peers.motionformer import build_motionformer
-from everest_ds.models.peers.mvit import build_mvit
-from everest_ds.models.peers.mvit_plan import MViTShape
-from everest_ds.models.peers.timesformer import build_timesformer
-from everest_ds.models.peers.vivit import build_vivit
-from everest_ds.models.peers.xvit import build_xvit
+from everest_ds.efficiency.peers.kcenter import KCenterSampler
+from everest_ds.efficiency.peers.layers import VideoClassifier
+from everest_ds.efficiency.peers.motionformer import build_motionformer
+from everest_ds.efficiency.peers.mvit import build_mvit
+from everest_ds.efficiency.peers.mvit_plan import MViTShape
+from everest_ds.efficiency.peers.timesformer import build_timesformer
+from everest_ds.efficiency.peers.vivit import build_vivit
+from everest_ds.efficiency.peers.xvit import build_xvit
 
 NUM_CLASSES = 5
 SHAPE = TransformerShape(64, 2, 4)

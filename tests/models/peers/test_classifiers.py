@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers import PEERS, blank_inputs
-from everest_ds.models.peers.layers import drop_path_rates
-from everest_ds.models.peers.motionformer import build_motionformer
-from everest_ds.models.peers.mvit import build_mvit
-from everest_ds.models.peers.mvit_plan import MVIT_S
-from everest_ds.models.peers.vivit import build_vivit
-from everest_ds.models.peers.xvit import build_xvit
+from everest_ds.efficiency.peers import PEERS, blank_inputs
+from everest_ds.efficiency.peers.layers import drop_path_rates
+from everest_ds.efficiency.peers.motionformer import build_motionformer
+from everest_ds.efficiency.peers.mvit import build_mvit
+from everest_ds.efficiency.peers.mvit_plan import MVIT_S
+from everest_ds.efficiency.peers.vivit import build_vivit
+from everest_ds.efficiency.peers.xvit import build_xvit
 from everest_ds.profiling.counter import ComputeCount, count_forward, count_training_step
 from tests.models.peers.real_clips import real_clips
 from tests.models.peers.small_peers import NUM_CLASSES, SMALL, noise, randomized, small

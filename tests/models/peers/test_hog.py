@@ -13,7 +13,7 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.hog import hog_targets, hog_width, oriented_gradients
+from everest_ds.efficiency.peers.hog import hog_targets, hog_width, oriented_gradients
 from everest_ds.models.tubelets import normalize_pixels
 from tests.models.peers.real_clips import real_clips
 

@@ -13,13 +13,13 @@ from hypothesis.extra.numpy import arrays
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.kcenter import (
+from everest_ds.efficiency.peers.kcenter import (
     KCenterSampler,
     farthest_points,
     patch_positions,
     squared_distances,
 )
-from everest_ds.models.peers.patches import AllPatches, PatchEmbedding
+from everest_ds.efficiency.peers.patches import AllPatches, PatchEmbedding
 from everest_ds.models.tubelets import gather_tokens, to_tubelets
 from tests.models.peers.real_clips import real_clips
 from tests.models.peers.small_peers import LONG, sampler

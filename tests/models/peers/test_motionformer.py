@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from everest_ds.models.peers.motionformer import TrajectoryAttention
+from everest_ds.efficiency.peers.motionformer import TrajectoryAttention
 
 WIDTH, HEADS, SLOTS, PLACES = 12, 2, 3, 4
 

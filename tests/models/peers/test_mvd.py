@@ -13,9 +13,9 @@ from torch import Tensor
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.efficiency.peers.mvd import MVD, build_mvd
+from everest_ds.efficiency.peers.teachers import BiasedAttention
 from everest_ds.models.masks import split_tubes
-from everest_ds.models.peers.mvd import MVD, build_mvd
-from everest_ds.models.peers.teachers import BiasedAttention
 from everest_ds.models.positions import image_positions, video_positions
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.models.vit import Attention

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from everest_ds.config.backbones import TransformerShape
-from everest_ds.models.peers.layers import SelfAttention, blocks_with
-from everest_ds.models.peers.mvit import PoolingBlock, conv_pool, max_pool
-from everest_ds.models.peers.mvit_plan import MVIT_B, MVIT_S, BlockPlan, MViTShape, plan_blocks
+from everest_ds.efficiency.peers.layers import SelfAttention, blocks_with
+from everest_ds.efficiency.peers.mvit import PoolingBlock, conv_pool, max_pool
+from everest_ds.efficiency.peers.mvit_plan import MVIT_B, MVIT_S, BlockPlan, MViTShape, plan_blocks
 
 GRID = (2, 5, 6)
 KEYS = torch.tensor([5, 6])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everest_ds.models.peers.layers import VideoClassifier
+from everest_ds.efficiency.peers.layers import VideoClassifier
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 from tests.models.peers.small_peers import FRAMES, NUM_CLASSES, SHAPE, noise, randomized, small
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from everest_ds.models.peers.vivit import SequenceEncoder, ViViT
+from everest_ds.efficiency.peers.vivit import SequenceEncoder, ViViT
 from everest_ds.models.tubelets import to_tubelets
 from tests.models.peers.small_peers import SHAPE, TUBELETS, noise, randomized, small
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from everest_ds.models.peers.patches import AllPatches, PatchEmbedding
-from everest_ds.models.peers.xvit import MixingAttention, mix_neighbours
+from everest_ds.efficiency.peers.patches import AllPatches, PatchEmbedding
+from everest_ds.efficiency.peers.xvit import MixingAttention, mix_neighbours
 from tests.models.peers.small_peers import FRAMES, LONG, sampler
 
 SLOTS, TOKENS, WIDTH = 4, 3, 16

@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import count_parameters, predict_macs
-from everest_ds.profiling.peers import count_peer
+from everest_ds.efficiency.peer_counts import count_peer
 
 FigureKind = Literal["predicted", "counted", "measured", "published"]
 K400_CLASSES = 400

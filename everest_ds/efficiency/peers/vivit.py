@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.layers import (
+from everest_ds.efficiency.peers.layers import (
     SelfAttention,
     VideoClassifier,
     blocks_with,

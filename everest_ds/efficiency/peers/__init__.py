@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from everest_ds.models.peers.kcenter import LONG_CLIP, KCenterSampler
-from everest_ds.models.peers.mme import build_mme
-from everest_ds.models.peers.motionformer import build_motionformer
-from everest_ds.models.peers.mvd import build_mvd
-from everest_ds.models.peers.mvit import build_mvit
-from everest_ds.models.peers.mvit_plan import MVIT_B, MVIT_S
-from everest_ds.models.peers.timesformer import build_timesformer
-from everest_ds.models.peers.vivit import build_vivit
-from everest_ds.models.peers.xvit import build_xvit
+from everest_ds.efficiency.peers.kcenter import LONG_CLIP, KCenterSampler
+from everest_ds.efficiency.peers.mme import build_mme
+from everest_ds.efficiency.peers.motionformer import build_motionformer
+from everest_ds.efficiency.peers.mvd import build_mvd
+from everest_ds.efficiency.peers.mvit import build_mvit
+from everest_ds.efficiency.peers.mvit_plan import MVIT_B, MVIT_S
+from everest_ds.efficiency.peers.timesformer import build_timesformer
+from everest_ds.efficiency.peers.vivit import build_vivit
+from everest_ds.efficiency.peers.xvit import build_xvit
 
 __all__ = ["PEERS", "Peer", "blank_inputs"]
 

@@ -12,9 +12,9 @@ from typing import Any
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.costs.memory import predict_memory
+from everest_ds.efficiency.arrange import Heading
+from everest_ds.efficiency.tables import ComparisonRow, FigureKind
 from everest_ds.errors import RunFolderError
-from everest_ds.profiling.tables import ComparisonRow, FigureKind
-from everest_ds.reports.efficiency import Heading
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.units import GIB
 

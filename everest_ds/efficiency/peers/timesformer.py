@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.efficiency.peers.kcenter import KCenterSampler
+from everest_ds.efficiency.peers.layers import Drop, SelfAttention, drop_path_rates
+from everest_ds.efficiency.peers.patches import AllPatches, PatchClassifier, PatchEmbedding, SequenceBody
 from everest_ds.models.linear import Linear
 from everest_ds.models.mlp import MLP
-from everest_ds.models.peers.kcenter import KCenterSampler
-from everest_ds.models.peers.layers import Drop, SelfAttention, drop_path_rates
-from everest_ds.models.peers.patches import AllPatches, PatchClassifier, PatchEmbedding, SequenceBody
 from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
 
 EIGHT_FRAMES = ClipGeometry(num_frames=8, tubelet_size=1)

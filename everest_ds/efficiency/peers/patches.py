@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.layers import VideoClassifier, init_peer_weights, table, with_token
+from everest_ds.efficiency.peers.layers import VideoClassifier, init_peer_weights, table, with_token
 from everest_ds.models.tubelets import TubeletEmbedding, gather_tokens, to_tubelets
 from everest_ds.models.vit import LAYER_NORM_EPS
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from everest_ds.reports.efficiency import ReportTable, TableEntry
+from everest_ds.efficiency.arrange import ReportTable, TableEntry
 
 _MARKS = {"predicted": "ᵖ", "counted": "ᶜ", "measured": "ᵐ", "published": ""}
 LEGEND = (

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.memory import MemoryPrediction, predict_memory
-from everest_ds.profiling.systems import SYSTEMS, OwnModel
+from everest_ds.efficiency.systems import SYSTEMS, OwnModel
 
 NUM_RANKS = 8  # one node, as in the published tables
 METHODS = ("VideoMAE", "EVEREST")

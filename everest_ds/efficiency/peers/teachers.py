@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.efficiency.peers.masked import MaskedEncoder
 from everest_ds.models.linear import linear
-from everest_ds.models.peers.masked import MaskedEncoder
 from everest_ds.models.positions import image_positions
 from everest_ds.models.tubelets import TubeletEmbedding, sincos_positions, to_tubelets
 from everest_ds.models.vit import LAYER_NORM_EPS, Attention, Blocks

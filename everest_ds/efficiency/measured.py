@@ -14,11 +14,11 @@ import torch
 from pydantic import ValidationError
 
 from everest_ds.config.schema import Experiment
+from everest_ds.efficiency.published import Cell
+from everest_ds.efficiency.systems import SYSTEMS, Figure, OwnModel
+from everest_ds.efficiency.tables import ComparisonRow, make_row
 from everest_ds.errors import OutOfMemoryError, UsageError
 from everest_ds.profiling.phases import TrainingStep
-from everest_ds.profiling.published import Cell
-from everest_ds.profiling.systems import SYSTEMS, Figure, OwnModel
-from everest_ds.profiling.tables import ComparisonRow, make_row
 from everest_ds.profiling.time import measure_step
 from everest_ds.units import format_bytes, format_duration
 

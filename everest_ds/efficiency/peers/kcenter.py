@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.peers.layers import SAMPLER_STREAM
+from everest_ds.efficiency.peers.layers import SAMPLER_STREAM
 from everest_ds.models.sampling import random_bits
 
 LONG_CLIP = ClipGeometry(num_frames=32, tubelet_size=1)

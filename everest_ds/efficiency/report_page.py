@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from everest_ds.reports.efficiency import ReportTable
+from everest_ds.efficiency.arrange import ReportTable
 from everest_ds.reports.page import Page, Plot, render_template
 
 

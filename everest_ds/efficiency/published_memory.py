@@ -13,14 +13,14 @@ from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry, pretrain_counts
 from everest_ds.costs.compute import count_parameters
-from everest_ds.profiling.autocast_memory import (
+from everest_ds.efficiency.autocast_memory import (
     FLOAT16_BYTES,
     FLOAT32_BYTES,
     AutocastStack,
     kept_bytes,
     working_bytes,
 )
-from everest_ds.profiling.systems import SYSTEMS, OwnModel
+from everest_ds.efficiency.systems import SYSTEMS, OwnModel
 
 NUM_GPUS = 8
 # float32 weight, gradient, two AdamW moments and DDP bucket, and the fp16 weight that autocast caches

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from everest_ds.config.schema import Experiment
+from everest_ds.efficiency.memory_sweeps import NUM_RANKS, memory_at
+from everest_ds.efficiency.published import Cell
+from everest_ds.efficiency.published_memory import ASSUMPTIONS, predict_published_memory
+from everest_ds.efficiency.systems import SYSTEMS, Figure, FigureKind, OwnModel, Subject, System
 from everest_ds.profiling.counter import ExperimentCount, count_experiment, macs_by_part
-from everest_ds.profiling.published import Cell
-from everest_ds.profiling.published_memory import ASSUMPTIONS, predict_published_memory
-from everest_ds.profiling.sweeps import NUM_RANKS, memory_at
-from everest_ds.profiling.systems import SYSTEMS, Figure, FigureKind, OwnModel, Subject, System
 
 OURS = "EVEREST-DS"  # the method of rows about our own sparse path
 _GIGA = 1e9

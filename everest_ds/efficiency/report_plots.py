@@ -6,13 +6,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 
-from everest_ds.cli.runs import Run
 from everest_ds.config import Experiment
 from everest_ds.costs.hardware.gpus import DEVICES
-from everest_ds.profiling.measured import Measured
-from everest_ds.profiling.sweeps import METHODS, NUM_RANKS, memory_at, memory_by_batch, trained_configs
-from everest_ds.profiling.systems import BACKBONES, SYSTEMS
-from everest_ds.profiling.tables import ComparisonRow
+from everest_ds.efficiency.measured import Measured
+from everest_ds.efficiency.memory_sweeps import (
+    METHODS,
+    NUM_RANKS,
+    memory_at,
+    memory_by_batch,
+    trained_configs,
+)
+from everest_ds.efficiency.runs import Run
+from everest_ds.efficiency.systems import BACKBONES, SYSTEMS
+from everest_ds.efficiency.tables import ComparisonRow
 from everest_ds.reports.clip_pictures import CAPTIONS
 from everest_ds.reports.efficiency_plots import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.figure import png_as_svg

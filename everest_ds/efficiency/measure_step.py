@@ -10,8 +10,8 @@ from everest_ds.cli.alone import world_of_one
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
+    from everest_ds.efficiency.measured import Measured
     from everest_ds.parallel.world import World
-    from everest_ds.profiling.measured import Measured
     from everest_ds.profiling.phases import TrainingStep
     from everest_ds.training.engine_step import MeasuredStep
 
@@ -29,7 +29,7 @@ def measure_both_steps(subject: str, config: Experiment) -> tuple[Measured, Meas
         ConfigError: if the config cannot run on one rank or on this device.
         OutOfMemoryError: if a step does not fit into the device's memory.
     """
-    from everest_ds.profiling.measured import measure_experiment
+    from everest_ds.efficiency.measured import measure_experiment
     from everest_ds.training.run_folder import describe_environment
 
     config = config.model_copy(update={"batch": config.batch.model_copy(update={"global_batch_size": None})})

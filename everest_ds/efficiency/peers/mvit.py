@@ -19,9 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import MLP_RATIO
-from everest_ds.models.linear import Linear
-from everest_ds.models.mlp import GELULinear
-from everest_ds.models.peers.layers import (
+from everest_ds.efficiency.peers.layers import (
     DROPOUT_STREAM,
     Drop,
     VideoClassifier,
@@ -30,7 +28,9 @@ from everest_ds.models.peers.layers import (
     table,
     with_token,
 )
-from everest_ds.models.peers.mvit_plan import MVIT_B, BlockPlan, MViTShape, TokenGrid, plan_blocks
+from everest_ds.efficiency.peers.mvit_plan import MVIT_B, BlockPlan, MViTShape, TokenGrid, plan_blocks
+from everest_ds.models.linear import Linear
+from everest_ds.models.mlp import GELULinear
 from everest_ds.models.tubelets import normalize_pixels
 from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
 

@@ -16,11 +16,18 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.efficiency.peers.kcenter import KCenterSampler
+from everest_ds.efficiency.peers.layers import (
+    DROPOUT_STREAM,
+    Drop,
+    SelfAttention,
+    blocks_with,
+    table,
+    with_token,
+)
+from everest_ds.efficiency.peers.patches import AllPatches, PatchClassifier, PatchEmbedding
+from everest_ds.efficiency.peers.timesformer import EIGHT_FRAMES
 from everest_ds.models.attention import fused_attention
-from everest_ds.models.peers.kcenter import KCenterSampler
-from everest_ds.models.peers.layers import DROPOUT_STREAM, Drop, SelfAttention, blocks_with, table, with_token
-from everest_ds.models.peers.patches import AllPatches, PatchClassifier, PatchEmbedding
-from everest_ds.models.peers.timesformer import EIGHT_FRAMES
 from everest_ds.models.vit import LAYER_NORM_EPS
 
 NEIGHBOUR_SHARE = 8  # one channel in 8 comes from each neighbour

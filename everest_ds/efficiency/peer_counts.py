@@ -7,7 +7,7 @@ from functools import cache
 
 import torch
 
-from everest_ds.models.peers import PEERS, Peer, blank_inputs
+from everest_ds.efficiency.peers import PEERS, Peer, blank_inputs
 from everest_ds.profiling.counter import ComputeCount, count_forward
 
 

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.efficiency.peers.kcenter import KCenterSampler
+from everest_ds.efficiency.peers.layers import blocks_with
+from everest_ds.efficiency.peers.patches import AllPatches, PatchClassifier, PatchEmbedding, SequenceBody
 from everest_ds.models.linear import Linear
-from everest_ds.models.peers.kcenter import KCenterSampler
-from everest_ds.models.peers.layers import blocks_with
-from everest_ds.models.peers.patches import AllPatches, PatchClassifier, PatchEmbedding, SequenceBody
 
 DROP_PATH = 0.2
 
