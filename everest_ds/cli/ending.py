@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
-from everest_ds.launch.job import SlurmJob, note
+from everest_ds.jobs.requeue import SlurmJob, note
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from everest_ds.console import JsonFile
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.launch.job import SlurmJob
+    from everest_ds.jobs.requeue import SlurmJob
 
 app = typer.Typer(hidden=True, no_args_is_help=True)
 
@@ -28,7 +28,7 @@ def begin(
 ) -> None:
     """Check the config, and refuse to start a job that must not start again."""
     from everest_ds.checkpoints.names import newest_step
-    from everest_ds.launch import job
+    from everest_ds.jobs import requeue as job
 
     here, run = _here(), _run(command, source, overrides)
     run.mkdir(parents=True, exist_ok=True)
@@ -45,7 +45,7 @@ def end(
     json_file: JsonFile = None,
 ) -> None:
     """Print `requeue`, followed by any faulty nodes, or `stop`; print the reason on stderr."""
-    from everest_ds.launch import job
+    from everest_ds.jobs import requeue as job
 
     verdict = job.record_end(_here(), _run(command, source, overrides), code, state)
     typer.echo(f"everest-ds: {verdict.reason}", err=True)
@@ -53,7 +53,7 @@ def end(
 
 
 def _here() -> SlurmJob:
-    from everest_ds.launch.job import current_job
+    from everest_ds.jobs.requeue import current_job
 
     job = current_job()
     if job is None:

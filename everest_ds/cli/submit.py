@@ -15,10 +15,10 @@ from everest_ds.console import JsonFile
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.queueing import Submission
-    from everest_ds.cli.submission import Stage, Target
-    from everest_ds.launch.sbatch import JobShape
-    from everest_ds.launch.sweep_file import SweepCandidate
+    from everest_ds.jobs.queue import Submission
+    from everest_ds.jobs.sbatch import JobShape
+    from everest_ds.jobs.submission import Stage, Target
+    from everest_ds.jobs.sweep_file import SweepCandidate
 
 Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
 Job = Annotated[
@@ -116,10 +116,10 @@ def submit(
              everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
              everest-ds submit sweep my.yaml run.dir=runs/lr --grid batch.micro_batch_size=8,16 ...
     """
-    from everest_ds.cli.queueing import Queueing, Submission, as_jobs, print_plan, queue_all, show
-    from everest_ds.cli.submission import Target
+    from everest_ds.jobs.queue import Queueing, Submission, as_jobs, print_plan, queue_all, show
+    from everest_ds.jobs.sbatch import signal_seconds, split_options, with_timely_signal
+    from everest_ds.jobs.submission import Target
     from everest_ds.launch.rank_table import hosts_of, place_ranks
-    from everest_ds.launch.sbatch import signal_seconds, split_options, with_timely_signal
 
     began = clock.perf_counter()
     positional, options = split_options(words)
@@ -142,7 +142,7 @@ def submit(
 
 
 def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> JobShape:
-    from everest_ds.launch.sbatch import JobShape
+    from everest_ds.jobs.sbatch import JobShape
 
     if gpus is None and tasks is None:
         if job != "profile":
@@ -162,7 +162,7 @@ def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> JobShap
 
 def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
     """Return the environment variables for sbatch and the scripts in slurm/, the site's settings included."""
-    from everest_ds.launch.cluster_file import find_cluster_file, read_cluster_file
+    from everest_ds.jobs.cluster_file import find_cluster_file, read_cluster_file
     from everest_ds.shipped import shipped
 
     folder = shipped("slurm").resolve()
@@ -182,9 +182,9 @@ def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: 
 def _plan(
     job: str, words: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
 ) -> tuple[list[Stage], list[SweepCandidate]]:
-    from everest_ds.cli import submission
-    from everest_ds.cli.chain import plan_chain
-    from everest_ds.cli.sweep_plan import plan_sweep
+    from everest_ds.jobs import submission
+    from everest_ds.jobs.chain import plan_chain
+    from everest_ds.jobs.sweep import plan_sweep
 
     if job == "chain":
         return plan_chain(words, target), []
@@ -201,7 +201,7 @@ def _plan(
 
 
 def _run_here(submission: Submission) -> None:
-    from everest_ds.cli.here import run_stages, run_sweep
+    from everest_ds.jobs.local_runner import run_stages, run_sweep
 
     stages, swept = submission.stages, submission.swept
     code = run_sweep(stages[0], swept) if swept else run_stages(stages)

@@ -265,8 +265,8 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
     false.
     """
     from everest_ds.cli.ending import early_stop, noted_ending
+    from everest_ds.jobs.requeue import current_job
     from everest_ds.launch.environment import detect_environment
-    from everest_ds.launch.job import current_job
 
     job, place = current_job() if tell_job else None, detect_environment()
     os.environ.update(place.as_variables())
@@ -282,7 +282,7 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
     from everest_ds.cli.plan import describe_plan
     from everest_ds.cli.preflight import check_nodes
-    from everest_ds.launch.job import current_job
+    from everest_ds.jobs.requeue import current_job
     from everest_ds.training.loop import train
 
     facts = describe_plan(config, world.size, ranks_per_node=world.local_size)

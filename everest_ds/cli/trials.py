@@ -25,13 +25,13 @@ from everest_ds.cli.trial_run import (
 from everest_ds.config import Experiment
 from everest_ds.console import progress_of
 from everest_ds.errors import RunFolderError
-from everest_ds.launch.sweep_file import SWEEP_FILE as SWEEP_FILE
+from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
 from everest_ds.tuning.standing import Tried
 from everest_ds.tuning.trials import Trial, TrialOutcome, keep_trial, read_trials, trial_key
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:
-    from everest_ds.cli.job_rows import JobRow
+    from everest_ds.jobs.job_table import JobRow
 
 # State of a job -> outcome of its trial. Other jobs (stopped, preempted, node lost) have none.
 _OUTCOMES: dict[str, TrialOutcome] = {
@@ -161,7 +161,7 @@ def _arrays(setup: Setup) -> Iterator[Path]:
 
 def _job_rows(setup: Setup, names: Sequence[str]) -> dict[str, JobRow]:
     """Map the name of each submitted trial to its newest job."""
-    from everest_ds.cli.job_rows import job_rows
+    from everest_ds.jobs.job_table import job_rows
 
     runs = [array / name for array in _arrays(setup) for name in names if (array / name).is_dir()]
     return {row.run.name: row for row in job_rows(runs)}

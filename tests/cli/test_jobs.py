@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.cli.job_rows import find_runs, job_rows
 from everest_ds.cli.logs import Tails
 from everest_ds.config import dump_experiment
 from everest_ds.errors import ExitCode
-from everest_ds.launch.job_log import JobEvent, append_event
-from everest_ds.launch.sweep_file import SWEEP_FILE, SweepCandidate, write_candidates
-from everest_ds.launch.verdict import LOCAL
+from everest_ds.jobs.events import JobEvent, append_event
+from everest_ds.jobs.job_table import find_runs, job_rows
+from everest_ds.jobs.status import LOCAL
+from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, write_candidates
 from tests.cli.test_cli import run_main
 from tests.training.runs import experiment
 

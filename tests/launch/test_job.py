@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from everest_ds.errors import ExitCode, RestartError, UsageError
-from everest_ds.launch.job import SlurmJob, current_job, decide_requeue, record_end, record_start
-from everest_ds.launch.job_log import JobEvent, read_events
+from everest_ds.jobs.events import JobEvent, read_events
+from everest_ds.jobs.requeue import SlurmJob, current_job, decide_requeue, record_end, record_start
 
 LIVE = "RUNNING/None"
 

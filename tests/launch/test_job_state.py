@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from everest_ds.launch.job_state import JobState, is_job_id, parse_sacct, parse_squeue
+from everest_ds.jobs.slurm_state import JobState, is_job_id, parse_sacct, parse_squeue
 
 SQUEUE = """\
 1|1|FAILED|768|0|0:12|2|m[1-2]|NonZeroExitCode

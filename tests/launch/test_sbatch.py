@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.sbatch import (
+from everest_ds.jobs.sbatch import (
     _SIGNAL_SECONDS,
     BatchJob,
     JobShape,

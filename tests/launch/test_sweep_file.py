@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.sweep_file import (
+from everest_ds.jobs.sweep_file import (
     SweepCandidate,
     check_candidate_name,
     expand_array,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from everest_ds.errors import ExitCode
-from everest_ds.launch.job_log import JobEvent
-from everest_ds.launch.job_state import JobState
-from everest_ds.launch.verdict import LOCAL, NEXT, explain_exit_code, job_status
+from everest_ds.jobs.events import JobEvent
+from everest_ds.jobs.slurm_state import JobState
+from everest_ds.jobs.status import LOCAL, NEXT, explain_exit_code, job_status
 
 
 def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> JobState:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from everest_ds.cli.submission import Stage, Target, check_run
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.errors import EverestError, RunFolderError, UsageError
-from everest_ds.launch.sweep_file import (
+from everest_ds.jobs.submission import Stage, Target, check_run
+from everest_ds.jobs.sweep_file import (
     SWEEP_FILE,
     SweepCandidate,
     expand_grid,

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.slurm import answer, call, has_slurm
+from everest_ds.jobs.slurm import answer, call, has_slurm
 
 _SQUEUE = "JobArrayID JobID State exit_code RestartCnt TimeUsed NumNodes NodeList Reason".split()
 _SACCT = "JobID JobIDRaw State ExitCode Elapsed NNodes NodeList Reason".split()

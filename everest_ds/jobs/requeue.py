@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from everest_ds.errors import ExitCode, RestartError, UsageError
-from everest_ds.launch.job_log import JobEvent, append_event, read_events
+from everest_ds.jobs.events import JobEvent, append_event, read_events
 
 # Stop reason of a run that the user stopped with a file: the job must not be requeued.
 STOPPED_BY_FILE = "RUN/kill"

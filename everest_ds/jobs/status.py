@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from everest_ds.errors import ExitCode
-from everest_ds.launch.job_log import JobEvent
-from everest_ds.launch.job_state import JobState
+from everest_ds.jobs.events import JobEvent
+from everest_ds.jobs.slurm_state import JobState
 
 LOCAL = "local"  # the id of a job that runs without SLURM
 _GO_ON = "`everest-ds requeue {run}` resumes from the newest checkpoint"

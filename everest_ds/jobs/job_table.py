@@ -12,10 +12,10 @@ from typing import Any
 
 from everest_ds.config import load_experiment
 from everest_ds.errors import EverestError
-from everest_ds.launch.job_log import EVENTS_FILE, JobEvent, read_events
-from everest_ds.launch.job_state import JobState, query_jobs
-from everest_ds.launch.sweep_file import SWEEP_FILE as SWEEP_FILE
-from everest_ds.launch.verdict import JobStatus, job_status
+from everest_ds.jobs.events import EVENTS_FILE, JobEvent, read_events
+from everest_ds.jobs.slurm_state import JobState, query_jobs
+from everest_ds.jobs.status import JobStatus, job_status
+from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
 from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
 from everest_ds.units import GIB
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.sbatch import BatchJob, sbatch_command
+from everest_ds.jobs.sbatch import BatchJob, sbatch_command
 
 _SECONDS = 60.0  # a busy or restarting controller answers within this time, or not at all
 

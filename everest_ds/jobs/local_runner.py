@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from subprocess import call
 
-from everest_ds.cli.submission import Stage
-from everest_ds.cli.sweep_plan import keep_candidates
 from everest_ds.errors import ExitCode
-from everest_ds.launch.job_log import Event, JobEvent, append_event
-from everest_ds.launch.sweep_file import SweepCandidate
-from everest_ds.launch.verdict import LOCAL, explain_exit_code
+from everest_ds.jobs.events import Event, JobEvent, append_event
+from everest_ds.jobs.status import LOCAL, explain_exit_code
+from everest_ds.jobs.submission import Stage
+from everest_ds.jobs.sweep import keep_candidates
+from everest_ds.jobs.sweep_file import SweepCandidate
 
 _OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import typer
 
-from everest_ds.cli.submission import Stage
-from everest_ds.cli.sweep_plan import keep_candidates
 from everest_ds.console import print_facts, write_json
 from everest_ds.errors import EverestError, UsageError
+from everest_ds.jobs.resubmit import queue
+from everest_ds.jobs.sbatch import BatchJob, as_shell, job_name, sbatch_command
+from everest_ds.jobs.slurm import answer, has_slurm, test_only
+from everest_ds.jobs.submission import Stage
+from everest_ds.jobs.sweep import keep_candidates
+from everest_ds.jobs.sweep_file import MAX_TASKS, SweepCandidate, expand_array
 from everest_ds.launch.rank_table import RankPlace
-from everest_ds.launch.sbatch import BatchJob, as_shell, job_name, sbatch_command
-from everest_ds.launch.slurm import answer, has_slurm, test_only
-from everest_ds.launch.submitted import queue
-from everest_ds.launch.sweep_file import MAX_TASKS, SweepCandidate, expand_array
 from everest_ds.shipped import shipped
 
 # Placeholder in a chain: --dry-run cannot know the id of the preceding job.

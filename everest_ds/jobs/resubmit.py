@@ -9,9 +9,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from everest_ds.errors import RunFolderError
-from everest_ds.launch.job_log import JobEvent, append_event
-from everest_ds.launch.sbatch import BatchJob, JobShape
-from everest_ds.launch.slurm import submit_job
+from everest_ds.jobs.events import JobEvent, append_event
+from everest_ds.jobs.sbatch import BatchJob, JobShape
+from everest_ds.jobs.slurm import submit_job
 
 
 def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | None) -> str:
