@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.nodelist import expand_nodelist
+from everest_ds.launch.slurm_nodelist import expand_nodelist
 
 
 class RankPlace(NamedTuple):

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.nodelist import expand_nodelist, expand_task_counts
+from everest_ds.launch.slurm_nodelist import expand_nodelist, expand_task_counts
 
 
 @pytest.mark.parametrize(
