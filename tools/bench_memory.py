@@ -19,7 +19,7 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import ClipBatch
 from everest_ds.host_memory import resident_bytes
 from everest_ds.launch.environment import detect_environment
-from everest_ds.models.initial import draw_initial_weights, outline
+from everest_ds.models.initial_weights import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh

@@ -29,7 +29,7 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.transforms import crop_resize, view_box
 from everest_ds.models import Classifier
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import PixelMap, from_tubelets, to_tubelets
 from everest_ds.reports.figure import new_figure, to_png
 from everest_ds.training.weights import load_encoder

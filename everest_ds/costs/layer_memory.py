@@ -22,7 +22,9 @@ from everest_ds.costs.activation_memory import (
 )
 from everest_ds.costs.compute import count_parameters
 
-_SCORED_TOKENS = 2**15  # tokens scored at a time on a GPU (models/rero.py); a CPU scores an eighth of these
+_SCORED_TOKENS = (
+    2**15
+)  # tokens scored at a time on a GPU (models/selection/rero.py); a CPU scores an eighth of these
 
 
 class Layer(NamedTuple):
@@ -69,7 +71,7 @@ def scoring_bytes(config: Experiment) -> int:
     """Return the bytes in memory while tokens are scored.
 
     These are the uint8 tubelets of all clips, and floating-point values for a few clips at a time
-    (models/rero.py): all pixels and, for every slot but the first, the change from the previous slot and its
+    (models/selection/rero.py): all pixels and, for every slot but the first, the change from the previous slot and its
     features. Added to them are the embedding with the normalisation folded into it, and the linear maps to
     the features: the embedding again, scaled to pixels, or the sketch on both scales.
     """

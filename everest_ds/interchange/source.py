@@ -18,7 +18,7 @@ from everest_ds.interchange.infer import describe_weights
 from everest_ds.interchange.layouts import Layout, Names, WeightKind, detect_layout
 from everest_ds.interchange.tensors import TensorShape, our_shape, to_ours
 from everest_ds.models import build_model
-from everest_ds.models.features import FeatureModel
+from everest_ds.models.feature_model import FeatureModel
 from everest_ds.models.positions import fixed_positions
 
 _POSITIONS = "pos_embed"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.sampling import drop_scale
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
 
 HEAD_DROP_STREAM = 8  # stream of per-clip randomness

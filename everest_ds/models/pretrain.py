@@ -21,7 +21,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.linear import Linear
 from everest_ds.models.positions import fixed_positions
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import gather_tokens, reconstruction_targets
 from everest_ds.models.vit import Blocks
 

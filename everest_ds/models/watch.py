@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.models.attention import attention_weights
-from everest_ds.models.selector import Selector, TokenSplit
+from everest_ds.models.selection.selector import Selector, TokenSplit
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 from everest_ds.models.vit import Attention
 

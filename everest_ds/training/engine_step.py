@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
-from everest_ds.models.initial import NamedTensor, outline
+from everest_ds.models.initial_weights import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate, step_skipped
 from everest_ds.parallel.initial import InitialWeights

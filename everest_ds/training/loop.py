@@ -21,7 +21,7 @@ from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
-from everest_ds.models.initial import outline
+from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped

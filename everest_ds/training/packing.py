@@ -15,7 +15,7 @@ from torch import Tensor
 from everest_ds.config import Experiment
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.data.clips import PackedBatch
-from everest_ds.models.rero import select_tokens, token_importance
+from everest_ds.models.selection.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 
 

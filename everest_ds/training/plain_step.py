@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
-from everest_ds.models.initial import outline
+from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.initial import DTYPES, InitialWeights
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.training.engine_step import MeasuredStep, noise_weights

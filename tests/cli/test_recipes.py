@@ -12,7 +12,7 @@ from everest_ds.cli.plan import count_samples, describe_plan
 from everest_ds.cli.prediction import REFERENCE, describe_prediction, parse_gpus
 from everest_ds.config import load_experiment, plan_ranks, recipe_names
 from everest_ds.costs.compute import count_parameters
-from everest_ds.models.initial import outline
+from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from tests.cli.test_cli import run_main
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from everest_ds.models import build_model
-from everest_ds.models.initial import draw_initial_weights, outline
+from everest_ds.models.initial_weights import draw_initial_weights, outline
 from tests.parallel.equality import TASKS, experiment
 
 

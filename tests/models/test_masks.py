@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry, pretrain_counts
-from everest_ds.models.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 
 
 def grid_of(num_slots: int, side: int) -> ClipGeometry:

@@ -19,8 +19,8 @@ from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
 from everest_ds.models import Classifier, PretrainModel, build_model
 from everest_ds.models.pretrain import Reconstruction
-from everest_ds.models.rero import select_tokens, token_importance
 from everest_ds.models.sampling import drop_scale
+from everest_ds.models.selection.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from everest_ds.models.vit import DROP_PATH_STREAM, Blocks
 from everest_ds.profiling.launches import count_launches

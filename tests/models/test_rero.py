@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from everest_ds.models import Classifier, rero
-from everest_ds.models.rero import score_map, select_tokens, token_importance
+from everest_ds.models import Classifier
+from everest_ds.models.selection import rero
+from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
 from everest_ds.models.tubelets import (
     PIXEL_MEAN,
     PIXEL_STD,

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from everest_ds.config import Experiment
 from everest_ds.models import PretrainModel, build_model
-from everest_ds.models.masks import split_kept
-from everest_ds.models.rero import select_tokens
+from everest_ds.models.selection.masks import split_kept
+from everest_ds.models.selection.rero import select_tokens
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD, to_tubelets
 from everest_ds.parallel.recompute import apply_recompute
 from tests.models import experiment, random_clips

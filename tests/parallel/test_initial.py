@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.models import build_model
-from everest_ds.models.initial import NamedTensor, draw_initial_weights, outline
+from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter
 from everest_ds.parallel.initial import InitialWeights

@@ -18,7 +18,8 @@ from everest_ds.config import Experiment
 from everest_ds.costs.compute import count_parameters
 from everest_ds.costs.layer_memory import layers, loss_storage_bytes
 from everest_ds.costs.memory import MemoryPrediction, predict_memory, predict_step_bytes
-from everest_ds.models import build_model, rero
+from everest_ds.models import build_model
+from everest_ds.models.selection import rero
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
 from everest_ds.profiling.memory_trace import trace_memory

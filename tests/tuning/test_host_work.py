@@ -18,8 +18,8 @@ from everest_ds.costs.host_work import (
     num_groups,
     num_tensors,
 )
-from everest_ds.models import rero
-from everest_ds.models.initial import outline
+from everest_ds.models.initial_weights import outline
+from everest_ds.models.selection import rero
 from everest_ds.parallel.world import World
 from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep, MeasuredStep

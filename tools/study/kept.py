@@ -13,7 +13,7 @@ from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry, exact_floor
 from everest_ds.data.synthetic import MOTIONS, render_video
-from everest_ds.models.rero import select_tokens, token_importance
+from everest_ds.models.selection.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import to_tubelets
 from study.protocol import Study
 

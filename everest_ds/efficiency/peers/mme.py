@@ -21,8 +21,8 @@ from everest_ds.config.tokens import ClipGeometry, pretrain_counts
 from everest_ds.efficiency.peers.hog import CELL_SIZE, hog_targets, hog_width
 from everest_ds.efficiency.peers.masked import MaskedDecoder, MaskedEncoder
 from everest_ds.models.linear import Linear
-from everest_ds.models.masks import split_tubes
 from everest_ds.models.mlp import GELULinear
+from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import gather_tokens, sincos_positions, to_tubelets
 from everest_ds.models.vit import init_weights
 

@@ -22,8 +22,8 @@ from everest_ds.config.tokens import ClipGeometry, pretrain_counts
 from everest_ds.efficiency.peers.masked import MaskedDecoder, MaskedEncoder
 from everest_ds.efficiency.peers.teachers import ImageTeacher, VideoTeacher
 from everest_ds.models.linear import Linear
-from everest_ds.models.masks import split_tubes
 from everest_ds.models.positions import video_positions
+from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import gather_tokens, to_tubelets
 from everest_ds.models.vit import init_weights
 

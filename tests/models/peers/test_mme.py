@@ -11,7 +11,7 @@ from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.efficiency.peers.hog import hog_targets
 from everest_ds.efficiency.peers.mme import MME, build_mme, tracked_tokens, trajectory_targets
-from everest_ds.models.masks import split_tubes
+from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.profiling.counter import count_forward
 from tests.models.peers.real_clips import real_clips

@@ -15,8 +15,8 @@ from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.efficiency.peers.mvd import MVD, build_mvd
 from everest_ds.efficiency.peers.teachers import BiasedAttention
-from everest_ds.models.masks import split_tubes
 from everest_ds.models.positions import image_positions, video_positions
+from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.models.vit import Attention
 from everest_ds.profiling.counter import count_forward

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
 
 

@@ -17,8 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everest_ds.models.masks import FRAME_STREAM
 from everest_ds.models.sampling import random_uniform
+from everest_ds.models.selection.masks import FRAME_STREAM
 from everest_ds.models.tubelets import gather_tokens
 
 

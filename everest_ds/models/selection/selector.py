@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import exact_floor
-from everest_ds.models.frame_selection import draw_slots, gather_slots, tokens_per_slot
-from everest_ds.models.masks import random_tokens, split_dual, split_kept, split_tubes
-from everest_ds.models.rero import score_map, select_tokens, token_importance
+from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
+from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
 from everest_ds.models.tubelets import PixelMap, to_tubelets
 
 _TUBES = {"tube": split_tubes, "dual": split_dual}
