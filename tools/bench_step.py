@@ -31,13 +31,13 @@ from bench_report import print_report
 from peers import Peer, load_peer
 from torch.profiler import ProfilerActivity, profile
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.console import JsonFile, write_json
 from everest_ds.costs.hardware.gpus import peak_flops_per_s
 from everest_ds.errors import UsageError
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
 from everest_ds.profiling.time import device_name
 from everest_ds.training.engine_step import noise_batch

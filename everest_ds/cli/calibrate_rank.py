@@ -19,7 +19,7 @@ from everest_ds.data.order import Visit
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
 from everest_ds.data.video_list import Sample
 from everest_ds.launch.local import available_cores
-from everest_ds.parallel.links import measure_collectives
+from everest_ds.parallel.collective_timing import measure_collectives
 from everest_ds.parallel.world import World
 from everest_ds.profiling import rates
 from everest_ds.profiling.here import HOST, free_bytes, num_threads, precisions_of

@@ -54,7 +54,7 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
         BadNodeError: if a node differs from the others or has a faulty GPU; names the node.
         RunFolderError: if the disk has too little space for a checkpoint.
     """
-    from everest_ds.parallel.preflight import all_reduce_bytes_per_s, device_digest
+    from everest_ds.parallel.self_test import all_reduce_bytes_per_s, device_digest
 
     free_bytes = world.share(lambda: _check_disk(config))
     nodes = _facts_of_nodes(config, world)

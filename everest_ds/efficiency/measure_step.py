@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from everest_ds.cli.alone import world_of_one
+from everest_ds.parallel.world_of_one import world_of_one
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment

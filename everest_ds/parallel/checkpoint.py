@@ -18,10 +18,11 @@ from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.log import logger
+from everest_ds.parallel.checkpointing import not_saved
 from everest_ds.parallel.engine import Engine, full_parameter
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.saving import not_saved
-from everest_ds.parallel.states import (
+from everest_ds.parallel.world import World
+from everest_ds.parallel.zero_states import (
     LocalShard,
     ZeroStates,
     set_loss_scale,
@@ -29,7 +30,6 @@ from everest_ds.parallel.states import (
     states_of_engine,
     whole_shape,
 )
-from everest_ds.parallel.world import World
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:

@@ -14,9 +14,9 @@ from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.models.precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
-from everest_ds.parallel.initial import InitialWeights, fill, set_masters
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.sharded_init import InitialWeights, fill, set_masters
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
 from everest_ds.parallel.world import World
 

@@ -18,9 +18,9 @@ from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
 from everest_ds.models.initial_weights import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate, step_skipped
-from everest_ds.parallel.initial import InitialWeights
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
+from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
 from everest_ds.training.packing import Packer
@@ -117,7 +117,7 @@ class EngineStep(MeasuredStep):
 
         Args:
             config: the run config.
-            world: from `join_world`; `everest_ds.cli.alone.world_of_one` needs no launcher.
+            world: from `join_world`; `everest_ds.parallel.world_of_one.world_of_one` needs no launcher.
             weights: initial weights. The default is noise drawn on the device, because initialising a ViT-L
                 on the host takes 10 s.
             learning_rate: the rate of every update; 0.0 leaves the weights unchanged.

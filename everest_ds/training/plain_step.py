@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.models.initial_weights import outline
-from everest_ds.parallel.initial import DTYPES, InitialWeights
 from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.sharded_init import DTYPES, InitialWeights
 from everest_ds.training.engine_step import MeasuredStep, noise_weights
 from everest_ds.training.parameters import parameter_groups
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment
+from everest_ds.parallel.checkpointing import Keep, Saving
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.training.grace import Grace
 
 

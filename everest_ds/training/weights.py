@@ -14,7 +14,7 @@ from everest_ds.errors import CheckpointError
 from everest_ds.interchange.encoder import EncoderWeights, open_encoder
 from everest_ds.log import logger
 from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
-from everest_ds.parallel.initial import InitialWeights
+from everest_ds.parallel.sharded_init import InitialWeights
 
 ENCODER = "encoder."
 _Shapes = dict[str, tuple[int, ...]]

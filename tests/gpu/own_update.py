@@ -11,10 +11,10 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from tests.parallel.equality import TOLERANCE, assert_equal, engine_run, experiment
 
 CASES = [(stage, precision) for stage in (1, 2) for precision in ("fp32", "bf16")]

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import torch
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep
 from tests.parallel.equality import TASKS, experiment

@@ -17,8 +17,8 @@ from everest_ds.models import build_model
 from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter
-from everest_ds.parallel.initial import InitialWeights
 from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel
 from everest_ds.parallel.world import World
 from everest_ds.training.parameters import parameter_groups
@@ -79,7 +79,7 @@ def watched(weights: InitialWeights, seen: list[int]) -> Iterator[NamedTensor]:
 
 def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
     """Return the peak bytes during `fill`, the bytes of the rank's share, and those of the largest tensor."""
-    from everest_ds.parallel.initial import fill
+    from everest_ds.parallel.sharded_init import fill
 
     config = experiment("pretrain", 3, RANKS // tensor, tensor)
     mesh, model = form_mesh(world, tensor), outline(config)

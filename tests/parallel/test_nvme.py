@@ -15,12 +15,12 @@ from everest_ds.checkpoints.reader import STATES
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete
+from everest_ds.parallel.checkpointing import Keep, Saving
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import _refuse_stale_locks, check_nvme
-from everest_ds.parallel.saving import Keep, Saving
-from everest_ds.parallel.states import states_of_engine
 from everest_ds.parallel.world import World
+from everest_ds.parallel.zero_states import states_of_engine
 from everest_ds.shipped import shipped
 from tests.checkpoints.made import facts
 from tests.parallel.equality import engine_runs, experiment, plain_run, start

@@ -15,7 +15,7 @@ from torch import Tensor
 from everest_ds.checkpoints import folder, manifest, tensor_file
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
-from everest_ds.parallel import saving
+from everest_ds.parallel import checkpointing as saving
 from everest_ds.parallel.world import World
 from everest_ds.training import loop
 from everest_ds.training.loop import train

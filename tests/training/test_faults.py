@@ -27,7 +27,7 @@ from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints
 from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
 from everest_ds.errors import RankLostError
-from everest_ds.parallel import saving
+from everest_ds.parallel import checkpointing as saving
 from everest_ds.parallel.world import World, explained_failures
 from tests.checkpoints.test_folder import DAMAGES
 from tests.ranks import run_ranks

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel import lean_update
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.shipped import shipped
 from gpu_check.cases import Case
 from gpu_check.prefetch import measure_prefetch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from everest_ds.cli.alone import world_of_one
+from everest_ds.parallel.world_of_one import world_of_one
 from gpu_check.cases import Case
 from gpu_check.record import Record
 from gpu_check.steps import measure_case

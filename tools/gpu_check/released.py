@@ -14,8 +14,8 @@ import bench_step
 import torch
 from peers import load_peer
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from gpu_check.cases import Case
 from gpu_check.record import Record, Row, start_afresh
 

@@ -26,7 +26,7 @@ from everest_ds.errors import CheckpointError
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.states import ZeroStates, loss_scale, optimizer_step, states_of_engine
+from everest_ds.parallel.zero_states import ZeroStates, loss_scale, optimizer_step, states_of_engine
 
 
 class Keep(NamedTuple):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from everest_ds.checkpoints.reader import WEIGHT
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.parallel.states import states_of_engine
 from everest_ds.parallel.tensor_parallel import split_of
+from everest_ds.parallel.zero_states import states_of_engine
 
 # Yields all parameters and buffers by name: whole, float32, on the host, equal on every rank and call.
 InitialWeights = Callable[[], Iterable[tuple[str, Tensor]]]

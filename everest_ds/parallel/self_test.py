@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 
 from everest_ds.errors import RankLostError
-from everest_ds.parallel.links import seconds_of
+from everest_ds.parallel.collective_timing import seconds_of
 from everest_ds.parallel.world import World
 
 # Large enough for links to reach their full rate: 0.5 to 1 ms within a node, 54 ms at 10 GB/s.
