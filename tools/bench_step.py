@@ -39,7 +39,7 @@ from everest_ds.errors import UsageError
 from everest_ds.parallel.world import World
 from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.engine_step import noise_batch
 from everest_ds.training.run_folder import describe_environment
 

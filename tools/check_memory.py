@@ -23,7 +23,7 @@ from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
 from everest_ds.profiling.memory_trace import trace_memory
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}

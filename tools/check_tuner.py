@@ -31,7 +31,7 @@ from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import EverestError
-from everest_ds.profiling.here import num_gpus
+from everest_ds.profiling.device import num_gpus
 from everest_ds.tuning.correction import kendall_tau
 from everest_ds.tuning.search import needed_bytes
 

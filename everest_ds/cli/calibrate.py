@@ -54,8 +54,8 @@ def facts_here() -> dict[str, str]:
     from importlib.metadata import version
 
     from everest_ds.launch.local import available_cores
-    from everest_ds.profiling.here import this_device
-    from everest_ds.profiling.time import device_name
+    from everest_ds.profiling.device import this_device
+    from everest_ds.profiling.step_measurement import device_name
 
     versions = {name: version(name) for name in ("torch", "deepspeed")}
     allocator = os.environ.get(_ALLOCATOR, "unset")
@@ -80,7 +80,7 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
         _as_rank(file)
         return
     from everest_ds.launch.local import available_cores, launch_local
-    from everest_ds.profiling.here import num_gpus
+    from everest_ds.profiling.device import num_gpus
 
     _warn_if_busy(available_cores())
     on_gpus = num_gpus() > 0

@@ -21,9 +21,9 @@ from everest_ds.data.video_list import Sample
 from everest_ds.launch.local import available_cores
 from everest_ds.parallel.collective_timing import measure_collectives
 from everest_ds.parallel.world import World
-from everest_ds.profiling import rates
-from everest_ds.profiling.here import HOST, free_bytes, num_threads, precisions_of
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling import device_rates as rates
+from everest_ds.profiling.device import HOST, free_bytes, num_threads, precisions_of
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.fit import CollectiveSample, Measurements, TrainedStep

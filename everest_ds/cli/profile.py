@@ -17,7 +17,7 @@ from everest_ds.units import format_bytes
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
     from everest_ds.efficiency.measured import Measured
-    from everest_ds.profiling.profile import Table
+    from everest_ds.profiling.compute_tables import Table
 
 Subject = Annotated[
     str,
@@ -117,8 +117,8 @@ def _refuse_settings(subject: str, overrides: Sequence[str], ranks: int, measure
 
 def _profile_system(name: str) -> dict[str, Table]:
     from everest_ds.efficiency.peer_counts import find_peer
-    from everest_ds.profiling.memory_profile import memory_of_peer
-    from everest_ds.profiling.profile import profile_peer
+    from everest_ds.profiling.compute_tables import profile_peer
+    from everest_ds.profiling.memory_tables import memory_of_peer
 
     peer = find_peer(name)
     return {**profile_peer(peer), **memory_of_peer(peer)}
@@ -126,8 +126,8 @@ def _profile_system(name: str) -> dict[str, Table]:
 
 def _profile_config(config: Experiment, ranks: int) -> dict[str, Table]:
     from everest_ds.parallel.recompute import apply_recompute
-    from everest_ds.profiling.memory_profile import memory_of_experiment
-    from everest_ds.profiling.profile import profile_experiment
+    from everest_ds.profiling.compute_tables import profile_experiment
+    from everest_ds.profiling.memory_tables import memory_of_experiment
 
     def recompute(model: Any) -> None:
         apply_recompute(model, config.recompute)

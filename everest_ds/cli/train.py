@@ -302,7 +302,7 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
 def _clip_cost(config: Experiment, world: World) -> ClipCost:
     from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
     from everest_ds.costs.hardware.gpus import peak_flops_per_s
-    from everest_ds.profiling.time import compute_dtype, device_name
+    from everest_ds.profiling.step_measurement import compute_dtype, device_name
     from everest_ds.training.utilization import ClipCost
 
     dtype = compute_dtype(config.precision, world.device)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from everest_ds.config import Experiment
     from everest_ds.efficiency.measured import Measured
     from everest_ds.parallel.world import World
-    from everest_ds.profiling.phases import TrainingStep
+    from everest_ds.profiling.step_phases import TrainingStep
     from everest_ds.training.engine_step import MeasuredStep
 
 
@@ -60,7 +60,7 @@ def _phases(step: MeasuredStep, world: World) -> TrainingStep:
 
     On a GPU, a run augments the next batch concurrently with the step; on a CPU, it does so within the step.
     """
-    from everest_ds.profiling.phases import TrainingStep
+    from everest_ds.profiling.step_phases import TrainingStep
 
     rest = step.backward, step.update, step.micro_batches
     if world.device.type == "cuda":

@@ -18,8 +18,8 @@ from everest_ds.efficiency.published import Cell
 from everest_ds.efficiency.systems import SYSTEMS, Figure, OwnModel
 from everest_ds.efficiency.tables import ComparisonRow, make_row
 from everest_ds.errors import OutOfMemoryError, UsageError
-from everest_ds.profiling.phases import TrainingStep
-from everest_ds.profiling.time import measure_step
+from everest_ds.profiling.step_measurement import measure_step
+from everest_ds.profiling.step_phases import TrainingStep
 from everest_ds.units import format_bytes, format_duration
 
 FORMAT = "everest-ds profile, format 2"  # the number increases when the meaning of a key changes

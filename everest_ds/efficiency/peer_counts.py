@@ -8,7 +8,7 @@ from functools import cache
 import torch
 
 from everest_ds.efficiency.peers import PEERS, Peer, blank_inputs
-from everest_ds.profiling.counter import ComputeCount, count_forward
+from everest_ds.profiling.mac_counter import ComputeCount, count_forward
 
 
 @dataclass(frozen=True)

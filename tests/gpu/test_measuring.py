@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.phases import TrainingStep, measure_phases
+from everest_ds.profiling.step_phases import TrainingStep, measure_phases
 from tests.gpu import ON_CUDA
 
 pytestmark = ON_CUDA

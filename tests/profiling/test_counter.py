@@ -11,7 +11,7 @@ from everest_ds.config.schema import RecomputeConfig
 from everest_ds.costs.compute import ComputePrediction, count_parameters, predict_macs
 from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
-from everest_ds.profiling.counter import (
+from everest_ds.profiling.mac_counter import (
     ComputeCount,
     count_experiment,
     count_forward,

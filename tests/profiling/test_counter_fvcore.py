@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from everest_ds.models import build_model
-from everest_ds.profiling.counter import count_forward
+from everest_ds.profiling.mac_counter import count_forward
 from tests.models import experiment
 
 fvcore = pytest.importorskip("fvcore.nn", reason="fvcore is not installed: pip install everest-ds[dev]")

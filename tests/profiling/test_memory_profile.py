@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from everest_ds.config import load_experiment
-from everest_ds.profiling.memory_profile import over_time, trace_experiment
+from everest_ds.profiling.memory_tables import over_time, trace_experiment
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from everest_ds.profiling.counter import ComputeCount, count_forward, count_training_step
-from everest_ds.profiling.operators import macs_of
+from everest_ds.profiling.mac_counter import ComputeCount, count_forward, count_training_step
+from everest_ds.profiling.operator_formulas import macs_of
 
 aten = torch.ops.aten
 Call = Callable[[], object]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from everest_ds.costs.compute import predict_macs
-from everest_ds.profiling.phases import PhaseTimes, Spread, TrainingStep, measure_phases
-from everest_ds.profiling.time import StepMeasurement, compute_dtype, measure_step
+from everest_ds.profiling.step_measurement import StepMeasurement, compute_dtype, measure_step
+from everest_ds.profiling.step_phases import PhaseTimes, Spread, TrainingStep, measure_phases
 from tests.models import experiment
 
 CPU = torch.device("cpu")

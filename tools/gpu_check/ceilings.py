@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from everest_ds.config.backbones import BACKBONES, MLP_RATIO
 from everest_ds.models.attention import fused_attention
-from everest_ds.profiling.rates import best_time, wait
+from everest_ds.profiling.device_rates import best_time, wait
 from gpu_check.record import Record, Row
 
 _BACKENDS = {

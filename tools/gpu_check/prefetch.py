@@ -11,7 +11,7 @@ import torch
 from everest_ds.config import Experiment
 from everest_ds.data.clips import Batch
 from everest_ds.parallel.world import World
-from everest_ds.profiling.rates import wait
+from everest_ds.profiling.device_rates import wait
 from everest_ds.training.engine_step import EngineStep, noise_batch
 from everest_ds.training.prefetch import Prefetcher
 from gpu_check.record import Row

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from everest_ds.profiling.here import this_device
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.device import this_device
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.run_folder import describe_environment
 
 # `tools/gpu_check.sh prepare` writes the commit here, because the copy on the machine may not be a checkout.

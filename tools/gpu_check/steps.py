@@ -19,8 +19,8 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.world import World
-from everest_ds.profiling.rates import wait
-from everest_ds.profiling.time import compute_dtype, device_name
+from everest_ds.profiling.device_rates import wait
+from everest_ds.profiling.step_measurement import compute_dtype, device_name
 from everest_ds.training.engine_step import EngineStep
 from gpu_check.cases import Case
 from gpu_check.record import Record, Row

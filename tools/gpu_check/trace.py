@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from everest_ds.profiling.rates import wait
+from everest_ds.profiling.device_rates import wait
 
 _STEPS = 2
 _KERNELS, _OPERATORS = 60, 40

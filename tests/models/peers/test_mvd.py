@@ -19,7 +19,7 @@ from everest_ds.models.positions import image_positions, video_positions
 from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.models.vit import Attention
-from everest_ds.profiling.counter import count_forward
+from everest_ds.profiling.mac_counter import count_forward
 from tests.models.peers.real_clips import real_clips
 
 GEOMETRY = ClipGeometry(num_frames=4, image_size=64)  # 2 slots of 4 x 4 places

@@ -22,7 +22,12 @@ from everest_ds.costs.compute import (
     predict_macs,
 )
 from everest_ds.efficiency.peers import Peer, blank_inputs
-from everest_ds.profiling.counter import ComputeCount, count_experiment, count_forward, count_training_step
+from everest_ds.profiling.mac_counter import (
+    ComputeCount,
+    count_experiment,
+    count_forward,
+    count_training_step,
+)
 
 Table = list[dict[str, Any]]
 _MEGA, _GIGA = 1e6, 1e9

@@ -11,7 +11,7 @@ import torch
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.gpus import peak_flops_per_s
-from everest_ds.profiling.phases import PhaseTimes, TrainingStep, measure_phases
+from everest_ds.profiling.step_phases import PhaseTimes, TrainingStep, measure_phases
 
 _CPU_INFO = Path("/proc/cpuinfo")
 

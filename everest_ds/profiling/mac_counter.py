@@ -23,7 +23,7 @@ from everest_ds.costs.compute import LITERATURE_MACS_PER_NORM_ELEMENT
 from everest_ds.models import build_model
 from everest_ds.models.tubelets import TubeletEmbedding
 from everest_ds.profiling.attribution import RunningModule
-from everest_ds.profiling.operators import computes, layer_norm_elements_of, macs_of
+from everest_ds.profiling.operator_formulas import computes, layer_norm_elements_of, macs_of
 
 
 @dataclass(frozen=True)
