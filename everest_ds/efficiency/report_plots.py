@@ -19,8 +19,8 @@ from everest_ds.efficiency.memory_sweeps import (
 from everest_ds.efficiency.runs import Run
 from everest_ds.efficiency.systems import BACKBONES, SYSTEMS
 from everest_ds.efficiency.tables import ComparisonRow
+from everest_ds.reports.charts import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.clip_pictures import CAPTIONS
-from everest_ds.reports.efficiency_plots import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.figure import png_as_svg
 from everest_ds.reports.page import Plot
 from everest_ds.units import GIB

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from everest_ds.reports.efficiency_plots import INK, LINE, SOFT, finish, group_colors
+from everest_ds.reports.charts import INK, LINE, SOFT, finish, group_colors
 from everest_ds.reports.figure import new_figure, new_panels, to_svg
 
 _SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half and full page width

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from everest_ds.efficiency.arrange import Heading, arrange, level_of, summarise, to_csv
 from everest_ds.efficiency.markdown import render_markdown
 from everest_ds.efficiency.report_page import render_efficiency_page
-from everest_ds.reports.efficiency_plots import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
+from everest_ds.reports.charts import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.page import Plot
 
 HEADINGS = {"t": Heading("Title", "Text.", {"gflops": "GFLOPs", "memory_gb": "memory, GB", "top1": "top-1"})}
