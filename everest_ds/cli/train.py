@@ -13,9 +13,9 @@ from everest_ds.console import JsonFile, print_facts, print_table, write_json
 from everest_ds.errors import EverestError, UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.prediction import Gpus
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
+    from everest_ds.training.prediction import Gpus
     from everest_ds.training.utilization import ClipCost
 
 RecipeArg = Annotated[
@@ -156,9 +156,9 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
 
 
 def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
-    from everest_ds.cli.plan import count_samples
-    from everest_ds.cli.prediction import describe_prediction
     from everest_ds.config import dump_experiment
+    from everest_ds.training.plan import count_samples
+    from everest_ds.training.prediction import describe_prediction
 
     plan = {"plan": check_plan(config, gpus.count, planned=True)}
     if trains:
@@ -177,8 +177,8 @@ def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus
     number of ranks is not given, the prediction is for the whole reference machine, or for one of its GPUs if
     the batch or the data set is too small for that machine.
     """
-    from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
     from everest_ds.launch.environment import detect_environment
+    from everest_ds.training.prediction import REFERENCE, Gpus, parse_gpus
 
     if on is not None:
         gpus = parse_gpus(on)
@@ -196,7 +196,7 @@ def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus
 
 
 def _can_plan(config: Experiment, num_ranks: int) -> bool:
-    from everest_ds.cli.plan import describe_plan
+    from everest_ds.training.plan import describe_plan
 
     try:
         describe_plan(config, num_ranks, planned=True)
@@ -211,9 +211,9 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
     Raises:
         EverestError: if the run cannot start.
     """
-    from everest_ds.cli.plan import describe_plan
     from everest_ds.config import plan_ranks
     from everest_ds.parallel.ds_config import resolve_ds_config
+    from everest_ds.training.plan import describe_plan
 
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, plan_ranks(config, num_ranks))
@@ -243,8 +243,8 @@ def _started_ranks(
             given=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="leave out --nproc under torchrun, deepspeed, mpirun or srun",
         )
-    from everest_ds.cli.plan import describe_plan
     from everest_ds.launch.local import launch_local
+    from everest_ds.training.plan import describe_plan
 
     if command != "evaluate":
         from everest_ds.parallel.nvme import check_nvme
@@ -280,10 +280,10 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
 
 
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.cli.plan import describe_plan
     from everest_ds.cli.preflight import check_nodes
     from everest_ds.jobs.requeue import current_job
     from everest_ds.training.loop import train
+    from everest_ds.training.plan import describe_plan
 
     facts = describe_plan(config, world.size, ranks_per_node=world.local_size)
     if world.is_main:

@@ -301,7 +301,7 @@ def _ask_what_if(
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:
     """Return the videos per epoch: those given, or those of the manifest or the official data set."""
-    from everest_ds.cli.plan import count_samples
+    from everest_ds.training.plan import count_samples
 
     epoch = count_samples(config, planned=True) if clips is None else None
     return epoch.num_samples if epoch else clips

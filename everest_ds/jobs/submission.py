@@ -9,14 +9,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from everest_ds.cli.plan import describe_plan
-from everest_ds.cli.prediction import memory_text
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import predict_memory
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
 from everest_ds.jobs.sbatch import JobShape
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.training.plan import describe_plan
+from everest_ds.training.prediction import memory_text
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
 

@@ -23,9 +23,9 @@ from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
 from everest_ds.training.objective import build_objective
-from everest_ds.training.packing import Packer
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.prefetch import Preparation
+from everest_ds.training.token_packing import Packer
 
 _NOISE_RANGE = 0.03  # similar to the spread of initial weights
 

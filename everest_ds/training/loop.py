@@ -28,11 +28,10 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
-from everest_ds.training.broken import BrokenVideos
-from everest_ds.training.divergence import LossWatch
 from everest_ds.training.evaluate import evaluate_views
 from everest_ds.training.grace import GRACE_FILE as GRACE_FILE
 from everest_ds.training.grace import Grace
+from everest_ds.training.loss_watch import LossWatch
 from everest_ds.training.objective import Objective, build_objective
 from everest_ds.training.observers import (
     MetricsFile,
@@ -42,16 +41,17 @@ from everest_ds.training.observers import (
     TensorBoard,
     ValidationReport,
 )
-from everest_ds.training.packing import Packer
+from everest_ds.training.optimization import build_schedule
 from everest_ds.training.parameters import parameter_groups
 from everest_ds.training.pictures import draw_pictures, watch
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
-from everest_ds.training.schedule import build_schedule
 from everest_ds.training.stop import StopReason, StopRequest
-from everest_ds.training.timer import StepTimer, Waited
+from everest_ds.training.throughput import StepTimer, Waited
+from everest_ds.training.token_packing import Packer
+from everest_ds.training.unreadable import BrokenVideos
 from everest_ds.training.utilization import ClipCost
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights

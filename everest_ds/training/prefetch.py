@@ -13,7 +13,7 @@ from everest_ds.config import Experiment
 from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import Batch, PackedBatch
 from everest_ds.data.reading import Failure
-from everest_ds.training.packing import unpack
+from everest_ds.training.token_packing import unpack
 
 
 class Ready(NamedTuple):

@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 from torch import nn
 
-from everest_ds.cli.plan import count_samples, describe_plan
-from everest_ds.cli.prediction import REFERENCE, describe_prediction, parse_gpus
 from everest_ds.config import load_experiment, plan_ranks, recipe_names
 from everest_ds.costs.compute import count_parameters
 from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.training.plan import count_samples, describe_plan
+from everest_ds.training.prediction import REFERENCE, describe_prediction, parse_gpus
 from tests.cli.test_cli import run_main
 
 DATASETS = ("k400", "ssv2", "ucf101", "hmdb51", "oscc")

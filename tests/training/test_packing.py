@@ -13,9 +13,9 @@ from everest_ds.config import plan_ranks
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.models import build_model
 from everest_ds.training.objective import build_objective
-from everest_ds.training.packing import Packer, unpack
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_training_samples
+from everest_ds.training.token_packing import Packer, unpack
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, train_rank
 
