@@ -20,11 +20,11 @@ from typing import Annotated, Any
 import typer
 
 from everest_ds.cli.program import run_program
-from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, dump_experiment, load_experiment, plan_ranks
 from everest_ds.console import JsonFile, print_table, write_json
 from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides
 from everest_ds.units import GIB
 
 _RANK = Path(__file__).with_name("autotuned_rank.py")

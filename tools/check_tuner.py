@@ -23,17 +23,17 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.calibrate import facts_here, machine_here
 from everest_ds.cli.program import run_program
-from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import EverestError
 from everest_ds.profiling.device import num_gpus
-from everest_ds.tuning.correction import kendall_tau
+from everest_ds.tuning.calibration.local_machine import facts_here, machine_here
 from everest_ds.tuning.search import needed_bytes
+from everest_ds.tuning.trials.correction import kendall_tau
+from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides
 
 MIB = 2**20
 COMMON = ("data.frame_stride=1", "batch.global_batch_size=null")

@@ -14,10 +14,10 @@ from everest_ds.console import JsonFile, write_csv, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.tune_tables import Costs
-    from everest_ds.cli.tune_trials import TrialOptions
     from everest_ds.config import Experiment
+    from everest_ds.tuning.candidate_tables import Costs
     from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
+    from everest_ds.tuning.trials.contenders import TrialOptions
 
 _COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
 OptionalRecipe = Annotated[
@@ -187,11 +187,11 @@ def tune(
         _calibrate(source, calibrate, nproc, calibration)
         return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
-    from everest_ds.cli.tune_tables import Costs
-    from everest_ds.cli.tune_trials import TrialOptions
     from everest_ds.cli.tune_winner import default_folder
     from everest_ds.config import load_experiment
     from everest_ds.tuning.batches import keep_global_batch
+    from everest_ds.tuning.candidate_tables import Costs
+    from everest_ds.tuning.trials.contenders import TrialOptions
 
     config = load_experiment(source, overrides or [])
     cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
@@ -216,7 +216,7 @@ def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path |
         raise UsageError("RECIPE is missing", fix="name a recipe (everest-ds recipes), or give --calibrate")
     if source is not None:
         raise UsageError("a recipe was given with --calibrate", given=source, fix="leave out the recipe")
-    from everest_ds.cli.calibrate import calibrate
+    from everest_ds.tuning.calibration.local_machine import calibrate
 
     calibrate(nproc, file)
 
@@ -250,7 +250,7 @@ def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchRes
 def _write_tables(
     result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
 ) -> None:
-    from everest_ds.cli.tune_tables import as_json, candidate_rows, dropped_rows
+    from everest_ds.tuning.candidate_tables import as_json, candidate_rows, dropped_rows
 
     rows = candidate_rows(result.ranked, cluster, costs)
     write_csv(csv_file, rows)
@@ -274,7 +274,7 @@ def _write_best(
     if how is None:
         _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
         return
-    from everest_ds.cli.tune_trials import candidate_name, run_trials
+    from everest_ds.tuning.trials.contenders import candidate_name, run_trials
 
     tried = run_trials(source, overrides, cluster, result, folder, how)
     if tried is not None:
@@ -292,8 +292,8 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
 def _ask_what_if(
     config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
 ) -> None:
-    from everest_ds.cli.tune_report import what_if_page, write_page
     from everest_ds.cli.tune_what_if import ask
+    from everest_ds.tuning.trials.trial_report import what_if_page, write_page
 
     page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
     typer.echo(f"what if: {write_page(folder, 'what_if', page)}")

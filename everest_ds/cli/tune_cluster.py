@@ -29,7 +29,7 @@ def cluster_here(num_ranks: int, calibration: Path | None = None) -> Cluster:
     Raises:
         UsageError: this machine has not been calibrated for that number of ranks.
     """
-    from everest_ds.cli.calibrate import machine_here
+    from everest_ds.tuning.calibration.local_machine import machine_here
 
     return Cluster(machine_here(num_ranks, calibration), num_ranks)
 

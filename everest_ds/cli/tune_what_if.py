@@ -10,8 +10,8 @@ from everest_ds.config import Experiment
 from everest_ds.console import progress_of
 from everest_ds.errors import EverestError, UsageError
 from everest_ds.tuning.batches import keep_global_batch
+from everest_ds.tuning.scaling import WhatIf, ask_what_if
 from everest_ds.tuning.search import Candidate, Options, search
-from everest_ds.tuning.what_if import WhatIf, ask_what_if
 
 NUMBERS = tuple(2**power for power in range(11))
 

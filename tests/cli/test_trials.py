@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from everest_ds.cli.trial_run import Setup, judge_exit, run_here, trial_overrides
-from everest_ds.cli.trials import TrialEntry, run_name, try_here, with_trials
 from everest_ds.config import dump_experiment, load_experiment
 from everest_ds.errors import ExitCode
-from everest_ds.tuning.correction import traits_of
-from everest_ds.tuning.standing import Tried
-from everest_ds.tuning.trials import WARM_UP_STEPS
+from everest_ds.tuning.trials.correction import traits_of
+from everest_ds.tuning.trials.one_trial import Setup, judge_exit, run_here, trial_overrides
+from everest_ds.tuning.trials.ranking import Tried
+from everest_ds.tuning.trials.record import WARM_UP_STEPS
+from everest_ds.tuning.trials.run import TrialEntry, run_name, try_here, with_trials
 from tests.training.runs import experiment
 
 PLACE = {"device": "test"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from everest_ds.cli.calibrate import calibration_file, facts_here
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.launch.local import threads_per_rank
-from everest_ds.tuning.calibration import Calibration
+from everest_ds.tuning.calibration.file import Calibration
+from everest_ds.tuning.calibration.local_machine import calibration_file, facts_here
 
 
 def pretend_calibration(*numbers_of_ranks: int) -> Path:

@@ -13,8 +13,8 @@ from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.costs.hardware.machine import Link, intensity
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
-from everest_ds.tuning.calibration import Calibration, read_calibration
-from everest_ds.tuning.fit import (
+from everest_ds.tuning.calibration.file import Calibration, read_calibration
+from everest_ds.tuning.calibration.fit import (
     CollectiveSample,
     Measurements,
     TrainedStep,

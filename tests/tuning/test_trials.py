@@ -10,10 +10,10 @@ import pytest
 
 from everest_ds.config import load_experiment
 from everest_ds.errors import RunFolderError
-from everest_ds.tuning.baselines import natural_baselines
-from everest_ds.tuning.correction import Observed, fit_correction, kendall_tau
-from everest_ds.tuning.standing import Tried, pareto_front, weigh
-from everest_ds.tuning.trials import (
+from everest_ds.tuning.trials.baselines import natural_baselines
+from everest_ds.tuning.trials.correction import Observed, fit_correction, kendall_tau
+from everest_ds.tuning.trials.ranking import Tried, pareto_front, weigh
+from everest_ds.tuning.trials.record import (
     TRIALS_FILE,
     Trial,
     TrialOutcome,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.costs.step_time import StepPrediction
 from everest_ds.costs.term import Term
-from everest_ds.tuning.what_if import ask_what_if, values_of, where_it_pays
+from everest_ds.tuning.scaling import ask_what_if, values_of, where_it_pays
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from everest_ds.costs.hardware.machine import Machine
 from everest_ds.data.order import steps_per_epoch
 from everest_ds.tuning.search import Candidate, Cluster, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Dropped
-from everest_ds.tuning.standing import CLOSE_PCT
+from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import GIB, format_bytes, format_duration
 
 TableRow = dict[str, Any]

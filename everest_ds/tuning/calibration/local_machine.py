@@ -35,7 +35,7 @@ def machine_here(num_ranks: int, file: Path | None = None) -> Machine:
         UsageError: there is no calibration for that many ranks, or cores, threads or software changed since.
     """
     from everest_ds.launch.local import threads_per_rank
-    from everest_ds.tuning.calibration import read_calibration
+    from everest_ds.tuning.calibration.file import read_calibration
 
     file = file or calibration_file()
     machine = read_calibration(file, facts_here()).machine(num_ranks)
@@ -121,10 +121,10 @@ def _as_rank(file: Path) -> None:
 
 
 def _measure_and_keep(world: World, file: Path) -> None:
-    from everest_ds.cli.calibrate_rank import measure_machine
     from everest_ds.costs.hardware.gpus import peak_flops_per_s
-    from everest_ds.tuning.calibration import Calibration
-    from everest_ds.tuning.fit import fit_machine
+    from everest_ds.tuning.calibration.file import Calibration
+    from everest_ds.tuning.calibration.fit import fit_machine
+    from everest_ds.tuning.calibration.measure import measure_machine
 
     found = measure_machine(world)
     now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -141,7 +141,7 @@ def _measure_and_keep(world: World, file: Path) -> None:
 
 def _kept(file: Path, facts: dict[str, str]) -> dict[int, Machine]:
     """Return the earlier results for other numbers of ranks, unless the machine has changed since."""
-    from everest_ds.tuning.calibration import read_calibration
+    from everest_ds.tuning.calibration.file import read_calibration
 
     try:
         return dict(read_calibration(file, facts).machines)

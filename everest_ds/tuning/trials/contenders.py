@@ -9,11 +9,6 @@ from typing import Any
 
 import typer
 
-from everest_ds.cli.calibrate import facts_here
-from everest_ds.cli.trial_run import Setup
-from everest_ds.cli.trials import Array, TrialEntry, try_by_slurm, try_here
-from everest_ds.cli.tune_report import ranking_rows, trials_page, write_page
-from everest_ds.cli.tune_tables import dropped_rows
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.console import print_table
@@ -22,13 +17,18 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
 from everest_ds.training.run_folder import package_versions
-from everest_ds.tuning.baselines import Baseline, natural_baselines
-from everest_ds.tuning.correction import traits_of
-from everest_ds.tuning.reasons import slower_families
+from everest_ds.tuning.calibration.local_machine import facts_here
+from everest_ds.tuning.candidate_tables import dropped_rows
+from everest_ds.tuning.explain import slower_families
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult, describe_recompute, needed_bytes
 from everest_ds.tuning.space import Sharding
-from everest_ds.tuning.standing import TrialResults, Tried, weigh
-from everest_ds.tuning.trials import trial_key
+from everest_ds.tuning.trials.baselines import Baseline, natural_baselines
+from everest_ds.tuning.trials.correction import traits_of
+from everest_ds.tuning.trials.one_trial import Setup
+from everest_ds.tuning.trials.ranking import TrialResults, Tried, weigh
+from everest_ds.tuning.trials.record import trial_key
+from everest_ds.tuning.trials.run import Array, TrialEntry, try_by_slurm, try_here
+from everest_ds.tuning.trials.trial_report import ranking_rows, trials_page, write_page
 from everest_ds.tuning.winner import deepspeed_file
 
 _BASELINE = "ZeRO-2"

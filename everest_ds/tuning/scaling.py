@@ -12,7 +12,7 @@ from typing import Protocol, get_args
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.costs.step_time import StepPrediction
-from everest_ds.tuning.correction import traits_of
+from everest_ds.tuning.trials.correction import traits_of
 
 TRAITS = ("ZeRO stage", "tensor degree", "recompute")
 _MODES = get_args(RecomputeConfig.model_fields["mode"].annotation)

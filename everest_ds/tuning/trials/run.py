@@ -14,7 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from everest_ds.cli.trial_run import (
+from everest_ds.config import Experiment
+from everest_ds.console import progress_of
+from everest_ds.errors import RunFolderError
+from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
+from everest_ds.tuning.trials.one_trial import (
     Ending,
     Setup,
     read_steps,
@@ -22,12 +26,8 @@ from everest_ds.cli.trial_run import (
     run_here,
     trial_overrides,
 )
-from everest_ds.config import Experiment
-from everest_ds.console import progress_of
-from everest_ds.errors import RunFolderError
-from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
-from everest_ds.tuning.standing import Tried
-from everest_ds.tuning.trials import Trial, TrialOutcome, keep_trial, read_trials, trial_key
+from everest_ds.tuning.trials.ranking import Tried
+from everest_ds.tuning.trials.record import Trial, TrialOutcome, keep_trial, read_trials, trial_key
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:

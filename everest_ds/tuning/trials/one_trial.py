@@ -20,7 +20,7 @@ from everest_ds.errors import ExitCode, StoppedError
 from everest_ds.jobs.status import explain_exit_code
 from everest_ds.launch.local import end_with_parent
 from everest_ds.training.run_folder import read_metrics
-from everest_ds.tuning.trials import TrialOutcome, summarise_steps
+from everest_ds.tuning.trials.record import TrialOutcome, summarise_steps
 
 OUTPUT_FILE = "trial.out"
 _VIDEOS = 8  # number of synthetic videos, which the samples of a trial use in turn

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from everest_ds.tuning.correction import Correction, Observed, errors_pct, fit_correction, kendall_tau
-from everest_ds.tuning.trials import Trial
+from everest_ds.tuning.trials.correction import Correction, Observed, errors_pct, fit_correction, kendall_tau
+from everest_ds.tuning.trials.record import Trial
 from everest_ds.units import format_bytes
 
 CLOSE_PCT = 8  # the note `close` marks a candidate with less memory left than this share

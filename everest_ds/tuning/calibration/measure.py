@@ -26,7 +26,7 @@ from everest_ds.profiling.device import HOST, free_bytes, num_threads, precision
 from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
-from everest_ds.tuning.fit import CollectiveSample, Measurements, TrainedStep
+from everest_ds.tuning.calibration.fit import CollectiveSample, Measurements, TrainedStep
 
 _STEPS, _WARM_UP = 6, 4  # clips per rank, each seen twice; the first steps still create optimizer states
 _CLIP_SIZES = (64, 224)

@@ -11,8 +11,8 @@ from everest_ds.errors import UsageError
 from everest_ds.reports.page import Page, PageSection, Plot, render_page
 from everest_ds.reports.page_markdown import render_page_markdown
 from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
-from everest_ds.tuning.standing import Standing, TrialResults, pareto_front
-from everest_ds.tuning.what_if import TRAITS, WhatIf, values_of, where_it_pays
+from everest_ds.tuning.scaling import TRAITS, WhatIf, values_of, where_it_pays
+from everest_ds.tuning.trials.ranking import Standing, TrialResults, pareto_front
 from everest_ds.units import GIB
 
 
