@@ -9,7 +9,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Exported name -> module that defines it, imported on first use because importing torch takes seconds.
-_LAZY = {"load_model": "everest_ds.interchange.load", "read_clip": "everest_ds.inference.views"}
+_LAZY = {"load_model": "everest_ds.interchange.load_model", "read_clip": "everest_ds.inference.views"}
 
 
 def __getattr__(name: str) -> Any:

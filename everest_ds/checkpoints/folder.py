@@ -11,8 +11,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from everest_ds.checkpoints.manifest import Manifest, read_checkpoint_manifest, write_checkpoint_manifest
 from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints, step_of
+from everest_ds.checkpoints.sealed_manifest import (
+    Manifest,
+    read_checkpoint_manifest,
+    write_checkpoint_manifest,
+)
 from everest_ds.checkpoints.tensor_file import seal_of, sync_folder
 from everest_ds.errors import CheckpointError
 

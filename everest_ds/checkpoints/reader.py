@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.checkpoints.manifest import WHOLE, Cut, Manifest
+from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut, Manifest
 from everest_ds.errors import CheckpointError
 
 # A checkpoint stores three states per parameter: the float32 weight and AdamW's two moments.

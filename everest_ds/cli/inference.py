@@ -64,8 +64,8 @@ def features(
     Example: everest-ds features my_videos --model runs/pre --out features.npz
     """
     from everest_ds.data.video_list import list_samples
+    from everest_ds.inference.feature_table import check_table_file
     from everest_ds.inference.features import extract
-    from everest_ds.inference.table import check_table_file
 
     check_table_file(out)
     samples = list_samples(videos)
@@ -127,7 +127,7 @@ def predict(
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
     from everest_ds.data.video_list import list_samples
-    from everest_ds.inference import predict as inference
+    from everest_ds.inference import predictions as inference
 
     samples = list_samples(videos)
     single = len(samples) == 1
@@ -164,7 +164,7 @@ def _line(video: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
 def _draw_kept(network: Any, video: Path, file: Path) -> None:
     from matplotlib.image import imsave  # imported late, because importing matplotlib is slow
 
-    from everest_ds.inference.predict import see
+    from everest_ds.inference.predictions import see
     from everest_ds.reports.kept_tokens import draw_kept
 
     sight = see(network, video)
@@ -188,7 +188,7 @@ def _end_with(problems: list[dict[str, Any]], num_videos: int) -> None:
 
 def _load(model: Path, overrides: list[str], features: bool = False) -> Any:
     from everest_ds.inference.views import best_device
-    from everest_ds.interchange.load import load_model
+    from everest_ds.interchange.load_model import load_model
 
     return load_model(model, *overrides, features=features).to(best_device())
 

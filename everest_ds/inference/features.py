@@ -23,7 +23,14 @@ from everest_ds.data.ledger import SUFFIX, Ledger, Problem, exclude
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
-from everest_ds.inference.table import UNLABELLED, FeatureTable, join, read_table, rows_of, write_table
+from everest_ds.inference.feature_table import (
+    UNLABELLED,
+    FeatureTable,
+    join,
+    read_table,
+    rows_of,
+    write_table,
+)
 from everest_ds.inference.views import Views, over_views
 
 _PART = 64  # videos

@@ -11,7 +11,7 @@ import torch
 from everest_ds.config import load_experiment
 from everest_ds.errors import UsageError
 from everest_ds.inference.views import read_clip
-from everest_ds.interchange.load import load_model
+from everest_ds.interchange.load_model import load_model
 from everest_ds.models import build_model
 from everest_ds.models.feature_model import FeatureModel
 from everest_ds.models.watch import Seen, Watch

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.export import find_weights, open_weights
-from everest_ds.checkpoints.manifest import read_checkpoint_manifest
+from everest_ds.checkpoints.sealed_manifest import read_checkpoint_manifest
 from everest_ds.checkpoints.tensor_file import open_tensors
 from everest_ds.config import load_experiment
 from everest_ds.errors import CheckpointError

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from everest_ds.checkpoints.folder import damage, set_aside
-from everest_ds.checkpoints.manifest import Manifest, read_checkpoint_manifest
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import Manifest, read_checkpoint_manifest
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.log import logger

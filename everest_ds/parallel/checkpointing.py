@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import abandon_saving, commit, prune, start_saving
-from everest_ds.checkpoints.manifest import Cut, Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.reader import STATES, entry
+from everest_ds.checkpoints.sealed_manifest import Cut, Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.parallel.engine import Engine

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from everest_ds.checkpoints.manifest import WHOLE, Cut
 from everest_ds.checkpoints.reader import STATES, WEIGHT
+from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.tensor_parallel import split_of
 

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.manifest import Facts
 from everest_ds.checkpoints.names import list_checkpoints
+from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import fingerprint, steps_per_epoch

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.encoder import EncoderWeights, open_encoder
+from everest_ds.interchange.encoder_weights import EncoderWeights, open_encoder
 from everest_ds.log import logger
 from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.sharded_init import InitialWeights

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import commit, start_saving
-from everest_ds.checkpoints.manifest import Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.reader import STATES, entry
+from everest_ds.checkpoints.sealed_manifest import Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
 
 SHAPES = {"encoder.weight": (3, 5), "encoder.bias": (7,), "scale": ()}

@@ -22,8 +22,8 @@ from everest_ds.checkpoints.folder import (
     start_saving,
     verify_checkpoint,
 )
-from everest_ds.checkpoints.manifest import Parameter, Piece, read_checkpoint_manifest
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import Parameter, Piece, read_checkpoint_manifest
 from everest_ds.errors import CheckpointError
 from tests.checkpoints.made import SHAPES, facts, make_checkpoint, states_of
 

@@ -14,8 +14,8 @@ from everest_ds import load_model, read_clip
 from everest_ds.data.video_list import list_samples
 from everest_ds.errors import DataError, UsageError
 from everest_ds.inference import features
+from everest_ds.inference.feature_table import FeatureTable, check_table_file, read_table, write_table
 from everest_ds.inference.features import Extracted, extract
-from everest_ds.inference.table import FeatureTable, check_table_file, read_table, write_table
 from everest_ds.inference.views import Views
 from tests.interchange import systems
 from tests.interchange.systems import CLIP

@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from everest_ds import load_model, read_clip
-from everest_ds.inference.predict import see
+from everest_ds.inference.predictions import see
 from tests.cli.test_cli import run_main
 from tests.interchange import systems
 from tests.interchange.systems import CLIP

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from everest_ds.checkpoints import folder, manifest, tensor_file
+from everest_ds.checkpoints import folder, tensor_file
+from everest_ds.checkpoints import sealed_manifest as manifest
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
 from everest_ds.parallel import checkpointing as saving
