@@ -1,7 +1,7 @@
 """The work of the host in a training step: operators to launch, and Python code per parameter tensor.
 
 Operators were counted on our model and on the real engine (profiling/launches.py) in float32, in which
-attention is one operator on a CPU as on a GPU; tests/tuning/test_host_work.py counts them again. The counts
+attention is one operator on a CPU as on a GPU; tests/costs/test_host_work.py counts them again. The counts
 leave out a few casts in half precision, the sums of tensor parallelism, and what compiled blocks save.
 """
 

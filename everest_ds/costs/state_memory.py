@@ -1,7 +1,7 @@
 """Predicted memory of a model's states under ZeRO, in closed form, without torch.
 
 The rules describe DeepSpeed 0.19.8 with the files of ds_configs/ and with parallel/lean_update.py. Each rule
-is checked against the live tensors of an engine (tests/profiling/test_memory_states.py). Symbols: Ψ
+is checked against the live tensors of an engine (tests/costs/test_state_memory.py). Symbols: Ψ
 parameters, N data-parallel ranks, e bytes per value, s bytes per value in the sum of several micro-batches'
 gradients (in bf16 4 by default, otherwise e):
 

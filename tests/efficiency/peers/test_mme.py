@@ -14,7 +14,7 @@ from everest_ds.efficiency.peers.mme import MME, build_mme, tracked_tokens, traj
 from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.profiling.mac_counter import count_forward
-from tests.models.peers.real_clips import real_clips
+from tests.efficiency.peers.real_clips import real_clips
 
 GEOMETRY = ClipGeometry(num_frames=4, image_size=64)  # 2 slots of 4 x 4 places, 8 x 8 points
 KEYS = torch.tensor([5, 6])

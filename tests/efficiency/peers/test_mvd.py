@@ -20,7 +20,7 @@ from everest_ds.models.selection.masks import split_tubes
 from everest_ds.models.tubelets import to_tubelets
 from everest_ds.models.vit import Attention
 from everest_ds.profiling.mac_counter import count_forward
-from tests.models.peers.real_clips import real_clips
+from tests.efficiency.peers.real_clips import real_clips
 
 GEOMETRY = ClipGeometry(num_frames=4, image_size=64)  # 2 slots of 4 x 4 places
 KEYS = torch.tensor([5, 6])

@@ -6,7 +6,7 @@ import torch
 
 from everest_ds.efficiency.peers.patches import AllPatches, PatchEmbedding
 from everest_ds.efficiency.peers.xvit import MixingAttention, mix_neighbours
-from tests.models.peers.small_peers import FRAMES, LONG, sampler
+from tests.efficiency.peers.small_peers import FRAMES, LONG, sampler
 
 SLOTS, TOKENS, WIDTH = 4, 3, 16
 

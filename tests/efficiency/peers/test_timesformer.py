@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from everest_ds.efficiency.peers.layers import VideoClassifier
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
-from tests.models.peers.small_peers import FRAMES, NUM_CLASSES, SHAPE, noise, randomized, small
+from tests.efficiency.peers.small_peers import FRAMES, NUM_CLASSES, SHAPE, noise, randomized, small
 
 transformers = pytest.importorskip("transformers", minversion="5.0")
 

@@ -21,8 +21,8 @@ from everest_ds.efficiency.peers.mvit_plan import MVIT_S
 from everest_ds.efficiency.peers.vivit import build_vivit
 from everest_ds.efficiency.peers.xvit import build_xvit
 from everest_ds.profiling.mac_counter import ComputeCount, count_forward, count_training_step
-from tests.models.peers.real_clips import real_clips
-from tests.models.peers.small_peers import NUM_CLASSES, SMALL, noise, randomized, small
+from tests.efficiency.peers.real_clips import real_clips
+from tests.efficiency.peers.small_peers import NUM_CLASSES, SMALL, noise, randomized, small
 
 KEYS = torch.tensor([5, 6])
 MVIT_S_3_7_6 = replace(MVIT_S, depths=(3, 7, 6))

@@ -15,7 +15,7 @@ from torch import Tensor
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.efficiency.peers.hog import hog_targets, hog_width, oriented_gradients
 from everest_ds.models.tubelets import normalize_pixels
-from tests.models.peers.real_clips import real_clips
+from tests.efficiency.peers.real_clips import real_clips
 
 GEOMETRY = ClipGeometry(num_frames=4, tubelet_size=2, image_size=32, patch_size=16)
 

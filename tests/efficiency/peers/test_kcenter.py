@@ -21,8 +21,8 @@ from everest_ds.efficiency.peers.kcenter import (
 )
 from everest_ds.efficiency.peers.patches import AllPatches, PatchEmbedding
 from everest_ds.models.tubelets import gather_tokens, to_tubelets
-from tests.models.peers.real_clips import real_clips
-from tests.models.peers.small_peers import LONG, sampler
+from tests.efficiency.peers.real_clips import real_clips
+from tests.efficiency.peers.small_peers import LONG, sampler
 
 KEYS = torch.tensor([5, 6])
 # Integer coordinates, so that distances are exact and ties are common.

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from everest_ds.efficiency.peers.vivit import SequenceEncoder, ViViT
 from everest_ds.models.tubelets import to_tubelets
-from tests.models.peers.small_peers import SHAPE, TUBELETS, noise, randomized, small
+from tests.efficiency.peers.small_peers import SHAPE, TUBELETS, noise, randomized, small
 
 KEYS = torch.tensor([5, 6])
 
