@@ -17,8 +17,7 @@ from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import build_engine
 from everest_ds.parallel.world import join_world
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
 _MICRO_BATCHES = 1000  # more than the autotuner lets run
 

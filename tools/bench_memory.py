@@ -25,8 +25,7 @@ from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World, join_world, leave_world
 from everest_ds.profiling.allocations import measure_resident_peak
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
 MIB = 2**20
 WARM_UP_STEPS = 2  # the first step creates the optimiser's states

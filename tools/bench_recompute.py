@@ -26,7 +26,7 @@ from everest_ds.parallel.engine import check_precision
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.world import join_world, leave_world
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.training.objective import build_objective
+from everest_ds.training.optimization import build_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -119,7 +119,7 @@ def submit(
     from everest_ds.jobs.queue import Queueing, Submission, as_jobs, print_plan, queue_all, show
     from everest_ds.jobs.sbatch import signal_seconds, split_options, with_timely_signal
     from everest_ds.jobs.submission import Target
-    from everest_ds.launch.rank_table import hosts_of, place_ranks
+    from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
 
     began = clock.perf_counter()
     positional, options = split_options(words)
@@ -162,7 +162,7 @@ def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> JobShap
 
 def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
     """Return the environment variables for sbatch and the scripts in slurm/, the site's settings included."""
-    from everest_ds.jobs.cluster_file import find_cluster_file, read_cluster_file
+    from everest_ds.jobs.sbatch import find_cluster_file, read_cluster_file
     from everest_ds.shipped import shipped
 
     folder = shipped("slurm").resolve()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
     from everest_ds.training.prediction import Gpus
-    from everest_ds.training.utilization import ClipCost
+    from everest_ds.training.throughput import ClipCost
 
 RecipeArg = Annotated[
     str,
@@ -303,7 +303,7 @@ def _clip_cost(config: Experiment, world: World) -> ClipCost:
     from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
     from everest_ds.costs.hardware.gpus import peak_flops_per_s
     from everest_ds.profiling.step_measurement import compute_dtype, device_name
-    from everest_ds.training.utilization import ClipCost
+    from everest_ds.training.throughput import ClipCost
 
     dtype = compute_dtype(config.precision, world.device)
     peak = peak_flops_per_s(device_name(world.device), dtype)
@@ -311,7 +311,7 @@ def _clip_cost(config: Experiment, world: World) -> ClipCost:
 
 
 def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.training.testing import run_test
+    from everest_ds.training.evaluate import run_test
 
     result = run_test(config, world)
     if not world.is_main:

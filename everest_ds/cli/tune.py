@@ -238,7 +238,7 @@ def _options(global_batch: int | None, any_precision: bool, overrides: Sequence[
 
 
 def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
-    from everest_ds.tuning.nearest import fits_nowhere
+    from everest_ds.tuning.explain import fits_nowhere
     from everest_ds.tuning.search import search
 
     result = search(config, cluster, options)

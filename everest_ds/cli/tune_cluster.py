@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from everest_ds.costs.hardware.data_sheet import RANKS_PER_NODE, machine_from_sheet
-from everest_ds.costs.hardware.gpu_file import device_of
+from everest_ds.costs.hardware.gpus import device_of
 from everest_ds.errors import UsageError
 from everest_ds.tuning.search import Cluster
 

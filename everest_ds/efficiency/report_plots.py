@@ -9,15 +9,16 @@ from pathlib import Path
 from everest_ds.config import Experiment
 from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.efficiency.measured import Measured
-from everest_ds.efficiency.memory_sweeps import (
+from everest_ds.efficiency.runs import Run
+from everest_ds.efficiency.systems import (
+    BACKBONES,
     METHODS,
     NUM_RANKS,
+    SYSTEMS,
     memory_at,
     memory_by_batch,
     trained_configs,
 )
-from everest_ds.efficiency.runs import Run
-from everest_ds.efficiency.systems import BACKBONES, SYSTEMS
 from everest_ds.efficiency.tables import ComparisonRow
 from everest_ds.reports.charts import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
 from everest_ds.reports.clip_pictures import CAPTIONS

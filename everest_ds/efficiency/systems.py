@@ -5,13 +5,17 @@ To add a system, write a module under models/peers/, and add an entry to that re
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import count_parameters, predict_macs
+from everest_ds.costs.memory import MemoryPrediction, predict_memory
 from everest_ds.efficiency.peer_counts import count_peer
+
+NUM_RANKS = 8  # one node, as in the published tables
+METHODS = ("VideoMAE", "EVEREST")
 
 FigureKind = Literal["predicted", "counted", "measured", "published"]
 K400_CLASSES = 400
@@ -128,7 +132,6 @@ _IMAGES = (
 )
 _IMAGES_B, _IMAGES_L = _IMAGES.format("17.6"), _IMAGES.format("61.6")
 _KCENTERED = "the backbone without the sampler in front of it, which would add 3.8 per view"
-
 SYSTEMS: dict[tuple[str, str], System] = {
     ("MViT", "MViT-S"): System(
         None,
@@ -163,3 +166,24 @@ SYSTEMS: dict[tuple[str, str], System] = {
     ("MVD + full-token", "ViT-B"): videomae("ViT-B"),
     ("MVD + EVEREST", "ViT-B"): everest("ViT-B"),
 }
+
+
+def trained_configs(method: str, backbone: str) -> dict[str, Experiment]:
+    """Return this project's config of a method for each training phase.
+
+    The configs use bf16, ZeRO-2 and fused attention, without recomputation.
+    """
+    system = SYSTEMS[method, backbone]
+    phases = {"pre-training": system.pretrain, "fine-tuning": system.finetune}
+    return {phase: model.config for phase, model in phases.items() if isinstance(model, OwnModel)}
+
+
+def memory_by_batch(config: Experiment, batch_sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Return (clips per rank, predicted peak bytes per rank) for each micro-batch size."""
+    return [(size, memory_at(config, size).peak_bytes) for size in batch_sizes]
+
+
+def memory_at(config: Experiment, micro_batch_size: int) -> MemoryPrediction:
+    """Predict the memory of one of `NUM_RANKS` ranks at a micro-batch size."""
+    batch = config.batch.model_copy(update={"micro_batch_size": micro_batch_size})
+    return predict_memory(config.model_copy(update={"batch": batch}), num_ranks=NUM_RANKS)

@@ -11,10 +11,18 @@ from dataclasses import dataclass, replace
 from functools import cache
 
 from everest_ds.config.schema import Experiment
-from everest_ds.efficiency.memory_sweeps import NUM_RANKS, memory_at
 from everest_ds.efficiency.published import Cell
 from everest_ds.efficiency.published_memory import ASSUMPTIONS, predict_published_memory
-from everest_ds.efficiency.systems import SYSTEMS, Figure, FigureKind, OwnModel, Subject, System
+from everest_ds.efficiency.systems import (
+    NUM_RANKS,
+    SYSTEMS,
+    Figure,
+    FigureKind,
+    OwnModel,
+    Subject,
+    System,
+    memory_at,
+)
 from everest_ds.profiling.mac_counter import ExperimentCount, count_experiment, macs_by_part
 
 OURS = "EVEREST-DS"  # the method of rows about our own sparse path

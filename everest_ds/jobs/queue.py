@@ -16,7 +16,7 @@ from everest_ds.jobs.slurm import answer, has_slurm, test_only
 from everest_ds.jobs.submission import Stage
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import MAX_TASKS, SweepCandidate, expand_array
-from everest_ds.launch.rank_table import RankPlace
+from everest_ds.launch.slurm_nodelist import RankPlace
 from everest_ds.shipped import shipped
 
 # Placeholder in a chain: --dry-run cannot know the id of the preceding job.

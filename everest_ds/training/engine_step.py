@@ -22,8 +22,7 @@ from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from everest_ds.training.prefetch import Preparation
 from everest_ds.training.token_packing import Packer
 

@@ -22,17 +22,14 @@ from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial_weights import outline
-from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
+from everest_ds.parallel.checkpointing import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import evaluate_views
-from everest_ds.training.grace import GRACE_FILE as GRACE_FILE
-from everest_ds.training.grace import Grace
 from everest_ds.training.loss_watch import LossWatch
-from everest_ds.training.objective import Objective, build_objective
 from everest_ds.training.observers import (
     MetricsFile,
     Observer,
@@ -40,19 +37,18 @@ from everest_ds.training.observers import (
     StepReport,
     TensorBoard,
     ValidationReport,
+    draw_pictures,
+    watch,
 )
-from everest_ds.training.optimization import build_schedule
-from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.pictures import draw_pictures, watch
+from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
-from everest_ds.training.stop import StopReason, StopRequest
-from everest_ds.training.throughput import StepTimer, Waited
+from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
+from everest_ds.training.throughput import ClipCost, StepTimer, Waited
 from everest_ds.training.token_packing import Packer
 from everest_ds.training.unreadable import BrokenVideos
-from everest_ds.training.utilization import ClipCost
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 

@@ -14,7 +14,7 @@ from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.sharded_init import DTYPES, InitialWeights
 from everest_ds.training.engine_step import MeasuredStep, noise_weights
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import parameter_groups
 
 
 class PlainStep(MeasuredStep):

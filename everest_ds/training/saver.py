@@ -10,7 +10,7 @@ from everest_ds.parallel.checkpointing import Keep, Saving
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
-from everest_ds.training.grace import Grace
+from everest_ds.training.stop import Grace
 
 
 class Saver:

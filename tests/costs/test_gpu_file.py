@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.costs.hardware.gpu_file import device_of
-from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.gpus import DEVICES, device_of
 from everest_ds.errors import UsageError
 
 NUMBERS = {

@@ -23,7 +23,7 @@ from everest_ds.models.selection import rero
 from everest_ds.parallel.world import World
 from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep, MeasuredStep
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import parameter_groups
 from everest_ds.training.plain_step import PlainStep
 from tests.ranks import run_ranks
 

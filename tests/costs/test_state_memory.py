@@ -21,8 +21,7 @@ from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from tests.ranks import run_ranks
 
 NUM_RANKS = 2

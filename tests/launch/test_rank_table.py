@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.rank_table import hosts_of, place_ranks
+from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
 from tests.launch.test_slurm_nodelist import ELEMENTS, compress
 
 Element = list[str | list[tuple[int, int, int]]]

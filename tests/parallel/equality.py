@@ -27,8 +27,7 @@ from everest_ds.parallel.engine import (
 )
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
 STEPS = 20
 GLOBAL_BATCH = 8

@@ -14,14 +14,12 @@ from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.config import plan_ranks
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import load_checkpoint
-from everest_ds.parallel.checkpointing import Keep, Saving
+from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from tests.checkpoints.made import facts
 from tests.parallel.equality import experiment, global_batch, part
 from tests.ranks import run_ranks

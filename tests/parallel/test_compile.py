@@ -20,7 +20,7 @@ from everest_ds.models import build_model
 from everest_ds.models.vit import Block
 from everest_ds.parallel.compile import apply_compile
 from everest_ds.parallel.world import World
-from everest_ds.training.pictures import watch
+from everest_ds.training.observers import watch
 from tests.parallel.equality import (
     GLOBAL_BATCH,
     SPLITTABLE,

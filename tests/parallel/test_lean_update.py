@@ -23,7 +23,7 @@ from everest_ds.parallel.engine import (
 )
 from everest_ds.parallel.world import World
 from everest_ds.profiling.launches import LaunchCounter, count_launches
-from everest_ds.training.objective import build_objective
+from everest_ds.training.optimization import build_objective
 from tests.parallel.equality import (
     SPLITTABLE,
     TOLERANCE,

@@ -14,8 +14,7 @@ import torch
 from everest_ds.checkpoints.reader import STATES
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
-from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete
-from everest_ds.parallel.checkpointing import Keep, Saving
+from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint, newest_complete
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import _refuse_stale_locks, check_nvme

@@ -22,8 +22,7 @@ from everest_ds.parallel.engine import build_engine, full_parameter, set_learnin
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from tests.parallel.recompute_rows import benchmark
 from tests.ranks import run_ranks
 

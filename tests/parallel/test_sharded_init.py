@@ -21,7 +21,7 @@ from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel
 from everest_ds.parallel.world import World
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import parameter_groups
 from everest_ds.training.weights import initial_weights
 from tests.parallel.equality import experiment
 from tests.ranks import run_ranks

@@ -22,8 +22,8 @@ from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.tensor_parallel import Split, apply_tensor_parallel, split_of
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
-from everest_ds.training.testing import run_test
 from tests.parallel.equality import experiment as tiny_experiment
 from tests.ranks import run_ranks
 from tests.training import runs

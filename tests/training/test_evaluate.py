@@ -14,9 +14,8 @@ from everest_ds.data.clips import EvaluationClips
 from everest_ds.data.loader import LoadedItem
 from everest_ds.errors import EverestError
 from everest_ds.parallel.world import World
-from everest_ds.training.evaluate import Evaluation
+from everest_ds.training.evaluate import Evaluation, run_test
 from everest_ds.training.loop import train
-from everest_ds.training.testing import run_test
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, metrics, train_rank
 

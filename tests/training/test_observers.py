@@ -15,7 +15,7 @@ from everest_ds.costs.compute import predict_macs
 from everest_ds.parallel.world import World
 from everest_ds.training.loop import train
 from everest_ds.training.observers import MetricsFile, StepReport, TensorBoard
-from everest_ds.training.utilization import ClipCost
+from everest_ds.training.throughput import ClipCost
 from tests.ranks import run_ranks
 from tests.training.runs import Row, experiment, metrics
 

@@ -12,8 +12,8 @@ from everest_ds.data.ledger import Ledger
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.samples import read_samples, read_training_samples, settle
-from everest_ds.training.testing import run_test
 from tests.ranks import run_ranks
 
 from .runs import experiment, metrics, train_rank

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.training.grace import Grace
-from everest_ds.training.stop import StopReason, StopRequest
+from everest_ds.training.stop import Grace, StopReason, StopRequest
 
 
 def test_files_and_signals_ask_and_the_greatest_wish_counts(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from everest_ds.config import plan_ranks
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.models import build_model
-from everest_ds.training.objective import build_objective
+from everest_ds.training.optimization import build_objective
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_training_samples
 from everest_ds.training.token_packing import Packer, unpack

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from everest_ds.config import Experiment
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.samples import read_training_samples
-from everest_ds.training.testing import run_test
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, metrics, train_rank
 from tests.training.test_resume import stop_and_resume

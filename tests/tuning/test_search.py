@@ -15,8 +15,7 @@ from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError, EverestError, UsageError
-from everest_ds.tuning.explain import slower_families, why_slower
-from everest_ds.tuning.nearest import fits_nowhere
+from everest_ds.tuning.explain import fits_nowhere, slower_families, why_slower
 from everest_ds.tuning.search import BUCKETS, Cluster, Options, SearchResult, needed_bytes, search
 from everest_ds.tuning.space import Sharding, Space
 from everest_ds.units import format_bytes

@@ -17,8 +17,8 @@ from typing import Any
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
 from everest_ds.errors import ExitCode, RunFolderError
 from everest_ds.launch.local import available_cores
-from everest_ds.training.grace import GRACE_FILE as GRACE_FILE
 from everest_ds.training.run_folder import read_metrics
+from everest_ds.training.stop import GRACE_FILE
 from gpu_check.record import Record, Row
 
 _EVERY = (

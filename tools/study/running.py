@@ -32,9 +32,9 @@ from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
-from everest_ds.training.testing import run_test
 from study.probe import probe
 from study.protocol import KINDS, SHORT, Run, Study
 
