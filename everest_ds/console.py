@@ -7,19 +7,13 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
-
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to FILE as JSON.")
-]
 
 _UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
 

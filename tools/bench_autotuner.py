@@ -19,9 +19,10 @@ from typing import Annotated, Any
 
 import typer
 
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, dump_experiment, load_experiment, plan_ranks
-from everest_ds.console import JsonFile, print_table, write_json
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides

@@ -26,9 +26,10 @@ import typer
 from peer_loaders import videomae_loader
 from torch.utils.data import default_collate
 
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.console import JsonFile, print_table, progress_of, write_json
+from everest_ds.console import print_table, progress_of, write_json
 from everest_ds.data.clips import TrainingClips, training_batches
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames

@@ -23,10 +23,11 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
-from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import UsageError, nearest
 from everest_ds.parallel.world import World
 from everest_ds.parallel.world_of_one import world_of_one

@@ -31,9 +31,10 @@ from bench_report import print_report
 from peers import Peer, load_peer
 from torch.profiler import ProfilerActivity, profile
 
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
-from everest_ds.console import JsonFile, write_json
+from everest_ds.console import write_json
 from everest_ds.costs.hardware.gpus import peak_flops_per_s
 from everest_ds.errors import UsageError
 from everest_ds.parallel.world import World

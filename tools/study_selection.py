@@ -16,8 +16,9 @@ from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
 from study.report import draw, render
 from study.running import claim, make_data, read_rows, run_study
 
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
-from everest_ds.console import JsonFile, progress_of, write_json
+from everest_ds.console import progress_of, write_json
 from everest_ds.training.run_folder import describe_environment
 
 

@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import typer
 
 from everest_ds.cli.convert import convert
-from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import CheckpointError, ExitCode
 
 app = typer.Typer(

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, print_table, write_json
 
 if TYPE_CHECKING:
     from everest_ds.interchange.convert import Conversion, Key

@@ -10,7 +10,8 @@ import typer
 
 from everest_ds.cli.data_index import index
 from everest_ds.cli.data_reencode import reencode
-from everest_ds.console import JsonFile, print_table, progress_of, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, progress_of, write_json
 from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.console import JsonFile, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError
 
 

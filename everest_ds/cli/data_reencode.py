@@ -8,7 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.console import JsonFile, print_facts, print_table, progress_of, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import (
+    print_facts,
+    print_table,
+    progress_of,
+    write_json,
+)
 from everest_ds.errors import ExitCode
 
 _MEASURED = 20  # number of videos used to measure the speedup

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from everest_ds.cli.train import Overrides, RecipeArg, load_for_task
-from everest_ds.console import JsonFile
+from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
+from everest_ds.config.load import load_for_task
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.console import JsonFile, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import write_json
 from everest_ds.errors import UsageError
 from everest_ds.jobs.slurm_state import is_job_id
 

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.console import JsonFile, print_facts, print_table, progress_of, write_csv, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import (
+    print_facts,
+    print_table,
+    progress_of,
+    write_csv,
+    write_json,
+)
 from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:

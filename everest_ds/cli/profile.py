@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli.train import Overrides
-from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile, Overrides
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.efficiency.measure_step import measure_both_steps
 from everest_ds.errors import ConfigError, UsageError, nearest
 from everest_ds.units import format_bytes

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.console import JsonFile, print_table, write_csv, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_csv, write_json
 from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, expand_array, read_candidates
 
 if TYPE_CHECKING:

@@ -3,58 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from everest_ds.console import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import DryRun, JsonFile, NumProcesses, On, Overrides, RecipeArg
+from everest_ds.cli.ranks import in_world
+from everest_ds.config.load import load_for_task
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import EverestError, UsageError
+from everest_ds.training.plan import check_plan
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
     from everest_ds.training.prediction import Gpus
     from everest_ds.training.throughput import ClipCost
-
-RecipeArg = Annotated[
-    str,
-    typer.Argument(
-        metavar="RECIPE",
-        help="Config of the run: a recipe's name (see everest-ds recipes), a YAML file, or a run folder.",
-    ),
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as batch.micro_batch_size=4."
-    ),
-]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc",
-        min=1,
-        help="Number of ranks (processes) to start on this machine, one per GPU. Leave this out under"
-        " torchrun or srun, which start the ranks themselves.",
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option(
-        "--dry-run",
-        help="Check the run without starting it: print the resolved config and the plan and, for training,"
-        " the predicted memory and time.",
-    ),
-]
-On = Annotated[
-    str | None,
-    typer.Option(
-        metavar="GPUS",
-        help="With --dry-run: GPUs to predict memory and time for, such as 4xH100; default: 8xA100-80GB.",
-    ),
-]
 
 
 def pretrain(
@@ -136,25 +101,6 @@ def _train(
     in_world(config, lambda world: _train_here(config, world, json_file))
 
 
-def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """Load the config of a run, and check that it is for `task`.
-
-    Raises:
-        ConfigError: if the config cannot be read.
-        UsageError: if the config is for another task.
-    """
-    from everest_ds.config import load_experiment
-
-    config = load_experiment(source, overrides)
-    if config.task != task:
-        raise UsageError(
-            f"{source}: this config is for task {config.task}",
-            given=f"everest-ds {task}",
-            fix=f"run everest-ds {config.task} {source}, or choose a {task} recipe (everest-ds recipes)",
-        )
-    return config
-
-
 def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
     from everest_ds.config import dump_experiment
     from everest_ds.training.plan import count_samples
@@ -205,21 +151,6 @@ def _can_plan(config: Experiment, num_ranks: int) -> bool:
     return True
 
 
-def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
-    """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
-
-    Raises:
-        EverestError: if the run cannot start.
-    """
-    from everest_ds.config import plan_ranks
-    from everest_ds.parallel.ds_config import resolve_ds_config
-    from everest_ds.training.plan import describe_plan
-
-    facts = describe_plan(config, num_ranks, planned)
-    resolve_ds_config(config, plan_ranks(config, num_ranks))
-    return facts
-
-
 def _started_ranks(
     command: str,
     source: str,
@@ -258,32 +189,11 @@ def _started_ranks(
     return True
 
 
-def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool = True) -> None:
-    """Join the process group as one of its ranks, call `act`, and leave the group.
-
-    In a SLURM job, the way in which this rank ends is logged in the run's event log, unless `tell_job` is
-    false.
-    """
-    from everest_ds.cli.job_ending import early_stop, noted_ending
-    from everest_ds.jobs.requeue import current_job
-    from everest_ds.launch.environment import detect_environment
-
-    job, place = current_job() if tell_job else None, detect_environment()
-    os.environ.update(place.as_variables())
-    with noted_ending(job, config.run.dir, place.rank), early_stop(job):
-        from everest_ds.parallel.world import explained_failures, join_world, leave_world
-
-        world = join_world(timedelta(seconds=config.run.hang_timeout_s))
-        with explained_failures(world):
-            act(world)
-        leave_world()
-
-
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.cli.preflight import check_nodes
     from everest_ds.jobs.requeue import current_job
     from everest_ds.training.loop import train
     from everest_ds.training.plan import describe_plan
+    from everest_ds.training.preflight import check_nodes
 
     facts = describe_plan(config, world.size, ranks_per_node=world.local_size)
     if world.is_main:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.train import Overrides
-from everest_ds.console import JsonFile, write_csv, write_json
+from everest_ds.cli.options import JsonFile, Overrides
+from everest_ds.console import write_csv, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
@@ -187,11 +187,11 @@ def tune(
         _calibrate(source, calibrate, nproc, calibration)
         return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
-    from everest_ds.cli.tune_winner import default_folder
     from everest_ds.config import load_experiment
     from everest_ds.tuning.batches import keep_global_batch
     from everest_ds.tuning.candidate_tables import Costs
     from everest_ds.tuning.trials.contenders import TrialOptions
+    from everest_ds.tuning.winner import default_folder
 
     config = load_experiment(source, overrides or [])
     cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
@@ -224,7 +224,7 @@ def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path |
 def _cluster(
     gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None, calibration: Path | None
 ) -> Cluster:
-    from everest_ds.cli.tune_cluster import cluster_here, cluster_of
+    from everest_ds.tuning.cluster import cluster_here, cluster_of
 
     return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
 
@@ -282,7 +282,7 @@ def _write_best(
 
 
 def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
-    from everest_ds.cli.tune_winner import next_command, write_winner
+    from everest_ds.tuning.winner import next_command, write_winner
 
     file = write_winner(winner, source, cluster, folder)
     typer.echo(f"{title}: {file}, checked by DeepSpeed and by a dry run. Next:")
@@ -292,8 +292,8 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
 def _ask_what_if(
     config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
 ) -> None:
-    from everest_ds.cli.tune_what_if import ask
     from everest_ds.tuning.trials.trial_report import what_if_page, write_page
+    from everest_ds.tuning.what_if import ask
 
     page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
     typer.echo(f"what if: {write_page(folder, 'what_if', page)}")

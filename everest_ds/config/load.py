@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -14,7 +14,10 @@ from pydantic_core import ErrorDetails
 from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
 from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
-from everest_ds.errors import ConfigError, nearest
+from everest_ds.errors import ConfigError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
 
 
 def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -156,3 +159,22 @@ def _valid_keys(location: Sequence[int | str]) -> list[str]:
         nested = [annotation, *get_args(annotation)]
         section = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
     return list(section.model_fields)
+
+
+def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """Load the config of a run, and check that it is for `task`.
+
+    Raises:
+        ConfigError: if the config cannot be read.
+        UsageError: if the config is for another task.
+    """
+    from everest_ds.config import load_experiment
+
+    config = load_experiment(source, overrides)
+    if config.task != task:
+        raise UsageError(
+            f"{source}: this config is for task {config.task}",
+            given=f"everest-ds {task}",
+            fix=f"run everest-ds {config.task} {source}, or choose a {task} recipe (everest-ds recipes)",
+        )
+    return config

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everest_ds.config import (
     BATCHES_AHEAD,
@@ -16,6 +16,9 @@ from everest_ds.config import (
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
 
 _RANKS_PER_NODE = 8  # assumed for a node with GPUs if the number is not given
 
@@ -149,3 +152,19 @@ def _official_epoch(manifest: Path) -> Epoch | None:
         return None
     source = f" ({dataset.num_train:,} samples, the published number, because {manifest} does not exist)"
     return Epoch(dataset.num_train, source)
+
+
+def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
+    """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
+
+    Raises:
+        EverestError: if the run cannot start.
+    """
+    from everest_ds.config import plan_ranks
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    pass
+
+    facts = describe_plan(config, num_ranks, planned)
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    return facts

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from everest_ds.cli.tune_winner import check_written
 from everest_ds.config import load_experiment
 from everest_ds.errors import ConfigError
+from everest_ds.tuning.winner import check_written
 from tests.cli.test_cli import run_main
 
 RECIPE = "k400_pretrain_vit_base"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from everest_ds.cli.tune_cluster import cluster_of
 from everest_ds.config import Experiment
 from everest_ds.console import progress_of
 from everest_ds.errors import EverestError, UsageError
 from everest_ds.tuning.batches import keep_global_batch
+from everest_ds.tuning.cluster import cluster_of
 from everest_ds.tuning.scaling import WhatIf, ask_what_if
 from everest_ds.tuning.search import Candidate, Options, search
 
