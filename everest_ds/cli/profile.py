@@ -117,8 +117,7 @@ def _refuse_settings(subject: str, overrides: Sequence[str], ranks: int, measure
 
 def _profile_system(name: str) -> dict[str, Table]:
     from everest_ds.efficiency.peer_counts import find_peer
-    from everest_ds.profiling.compute_tables import profile_peer
-    from everest_ds.profiling.memory_tables import memory_of_peer
+    from everest_ds.efficiency.peer_profile import memory_of_peer, profile_peer
 
     peer = find_peer(name)
     return {**profile_peer(peer), **memory_of_peer(peer)}

@@ -218,7 +218,9 @@ def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path |
         raise UsageError("a recipe was given with --calibrate", given=source, fix="leave out the recipe")
     from everest_ds.tuning.calibration.local_machine import calibrate
 
-    calibrate(nproc, file)
+    code = calibrate(nproc, file)
+    if code:
+        raise typer.Exit(code)
 
 
 def _cluster(

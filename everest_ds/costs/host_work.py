@@ -20,7 +20,7 @@ _DROP_PATH_HASH = 42  # once for all blocks, forward
 # Operators outside blocks and selection, forward and backward.
 _OTHERS = {"pretrain": (79, 18), "finetune": (42, 20)}
 _SELECTION = {"random": 29, "tube": 3, "dual": 45, "none": 0}
-# `rero` by score: operators once, and per chunk of tokens that a GPU scores at a time (models/selection/rero.py).
+# `rero` by score: operators once, and per chunk of tokens that models/selection/rero.py scores at a time.
 _SCORE, CHUNK_TOKENS = {"embedding": (4, 4), "sketch": (40, 4), "pixel": (3, 15)}, 2**15
 _GELU_AGAIN = 1  # per block in every recompute mode but none
 _AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # per recomputing block

@@ -71,9 +71,9 @@ def scoring_bytes(config: Experiment) -> int:
     """Return the bytes in memory while tokens are scored.
 
     These are the uint8 tubelets of all clips, and floating-point values for a few clips at a time
-    (models/selection/rero.py): all pixels and, for every slot but the first, the change from the previous slot and its
-    features. Added to them are the embedding with the normalisation folded into it, and the linear maps to
-    the features: the embedding again, scaled to pixels, or the sketch on both scales.
+    (models/selection/rero.py): all pixels and, for every slot but the first, the change from the previous
+    slot and its features. Added to them are the embedding with the normalisation folded into it, and the
+    linear maps to the features: the embedding again, scaled to pixels, or the sketch on both scales.
     """
     tokens, geometry = config.tokens, config.candidate_geometry
     num_tokens, values = geometry.num_tokens, geometry.tubelet_values

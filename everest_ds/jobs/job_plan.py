@@ -17,6 +17,11 @@ if TYPE_CHECKING:
 
 
 def job_shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> JobShape:
+    """Return the ranks of a job, given its nodes and its GPUs or tasks per node.
+
+    Raises:
+        UsageError: neither GPUs nor tasks were given, or they contradict each other.
+    """
     from everest_ds.jobs.sbatch import JobShape
 
     if gpus is None and tasks is None:
@@ -59,6 +64,18 @@ def job_environment(
 def plan_stages(
     job: str, words: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
 ) -> tuple[list[Stage], list[SweepCandidate]]:
+    """Plan and check the stages of a submission, and the candidates if it is a sweep.
+
+    Args:
+        job: the kind of job, such as `pretrain`, `chain` or `sweep`.
+        words: the recipe and its overrides; for a chain, two recipes and their overrides.
+        target: the hardware of the jobs.
+        grid: settings of a sweep as `KEY=A,B,...`.
+        candidates: a JSON-lines file with the settings of a sweep.
+
+    Raises:
+        EverestError: a job could not run.
+    """
     from everest_ds.jobs import submission
     from everest_ds.jobs.chain import plan_chain
     from everest_ds.jobs.sweep import plan_sweep

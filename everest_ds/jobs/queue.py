@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import typer
-
 from everest_ds.console import print_facts, write_json
 from everest_ds.errors import EverestError, UsageError
 from everest_ds.jobs.resubmit import queue
@@ -90,8 +88,8 @@ def show(
     for stage, job in zip(submission.stages, submission.jobs, strict=True):
         command, environment, says = sbatch_command(job), dict(job.environment), _when(job)
         for name, value in environment.items():
-            typer.echo(f"export {as_shell([f'{name}={value}'])}")
-        typer.echo(f"{as_shell(command)}\n# {says}\n")
+            print(f"export {as_shell([f'{name}={value}'])}")
+        print(f"{as_shell(command)}\n# {says}\n")
         rows.append({"command": command, "environment": environment, "says": says, "plan": stage.facts})
     seats = [place._asdict() for place in ranks]
     write_json(json_file, {"jobs": rows, "ranks": seats, "checked_ms": checked_ms})
@@ -118,10 +116,10 @@ def queue_all(submission: Submission, json_file: Path | None) -> None:
                 answer(["scancel", job_id])
             raise
         where = "" if stage.run is None else f" in {as_shell([str(stage.run)])}"
-        typer.echo(f"{stage.command}: job {queued[-1]}{where}")
+        print(f"{stage.command}: job {queued[-1]}{where}")
     runs = dict.fromkeys(as_shell([str(stage.run)]) for stage in submission.stages if stage.run)
     if runs:
-        typer.echo(f"watch with: everest-ds jobs {' '.join(runs)}")
+        print(f"watch with: everest-ds jobs {' '.join(runs)}")
     rows = zip(submission.stages, queued, strict=True)
     write_json(json_file, [{"job": job_id, "command": s.command, "run": s.run} for s, job_id in rows])
 

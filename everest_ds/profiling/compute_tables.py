@@ -11,9 +11,6 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import (
     FLOPS_PER_MAC,
@@ -21,16 +18,13 @@ from everest_ds.costs.compute import (
     count_parameters,
     predict_macs,
 )
-from everest_ds.efficiency.peers import Peer, blank_inputs
 from everest_ds.profiling.mac_counter import (
     ComputeCount,
     count_experiment,
-    count_forward,
-    count_training_step,
 )
 
 Table = list[dict[str, Any]]
-_MEGA, _GIGA = 1e6, 1e9
+_MEGA, GIGA = 1e6, 1e9
 
 
 def profile_experiment(config: Experiment) -> dict[str, Table]:
@@ -38,36 +32,14 @@ def profile_experiment(config: Experiment) -> dict[str, Table]:
     predicted, counted = predict_macs(config), count_experiment(config)
     norms = LITERATURE_MACS_PER_NORM_ELEMENT * predicted.layer_norm_elements
     formula = _figures(count_parameters(config), predicted.forward_macs, norms, predicted.training_macs)
-    traced = _figures_of(counted.num_parameters, counted.forward, counted.training_step)
+    traced = traced_figures(counted.num_parameters, counted.forward, counted.training_step)
     for figures, macs in ((formula, predicted.literature_macs), (traced, counted.literature_macs)):
-        figures["forward with every token embedded, as published: literature's GFLOPs"] = macs / _GIGA
-    compute = _beside("figure", {"predicted": formula, "counted": traced})
-    return {"compute": compute, **_details(counted.forward, counted.training_step)}
+        figures["forward with every token embedded, as published: literature's GFLOPs"] = macs / GIGA
+    compute = rows_beside("figure", {"predicted": formula, "counted": traced})
+    return {"compute": compute, **count_details(counted.forward, counted.training_step)}
 
 
-def profile_peer(peer: Peer) -> dict[str, Table]:
-    """Return tables `compute`, `by_module`, `by_operator` and `not_counted` of a peer system.
-
-    The system has its published size; nothing is predicted.
-    """
-    with torch.device("meta"):
-        model = peer.build()
-        inputs = blank_inputs(model)
-
-    def loss() -> Tensor:
-        output: Tensor = model(*inputs)
-        return output.sum()
-
-    forward, training = count_forward(model, *inputs), count_training_step(loss, model)
-    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    traced = _figures_of(trainable, forward, training)
-    if peer.views > 1:
-        label = f"forward, {peer.views} views as published: literature's GFLOPs"
-        traced[label] = peer.views * forward.literature_macs / _GIGA
-    return {"compute": _beside("figure", {"counted": traced}), **_details(forward, training)}
-
-
-def _figures_of(num_parameters: int, forward: ComputeCount, training: ComputeCount) -> dict[str, float]:
+def traced_figures(num_parameters: int, forward: ComputeCount, training: ComputeCount) -> dict[str, float]:
     """Return a model's labelled figures from its counts."""
     norms = forward.literature_macs - forward.macs
     return _figures(num_parameters, forward.macs, norms, training.macs)
@@ -77,15 +49,15 @@ def _figures(num_parameters: int, forward: int, norms: int, training: int) -> di
     """Return a model's labelled figures from its MACs and its LayerNorms in the literature's weighting."""
     return {
         "trainable parameters, M": num_parameters / _MEGA,
-        "forward, GMACs": forward / _GIGA,
-        "forward, literature's GFLOPs (GMACs, plus 5 per LayerNorm element)": (forward + norms) / _GIGA,
-        "forward, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * forward / _GIGA,
-        "training step, GMACs": training / _GIGA,
-        "training step, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * training / _GIGA,
+        "forward, GMACs": forward / GIGA,
+        "forward, literature's GFLOPs (GMACs, plus 5 per LayerNorm element)": (forward + norms) / GIGA,
+        "forward, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * forward / GIGA,
+        "training step, GMACs": training / GIGA,
+        "training step, true GFLOPs (2 per MAC)": FLOPS_PER_MAC * training / GIGA,
     }
 
 
-def _details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
+def count_details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
     """Return tables of counted compute by module and by operator, and of calls that are not counted."""
     by_module = {
         "forward_gmacs": _giga(_merge_blocks(forward.macs_by_module)),
@@ -98,9 +70,9 @@ def _details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
     }
     calls = {"forward_calls": forward.uncounted, "training_calls": training.uncounted}
     return {
-        "by_module": _beside("module", by_module),
-        "by_operator": _beside("operator", by_operator),
-        "not_counted": _beside("operator", calls),
+        "by_module": rows_beside("module", by_module),
+        "by_operator": rows_beside("operator", by_operator),
+        "not_counted": rows_beside("operator", calls),
     }
 
 
@@ -118,10 +90,10 @@ def _norms(count: ComputeCount) -> dict[str, int]:
 
 
 def _giga(values: Mapping[str, int]) -> dict[str, float]:
-    return {name: value / _GIGA for name, value in values.items()}
+    return {name: value / GIGA for name, value in values.items()}
 
 
-def _beside(key: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+def rows_beside(key: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
     """Join columns into one row per name, with 0 where a column lacks the name."""
     names = dict.fromkeys(name for values in columns.values() for name in values)
     return [

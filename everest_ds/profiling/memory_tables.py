@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +11,12 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.memory import predict_memory
-from everest_ds.efficiency.peers import Peer, blank_inputs
 from everest_ds.models import build_model
+from everest_ds.profiling.compute_tables import Table
 from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
 
 MIB = 1024**2
 PEAK = "peak"
-Table = list[dict[str, Any]]
 # bfloat16 is traced as float16, which has the same size, because CPUs use an attention path of their own for
 # bfloat16 and GPUs do not.
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
@@ -43,25 +41,12 @@ def memory_of_experiment(
     """
     predicted = predict_memory(config, num_ranks)
     traced = trace_experiment(config, prepare)
-    tables = _tables({"predicted_mib": {**predicted.parts(), PEAK: predicted.peak_bytes}}, traced)
+    tables = traced_tables({"predicted_mib": {**predicted.parts(), PEAK: predicted.peak_bytes}}, traced)
     tables["memory_peak_at"].insert(0, {"kind": "predicted", "peak_at": predicted.peak_at})
     return tables
 
 
-def memory_of_peer(peer: Peer) -> dict[str, Table]:
-    """Return tables `memory`, `memory_peak_at` and `memory_over_time` of a peer system, without predictions.
-
-    The step runs on one clip in float32.
-    """
-    with torch.device("meta"):
-        shapes = blank_inputs(peer.build())
-    traced = trace_memory(
-        peer.build, lambda: [torch.empty_like(shape, device="cpu") for shape in shapes], _sum
-    )
-    return _tables({}, traced)
-
-
-def _tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
+def traced_tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
     """Return the tables of a traced step, with predicted columns next to the counted one."""
     peak = traced.peak
     columns = {**predicted, "counted_mib": {**peak.live_bytes, PEAK: traced.peak_bytes}}
@@ -120,6 +105,7 @@ def _loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tenso
     return loss
 
 
-def _sum(model: nn.Module, *inputs: Tensor) -> Tensor:
+def sum_of_tensors(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return the sum of a model's output, as the loss of a traced step."""
     output: Tensor = model(*inputs)
     return output.sum()

@@ -1,1 +1,1 @@
-"""The hardware that the closed forms compute for: GPUs, links between them, and machines with measured rates."""
+"""The hardware of the closed forms: GPUs, the links between them, and machines with measured rates."""

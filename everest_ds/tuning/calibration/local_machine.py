@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
 from everest_ds.cache import cache_folder
-from everest_ds.errors import UsageError
+from everest_ds.errors import ExitCode, UsageError
 
 if TYPE_CHECKING:
     from everest_ds.costs.hardware.machine import Machine
@@ -67,18 +66,21 @@ def facts_here() -> dict[str, str]:
     }
 
 
-def calibrate(nproc: int | None, file: Path | None) -> None:
+def calibrate(nproc: int | None, file: Path | None) -> int:
     """Measure this machine and write its calibration; ranks that a launcher started measure themselves.
 
     Args:
         nproc: the highest number of ranks; default: one per GPU, or one per core. CPU ranks share the
             machine, so 1, 2, 4 and so on of them are measured.
         file: path of the calibration file; None for the default.
+
+    Returns:
+        the exit code of the ranks.
     """
     file = file or calibration_file()
     if "WORLD_SIZE" in os.environ:
         _as_rank(file)
-        return
+        return ExitCode.OK
     from everest_ds.launch.local import available_cores, launch_local
     from everest_ds.profiling.device import num_gpus
 
@@ -87,21 +89,22 @@ def calibrate(nproc: int | None, file: Path | None) -> None:
     most = nproc or num_gpus() or available_cores()
     for number in [most] if on_gpus else _up_to(most):
         told = f"{number} ranks at the same time" if number > 1 else "1 rank"
-        typer.echo(f"measuring {told} ...", err=True)
+        print(f"measuring {told} ...", file=sys.stderr)
         code = launch_local(number, ["tune", "--calibrate", "--calibration", str(file)], log_dir=None)
         if code:
-            raise typer.Exit(code)
-    typer.echo(f"calibration written to {file}")
+            return code
+    print(f"calibration written to {file}")
+    return ExitCode.OK
 
 
 def _warn_if_busy(cores: int) -> None:
     """Warn if other work would distort the measured rates: the calibration would not show it later."""
     load = os.getloadavg()[0]
     if load > _BUSY * cores:
-        typer.echo(
+        print(
             f"warning: this machine is busy (load {load:.1f}, {cores} cores): measured rates will be too low;"
             " calibrate again when it is idle",
-            err=True,
+            file=sys.stderr,
         )
 
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import typer
-
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.console import print_table
@@ -211,7 +209,7 @@ def _show(setup: Setup, cluster: Cluster, result: SearchResult, weighed: TrialRe
     dropped = dropped_rows([*slower_families(result.ranked, len(result.ranked)), *result.dropped])
     subject = f"{setup.source} on {cluster.num_ranks} x {machine.device}"
     page = trials_page(subject, weighed, machine.memory_bytes, dropped, _BASELINE)
-    typer.echo(f"report: {write_page(setup.folder, 'report', page)}")
+    print(f"report: {write_page(setup.folder, 'report', page)}")
 
 
 def _rows_to_show(weighed: TrialResults, memory_bytes: int) -> list[dict[str, Any]]:

@@ -12,8 +12,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import typer
-
 from everest_ds.config import Experiment
 from everest_ds.console import progress_of
 from everest_ds.errors import RunFolderError
@@ -106,7 +104,7 @@ def try_by_slurm(
     if new:
         _submit(setup, {name: todo[name] for name in new}, array)
     if new or waiting:
-        typer.echo(
+        print(
             f"trials in the queue: {len(new) + len(waiting)};"
             " run the same command again to read their results"
         )
@@ -126,7 +124,7 @@ def _known(entry: TrialEntry, trial: Trial | None) -> TrialEntry:
 def _prepared(setup: Setup, config: Experiment) -> tuple[str, ...]:
     if reads_synthetic_clips(config):
         missing = "is not set" if config.data.train is None else f"{config.data.train} does not exist here"
-        typer.echo(
+        print(
             f"data.train {missing}: trials read synthetic clips with the frame count and size of the recipe"
         )
     return trial_overrides(setup, config)
@@ -143,7 +141,7 @@ def _keep(setup: Setup, entry: TrialEntry, place: Mapping[str, Any], ending: End
     tried = entry.tried
     trial = Trial(key, tried.name, tried.overrides, ending.outcome, **figures, reason=ending.reason)
     keep_trial(setup.folder, trial)
-    typer.echo(f"{tried.name}: {_told(tried, trial)}")
+    print(f"{tried.name}: {_told(tried, trial)}")
 
 
 def _told(tried: Tried, trial: Trial) -> str:
