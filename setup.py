@@ -65,7 +65,7 @@ setup(
     package_data={
         "everest_ds": [
             "py.typed",
-            "profiling/*.yaml",
+            "efficiency/*.yaml",
             "recipes/*.yaml",
             "recipes/common/*.yaml",
             "reports/templates/*",

@@ -1,6 +1,6 @@
-"""EVEREST-DS: large-scale training of EVEREST, the masked video autoencoder of the moving tokens.
+"""EVEREST-DS: large-scale training of EVEREST, the masked video autoencoder that keeps only moving tokens.
 
-As a library (docs/library.md): `from everest_ds import load_model, read_clip`.
+The library interface (docs/library.md) is `from everest_ds import load_model, read_clip`.
 """
 
 from importlib import import_module
@@ -8,8 +8,8 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-# What the package offers by itself -> the module that has it, imported when asked for: torch takes seconds.
-_LAZY = {"load_model": "everest_ds.interchange.load", "read_clip": "everest_ds.inference.views"}
+# Exported name -> module that defines it, imported on first use because importing torch takes seconds.
+_LAZY = {"load_model": "everest_ds.interchange.load_model", "read_clip": "everest_ds.inference.views"}
 
 
 def __getattr__(name: str) -> Any:

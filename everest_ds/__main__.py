@@ -1,4 +1,4 @@
-"""`python -m everest_ds` is `everest-ds`: what torchrun, deepspeed, mpirun and srun start."""
+"""Entry point of `python -m everest_ds`, the form of `everest-ds` that torchrun, mpirun and srun start."""
 
 from everest_ds.cli import main
 

@@ -1,4 +1,4 @@
-"""The folder of a user's machine for what can be made again but takes time."""
+"""Location of the user's cache folder, which holds files that are slow to produce but reproducible."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """Return `everest-ds` in $XDG_CACHE_HOME, or in ~/.cache where that is not set. It may not exist yet."""
+    """Return the path of `everest-ds` in $XDG_CACHE_HOME, or in ~/.cache if that variable is not set.
+
+    The folder may not exist yet.
+    """
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "everest-ds"

@@ -1,6 +1,7 @@
-"""What can go wrong, typed: every error a user can cause says what, given what, allowed what, do what.
+"""The typed errors that a user can cause, and the exit code of each.
 
-Exit codes are part of the interface: schedulers and scripts branch on them.
+Every message has the same shape: the subject, the given value, the allowed values and the fix. Exit codes are
+part of the interface, because schedulers and scripts branch on them.
 """
 
 from __future__ import annotations
@@ -14,27 +15,27 @@ class ExitCode(IntEnum):
     """Process exit codes of `everest-ds` (documented in docs/runs.md)."""
 
     OK = 0
-    FAILURE = 1  # a bug or an unforeseen failure: comes with a traceback
-    USAGE = 2  # command line or config
-    DATA = 3  # a video, a manifest, a label
-    CHECKPOINT = 4  # missing, damaged, or of another model
-    RUN_FOLDER = 5  # of another config, or in use
-    RANK_LOST = 6  # another rank ended: the first reason is on the console
-    OUT_OF_MEMORY = 7
+    FAILURE = 1  # a bug or an unforeseen failure; a traceback is printed
+    USAGE = 2  # the command line or the config is wrong
+    DATA = 3  # a video, a manifest or a label is missing or damaged
+    CHECKPOINT = 4  # a checkpoint is missing, damaged or belongs to another model
+    RUN_FOLDER = 5  # the run folder belongs to another config or is in use
+    RANK_LOST = 6  # another rank ended; the console shows the first cause
+    OUT_OF_MEMORY = 7  # the accelerator's memory is full
     DIVERGED = 8  # the loss is no longer finite
-    BAD_NODE = 9  # the preflight found a node unfit: it is named
+    BAD_NODE = 9  # the preflight found an unfit node and named it
     RESTARTS = 10  # a SLURM job restarted too often, or without progress
-    STOPPED = 75  # asked to stop; saved; the same command goes on (EX_TEMPFAIL of sysexits.h)
+    STOPPED = 75  # stopped on request and saved; the same command resumes it (EX_TEMPFAIL of sysexits.h)
 
 
 class EverestError(Exception):
-    """An error whose text is for the user: printed as one line, without a traceback.
+    """An error that the user can act on: printed as one line, without a traceback.
 
     Args:
-        subject: what is wrong, naming the file or the config key.
-        given: what was found there.
-        allowed: what would have been right.
-        fix: what to do about it.
+        subject: the fault, naming the file or the config key.
+        given: the value that was found.
+        allowed: the values that would have been accepted.
+        fix: the action that removes the fault.
     """
 
     exit_code = ExitCode.FAILURE
@@ -55,65 +56,69 @@ class EverestError(Exception):
         if fix is not None:
             parts.append(f"fix: {fix}")
         super().__init__("; ".join(parts))
-        self.on_every_rank = False  # raised on all ranks at once: one of them telling it is enough
+        self.on_every_rank = False  # True: all ranks raise this error, so only one of them reports it
 
 
 class UsageError(EverestError):
-    """The command line asks for something that does not exist or does not fit together."""
+    """The error for a command line with an unknown name or with options that exclude each other."""
 
     exit_code = ExitCode.USAGE
 
 
 class ConfigError(UsageError):
-    """A config key, value or combination is wrong."""
+    """The error for a wrong config key, value or combination of values."""
 
 
 class DataError(EverestError):
-    """A video, a manifest or a label is missing, damaged or out of range."""
+    """The error for a video, manifest or label that is missing, damaged or out of range."""
 
     exit_code = ExitCode.DATA
 
 
 class CheckpointError(EverestError):
-    """A checkpoint is missing, incomplete, or belongs to another model or world."""
+    """The error for a checkpoint that is missing, incomplete, or saved from another model or set of ranks."""
 
     exit_code = ExitCode.CHECKPOINT
 
 
 class RunFolderError(EverestError):
-    """A run folder belongs to another config or to a run that is still alive."""
+    """The error for a run folder that belongs to another config or to a run that is still active."""
 
     exit_code = ExitCode.RUN_FOLDER
 
 
 class RankLostError(EverestError):
-    """A rank ended before its peers."""
+    """The error for a rank that ended before the other ranks of its run."""
 
     exit_code = ExitCode.RANK_LOST
 
 
 class OutOfMemoryError(EverestError):
-    """The accelerator's memory is full."""
+    """The error for an accelerator that has run out of memory."""
 
     exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class DivergedError(EverestError):
-    """The loss stopped being a finite number."""
+    """The error for a loss that is no longer a finite number."""
 
     exit_code = ExitCode.DIVERGED
 
 
 class BadNodeError(EverestError):
-    """A node cannot take part in the run.
+    """The error for nodes that cannot take part in the run.
 
     Args:
-        nodes: SLURM's list of them.
+        subject: the fault, naming the nodes.
+        nodes: the unfit nodes, in SLURM's node-list notation.
+        given: the value that was found.
+        fix: the action that removes the fault.
     """
 
     exit_code = ExitCode.BAD_NODE
 
-    # Defaults, for errors travel between ranks: an unpickled one is made of its text alone.
+    # Every field but the subject has a default, because unpickling an error sent by another rank passes its
+    # text alone to the constructor.
     def __init__(
         self, subject: str, *, nodes: str = "", given: object = None, fix: str | None = None
     ) -> None:
@@ -122,33 +127,38 @@ class BadNodeError(EverestError):
 
 
 class RestartError(EverestError):
-    """A SLURM job was restarted too often, or makes no progress."""
+    """The error for a SLURM job that was restarted too often or makes no progress."""
 
     exit_code = ExitCode.RESTARTS
 
 
 class StoppedError(EverestError):
-    """The run was asked to stop; everything is saved.
+    """The error that ends a run which stopped on request, after saving everything.
 
     Args:
-        step: the last one that was done.
-        by: who asked.
+        subject: the text for the user.
+        step: the last optimizer step that was completed.
+        by: the origin of the stop request, such as a signal or a file.
+        fix: the action that resumes the run.
     """
 
     exit_code = ExitCode.STOPPED
 
     def __init__(self, subject: str, *, step: int = 0, by: str = "", fix: str | None = None) -> None:
         super().__init__(subject, fix=fix)
-        self.on_every_rank = True  # all agreed to stop
+        self.on_every_rank = True  # a stop is agreed on by all ranks
         self.step = step
         self.by = by
 
 
-_MOST_LISTED = 24  # names of an error: one line is read, a page is not
+_MOST_LISTED = 24  # names listed in one error, which must stay readable
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
-    """The valid names closest to `name`, or the first of all if none is close: for an error's `allowed`."""
+    """Return the valid names closest to `name` as the `allowed` text of an error.
+
+    If no valid name is close, the text lists the first valid names instead.
+    """
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
     if close:

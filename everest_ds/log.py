@@ -1,4 +1,4 @@
-"""Rank-aware logging: every rank writes its own file, only rank 0 speaks on the console."""
+"""Rank-aware logging: every rank writes its own log file, and only rank 0 writes to the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ logger = logging.getLogger("everest_ds")
 
 
 def setup_logging(rank: int = 0, folder: Path | None = None) -> None:
-    """Send `everest_ds` records to `folder/rank-<rank>.log` and, on rank 0, to stderr."""
+    """Send log records of `everest_ds` to `folder/rank-<rank>.log` and, on rank 0, also to stderr."""
     logger.setLevel(logging.INFO)
     logger.propagate = False
     for handler in list(logger.handlers):

@@ -1,4 +1,4 @@
-"""Files that travel with the package: beside it in a checkout, inside it once installed."""
+"""Locations of the files shipped with the package: beside it in a checkout, inside it once installed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ _PACKAGE = Path(__file__).parent
 
 
 def shipped(folder: str) -> Path:
-    """The folder `ds_configs` or `slurm`, wherever this copy of the project keeps it."""
+    """Return the path of the shipped folder `ds_configs` or `slurm`, in a checkout or once installed."""
     inside = _PACKAGE / folder
     return inside if inside.is_dir() else _PACKAGE.parent / folder

@@ -1,22 +1,22 @@
-# The shared piece of the scripts in this folder: the site's settings, the ranks, signals, requeueing.
+# Functions shared by the scripts in this folder: site settings, starting ranks, signals and requeueing.
 #
-# A script sources it and calls one of
-#   everest_ranks COMMAND ARGS...   all ranks: pretrain, finetune, evaluate; stopped, requeued, resumed
-#   everest_once COMMAND ARGS...    one process on the first node: profile, report, sweep tables
+# A script sources this file and calls one of
+#   everest_ranks COMMAND ARGS...   run a command on all ranks (pretrain, finetune, evaluate), with requeueing
+#   everest_once COMMAND ARGS...    run a command as one process on the first node (profile, report)
 #
 # Read from the environment (all optional):
 #   EVEREST_CLUSTER       name of a file in clusters/, or the path of one (default: generic)
-#   EVEREST_PYTHON        the Python that has everest-ds (default: python3)
+#   EVEREST_PYTHON        the Python in which everest-ds is installed (default: python3)
 #   EVEREST_MAX_RESTARTS  how often a job may be requeued (default: 50)
-#   EVEREST_SIGNAL_SECONDS  what --signal=USR1@SECONDS says, if not the scripts' own 300
-#   EVEREST_EXCLUDE_BAD_NODES  1: a node that fails the preflight is excluded when the job is requeued
+#   EVEREST_SIGNAL_SECONDS  SECONDS of --signal=USR1@SECONDS, if they differ from the scripts' 300
+#   EVEREST_EXCLUDE_BAD_NODES  1: exclude a node that fails the preflight when the job is requeued
 #
-# Arguments are passed on as they are, never through another shell. What to do with an exit code is decided in
-# Python (`everest-ds job`), and tested there.
+# Arguments are passed on unchanged, never through another shell. Python code (`everest-ds job`), which has
+# its own tests, decides what to do after each exit code.
 
 EVEREST_SLURM=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 EVEREST_SRUN=()       # more options for srun, such as --mpi=none
-EVEREST_CONTAINER=()  # options by which srun enters a container (pyxis)
+EVEREST_CONTAINER=()  # options with which srun enters a container (pyxis)
 EVEREST_WRAP=()       # a command in front of Python, such as: apptainer exec --nv image.sif
 everest_modules() { :; }
 
@@ -36,21 +36,21 @@ source "$EVEREST_CLUSTER_FILE"
 set +a
 everest_modules || { everest_say "everest_modules of $EVEREST_CLUSTER_FILE failed"; exit 2; }
 EVEREST_PYTHON=${EVEREST_PYTHON:-python3}
-# The number of an array's task can be that of the whole array.
+# SLURM_JOB_ID of an array task can equal the id of the whole array, so the task number is appended.
 everest_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 everest_job=${everest_job:-$SLURM_JOB_ID}
 export EVEREST_SIGNAL_SECONDS=${EVEREST_SIGNAL_SECONDS:-300}
-export PYTHONUNBUFFERED=1  # the job's output is read while it runs
-[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun forgets it otherwise
+export PYTHONUNBUFFERED=1  # users read the job's output while it runs
+[[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun ignores SLURM_CPUS_PER_TASK
 
-# One process here, or in the container on this node.
+# Run a command as one process on this node, inside the container if there is one.
 everest_once() {
     local step=()
     (( ${#EVEREST_CONTAINER[@]} == 0 )) || step=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${EVEREST_CONTAINER[@]}")
     "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
 }
 
-# srun's options for the number of ranks: one a GPU, one a node without, or what sbatch was told (--ntasks...).
+# Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one per GPU, or one per node.
 everest_sizes() {
     local per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE > per_node ? SLURM_CPUS_ON_NODE / per_node : 1))}}
@@ -69,10 +69,10 @@ everest_note_signal() {
     [[ -z ${everest_srun:-} ]] || kill -USR1 "$everest_srun" 2>/dev/null  # srun passes it on to every rank
 }
 
-# Run srun; its exit code in everest_code. Signals to this shell reach all ranks.
+# Run srun and store its exit code in everest_code. Signals to this shell reach all ranks.
 everest_run_step() {
     local code
-    # --wait: when the first rank has ended, the others have this long to say why they end too.
+    # --wait: seconds that the other ranks have to log their reasons after the first rank has ended.
     srun --kill-on-bad-exit=0 --wait=60 "${everest_size_options[@]}" "${EVEREST_SRUN[@]}" "${EVEREST_CONTAINER[@]}" \
         "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@" &
     everest_srun=$!
@@ -81,13 +81,13 @@ everest_run_step() {
         everest_interrupted=
         wait "$everest_srun"
         code=$?
-        (( code == 127 )) || everest_code=$code  # 127: the code was fetched just before the trap
+        (( code == 127 )) || everest_code=$code  # 127: the exit code was collected just before the trap ran
         [[ -n $everest_interrupted ]] || break
     done
     everest_srun=
 }
 
-# Queue this job again, without the nodes named; returns only if that fails.
+# Requeue this job, excluding the given nodes; returns only if requeueing fails.
 everest_requeue() {
     local bad=$1 attempt
     trap '' TERM  # SLURM ends this shell now, but a job's nodes can be excluded only once it is pending
@@ -120,7 +120,7 @@ everest_ranks() {
     [[ -n $everest_signalled ]] || everest_run_step "$@"
     state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
     verdict=$(everest_once job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
-    read -r verdict bad <<<"${verdict##*$'\n'}"  # the last line: containers greet on stdout too
+    read -r verdict bad <<<"${verdict##*$'\n'}"  # only the last line: a container may print a greeting
     [[ $verdict == requeue ]] && everest_requeue "$bad"
     exit "$everest_code"
 }

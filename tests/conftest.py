@@ -9,31 +9,32 @@ from pathlib import Path
 import pytest
 import torch
 
-with suppress(ModuleNotFoundError):  # tests/gpu runs without it
+with suppress(ModuleNotFoundError):  # tests/gpu runs without hypothesis
     from hypothesis import settings
 
-    # Shared machines stall: a deadline would fail tests for being slow, not for being wrong.
+    # Shared machines stall, and a deadline would fail correct tests for being slow.
     settings.register_profile("default", deadline=None)
     settings.load_profile("default")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    torch.set_num_threads(1)  # test processes share the cores: each taking all of them is slower, by far
+    torch.set_num_threads(1)  # test processes share the cores, and are far slower if each uses all of them
 
-# What DeepSpeed compiles: of this checkout alone, whatever a killed run has left in the home.
+# DeepSpeed's compiled extensions stay in this checkout, so that files left in the home folder by a killed run
+# do not affect the tests.
 os.environ["TORCH_EXTENSIONS_DIR"] = os.fspath(Path(__file__).parents[1] / "build/torch_extensions")
 
-os.environ.setdefault("COLUMNS", "200")  # tables of the command line are not folded
+os.environ.setdefault("COLUMNS", "200")  # wide enough that command-line tables are not wrapped
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Options are known only if the top conftest adds them."""
+    """Add the options of all tests here, because pytest reads options from the top-level conftest only."""
     parser.addoption(
         "--slurm-report", type=Path, help="write what each fault cost the SLURM runs, as Markdown"
     )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    """With `-m gpu` look into tests/gpu alone: collecting everything else takes longer than running those."""
+    """Collect only tests/gpu under `-m gpu`, because collecting the rest takes longer than the GPU tests."""
     gpu = Path(__file__).parent / "gpu"
     elsewhere = gpu not in (collection_path, *collection_path.parents) and collection_path not in gpu.parents
     return True if config.option.markexpr == "gpu" and elsewhere else None
@@ -41,7 +42,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 @pytest.fixture(scope="session")
 def motion_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small synthetic motion data set: 24 training, 12 validation and 12 test videos, 32 px."""
+    """Create a small synthetic motion data set: 24 training, 12 validation and 12 test videos of 32 px."""
     from everest_ds.data.synthetic import SyntheticSpec, synthesize
 
     folder = tmp_path_factory.mktemp("motion")

@@ -1,4 +1,4 @@
-"""Run a function on N real gloo ranks.
+"""Helper that runs a function on N real gloo ranks.
 
 Ranks are forked from a server process that has imported torch and deepspeed once, so that a test with four
 ranks starts in a tenth of a second instead of ten seconds.
@@ -21,7 +21,7 @@ _context.set_forkserver_preload(
     [
         "torch",
         "deepspeed",
-        # What a rank would import while it trains: of two seconds for a small run, most.
+        # Modules that a rank imports while it trains; these imports take most of a small run's two seconds.
         "deepspeed.module_inject.auto_ep_layer",
         "matplotlib.pyplot",
         "torch._inductor.compile_fx",
@@ -37,10 +37,10 @@ TIMEOUT_SECONDS = 240
 def run_ranks(
     function: Callable[..., Any], num_ranks: int, *args: Any, patience_s: float = TIMEOUT_SECONDS
 ) -> list[Any]:
-    """Call `function(world, *args)` on `num_ranks` processes; returns what each returned, in rank order.
+    """Call `function(world, *args)` in `num_ranks` processes and return their results in rank order.
 
-    `function` must be importable (a module-level function). Fails with the rank's traceback if one raises.
-    Ranks wait `patience_s` for each other.
+    `function` must be importable (a module-level function). If a rank raises, the test fails with that rank's
+    traceback. Collective calls time out after `patience_s` seconds.
     """
     os.environ["DS_ACCELERATOR"] = "cpu"  # read by the server when it imports deepspeed
     port = free_port()
@@ -63,7 +63,7 @@ def run_ranks(
 
 def _receive(pipe: Connection, rank: int) -> Any:
     if not wait([pipe], TIMEOUT_SECONDS):
-        raise AssertionError(f"rank {rank} gave no answer in {TIMEOUT_SECONDS} s")
+        raise AssertionError(f"rank {rank} gave no answer within {TIMEOUT_SECONDS} s")
     try:
         value, failure = pipe.recv()
     except EOFError:
@@ -93,4 +93,4 @@ def _be_rank(
         value, failure = None, traceback.format_exc()
     pipe.send((value, failure))
     pipe.close()
-    os._exit(0)  # the interpreter's own exit can wait for threads of lost peers
+    os._exit(0)  # a normal exit of the interpreter can wait for threads that serve lost ranks

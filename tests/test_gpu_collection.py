@@ -1,4 +1,4 @@
-"""GPU time is scarce: a run of the GPU tests must not collect the others first."""
+"""Tests that a run of the GPU tests collects no other tests, because GPU time is scarce."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).parent
-# Collects with `-m gpu` where packages are missing that a GPU machine may lack.
+# Program that collects with `-m gpu` while packages that a GPU machine may lack cannot be imported.
 COLLECT = """
 import sys, pytest
 

@@ -1,6 +1,6 @@
 """One rank of an experiment of DeepSpeed's autotuner: our model on random clips. See bench_autotuner.py.
 
-The autotuner starts it with its own DeepSpeed config, in base64, and ends it from within `engine.step()`.
+The autotuner starts this script with a DeepSpeed config in base64, and ends it from within `engine.step()`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import build_engine
 from everest_ds.parallel.world import join_world
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
-_MICRO_BATCHES = 1000  # the autotuner ends it sooner
+_MICRO_BATCHES = 1000  # more than the autotuner lets run
 
 
 def main(source: str, ds_config_base64: str) -> None:
-    """Train until the autotuner has seen enough."""
+    """Train on one random batch until the autotuner ends the process."""
     config = load_experiment(source)
     ds_config = json.loads(base64.urlsafe_b64decode(ds_config_base64))
     os.environ.setdefault("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"])
@@ -40,7 +39,7 @@ def main(source: str, ds_config_base64: str) -> None:
 
 
 def random_clips(config: Experiment, count: int) -> ClipBatch:
-    """Noise of the recipe's geometry."""
+    """Return `count` clips of noise in the recipe's geometry."""
     geometry = config.candidate_geometry
     size = (count, geometry.num_frames, geometry.image_size, geometry.image_size, 3)
     keys = torch.arange(count)
@@ -49,6 +48,6 @@ def random_clips(config: Experiment, count: int) -> ClipBatch:
 
 
 if __name__ == "__main__":
-    # The launcher puts --local_rank=N first.
+    # The launcher adds --local_rank=N, which the environment holds too.
     recipe, _, encoded = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     main(recipe, encoded)

@@ -1,9 +1,9 @@
-"""`everest-ds tune` beside DeepSpeed's own autotuner: time to an answer, and the speed of what each answers.
+"""Compare `everest-ds tune` with DeepSpeed's own autotuner: time to an answer, and the answer's speed.
 
 python tools/bench_autotuner.py demo_pretrain batch.global_batch_size=32 --gpus 2 --out build/autotuner
 
-Both know the same model, ranks and global batch. Each answer is then trained by the same trainer for a few
-steps. DeepSpeed's autotuner needs `pip install tabulate`; ours, a calibrated machine.
+Both get the same model, ranks and global batch. The same trainer then runs each answer for a few steps.
+DeepSpeed's autotuner needs `pip install tabulate`; `everest-ds tune` needs a calibrated machine.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
-from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, dump_experiment, load_experiment, plan_ranks
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides
 from everest_ds.units import GIB
 
 _RANK = Path(__file__).with_name("autotuned_rank.py")
@@ -32,23 +33,27 @@ _STEPS, _PATIENCE_S = 12, 1800.0
 
 
 def bench(
-    source: Annotated[str, typer.Argument(metavar="RECIPE", help="What both tune.")],
+    source: Annotated[str, typer.Argument(metavar="RECIPE", help="Recipe that both tuners tune.")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks on this machine.")] = 2,
     trials: Annotated[int, typer.Option(min=1, help="Trials of `everest-ds tune --trials`.")] = 3,
     rounds: Annotated[int, typer.Option(min=1, help="Runs of each answer; the fastest counts.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder for what both write.")] = Path("build/autotuner"),
+    out: Annotated[Path, typer.Option(help="Folder for the output of both tuners.")] = Path(
+        "build/autotuner"
+    ),
     json_file: JsonFile = None,
 ) -> None:
-    """Time both tuners, then what each recommends."""
+    """Time both tuners, then the config that each recommends."""
     out = out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     recipe = out / "recipe.yaml"
     config = load_experiment(source, overrides or [])
     if config.batch.global_batch_size is None:
-        raise UsageError("batch.global_batch_size is not set", fix="both tuners must keep the same one")
+        raise UsageError(
+            "batch.global_batch_size is not set", fix="set it; both tuners must keep the same global batch"
+        )
     recipe.write_text(dump_experiment(config))
     answers = [
         _ours("everest-ds tune", recipe, gpus, out / "predicted", []),
@@ -68,7 +73,7 @@ def _ours(name: str, recipe: Path, gpus: int, folder: Path, options: Sequence[st
 
 
 def _theirs(recipe: Path, config: Experiment, gpus: int, folder: Path) -> dict[str, Any]:
-    """What DeepSpeed recommends, all ZeRO stages allowed, at most the same global batch."""
+    """Return DeepSpeed's answer, with all ZeRO stages allowed and at most the same global batch."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ds_config.json").write_text(json.dumps(_for_autotuner(config, gpus)))
     launcher = ["--autotuning", "tune", "--num_nodes", "1", "--num_gpus", str(gpus), str(_RANK), str(recipe)]
@@ -83,7 +88,7 @@ def _theirs(recipe: Path, config: Experiment, gpus: int, folder: Path) -> dict[s
     seconds = _timed(command, folder, _autotuner_environment(folder, gpus))
     file = folder / "autotuning_results" / "ds_config_optimal.json"
     if not file.is_file():
-        raise UsageError("DeepSpeed's autotuner found nothing", given=f"see {folder}/output.txt")
+        raise UsageError("DeepSpeed's autotuner found no config", given=f"output in {folder}/output.txt")
     found = json.loads(file.read_text())
     micro, accumulated = found["train_micro_batch_size_per_gpu"], found["gradient_accumulation_steps"]
     settings = [
@@ -99,7 +104,7 @@ def _theirs(recipe: Path, config: Experiment, gpus: int, folder: Path) -> dict[s
 
 
 def _for_autotuner(config: Experiment, gpus: int) -> dict[str, Any]:
-    """Our DeepSpeed config with what the autotuner shall find left open."""
+    """Return our DeepSpeed config without the settings that the autotuner is to find."""
     resolved = resolve_ds_config(config, plan_ranks(config, gpus))
     kept = {key: value for key, value in resolved.items() if not key.startswith(("train_", "gradient_acc"))}
     tuning = {"enabled": True, "max_train_batch_size": config.batch.global_batch_size}
@@ -111,7 +116,10 @@ def _for_autotuner(config: Experiment, gpus: int) -> dict[str, Any]:
 
 
 def _autotuner_environment(folder: Path, gpus: int) -> dict[str, str]:
-    """It calls `deepspeed` by name; and `pdsh ... pkill -f NAME` after each experiment, which has ended."""
+    """Return an environment with `deepspeed` on the PATH and a harmless `pdsh`.
+
+    The autotuner calls `pdsh ... pkill -f NAME` after each experiment, although the experiment has ended.
+    """
     programs = folder / "bin"
     programs.mkdir(exist_ok=True)
     (programs / "pdsh").write_text("#!/bin/sh\nexit 0\n")
@@ -128,7 +136,7 @@ def _timed(command: Sequence[str], folder: Path, environment: dict[str, str]) ->
         done = subprocess.run(command, cwd=folder, env=environment, stdout=output, stderr=output)
     if done.returncode:
         said = file.read_text(errors="replace").strip().splitlines()
-        raise UsageError(f"{file}: exit code {done.returncode}", given=said[-1] if said else "nothing said")
+        raise UsageError(f"{file}: exit code {done.returncode}", given=said[-1] if said else "no output")
     return time.perf_counter() - began
 
 
@@ -147,7 +155,7 @@ def _answer(name: str, seconds: float, config: Experiment, file: Path, experimen
 def _measured(
     answers: Sequence[dict[str, Any]], config: Experiment, gpus: int, rounds: int, out: Path
 ) -> list[dict[str, Any]]:
-    """Each answer through the trainer, answers in turn; the fastest of its rounds. Equal answers run once."""
+    """Train each answer in turn, and return a row with the fastest round of each; equal answers run once."""
     clips = {one["answer"]: _clips(one["file"], gpus) for one in answers}
     files = {one["answer"]: one["file"] for one in answers}
     runs: dict[str, list[dict[str, Any]]] = {answer: [] for answer in files}

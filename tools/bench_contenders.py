@@ -1,7 +1,7 @@
-"""Who takes part in a step benchmark: our engine, our model in a plain loop, and peers as released.
+"""Contenders of a step benchmark: our engine, our model in a plain loop, and peers as released.
 
-All of them see the same clips. Ours is the engine that a run builds; the plain loop is the same
-step without DeepSpeed; a peer steps as its released script does, with torch's AdamW as it comes.
+All of them get the same clips. Ours is the engine that a run builds; the plain loop is the same step without
+DeepSpeed; a peer steps as its released script does, with torch's AdamW in its default settings.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from peers import Peer, PeerBatch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.clips import Batch
 from everest_ds.parallel.world import World
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.training.engine_step import EngineStep, MeasuredStep
 from everest_ds.training.plain_step import PlainStep
 
@@ -32,30 +32,34 @@ _ADAMW: dict[str, Any] = {"lr": 1e-4, "betas": (0.9, 0.95), "weight_decay": 0.05
 
 
 class Step(Protocol):
-    """The phases of a contender's step, as `everest_ds.training.engine_step.MeasuredStep` has them."""
+    """The phases of a contender's step, like those of `everest_ds.training.engine_step.MeasuredStep`."""
 
     def load(self) -> Any:
-        """A batch."""
+        """Return a batch."""
 
     def prepare(self, batch: Any) -> Any:
-        """Copy and augment it."""
+        """Copy the batch to the device and augment it."""
 
     def loss(self, prepared: Any) -> Tensor:
-        """Forward pass."""
+        """Run the forward pass and return the loss."""
 
     def backward(self, loss: Tensor) -> None:
-        """Backward pass."""
+        """Run the backward pass."""
 
     def update(self) -> bool:
-        """Optimiser step; True if it was skipped."""
+        """Run the optimiser step; return True if it was skipped."""
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """One step, in seconds; the processor time is the whole process's, over all threads.
+    """The times of one step, in seconds; processor time is that of the whole process, over all threads.
 
     Attributes:
-        prepare_s: augmentation, before the step: peers leave it to their loader's workers.
+        prepare_s: augmentation, timed before the step because peers leave it to their loader's workers.
+        forward_s: forward pass.
+        backward_s: backward pass.
+        optimizer_s: optimiser step.
+        user_cpu_s: processor time in user mode.
     """
 
     prepare_s: float
@@ -66,25 +70,26 @@ class StepTime:
 
     @property
     def step_s(self) -> float:
-        """The whole step: forward, backward and optimiser."""
+        """Return the time of the whole step: forward, backward and optimiser."""
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
 @dataclass
 class Contender:
-    """A model that trains, and how.
+    """A model that takes part in the benchmark, with its training step and its results.
 
     Attributes:
+        label: name in the tables.
         dtype: fp32 or bf16; a peer's half precision on CUDA is fp16.
-        step: None once it failed.
-        states: the tensors that stay between steps: parameters and optimiser states.
-        scale: reads the loss scale of a peer in fp16; None elsewhere.
+        step: training step; None after a failure.
+        states: returns the tensors that stay between steps: parameters and optimiser states.
+        scale: reads the loss scale of a peer in fp16; None for all others.
         drop_gradients: frees gradients that stay from step to step.
-        macs: multiply-accumulates of a step, predicted; None for peers, whose path is another.
-        is_engine: it is ours, with which all others are compared.
-        times: by round; None where the step was skipped, so that it has no update in it.
-        skipped: steps that left the weights alone, those of the warm-up included.
-        failure: why it takes no further part.
+        macs: predicted multiply-accumulates per step; None for peers, whose path differs.
+        is_engine: whether it is our engine, with which all others are compared.
+        times: times by round; None if the step was skipped and so has no update.
+        skipped: number of steps that did not update the weights, warm-up included.
+        failure: why the contender was dropped; None if it was not.
     """
 
     label: str
@@ -101,27 +106,27 @@ class Contender:
 
     @property
     def running(self) -> Step:
-        """The step; it has not failed."""
+        """Return the step of a contender that has not failed."""
         assert self.step is not None, self.failure
         return self.step
 
     @property
     def taken(self) -> list[StepTime]:
-        """The times of the steps that updated the weights."""
+        """Return the times of the steps that updated the weights."""
         return [step for step in self.times if step is not None]
 
     def passes(self) -> None:
-        """A forward and a backward pass; `running.update` uses up the gradients."""
+        """Run a forward and a backward pass, without the update that would use the gradients."""
         step = self.running
         step.backward(step.loss(step.prepare(step.load())))
 
     def state_bytes(self) -> int:
-        """Memory between steps: parameters, their float32 masters and AdamW's moments."""
+        """Return the bytes held between steps: parameters, their float32 masters and AdamW's moments."""
         storages = [tensor.untyped_storage() for tensor in self.states()]
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def fail(self, reason: str) -> None:
-        """Take no further part, and free the memory."""
+        """Drop the contender because of `reason`, and free its memory."""
         self.drop_gradients()
         self.step, self.states, self.scale, self.failure = None, list, None, reason
         gc.collect()
@@ -129,13 +134,13 @@ class Contender:
 
 
 def attempt(contender: Contender, act: Callable[[], object]) -> None:
-    """Let a contender act unless it has failed; if memory does not suffice, that is its result."""
+    """Run `act` unless the contender has failed; running out of memory counts as a failure."""
     if contender.step is not None and not fits(act):
         contender.fail(OUT_OF_MEMORY)
 
 
 def build(label: str, dtype: str, make: Callable[[], Contender]) -> Contender:
-    """Make a contender; where memory does not suffice for that, one that has failed."""
+    """Make a contender, or a failed one if memory does not suffice."""
     made: list[Contender] = []
     if not fits(lambda: made.append(make())):
         made.append(Contender(label, dtype, step=None))
@@ -144,7 +149,7 @@ def build(label: str, dtype: str, make: Callable[[], Contender]) -> Contender:
 
 
 def fits(act: Callable[[], object]) -> bool:
-    """Act; whether the memory, of a GPU or of the host, sufficed."""
+    """Run `act` and return whether memory, of a GPU or of the host, sufficed."""
     try:
         act()
     except (MemoryError, RuntimeError) as error:
@@ -156,7 +161,7 @@ def fits(act: Callable[[], object]) -> bool:
 
 
 def engine_contender(config: Experiment, world: World) -> Contender:
-    """Our engine, in the config's precision."""
+    """Make a contender of our engine, in the config's precision."""
 
     def make() -> Contender:
         step = EngineStep(config, world)
@@ -167,7 +172,7 @@ def engine_contender(config: Experiment, world: World) -> Contender:
 
 
 def plain_contender(config: Experiment, device: torch.device) -> Contender:
-    """Our model in a plain loop, in the config's precision."""
+    """Make a contender of our model in a plain loop, in the config's precision."""
 
     def make() -> Contender:
         step = PlainStep(config, device)
@@ -197,7 +202,7 @@ def _held(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
 
 
 class PeerStep:
-    """A peer's training step: autocast in half precision, and a gradient scaler where that is fp16."""
+    """A peer's training step: autocast in half precision, with a gradient scaler in fp16."""
 
     def __init__(
         self, peer: Peer, batch: PeerBatch, optimizer: torch.optim.AdamW, half: torch.dtype | None
@@ -207,27 +212,28 @@ class PeerStep:
         self.scaler = torch.amp.GradScaler(device) if half is torch.float16 else None
 
     def load(self) -> PeerBatch:
-        """The clips as the peer's loader delivers them."""
+        """Return the clips as the peer's loader delivers them."""
         return self._batch
 
     def prepare(self, batch: PeerBatch) -> PeerBatch:
-        """Nothing: the loader has done it."""
+        """Return the batch as it is: the peer's loader has prepared it."""
         return batch
 
     def loss(self, prepared: PeerBatch) -> Tensor:
-        """Forward pass."""
+        """Run the forward pass and return the loss."""
         device = prepared.video_BCFHW.device.type
         with torch.autocast(device, self._half or torch.bfloat16, enabled=self._half is not None):
             return self._peer.loss(prepared)
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients, of the scaled loss where there is a scaler."""
+        """Run the backward pass, on the scaled loss if there is a gradient scaler."""
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def update(self) -> bool:
-        """Optimiser step; gradients are zeroed in place, their memory stays.
+        """Run the optimiser step and zero the gradients in place, so that their memory stays.
 
-        Returns False: whether a scaler skipped the step, its scale tells without a wait in the step.
+        Returns:
+            Always False: the loss scale shows afterwards, without a wait in the step, if it was skipped.
         """
         if self.scaler is None:
             self._optimizer.step()
@@ -239,12 +245,14 @@ class PeerStep:
 
 
 def peer_contenders(peer: Peer, dtypes: list[str], clips: Batch) -> list[Contender]:
-    """A peer's model in each dtype: one set of float32 weights; half precision is autocast, as in their loop.
+    """Make a contender of a peer's model in each dtype, all with the same float32 weights.
 
-    That is fp16 with a gradient scaler on CUDA, bf16 on a CPU.
+    Half precision is autocast, as in the peers' loops: fp16 with a gradient scaler on CUDA, bf16 on a CPU.
     """
     device = clips.clip.device
-    optimizer = torch.optim.AdamW(peer.model.parameters(), **_ADAMW)  # its states follow the parameters
+    optimizer = torch.optim.AdamW(
+        peer.model.parameters(), **_ADAMW
+    )  # its states are created where the parameters are
     half = _half(device)
 
     @cache
@@ -268,14 +276,15 @@ def peer_contenders(peer: Peer, dtypes: list[str], clips: Batch) -> list[Contend
 
 
 def _half(device: torch.device) -> torch.dtype:
-    """Return the type that the peers' scripts train in on this device: fp16 on a GPU, bf16 on a CPU."""
+    """Return the half precision of the peers' scripts on this device: fp16 on a GPU, bf16 on a CPU."""
     return torch.float16 if device.type == "cuda" else torch.bfloat16
 
 
 def timed_step(contender: Contender, device: torch.device) -> StepTime | None:
     """Train one step and time its parts: by CUDA events on a GPU, by the clock elsewhere.
 
-    Returns None, and counts, if the step was skipped: its optimiser phase then holds no update.
+    Returns:
+        The times, or None if the step was skipped and so has no update; `skipped` counts such steps.
     """
     step, scale = contender.running, contender.scale and contender.scale()
     batch = step.load()

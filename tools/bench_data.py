@@ -1,11 +1,12 @@
-"""How many clips a second the loader delivers, where its time goes, and how many GPUs that feeds.
+"""Benchmark of the data loader: clips per second, CPU time by stage, and the number of GPUs that it feeds.
 
-    python tools/bench_data.py FOLDER_OF_VIDEOS --workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8 \\
+Example:
+    python tools/bench_data.py FOLDER_OF_VIDEOS --workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8
         --peer videomae=../VideoMAE --gpu-rate "vit_base on an H100=900" --json data.json
 
-Every cell of the table is measured once a round, one after the other, so that what else the machine does
-meets all of them; medians are over the rounds, ratios to the peer are of one round. CPU time is that
-of the rank and its workers: what a clip costs where other programs run too.
+Every cell of the table is measured once per round, one cell after the other, so that other load on the
+machine affects all cells equally. Medians are over rounds; ratios to the peer are taken within a round.
+CPU time covers the rank and its workers, and is a clip's cost even if other programs share the machine.
 """
 
 from __future__ import annotations
@@ -25,31 +26,33 @@ import typer
 from peer_loaders import videomae_loader
 from torch.utils.data import default_collate
 
-from everest_ds.cli.output import JsonFile, print_table, progress_of, write_json
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
+from everest_ds.console import print_table, progress_of, write_json
 from everest_ds.data.clips import TrainingClips, training_batches
-from everest_ds.data.decode import open_sample
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, read_manifest
+from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
 from everest_ds.data.order import Visit
-from everest_ds.data.reencode import Encoding, plan_jobs, reencode
+from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 
 _STAGES = ("open", "decode", "crop", "collate")
-_HEADROOM = 1.25  # of loader over model: below it, what varies from clip to clip makes the model wait
+_HEADROOM = 1.25  # loader rate over model rate; with less, slow clips make the model wait
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One way to load.
+    """One loader configuration, which is one row of the table.
 
     Attributes:
-        source: which files: `as given` or `gop N`.
+        source: the files that are read: `as given` or `gop N`.
         decoder: `data.decoder`, or the peer's name.
-        repeats: clips cut from each decode; 0 for a peer.
+        workers: number of worker processes.
+        repeats: clips cut from each decoded sample; 0 for a peer.
     """
 
     source: str
@@ -60,7 +63,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Bench:
-    """What stays the same."""
+    """The settings that all cells share.
+
+    Attributes:
+        sources: the samples of each source.
+        batch_size: clips per micro-batch.
+        batches: micro-batches per measurement.
+        size: height and width of the clips, in pixels.
+        peer: clone of VideoMAE's repository, or None.
+        scratch: folder for temporary files.
+    """
 
     sources: dict[str, list[Sample]]
     batch_size: int
@@ -72,21 +84,21 @@ class Bench:
 
 def main(
     videos: Annotated[Path, typer.Argument(help="A folder of videos, or a manifest.")],
-    decoder: Annotated[list[str], typer.Option(help="Repeat for several.")] = ["decord", "pyav"],  # noqa: B006
-    workers: Annotated[list[int], typer.Option(help="Repeat for several.")] = [1],  # noqa: B006
-    repeats: Annotated[list[int], typer.Option(help="data.repeats; repeat for several.")] = [1, 4],  # noqa: B006
-    gop: Annotated[list[int], typer.Option(help="Also from copies re-encoded so.")] = [],  # noqa: B006
-    short_side: Annotated[int, typer.Option(help="Of those copies, pixels.")] = 256,
-    size: Annotated[int, typer.Option(help="Of the clips, pixels.")] = 224,
-    batch: Annotated[int, typer.Option(help="Clips of a micro-batch.")] = 8,
-    batches: Annotated[int, typer.Option(help="Micro-batches a measurement.")] = 4,
-    rounds: Annotated[int, typer.Option(help="Measurements of each cell.")] = 5,
-    peer: Annotated[str | None, typer.Option(help="videomae=FOLDER of a clone.")] = None,
-    gpu_rate: Annotated[list[str], typer.Option(help="MODEL=CLIPS_PER_S that one GPU trains.")] = [],  # noqa: B006
-    cores: Annotated[int, typer.Option(help="Of the node to advise on.")] = os.cpu_count() or 1,
+    decoder: Annotated[list[str], typer.Option(help="data.decoder; repeatable.")] = ["decord", "pyav"],  # noqa: B006
+    workers: Annotated[list[int], typer.Option(help="data.num_workers; repeatable.")] = [1],  # noqa: B006
+    repeats: Annotated[list[int], typer.Option(help="data.repeats; repeatable.")] = [1, 4],  # noqa: B006
+    gop: Annotated[list[int], typer.Option(help="Add copies with this GOP length.")] = [],  # noqa: B006
+    short_side: Annotated[int, typer.Option(help="Short side of those copies, in pixels.")] = 256,
+    size: Annotated[int, typer.Option(help="Height and width of the clips, in pixels.")] = 224,
+    batch: Annotated[int, typer.Option(help="Clips per micro-batch.")] = 8,
+    batches: Annotated[int, typer.Option(help="Micro-batches per measurement.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Measurements per table row.")] = 5,
+    peer: Annotated[str | None, typer.Option(help="videomae=FOLDER, a clone of its repository.")] = None,
+    gpu_rate: Annotated[list[str], typer.Option(help="MODEL=CLIPS_PER_S of one GPU.")] = [],  # noqa: B006
+    cores: Annotated[int, typer.Option(help="CPU cores of the node to be fed.")] = os.cpu_count() or 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Measure the loader, and say what it can feed."""
+    """Measure the data loader, and report how many GPUs it can feed."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         given = find_videos(videos)
@@ -101,10 +113,10 @@ def main(
         stages = [stage_times(bench, s, d, r) for s in sources for d in decoder for r in repeats]
         rows = [row(cell, found, stages) for cell in cells]
         fed = feeding(stages, gpu_rate, cores)
-        print_table("Clips a second", rows)
-        print_table("CPU ms of a clip, by stage, in one process", stages)
+        print_table("Clips per second", rows)
+        print_table("CPU time per clip by stage, in one process, ms", stages)
         if fed:
-            print_table(f"What {cores} cores feed", fed)
+            print_table(f"GPUs that {cores} cores feed", fed)
         advice = advise(rows, stages)
         for line in advice:
             typer.echo(f"- {line}")
@@ -115,10 +127,10 @@ def main(
 
 
 def find_videos(place: Path) -> list[Sample]:
-    """The samples that are long enough for a clip; the others are named.
+    """Return the samples that are long enough for a clip, and print the others with the reason.
 
     Raises:
-        DataError: there are none.
+        DataError: no sample is long enough.
     """
     if place.is_dir():
         paths = sorted(p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
@@ -131,21 +143,21 @@ def find_videos(place: Path) -> list[Sample]:
         try:
             with open_sample(sample, data) as video:
                 if video.num_frames < needed:
-                    raise DataError(f"{sample.name}: {video.num_frames} frames, a clip spans {needed}")
+                    raise DataError(f"{sample.name}: {video.num_frames} frames, but a clip spans {needed}")
             fit.append(sample)
         except DataError as error:
             typer.echo(f"left out: {error}", err=True)
     if not fit:
-        raise DataError(f"{place}: no video that is long enough")
+        raise DataError(f"{place}: no video is long enough for a clip", allowed=f"at least {needed} frames")
     return fit
 
 
 def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[Sample]:
-    """Copies, as `everest-ds data reencode` makes them."""
+    """Re-encode the samples, as `everest-ds data reencode` does, and return the copies."""
     out.mkdir()
     root = Path(os.path.commonpath([sample.path.parent for sample in samples]))
     with progress_of(f"re-encoding, GOP {encoding.gop}", len(samples)) as on_progress:
-        made = reencode(
+        made = reencode_videos(
             plan_jobs(samples, root, out),
             Ledger.read(out / "ledger"),
             encoding,
@@ -159,7 +171,7 @@ def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[
 
 
 def parse_peer(text: str | None) -> Path | None:
-    """The folder of `videomae=FOLDER`."""
+    """Return the folder in `videomae=FOLDER`, or None if `text` is None."""
     if text is None:
         return None
     name, _, folder = text.partition("=")
@@ -169,7 +181,7 @@ def parse_peer(text: str | None) -> Path | None:
 
 
 def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
-    """VideoMAE's pre-training clips: 16 frames at stride 4, multi-scale crop."""
+    """Build a config with VideoMAE's pre-training clips: 16 frames at stride 4, multi-scale crop."""
     return Experiment.model_validate(
         {
             "task": "pretrain",
@@ -188,7 +200,7 @@ def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One run through a few batches, from the start of the workers to their end."""
+    """One timed pass over a few batches, from the start of the workers to their end."""
 
     clips: int
     seconds: float
@@ -196,17 +208,17 @@ class Measurement:
 
     @property
     def clips_per_s(self) -> float:
-        """By the clock on the wall."""
+        """Clips per second of wall-clock time."""
         return self.clips / self.seconds
 
     @property
     def cpu_ms(self) -> float:
-        """Of a clip."""
+        """CPU time per clip, in milliseconds."""
         return 1000 * self.cpu_seconds / self.clips
 
 
 def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list[Measurement]]:
-    """Each cell, once a round."""
+    """Measure every cell once per round; return the measurements of each cell in order of rounds."""
     found: dict[Cell, list[Measurement]] = {cell: [] for cell in cells}
     with progress_of("measuring", rounds * len(cells)) as on_progress:
         for number in range(rounds):
@@ -223,7 +235,7 @@ def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of the workers that have ended."""
+    """Return the CPU time of this process and of the workers that have ended, in seconds."""
     usages = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
@@ -248,7 +260,7 @@ def _peer_batches(bench: Bench, cell: Cell) -> Iterator[int]:
 
 
 def enough(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Exactly `count` samples, each video as often as the others, but for one."""
+    """Return exactly `count` samples by cycling through `samples`."""
     return [samples[i % len(samples)] for i in range(count)]
 
 
@@ -257,7 +269,7 @@ def _refuse(failure: object) -> None:
 
 
 def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[str, Any]:
-    """CPU time of each stage of the samples in this process, per clip."""
+    """Measure the CPU time per clip of each loading stage, in this process, in milliseconds."""
     config = experiment(Cell(source, decoder, 0, repeats), bench.batch_size, bench.size)
     samples = bench.sources[source]
     clips = TrainingClips(samples, config)
@@ -283,7 +295,7 @@ def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[s
 
 
 def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the table says of a cell."""
+    """Build the row of the table for one cell."""
     own = found[cell]
     peer = found.get(Cell(cell.source, "videomae", cell.workers, 0))
     pairs = list(zip(own, peer, strict=True)) if peer else []
@@ -308,7 +320,7 @@ def _same(stage: dict[str, Any], cell: Cell) -> bool:
 
 
 def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: int) -> list[dict[str, Any]]:
-    """For each way to load, how many GPUs the cores of a node feed; data-bound above that."""
+    """Estimate for each source, decoder and repeats how many GPUs of each model the cores of a node feed."""
     found = []
     for stage in stages:
         node = cores * 1000 / stage["total"]
@@ -321,18 +333,18 @@ def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: i
 
 
 def advise(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> list[str]:
-    """What would help most, from what was measured."""
+    """Derive advice on the loader's settings from the measurements."""
     ours = [row for row in rows if row["repeats"]]
     best = max((row for row in ours if row["repeats"] == 1), key=lambda row: row["clips_per_s"], default=None)
-    lines = ["data.num_workers: as many as the cores of the node divided by its GPUs"]
+    lines = ["data.num_workers: the number of cores of the node divided by its number of GPUs"]
     if best:
-        lines.append(f"fastest without repeats: data.decoder={best['decoder']} from files {best['source']}")
+        lines.append(f"fastest without repeats: data.decoder={best['decoder']}, source {best['source']}")
     for stage in stages:
         if stage["source"] == "as given" and stage["repeats"] == 1 and stage["decode"] > stage["total"] / 2:
             share = 100 * (stage["open"] + stage["decode"]) / stage["total"]
             lines.append(
-                f"{stage['decoder']}: {share:.0f} % of a clip is decoding: `everest-ds data reencode`"
-                " (short GOP, short side 256) or data.repeats above 1"
+                f"{stage['decoder']}: decoding takes {share:.0f} % of the time per clip; use"
+                " `everest-ds data reencode` (short GOP, short side 256) or data.repeats above 1"
             )
     return lines
 

@@ -1,6 +1,7 @@
-"""Resident memory of a process that opens and reads videos over and over, by decoder: does it grow?
+"""Measure, for each decoder, whether resident memory grows in a process that opens and reads many videos.
 
-python tools/bench_decoder_memory.py FOLDER_OF_VIDEOS --opens 10000 --plot decoder_memory.png
+Example:
+    python tools/bench_decoder_memory.py FOLDER_OF_VIDEOS --opens 10000 --plot decoder_memory.png
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from typing import Any
 import numpy as np
 
 from everest_ds.config.schema import DECODERS
-from everest_ds.data.decode import open_video, require_decoder
-from everest_ds.data.manifest import VIDEO_SUFFIXES
+from everest_ds.data.decoding.open_video import open_video, require_decoder
+from everest_ds.data.video_list import VIDEO_SUFFIXES
 from everest_ds.errors import ConfigError
-from everest_ds.resident import resident_bytes
+from everest_ds.host_memory import resident_bytes
 
 MIB = 2**20
 FRAMES = 16
-POINTS = 200  # of a curve
-WARM_UP_PCT = 5  # of the opens: caches and arenas fill
+POINTS = 200  # number of points per curve
+WARM_UP_PCT = 5  # share of the opens during which caches and arenas still fill
 
 
 def watch(decoder: str, folder: Path, opens: int, short_side: int | None) -> list[tuple[int, float]]:
-    """Open and read `opens` times; pairs (opens so far, resident MiB)."""
+    """Open and read videos `opens` times, and return pairs (opens so far, resident MiB)."""
     videos = sorted(path for path in folder.iterdir() if path.suffix in VIDEO_SUFFIXES)
     rng = np.random.default_rng(0)
     curve = []
@@ -41,7 +42,7 @@ def watch(decoder: str, folder: Path, opens: int, short_side: int | None) -> lis
 
 
 def summarize(decoder: str, curve: list[tuple[int, float]]) -> dict[str, Any]:
-    """How far memory strays from its median once it is warm."""
+    """Summarise how far memory deviates from its median after the warm-up."""
     warm = [mib for number, mib in curve if number > curve[-1][0] * WARM_UP_PCT / 100]
     middle = statistics.median(warm)
     tenth = max(1, len(warm) // 10)
@@ -57,7 +58,7 @@ def summarize(decoder: str, curve: list[tuple[int, float]]) -> dict[str, Any]:
 
 
 def plot(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
-    """Memory over opens, a line a decoder."""
+    """Plot memory over the number of opens, one line per decoder."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -73,14 +74,14 @@ def plot(curves: dict[str, list[tuple[int, float]]], file: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, do it, print a Markdown table."""
+    """Measure the decoders named on the command line, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("--opens", type=int, default=10_000)
-    parser.add_argument("--decoder", action="append", choices=DECODERS, help="default: all")
-    parser.add_argument("--short-side", type=int, help="shrink while decoding, pixels")
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("videos", type=Path, help="folder of videos")
+    parser.add_argument("--opens", type=int, default=10_000, help="number of files to open, per decoder")
+    parser.add_argument("--decoder", action="append", choices=DECODERS, help="may be repeated; default: all")
+    parser.add_argument("--short-side", type=int, help="shrink pictures to this short side, in pixels")
+    parser.add_argument("--plot", type=Path, help="write the curves to this picture")
+    parser.add_argument("--json", type=Path, help="write the results to this file as JSON")
     options = parser.parse_args()
     curves = {}
     for decoder in options.decoder or DECODERS:
@@ -90,7 +91,7 @@ def main() -> None:
             print(error)
             continue
         job = partial(watch, decoder, options.videos, options.opens, options.short_side)
-        with multiprocessing.get_context("spawn").Pool(1) as pool:  # each from a fresh process
+        with multiprocessing.get_context("spawn").Pool(1) as pool:  # a fresh process per decoder
             curves[decoder] = pool.apply(job)
     rows = [summarize(decoder, curve) for decoder, curve in curves.items()]
     print("| " + " | ".join(rows[0]) + " |\n" + "|---" * len(rows[0]) + "|")

@@ -1,10 +1,10 @@
-"""Count and time on a CPU what the host of a GPU does in a training step, by phase.
+"""Count and time, on a CPU, the work of a GPU's host in a training step, by phase.
 
 The model has the real depth and number of tensors and a tiny width, so that an operator costs a CPU about
-what its launch costs a GPU's host: 2 to 5 microseconds. A GPU runs as many operators but for those that a
-device picks for itself: attention in bf16 is one there, and several on a CPU.
+as much as its launch costs a GPU's host: 2 to 5 microseconds. A GPU runs equally many operators, except those
+that depend on the device: attention in bf16 is one operator on a GPU and several on a CPU.
 
-The same file measures an older checkout, from the commit on that added it:
+The script can also measure an older checkout, back to the commit that added the script:
 
     git worktree add ../before $(git log --diff-filter=A --format=%h -- tools/bench_host.py)
     PYTHONPATH=../before python tools/bench_host.py --json before.json
@@ -23,13 +23,14 @@ from typing import Annotated, Any, NamedTuple
 import torch
 import typer
 
-from everest_ds.cli.alone import world_of_one
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import UsageError, nearest
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep, MeasuredStep
 from everest_ds.training.plain_step import PlainStep
@@ -37,11 +38,11 @@ from everest_ds.training.run_folder import describe_environment
 
 _WIDTHS = {"encoder": 64, "decoder": 32}
 _PHASES = ("forward", "backward", "update")
-_WARM_UP = 4  # the first step imports and makes the optimiser's states
+_WARM_UP = 4  # the first step imports modules and creates the optimiser's states
 
 
 class Case(NamedTuple):
-    """A training step; ZeRO's stage None is the plain loop without DeepSpeed."""
+    """A training step to measure; ZeRO stage None is the plain loop without DeepSpeed."""
 
     backbone: str = "vit_large"
     task: str = "pretrain"
@@ -52,7 +53,7 @@ class Case(NamedTuple):
 
     @property
     def config(self) -> Experiment:
-        """Two clips of 16 frames of 32x32; fine-tuning has drop path and layer decay, as recipes have."""
+        """Return the config: two clips of 16 frames of 32x32, with the recipes' drop path and layer decay."""
         fine_tuning = self.task == "finetune"
         model: dict[str, Any] = {"backbone": self.backbone, "image_size": 32, "patch_size": 8}
         if fine_tuning:
@@ -90,20 +91,22 @@ CASES = {
 
 
 def bench(
-    cases: Annotated[list[str] | None, typer.Argument(help=f"Default: all of {', '.join(CASES)}.")] = None,
-    steps: Annotated[int, typer.Option(min=2, help="Timed steps of each case.")] = 11,
+    cases: Annotated[
+        list[str] | None, typer.Argument(help=f"Cases to measure. Default: {', '.join(CASES)}.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=2, help="Timed steps per case.")] = 11,
     json_file: JsonFile = None,
 ) -> None:
     """Count operators and host waits of a step by phase, and time them on one thread of a CPU.
 
-    `waits` are reads of a tensor's value by the host and DeepSpeed's device-wide synchronisations; those that
-    it leaves out on CPUs are not seen (one after the backward pass with `overlap_comm`). Milliseconds are the
-    median and the fastest of the timed steps; trust them on an idle machine only.
+    `waits` counts reads of a tensor's value by the host and DeepSpeed's device-wide synchronisations, except
+    those that it omits on CPUs (one after the backward pass with `overlap_comm`). Milliseconds are the median
+    and the fastest of the timed steps; they are reliable on an idle machine only.
 
     Example: python tools/bench_host.py l_pretrain l_pretrain_plain --json after.json
     """
     if unknown := [name for name in cases or [] if name not in CASES]:
-        raise UsageError("no such case", given=unknown[0], allowed=nearest(unknown[0], CASES))
+        raise UsageError("unknown case", given=unknown[0], allowed=nearest(unknown[0], CASES))
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     torch.set_num_threads(1)
     for name, backbone in BACKBONES.items():
@@ -122,7 +125,7 @@ def _narrow(shape: TransformerShape, stack: str) -> TransformerShape:
 
 
 def measure(name: str, case: Case, world: World, steps: int) -> list[dict[str, Any]]:
-    """A row for each phase of a step, and one for all of them."""
+    """Return a row for each phase of a step, and a row for the whole step."""
     with _build(case, world) as step:
         for _ in range(_WARM_UP):
             _run(step, lambda _, act: act())
@@ -146,7 +149,7 @@ def measure(name: str, case: Case, world: World, steps: int) -> list[dict[str, A
 
 
 def _by_case(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each case, with its three phases in every cell."""
+    """Merge the rows of each case into one row, with the three phases in every cell."""
     by_case: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)
@@ -177,7 +180,7 @@ def _build(case: Case, world: World) -> Iterator[MeasuredStep]:
 
 
 def _run(step: MeasuredStep, run: Callable[[str, Callable[[], object]], object]) -> None:
-    """Take a step, each phase of each micro-batch by way of `run`."""
+    """Run a step; `run` executes each phase of each micro-batch."""
     losses: list[torch.Tensor] = []
     for _ in range(step.micro_batches):
         batch = step.prepare(step.load())
@@ -187,7 +190,7 @@ def _run(step: MeasuredStep, run: Callable[[str, Callable[[], object]], object])
 
 
 def _timed(step: MeasuredStep) -> dict[str, float]:
-    """Seconds of each phase of a step."""
+    """Run a step and return the seconds by phase."""
     seconds = dict.fromkeys(_PHASES, 0.0)
 
     def run(phase: str, act: Callable[[], object]) -> None:
@@ -200,7 +203,7 @@ def _timed(step: MeasuredStep) -> dict[str, float]:
 
 
 def _counted(step: MeasuredStep) -> tuple[dict[str, int], dict[str, int]]:
-    """Operators and waits of each phase of a step."""
+    """Run a step and return its operators and waits by phase."""
     launches, waits = dict.fromkeys(_PHASES, 0), dict.fromkeys(_PHASES, 0)
 
     def run(phase: str, act: Callable[[], object]) -> None:
@@ -215,7 +218,7 @@ def _counted(step: MeasuredStep) -> tuple[dict[str, int], dict[str, int]]:
 
 @contextmanager
 def _synchronisations() -> Iterator[list[None]]:
-    """Device-wide synchronisations that DeepSpeed asks for; on a CPU they do nothing."""
+    """Record DeepSpeed's device-wide synchronisations, which do nothing on a CPU."""
     from deepspeed.accelerator import get_accelerator
 
     accelerator, found = get_accelerator(), list[None]()
@@ -223,7 +226,7 @@ def _synchronisations() -> Iterator[list[None]]:
     try:
         yield found
     finally:
-        del accelerator.synchronize  # the class's method is there again
+        del accelerator.synchronize  # restores the method of the class
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Memory of each rank in host RAM: while a run is set up, between its steps, and at a step's peak."""
+"""Benchmark of each rank's host memory: while a run is set up, between steps, and at the peak of a step."""
 
 from __future__ import annotations
 
@@ -12,36 +12,35 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
+from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import ClipBatch
-from everest_ds.launch.environment import detect
-from everest_ds.models.initial import draw, outline
+from everest_ds.host_memory import resident_bytes
+from everest_ds.launch.environment import detect_environment
+from everest_ds.models.initial_weights import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.world import World, join_world, leave_world
 from everest_ds.profiling.allocations import measure_resident_peak
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.resident import resident_bytes
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
 MIB = 2**20
-WARM_UP_STEPS = 2  # the first makes the optimiser's states
+WARM_UP_STEPS = 2  # the first step creates the optimiser's states
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**18  # mallopt(3)
 
 
 def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
-    """The engine of a run, from random weights."""
+    """Build the engine of a run from random weights."""
     model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
 
 
 def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
-    """A micro-batch of noise, another for every share of the clips."""
+    """Return a micro-batch of noise that differs for every `share` of the clips."""
     g, generator = config.candidate_geometry, torch.Generator().manual_seed(share)
     shape = (size, g.num_frames, g.image_size, g.image_size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -50,7 +49,7 @@ def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
 
 
 def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
-    """This rank's memory in MiB, above what the process held before the model was built."""
+    """Measure this rank's memory in MiB above the process's memory before the model was built."""
     world = mesh.world
     load_libraries(config, world)
     plan, objective, engines = plan_ranks(config, world.size), build_objective(config), list[Engine]()
@@ -79,7 +78,7 @@ def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
 
 
 def load_libraries(config: Experiment, world: World) -> None:
-    """One step of a tiny model, for what the first step of a process imports is not the model's memory."""
+    """Run one step of a tiny model, so that imports of the first step do not count as model memory."""
     tiny = Experiment.model_validate(
         {
             "task": "pretrain",
@@ -96,15 +95,16 @@ def load_libraries(config: Experiment, world: World) -> None:
 
 
 def give_back_what_is_freed() -> None:
-    """Make resident memory that of live tensors.
+    """Make glibc return freed memory at once, so that resident memory is that of live tensors.
 
-    glibc puts tensors of up to 32 MiB on its heap, of which it keeps what is freed: up to a third more.
+    By default, glibc allocates tensors of up to 32 MiB on its heap and keeps the freed ones, which can take
+    up to a third more memory.
     """
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES)
 
 
 def settled_bytes() -> int:
-    """Resident bytes once the heap has given back what it can."""
+    """Return the resident bytes after garbage collection, once the heap has returned its free memory."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     return resident_bytes()
@@ -113,18 +113,22 @@ def settled_bytes() -> int:
 def main(
     experiment: Annotated[str, typer.Argument(help="Recipe name, YAML file or run folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write facts and rows here.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write facts and rows to this file.")
+    ] = None,
 ) -> None:
-    """Measure every rank of the world that this process was started in, on CPUs.
+    r"""Measure the host memory of every rank on CPUs.
 
-        torchrun --nproc-per-node 2 -- tools/bench_memory.py k400_pretrain_vit_base \\
-            model.backbone=vit_large batch.micro_batch_size=1 batch.global_batch_size=null \\
+    A launcher such as torchrun starts one process per rank:
+
+        torchrun --nproc-per-node 2 -- tools/bench_memory.py k400_pretrain_vit_base \
+            model.backbone=vit_large batch.micro_batch_size=1 batch.global_batch_size=null \
             precision=fp32 parallelism.zero_stage=3
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # resident memory is the host's
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # only host memory is measured
     give_back_what_is_freed()
     config = load_experiment(experiment, overrides or [])
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     world = join_world()
     rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
     leave_world()

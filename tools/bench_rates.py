@@ -1,7 +1,7 @@
-"""What the machine could do: the matrix products of a step, timed alone.
+"""Lower bounds for the time of a step: its matrix products, each timed alone.
 
 A dispatch mode records every product and fused attention that a step runs, with shapes, strides and dtypes;
-each distinct one is then timed by itself. A step that were nothing but its products would take their sum.
+each distinct operation is then timed by itself. The sum is the time of a step that ran nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape, strides and dtype of a tensor: what the speed of a product depends on."""
+    """The shape, strides and dtype of a tensor, which determine the speed of a product."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -35,11 +35,11 @@ class Layout:
 
     @classmethod
     def of(cls, tensor: Tensor) -> Layout:
-        """The layout of `tensor`."""
+        """Return the layout of `tensor`."""
         return cls(tuple(tensor.shape), tensor.stride(), tensor.dtype)
 
     def make(self, device: torch.device) -> Tensor:
-        """Noise in this layout; dense where the original repeats elements."""
+        """Return a tensor of noise in this layout, or a dense one if the layout repeats elements."""
         if 0 in self.strides:
             return torch.randn(self.shape, device=device).to(self.dtype)
         empty = torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=device)
@@ -48,7 +48,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Product:
-    """One kind of matrix product: (m, k) by (k, n), or a batch of them."""
+    """A kind of matrix product: (m, k) by (k, n), or a batch of such products."""
 
     left: Layout
     right: Layout
@@ -56,14 +56,14 @@ class Product:
 
     @property
     def macs(self) -> int:
-        """Multiply-accumulates."""
+        """Number of multiply-accumulates."""
         *batch, m, k = self.left.shape
         return (batch[0] if batch else 1) * m * k * self.right.shape[-1]
 
 
 @dataclass(frozen=True)
 class Attention:
-    """One kind of fused attention: layouts of q, k and v, each (B, heads, n, width)."""
+    """A kind of fused attention: layouts of q, k and v, each (B, heads, n, width)."""
 
     q: Layout
     k: Layout
@@ -71,13 +71,16 @@ class Attention:
 
     @property
     def macs(self) -> int:
-        """Forward and backward: 2 products, and 2 for each of them; what a kernel repeats is not counted."""
+        """Number of multiply-accumulates, forward and backward, without work that a kernel repeats.
+
+        The forward pass has 2 products, and the backward pass has 2 for each of them.
+        """
         batch, heads, n, width = self.q.shape
         return 3 * 2 * batch * heads * n * self.k.shape[2] * width
 
 
 class Recorder(TorchDispatchMode):
-    """Counts the products and the fused attentions of what runs inside."""
+    """A dispatch mode that counts the matrix products and fused attentions that run inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,31 +103,37 @@ class Recorder(TorchDispatchMode):
 
     @property
     def product_macs(self) -> int:
-        """All matrix products."""
+        """Multiply-accumulates of all matrix products."""
         return sum(product.macs * count for product, count in self.products.items())
 
     @property
     def attention_macs(self) -> int:
-        """All fused attentions, both ways."""
+        """Multiply-accumulates of all fused attentions, forward and backward."""
         return sum(attention.macs * count for attention, count in self.attentions.items())
 
 
 @dataclass(frozen=True)
 class Rate:
-    """Work of a step, timed alone."""
+    """An amount of work and the time that it takes alone."""
 
     macs: int
     seconds: float
 
     @property
     def gflops(self) -> float:
-        """GFLOP/s, two a multiply-accumulate."""
+        """Rate in GFLOP/s, with two floating-point operations per multiply-accumulate."""
         return 2 * self.macs / self.seconds / 1e9 if self.seconds else 0.0
 
 
 @dataclass(frozen=True)
 class StepRates:
-    """The products of one step and its fused attentions, each timed alone, and the products one by one."""
+    """The rates of one step's matrix products and fused attentions.
+
+    Attributes:
+        products: all matrix products together, each timed alone.
+        attention: all fused attentions together, each timed alone.
+        rows: one row per distinct product, the longest in total first.
+    """
 
     products: Rate
     attention: Rate
@@ -132,14 +141,14 @@ class StepRates:
 
 
 def record(step: Callable[[], object]) -> Recorder:
-    """Run `step` once, which may include its backward pass."""
+    """Run `step` once and record its products and attentions, including those of a backward pass."""
     with Recorder() as recorder:
         step()
     return recorder
 
 
 def measure_rates(recorder: Recorder, device: torch.device) -> StepRates:
-    """Time every distinct product and attention that was recorded: the best of several runs of each."""
+    """Time every recorded distinct product and attention, taking the best of several runs of each."""
     rows = [_row(product, count, device) for product, count in recorder.products.items()]
     rows.sort(key=lambda row: -row["in_all_s"])
     products = Rate(recorder.product_macs, sum(row["in_all_s"] for row in rows))
@@ -161,7 +170,7 @@ def _row(product: Product, count: int, device: torch.device) -> dict[str, Any]:
 
 
 def _describe(layout: Layout) -> str:
-    """`512x768`, with a T if it is read transposed."""
+    """Format the shape of a layout, such as `512x768`, with a T appended if it is transposed."""
     transposed = layout.strides[-2] < layout.strides[-1]
     return "x".join(map(str, layout.shape)) + ("T" if transposed else "")
 
@@ -184,7 +193,7 @@ def _time_attention(attention: Attention, device: torch.device) -> float:
 
 
 def best_time(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of several calls; on CUDA of ten in a row, to hide their launch."""
+    """Return the seconds of the fastest of several calls; CUDA times ten calls at once to hide launches."""
     calls = 10 if device.type == "cuda" else 1
     call()
     _wait(device)

@@ -1,4 +1,4 @@
-"""What recompute costs and saves: every mode, with and without offload, against none, on one device."""
+"""Benchmark of the time and memory of every recompute mode, with and without offload, on one device."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ import torch
 import typer
 from torch import Tensor, nn
 
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.schema import RecomputeConfig
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.data.clips import ClipBatch
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import check_precision
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.world import join_world, leave_world
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.training.objective import build_objective
+from everest_ds.training.optimization import build_objective
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def cases(every: int) -> list[RecomputeConfig]:
-    """`none`, then every mode kept on the device and in host memory."""
+    """Return the cases to compare: `none` and `gelu`, then every other mode without and with offload."""
     modes = [
         ("none", False),
         ("gelu", False),
@@ -42,7 +42,10 @@ def cases(every: int) -> list[RecomputeConfig]:
 
 
 def training_step(model: nn.Module, config: Experiment, device: torch.device) -> Callable[[], None]:
-    """One micro-batch of random pixels forward and backward; gradients stay allocated."""
+    """Return a function that runs a micro-batch of random pixels forward and backward.
+
+    Gradients stay allocated between calls.
+    """
     g, size = config.candidate_geometry, config.batch.micro_batch_size
     clip = torch.randint(0, 256, (size, g.num_frames, g.image_size, g.image_size, 3), dtype=torch.uint8)
     ids = torch.arange(size)
@@ -57,7 +60,7 @@ def training_step(model: nn.Module, config: Experiment, device: torch.device) ->
 
 
 def time_step(step: Callable[[], None], device: torch.device) -> float:
-    """Seconds of one step, the device's work included."""
+    """Return the seconds of one step, including the device's work."""
     start = time.perf_counter()
     step()
     if device.type == "cuda":
@@ -66,7 +69,10 @@ def time_step(step: Callable[[], None], device: torch.device) -> float:
 
 
 def bench(config: Experiment, every: int, rounds: int, device: torch.device) -> list[dict[str, Any]]:
-    """One row a case. Cases take turns in every round: a slow minute of the machine hits them all."""
+    """Measure one row per case.
+
+    Every round runs all cases in turn, so that slow phases of the machine affect all of them alike.
+    """
     torch.manual_seed(0)
     model = build_model(config).to(device, DTYPES[config.precision]).train()
     step, candidates = training_step(model, config, device), cases(every)
@@ -93,7 +99,7 @@ def bench(config: Experiment, every: int, rounds: int, device: torch.device) -> 
 
 
 def compare_times(seconds: list[float], base: list[float]) -> dict[str, Any]:
-    """The fastest step, and ratios to the step of `none` in the same round."""
+    """Return the time of the fastest step, and the ratios to the step of `none` in the same round."""
     ratios = [mine / none for mine, none in zip(seconds, base, strict=True)]
     return {
         "min_ms": min(seconds) * 1e3,
@@ -113,29 +119,31 @@ def _facts(config: Experiment, device: torch.device) -> dict[str, Any]:
         "versions": ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "fairscale")),
         "offload": "to host memory"
         if gpu
-        else "is to the same memory on a CPU: shows its cost, saves nothing",
+        else "to the same memory on a CPU: it costs time and saves no memory",
     }
 
 
 def main(
     experiment: Annotated[str, typer.Argument(help="Recipe name, YAML file or run folder.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key.path=value ...")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Timed rounds, after one that warms up.")] = 5,
-    every: Annotated[int, typer.Option(min=2, help="n of mode `blocks`.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write facts and rows here.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Number of timed rounds, after one warm-up round.")] = 5,
+    every: Annotated[int, typer.Option(min=2, help="Mode `blocks`: recompute one of every n blocks.")] = 2,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write facts and rows to this file.")
+    ] = None,
 ) -> None:
-    """Time and peak memory of every recompute mode, with and without offload, relative to none.
+    """Measure time and peak memory of every recompute mode, with and without offload, relative to none.
 
-    The experiment gives phase, backbone, clip size, batch and precision; overrides change them:
+    The experiment sets phase, backbone, clip size, batch and precision; overrides change them:
 
         python tools/bench_recompute.py k400_pretrain_vit_base batch.micro_batch_size=2 precision=fp32
 
-    Peak memory is what a step allocates beyond weights and gradients: the caching allocator's own count on
-    a GPU, the sum of tracked allocations on a CPU. Gradients are compared with those of none; on a GPU some
-    kernels are not deterministic.
+    Peak memory is the memory that a step allocates beyond weights and gradients: the caching allocator's
+    figure on a GPU, the sum of tracked allocations on a CPU. Gradients are compared with those of mode none;
+    on a GPU some kernels are not deterministic.
     """
     config = load_experiment(experiment, overrides or [])
-    os.environ.update(detect().as_variables())
+    os.environ.update(detect_environment().as_variables())
     world = join_world()
     check_precision(config, world)
     rows = bench(config, every, rounds, world.device)

@@ -1,4 +1,4 @@
-"""Tables of a step benchmark, one column a contender."""
+"""Tables of a step benchmark, with one column per contender."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from everest_ds.cli.output import print_facts, print_table
+from everest_ds.console import print_facts, print_table
 from everest_ds.units import format_bytes
 
 _PRODUCT_ROWS = 12
@@ -16,22 +16,23 @@ _ONE_DECIMAL_FROM = 100
 
 
 def print_report(result: Mapping[str, Any]) -> None:
-    """Everything that `bench_step.py` measured."""
+    """Print all results of `bench_step.py`."""
     print_facts("Benchmark", result["environment"])
     _print_columns("Step (medians; measured)", result["contenders"])
     if result["resident_peak_bytes"]:
-        print(f"Resident memory, all contenders at once: {format_bytes(result['resident_peak_bytes'])}\n")
+        peak = format_bytes(result["resident_peak_bytes"])
+        print(f"Peak resident memory of the process with all contenders: {peak}\n")
     if result["ratios"]:
-        print_table("Ratios to our engine (quartiles are of the ratios of each round)", result["ratios"])
+        print_table("Ratios to our engine (quartiles over the ratios of all rounds)", result["ratios"])
     if result["rates"]:
         _print_columns(
-            "Limit: the step's matrix products, each timed alone (best of several)", result["rates"]
+            "Limit: the step's matrix products, each timed alone (best of several calls)", result["rates"]
         )
         for rates in result["rates"]:
             rows = [_in_ms(row) for row in rates["products"][:_PRODUCT_ROWS]]
             print_table(f"Largest products of {rates['contender']}", rows)
     if result["profile"]:
-        print_table("Where a step of ours spends its time", result["profile"])
+        print_table("Time of a step of our engine, by operator", result["profile"])
 
 
 def _in_ms(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def _in_ms(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print_columns(title: str, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print each row as a column: there are more quantities than contenders."""
+    """Print each row as a column, because there are more quantities than contenders."""
     table = Table(title=title, title_justify="left", title_style="bold")
     table.add_column("", no_wrap=True)
     for row in rows:
@@ -68,5 +69,5 @@ def _cell(name: str, value: Any) -> str:
 
 
 def _is_shown(value: Any) -> bool:
-    """A row of which no contender has anything to say is left out."""
+    """Return whether a value can be shown; rows that no contender has a value for are left out."""
     return value is not None and not isinstance(value, list)

@@ -1,4 +1,4 @@
-"""Times training steps of our model, beside the original systems' if clones of them are given.
+"""Time training steps of our model, and of the original systems if clones of them are given.
 
 python tools/bench_step.py pretrain --backbone vit_base --batch 2 --dtype fp32 --dtype bf16
 """
@@ -31,15 +31,16 @@ from bench_report import print_report
 from peers import Peer, load_peer
 from torch.profiler import ProfilerActivity, profile
 
-from everest_ds.cli.alone import world_of_one
-from everest_ds.cli.output import JsonFile, write_json
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.console import write_json
+from everest_ds.costs.hardware.gpus import peak_flops_per_s
 from everest_ds.errors import UsageError
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.allocations import ResidentPeak, measure_resident_peak, track_allocations
-from everest_ds.profiling.devices import peak_flops_per_s
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.engine_step import noise_batch
 from everest_ds.training.run_folder import describe_environment
 
@@ -47,18 +48,18 @@ Task = Literal["pretrain", "finetune"]
 DTYPES = ("fp32", "bf16")
 KEEP_RATIO = {"pretrain": 0.3, "finetune": 0.6}
 _RECIPE = {"pretrain": "k400_pretrain_vit_base", "finetune": "k400_finetune_vit_base"}
-# glibc's mallopt(3): allocations as large as these stay in the heap and are not given back to the system.
+# glibc's mallopt(3): allocations up to these sizes stay in the heap and are not returned to the system.
 _MALLOPT = {"M_MMAP_THRESHOLD": (-3, 2**30), "M_TRIM_THRESHOLD": (-1, 2**31 - 1)}
 _PROFILE_ROWS = 20
 
 
-# fp16's loss scale begins at 65536 and halves with every step that it skips: after as many it is below 1.
+# The loss scale of fp16 starts at 65536 and halves with every skipped step: after 20, it is below 1.
 _MAX_SKIPPED = 20
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The experiments to run, one for each dtype, and how often."""
+    """The experiments to run, one per dtype, with the numbers of timed and warm-up steps."""
 
     configs: list[Experiment]
     rounds: int
@@ -66,12 +67,12 @@ class Plan:
 
     @property
     def config(self) -> Experiment:
-        """The first of them: they differ in precision only."""
+        """Return the first config; the others differ in precision only."""
         return self.configs[0]
 
 
 def bench(
-    task: Annotated[Task, typer.Argument(help="Which phase of training.")],
+    task: Annotated[Task, typer.Argument(help="Phase of training.")],
     backbone: Annotated[str, typer.Option(help="vit_tiny, vit_small, vit_base, vit_large or vit_huge.")] = (
         "vit_base"
     ),
@@ -79,45 +80,48 @@ def bench(
         list[str] | None,
         typer.Option(help="fp32, or bf16: bf16 weights with fp32 masters. Repeat to compare in one run."),
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Clips a step.")] = 2,
+    batch: Annotated[int, typer.Option(min=1, help="Clips per step.")] = 2,
     keep_ratio: Annotated[
         float | None, typer.Option(help="Share of kept tokens; 0.3 to pre-train, 0.6 to fine-tune.")
     ] = None,
     selection: Annotated[str, typer.Option(help="tokens.selection of our model.")] = "rero",
     recompute: Annotated[str, typer.Option(help="recompute.mode of our model.")] = "none",
     attention: Annotated[str, typer.Option(help="model.attention of our model.")] = "fused",
-    frames: Annotated[int, typer.Option(help="Frames of a clip.")] = 16,
+    frames: Annotated[int, typer.Option(help="Frames per clip.")] = 16,
     size: Annotated[int, typer.Option(help="Height and width of a frame, pixels.")] = 224,
     peer: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=DIR", help="everest=DIR or videomae=DIR, a clone to run beside ours."),
     ] = None,
-    rounds: Annotated[int, typer.Option(min=2, help="Timed steps of each, taken in turn.")] = 7,
-    warmup: Annotated[int, typer.Option(min=1, help="Steps of each before those.")] = 2,
+    rounds: Annotated[int, typer.Option(min=2, help="Timed steps per contender; contenders take turns.")] = 7,
+    warmup: Annotated[int, typer.Option(min=1, help="Warm-up steps per contender.")] = 2,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's own.")] = None,
     device: Annotated[
-        Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda where there is one.")
+        Literal["cpu", "cuda"] | None, typer.Option(help="Default: cuda if torch sees a CUDA device.")
     ] = None,
-    rates: Annotated[bool, typer.Option(help="Time the step's matrix products alone, as its limit.")] = True,
+    rates: Annotated[
+        bool, typer.Option(help="Time the step's matrix products alone, as its lower bound.")
+    ] = True,
     profile_step: Annotated[
         bool,
         typer.Option(
-            "--profile", help="Also print where a step of ours, in the last dtype, spends its time."
+            "--profile", help="Also print the most expensive operators of our step in the last dtype."
         ),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Time training steps: forward, backward, optimiser; memory; how far from the machine's own rates.
+    """Measure training steps: time of forward, backward and optimiser; memory; share of the machine's rates.
 
     "Ours" is the engine that a run builds from the Kinetics-400 recipe, with ZeRO, drop path and
     label smoothing; "plain" is the same step in a PyTorch loop without DeepSpeed. All contenders run in one
-    process on the same clips, one step each in turn, so that a busy machine hurts them alike: trust the
-    ratios and their quartiles more than the times. Peers run as their authors do, with float32 weights,
-    autocast for bf16 (fp16 on CUDA) and torch's AdamW as it comes, and without drop path. Augmentation is
-    timed apart from the step: peers leave it to their loader. `without_optimizer` is the ratio of forward and
-    backward alone. The peak of the passes is what those allocate: activations, gradients, and autocast's
-    copies of the weights. Steps that fp16's loss scale skips are counted, and not timed. A contender that
-    runs out of memory says so in its column; the others go on.
+    process on the same clips, one step each in turn, so that a busy machine slows them alike: trust the
+    ratios and their quartiles more than the times. Peers run as in their authors' scripts, with float32
+    weights, autocast for bf16 (fp16 on CUDA) and torch's AdamW in its default settings, but without drop
+    path. Augmentation is timed apart from the step, because peers leave it to their loader.
+    `without_optimizer` is the ratio of forward and backward alone. The peak of the passes counts what they
+    allocate: activations, gradients, and autocast's copies of the weights. Steps that fp16's loss scale
+    skips are counted but not timed. The column of a contender that runs out of memory shows the failure, and
+    the other contenders continue.
 
     Example: python tools/bench_step.py finetune --peer videomae=../VideoMAE --dtype fp32 --json step.json
     """
@@ -147,7 +151,7 @@ def bench(
 
 
 def run(plan: Plan, world: World, peers: list[Peer], rates: bool, profile_step: bool) -> dict[str, Any]:
-    """Everything that is measured, ready for JSON."""
+    """Measure all contenders and return the results, ready for JSON."""
     device, clips = world.device, noise_batch(plan.config, world.device)
     contenders = [engine_contender(config, world) for config in plan.configs]
     contenders += [plain_contender(config, device) for config in plan.configs]
@@ -170,7 +174,7 @@ def run(plan: Plan, world: World, peers: list[Peer], rates: bool, profile_step: 
 
 
 def _warm_up(contender: Contender, steps: int, device: torch.device) -> None:
-    """Step until `steps` steps have updated the weights: fp16's loss scale has to come down first."""
+    """Step until `steps` steps have updated the weights, for fp16's loss scale must first fall."""
     for _ in range(steps):
         while timed_step(contender, device) is None:
             if contender.skipped >= _MAX_SKIPPED:
@@ -196,7 +200,7 @@ def _resident_peak(call: Callable[[], None]) -> ResidentPeak | None:
 
 
 def _summary(contender: Contender, clips: int, device: torch.device) -> dict[str, Any]:
-    """A column of the table: nothing but the reason where the contender failed."""
+    """Return a column of the table; a failed contender has a reason and no figures."""
     peaks: list[int] = []
     attempt(contender, lambda: peaks.append(_passes_peak_bytes(contender, device)))
     steps = contender.taken if contender.step else []
@@ -241,7 +245,7 @@ def _ms(seconds: float | None) -> float | None:
 
 
 def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
-    """Each contender over our engine in the same dtype; our engine's other dtypes over its last one."""
+    """Compare each contender with our engine in the same dtype, and our engine's dtypes with its last one."""
     alive = [contender for contender in contenders if contender.step is not None]
     engines = {contender.dtype: contender for contender in alive if contender.is_engine}
     rows = []
@@ -254,7 +258,7 @@ def _ratios(contenders: list[Contender]) -> list[dict[str, Any]]:
 
 def _ratio(contender: Contender, base: Contender) -> list[dict[str, Any]]:
     pairs = [(a, b) for a, b in zip(base.times, contender.times, strict=True) if a and b]
-    if len(pairs) < 2:  # nearly all steps were skipped: nothing to compare
+    if len(pairs) < 2:  # nearly all steps were skipped: too few to compare
         return []
     ours, theirs = zip(*pairs, strict=True)
     low, _, high = statistics.quantiles([b.step_s / a.step_s for a, b in pairs], n=4, method="inclusive")
@@ -300,7 +304,7 @@ def _rates(contender: Contender, device: torch.device) -> dict[str, Any]:
 
 
 def _profile(contender: Contender, device: torch.device) -> list[dict[str, Any]]:
-    """The operators in which a step spends most time itself: on the GPU where there is one."""
+    """Return the operators with the most time of their own in a step, on the GPU if there is one."""
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as recorded:
@@ -318,11 +322,11 @@ def _profile(contender: Contender, device: torch.device) -> list[dict[str, Any]]
 
 
 def _choose_device(name: str | None) -> None:
-    """Let the ranks' world find the device: a GPU if it sees one."""
+    """Hide the GPUs for `cpu`, so that the world of ranks chooses the CPU; otherwise it chooses a GPU."""
     if name == "cpu":
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     elif name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device here", allowed="cpu")
+        raise UsageError("--device cuda: torch sees no CUDA device", allowed="cpu")
 
 
 def _dtypes(names: list[str]) -> list[str]:
@@ -334,7 +338,7 @@ def _dtypes(names: list[str]) -> list[str]:
 def _peers(texts: list[str]) -> dict[str, Path]:
     pairs = [text.partition("=") for text in texts]
     if wrong := [text for text, (_, _, folder) in zip(texts, pairs, strict=True) if not folder]:
-        raise UsageError("--peer names no folder", given=wrong[0], allowed="everest=DIR, videomae=DIR")
+        raise UsageError("--peer has no folder", given=wrong[0], allowed="everest=DIR, videomae=DIR")
     return {name: Path(folder) for name, _, folder in pairs}
 
 
@@ -353,19 +357,23 @@ def _environment(plan: Plan, heap: str, device: torch.device) -> dict[str, Any]:
         f" recompute {config.recompute.mode}, drop path {model.drop_path:g}",
         "torch": torch.__version__,
         "commit": git and git["commit"][:12] + (" with uncommitted changes" if git["dirty"] else ""),
-        "rounds": f"{plan.rounds} after {plan.warmup} to warm up",
+        "rounds": f"{plan.rounds} after {plan.warmup} warm-up steps",
         "heap": heap,
     }
 
 
 def _keep_heap_warm() -> str:
-    """Have glibc keep freed memory, or large activations are returned and faulted in again every step."""
+    """Make glibc keep freed memory, so that large activations are not returned and faulted in every step.
+
+    Returns:
+        A description of the heap for the report.
+    """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
-        return "as the system's allocator has it"
+        return "default of the system's allocator"
     refused = [name for name, (option, value) in _MALLOPT.items() if mallopt(option, value) != 1]
-    return f"mallopt refused {', '.join(refused)}" if refused else "kept warm by mallopt: freed memory stays"
+    return f"mallopt refused {', '.join(refused)}" if refused else "freed memory is kept (mallopt)"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Whether the figures that `make demo` left are what the README promises; for CI."""
+"""Check for CI that the figures of `make demo` keep the promises of the README."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def main() -> None:
-    """Read summary.json; exit 1 with the promise that does not hold."""
+    """Read summary.json, print each promise with its result, and exit 1 if a promise is broken."""
     summary = json.loads(Path(sys.argv[1]).read_text())
     pretrain, finetune = summary["pretrain"], summary["finetune"]
     promises = {

@@ -1,4 +1,4 @@
-"""How far predicted and counted memory of a training step are from measured memory: the error table."""
+"""Error table of a training step's memory: predicted and counted against measured."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
 from everest_ds.config.schema import RecomputeConfig
+from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.costs.memory import predict_step_bytes
 from everest_ds.models import build_model
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.memory import predict_step_bytes
 from everest_ds.profiling.memory_trace import trace_memory
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.units import format_bytes
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -33,7 +33,7 @@ MIB = 1024**2
 
 
 def experiment(clips: int, backbone: str, task: str, precision: str, attention: str, mode: str) -> Experiment:
-    """EVEREST at its released keep ratios."""
+    """Return the experiment of EVEREST at its released keep ratios."""
     return Experiment.model_validate(
         {
             "task": task,
@@ -52,21 +52,21 @@ def experiment(clips: int, backbone: str, task: str, precision: str, attention: 
 
 
 def build(config: Experiment) -> nn.Module:
-    """The model in the experiment's precision, recomputing what it says."""
+    """Build the model in the experiment's precision, with its recomputation applied."""
     model = build_model(config).to(DTYPES[config.precision]).train()
     apply_recompute(model, config.recompute)
     return model
 
 
 def batch(config: Experiment) -> tuple[Tensor, Tensor, Tensor]:
-    """uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
+    """Return blank uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
     clip, size = config.candidate_geometry, config.batch.micro_batch_size
     pixels = torch.zeros(size, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8)
     return pixels, torch.arange(size), torch.zeros(size, dtype=torch.int64)
 
 
 def loss_of(config: Experiment) -> Callable[..., Tensor]:
-    """The training loss of a model on a batch."""
+    """Return the function that computes the training loss of a model on a batch."""
 
     def loss(model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
         output = model(clip_BFHWC, key_B)
@@ -76,7 +76,7 @@ def loss_of(config: Experiment) -> Callable[..., Tensor]:
 
 
 def measure(config: Experiment, device: torch.device) -> int:
-    """Bytes that a forward and backward pass allocates beyond weights, gradients and clips."""
+    """Measure the bytes that a forward and backward pass allocates beyond weights, gradients and clips."""
     model, inputs = build(config).to(device), [tensor.to(device) for tensor in batch(config)]
     loss = loss_of(config)
     for weight in model.parameters():
@@ -86,19 +86,19 @@ def measure(config: Experiment, device: torch.device) -> int:
         loss(model, *inputs).backward()
 
     if device.type == "cuda":
-        step()  # workspaces of libraries, which stay
+        step()  # let libraries allocate their permanent workspaces first
     return track_allocations(step, device).peak_bytes
 
 
 def count(config: Experiment) -> int:
-    """The same of the traced model."""
+    """Count, on the traced model, the bytes of both passes beyond weights, gradients and clips."""
     trace = trace_memory(lambda: build(config), lambda: batch(config), loss_of(config))
     resting = sum(trace.resting_bytes.values())
     return max(moment.total_bytes for moment in trace.timeline if moment.phase != "optimizer") - resting
 
 
 def check(config: Experiment, device: torch.device) -> dict[str, Any]:
-    """One row of the table."""
+    """Return one row of the table."""
     predicted, counted, measured = predict_step_bytes(config), count(config), measure(config, device)
     return {
         "backbone": config.model.backbone,
@@ -116,7 +116,7 @@ def check(config: Experiment, device: torch.device) -> dict[str, Any]:
 
 
 def check_all(cases: Sequence[Experiment], device: torch.device) -> Iterator[dict[str, Any]]:
-    """Rows of all cases, named on stderr as they come."""
+    """Yield the rows of all cases, and print each to stderr as progress."""
     for number, config in enumerate(cases, 1):
         row = check(config, device)
         print(f"{number}/{len(cases)} {' '.join(map(str, row.values()))}", file=sys.stderr, flush=True)
@@ -124,7 +124,7 @@ def check_all(cases: Sequence[Experiment], device: torch.device) -> Iterator[dic
 
 
 def as_markdown(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-    """Facts and rows as a list and a table."""
+    """Render facts as a Markdown list and rows as a Markdown table."""
     head = [name.replace("_", " ") for name in rows[0]]
     lines = [head, ["---"] * len(head), *([str(value) for value in row.values()] for row in rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
@@ -132,7 +132,7 @@ def as_markdown(facts: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
 
 
 def summarize(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str, Any]:
-    """Where the table was made, and its worst row."""
+    """Return the device and versions behind the table, and its worst errors."""
     worst = max(rows, key=lambda row: abs(row["predicted_error_pct"]))
     return {
         "device": device_name(device),
@@ -146,16 +146,20 @@ def summarize(rows: Sequence[dict[str, Any]], device: torch.device) -> dict[str,
 
 
 def main(
-    backbones: Annotated[list[str], typer.Argument(help="Such as vit_small vit_base.")],
-    clips: Annotated[int, typer.Option(min=1, help="Clips of a step.")] = 2,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write facts and rows here.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Also write them here, as Markdown.")] = None,
+    backbones: Annotated[list[str], typer.Argument(help="Backbones, such as vit_small vit_base.")],
+    clips: Annotated[int, typer.Option(min=1, help="Clips per step.")] = 2,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write facts and rows to this file.")
+    ] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Also write facts and rows to this file as Markdown.")
+    ] = None,
 ) -> None:
-    """Memory of a step of EVEREST beyond weights, gradients and clips, predicted, counted and measured.
+    """Compare predicted, counted and measured memory of an EVEREST step beyond weights, gradients and clips.
 
-    Both phases, all recompute modes, float32 and bfloat16, fused and unfused attention. Measured is the sum
-    of tracked allocations on a CPU, the caching allocator's peak on a GPU. The states, which training adds,
-    are whole numbers that no one needs to measure (tests hold them against an engine's tensors).
+    The table covers both phases, all recompute modes, float32 and bfloat16, fused and unfused attention.
+    Measured memory is the sum of tracked allocations on a CPU and the caching allocator's peak on a GPU.
+    Optimiser states are left out: their sizes are exact, and tests check them against an engine's tensors.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     axes = (
@@ -167,7 +171,7 @@ def main(
     )
     rows = list(check_all([experiment(clips, *case) for case in product(*axes)], device))
     facts = summarize(rows, device)
-    print_facts("Memory of a step, beyond weights, gradients and clips", facts)
+    print_facts("Memory of a step beyond weights, gradients and clips", facts)
     print_table("", rows)
     write_json(json_file, {"facts": facts, "rows": rows})
     if markdown:

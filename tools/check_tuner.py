@@ -1,11 +1,11 @@
-"""How far the tuner's predictions are from measured steps of the real trainer here: the error table.
+"""Print the errors of the tuner's predictions, against measured steps of the real trainer on this machine.
 
     MALLOC_MMAP_THRESHOLD_=262144 python tools/check_tuner.py --json tuner.json
 
-Calibrates, then runs configurations a few steps each, pre-training and fine-tuning, over ZeRO stages, tensor
-degrees, micro-batches, recompute modes, keep ratios and precisions: 24 of small clips on 1, 2 and 4 CPU
-ranks, or 12 of whole clips on one GPU. No trial corrects the model: these are its own predictions. The
-variable makes a CPU rank's resident memory that of live tensors.
+The script calibrates, then runs a few steps of each configuration, pre-training and fine-tuning, over ZeRO
+stages, tensor degrees, micro-batches, recompute modes, keep ratios and precisions: 24 with small clips on 1,
+2 and 4 CPU ranks, or 12 with full-size clips on one GPU. The predictions are not corrected by trials. The
+variable limits a CPU rank's resident memory to that of live tensors.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.calibrate import facts_here, machine_here
-from everest_ds.cli.output import print_facts, print_table, write_json
 from everest_ds.cli.program import run_program
-from everest_ds.cli.trial_run import Setup, read_steps, run_here, trial_overrides
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import EverestError
-from everest_ds.profiling.here import num_gpus
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.tuning.correction import kendall_tau
+from everest_ds.profiling.device import num_gpus
+from everest_ds.tuning.calibration.local_machine import facts_here, machine_here
 from everest_ds.tuning.search import needed_bytes
-from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.trials.correction import kendall_tau
+from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides
 
 MIB = 2**20
 COMMON = ("data.frame_stride=1", "batch.global_batch_size=null")
@@ -51,7 +51,7 @@ SHORT = {
     "keep": "tokens.keep_ratio={}",
     "p": "precision={}",
 }
-# task, ranks, what differs. Fine-tuning of a family on 2 ranks has one best, as pre-training has.
+# Per line: task, ranks, settings that differ from the recipe. The first three words name its family.
 CASES = """
 pretrain 1 b=small px=96 micro=2 zero=0 p=fp32
 pretrain 1 b=small px=96 micro=8 zero=0 p=fp32
@@ -96,7 +96,7 @@ finetune 1 b=large px=224 micro=16 zero=2 again=full p=bf16
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration of the table."""
+    """A configuration of the error table."""
 
     task: str
     num_ranks: int
@@ -105,14 +105,14 @@ class Case:
 
     @classmethod
     def parse(cls, line: str) -> Case:
-        """From a line of CASES."""
+        """Parse a line of CASES."""
         task, ranks, *choices = line.split()
         pairs = [choice.split("=") for choice in choices]
         return cls(task, int(ranks), tuple(SHORT[key].format(value) for key, value in pairs), line)
 
 
 def calibrate(file: Path, num_ranks: int) -> float:
-    """Measure this machine anew; seconds that it took."""
+    """Calibrate this machine into `file` and return the seconds that it took."""
     began = time.perf_counter()
     command = [sys.executable, "-m", "everest_ds", "tune", "--calibrate", "--nproc", str(num_ranks)]
     subprocess.run([*command, "--calibration", str(file)], check=True)
@@ -120,7 +120,7 @@ def calibrate(file: Path, num_ranks: int) -> float:
 
 
 def check(case: Case, calibration: Path, folder: Path, steps: int) -> dict[str, Any]:
-    """One row: predicted and measured."""
+    """Predict and measure a case, and return its row."""
     config = load_experiment(RECIPES[case.task], (*_clips(), *case.overrides))
     machine = machine_here(case.num_ranks, calibration)
     predicted_s = predict_step(config, case.num_ranks, machine).step_s
@@ -142,10 +142,10 @@ def check(case: Case, calibration: Path, folder: Path, steps: int) -> dict[str, 
 
 
 def run(case: Case, config: Experiment, folder: Path, steps: int) -> dict[str, Any]:
-    """A few steps through the real trainer.
+    """Run a few steps of a case in the real trainer.
 
     Raises:
-        EverestError: it did not come to its end.
+        EverestError: the run did not end with a measurement.
     """
     setup = Setup(case.task, RECIPES[case.task], _clips(), case.num_ranks, folder, steps, timeout_s=300)
     place = folder / case.name.replace(" ", "-")
@@ -160,7 +160,7 @@ def _clips() -> tuple[str, ...]:
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the table is held to."""
+    """Return the figures by which the table is judged."""
     families = {" ".join(row["configuration"].split()[:3]) for row in rows}
     taus = kendall_tau([row["predicted_clips_s"] for row in rows], [row["measured_clips_s"] for row in rows])
     losses = [lost_pct([row for row in rows if row["configuration"].startswith(name)]) for name in families]
@@ -177,18 +177,20 @@ def summarise(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def lost_pct(rows: Sequence[dict[str, Any]]) -> float:
-    """How much slower than the measured best the predicted best is, in clips a second."""
+    """Return the loss in clips per second of the predicted best against the measured best, in percent."""
     chosen = max(rows, key=lambda row: row["predicted_clips_s"])["measured_clips_s"]
     return 100 * (1 - chosen / max(row["measured_clips_s"] for row in rows))
 
 
 def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write facts and rows here.")] = None,
-    calibration: Annotated[Path | None, typer.Option(help="Use this one; default: a new one.")] = None,
-    steps: Annotated[int, typer.Option(min=5, help="Of each run.")] = 9,
-    only: Annotated[str, typer.Option(help="Configurations with this in their line.")] = "",
+    calibration: Annotated[
+        Path | None, typer.Option(help="Calibration file to use; default: calibrate anew.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=5, help="Steps per run.")] = 9,
+    only: Annotated[str, typer.Option(help="Run only configurations whose line contains this text.")] = "",
 ) -> None:
-    """Predict, run and compare."""
+    """Predict each configuration, run it, and print the errors."""
     began = time.perf_counter()
     lines = (GPU_CASES if num_gpus() else CASES).strip().splitlines()
     cases = [Case.parse(line) for line in lines if only in line]

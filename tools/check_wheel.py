@@ -1,6 +1,6 @@
-"""Whether a built wheel, installed alone into a fresh folder, brings its recipes and DeepSpeed files; for CI.
+"""Check for CI that a built wheel, installed alone, contains its recipes, DeepSpeed and SLURM files.
 
-The heavy dependencies come from the environment this runs in; the package itself comes from the wheel.
+The heavy dependencies come from the current environment; the package itself comes from the wheel.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import tempfile
 
 
 def main() -> None:
-    """Install the wheel named on the command line elsewhere and dry-run recipes there."""
+    """Install the wheel named on the command line into a temporary folder, and dry-run recipes with it."""
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", f"{folder}/site"]
         subprocess.run([*pip, sys.argv[1]], check=True)

@@ -1,8 +1,9 @@
-"""What each ReRo score selects compared with the exact one, what it costs, and a picture of it.
+"""Compare the tokens that each ReRo score selects with those of the exact score, and their cost.
 
     python tools/compare_scores.py clip1.mp4 clip2.avi --picture scores.png --json scores.json
 
-Without files, synthetic motion clips are drawn. Exact is the `embedding` score with `l2`, in float32.
+Without files, synthetic motion clips are made. The exact score is `embedding` with `l2`, in float32. The
+picture shows the selections on the first clip.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ import torch
 import typer
 from torch import Tensor
 
-from everest_ds.cli.output import print_table
 from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment
-from everest_ds.data.decode import open_video
+from everest_ds.console import print_table
+from everest_ds.costs.compute import predict_macs
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.transforms import crop_resize, view_box
 from everest_ds.models import Classifier
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import PixelMap, from_tubelets, to_tubelets
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.reports.figure import new_figure, to_png
 from everest_ds.training.weights import load_encoder
 
@@ -46,18 +47,24 @@ _MISSED, _EXTRA = (230, 60, 60), (70, 110, 240)
 
 
 def main(
-    clips: Annotated[list[Path] | None, typer.Argument(help="Video files; none: synthetic motion.")] = None,
-    backbone: Annotated[str, typer.Option(help="Its patch embedding is compared.")] = "vit_base",
-    image_size: Annotated[int, typer.Option(help="Pixels.")] = 224,
-    patch_size: Annotated[int, typer.Option(help="Pixels.")] = 16,
+    clips: Annotated[
+        list[Path] | None, typer.Argument(help="Video files; default: synthetic motion clips.")
+    ] = None,
+    backbone: Annotated[str, typer.Option(help="Backbone whose patch embedding is used.")] = "vit_base",
+    image_size: Annotated[int, typer.Option(help="Height and width of a frame, pixels.")] = 224,
+    patch_size: Annotated[int, typer.Option(help="Height and width of a patch, pixels.")] = 16,
     keep_ratio: Annotated[float, typer.Option(help="Kept share of the tokens.")] = 0.3,
-    stride: Annotated[int, typer.Option(help="Frames between the 16 frames of a clip.")] = 2,
-    weights: Annotated[Path | None, typer.Option(help="Run folder or .safetensors; none: fresh.")] = None,
+    stride: Annotated[int, typer.Option(help="Stride in frames between the 16 frames of a clip.")] = 2,
+    weights: Annotated[
+        Path | None, typer.Option(help="Run folder or .safetensors; default: random weights.")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the median counts.")] = 9,
     picture: Annotated[Path | None, typer.Option(help="Draw the selections on the first clip.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows here, too.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to this file.")
+    ] = None,
 ) -> None:
-    """Recall of the exact kept set, multiply-accumulates and time of every score and distance."""
+    """Print recall of the exact kept set, multiply-accumulates and time of every score and distance."""
     shape = {"backbone": backbone, "image_size": image_size, "patch_size": patch_size, "num_classes": 2}
     config = experiment(shape, keep_ratio, EXACT)
     torch.manual_seed(0)
@@ -77,13 +84,13 @@ def main(
 
 
 def experiment(shape: dict[str, Any], keep_ratio: float, arm: dict[str, str]) -> Experiment:
-    """Fine-tuning with this way to choose tokens."""
+    """Return a fine-tuning config with the token selection of `arm`."""
     tokens = {"keep_ratio": keep_ratio, **arm}
     return Experiment.model_validate({"task": "finetune", "model": shape, "tokens": tokens})
 
 
 def read(file: Path, config: Experiment, stride: int) -> Tensor:
-    """The middle clip of a video, at a smaller stride where it is short: uint8 (F, H, W, 3)."""
+    """Read the middle clip of a video, with a smaller stride if the video is short: uint8 (F, H, W, 3)."""
     count = config.model.num_frames
     with open_video(file) as video:
         fitting = max(1, min(stride, (video.num_frames - 1) // (count - 1)))
@@ -93,7 +100,7 @@ def read(file: Path, config: Experiment, stride: int) -> Tensor:
 
 
 def draw_clips(size: int) -> list[Path]:
-    """Two synthetic videos of each motion."""
+    """Synthesise two videos of each motion and return their files."""
     folder = Path(tempfile.mkdtemp())
     count = 2 * len(MOTIONS)
     synthesize(folder, {"test": count}, SyntheticSpec(num_frames=32, size=size), workers=2)
@@ -103,7 +110,7 @@ def draw_clips(size: int) -> list[Path]:
 def compare(
     batch: Tensor, configs: list[Experiment], embedding: PixelMap, rounds: int
 ) -> list[dict[str, Any]]:
-    """A row for each config; the first is what the others should select."""
+    """Return a row for each config; recall is measured against the selection of the first."""
     kept = [select(config, batch, embedding) for config in configs]
     times = timed(configs, batch, embedding, rounds)
     rows = []
@@ -123,13 +130,13 @@ def compare(
 
 
 def select(config: Experiment, batch: Tensor, embedding: PixelMap) -> list[set[int]]:
-    """The kept tokens of each clip."""
+    """Return the kept tokens of each clip."""
     chosen = Selector(config)(batch, embedding, torch.arange(len(batch)))
     return [set(keep.tolist()) for keep in chosen.visible_BV]
 
 
 def timed(configs: list[Experiment], batch: Tensor, embedding: PixelMap, rounds: int) -> list[float]:
-    """Median seconds of each config's selection on the whole batch, cutting included; rounds interleaved."""
+    """Return the median seconds of each config's selection on the batch; configs take turns."""
     keys = torch.arange(len(batch))
     seconds: list[list[float]] = [[] for _ in configs]
     for _ in range(rounds):
@@ -141,7 +148,7 @@ def timed(configs: list[Experiment], batch: Tensor, embedding: PixelMap, rounds:
 
 
 def draw(clip: Tensor, configs: list[Experiment], embedding: PixelMap) -> bytes:
-    """A row for each selection, a column a slot: discarded tokens dim; missed ones red, extra ones blue."""
+    """Draw a PNG: a row per selection, a column per slot; discarded tokens dim, missed red, extra blue."""
     geometry = configs[0].model.geometry
     kept = [select(config, clip, embedding)[0] for config in configs]
     pixels = to_tubelets(clip, geometry).float()

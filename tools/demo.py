@@ -1,9 +1,9 @@
-"""`make demo`: the whole way on two CPU ranks, from no data at all to a page that shows what came out.
+"""The demo of `make demo`: a complete experiment on two CPU ranks, from synthetic data to a result page.
 
     doctor -> synthetic videos -> EVEREST pre-training (ZeRO-2) -> fine-tuning -> test -> summary.html
 
-Every step is a command of `everest-ds`, printed before it runs. The same fine-tuning from random weights is
-the control.
+Every step is a command of `everest-ds`, printed before it runs. The control is the same fine-tuning from
+random weights.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS
-from everest_ds.profiling.compute import predict_macs
-from everest_ds.reports.page import Page, Section, render_page
+from everest_ds.reports.page import Page, PageSection, render_page
 from everest_ds.reports.plots import draw_accuracies, draw_curves
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.units import format_count, format_duration
@@ -31,7 +31,7 @@ CHANCE = 1 / len(MOTIONS)
 
 
 def main() -> None:
-    """Run every step; stop at the first that fails."""
+    """Run every step; stop at the first failure."""
     started = time.monotonic()
     shutil.rmtree(DEMO, ignore_errors=True)
     ranks = ("--nproc", str(NUM_RANKS))
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def everest(*arguments: str) -> None:
-    """Run one command of `everest-ds` and say so."""
+    """Print and run one command of `everest-ds`; exit with its code if it fails."""
     print(f"\n$ everest-ds {shlex.join(arguments)}", flush=True)
     done = subprocess.run([sys.executable, "-m", "everest_ds", *arguments])
     if done.returncode:
@@ -56,7 +56,7 @@ def everest(*arguments: str) -> None:
 
 
 def summarise(seconds: float) -> dict[str, Any]:
-    """The figures of the demo, from the run folders."""
+    """Return the figures of the demo, from the run folders."""
     steps = [row for row in read_metrics(DEMO / "pretrain") if "loss" in row]
     tested, control = (evaluation(run) for run in ("finetune", "scratch"))
     return {
@@ -77,13 +77,13 @@ def summarise(seconds: float) -> dict[str, Any]:
 
 
 def evaluation(run: str) -> dict[str, Any]:
-    """What `everest-ds evaluate` wrote into a run folder."""
+    """Return the result that `everest-ds evaluate` wrote into a run folder."""
     result: dict[str, Any] = json.loads((DEMO / run / "evaluation.json").read_text())
     return result
 
 
 def build_page(summary: dict[str, Any]) -> Page:
-    """The one-page summary."""
+    """Build the summary page."""
     pre, fine = summary["pretrain"], summary["finetune"]
     curves = {"from EVEREST pre-training": "finetune", "from scratch": "scratch"}
     finetunings = {label: read_metrics(DEMO / run) for label, run in curves.items()}
@@ -91,18 +91,18 @@ def build_page(summary: dict[str, Any]) -> Page:
     return Page(
         title="EVEREST-DS demo",
         lead="A tiny EVEREST model, pre-trained on synthetic videos of moving objects with DeepSpeed ZeRO-2"
-        f" on {NUM_RANKS} ranks, then fine-tuned to name the motion. No single frame gives it away.",
+        f" on {NUM_RANKS} ranks, then fine-tuned to classify the motion, which no single frame reveals.",
         figures={
             "test top-1 after fine-tuning": f"{fine['top1']:.1f} %",
             "from scratch, same fine-tuning budget": f"{fine['top1_from_scratch']:.1f} %",
             f"chance, {len(MOTIONS)} motions": f"{fine['chance']:.1f} %",
-            "for everything": format_duration(summary["seconds"]),
+            "total time": format_duration(summary["seconds"]),
         },
         sections=[
-            Section(
+            PageSection(
                 "What the model sees",
-                "Rows: the clip; the tokens that EVEREST keeps, those that changed most; the ones the encoder"
-                " sees; and the prediction of the others. Columns: slots in time.",
+                "Rows: the clip; the tokens that EVEREST keeps (those that changed most); the kept tokens"
+                " that the encoder sees; the prediction of the other kept tokens. Columns: slots in time.",
                 pictures={
                     "a training clip at the last step": (
                         DEMO / "pretrain/tensorboard/reconstruction.png"
@@ -112,9 +112,10 @@ def build_page(summary: dict[str, Any]) -> Page:
                     ).read_bytes(),
                 },
             ),
-            Section(
+            PageSection(
                 "Learning",
-                f"{pre['steps']} steps of pre-training: {pre['loss_first']:.3f} to {pre['loss_last']:.3f}.",
+                f"Pre-training loss in {pre['steps']} steps:"
+                f" {pre['loss_first']:.3f} to {pre['loss_last']:.3f}.",
                 pictures={
                     "pre-training loss": draw_curves({"": read_metrics(DEMO / "pretrain")}, "loss", "loss"),
                     "fine-tuning loss": draw_curves(finetunings, "loss", "loss"),
@@ -124,20 +125,20 @@ def build_page(summary: dict[str, Any]) -> Page:
                     "confusion matrix": (DEMO / "finetune/confusion.png").read_bytes(),
                 },
             ),
-            Section("By motion", rows=evaluation("finetune")["classes"]),
-            Section(
+            PageSection("By motion", rows=evaluation("finetune")["classes"]),
+            PageSection(
                 "Compute used",
                 "Predicted from the token counts; one multiply-accumulate (MAC) is two floating-point"
-                " operations. `All tokens` is VideoMAE: tube masking, and fine-tuning on every token.",
+                " operations. `all tokens` is VideoMAE: tube masking, and fine-tuning on every token.",
                 rows=[compute_row(run) for run in ("pretrain", "finetune")],
             ),
-            Section("Look further", f"tensorboard --logdir {DEMO}"),
+            PageSection("Look further", f"tensorboard --logdir {DEMO}"),
         ],
     )
 
 
 def compute_row(run: str) -> dict[str, Any]:
-    """Compute of one phase, beside what it would take on all tokens."""
+    """Return the compute of one phase, and the compute that all tokens would need."""
     config = load_experiment(DEMO / run)
     last = read_metrics(DEMO / run)[-1]["step"]
     clips = last * (config.batch.global_batch_size or config.batch.micro_batch_size * NUM_RANKS)
@@ -148,22 +149,22 @@ def compute_row(run: str) -> dict[str, Any]:
         "GMACs per clip": round(ours.training_macs / 1e9, 3),
         "all tokens": round(dense.training_macs / 1e9, 3),
         "ratio": round(ours.training_macs / dense.training_macs, 2),
-        "in all": f"{format_count(2 * ours.training_macs * clips)}FLOP",
+        "total": f"{format_count(2 * ours.training_macs * clips)}FLOP",
     }
 
 
 def on_all_tokens(config: Experiment) -> Experiment:
-    """The same run as plain VideoMAE."""
+    """Return the config of the same run as plain VideoMAE."""
     selection = "tube" if config.task == "pretrain" else "none"
     return load_experiment(config.run.dir, [f"tokens.selection={selection}"])
 
 
 def print_end(summary: dict[str, Any]) -> None:
-    """Where to look."""
+    """Print the results and the places to look at."""
     fine = summary["finetune"]
     print(
         f"\nTop-1 {fine['top1']:.1f} % after pre-training, {fine['top1_from_scratch']:.1f} % from scratch,"
-        f" chance {fine['chance']:.1f} %; {format_duration(summary['seconds'])} in all.\n"
+        f" chance {fine['chance']:.1f} %; {format_duration(summary['seconds'])} in total.\n"
         f"Open   {DEMO / 'summary.html'}\n"
         f"Watch  tensorboard --logdir {DEMO}"
     )

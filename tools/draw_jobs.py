@@ -8,14 +8,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from everest_ds.cli.job_rows import find_runs, job_rows
 from everest_ds.cli.jobs import in_order, jobs_table
+from everest_ds.jobs.job_table import find_runs, job_rows
 
 WIDTH = 120
 
 
 def main() -> None:
-    """Write the picture."""
+    """Write the SVG picture of the runs in the given folders."""
     file, *folders = sys.argv[1:]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     console.print(jobs_table(in_order(job_rows(find_runs(map(Path, folders))))))

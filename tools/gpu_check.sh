@@ -1,30 +1,31 @@
 #!/usr/bin/env bash
-# What only a CUDA GPU can show, in two scripts of minutes, on a machine without a network.
+# Measure what needs a CUDA GPU, in two scripts of minutes, on a machine without a network.
 #
-#   tools/gpu_check.sh prepare BUNDLE [CLONES]   lay out what travels in .gpu (ignored by git), under 64 MiB with the
-#                                                checkout. BUNDLE is a folder of tools/offline_bundle.sh; CLONES one
-#                                                with everest/ and videomae/, clones of the released systems
+#   tools/gpu_check.sh prepare BUNDLE [CLONES]   put the files for the machine into .gpu (ignored by git), under 64 MiB
+#                                                with the checkout. BUNDLE is a folder of tools/offline_bundle.sh, and
+#                                                CLONES has clones of the released systems in everest/ and videomae/
 #   tools/gpu_check.sh 1 OUT [--tiny]            on the machine: ceilings, the engine's steps with traces, the released
 #                                                systems, the GPU tests; at most 330 s, at most 8 files in OUT
-#   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: what each change brings, end to end from video files,
+#   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: the gain of each change, training from video files,
 #                                                memory, calibration; at most 330 s, at most 8 files in OUT
 #   tools/gpu_check.sh tables OUT [OUT]          anywhere: the results as Markdown and for docs/measured
-#   tools/gpu_check.sh predict "H100 SXM"        anywhere: what the engine's steps are predicted to take
+#   tools/gpu_check.sh predict "H100 SXM"        anywhere: the predicted times of the engine's steps
 #
-# Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. Python 3.10 to 3.12 with
-# torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard, safetensors, mpi4py and pytest has to be there
-# as `python3` (PYTHON=... names another); the rest comes from .gpu, or is there without it. --tiny rehearses with tiny models, on any device;
-# SLOWER=4 gives every part four times its time, for that on a busy CPU.
-# Every part writes its JSON after each row, so that an early end loses little. Exit code 1: a part or a test failed.
+# Copy the checkout with its .gpu folder to the machine, and run the scripts in its root. The machine needs Python
+# 3.10 to 3.12 as `python3` (or set PYTHON), with torch, numpy, einops, typer, rich, jinja2, matplotlib, tensorboard,
+# safetensors, mpi4py and pytest; the other packages come from .gpu, or must be installed if there is no .gpu.
+# --tiny rehearses with tiny models, on any device; SLOWER=4 gives every part four times its time, for a rehearsal on
+# a busy CPU. Every part writes its JSON after each row, so that an early end loses little. Exit code 1: a part or a
+# test failed.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
 SLOWER=${SLOWER:-1}
-LIMIT=$((330 * SLOWER)) # seconds of a script
+LIMIT=$((330 * SLOWER)) # seconds per script
 GRACE=10                # seconds for a part to end by itself
-# Wheels of the bundle that a machine with torch and its usual company lacks.
+# Wheels of the bundle that a machine with torch and its usual packages lacks.
 LACKING="deepspeed fairscale hjson pydantic pydantic_core annotated_types typing_inspection typing_extensions av decord"
-# What tools/peers.py imports of a clone.
+# Files of a clone that tools/peers.py imports.
 IMPORTED="modeling_pretrain.py modeling_finetune.py masking_generator.py"
 
 usage() { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit "$1"; }
@@ -41,15 +42,15 @@ prepare() {
         "$({ git ls-files -z | xargs -0 cat; find .gpu -type f -exec cat {} +; } | wc -c | awk '{ print int($1 / 2^20) + 1 }')"
 }
 
-# The seconds that are left of this script.
+# Print the seconds that are left for this script.
 left() { echo $((LIMIT - SECONDS)); }
 
-# part SECONDS PART...: measure in a process of its own, which a crash of the GPU's driver ends without the others.
+# part SECONDS PART...: run a part in a process of its own, so that a crash of the GPU's driver ends no other part.
 part() {
     local seconds=$(($1 * SLOWER))
     shift
     [ "$seconds" -le $(($(left) - GRACE)) ] || seconds=$(($(left) - GRACE))
-    [ "$seconds" -gt 0 ] || { echo "LEFT OUT: $*, no time" && return; }
+    [ "$seconds" -gt 0 ] || { echo "LEFT OUT: $*, no time is left" && return; }
     printf '\n=== %s (%s s)\n' "$*" "$seconds"
     timeout --kill-after=3 $((seconds + GRACE - 3)) \
         "$python" -m gpu_check "$out" "$@" --until $(($(date +%s) + seconds)) $tiny \
@@ -62,7 +63,7 @@ fail() {
 }
 
 set_up() {
-    out=${1:?"a folder for the results"} tiny=${2:-}
+    out=${1:?"error: no folder for the results was given"} tiny=${2:-}
     python=${PYTHON:-python3} site=$(mktemp -d)
     mkdir -p "$out" && exec > >(tee "$out/log$script.txt") 2>&1
     trap 'rm -rf "$site"' EXIT
@@ -73,7 +74,7 @@ set_up() {
     echo "began after $SECONDS s"
 }
 
-# Every file of tests in a process of its own, all at once: the models are tiny. Times are measured alone.
+# Run every test file in its own process, all at once because the models are tiny, but tests of times alone.
 gpu_tests() {
     local file running=()
     for file in tests/gpu/test_*.py; do
@@ -82,9 +83,9 @@ gpu_tests() {
             running+=($!)
         fi
     done
-    wait "${running[@]}" # not bare: that would wait for the log's tee too
+    wait "${running[@]}" # a bare wait would also wait for the tee of the log
     one_test tests/gpu/test_measuring.py
-    tail -n +1 "$site"/test_*.txt > "$out/tests.txt" # each below its name
+    tail -n +1 "$site"/test_*.txt > "$out/tests.txt" # tail prints each file below its name
     for file in "$site"/test_*.txt; do printf '%-24s %s\n' "$(basename "$file" .txt)" "$(tail -n 1 "$file")"; done
     ! grep -q '^FAILED ' "$out/tests.txt" || fail tests
 }

@@ -1,9 +1,10 @@
-"""Damage videos in all ways we could think of, check them, and account for each: what breaks, what slips by?
+"""Damage videos in many ways, check them as `everest-ds data check` does, and report the faults it misses.
 
+Example:
     python tools/mutate_videos.py FOLDER_OF_VIDEOS --count 1000 --json mutations.json
 
-Every mutant must end up in the ledger, broken with a reason or whole; nothing may crash or hang. What is left
-is then read as training reads it.
+Every mutant must end up in the ledger, either broken with a reason or intact, and no check may crash or hang.
+The mutants that count as intact are then read as in training.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from everest_ds.config import DataConfig
-from everest_ds.data.check import check_manifest
-from everest_ds.data.decode import open_sample
-from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.ledger import Ledger, Usable, exclude
-from everest_ds.data.manifest import VIDEO_SUFFIXES, Sample, write_manifest
+from everest_ds.data.maintenance.check import check_manifest
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, write_manifest
 from everest_ds.errors import DataError
 
 Random = np.random.Generator
@@ -37,12 +38,12 @@ CLIP_FRAMES = 16
 
 
 class Mutant(NamedTuple):
-    """A damaged copy.
+    """A damaged copy of a video.
 
     Attributes:
-        path: where it is.
-        kind: what was done, a key of KINDS.
-        source: to what.
+        path: the damaged file.
+        kind: the kind of damage, a key of KINDS.
+        source: the original file.
     """
 
     path: Path
@@ -115,7 +116,7 @@ KINDS: dict[str, Callable[[Path, Path, Random], object]] = {
 
 
 def mutate(sources: Sequence[Path], folder: Path, count: int, seed: int) -> list[Mutant]:
-    """Write `count` mutants, the kinds and sources in turn."""
+    """Write `count` mutants, cycling through the kinds of damage and the source files."""
     rng = np.random.default_rng(seed)
     mutants = []
     for number in range(count):
@@ -123,13 +124,13 @@ def mutate(sources: Sequence[Path], folder: Path, count: int, seed: int) -> list
         source = sources[(number // len(KINDS)) % len(sources)]
         target = folder / f"{number:05d}{source.suffix}"
         KINDS[kind](source, target, rng)
-        (path,) = folder.glob(f"{number:05d}.*[!k]")  # its suffix may be another
+        (path,) = folder.glob(f"{number:05d}.*[!k]")  # the suffix may have changed
         mutants.append(Mutant(path, kind, source))
     return mutants
 
 
 def digest(sample: Sample) -> str:
-    """Of all frames; the error, if they cannot all be read."""
+    """Return a hash of all frames, or the error if some frame cannot be read."""
     total = hashlib.sha256()
     try:
         with open_sample(sample, DataConfig()) as video:
@@ -142,7 +143,7 @@ def digest(sample: Sample) -> str:
 
 
 def read_clip(sample: Sample) -> str:
-    """Read as training does; the error, empty if there is none."""
+    """Read a clip as in training; return the error, or an empty string."""
     try:
         with open_sample(sample, DataConfig()) as video:
             last = video.num_frames - 1
@@ -153,7 +154,14 @@ def read_clip(sample: Sample) -> str:
 
 
 class Outcome(NamedTuple):
-    """What the check said, and what it left."""
+    """The result of checking the mutants.
+
+    Attributes:
+        usable: the mutants that count as intact, and those excluded with their faults.
+        ledger: the ledger after the check.
+        seconds: duration of the check.
+        resumed_known: number of mutants that a second check found in the ledger.
+    """
 
     usable: Usable
     ledger: Ledger
@@ -164,7 +172,7 @@ class Outcome(NamedTuple):
 def check(
     mutants: Sequence[Mutant], folder: Path, every_frame: bool, workers: int, timeout_s: float
 ) -> Outcome:
-    """Check the mutants, then once more, when the ledger must know all of them."""
+    """Check the mutants twice; the second check must find all of them in the ledger."""
     samples = [Sample(mutant.path, 0) for mutant in mutants]
     manifest = folder / "mutants.txt"
     write_manifest(manifest, samples, folder)
@@ -181,7 +189,7 @@ def check(
 def report(
     mutants: Sequence[Mutant], outcome: Outcome, workers: int, timeout_s: float
 ) -> list[dict[str, Any]]:
-    """One row a kind. Files called whole are compared with their sources, frame by frame."""
+    """Build one row per kind of damage, comparing files that count as intact with their sources by frame."""
     reasons = {problem.sample.path: problem.reason for problem in outcome.usable.excluded}
     whole = [mutant for mutant in mutants if mutant.path not in reasons]
     sources = sorted({mutant.source for mutant in mutants})
@@ -220,22 +228,22 @@ def _say(done: int) -> None:
 
 
 def obey_permissions() -> None:
-    """Let the processes that are started from now on be refused what is unreadable, even those of root."""
+    """Make file permissions apply to processes started from now on, even to those of root."""
     libc = ctypes.CDLL(None, use_errno=True)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
-        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; who is not root has none to drop
+        libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP; fails harmlessly if not root
 
 
 def main() -> None:
-    """Read the command line, do it, print a Markdown table."""
+    """Damage and check the videos named on the command line, and print a Markdown table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("videos", type=Path)
-    parser.add_argument("--count", type=int, default=1000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--timeout", type=float, default=60.0, help="seconds that make a hang")
-    parser.add_argument("--every-frame", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("videos", type=Path, help="folder of intact videos")
+    parser.add_argument("--count", type=int, default=1000, help="number of damaged copies")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the damage")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="number of processes")
+    parser.add_argument("--timeout", type=float, default=60.0, help="seconds until a read counts as hung")
+    parser.add_argument("--every-frame", action="store_true", help="check all frames, not only two")
+    parser.add_argument("--json", type=Path, help="write the results to this file as JSON")
     options = parser.parse_args()
     sources = sorted(path for path in options.videos.iterdir() if path.suffix in VIDEO_SUFFIXES)
     folder = Path(tempfile.mkdtemp(prefix="mutants-"))

@@ -3,10 +3,10 @@
 #
 #   tools/offline_bundle.sh FOLDER [--python 3.12]     default: the version of the Python that runs this
 #
-# Run it where PyPI is reachable and `make` has made .venv (or set PYTHON to a Python with torch and setuptools).
-# The wheels are for Linux on x86-64, in the versions of constraints.txt. PyTorch is left out: the machine has its
-# own, built for its driver. DeepSpeed and fairscale are built without compiled operators, which training does not
-# use (offload_to_nvme alone compiles one, on the machine).
+# Run this script on a machine that reaches PyPI and has .venv from `make` (or set PYTHON to a Python with torch
+# and setuptools). The wheels are for Linux on x86-64, in the versions of constraints.txt. PyTorch is left out: the
+# target machine has its own, built for its driver. DeepSpeed and fairscale are built without compiled operators,
+# which training does not use (only offload_to_nvme needs one, and compiles it on the target machine).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -15,7 +15,7 @@ usage() { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit "$1"; }
 case $1 in -h | --help) usage 0 ;; -*) usage 2 ;; esac
 folder=$1
 python=${PYTHON:-.venv/bin/python}
-[ -x "$(command -v "$python")" ] || { echo "error: no Python at $python; fix: make, or PYTHON=..." >&2; exit 2; }
+[ -x "$(command -v "$python")" ] || { echo "error: no Python at $python; fix: run make, or set PYTHON" >&2; exit 2; }
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case ${2:-} in "") ;; --python) version=${3:?"error: --python needs a version such as 3.12"} ;; *) usage 2 ;; esac
 
@@ -23,7 +23,7 @@ pip() { "$python" -m pip --disable-pip-version-check --quiet "$@"; }
 pinned() { grep -E "^$1==" constraints.txt; }
 
 mkdir -p "$folder"
-rm -f "$folder"/*.whl # wheels of an earlier version would be found beside the new ones
+rm -f "$folder"/*.whl # otherwise pip could find wheels of an earlier version beside the new ones
 DS_BUILD_OPS=0 pip wheel --no-deps --no-build-isolation --wheel-dir "$folder" \
     . "$(pinned deepspeed)" "$(pinned fairscale)"
 "$python" tools/offline_requirements.py "$version" constraints.txt "$folder"/*.whl > "$folder/requirements.txt"
@@ -37,7 +37,7 @@ du --bytes "$folder"/*.whl | sort -rn | awk '{ n = split($2, path, "/"); printf 
     END { printf "%8.1f MB  in %d wheels\n", all / 1e6, NR }'
 cat <<END
 
-Copy $folder to the machine, and in a Python $version environment with PyTorch there run:
+Copy $folder to the target machine. There, in a Python $version environment with PyTorch, run:
 
   python -m pip install --no-index --find-links $(basename "$folder") everest-ds
 END

@@ -14,16 +14,17 @@ from zipfile import ZipFile
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-# A cluster's own PyTorch fits its driver and its network; a carried one would weigh gigabytes.
+# A cluster's own PyTorch fits its driver and its network, and a bundled PyTorch would take gigabytes.
 GIVEN = ("torch",)
 
 
 def missing(python: str, constraints: Path, wheels: Sequence[Path]) -> list[str]:
-    """Return the direct dependencies of `wheels` that are not among them, with the version that is pinned.
+    """Return the direct dependencies of `wheels` that are not among them, with their pinned versions.
 
     Args:
         python: version of the Python that will install them, such as 3.12; markers are evaluated for it.
         constraints: a pip constraints file.
+        wheels: wheel files to be installed.
     """
     pins = {
         canonicalize_name(pin.name): pin for pin in _that_hold(constraints.read_text().splitlines(), python)

@@ -1,7 +1,7 @@
-"""The original systems' data loaders, run from clones of their repositories: to compare with, never to ship.
+"""The original systems' data loaders, run from clones of their repositories, for comparison only.
 
-What their modules import at the top and pre-training does not use (torchvision, OpenCV, a function that NumPy
-has dropped) is stood in for by empty modules where it is missing; what is timed is theirs alone.
+Missing modules that their files import but pre-training does not use (torchvision, OpenCV, a function that
+NumPy has dropped) are replaced by empty modules. All timed code is the original.
 """
 
 from __future__ import annotations
@@ -32,21 +32,25 @@ _NOT_NEEDED = (
 def videomae_loader(
     folder: Path, videos: Sequence[Path], list_file: Path, batch_size: int, num_workers: int
 ) -> DataLoader[Any]:
-    """VideoMAE's pre-training loader as its script makes it: 16 frames at stride 4, 224 pixels.
+    """Build VideoMAE's pre-training loader as its script does: 16 frames at stride 4, 224 pixels.
 
     Args:
-        folder: clone of its repository.
-        videos: each is one sample, in this order.
-        list_file: written, in VideoMAE's format.
+        folder: clone of VideoMAE's repository.
+        videos: the samples, one per video, in this order.
+        list_file: file to write the samples to, in VideoMAE's format.
+        batch_size: clips per batch.
+        num_workers: number of worker processes.
 
     Raises:
-        UsageError: no clone there, or a path that its list cannot hold.
+        UsageError: `folder` is not a clone of VideoMAE, or a path cannot be written to its list.
     """
     if not (folder / "kinetics.py").is_file():
-        raise UsageError(f"{folder}: holds no kinetics.py", fix=f"git clone {VIDEOMAE}, and give that folder")
+        raise UsageError(
+            f"{folder}: the folder holds no kinetics.py", fix=f"git clone {VIDEOMAE}, and name its folder"
+        )
     spaced = [str(video) for video in videos if " " in str(video)]
     if spaced:
-        raise UsageError(f"{spaced[0]}: VideoMAE's lists cannot hold a path with a space")
+        raise UsageError(f"{spaced[0]}: VideoMAE's list format does not support spaces in paths")
     list_file.write_text("".join(f"{video} 0\n" for video in videos))
     with _their_modules(folder):
         datasets = importlib.import_module("datasets")
@@ -78,7 +82,7 @@ def _seed_worker(worker: int) -> None:
 
 
 class _Compose:
-    """What torchvision's does."""
+    """A replacement for torchvision's Compose, which applies transforms one after the other."""
 
     def __init__(self, steps: list[Callable[[Any], Any]]) -> None:
         self.steps = steps
@@ -90,7 +94,7 @@ class _Compose:
 
 
 class _Empty(ModuleType):
-    """A module of which every name exists and none can be used."""
+    """A placeholder for a missing module: every name can be imported, but only Compose can be used."""
 
     def __getattr__(self, name: str) -> Any:
         if name == "Compose":
@@ -102,12 +106,12 @@ class _Empty(ModuleType):
 
 @contextmanager
 def _their_modules(folder: Path) -> Iterator[None]:
-    """The clone on the path; afterwards sys.modules and sys.path are as before."""
+    """Put the clone on sys.path within the context, and restore sys.modules and sys.path afterwards."""
     before = dict(sys.modules)
     for name in _NOT_NEEDED:
         try:
             importlib.import_module(name)
-        except (ImportError, RuntimeError):  # RuntimeError: torchvision beside another build of torch
+        except (ImportError, RuntimeError):  # torchvision raises RuntimeError beside another torch build
             sys.modules[name] = _Empty(name)
     sys.path.insert(0, str(folder.resolve()))
     try:

@@ -1,14 +1,14 @@
-"""The original systems' models, run from clones of their repositories: to compare with, never to ship.
+"""The original systems' models, run from clones of their repositories for comparison and never shipped.
 
     git clone https://github.com/sunilhoho/EVEREST
     git clone https://github.com/MCG-NJU/VideoMAE
 
-Nothing of theirs is copied here: the modules are imported from the clone, and what their training loops do
-around the model (un-normalising the pixels, targets of all tokens, mixed precision) is written anew. Left
-out, in their favour: their loader's normalisation, gradient norms, logging, and the activation checkpointing
-of their fine-tuning scripts.
+None of their code is copied here: the modules are imported from the clone, and the work of their training
+loops around the model (un-normalising the pixels, targets of all tokens, mixed precision) is reimplemented.
+The timing favours them by leaving out their loader's normalisation, gradient norms, logging, and the
+activation checkpointing of their fine-tuning scripts.
 
-Shape legend: B clips, F frames, H x W pixels, C = 3 colours, N tokens, P values of a tubelet, M predicted.
+Shape legend: B clips, F frames, H x W pixels, C = 3 colours, N tokens, P values per tubelet, M predicted.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ REPOSITORIES = {
     "videomae": "https://github.com/MCG-NJU/VideoMAE",
 }
 _SIZES = {"vit_small": "small", "vit_base": "base", "vit_large": "large", "vit_huge": "huge"}
-# What both repositories call their modules: loaded anew for each, and never left in sys.modules.
+# Both repositories use these module names, so each clone's modules are removed from sys.modules after use.
 _THEIR_MODULES = ("modeling_pretrain", "modeling_finetune", "masking_generator")
 
 
 @dataclass(frozen=True)
 class PeerBatch:
-    """What a peer's loader delivers: normalised pixels, its mask if it draws one, labels to fine-tune.
+    """A batch as a peer's loader delivers it.
 
     Attributes:
-        video_BCFHW: float32, by ImageNet's statistics.
-        hidden_BN: bool, True where the encoder must not look; None if the model decides.
-        label_B: int64.
+        video_BCFHW: float32 pixels, normalised by ImageNet's statistics.
+        hidden_BN: bool mask, True for tokens hidden from the encoder; None if the model selects the tokens.
+        label_B: int64 labels for fine-tuning, otherwise None.
     """
 
     video_BCFHW: Tensor
@@ -58,11 +58,13 @@ class PeerBatch:
 
 @dataclass(frozen=True)
 class Peer:
-    """A peer's model and what its training loop does with it.
+    """A peer's model with the input preparation and the loss of its training loop.
 
     Attributes:
-        prepare: (uint8 clips (B, F, H, W, 3), labels or None) -> batch; the loader's work, not to be timed.
-        loss: batch -> scalar; forward pass and loss as in their engine.
+        name: name of the peer.
+        model: the model.
+        prepare: (uint8 clips (B, F, H, W, 3), labels or None) -> batch; this loader's work is not timed.
+        loss: batch -> scalar loss of a forward pass, as in the peer's engine.
     """
 
     name: str
@@ -76,13 +78,15 @@ def load_peer(name: str, folder: Path, config: Experiment) -> Peer:
 
     Args:
         name: `everest` or `videomae`.
-        folder: clone of its repository.
+        folder: clone of the peer's repository.
+        config: the experiment to reproduce.
 
     Raises:
-        UsageError: an unknown peer, no clone in `folder`, or a clip that their code cannot take.
+        UsageError: the peer is unknown, `folder` is not a clone, or the peer's code does not support the clip
+            or backbone.
     """
     if name not in REPOSITORIES:
-        raise UsageError("no such peer", given=name, allowed=nearest(name, REPOSITORIES))
+        raise UsageError("unknown peer", given=name, allowed=nearest(name, REPOSITORIES))
     _check_clip(config)
     with their_modules(folder, REPOSITORIES[name]) as load:
         if config.task == "pretrain":
@@ -95,7 +99,7 @@ def _check_clip(config: Experiment) -> None:
     clip = (model.num_frames, model.tubelet_size, model.image_size)
     if model.backbone not in _SIZES or clip != (16, 2, 224):
         raise UsageError(
-            "the peers' code has only their own clips and backbones",
+            "the peers' code does not support this clip or backbone",
             given=f"{model.backbone}, {model.num_frames} frames of {model.image_size} pixels",
             allowed=f"16 frames of 224 pixels in tubelets of 2, {', '.join(_SIZES)}",
         )
@@ -146,11 +150,11 @@ def _fine_tuning(name: str, load: Callable[[str], Any], config: Experiment) -> P
 
 
 def _dropped(keep_ratio: float) -> float:
-    return round(1 - keep_ratio, 10)  # as a user writes it: 0.7, and not what is left of 1 - 0.3
+    return round(1 - keep_ratio, 10)  # rounded, so that 1 - 0.3 is exactly 0.7
 
 
 def _own_mask_loss(model: nn.Module) -> Callable[[PeerBatch], Tensor]:
-    """EVEREST: targets of all tokens are built, the model says which ones it predicted."""
+    """Return EVEREST's loss: it builds targets of all tokens, and the model returns which it predicted."""
 
     def loss(batch: PeerBatch) -> Tensor:
         target_BNP = all_targets(batch.video_BCFHW)
@@ -161,7 +165,7 @@ def _own_mask_loss(model: nn.Module) -> Callable[[PeerBatch], Tensor]:
 
 
 def _given_mask_loss(model: nn.Module) -> Callable[[PeerBatch], Tensor]:
-    """VideoMAE: targets of all tokens are built, those that the loader hid are predicted."""
+    """Return VideoMAE's loss: it builds targets of all tokens, and the model predicts the hidden ones."""
 
     def loss(batch: PeerBatch) -> Tensor:
         assert batch.hidden_BN is not None
@@ -176,14 +180,14 @@ def _rows(x_BNP: Tensor, chosen_BN: Tensor) -> Tensor:
 
 
 def to_video(clip_BFHWC: Tensor) -> Tensor:
-    """uint8 clips (B, F, H, W, 3) -> what the peers' loaders give: normalised float32 (B, 3, F, H, W)."""
+    """Convert uint8 clips (B, F, H, W, 3) to normalised float32 (B, 3, F, H, W), as the peers' loaders do."""
     mean, std = (torch.tensor(values, device=clip_BFHWC.device) for values in (PIXEL_MEAN, PIXEL_STD))
     return ((clip_BFHWC / 255 - mean) / std).permute(0, 4, 1, 2, 3).contiguous()
 
 
 @torch.no_grad()
 def all_targets(video_BCFHW: Tensor) -> Tensor:
-    """Per-tubelet normalised pixels (B, N, P) of every token, from normalised pixels."""
+    """Compute the targets (B, N, P) of every token: the pixels, standardised within each tubelet."""
     mean, std = (
         torch.tensor(values, device=video_BCFHW.device).view(3, 1, 1, 1) for values in (PIXEL_MEAN, PIXEL_STD)
     )
@@ -212,7 +216,7 @@ _TO_FINE_TUNING = [
 
 
 def their_name(ours: str, task: str) -> str:
-    """The peers' name of one of our parameters: `0.attention.proj.bias` -> `0.attn.proj.bias`."""
+    """Return the peers' name of a parameter of ours: `0.attention.proj.bias` -> `0.attn.proj.bias`."""
     for pattern, replacement in _TO_PRETRAINING if task == "pretrain" else _TO_FINE_TUNING:
         ours, replaced = re.subn(pattern, replacement, ours)
         if replaced:
@@ -223,7 +227,7 @@ def their_name(ours: str, task: str) -> str:
 
 
 def in_our_layout(theirs: Tensor, ours: Tensor) -> Tensor:
-    """A tensor of theirs shaped like its counterpart: colour comes last in our embedding's input."""
+    """Reshape a peer's tensor to its counterpart; colour comes last in the input of our embedding."""
     if theirs.ndim == 5:  # Conv3d (D, colour, frame, row, column)
         return theirs.permute(0, 2, 3, 4, 1).flatten(1)
     return theirs.reshape(ours.shape)
@@ -231,7 +235,7 @@ def in_our_layout(theirs: Tensor, ours: Tensor) -> Tensor:
 
 @torch.no_grad()
 def copy_weights(ours: nn.Module, theirs: nn.Module, task: str) -> None:
-    """Give the peer's model our weights, every one of them.
+    """Copy all of our model's weights into the peer's model.
 
     Raises:
         KeyError: a parameter on one side has no counterpart on the other.
@@ -239,7 +243,7 @@ def copy_weights(ours: nn.Module, theirs: nn.Module, task: str) -> None:
     target = dict(theirs.named_parameters())
     for name, parameter in ours.named_parameters():
         counterpart = target.pop(their_name(name, task))
-        in_our_layout(counterpart, parameter)  # shapes agree
+        in_our_layout(counterpart, parameter)  # raises if the shapes do not correspond
         if counterpart.ndim == 5:
             width, colours, *kernel = counterpart.shape
             counterpart.copy_(parameter.view(width, *kernel, colours).permute(0, 4, 1, 2, 3))
@@ -256,17 +260,21 @@ def copy_weights(ours: nn.Module, theirs: nn.Module, task: str) -> None:
 def their_modules(
     folder: Path, repository: str, modules: Sequence[str] = _THEIR_MODULES
 ) -> Iterator[Callable[[str], Any]]:
-    """Give a function that imports the clone's modules; afterwards sys.modules and sys.path are as before.
+    """Yield a function that imports a clone's modules; restore sys.modules and sys.path on exit.
 
     Args:
-        modules: all that are imported, directly or not; the first must be there.
+        folder: the clone.
+        repository: URL of the repository, named in the error.
+        modules: names of all modules that are imported directly or indirectly; the first must exist.
 
     Raises:
-        UsageError: it is not.
+        UsageError: `folder` does not contain the first module.
     """
     first = modules[0].replace(".", "/") + ".py"
     if not (folder / first).is_file():
-        raise UsageError(f"{folder}: holds no {first}", fix=f"git clone {repository}, and give that folder")
+        raise UsageError(
+            f"{folder}: contains no {first}", fix=f"git clone {repository}, and give that folder"
+        )
     borrowed = {**dict.fromkeys(modules), **_timm_names()}
     before = {name: sys.modules.pop(name) for name in borrowed if name in sys.modules}
     sys.modules.update({name: module for name, module in borrowed.items() if module is not None})
@@ -281,7 +289,10 @@ def their_modules(
 
 
 def _timm_names() -> dict[str, ModuleType]:
-    """The four names that their model files take from an old timm, which no longer installs everywhere."""
+    """Return stand-in timm modules with the four names that the peers import.
+
+    The old timm version that they need no longer installs everywhere.
+    """
     layers, registry = ModuleType("timm.models.layers"), ModuleType("timm.models.registry")
     timm, models = ModuleType("timm"), ModuleType("timm.models")
     models.__dict__.update(layers=layers, registry=registry)
@@ -296,4 +307,4 @@ def _pair(value: int) -> tuple[int, int]:
 
 
 def _no_drop_path(*_: object) -> Tensor:
-    raise NotImplementedError("the peers' models are built here without drop path")
+    raise NotImplementedError("drop path is not supported in the peers' models")

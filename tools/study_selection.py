@@ -1,4 +1,4 @@
-"""Whether the tokens that EVEREST keeps are the right ones, at small scale, from nothing but this repository.
+"""Run the study of token selection: train with every selection on synthetic videos and compare accuracies.
 
 python tools/study_selection.py runs/study                  # the CPU study of docs/study.md
 python tools/study_selection.py runs/large --scale large    # on a GPU
@@ -16,27 +16,38 @@ from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
 from study.report import draw, render
 from study.running import claim, make_data, read_rows, run_study
 
-from everest_ds.cli.output import JsonFile, progress_of, write_json
+from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
+from everest_ds.console import progress_of, write_json
 from everest_ds.training.run_folder import describe_environment
 
 
 def main(
     out: Annotated[Path, typer.Argument(help="Folder of the study: videos, runs, table, plot.")],
     scale: Annotated[
-        Literal["smoke", "small", "large"], typer.Option(help="How much of everything.")
+        Literal["smoke", "small", "large"],
+        typer.Option(help="Size of the study: model, videos, seeds and steps."),
     ] = "small",
-    jobs: Annotated[int, typer.Option(min=1, help="Pre-trainings and what follows them, at a time.")] = 2,
-    seed: Annotated[list[int] | None, typer.Option(help="Repeat for several; default: the scale's.")] = None,
-    data_seed: Annotated[int, typer.Option(help="Draws the videos.")] = 1,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="Number of pre-trainings, each with its fine-tunings, to run at a time."),
+    ] = 2,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed of the runs; repeat for several. Default: the seeds of the scale."),
+    ] = None,
+    data_seed: Annotated[int, typer.Option(help="Seed of the synthetic videos.")] = 1,
     table_only: Annotated[
-        bool, typer.Option("--table-only", help="Table and plot of what has ended.")
+        bool,
+        typer.Option(
+            "--table-only", help="Only write the table and the plot, from the runs that have ended."
+        ),
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
     """Pre-train and fine-tune with every token selection on synthetic motion; write study.md and study.png.
 
-    The same command goes on where it was stopped. Each run has a folder like any other's.
+    After an interruption, the same command resumes the study. Each run has an ordinary run folder.
 
     Example: python tools/study_selection.py runs/study --jobs 2
     """

@@ -1,1 +1,1 @@
-"""Saved state on disk: its files, what makes it complete, and reading it back on any number of ranks."""
+"""Checkpoints on disk: their files, their integrity checks, and reading on any number of ranks."""

@@ -1,4 +1,4 @@
-"""A checkpoint's weights as one safetensors file: a stream, whatever the number of ranks that wrote it."""
+"""Export of a checkpoint, written by any number of ranks, to one safetensors file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,13 +18,22 @@ from everest_ds.checkpoints.reader import WEIGHT, CheckpointReader
 from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
 
-_NOT_OF_WEIGHTS = ("init_from", "compile")  # of section model
-_CLIP_KEYS = ("frame_stride", "sampling", "short_videos")  # of section data: how a clip is cut
+_NOT_OF_WEIGHTS = ("init_from", "compile")  # keys of section `model` that the weights do not depend on
+_CLIP_KEYS = (
+    "frame_stride",
+    "sampling",
+    "short_videos",
+)  # keys of section `data` that define how a clip is cut
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def export_weights(source: Path, file: Path, dtype: Literal["fp32", "bf16"]) -> Path:
-    """Write the weights of a checkpoint, or of a run's newest, to `file`, one tensor at a time.
+    """Write the weights of a checkpoint, or of a run's newest checkpoint, to `file`, tensor by tensor.
+
+    Args:
+        source: a checkpoint or a run folder.
+        file: the safetensors file to write.
+        dtype: precision of the written weights.
 
     Returns:
         The checkpoint that was read.
@@ -46,7 +55,7 @@ def export_weights(source: Path, file: Path, dtype: Literal["fp32", "bf16"]) -> 
 
 
 def config_entry(config: Mapping[str, Any]) -> dict[str, str]:
-    """Of a run's config, what its weights are not understood without, for a file's metadata; no paths."""
+    """Return the settings needed to interpret a run's weights, as file metadata; they contain no paths."""
     if not config:
         return {}
     model = {key: value for key, value in config["model"].items() if key not in _NOT_OF_WEIGHTS}
@@ -56,11 +65,11 @@ def config_entry(config: Mapping[str, Any]) -> dict[str, str]:
 
 
 class StoredWeights(NamedTuple):
-    """Weights on the disk.
+    """Weights on the disk, readable one tensor at a time.
 
     Attributes:
-        shapes: by name.
-        read: one of them, float32.
+        shapes: shape of each tensor, by name.
+        read: function that reads the tensor of a name, as float32.
     """
 
     shapes: dict[str, tuple[int, ...]]
@@ -68,27 +77,31 @@ class StoredWeights(NamedTuple):
 
 
 def find_weights(source: Path, prefer_best: bool = False) -> Path:
-    """What `load_weights` reads for a path: a file, or a run folder's newest checkpoint (or best weights).
+    """Find the weights at a path: a file, a checkpoint, or a run's best weights or newest checkpoint.
+
+    Args:
+        source: a file of weights, a checkpoint or a run folder.
+        prefer_best: for a run, return the weights of its best validation, if saved.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if `source` holds no complete weights.
     """
     best = source / BEST_WEIGHTS_FILE
     if source.is_file() or (prefer_best and best.is_file()):
         return source if source.is_file() else best
     if not source.is_dir():
         raise CheckpointError(
-            f"{source}: no weights there", allowed="a run folder, a checkpoint, or a file of weights"
+            f"{source}: no such file or folder", allowed="a run folder, a checkpoint, or a file of weights"
         )
     return find_checkpoint(source)[0]
 
 
 @contextmanager
 def open_weights(source: Path) -> Iterator[StoredWeights]:
-    """Weights of a safetensors file, or of a checkpoint that is complete, to read one at a time.
+    """Open a safetensors file or a complete checkpoint, to read its weights one tensor at a time.
 
     Raises:
-        CheckpointError: if it is missing, damaged or something else.
+        CheckpointError: if `source` is missing, damaged or neither of the two.
     """
     if not source.is_dir():
         with open_tensors(source) as opened:
@@ -102,10 +115,10 @@ def open_weights(source: Path) -> Iterator[StoredWeights]:
 
 
 def load_weights(source: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Weights and metadata of a safetensors file, or of a checkpoint that is complete.
+    """Load the weights and metadata of a safetensors file or of a complete checkpoint.
 
     Raises:
-        CheckpointError: if it is missing, damaged or something else.
+        CheckpointError: if `source` is missing, damaged or neither of the two.
     """
     if not source.is_dir():
         return load_tensors(source)

@@ -1,7 +1,7 @@
-"""The folder of a run's checkpoints: which are complete, how one becomes so, and which may go.
+"""The folder of a run's checkpoints: verifying, committing and deleting them.
 
-A checkpoint is written under a hidden name and renamed when everything in it is on the disk. Nothing that can
-be read under its real name is ever changed; what has to go is first renamed out of sight.
+A checkpoint is written under a hidden name and renamed when all of its files are on the disk. A checkpoint
+under its real name is never modified; to be deleted, it is first renamed to a hidden name.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from everest_ds.checkpoints.manifest import Manifest, read_manifest, write_manifest
 from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints, step_of
+from everest_ds.checkpoints.sealed_manifest import (
+    Manifest,
+    read_checkpoint_manifest,
+    write_checkpoint_manifest,
+)
 from everest_ds.checkpoints.tensor_file import seal_of, sync_folder
 from everest_ds.errors import CheckpointError
 
@@ -20,13 +24,13 @@ _SAVING, _DELETING, _DAMAGED = ".saving-", ".deleting-", "damaged-"
 
 
 def damage(path: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
-    """What is wrong with those files of a checkpoint, or None."""
+    """Return a description of the first damage in the named files of a checkpoint, or None."""
     for name in names:
         try:
             if (path / name).stat().st_size != manifest.files[name].num_bytes:
                 return f"{name} has {(path / name).stat().st_size} of {manifest.files[name].num_bytes} bytes"
             if seal_of(path / name) != manifest.files[name]:
-                return f"{name} is not what was written: its checksum differs"
+                return f"{name} has changed since it was written: its checksum differs"
         except FileNotFoundError:
             return f"{name} is missing"
         except OSError as error:
@@ -34,13 +38,13 @@ def damage(path: Path, manifest: Manifest, names: Iterable[str]) -> str | None:
     return None
 
 
-def verify(path: Path) -> Manifest:
-    """Read every byte of a checkpoint; its manifest.
+def verify_checkpoint(path: Path) -> Manifest:
+    """Verify every byte of a checkpoint, and return its manifest.
 
     Raises:
-        CheckpointError: saying what is missing or damaged.
+        CheckpointError: if a file is missing or damaged; the message names it.
     """
-    manifest = read_manifest(path)
+    manifest = read_checkpoint_manifest(path)
     problem = damage(path, manifest, manifest.files)
     if problem is not None:
         raise CheckpointError(f"{path}: damaged", given=problem, fix="use another checkpoint of the run")
@@ -48,25 +52,25 @@ def verify(path: Path) -> Manifest:
 
 
 def find_checkpoint(source: Path) -> tuple[Path, Manifest]:
-    """The checkpoint at a path: itself, or the newest complete one of a run folder. All of it is verified.
+    """Find and verify a checkpoint: `source` itself, or the newest complete checkpoint of a run folder.
 
     Raises:
-        CheckpointError: if there is none, or only damaged ones.
+        CheckpointError: if there is no checkpoint, or only damaged checkpoints.
     """
     found = list_checkpoints(source / "checkpoints")
     if not found:
-        return source, verify(source)
+        return source, verify_checkpoint(source)
     problems = []
     for path in reversed(found):
         try:
-            return path, verify(path)
+            return path, verify_checkpoint(path)
         except CheckpointError as error:
             problems.append(str(error))
     raise CheckpointError(f"{source}: no complete checkpoint", given=problems[0])
 
 
 def start_saving(folder: Path, step: int) -> Path:
-    """An empty hidden folder to write into; what a crash left of earlier ones is removed."""
+    """Create an empty hidden folder for a new checkpoint, and remove such folders left by a crash."""
     for leftover in (*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_DELETING}*")):
         shutil.rmtree(leftover)
     saving = folder / f"{_SAVING}{checkpoint_path(folder, step).name}"
@@ -75,19 +79,19 @@ def start_saving(folder: Path, step: int) -> Path:
 
 
 def abandon_saving(saving: Path) -> None:
-    """Free the space of a checkpoint that could not be written."""
+    """Delete the hidden folder of a checkpoint that could not be written, to free its space."""
     shutil.rmtree(saving, ignore_errors=True)
 
 
 def commit(saving: Path, manifest: Manifest) -> Path:
-    """Make a written checkpoint visible, all at once; its path from now on.
+    """Make a written checkpoint visible in one atomic step, and return its path.
 
-    Every file but the manifest must be in `saving` and on the disk.
+    All files except the manifest must be in `saving` and flushed to the disk.
     """
-    write_manifest(saving, manifest)
+    write_checkpoint_manifest(saving, manifest)
     sync_folder(saving)
     path = checkpoint_path(saving.parent, manifest.facts.step)
-    if path.exists():  # a damaged one: a complete one would have been resumed from
+    if path.exists():  # a damaged checkpoint: the run would have resumed from a complete one
         _delete(path)
     os.rename(saving, path)
     sync_folder(path.parent)
@@ -95,7 +99,7 @@ def commit(saving: Path, manifest: Manifest) -> Path:
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that it is neither resumed from nor counted; its new path."""
+    """Rename a damaged checkpoint, so that it is neither resumed from nor counted; return its new path."""
     aside = path.with_name(f"{_DAMAGED}{path.name}")
     if aside.exists():
         _delete(aside)
@@ -104,7 +108,7 @@ def set_aside(path: Path) -> Path:
 
 
 def prune(folder: Path, keep: int, keep_every_steps: int | None) -> None:
-    """Delete all but the newest `keep` checkpoints and those at multiples of `keep_every_steps`."""
+    """Delete all checkpoints except the newest `keep` and those at multiples of `keep_every_steps`."""
     for path in list_checkpoints(folder)[:-keep]:
         if keep_every_steps is None or step_of(path) % keep_every_steps:
             _delete(path)

@@ -1,4 +1,4 @@
-"""Reading a checkpoint by parameter and range, whatever number of ranks wrote it."""
+"""Reader of a checkpoint by parameter and range, independent of the number of ranks that wrote it."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.checkpoints.manifest import WHOLE, Cut, Manifest
+from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut, Manifest
 from everest_ds.errors import CheckpointError
 
-# Of every parameter: the float32 weight and AdamW's two moments.
+# A checkpoint stores three states per parameter: the float32 weight and AdamW's two moments.
 WEIGHT = "weight"
 STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
 
 
 def entry(state: str, name: str) -> str:
-    """The name of a parameter's state inside a file of a checkpoint."""
+    """Return the name of a parameter's state inside a file of a checkpoint."""
     return f"{state}/{name}"
 
 
 class CheckpointReader:
-    """An open checkpoint; a context. Only what is asked for is read from the disk."""
+    """Context manager of an open checkpoint. Only requested tensors are read from the disk."""
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
@@ -44,13 +44,17 @@ class CheckpointReader:
         self._stack.close()
 
     def read(self, state: str, name: str, start: int, numel: int, cut: Cut = WHOLE) -> Tensor:
-        """Elements `start` .. `start + numel` of a shard of a parameter's state, flat, float32 on the host.
+        """Read a range of elements from a flattened shard of a parameter's state, as float32 on the host.
 
         Args:
-            cut: the shard, of the parameter cut as the reader wants it, however it was when it was saved.
+            state: one of `STATES`.
+            name: name of the parameter.
+            start: first element of the range.
+            numel: number of elements.
+            cut: shard to read from; it may be cut in another way than the saved shards.
 
         Raises:
-            CheckpointError: if a file does not hold what the manifest says.
+            CheckpointError: if a file does not match the manifest.
         """
         parameter = self.manifest.parameters[name]
         if (cut.degree, cut.outer) == (parameter.degree, parameter.outer):
@@ -58,7 +62,7 @@ class CheckpointReader:
         return cut.take(self.whole(state, name))[start : start + numel]
 
     def whole(self, state: str, name: str) -> Tensor:
-        """A parameter's state in its own shape."""
+        """Read the whole state of a parameter, in the shape of the parameter."""
         parameter = self.manifest.parameters[name]
         share = parameter.numel // parameter.degree
         shards = [self._shard(state, name, rank, 0, share) for rank in range(parameter.degree)]
@@ -66,7 +70,7 @@ class CheckpointReader:
         return rows.transpose(0, 1).reshape(parameter.shape)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter's float32 weight, one at a time."""
+        """Yield the name and the float32 weight of every parameter, one at a time."""
         for name in self.manifest.parameters:
             yield name, self.whole(WEIGHT, name)
 
@@ -88,7 +92,7 @@ class CheckpointReader:
             raise CheckpointError(f"{self.path / file}: damaged", given=str(error)) from None
         if part.dtype != torch.float32 or part.shape != (stop - start,):
             raise CheckpointError(
-                f"{self.path / file}: `{key}` is not what the manifest says",
+                f"{self.path / file}: `{key}` does not match the manifest",
                 given=f"{part.dtype} {tuple(part.shape)}",
                 allowed=f"{torch.float32} {(stop - start,)}",
             )

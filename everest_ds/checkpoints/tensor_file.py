@@ -1,7 +1,7 @@
-"""Safetensors files written as a stream: header first, then one tensor after the other, hashed on the way.
+"""Safetensors files written as a stream: header first, then tensor after tensor, hashed while writing.
 
-The safetensors library writes a dictionary of tensors that are all in memory; a checkpoint is written from
-tensors that are never together there.
+The safetensors library writes a dictionary of tensors that are all in memory; the tensors of a checkpoint are
+never in memory together.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ _CHUNK_BYTES = 2**20
 
 
 class TensorSpec(NamedTuple):
-    """What the header of a file says of a tensor, before the tensor itself exists."""
+    """The dtype and shape of a tensor for the header of a file, known before the tensor exists."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def num_bytes(self) -> int:
-        """Size of the tensor in the file."""
+        """The size of the tensor in the file, in bytes."""
         return self.dtype.itemsize * torch.Size(self.shape).numel()
 
 
 class FileSeal(NamedTuple):
-    """Size and SHA-256 of a file: enough to tell whether it is still what was written."""
+    """The size and SHA-256 of a file, which reveal any change since it was written."""
 
     num_bytes: int
     sha256: str
@@ -49,8 +49,10 @@ def write_tensors(
     """Write a new safetensors file and flush it to the disk.
 
     Args:
-        specs: of every tensor, in the order in which `tensors` yields them.
-        tensors: on the host; each is let go before the next is asked for.
+        file: the file to create.
+        specs: dtype and shape of every tensor, by name, in the order in which `tensors` yields them.
+        tensors: tensors on the host; each is released before the next is requested.
+        metadata: entries of the header's metadata.
 
     Raises:
         OSError: if the file exists, or the disk is full.
@@ -69,7 +71,7 @@ def write_tensors(
 def publish_tensors(
     file: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[Tensor], metadata: Mapping[str, str]
 ) -> None:
-    """`write_tensors`, but a reader of `file` sees what was there before until all of it is on the disk."""
+    """Write a safetensors file atomically: readers see the previous file until the new one is complete."""
     temporary = file.with_name(f".{file.name}.tmp")
     temporary.unlink(missing_ok=True)
     try:
@@ -81,16 +83,16 @@ def publish_tensors(
 
 
 def save_weights(weights: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]) -> None:
-    """Publish tensors that are in memory."""
+    """Write tensors that are in memory to a safetensors file, atomically."""
     specs = {name: TensorSpec(tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     publish_tensors(file, specs, weights.values(), metadata)
 
 
 def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+    """Load the tensors and metadata of a safetensors file.
 
     Raises:
-        CheckpointError: if it is missing or not a safetensors file.
+        CheckpointError: if `file` is missing or not a safetensors file.
     """
     with open_tensors(file) as opened:
         return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata() or {}
@@ -98,10 +100,10 @@ def load_tensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @contextmanager
 def open_tensors(file: Path) -> Iterator[Any]:
-    """An open safetensors file, of which only what is asked for is read: safetensors' own reader.
+    """Open a safetensors file with the library's reader, which reads only the requested tensors.
 
     Raises:
-        CheckpointError: if it is missing or not a safetensors file.
+        CheckpointError: if `file` is missing or not a safetensors file.
     """
     with ExitStack() as stack:
         try:
@@ -116,7 +118,7 @@ def open_tensors(file: Path) -> Iterator[Any]:
 
 
 def seal_of(file: Path) -> FileSeal:
-    """The seal of a file as it is now."""
+    """Compute the size and SHA-256 of a file."""
     digest, num_bytes = hashlib.sha256(), 0
     with open(file, "rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
@@ -126,7 +128,7 @@ def seal_of(file: Path) -> FileSeal:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries: files created or renamed in it are there after a power cut."""
+    """Flush the entries of a folder, so that created and renamed files survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -140,12 +142,12 @@ def _chunks(
     yield _header(specs, metadata)
     for (name, spec), tensor in zip(specs.items(), tensors, strict=True):
         if (tensor.dtype, tuple(tensor.shape)) != spec:
-            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} was announced as {spec}")
+            raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)} does not match its spec {spec}")
         yield tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
-    """Length, JSON, and spaces up to a multiple of 8 so that tensors lie aligned."""
+    """Build the header: its length, JSON, and spaces up to a multiple of 8, so that tensors are aligned."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
     for name, (dtype, shape) in specs.items():

@@ -9,7 +9,6 @@ from everest_ds.cli import (
     checkpoint,
     data,
     doctor,
-    inference,
     job,
     jobs,
     logs,
@@ -23,6 +22,7 @@ from everest_ds.cli import (
     tune,
     visualize,
 )
+from everest_ds.cli import predict as inference
 from everest_ds.cli.program import run_app
 
 app = typer.Typer(

@@ -1,4 +1,4 @@
-"""`everest-ds checkpoint`: look at, verify, export and convert saved states; no ranks, no GPU needed."""
+"""The command `everest-ds checkpoint`, which inspects, verifies, exports and converts checkpoints."""
 
 from __future__ import annotations
 
@@ -8,24 +8,28 @@ from typing import Annotated, Literal
 import typer
 
 from everest_ds.cli.convert import convert
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import CheckpointError, ExitCode
 
 app = typer.Typer(
-    help="Look at, verify, export and convert checkpoints. Nothing needs converting to go on elsewhere: any"
-    " number of ranks, ZeRO stage and tensor degree resumes from any checkpoint.",
+    help="Inspect, verify, export and convert checkpoints. Resuming needs no conversion: a run resumes from"
+    " any of its checkpoints with any number of ranks, ZeRO stage and tensor-parallel degree.",
     no_args_is_help=True,
 )
 app.command()(convert)
-Source = Annotated[
+WeightsArg = Annotated[
     Path,
-    typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for its newest complete one."),
+    typer.Argument(
+        metavar="CHECKPOINT",
+        help="A checkpoint folder, or a run folder to use its newest complete checkpoint.",
+    ),
 ]
 
 
 @app.command()
-def inspect(source: Source, json_file: JsonFile = None) -> None:
-    """Print what a checkpoint is of: step, place in the data, who wrote it, sizes.
+def inspect(source: WeightsArg, json_file: JsonFile = None) -> None:
+    """Print the contents of a checkpoint: step, position in the data, ranks that saved it, and sizes.
 
     Example: everest-ds checkpoint inspect runs/first
     """
@@ -54,11 +58,16 @@ def inspect(source: Source, json_file: JsonFile = None) -> None:
 @app.command()
 def verify(
     source: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint, or a run folder for all of its.")
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint folder, or a run folder to verify all its checkpoints."
+        ),
     ],
     json_file: JsonFile = None,
 ) -> None:
-    """Read every byte and compare sizes and checksums; exit 4 if something is missing or damaged.
+    """Read every file of a checkpoint and compare its size and checksum with those recorded at the save.
+
+    The exit code is 4 if a file is missing or damaged.
 
     Example: everest-ds checkpoint verify runs/first
     """
@@ -74,11 +83,14 @@ def verify(
 
 @app.command()
 def export(
-    source: Source,
-    file: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    source: WeightsArg,
+    file: Annotated[Path, typer.Argument(help="Name of the .safetensors file to write.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Precision of the weights.")] = "fp32",
 ) -> None:
-    """Write the weights as one safetensors file, tensor by tensor, whatever number of ranks saved them.
+    """Write the model weights of a checkpoint to one safetensors file.
+
+    The checkpoint may have been saved by any number of ranks. The weights are copied one tensor at a time, so
+    that the full model need not fit into memory.
 
     Example: everest-ds checkpoint export runs/first encoder.safetensors --dtype bf16
     """
@@ -90,10 +102,10 @@ def export(
 
 
 def _problem(path: Path) -> str:
-    from everest_ds.checkpoints.folder import verify
+    from everest_ds.checkpoints.folder import verify_checkpoint
 
     try:
-        verify(path)
+        verify_checkpoint(path)
     except CheckpointError as error:
         return str(error)
     return "none"

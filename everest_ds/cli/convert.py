@@ -1,4 +1,4 @@
-"""`everest-ds checkpoint convert`: between our weights and those of VideoMAE, MVD, MME and transformers."""
+"""The command `everest-ds checkpoint convert`, between our layout and those of other video autoencoders."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, print_table, write_json
 
 if TYPE_CHECKING:
     from everest_ds.interchange.convert import Conversion, Key
@@ -21,44 +22,51 @@ def convert(
     source: Annotated[
         Path,
         typer.Argument(
-            help="A run, a checkpoint, a .safetensors file; a .pth of VideoMAE, EVEREST, MVD or MME; a folder"
-            " of transformers' VideoMAE."
+            help="The weights to convert: a run folder, a checkpoint, a .safetensors file, a .pth file of"
+            " VideoMAE, EVEREST, MVD or MME, or a folder of transformers' VideoMAE."
         ),
     ],
     target: Annotated[
-        Path, typer.Argument(help="A .safetensors file; of the originals a .pth; of transformers a folder.")
+        Path,
+        typer.Argument(
+            help="Where to write: a .safetensors file for --to everest, a folder for --to transformers, and a"
+            " .pth file for the other layouts."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="[KEY.PATH=VALUE]...",
-            help="What the source does not tell, such as model.num_frames=8 or model.positions=grid.",
+            help="Settings that the weights do not show, such as model.num_frames=8 or model.positions=grid.",
         ),
     ] = None,
     to: Annotated[
         Literal["everest", "videomae", "mvd", "mme", "transformers"],
-        typer.Option(help="Whose layout to write; everest is ours, videomae the released EVEREST's too."),
+        typer.Option(
+            help="Layout to write: everest is the layout of EVEREST-DS; videomae is also that of the released"
+            " EVEREST code."
+        ),
     ] = "everest",
     entry: Annotated[
         str | None,
-        typer.Option(help="Part of a training script's file to take, such as model_ema."),
+        typer.Option(help="Entry of a .pth file that holds the weights to convert, such as model_ema."),
     ] = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Convert weights between layouts and account for every key: used, renamed, or unused and why.
+    """Convert weights between layouts, and list every key as used, renamed or unused (with the reason).
 
-    The source's layout is recognised, and backbone, tubelets and classes follow from the shapes. Wrong shapes
-    and unknown keys are refused by name. `model.init_from`, `features` and `predict` read all of these as
-    they are.
+    The layout of the source is detected, and the backbone, tubelet size and number of classes follow from the
+    tensor shapes. A wrong shape or an unknown key is an error that names the key. Training (with
+    `model.init_from`), `features` and `predict` read all these layouts without conversion.
 
     Example: everest-ds checkpoint convert videomae_vit_b_k400.pth vit_b.safetensors
     """
-    from everest_ds.interchange.convert import convert as run
+    from everest_ds.interchange.convert import convert_weights as run
 
     done = run(source, target, to, overrides or [], entry)
     counts = Counter(key.status for key in done.keys)
     print_facts(f"{source} -> {target}", describe(done, counts))
-    print_table(f"Keys of {source}, n for the number of a block", _by_pattern(done.keys))
+    print_table(f"Keys of {source} (n: number of a block)", _by_pattern(done.keys))
     for note in done.notes:
         typer.echo(f"note: {note}")
     keys = [key._asdict() for key in done.keys]
@@ -66,7 +74,7 @@ def convert(
 
 
 def describe(done: Conversion, counts: Counter[str]) -> dict[str, Any]:
-    """What was found, for a table."""
+    """Return the facts about a conversion as the rows of a table."""
     model, tokens = done.config.model, done.config.tokens
     kept = f", keep_ratio {tokens.keep_ratio:g}" if tokens.selection in ("rero", "random") else ""
     return {
@@ -83,7 +91,7 @@ def describe(done: Conversion, counts: Counter[str]) -> dict[str, Any]:
 
 
 def _by_pattern(keys: list[Key]) -> list[dict[str, Any]]:
-    """One row for the keys that differ in the number of their block only."""
+    """Return one row for each group of keys that differ only in the number of their block."""
     found = Counter(
         (_NUMBER.sub("n", source), _NUMBER.sub("n", target), status, why)
         for source, target, status, why in keys

@@ -1,4 +1,4 @@
-"""`everest-ds data index`: manifests from a folder per class, or from an official annotation."""
+"""The command `everest-ds data index`, which writes manifests from class folders or annotation files."""
 
 from __future__ import annotations
 
@@ -7,32 +7,55 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError
 
 
 def index(
     source: Annotated[
         str,
-        typer.Argument(help="k400, ssv2, ucf101, hmdb51, oscc; or a folder with one sub-folder a class."),
+        typer.Argument(
+            help="A folder with one sub-folder of videos per class, or the name of a known data set: k400,"
+            " ssv2, ucf101, hmdb51 or oscc (needs --annotations and --videos)."
+        ),
     ],
-    annotations: Annotated[Path | None, typer.Option(help="Folder of the official annotation files.")] = None,
-    videos: Annotated[Path | None, typer.Option(help="Folder of the videos, however nested.")] = None,
-    fold: Annotated[int, typer.Option(min=1, help="Which official division (UCF101, HMDB51: 1 to 3).")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Where to write; default: SOURCE.")] = None,
-    val: Annotated[float, typer.Option(min=0, max=1, help="Of a folder: share for validation.")] = 0.1,
-    test: Annotated[float, typer.Option(min=0, max=1, help="Of a folder: share for test.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Of a folder: equal seeds give equal splits.")] = 0,
+    annotations: Annotated[
+        Path | None, typer.Option(help="Known data set: folder of the official annotation files.")
+    ] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Known data set: folder of the videos, searched recursively.")
+    ] = None,
+    fold: Annotated[
+        int,
+        typer.Option(min=1, help="Known data set: number of the official split (UCF101, HMDB51: 1 to 3)."),
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; default: the path given as source.")
+    ] = None,
+    val: Annotated[
+        float, typer.Option(min=0, max=1, help="Class folders: fraction of the videos for validation.")
+    ] = 0.1,
+    test: Annotated[
+        float, typer.Option(min=0, max=1, help="Class folders: fraction of the videos for the test.")
+    ] = 0.1,
+    seed: Annotated[
+        int, typer.Option(help="Class folders: random seed; the same seed gives the same split.")
+    ] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Write manifests, class names and the list of missing files; for a known data set also its configs.
+    """Write the manifests (lists of videos and labels) and class names that training needs.
+
+    For a known data set, also write its configs and the list of missing videos.
 
     Example: everest-ds data index ucf101 --annotations ucfTrainTestlist --videos UCF-101 --out ucf101
     """
     if annotations is None and videos is None:
         _index_folder(source, out, val, test, seed, json_file)
     elif annotations is None or videos is None:
-        raise UsageError("an official data set needs both --annotations and --videos")
+        raise UsageError(
+            "only one of --annotations and --videos was given", fix="give both for a known data set"
+        )
     else:
         _index_official(source, annotations, videos, fold, out or Path(source), json_file)
 
@@ -59,10 +82,10 @@ def _index_official(
     recipes = [_recipe(task, recipe) for task, recipe in dataset.recipes.items()]
     print_table(f"Recipes, used by {out}/pretrain.yaml and {out}/finetune.yaml", recipes)
     if any(row["missing"] for row in rows):
-        typer.echo(f"missing files are listed in {out / MISSING_FILE}", err=True)
+        typer.echo(f"warning: some videos are missing; {out / MISSING_FILE} lists them", err=True)
     if len(indexed.classes) != dataset.num_classes:
         typer.echo(
-            f"warning: {len(indexed.classes)} classes; all of {dataset.title} has {dataset.num_classes}",
+            f"warning: found {len(indexed.classes)} of the {dataset.num_classes} classes of {dataset.title}",
             err=True,
         )
     missing = {split: names for split, names in indexed.missing.items() if names}
@@ -70,7 +93,7 @@ def _index_official(
 
 
 def _recipe(task: str, name: str) -> dict[str, Any]:
-    """What method.md calls the recipe of a data set."""
+    """Return the settings of a recipe that depend on the data set: sampling, flips and test views."""
     from everest_ds.config import load_experiment
 
     data = load_experiment(name).data
@@ -86,12 +109,15 @@ def _recipe(task: str, name: str) -> dict[str, Any]:
 def _index_folder(
     source: str, out: Path | None, val: float, test: float, seed: int, json_file: JsonFile
 ) -> None:
-    from everest_ds.data.manifest import index_folder, split_samples, write_manifest
     from everest_ds.data.official import DATASETS
+    from everest_ds.data.video_list import index_folder, split_samples, write_manifest
 
     folder = Path(source)
     if source in DATASETS and not folder.is_dir():
-        raise UsageError(f"{source} needs --annotations and --videos", fix="see everest-ds data index --help")
+        raise UsageError(
+            f"--annotations and --videos are missing for the data set {source}",
+            fix="give both; see everest-ds data index --help",
+        )
     samples, classes = index_folder(folder)
     splits = split_samples(samples, (1 - val - test, val, test), seed)
     target = out or folder

@@ -1,4 +1,4 @@
-"""`everest-ds data reencode`: the same videos, written so that clips decode fast."""
+"""The command `everest-ds data reencode`, which rewrites videos so that clips decode faster."""
 
 from __future__ import annotations
 
@@ -8,35 +8,57 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, print_table, progress_of, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import (
+    print_facts,
+    print_table,
+    progress_of,
+    write_json,
+)
 from everest_ds.errors import ExitCode
 
-_MEASURED = 20  # files that the gain is measured on
+_MEASURED = 20  # number of videos used to measure the speedup
 
 
 def reencode(
-    manifest: Annotated[Path, typer.Argument(help="A list of `path label` lines.")],
-    out: Annotated[Path, typer.Option(help="Where to write the videos and their manifest.")],
-    root: Annotated[Path | None, typer.Option(help="Folder of relative paths.")] = None,
-    short_side: Annotated[int, typer.Option(min=32, help="Of the pictures, pixels; none grows.")] = 256,
-    gop: Annotated[int, typer.Option(min=1, help="Frames from key frame to key frame.")] = 8,
-    crf: Annotated[int, typer.Option(min=0, max=51, help="x264's quality; lower is better, larger.")] = 20,
-    preset: Annotated[str, typer.Option(help="x264's effort, ultrafast to veryslow.")] = "medium",
-    stride: Annotated[int, typer.Option(min=1, help="Of the clips that the gain is measured on.")] = 4,
-    frames: Annotated[int, typer.Option(min=1, help="Of the clips that the gain is measured on.")] = 16,
-    workers: Annotated[int, typer.Option(min=1, help="Processes to use.")] = os.cpu_count() or 1,
+    manifest: Annotated[Path, typer.Argument(help="Text file with one `path label` line per video.")],
+    out: Annotated[Path, typer.Option(help="Folder to write the videos and their manifest to.")],
+    root: Annotated[
+        Path | None,
+        typer.Option(help="Folder that relative paths start from; default: the folder of the manifest."),
+    ] = None,
+    short_side: Annotated[
+        int,
+        typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged."),
+    ] = 256,
+    gop: Annotated[
+        int, typer.Option(min=1, help="Distance between key frames, in frames; shorter decodes faster.")
+    ] = 8,
+    crf: Annotated[
+        int,
+        typer.Option(min=0, max=51, help="Quality setting of x264; lower means better and larger videos."),
+    ] = 20,
+    preset: Annotated[str, typer.Option(help="Speed preset of x264, from ultrafast to veryslow.")] = "medium",
+    stride: Annotated[
+        int, typer.Option(min=1, help="Frame stride of the clips used to measure the speedup.")
+    ] = 4,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Number of frames in the clips used to measure the speedup.")
+    ] = 16,
+    workers: Annotated[int, typer.Option(min=1, help="Number of worker processes.")] = os.cpu_count() or 1,
     json_file: JsonFile = None,
 ) -> None:
-    """Shrink videos, put key frames close together, verify every file, measure the gain; exit 3 if any fails.
+    """Re-encode videos to a smaller size with frequent key frames, so that clips decode faster.
 
-    Frames keep their numbers and labels; sound is left out. Stopped, the same command goes on.
+    Every new file is verified, and the speedup is measured; the exit code is 3 if a video fails. Frame
+    numbers and labels stay the same, and sound is removed. Repeat the command to resume an interrupted run.
 
     Example: everest-ds data reencode k400/train.txt --out k400_256
     """
     from everest_ds.config import DataConfig
-    from everest_ds.data import reencode as work
     from everest_ds.data.ledger import Ledger
-    from everest_ds.data.manifest import read_manifest, write_manifest
+    from everest_ds.data.maintenance import reencode as work
+    from everest_ds.data.video_list import read_manifest, write_manifest
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
     jobs = work.plan_jobs(samples, root or manifest.parent, out)
@@ -44,7 +66,7 @@ def reencode(
     target = out / manifest.name
     encoding = work.Encoding(short_side, gop, crf, preset)
     with progress_of("writing videos", len(jobs)) as on_progress:
-        result = work.reencode(
+        result = work.reencode_videos(
             jobs, Ledger.of_manifest(target), encoding, workers=workers, on_progress=on_progress
         )
     write_manifest(target, result.samples, out)
@@ -68,9 +90,10 @@ def reencode(
             "decode_after_ms": gain.after_ms,
             "speedup": gain.before_ms / gain.after_ms,
             "size_after_pct": 100 * gain.after_bytes / gain.before_bytes,
-            "measured_on": f"{gain.clips} clips of {frames} frames at stride {stride}, medians, interleaved",
+            "measured_on": f"{gain.clips} clips of {frames} frames at stride {stride}; medians of"
+            " interleaved runs",
         }
-    print_facts("Re-encoded", facts)
+    print_facts("Re-encoded videos", facts)
     write_json(json_file, {**facts, "problems": [[s.name, reason] for s, reason in result.failed]})
     if result.failed:
         raise typer.Exit(ExitCode.DATA)

@@ -1,4 +1,4 @@
-"""`everest-ds doctor`: can this machine run the main job, and what would make it?"""
+"""The command `everest-ds doctor`, which checks whether this machine can train."""
 
 from __future__ import annotations
 
@@ -6,12 +6,16 @@ from dataclasses import asdict
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import ExitCode
 
 
 def doctor(json_file: JsonFile = None) -> None:
-    """Look at packages, accelerator, backend and launchers; exit 0 if the main job can run here."""
+    """Check whether this machine can train: packages, accelerator, communication backend and launchers.
+
+    The table gives a fix for every problem. The exit code is 0 if training can run on this machine.
+    """
     from everest_ds.config import Experiment, shared_memory_bytes
     from everest_ds.launch.doctor import examine, main_job_can_run
 
@@ -21,7 +25,11 @@ def doctor(json_file: JsonFile = None) -> None:
         [{"what": f.name, "status": f.status, "detail": f.detail, "fix": f.fix} for f in findings],
     )
     can_run = main_job_can_run(findings)
-    typer.echo("The main job can run here." if can_run else "The main job cannot run here: see `missing`.")
+    typer.echo(
+        "Training can run on this machine."
+        if can_run
+        else "Training cannot run on this machine: fix the rows with status `missing`."
+    )
     write_json(json_file, {"can_run": can_run, "findings": [asdict(f) for f in findings]})
     if not can_run:
         raise typer.Exit(ExitCode.FAILURE)

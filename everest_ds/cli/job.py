@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from everest_ds.cli.output import JsonFile
-from everest_ds.cli.train import Overrides, Source, load_for_task
+from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
+from everest_ds.config.load import load_for_task
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.launch.job import Job
+    from everest_ds.jobs.requeue import SlurmJob
 
 app = typer.Typer(hidden=True, no_args_is_help=True)
 
@@ -23,14 +23,16 @@ Command = Annotated[
 
 
 @app.command()
-def begin(command: Command, source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+def begin(
+    command: Command, source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None
+) -> None:
     """Check the config, and refuse to start a job that must not start again."""
     from everest_ds.checkpoints.names import newest_step
-    from everest_ds.launch import job
+    from everest_ds.jobs import requeue as job
 
     here, run = _here(), _run(command, source, overrides)
     run.mkdir(parents=True, exist_ok=True)
-    job.begin(here, run, newest_step(run))
+    job.record_start(here, run, newest_step(run))
 
 
 @app.command()
@@ -38,20 +40,20 @@ def end(
     code: int,
     state: str,
     command: Command,
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
     """Print `requeue`, followed by any faulty nodes, or `stop`; print the reason on stderr."""
-    from everest_ds.launch import job
+    from everest_ds.jobs import requeue as job
 
-    verdict = job.end(_here(), _run(command, source, overrides), code, state)
+    verdict = job.record_end(_here(), _run(command, source, overrides), code, state)
     typer.echo(f"everest-ds: {verdict.reason}", err=True)
     typer.echo(f"requeue {verdict.bad_nodes or ''}" if verdict.requeue else "stop")
 
 
-def _here() -> Job:
-    from everest_ds.launch.job import current_job
+def _here() -> SlurmJob:
+    from everest_ds.jobs.requeue import current_job
 
     job = current_job()
     if job is None:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import write_json
 from everest_ds.errors import UsageError
-from everest_ds.launch.job_state import is_job_id
+from everest_ds.jobs.slurm_state import is_job_id
 
 if TYPE_CHECKING:
     from rich.console import Group
 
-    from everest_ds.cli.job_rows import JobRow
+    from everest_ds.jobs.job_table import JobRow
 
 Folders = Annotated[
     list[Path] | None,
@@ -51,7 +52,7 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     """
     from rich.console import Console
 
-    from everest_ds.cli.job_rows import find_runs, job_rows
+    from everest_ds.jobs.job_table import find_runs, job_rows
 
     rows = in_order(job_rows(find_runs(_folders(folders))))
     if rows:
@@ -66,7 +67,7 @@ def cancel(which: Which, now: Now = False) -> None:
 
     Example: everest-ds cancel runs/first
     """
-    from everest_ds.launch.slurm import call
+    from everest_ds.jobs.slurm import call
     from everest_ds.training.stop import KILL_FILE
 
     for row in find_rows(which):
@@ -206,7 +207,7 @@ def _folders(given: Sequence[Path] | None) -> list[Path]:
 
 
 def _find(text: str) -> list[JobRow]:
-    from everest_ds.cli.job_rows import find_runs, job_rows
+    from everest_ds.jobs.job_table import find_runs, job_rows
 
     if Path(text).is_dir():
         rows = job_rows(find_runs([Path(text)]))
@@ -227,7 +228,7 @@ def _number(row: JobRow) -> tuple[int, ...]:
 
 
 def _requeue(row: JobRow) -> str:
-    from everest_ds.launch.slurm import call
+    from everest_ds.jobs.slurm import call
 
     if row.verdict.state == "held":
         call(["scontrol", "release", row.job_id])
@@ -239,14 +240,14 @@ def _requeue(row: JobRow) -> str:
 
 
 def _submit_again(row: JobRow, after: str | None) -> str:
-    from everest_ds.launch.job_log import JobEvent, append_event
-    from everest_ds.launch.slurm import submit
-    from everest_ds.launch.submitted import load_job
+    from everest_ds.jobs.events import JobEvent, append_event
+    from everest_ds.jobs.resubmit import load_job
+    from everest_ds.jobs.slurm import submit_job
 
     number = row.job_id.partition("_")[2] if row.home != row.run else None
     job, folder = load_job(row.home, "sweep" if number else row.task)
     asked = time.time()
     job = replace(job, dependency=f"afterok:{after}" if after else None, array=number)
-    job_id = submit(job, folder) + (f"_{number}" if number else "")
+    job_id = submit_job(job, folder) + (f"_{number}" if number else "")
     append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
     return job_id

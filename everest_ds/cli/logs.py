@@ -15,7 +15,7 @@ from everest_ds.cli.jobs import find_rows
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.job_rows import JobRow
+    from everest_ds.jobs.job_table import JobRow
 
 Which = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder or a job number.")]
 Rank = Annotated[int, typer.Option(min=0, help="The rank whose log is printed.")]
@@ -71,7 +71,7 @@ def _follow(tails: Tails, is_over: Callable[[], bool]) -> None:
 
 
 def _is_over(row: JobRow) -> Callable[[], bool]:
-    from everest_ds.launch.job_state import query_jobs
+    from everest_ds.jobs.slurm_state import query_jobs
 
     def ask() -> bool:
         try:

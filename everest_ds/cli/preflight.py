@@ -1,30 +1,23 @@
-"""`everest-ds preflight`, and the same before every run in a SLURM job: can these nodes train it?"""
+"""The check of a job's nodes, made by `everest-ds preflight` and before each run in a SLURM job."""
 
 from __future__ import annotations
 
-import secrets
-import shutil
-import time
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from everest_ds.cli.output import JsonFile, print_facts, write_json
-from everest_ds.cli.train import Overrides, Source, in_world
-from everest_ds.errors import BadNodeError, RunFolderError
-from everest_ds.units import format_bytes
+from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
+from everest_ds.cli.ranks import in_world
+from everest_ds.console import print_facts, write_json
+from everest_ds.training.preflight import check_nodes
 
 if TYPE_CHECKING:
-    from everest_ds.config import Experiment
-    from everest_ds.launch.node import NodeFacts
     from everest_ds.parallel.world import World
 
-# fp32 weights and AdamW's two moments; other tensors and the manifest are small.
-_CHECKPOINT_BYTES_PER_PARAMETER = 12
 
+def preflight(source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None) -> None:
+    """Check whether the nodes of a job can train a recipe, without training.
 
-def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile = None) -> None:
-    """Check the nodes that srun, mpirun or torchrun gives for this recipe; train nothing.
+    Start this command with srun, mpirun or torchrun, like the training itself. The nodes must have the same
+    code, packages and data; the speed of their network and the disk space for checkpoints are shown.
 
     Example: srun --nodes=4 --ntasks-per-node=8 python -m everest_ds preflight my.yaml
     """
@@ -35,121 +28,7 @@ def preflight(source: Source, overrides: Overrides = None, json_file: JsonFile =
     def act(world: World) -> None:
         facts = check_nodes(config, world)
         if world.is_main:
-            print_facts("Preflight: these nodes can train it", facts)
+            print_facts("Preflight: these nodes can train the recipe", facts)
             write_json(json_file, facts)
 
     in_world(config, act, tell_job=False)
-
-
-def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
-    """Compare the nodes, measure an all-reduce, look for room for a checkpoint. Call on every rank.
-
-    Raises:
-        BadNodeError: naming nodes that differ from the others.
-        RunFolderError: there is no room for a checkpoint.
-    """
-    from everest_ds.parallel.preflight import all_reduce_bytes_per_s, device_digest
-
-    free_bytes = world.share(lambda: _check_disk(config))
-    nodes = _facts_of_nodes(config, world)
-    found = world.share(lambda: _check_alike(nodes))
-    _check_digests(world, device_digest(world))
-    rate = all_reduce_bytes_per_s(world)
-    return {
-        "nodes": f"{len(nodes)}, with the same code, packages, data and run folder",
-        "gpus": nodes[0].gpus or "none",
-        **({"warnings": "; ".join(found)} if found else {}),
-        "clocks": f"within {_clock_spread(nodes):.3f} s",
-        "all_reduce": "one rank" if rate is None else f"{format_bytes(int(rate))}/s over {world.size} ranks",
-        "disk": f"{format_bytes(free_bytes)} free; checkpoints of {format_bytes(_checkpoint_bytes(config))}",
-    }
-
-
-def _facts_of_nodes(config: Experiment, world: World) -> list[NodeFacts]:
-    """One node's facts from each of its first ranks."""
-    from everest_ds.launch.node import look
-
-    token = world.share(lambda: _write_token(config.run.dir))
-    files = world.share(lambda: _needed_files(config))
-    world.barrier()
-    here = look(files, token, time.time()) if world.local_rank == 0 else None
-    nodes = [facts for facts in world.gather(here) if facts is not None]
-    if world.is_main:
-        token.unlink(missing_ok=True)
-    return nodes
-
-
-def _write_token(run: Path) -> Path:
-    run.mkdir(parents=True, exist_ok=True)
-    token = run / f".preflight-{secrets.token_hex(8)}"
-    token.write_text(secrets.token_hex(16))
-    return token
-
-
-def _needed_files(config: Experiment) -> list[Path]:
-    """The manifests, and three of the videos."""
-    from everest_ds.training.samples import read_samples
-
-    data = config.data
-    files = [file for file in (data.train, data.val, data.test, data.class_names) if file is not None]
-    if data.train is not None:
-        videos = [sample.path for sample in read_samples(config, "train").samples]
-        files += [videos[0], videos[len(videos) // 2], videos[-1]] if videos else []
-    return files
-
-
-def _check_disk(config: Experiment) -> int:
-    """Free bytes where the run folder is."""
-    config.run.dir.mkdir(parents=True, exist_ok=True)
-    free, needed = shutil.disk_usage(config.run.dir).free, _checkpoint_bytes(config)
-    if free < needed:
-        raise RunFolderError(
-            f"{config.run.dir}: no room for a checkpoint",
-            given=f"{format_bytes(free)} free",
-            allowed=f"{format_bytes(needed)} or more",
-            fix="free disk space, or choose another run.dir",
-        )
-    return free
-
-
-def _checkpoint_bytes(config: Experiment) -> int:
-    from everest_ds.profiling.compute import count_parameters
-
-    return _CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config)
-
-
-def _check_alike(nodes: Sequence[NodeFacts]) -> list[str]:
-    """Warnings; an unfit node is an error."""
-    from everest_ds.launch.node import compare
-
-    found = compare(nodes)
-    bad = [(node, finding) for node, finding in found if finding.status == "missing"]
-    if bad:
-        names = sorted({node for node, _ in bad})
-        raise BadNodeError(
-            f"{', '.join(names)} cannot take part",
-            given="; ".join(f"{node}: {finding.detail}" for node, finding in bad[:4]),
-            fix=bad[0][1].fix,
-            nodes=",".join(names),
-        )
-    return [f"{node}: {finding.detail}" for node, finding in found]
-
-
-def _check_digests(world: World, digest: str) -> None:
-    from everest_ds.launch.node import node_name
-
-    found = world.gather((node_name(), digest))
-    right = max({d for _, d in found}, key=lambda d: sum(other == d for _, other in found))
-    names = sorted({node for node, other in found if other != right})
-    if names:
-        raise BadNodeError(
-            f"{', '.join(names)}: a GPU computes wrong products",
-            fix="exclude the node and tell its administrators",
-            nodes=",".join(names),
-        )
-
-
-def _clock_spread(nodes: Sequence[NodeFacts]) -> float:
-    from everest_ds.launch.node import clock_spread_s
-
-    return clock_spread_s(nodes)

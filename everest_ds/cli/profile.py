@@ -1,4 +1,4 @@
-"""`everest-ds profile`: parameters, compute, memory and, on a device, time of one subject."""
+"""The command `everest-ds profile`, which counts and measures the cost of a model."""
 
 from __future__ import annotations
 
@@ -8,39 +8,42 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from everest_ds import __version__
-from everest_ds.cli.measuring import measure_step
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
-from everest_ds.cli.train import Overrides
+from everest_ds.cli.options import JsonFile, Overrides
+from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.efficiency.measure_step import measure_both_steps
 from everest_ds.errors import ConfigError, UsageError, nearest
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
-    from everest_ds.profiling.measured import Measured
-    from everest_ds.profiling.profile import Table
+    from everest_ds.efficiency.measured import Measured
+    from everest_ds.profiling.compute_tables import Table
 
 Subject = Annotated[
     str,
     typer.Argument(
-        metavar="SUBJECT", help="A recipe, a YAML file, a run folder, or a published system such as mvit_b."
+        metavar="SUBJECT",
+        help="What to profile: a recipe, a YAML file, a run folder, or a published system such as mvit_b.",
     ),
 ]
-Ranks = Annotated[int, typer.Option(min=1, help="Ranks in all, for the memory of one of them.")]
+Ranks = Annotated[
+    int, typer.Option(min=1, help="Number of ranks in the run; the memory shown is that of one rank.")
+]
 Measure = Annotated[
     bool,
     typer.Option(
         "--measure",
-        help="Also time training steps on this machine's device, with and without DeepSpeed.",
+        help="Also time training steps on this machine's GPU or CPU, with and without DeepSpeed.",
     ),
 ]
 
-# tables of a profile, in print order
+# Tables of a profile with their titles, in print order.
 TITLES = {
     "compute": "Compute of one clip",
     "by_module": "Compute by module (counted)",
     "by_operator": "Compute by operator (counted)",
-    "not_counted": "Operators that compute but have no MACs, so are not in the counts",
-    "memory": "Memory of a rank at the peak of a training step (counted: one rank without ZeRO)",
+    "not_counted": "Operators without MACs, which are not in the counts",
+    "memory": "Memory of one rank at the peak of a training step (counted for one rank without ZeRO)",
     "memory_peak_at": "When memory peaks",
 }
 
@@ -54,7 +57,9 @@ def profile(
     measure: Measure = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Parameters, compute and memory of a model, without running it; with --measure also its time and MFU.
+    """Count the parameters, compute and memory of a model without running it.
+
+    With --measure, also run training steps and report their time and MFU (model FLOPs utilization).
 
     Example: everest-ds profile k400_pretrain_vit_base model.backbone=vit_huge --ranks 8
     """
@@ -70,23 +75,23 @@ def profile(
     print_facts(f"Profile: {subject}", facts)
     for name, title in TITLES.items():
         print_table(title, tables[name])
-    print_table("Memory over the step (counted, as above)", _shapes(tables["memory_over_time"]))
+    print_table("Memory over time in a training step (counted)", _shapes(tables["memory_over_time"]))
     measured = plain = None
     if config and measure:
-        measured, plain = measure_step(subject, config)
+        measured, plain = measure_both_steps(subject, config)
         print_facts("One training step of the engine (measured)", measured.facts())
         print_facts("The same step in a plain loop, without DeepSpeed (measured)", plain.facts())
     write_json(json_file, _as_json(subject, config, tables, measured, plain))
 
 
 def _resolve(subject: str, overrides: Sequence[str]) -> Experiment | None:
-    """The experiment of a recipe, file or run folder; None for a published system."""
+    """Return the config of a recipe, file or run folder, or None if the subject is a published system."""
     from everest_ds.config import find_config, load_experiment, recipe_names
 
     try:
         find_config(subject)
     except ConfigError:
-        from everest_ds.profiling.peers import peer_names
+        from everest_ds.efficiency.peer_counts import peer_names
 
         if subject in peer_names():
             return None
@@ -103,16 +108,16 @@ def _refuse_settings(subject: str, overrides: Sequence[str], ranks: int, measure
     given += [f"--ranks {ranks}"] if ranks > 1 else []
     if given:
         raise UsageError(
-            f"{subject}: a published system is profiled as it was published, on one rank",
+            f"{subject}: settings do not apply to a published system, which is profiled as it was published,"
+            " on one rank",
             given=" ".join(given),
-            fix="leave that out, or profile a recipe",
+            fix="leave these settings out, or profile a recipe",
         )
 
 
 def _profile_system(name: str) -> dict[str, Table]:
-    from everest_ds.profiling.memory_profile import memory_of_peer
-    from everest_ds.profiling.peers import find_peer
-    from everest_ds.profiling.profile import profile_peer
+    from everest_ds.efficiency.peer_counts import find_peer
+    from everest_ds.efficiency.peer_profile import memory_of_peer, profile_peer
 
     peer = find_peer(name)
     return {**profile_peer(peer), **memory_of_peer(peer)}
@@ -120,8 +125,8 @@ def _profile_system(name: str) -> dict[str, Table]:
 
 def _profile_config(config: Experiment, ranks: int) -> dict[str, Table]:
     from everest_ds.parallel.recompute import apply_recompute
-    from everest_ds.profiling.memory_profile import memory_of_experiment
-    from everest_ds.profiling.profile import profile_experiment
+    from everest_ds.profiling.compute_tables import profile_experiment
+    from everest_ds.profiling.memory_tables import memory_of_experiment
 
     def recompute(model: Any) -> None:
         apply_recompute(model, config.recompute)
@@ -131,7 +136,7 @@ def _profile_config(config: Experiment, ranks: int) -> dict[str, Table]:
 
 
 def _shapes(timeline: Table) -> Table:
-    """Each phase as a line of bars, one a moment, up to the step's peak."""
+    """Draw the memory of each phase as a line of bars, scaled to the peak of the step."""
     totals = [(row["phase"], sum(v for v in row.values() if isinstance(v, int))) for row in timeline]
     peak = max(total for _, total in totals)
     phases: dict[str, list[int]] = {}
@@ -148,19 +153,20 @@ def _shapes(timeline: Table) -> Table:
 
 
 def _thinned(sizes: Sequence[int]) -> list[int]:
-    """The highest of every few, for a line of at most `_WIDTH`."""
+    """Reduce a series to at most `_WIDTH` values, each the maximum of several neighbours."""
     few = -(-len(sizes) // _WIDTH)
     return [max(sizes[first : first + few]) for first in range(0, len(sizes), few)]
 
 
 def _system_facts(name: str) -> dict[str, Any]:
-    from everest_ds.profiling.peers import find_peer
+    from everest_ds.efficiency.peer_counts import find_peer
 
     peer = find_peer(name)
     frames, height, width, _ = peer.clip_shape
     return {
         "model": f"{name} at its published size, {peer.phase}",
-        "clip": f"one view of {frames} frames of {height}x{width}; the published figure sums {peer.views}",
+        "clip": f"one view of {frames} frames of {height}x{width}; the published figure is for {peer.views}"
+        f" view{'' if peer.views == 1 else 's'}",
         "memory_of": "a training step on one clip, fp32",
     }
 
@@ -185,7 +191,7 @@ def _as_json(
     measured: Measured | None,
     plain: Measured | None,
 ) -> dict[str, Any]:
-    from everest_ds.profiling.measured import FORMAT
+    from everest_ds.efficiency.measured import FORMAT
 
     return {
         "format": FORMAT,

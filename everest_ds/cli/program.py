@@ -1,4 +1,4 @@
-"""How a program of this project ends: a user's mistake in one line on stderr, with its exit code."""
+"""Running and ending a command-line program: an error of the user is one line on stderr and an exit code."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from everest_ds.errors import EverestError, ExitCode
 
 
 def run_program(function: Callable[..., Any]) -> None:
-    """Be the command line of one function, as the scripts in tools/ are."""
+    """Run one function as a command-line program, as the scripts in tools/ do."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
     run_app(app)
 
 
 def run_app(app: typer.Typer) -> None:
-    """Run a command line to its end."""
+    """Run a command line, and turn an `EverestError` into one line on stderr and its exit code."""
     try:
         app()
     except EverestError as error:
@@ -43,7 +43,7 @@ def _label(error: EverestError) -> str:
 
 
 def _leave(code: int) -> None:
-    # Threads of a process group whose peers are gone can block the interpreter's own exit.
+    # A normal exit of the interpreter can block on threads of a process group whose other ranks are gone.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code) if "WORLD_SIZE" in os.environ else sys.exit(code)

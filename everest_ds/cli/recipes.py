@@ -1,4 +1,4 @@
-"""`everest-ds recipes`: what can be run by name."""
+"""The command `everest-ds recipes`, which lists the configs shipped with the package."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError, nearest
 
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[WORD]...", help="Only recipes with all of these in their names."),
+    typer.Argument(metavar="[WORD]...", help="List only the recipes whose names contain all these words."),
 ]
 
 
 def recipes(words: Words = None, json_file: JsonFile = None) -> None:
-    """List the recipes shipped with the package, by data set and task.
+    """List the recipes, the ready-made configs shipped with the package, by data set and task.
 
     Example: everest-ds recipes k400 vit_base
     """

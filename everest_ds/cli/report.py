@@ -1,4 +1,4 @@
-"""`everest-ds report`: the published tables beside our figures, and run folders beside each other."""
+"""The command `everest-ds report`, which compares published figures with ours, and runs with each other."""
 
 from __future__ import annotations
 
@@ -10,28 +10,36 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import print_facts
+from everest_ds.console import print_facts
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.profiling.measured import Measured
-    from everest_ds.profiling.published import Cell
-    from everest_ds.profiling.tables import Row
-    from everest_ds.reports.efficiency import Heading
+    from everest_ds.efficiency.arrange import Heading
+    from everest_ds.efficiency.measured import Measured
+    from everest_ds.efficiency.published import Cell
+    from everest_ds.efficiency.tables import ComparisonRow
     from everest_ds.reports.page import Plot
 
 Runs = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[RUN]...", help="Run folders to compare, instead of the published tables."),
+    typer.Argument(metavar="[RUN]...", help="Run folders to compare; without any, the published tables."),
 ]
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Out = Annotated[Path, typer.Option(help="Folder to write the report to.")]
 Tables = Annotated[
-    str, typer.Option(metavar="NAME,...", help="Only these published tables (with runs: beside them).")
+    str,
+    typer.Option(
+        metavar="NAME,...",
+        help="Published tables to include, by name; default: all tables, or none if runs are given.",
+    ),
 ]
-Models = Annotated[str, typer.Option(metavar="NAME,...", help="Only these methods or backbones.")]
+Models = Annotated[
+    str, typer.Option(metavar="NAME,...", help="Methods or backbones to include; default: all.")
+]
 MeasuredFiles = Annotated[
     list[Path] | None,
-    typer.Option("--measured", metavar="FILE", help="Add what `profile --measure --json FILE` measured."),
+    typer.Option(
+        "--measured", metavar="FILE", help="Add the measurements that `profile --measure --json FILE` wrote."
+    ),
 ]
 TITLE = "Efficiency report"
 
@@ -43,15 +51,17 @@ def report(
     models: Models = "",
     measured: MeasuredFiles = None,
 ) -> None:
-    """Write a report as JSON, Markdown, CSV, HTML and plots. No GPU is needed.
+    """Write a report that compares published figures with ours, or runs with each other.
 
-    Example: everest-ds report --out report          the published tables, row by row, beside our figures
-             everest-ds report runs/a runs/b         these runs: compute, memory, throughput, accuracy
+    The report is written as HTML, Markdown, CSV and JSON with plots. No GPU is needed.
+
+    Example: everest-ds report --out report          compare every published figure with ours
+             everest-ds report runs/a runs/b         compare compute, memory, speed and accuracy of two runs
     """
-    from everest_ds.cli.report_plots import draw_plots
-    from everest_ds.cli.runs import read_runs, run_rows
-    from everest_ds.profiling.measured import read_measured
-    from everest_ds.profiling.published import select_cells
+    from everest_ds.efficiency.measured import read_measured
+    from everest_ds.efficiency.published import select_cells
+    from everest_ds.efficiency.report_plots import draw_plots
+    from everest_ds.efficiency.runs import read_runs, run_rows
 
     compared, measurements = read_runs(runs or []), [read_measured(file) for file in measured or []]
     cells = [] if runs and not (tables or models) else select_cells(_split(tables), _split(models))
@@ -62,13 +72,13 @@ def report(
 
 
 def _say_what_matches_no_row(cells: Sequence[Cell], measurements: Mapping[Path, Measured]) -> None:
-    from everest_ds.profiling.measured import measured_rows
+    from everest_ds.efficiency.measured import measured_rows
 
     for file, measurement in measurements.items():
         if not measured_rows(cells, [measurement]):
             typer.echo(
-                f"{file}: no published figure of this report is about its model and tokens; it is in"
-                " the plot of step times only",
+                f"{file}: this report has no published figure for the measured model and tokens; the"
+                " measurement appears only in the plot of step times",
                 err=True,
             )
 
@@ -77,12 +87,12 @@ def _split(names: str) -> list[str]:
     return [name.strip() for name in names.split(",") if name.strip()]
 
 
-def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) -> list[Row]:
+def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) -> list[ComparisonRow]:
     from rich.console import Console
     from rich.progress import Progress
 
-    from everest_ds.profiling.measured import measured_rows
-    from everest_ds.profiling.tables import build_rows
+    from everest_ds.efficiency.measured import measured_rows
+    from everest_ds.efficiency.tables import build_rows
 
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -91,12 +101,12 @@ def _rows_with_progress(cells: Sequence[Any], measurements: Sequence[Measured]) 
     return rows + measured_rows(cells, measurements)
 
 
-def _write(out: Path, rows: Sequence[Row], plots: Sequence[Plot]) -> None:
-    """All files of the report; says what came out and where to look."""
-    from everest_ds.profiling.tables import OURS
-    from everest_ds.reports.efficiency import arrange, summarise, to_csv
-    from everest_ds.reports.efficiency_page import render_efficiency_page
-    from everest_ds.reports.markdown import render_markdown
+def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> None:
+    """Write all files of the report, and print a summary with the file to open."""
+    from everest_ds.efficiency.arrange import arrange, summarise, to_csv
+    from everest_ds.efficiency.markdown import render_markdown
+    from everest_ds.efficiency.report_page import render_efficiency_page
+    from everest_ds.efficiency.tables import OURS
 
     written = [asdict(row) for row in rows]
     grids, summary = arrange(written, _headings()), summarise(written)
@@ -114,9 +124,9 @@ def _write(out: Path, rows: Sequence[Row], plots: Sequence[Plot]) -> None:
 
 
 def _headings() -> dict[str, Heading]:
-    from everest_ds.cli.runs import HEADING, TABLE
-    from everest_ds.profiling.published import published_tables
-    from everest_ds.reports.efficiency import Heading
+    from everest_ds.efficiency.arrange import Heading
+    from everest_ds.efficiency.published import published_tables
+    from everest_ds.efficiency.runs import HEADING, TABLE
 
     published = {
         name: Heading(table.title, f"{table.text} Source: {table.source}.", table.columns)
@@ -126,14 +136,14 @@ def _headings() -> dict[str, Heading]:
 
 
 def _lead(rows: Sequence[Mapping[str, Any]]) -> str:
-    """What the reader is looking at, in a sentence or two."""
-    from everest_ds.cli.runs import TABLE
+    """Return the introduction of the report."""
+    from everest_ds.efficiency.runs import TABLE
 
     if all(row["table"] == TABLE for row in rows):
-        return "Run folders beside each other: compute and memory as predicted, and what the runs measured."
+        return "A comparison of runs: predicted compute and memory, and the figures that the runs measured."
     return (
-        "Every published figure beside ours. GFLOPs are the literature's: one multiply-accumulate is 1,"
-        " LayerNorm 5 an element, one clip, forward only."
+        "Every published figure is listed beside ours. GFLOPs follow the convention of the literature:"
+        " a multiply-accumulate counts 1 and LayerNorm 5 per element, for the forward pass of one clip."
     )
 
 
@@ -143,7 +153,9 @@ def _provenance() -> str:
     here = describe_environment(world_size=1)
     git = here["git"] or {}
     state = (
-        f"commit {git['commit'][:10]}{' with changes' if git['dirty'] else ''}" if git else "no commit known"
+        f"commit {git['commit'][:10]}{' with uncommitted changes' if git['dirty'] else ''}"
+        if git
+        else "unknown commit"
     )
     packages = here["packages"]
     return f"everest-ds {packages['everest-ds']}, {state}, torch {packages['torch']}, {here['time']}"

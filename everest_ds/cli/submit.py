@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time as clock
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from everest_ds.cli.output import JsonFile
-from everest_ds.errors import UsageError
+from everest_ds.cli.options import JsonFile
+from everest_ds.jobs.job_plan import job_environment, job_shape, plan_stages
 
 if TYPE_CHECKING:
-    from everest_ds.cli.queueing import Submission
-    from everest_ds.cli.submission import Stage, Target
-    from everest_ds.launch.sbatch import Shape
-    from everest_ds.launch.sweep_file import Candidate
+    from everest_ds.jobs.queue import Submission
 
 Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
 Job = Annotated[
@@ -116,18 +110,18 @@ def submit(
              everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
              everest-ds submit sweep my.yaml run.dir=runs/lr --grid batch.micro_batch_size=8,16 ...
     """
-    from everest_ds.cli.queueing import Queueing, Submission, as_jobs, print_plan, queue_all, show
-    from everest_ds.cli.submission import Target
-    from everest_ds.launch.rank_table import hosts_of, place_ranks
-    from everest_ds.launch.sbatch import signal_seconds, split_options, with_timely_signal
+    from everest_ds.jobs.queue import Queueing, Submission, as_jobs, print_plan, queue_all, show
+    from everest_ds.jobs.sbatch import signal_seconds, split_options, with_timely_signal
+    from everest_ds.jobs.submission import Target
+    from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
 
     began = clock.perf_counter()
     positional, options = split_options(words)
     options = with_timely_signal(options, time)
-    shape = _shape(job, nodes, gpus_per_node, ntasks_per_node)
+    shape = job_shape(job, nodes, gpus_per_node, ntasks_per_node)
     target = Target(shape, gpu, inputs_follow=dependency is not None)
-    stages, swept = _plan(job, positional, target, grid or [], candidates)
-    environment = _environment(cluster, max_restarts, signal_seconds(options))
+    stages, swept = plan_stages(job, positional, target, grid or [], candidates)
+    environment = job_environment(cluster, max_restarts, signal_seconds(options))
     queueing = Queueing(time, partition, array, dependency, nodelist, tuple(options), environment)
     submission = Submission(stages, swept, as_jobs(stages, swept, queueing))
     ranks = [] if nodelist is None else place_ranks(hosts_of(nodelist, nodes), shape.ranks_per_node)
@@ -141,67 +135,8 @@ def submit(
         queue_all(submission, json_file)
 
 
-def _shape(job: str, nodes: int, gpus: int | None, tasks: int | None) -> Shape:
-    from everest_ds.launch.sbatch import Shape
-
-    if gpus is None and tasks is None:
-        if job != "profile":
-            raise UsageError(
-                "the number of ranks per node is missing",
-                fix="give --gpus-per-node, or --ntasks-per-node for ranks on CPUs",
-            )
-        gpus = 1
-    if gpus is not None and tasks not in (None, gpus):
-        raise UsageError(
-            f"--ntasks-per-node {tasks} does not match --gpus-per-node {gpus}",
-            allowed="one rank per GPU",
-            fix="leave out --ntasks-per-node",
-        )
-    return Shape(nodes, gpus or 0, gpus or tasks or 1)
-
-
-def _environment(cluster: str | None, max_restarts: int | None, signal_seconds: int | None) -> dict[str, str]:
-    """Return the environment variables for sbatch and the scripts in slurm/, the site's settings included."""
-    from everest_ds.launch.cluster_file import find_cluster_file, read_cluster_file
-    from everest_ds.shipped import shipped
-
-    folder = shipped("slurm").resolve()
-    name = cluster or os.environ.get("EVEREST_CLUSTER")
-    file = None if name is None else find_cluster_file(name, folder / "clusters")
-    given = {
-        "EVEREST_PYTHON": sys.executable,
-        **({} if file is None else read_cluster_file(file)),
-        "EVEREST_SLURM": str(folder),
-        "EVEREST_CLUSTER": None if file is None else str(file),
-        "EVEREST_MAX_RESTARTS": max_restarts,
-        "EVEREST_SIGNAL_SECONDS": signal_seconds,
-    }
-    return {name: str(value) for name, value in given.items() if value is not None}
-
-
-def _plan(
-    job: str, words: Sequence[str], target: Target, grid: Sequence[str], candidates: Path | None
-) -> tuple[list[Stage], list[Candidate]]:
-    from everest_ds.cli import submission
-    from everest_ds.cli.chain import plan_chain
-    from everest_ds.cli.sweep_plan import plan_sweep
-
-    if job == "chain":
-        return plan_chain(words, target), []
-    if not words:
-        raise UsageError("RECIPE is missing", fix="name a recipe, a YAML file or a run folder")
-    source, *overrides = words
-    if job == "sweep":
-        return plan_sweep(source, overrides, target, grid, candidates)
-    if grid or candidates:
-        raise UsageError(f"--grid or --candidates was given for {job}", fix="use them with submit sweep")
-    if job == "profile":
-        return [submission.plan_profile(source, overrides, target)], []
-    return [submission.plan_command(job, source, overrides, target)], []
-
-
 def _run_here(submission: Submission) -> None:
-    from everest_ds.cli.here import run_stages, run_sweep
+    from everest_ds.jobs.local_runner import run_stages, run_sweep
 
     stages, swept = submission.stages, submission.swept
     code = run_sweep(stages[0], swept) if swept else run_stages(stages)

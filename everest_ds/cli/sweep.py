@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_table, write_csv, write_json
-from everest_ds.launch.sweep_file import FILE_NAME, Candidate, expand_array, read_candidates
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_table, write_csv, write_json
+from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, expand_array, read_candidates
 
 if TYPE_CHECKING:
-    from everest_ds.cli.job_rows import JobRow
+    from everest_ds.jobs.job_table import JobRow
 
 Folder = Annotated[
     Path, typer.Argument(metavar="SWEEP", help="Folder of the sweep: the run.dir that it was submitted with.")
@@ -29,9 +30,9 @@ def sweep(folder: Folder, json_file: JsonFile = None, csv_file: CsvFile = None) 
 
     Example: everest-ds sweep runs/lr --csv lr.csv
     """
-    from everest_ds.cli.job_rows import job_rows
+    from everest_ds.jobs.job_table import job_rows
 
-    swept = read_candidates(folder / FILE_NAME)
+    swept = read_candidates(folder / SWEEP_FILE)
     rows = {row.run: row for row in job_rows([folder / candidate.name for candidate in swept])}
     keys = list(dict.fromkeys(key for candidate in swept for key in _settings(candidate)))
     table = [_result(candidate, keys, rows.get(folder / candidate.name)) for candidate in swept]
@@ -48,12 +49,12 @@ def candidate(file: Path, number: int) -> None:
         sys.stdout.buffer.write(os.fsencode(word) + b"\0")
 
 
-def _settings(candidate: Candidate) -> dict[str, str]:
+def _settings(candidate: SweepCandidate) -> dict[str, str]:
     return {key: value for key, _, value in (text.partition("=") for text in candidate.settings)}
 
 
-def _result(candidate: Candidate, keys: Sequence[str], row: JobRow | None) -> dict[str, Any]:
-    from everest_ds.cli.job_rows import Progress
+def _result(candidate: SweepCandidate, keys: Sequence[str], row: JobRow | None) -> dict[str, Any]:
+    from everest_ds.jobs.job_table import Progress
 
     settings, progress = _settings(candidate), row.progress if row else Progress()
     return {

@@ -1,57 +1,38 @@
-"""`everest-ds pretrain | finetune | evaluate`: start ranks, or be one of those already started."""
+"""The commands `everest-ds pretrain`, `finetune` and `evaluate`, which start ranks or run as one rank."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from datetime import timedelta
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, print_table, write_json
+from everest_ds.cli.options import DryRun, JsonFile, NumProcesses, On, Overrides, RecipeArg
+from everest_ds.cli.ranks import in_world
+from everest_ds.config.load import load_for_task
+from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import EverestError, UsageError
+from everest_ds.training.plan import check_plan
 
 if TYPE_CHECKING:
-    from everest_ds.cli.prediction import Gpus
     from everest_ds.config import Experiment
     from everest_ds.parallel.world import World
-    from everest_ds.training.utilization import ClipCost
-
-Source = Annotated[
-    str, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as batch.micro_batch_size=4."
-    ),
-]
-NumProcesses = Annotated[
-    int | None,
-    typer.Option(
-        "--nproc", min=1, help="Ranks to start on this machine, one a GPU. Leave out under torchrun or srun."
-    ),
-]
-DryRun = Annotated[
-    bool,
-    typer.Option("--dry-run", help="Print the resolved config, batch, predicted memory and time; stop."),
-]
-On = Annotated[
-    str | None,
-    typer.Option(metavar="GPUS", help="Of a dry run: for these, such as 4xH100; default 8xA100-80GB."),
-]
+    from everest_ds.training.prediction import Gpus
+    from everest_ds.training.throughput import ClipCost
 
 
 def pretrain(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
     on: On = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Pre-train a masked video autoencoder. Run the same command again to resume.
+    """Pre-train a masked video autoencoder on unlabelled videos.
+
+    Repeat the command to resume an interrupted run.
 
     Example: everest-ds pretrain demo_pretrain --nproc 2 schedule.epochs=10 run.dir=runs/first
     """
@@ -59,14 +40,17 @@ def pretrain(
 
 
 def finetune(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
     on: On = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Fine-tune a classifier, from model.init_from=RUN if given. Run the same command again to resume.
+    """Fine-tune a video classifier on labelled videos.
+
+    Set model.init_from to a pre-training run to start from its weights. Repeat the command to resume an
+    interrupted run.
 
     Example: everest-ds finetune demo_finetune --nproc 2 model.init_from=runs/first
     """
@@ -74,13 +58,15 @@ def finetune(
 
 
 def evaluate(
-    source: Source,
+    source: RecipeArg,
     overrides: Overrides = None,
     nproc: NumProcesses = None,
     dry_run: DryRun = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Multi-view test of a fine-tuned run: top-1, top-5, a table by class and a confusion matrix.
+    """Test a fine-tuned classifier on several views (clips and crops) of each test video.
+
+    The results are top-1 and top-5 accuracy, a table by class and a confusion matrix.
 
     Example: everest-ds evaluate runs/finetuned --nproc 2 data.test_segments=2 data.test_crops=3
     """
@@ -102,7 +88,11 @@ def _train(
 ) -> None:
     config = load_for_task(task, source, overrides)
     if on is not None and not dry_run:
-        raise UsageError("--on is for --dry-run", given=f"--on {on}", fix="add --dry-run, or give --nproc")
+        raise UsageError(
+            "--on was given without --dry-run",
+            given=f"--on {on}",
+            fix="add --dry-run, or replace --on by --nproc",
+        )
     if dry_run:
         _show_plan(config, _planned_gpus(config, nproc, on), json_file)
         return
@@ -111,28 +101,10 @@ def _train(
     in_world(config, lambda world: _train_here(config, world, json_file))
 
 
-def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """The config of a run, which must be for `task`.
-
-    Raises:
-        ConfigError: it cannot be read.
-        UsageError: it is for another task.
-    """
-    from everest_ds.config import load_experiment
-
-    config = load_experiment(source, overrides)
-    if config.task != task:
-        raise UsageError(
-            f"{source}: is for task {config.task}",
-            fix=f"everest-ds {config.task} {source}, or a recipe for {task} (everest-ds recipes)",
-        )
-    return config
-
-
 def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool = True) -> None:
-    from everest_ds.cli.plan import count_samples
-    from everest_ds.cli.prediction import describe_prediction
     from everest_ds.config import dump_experiment
+    from everest_ds.training.plan import count_samples
+    from everest_ds.training.prediction import describe_prediction
 
     plan = {"plan": check_plan(config, gpus.count, planned=True)}
     if trains:
@@ -145,47 +117,38 @@ def _show_plan(config: Experiment, gpus: Gpus, json_file: JsonFile, trains: bool
 
 
 def _planned_gpus(config: Experiment, nproc: int | None, on: str | None) -> Gpus:
-    """The GPUs of a dry run: those named, or as many of the reference's kind as there are to be ranks.
+    """Return the GPUs that a dry run makes its prediction for.
 
-    Where nothing says how many, it is the whole reference, or one where batch or data are too small for that.
+    These are the GPUs named by `--on`, or as many of the reference product as the run has ranks. If the
+    number of ranks is not given, the prediction is for the whole reference machine, or for one of its GPUs if
+    the batch or the data set is too small for that machine.
     """
-    from everest_ds.cli.prediction import REFERENCE, Gpus, parse_gpus
-    from everest_ds.launch.environment import detect
+    from everest_ds.launch.environment import detect_environment
+    from everest_ds.training.prediction import REFERENCE, Gpus, parse_gpus
 
     if on is not None:
         gpus = parse_gpus(on)
         if nproc not in (None, gpus.count):
-            raise UsageError("one rank a GPU", given=f"--on {on} --nproc {nproc}", fix="leave out --nproc")
+            raise UsageError(
+                "--on and --nproc name different numbers of GPUs",
+                given=f"--on {on} --nproc {nproc}",
+                fix="leave out --nproc",
+            )
         return gpus
-    count, reference = nproc or detect().world_size, parse_gpus(REFERENCE)
+    count, reference = nproc or detect_environment().world_size, parse_gpus(REFERENCE)
     if nproc is None and count == 1 and _can_plan(config, reference.count):
         return reference
     return Gpus(count, reference.product)
 
 
 def _can_plan(config: Experiment, num_ranks: int) -> bool:
-    from everest_ds.cli.plan import describe_plan
+    from everest_ds.training.plan import describe_plan
 
     try:
         describe_plan(config, num_ranks, planned=True)
     except EverestError:
         return False
     return True
-
-
-def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
-    """What `--dry-run` checks, and tells.
-
-    Raises:
-        EverestError: what cannot run.
-    """
-    from everest_ds.cli.plan import describe_plan
-    from everest_ds.config import plan_ranks
-    from everest_ds.parallel.ds_config import resolve_ds_config
-
-    facts = describe_plan(config, num_ranks, planned)
-    resolve_ds_config(config, plan_ranks(config, num_ranks))
-    return facts
 
 
 def _started_ranks(
@@ -196,22 +159,28 @@ def _started_ranks(
     config: Experiment,
     json_file: JsonFile,
 ) -> bool:
-    """Start the ranks here if --nproc asks for them, and end with their exit code."""
+    """Start the ranks on this machine if --nproc is given, and return whether it is.
+
+    Raises:
+        UsageError: if a launcher has already started this process as a rank.
+        EverestError: if the run cannot start.
+        typer.Exit: with the exit code of the ranks if they failed.
+    """
     if nproc is None:
         return False
     if "WORLD_SIZE" in os.environ:
         raise UsageError(
-            "--nproc inside a world that is already started",
+            "--nproc was given, but a launcher has already started the ranks",
             given=f"WORLD_SIZE={os.environ['WORLD_SIZE']}",
             fix="leave out --nproc under torchrun, deepspeed, mpirun or srun",
         )
-    from everest_ds.cli.plan import describe_plan
     from everest_ds.launch.local import launch_local
+    from everest_ds.training.plan import describe_plan
 
     if command != "evaluate":
         from everest_ds.parallel.nvme import check_nvme
 
-        describe_plan(config, nproc)  # refuses what cannot run before any rank starts
+        describe_plan(config, nproc)  # raises an error before any rank starts if the run cannot start
         check_nvme(config)
     json_options = [] if json_file is None else ["--json", str(json_file)]
     code = launch_local(nproc, [command, source, *overrides, *json_options], log_dir=config.run.dir / "logs")
@@ -220,31 +189,11 @@ def _started_ranks(
     return True
 
 
-def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool = True) -> None:
-    """Become one rank of the world this process was started in, and act there.
-
-    How it ends goes into the job log of the run, in a SLURM job and unless `tell_job` is false.
-    """
-    from everest_ds.cli.ending import early_stop, noted_ending
-    from everest_ds.launch.environment import detect
-    from everest_ds.launch.job import current_job
-
-    job, place = current_job() if tell_job else None, detect()
-    os.environ.update(place.as_variables())
-    with noted_ending(job, config.run.dir, place.rank), early_stop(job):
-        from everest_ds.parallel.world import explained_failures, join_world, leave_world
-
-        world = join_world(timedelta(seconds=config.run.hang_timeout_s))
-        with explained_failures(world):
-            act(world)
-        leave_world()
-
-
 def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.cli.plan import describe_plan
-    from everest_ds.cli.preflight import check_nodes
-    from everest_ds.launch.job import current_job
+    from everest_ds.jobs.requeue import current_job
     from everest_ds.training.loop import train
+    from everest_ds.training.plan import describe_plan
+    from everest_ds.training.preflight import check_nodes
 
     facts = describe_plan(config, world.size, ranks_per_node=world.local_size)
     if world.is_main:
@@ -257,14 +206,14 @@ def _train_here(config: Experiment, world: World, json_file: JsonFile) -> None:
             print_facts(f"preflight: {job.nodes}", checked)
     train(config, world, _clip_cost(config, world), None if job is None else job.signal_s)
     if world.is_main:
-        typer.echo(f"done: {config.run.dir}   watch: tensorboard --logdir {config.run.dir}")
+        typer.echo(f"finished: {config.run.dir}; to see the curves: tensorboard --logdir {config.run.dir}")
 
 
 def _clip_cost(config: Experiment, world: World) -> ClipCost:
-    from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-    from everest_ds.profiling.devices import peak_flops_per_s
-    from everest_ds.profiling.time import compute_dtype, device_name
-    from everest_ds.training.utilization import ClipCost
+    from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+    from everest_ds.costs.hardware.gpus import peak_flops_per_s
+    from everest_ds.profiling.step_measurement import compute_dtype, device_name
+    from everest_ds.training.throughput import ClipCost
 
     dtype = compute_dtype(config.precision, world.device)
     peak = peak_flops_per_s(device_name(world.device), dtype)
@@ -272,7 +221,7 @@ def _clip_cost(config: Experiment, world: World) -> ClipCost:
 
 
 def _evaluate(config: Experiment, world: World, json_file: JsonFile) -> None:
-    from everest_ds.training.testing import run_test
+    from everest_ds.training.evaluate import run_test
 
     result = run_test(config, world)
     if not world.is_main:

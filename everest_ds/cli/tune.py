@@ -9,18 +9,18 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.output import JsonFile, write_csv, write_json
-from everest_ds.cli.train import Overrides
+from everest_ds.cli.options import JsonFile, Overrides
+from everest_ds.console import write_csv, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
-    from everest_ds.cli.tune_tables import Costs
-    from everest_ds.cli.tune_trials import TrialOptions
     from everest_ds.config import Experiment
+    from everest_ds.tuning.candidate_tables import Costs
     from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
+    from everest_ds.tuning.trials.contenders import TrialOptions
 
 _COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
-Source = Annotated[
+OptionalRecipe = Annotated[
     str | None, typer.Argument(metavar="RECIPE", help="A recipe's name, a YAML file, or a run folder.")
 ]
 Gpus = Annotated[int, typer.Option(min=1, help="Total number of GPUs; one rank runs on each.")]
@@ -151,7 +151,7 @@ CalibrationFile = Annotated[
 
 
 def tune(
-    source: Source = None,
+    source: OptionalRecipe = None,
     overrides: Overrides = None,
     gpus: Gpus = 1,
     gpu: Gpu = None,
@@ -187,11 +187,11 @@ def tune(
         _calibrate(source, calibrate, nproc, calibration)
         return
     from everest_ds.cli.tune_show import print_answer, print_explained, print_question
-    from everest_ds.cli.tune_tables import Costs
-    from everest_ds.cli.tune_trials import TrialOptions
-    from everest_ds.cli.tune_winner import default_folder
     from everest_ds.config import load_experiment
     from everest_ds.tuning.batches import keep_global_batch
+    from everest_ds.tuning.candidate_tables import Costs
+    from everest_ds.tuning.trials.contenders import TrialOptions
+    from everest_ds.tuning.winner import default_folder
 
     config = load_experiment(source, overrides or [])
     cluster = _cluster(gpu, gpus, nodes, interconnect, calibration)
@@ -216,15 +216,17 @@ def _calibrate(source: str | None, wanted: bool, nproc: int | None, file: Path |
         raise UsageError("RECIPE is missing", fix="name a recipe (everest-ds recipes), or give --calibrate")
     if source is not None:
         raise UsageError("a recipe was given with --calibrate", given=source, fix="leave out the recipe")
-    from everest_ds.cli.calibrate import calibrate
+    from everest_ds.tuning.calibration.local_machine import calibrate
 
-    calibrate(nproc, file)
+    code = calibrate(nproc, file)
+    if code:
+        raise typer.Exit(code)
 
 
 def _cluster(
     gpu: str | None, gpus: int, nodes: int | None, interconnect: str | None, calibration: Path | None
 ) -> Cluster:
-    from everest_ds.cli.tune_cluster import cluster_here, cluster_of
+    from everest_ds.tuning.cluster import cluster_here, cluster_of
 
     return cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
 
@@ -238,7 +240,7 @@ def _options(global_batch: int | None, any_precision: bool, overrides: Sequence[
 
 
 def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchResult:
-    from everest_ds.tuning.nearest import fits_nowhere
+    from everest_ds.tuning.explain import fits_nowhere
     from everest_ds.tuning.search import search
 
     result = search(config, cluster, options)
@@ -250,7 +252,7 @@ def _search(config: Experiment, cluster: Cluster, options: Options) -> SearchRes
 def _write_tables(
     result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
 ) -> None:
-    from everest_ds.cli.tune_tables import as_json, candidate_rows, dropped_rows
+    from everest_ds.tuning.candidate_tables import as_json, candidate_rows, dropped_rows
 
     rows = candidate_rows(result.ranked, cluster, costs)
     write_csv(csv_file, rows)
@@ -274,7 +276,7 @@ def _write_best(
     if how is None:
         _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
         return
-    from everest_ds.cli.tune_trials import candidate_name, run_trials
+    from everest_ds.tuning.trials.contenders import candidate_name, run_trials
 
     tried = run_trials(source, overrides, cluster, result, folder, how)
     if tried is not None:
@@ -282,7 +284,7 @@ def _write_best(
 
 
 def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
-    from everest_ds.cli.tune_winner import next_command, write_winner
+    from everest_ds.tuning.winner import next_command, write_winner
 
     file = write_winner(winner, source, cluster, folder)
     typer.echo(f"{title}: {file}, checked by DeepSpeed and by a dry run. Next:")
@@ -292,8 +294,8 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
 def _ask_what_if(
     config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
 ) -> None:
-    from everest_ds.cli.tune_report import what_if_page, write_page
-    from everest_ds.cli.tune_what_if import ask
+    from everest_ds.tuning.trials.trial_report import what_if_page, write_page
+    from everest_ds.tuning.what_if import ask
 
     page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
     typer.echo(f"what if: {write_page(folder, 'what_if', page)}")
@@ -301,7 +303,7 @@ def _ask_what_if(
 
 def _num_samples(config: Experiment, clips: int | None) -> int | None:
     """Return the videos per epoch: those given, or those of the manifest or the official data set."""
-    from everest_ds.cli.plan import count_samples
+    from everest_ds.training.plan import count_samples
 
     epoch = count_samples(config, planned=True) if clips is None else None
     return epoch.num_samples if epoch else clips

@@ -6,20 +6,20 @@ from collections.abc import Iterator
 
 import typer
 
-from everest_ds.cli.output import print_facts, print_table
-from everest_ds.cli.tune_tables import (
+from everest_ds.config import Experiment
+from everest_ds.console import print_facts, print_table
+from everest_ds.costs.step_time import predict_step
+from everest_ds.errors import UsageError
+from everest_ds.tuning.candidate_tables import (
     Costs,
     candidate_rows,
     close_calls,
     dropped_rows,
     memory_rows,
 )
-from everest_ds.config import Experiment
-from everest_ds.errors import UsageError
-from everest_ds.tuning.reasons import slower_families, why_slower
+from everest_ds.tuning.explain import slower_families, why_slower
 from everest_ds.tuning.search import Candidate, Cluster, SearchResult
-from everest_ds.tuning.standing import CLOSE_PCT
-from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import format_bytes
 
 _WAITS_PCT = 5  # share of a step spent waiting for data above which a hint is printed

@@ -1,4 +1,4 @@
-"""`everest-ds visualize`: what a model selects, attends to and reconstructs in a video, as pictures."""
+"""The command `everest-ds visualize`, which draws what a model selects, attends to and reconstructs."""
 
 from __future__ import annotations
 
@@ -7,43 +7,50 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from everest_ds.cli.output import JsonFile, print_facts, write_json
+from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, write_json
 from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.inference.look import Seen
 
-Source = Annotated[
+ClipSourceArg = Annotated[
     str,
-    typer.Argument(metavar="MODEL", help="A run, weights in any layout, or a recipe (initial weights)."),
+    typer.Argument(
+        metavar="MODEL",
+        help="A run folder, a weights file in any layout that `predict` reads, or a recipe (whose model then"
+        " has its initial weights).",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY.PATH=VALUE]...", help="Settings to change, such as tokens.keep_ratio=0.3."),
 ]
-_FPS = 8  # slow enough to follow a token
+_FPS = 8  # frames per second, slow enough for a viewer to follow one token
 
 
 def visualize(
-    source: Source,
-    video: Annotated[Path, typer.Argument(help="A video.")],
+    source: ClipSourceArg,
+    video: Annotated[Path, typer.Argument(help="Video file to show to the model.")],
     overrides: Overrides = None,
-    out: Annotated[Path, typer.Option(help="Folder to write to.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")] = Path("pictures"),
     json_file: JsonFile = None,
 ) -> None:
-    """Draw the middle of a video as a model sees it.
+    """Draw which tokens of a video a model keeps, attends to and reconstructs.
 
-    kept_tokens.png and .mp4: the tokens that are computed on. attention.png: what the encoder's output is
-    made of. slots.png: tokens of each slot, and those that IIFS drew. reconstruction.png: of pre-training.
+    The clip is from the middle of the video. kept_tokens.png and .mp4 show the tokens that the model computes
+    on, and attention.png the parts of the clip that the encoder's output draws on. slots.png shows the number
+    of tokens in each slot (a row of tokens in time) and the slots chosen by information-intensive frame
+    selection (IIFS). reconstruction.png is the output of a pre-training model.
 
     Example: everest-ds visualize runs/pre clip.mp4 --out pictures
              everest-ds visualize k400_finetune_vit_base clip.mp4 tokens.keep_ratio=0.3
     """
-    from everest_ds.inference.look import look, open_model
+    from everest_ds.inference.look import open_model, watch_video
     from everest_ds.inference.views import best_device
 
     model = open_model(source, ["data.num_workers=0", *(overrides or [])]).to(best_device())
-    seen = look(model, video)
+    seen = watch_video(model, video)
     files = _write(seen, out)
     slots, tokens = seen.slots_BT[0].tolist(), model.config.tokens
     facts: dict[str, Any] = {
@@ -58,7 +65,7 @@ def visualize(
 
 def _write(seen: Seen, out: Path) -> list[Path]:
     import numpy as np
-    from matplotlib.image import imsave  # heavy
+    from matplotlib.image import imsave  # imported late, because importing matplotlib is slow
 
     from everest_ds.data.synthetic import write_video
     from everest_ds.reports.clip_pictures import draw_clip
@@ -74,5 +81,5 @@ def _write(seen: Seen, out: Path) -> list[Path]:
         film = out / "kept_tokens.mp4"
         write_video(film, np.concatenate([clip, dim_discarded(clip, kept)], axis=2), fps=_FPS)
     except OSError as error:
-        raise UsageError(f"{out}: cannot write pictures", given=error.strerror or str(error)) from None
+        raise UsageError(f"{out}: cannot write the pictures", given=error.strerror or str(error)) from None
     return [*(out / f"{name}.png" for name in pictures), film]

@@ -1,4 +1,4 @@
-"""One validated tree of settings, from YAML, recipes and dotted overrides. Knows no torch."""
+"""The validated config of a run, read from YAML, recipes and dotted overrides. Does not import torch."""
 
 from everest_ds.config.batch import BatchPlan, plan_batch, plan_ranks
 from everest_ds.config.load import (

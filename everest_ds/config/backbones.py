@@ -1,7 +1,7 @@
 """The Vision Transformers of the paper, by name: widths, depths and heads of encoder and decoder.
 
-S, B, L and H are VideoMAE's (patch 16, tubelet 2, MLP ratio 4) with a decoder of half the width and
-depth 4, which reproduces the published GFLOPs of every size. `vit_tiny` is for tests and the demo.
+The sizes S, B, L and H follow VideoMAE (patch 16, tubelet 2, MLP ratio 4), with a decoder of half the
+width and depth 4, which reproduces the published GFLOPs of every size. `vit_tiny` serves tests and the demo.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class TransformerShape:
-    """Width (channels), depth (blocks) and attention heads of one stack of blocks."""
+    """The width (channels), depth (blocks) and attention heads of one stack of blocks."""
 
     width: int
     depth: int

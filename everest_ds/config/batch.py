@@ -1,4 +1,4 @@
-"""Batch arithmetic: global = micro x accumulation x data-parallel ranks, always, and said when it is not."""
+"""Batch arithmetic: global batch = micro-batch x accumulation steps x data-parallel ranks, or an error."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ class BatchPlan:
     """The resolved batch of one optimiser step, in clips.
 
     Attributes:
+        micro_batch_size: clips per rank in one forward and backward pass.
+        grad_accum_steps: micro-batches per rank in one optimiser step.
+        data_parallel_degree: data-parallel ranks, each with its own clips.
         repeats: clips that are cut from each sample (`data.repeats`).
     """
 
@@ -23,12 +26,12 @@ class BatchPlan:
 
     @property
     def global_batch_size(self) -> int:
-        """Clips of one optimiser step over all ranks."""
+        """The clips of one optimiser step, over all ranks."""
         return self.micro_batch_size * self.grad_accum_steps * self.data_parallel_degree
 
     @property
     def samples_per_step(self) -> int:
-        """Samples of one optimiser step: what epochs are divided into and learning rates scale with."""
+        """The samples of one optimiser step; epoch lengths and learning rates follow this number."""
         return self.global_batch_size // self.repeats
 
     def __str__(self) -> str:
@@ -40,10 +43,11 @@ class BatchPlan:
 
 
 def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
-    """The batch of a run on `num_ranks` processes; the ranks that share a layer share their clips too.
+    """Return the batch plan of a run on `num_ranks` ranks; tensor-parallel ranks share their clips.
 
     Raises:
-        ConfigError: if tensor parallelism does not divide the ranks, or the ranks not the batch.
+        ConfigError: if the tensor-parallel degree does not divide the ranks, or the data-parallel ranks
+            do not divide the batch.
     """
     return replace(
         plan_batch(config.batch, data_parallel_degree(config, num_ranks)), repeats=config.data.repeats
@@ -51,15 +55,15 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
 
 
 def data_parallel_degree(config: Experiment, num_ranks: int) -> int:
-    """Copies of the model that `num_ranks` hold.
+    """Return the number of model replicas that `num_ranks` ranks hold.
 
     Raises:
-        ConfigError: if tensor parallelism does not divide the ranks.
+        ConfigError: if the tensor-parallel degree does not divide the ranks.
     """
     tensor = config.parallelism.tensor
     if num_ranks % tensor:
         raise ConfigError(
-            "parallelism.tensor does not divide the ranks",
+            "parallelism.tensor does not divide the number of ranks",
             given=f"tensor={tensor}, {num_ranks} ranks",
             allowed=f"a multiple of {tensor} ranks",
             fix="change the number of ranks or parallelism.tensor",
@@ -68,7 +72,7 @@ def data_parallel_degree(config: Experiment, num_ranks: int) -> int:
 
 
 def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:
-    """Split the global batch over the ranks.
+    """Split the global batch over data-parallel ranks and accumulation steps.
 
     Raises:
         ConfigError: if the ranks and micro-batches do not divide the global batch.
@@ -83,7 +87,7 @@ def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:
 
 
 def _nearest(batch: BatchConfig, degree: int) -> str:
-    """The global batches around the wanted one that this micro-batch makes up."""
+    """Name the global batch sizes closest to the requested size that this micro-batch can form."""
     step = batch.micro_batch_size * degree * (batch.grad_accum_steps or 1)
     below = (batch.global_batch_size or 0) // step * step
     sizes = " or ".join(str(size) for size in (below, below + step) if size)

@@ -1,47 +1,52 @@
-"""From a recipe name or a YAML file plus `key.path=value` overrides to a validated `Experiment`."""
+"""Loading of a recipe or YAML file, with `key.path=value` overrides, into a validated `Experiment`."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from everest_ds.config.recipes import Source, choose, find_recipe, recipe_names
+from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tree import Tree, merge, read_yaml
-from everest_ds.errors import ConfigError, nearest
+from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
+from everest_ds.errors import ConfigError, UsageError, nearest
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
 
 
 def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
-    """Resolve `base:` inheritance and overrides, then validate.
+    """Load a config: resolve its `base:` inheritance, apply the overrides and validate the result.
 
     Args:
         source: a recipe name, a YAML file, or a run folder (its `config.yaml`).
         overrides: `key.path=value` strings; values are YAML.
 
     Raises:
-        ConfigError: naming the file or key, what was given and what is allowed.
+        ConfigError: if a file, key or value is invalid; the message names it and the allowed values.
     """
     found = find_config(source)
     tree = choose(_read_with_bases(found, ()), found)
-    if Path(source).is_dir():  # a run folder may have been moved since it wrote its config
+    if Path(source).is_dir():  # the run folder may have been moved since its config was written
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
     return build_experiment(tree, overrides, found.path)
 
 
-def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Experiment:
+def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: Path) -> Experiment:
     """Apply `key.path=value` overrides to a tree of settings, then validate.
 
     Args:
-        origin: where the tree is from; errors name it.
+        tree: nested settings, as read from YAML; the overrides are written into it.
+        overrides: `key.path=value` strings; values are YAML.
+        origin: file that the tree was read from; error messages name it.
 
     Raises:
-        ConfigError: naming the key, what was given and what is allowed.
+        ConfigError: if a key or value is invalid; the message names it and the allowed values.
     """
     for text in overrides:
         _apply_override(tree, text)
@@ -52,21 +57,21 @@ def build_experiment(tree: Tree, overrides: Sequence[str], origin: Path) -> Expe
 
 
 def dump_experiment(config: Experiment) -> str:
-    """The resolved config as YAML, complete: what a run folder keeps."""
+    """Return the complete resolved config as YAML, in the form that a run folder stores."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
-def find_config(source: str | Path) -> Source:
-    """Where the config of a recipe's name, a path or a run folder is written.
+def find_config(source: str | Path) -> ConfigSource:
+    """Find the config file of a recipe name, a YAML file or a run folder.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: if `source` is none of the three.
     """
     path = Path(source)
     if path.is_dir() and (path / "config.yaml").is_file():
-        return Source(path / "config.yaml")
+        return ConfigSource(path / "config.yaml")
     if path.is_file():
-        return Source(path)
+        return ConfigSource(path)
     recipe = find_recipe(str(source))
     if recipe is not None:
         return recipe
@@ -79,7 +84,7 @@ def find_config(source: str | Path) -> Source:
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> `("a.b", 1)`: every leaf with its dotted path."""
+    """Yield every leaf with its dotted path: `{"a": {"b": 1}}` yields `("a.b", 1)`."""
     for key, value in tree.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{key}.")
@@ -87,11 +92,11 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
-def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
+def _read_with_bases(source: ConfigSource, seen: tuple[Path, ...]) -> ConfigTree:
     path = source.path
     if path.resolve() in seen:
         chain = " -> ".join(p.name for p in (*seen, path))
-        raise ConfigError(f"{path}: `base` goes in a circle", given=chain)
+        raise ConfigError(f"{path}: `base` inherits from itself", given=chain)
     tree = read_yaml(path)
     base = tree.pop("base", None)
     if base is None:
@@ -101,15 +106,15 @@ def _read_with_bases(source: Source, seen: tuple[Path, ...]) -> Tree:
     return merge(choose(inherited, below) if below.variant else inherited, tree)
 
 
-def _find_base(base: str, path: Path) -> Source:
+def _find_base(base: str, path: Path) -> ConfigSource:
     beside = path.parent / base
     try:
-        return Source(beside) if beside.is_file() else find_config(base)
+        return ConfigSource(beside) if beside.is_file() else find_config(base)
     except ConfigError as error:
         raise ConfigError(f"{path}: `base`: {error}") from None
 
 
-def _apply_override(tree: Tree, text: str) -> None:
+def _apply_override(tree: ConfigTree, text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError("override without `=`", given=repr(text), allowed="key.path=value")
@@ -154,3 +159,22 @@ def _valid_keys(location: Sequence[int | str]) -> list[str]:
         nested = [annotation, *get_args(annotation)]
         section = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
     return list(section.model_fields)
+
+
+def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """Load the config of a run, and check that it is for `task`.
+
+    Raises:
+        ConfigError: if the config cannot be read.
+        UsageError: if the config is for another task.
+    """
+    from everest_ds.config import load_experiment
+
+    config = load_experiment(source, overrides)
+    if config.task != task:
+        raise UsageError(
+            f"{source}: this config is for task {config.task}",
+            given=f"everest-ds {task}",
+            fix=f"run everest-ds {config.task} {source}, or choose a {task} recipe (everest-ds recipes)",
+        )
+    return config

@@ -1,13 +1,14 @@
-"""Recipes by name: one file each, or one of a family that a file describes.
+"""Recipes by name: a YAML file holds one recipe, or a family of recipes.
 
-A family's file holds what all its members share, and `variants`, what sets them apart:
+A family file holds the settings that all its members share and, under `variants`, the settings that differ:
 
     variants:
-      backbone: {vit_small: {...}, vit_base: {...}}     # `k400_pretrain_vit_small`, `k400_pretrain_vit_base`
-      method: {everest: {...}, videomae: {...}}         # the first is not named, the other: `..._videomae`
-      pair: {vit_small_videomae: {...}}                 # what only these two together have
+      backbone: {vit_small: {...}, vit_base: {...}}    # `k400_pretrain_vit_small`, `k400_pretrain_vit_base`
+      method: {everest: {...}, videomae: {...}}        # the first adds no suffix, the second adds `_videomae`
+      pair: {vit_small_videomae: {...}}                # settings of this combination only
 
-They are merged in this order over the rest. `{variant}` in a text stands for the name after the family's.
+These parts are merged over the shared settings in this order. In a string, `{variant}` is replaced by the
+part of the recipe name that follows the family name.
 """
 
 from __future__ import annotations
@@ -16,39 +17,39 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from everest_ds.config.tree import Tree, merge, read_yaml
+from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
 from everest_ds.errors import ConfigError
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 VARIANTS = "variants"
 
 
-class Source(NamedTuple):
-    """Where a config is written: a file, and which variant of it (none: the file is one config)."""
+class ConfigSource(NamedTuple):
+    """The location of a config: a file and a variant name in it (empty if the file holds a single config)."""
 
     path: Path
     variant: str = ""
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes shipped with the package."""
+    """Return the names of the recipes shipped with the package."""
     return [name for path in sorted(RECIPES.glob("*.yaml")) for name in _names(path)]
 
 
-def find_recipe(name: str) -> Source | None:
-    """Where the recipe of that name is written; None if there is none."""
+def find_recipe(name: str) -> ConfigSource | None:
+    """Return the file and variant of the recipe called `name`, or None if no recipe has this name."""
     for path in RECIPES.glob("*.yaml"):
         if name == path.stem or name.startswith(f"{path.stem}_"):
             if name in _names(path):
-                return Source(path, name.removeprefix(path.stem).removeprefix("_"))
+                return ConfigSource(path, name.removeprefix(path.stem).removeprefix("_"))
     return None
 
 
-def choose(tree: Tree, source: Source) -> Tree:
-    """The tree of one variant of a family.
+def choose(tree: ConfigTree, source: ConfigSource) -> ConfigTree:
+    """Return the settings of the variant that `source` names, merged over the family's shared settings.
 
     Raises:
-        ConfigError: the file describes a family, and not this member.
+        ConfigError: if the file holds a family that has no such variant.
     """
     variants = tree.pop(VARIANTS, None)
     if variants is None:
@@ -56,7 +57,7 @@ def choose(tree: Tree, source: Source) -> Tree:
     members = _members(variants)
     if source.variant not in members:
         raise ConfigError(
-            f"{source.path}: describes several recipes",
+            f"{source.path}: holds several recipes, and none of them was chosen",
             allowed=", ".join(members),
             fix=f"name one, such as {source.path.stem}_{next(iter(members))}",
         )
@@ -70,20 +71,23 @@ def _names(path: Path) -> list[str]:
     return [f"{path.stem}_{member}" for member in _members(variants)] if variants else [path.stem]
 
 
-def _inherited_variants(path: Path) -> Tree:
-    """A family's base lies beside it, in a folder of parts; recipes that have names are no families."""
+def _inherited_variants(path: Path) -> ConfigTree:
+    """Return the `variants` of a family file, merged over those of its base.
+
+    Only a base given as a relative path is followed: a base given by recipe name is a single recipe.
+    """
     tree = read_yaml(path)
     base = path.parent / str(tree.get("base"))
     inherited = _inherited_variants(base) if base.is_file() else {}
     return merge(inherited, tree.get(VARIANTS, {}))
 
 
-def _members(variants: Tree) -> dict[str, list[tuple[str, str]]]:
-    """Name of each member -> its (axis, choice) pairs, in the order of merging."""
+def _members(variants: ConfigTree) -> dict[str, list[tuple[str, str]]]:
+    """Map the name of each family member to its (axis, choice) pairs, in the order of merging."""
     return dict(_combine(variants))
 
 
-def _combine(variants: Tree) -> Iterator[tuple[str, list[tuple[str, str]]]]:
+def _combine(variants: ConfigTree) -> Iterator[tuple[str, list[tuple[str, str]]]]:
     unnamed = next(iter(variants["method"]))
     for backbone in variants["backbone"]:
         for method in variants["method"]:

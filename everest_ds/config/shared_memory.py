@@ -1,19 +1,19 @@
-"""Host memory that batches take between the loader's workers and a rank."""
+"""Size of the host memory that batches occupy between the loader's workers and their rank."""
 
 from __future__ import annotations
 
 from everest_ds.config.schema import Experiment
 
-# Per worker: one batch that it reads and one that waits for it keep it busy. More would only be a longer
-# queue, at the price of as many more batches in shared and in pinned memory.
+# Per worker: one batch in work and one queued keep a worker busy. A longer queue would gain nothing and would
+# cost more batches in shared and in pinned memory.
 BATCHES_AHEAD = 2
-# The batch of the current step and the next one: on a CPU they stay where a worker wrote them.
+# The batches of the current and the next step: on a CPU they stay in the shared memory that a worker filled.
 _BATCHES_HELD = 2
 _INDEX_BYTES = 4
 
 
 def batch_bytes(config: Experiment) -> int:
-    """Bytes of one rank's micro-batch as workers send it: uint8 clips, or the kept tubelets of each."""
+    """Return the bytes of one rank's micro-batch as workers send it: uint8 clips, or their kept tubelets."""
     geometry, values = config.candidate_geometry, config.model.geometry.tubelet_values
     if config.data.pack_tokens:
         clip_bytes = config.token_counts.num_kept * (values + _INDEX_BYTES)
@@ -23,9 +23,9 @@ def batch_bytes(config: Experiment) -> int:
 
 
 def shared_memory_bytes(config: Experiment, num_ranks: int) -> int:
-    """Shared memory that the loaders of `num_ranks` ranks on one node fill at most, in bytes.
+    """Return the most shared memory that the loaders of `num_ranks` ranks on one node fill, in bytes.
 
-    Pinning on a GPU takes as much again, outside of shared memory.
+    Pinned copies for a GPU take the same amount again, outside shared memory.
     """
     if config.data.num_workers == 0:
         return 0

@@ -1,4 +1,4 @@
-"""How many tokens each part of a model sees: the fixed counts that give every tensor a static shape.
+"""Token counts of each part of a model: fixed numbers that give every tensor a static shape.
 
 Symbols as in the paper: N tokens, K kept by the selection, V visible to the pre-training encoder.
 """
@@ -11,21 +11,21 @@ from functools import lru_cache
 
 
 def exact_floor(ratio: float, count: int) -> int:
-    """⌊ratio · count⌋ with `ratio` read as the decimal it was written as.
+    """Return ⌊ratio · count⌋, with `ratio` taken as the decimal number that was written.
 
-    Binary floating point gets such counts wrong: `int(0.29 * 100)` is 28.
+    Binary floating point would give wrong counts: `int(0.29 * 100)` is 28.
     """
     product = Fraction(repr(ratio)) * count
-    return product.numerator // product.denominator  # not int(): torch.compile fails on it in Python 3.10
+    return product.numerator // product.denominator  # torch.compile fails on int(Fraction) in Python 3.10
 
 
 @dataclass(frozen=True)
 class ClipGeometry:
-    """The grid of tubelets of a clip.
+    """The grid of tubelets that a clip is cut into.
 
     Attributes:
-        num_frames: frames of a clip.
-        tubelet_size: frames of a tubelet.
+        num_frames: frames per clip.
+        tubelet_size: frames per tubelet.
         image_size: height and width of a frame, pixels.
         patch_size: height and width of a tubelet, pixels.
     """
@@ -37,33 +37,33 @@ class ClipGeometry:
 
     @property
     def num_slots(self) -> int:
-        """T: tubelet rows in time."""
+        """The number T of slots: tubelet rows in time."""
         return self.num_frames // self.tubelet_size
 
     @property
     def grid_size(self) -> int:
-        """Tubelets along the height (and the width) of a frame."""
+        """The number of tubelets along the height (and the width) of a frame."""
         return self.image_size // self.patch_size
 
     @property
     def tokens_per_slot(self) -> int:
-        """L: tokens of one slot."""
+        """The number L of tokens per slot."""
         return self.grid_size**2
 
     @property
     def num_tokens(self) -> int:
-        """N = T · L."""
+        """The number of tokens per clip, N = T · L."""
         return self.num_slots * self.tokens_per_slot
 
     @property
     def tubelet_values(self) -> int:
-        """P: pixel values of one tubelet, all three colours."""
+        """The number P of pixel values per tubelet, over all three colours."""
         return 3 * self.tubelet_size * self.patch_size**2
 
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """What flows through one model: `num_visible` through the encoder, `num_kept` through the decoder.
+    """The token counts of one model: `num_visible` in the encoder, `num_kept` in the decoder.
 
     In fine-tuning nothing is masked, so `num_visible == num_kept` and `num_predicted == 0`.
     """
@@ -74,23 +74,24 @@ class TokenCounts:
 
     @property
     def num_predicted(self) -> int:
-        """K - V: tokens that the decoder predicts and the loss is taken over."""
+        """The number K - V of tokens that the decoder predicts and the loss covers."""
         return self.num_kept - self.num_visible
 
 
-# VideoMAE v2's decoder predicts a cell's four places in turn, each in 2 of 4 consecutive slots.
+# In VideoMAE v2, the four places of a 2x2 cell take turns: each is predicted in 2 of 4 consecutive slots.
 RUNNING_CELL_PERIOD = 4
 
 
-@lru_cache  # asked for in every part of every prediction
+@lru_cache  # cached: each part of a memory or time prediction asks for these counts
 def pretrain_counts(
     geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
 ) -> TokenCounts:
-    """Token counts of a pre-training step (paper section 3; VideoMAE's for `tube`, its v2's for `dual`).
+    """Return the token counts of pre-training.
 
-    `rero` and `random` keep K = ⌊keep_ratio·N⌋ tokens, `none` all N; ⌊(1 - mask_ratio)·N⌋ of them are
-    visible. `tube` and `dual` hide the same ⌊mask_ratio·L⌋ places in every slot from the encoder; the
-    decoder predicts all of those, or half of them.
+    `rero` and `random` keep K = ⌊keep_ratio·N⌋ tokens and `none` keeps all N (paper section 3); of them,
+    ⌊(1 - mask_ratio)·N⌋ are visible. `tube` (VideoMAE) and `dual` (VideoMAE v2) hide the same
+    ⌊mask_ratio·L⌋ places in every slot from the encoder; the decoder predicts all hidden tokens for `tube`
+    and half of them for `dual`.
     """
     n, num_slots = geometry.num_tokens, geometry.num_slots
     if selection in ("tube", "dual"):
@@ -104,13 +105,16 @@ def pretrain_counts(
 
 @lru_cache
 def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
-    """Token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
+    """Return the token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
     n = geometry.num_tokens
     kept = n if selection == "none" else exact_floor(keep_ratio, n)
     return TokenCounts(n, kept, kept)
 
 
 def sketch_width(width: int) -> int:
-    """Features of a sketch of a `width`-wide embedding: at most a tenth, and a multiple of 8 if 8 or more."""
+    """Return the size of the sketch of a `width`-wide embedding.
+
+    A sketch has a tenth of the features, rounded down to a multiple of 8 if the tenth is 8 or more.
+    """
     tenth = max(1, width // 10)
     return tenth - tenth % 8 if tenth >= 8 else tenth

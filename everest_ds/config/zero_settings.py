@@ -1,4 +1,4 @@
-"""The ZeRO settings of a run's DeepSpeed file, as far as memory and time depend on them."""
+"""The ZeRO settings in a run's DeepSpeed file on which predicted memory and time depend."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ BUCKET_KEYS = {"reduce_bucket_size": "reduce_bucket_values", "allgather_bucket_s
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """ZeRO's settings, with the defaults of DeepSpeed 0.19.8; sizes count values, not bytes.
+    """The ZeRO settings of a run, with the defaults of DeepSpeed 0.19.8; sizes count values, not bytes.
 
     Attributes:
-        overlap_comm: reduces gradients beside the backward pass.
-        reduce_bucket_values: gradients that are reduced at once.
-        gather_bucket_values: weights that stages 1 and 2 gather at once after the optimiser's step.
-        prefetch_values: of stage 3: parameters on their way to their use.
-        live_values: parameters that are whole at once, at most.
-        reuse_values: a parameter stays whole if it is used again within so many.
-        sub_group_values: parameters that the optimiser steps at once.
-        persistent_values: a smaller parameter is whole on every rank.
-        offloads_optimizer: optimiser states and gradients' shards are in host memory, or beyond.
-        offloads_parameters: and shards of weights.
-        grad_accum_dtype: of the sum of micro-batches' gradients; "auto" leaves it to `sums_in_float32`.
+        overlap_comm: whether gradients are reduced during the backward pass.
+        reduce_bucket_values: gradient values reduced in one collective.
+        gather_bucket_values: weight values that stages 1 and 2 gather at once after the optimiser step.
+        prefetch_values: stage 3: parameter values gathered ahead of their use.
+        live_values: stage 3: at most this many parameter values are whole at the same time.
+        reuse_values: stage 3: a parameter stays whole if it is used again within this many values.
+        sub_group_values: stage 3: parameter values that the optimiser updates at once.
+        persistent_values: stage 3: a parameter smaller than this stays whole on every rank.
+        offloads_optimizer: whether optimiser states and gradient shards are in host memory or on a disk.
+        offloads_parameters: whether weight shards are in host memory or on a disk.
+        grad_accum_dtype: type of the gradient sum over micro-batches; "auto" leaves it to `sums_in_float32`.
     """
 
     overlap_comm: bool = False
@@ -47,21 +47,21 @@ class ZeroSettings:
     grad_accum_dtype: str = "auto"
 
     def sums_in_float32(self, precision: str, accumulates: bool) -> bool:
-        """Return whether gradients of several micro-batches are summed in float32 in half precision.
+        """Return whether half-precision gradients are summed over micro-batches in float32.
 
-        By default in bf16, whose 8 bits lose almost 1 % over 32 micro-batches. Where gradients are offloaded,
-        DeepSpeed sums in the precision of training: a float32 sum would stay on the device.
+        The default is yes for bf16, whose 8 bits lose almost 1 % over 32 micro-batches. If gradients are
+        offloaded, DeepSpeed sums in the precision of training, as a float32 sum would stay on the device.
         """
         if self.grad_accum_dtype == "auto":
             return precision == "bf16" and accumulates and not self.offloads_optimizer
         return precision in ("bf16", "fp16") and self.grad_accum_dtype == "fp32"
 
     def shards_nothing(self, stage: int, data_degree: int) -> bool:
-        """Return whether stage 1 or 2 runs on one data-parallel rank, with nobody to share or sum with."""
+        """Return whether stage 1 or 2 runs on a single data-parallel rank, so that no state is sharded."""
         return stage in (1, 2) and data_degree == 1 and not self.offloads_optimizer
 
     def with_buckets(self, num_values: int) -> ZeroSettings:
-        """The same with other buckets, of reduction and of gathering alike."""
+        """Return a copy whose reduce and gather buckets both hold `num_values` values."""
         return replace(self, reduce_bucket_values=num_values, gather_bucket_values=num_values)
 
 
@@ -78,21 +78,21 @@ _KEYS = {
 
 
 def ds_config_path(config: Experiment) -> Path:
-    """The DeepSpeed file of this run: the user's, or the shipped one of the stage."""
+    """Return the DeepSpeed file of a run: the user's, or the shipped file of its ZeRO stage."""
     parallelism = config.parallelism
     offload = "_offload" if parallelism.offload_to_cpu else "_nvme" if parallelism.offload_to_nvme else ""
     return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
 
 
 def zero_settings(config: Experiment) -> ZeroSettings:
-    """Read the settings of the DeepSpeed file that the config names."""
+    """Read the ZeRO settings from the DeepSpeed file of a run."""
     path = ds_config_path(config)
     return _read(path, path.stat().st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
 def _read(path: Path, changed_ns: int) -> ZeroSettings:
-    """`changed_ns` tells one content of a file from the next."""
+    """Read the ZeRO settings of a file; `changed_ns` makes the cache miss when the file is rewritten."""
     tree = json.loads(path.read_text())
     zero = tree["zero_optimization"]
     given = {attribute: zero[key] for attribute, key in _KEYS.items() if key in zero}

@@ -1,1 +1,1 @@
-"""Manifests, decoding, choice of frames, and the clips that reach a model."""
+"""Manifests, video decoding, frame sampling, and the data sets and loader that feed a model."""

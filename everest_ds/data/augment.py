@@ -1,8 +1,8 @@
-"""Augmentation of fine-tuning beyond crops and flips: RandAugment, random erasing, mixup and cutmix.
+"""Augmentation for fine-tuning beyond crops and flips: RandAugment, random erasing, mixup and cutmix.
 
-All of it works on uint8 batches where they are, on the device, and is drawn on the host from the clips' keys,
-so from (seed, epoch, sample): the same on any number of ranks and workers, and after a restart. Mixing pairs
-neighbours of the epoch's order, which share a micro-batch however the batch is split.
+Every augmentation works in place on uint8 batches on the device. Its random numbers are drawn on the host
+from the clips' keys, and so from (seed, epoch, sample): they are the same on any number of ranks and workers,
+and after a restart. Mixing pairs neighbours of the epoch's order, which always share a micro-batch.
 
 Shape legend: B clips, F frames, H x W pixels.
 """
@@ -20,17 +20,17 @@ from everest_ds.config.schema import AugmentConfig
 from everest_ds.data.augment_ops import FILL, OPERATIONS
 from everest_ds.data.clips import ClipBatch
 
-# Beside a clip's key: what is drawn for one purpose is not what is drawn for another (`clips` has 0 and 1).
+# Seeds beside a clip's key that make the draws for each purpose independent (`clips` uses 1).
 _COLOURS, _ERASING, _MIXING = 2, 3, 4
-# As VideoMAE's fine-tuning: each operation comes in every other clip, its strength varies.
+# As in VideoMAE's fine-tuning: each operation is applied with probability 0.5 and with varying strength.
 _OPERATION_PROBABILITY, _STRENGTH_STD, _MAX_MAGNITUDE = 0.5, 0.5, 10.0
 _ERASED_AREA, _ERASED_LOG_ASPECT = (0.02, 1 / 3), (math.log(0.3), -math.log(0.3))
-_ERASED_STD = (58, 57, 57)  # ImageNet's standard deviation: noise like normalised pixels
-_CUTMIX_SHARE = 0.5  # of mixed pairs, where there is mixup too
+_ERASED_STD = (58, 57, 57)  # ImageNet's standard deviation, so that the noise resembles normalised pixels
+_CUTMIX_SHARE = 0.5  # share of mixed pairs that get cutmix if mixup is enabled too
 
 
 class Augmentation:
-    """Augments batches as `augment` of a config says; what is all off leaves them as they are."""
+    """The augmentation that the section `augment` of a config describes; by default, it changes nothing."""
 
     def __init__(self, config: Experiment) -> None:
         self.config = config.augment
@@ -38,11 +38,11 @@ class Augmentation:
         self.num_classes = config.model.num_classes or 0
 
     def __call__(self, batch: ClipBatch, keys: list[int]) -> ClipBatch:
-        """The batch, augmented in place; its labels are float32 (B, classes) where clips are mixed.
+        """Augment the batch in place and return it; labels become float32 (B, classes) if clips are mixed.
 
         Args:
-            batch: on the device.
-            keys: of its clips, from the host: asking the device for them would wait for it.
+            batch: the batch, on the device.
+            keys: the keys of its clips on the host, as copying them from the device would synchronise.
         """
         for clip, key in zip(batch.clip, keys, strict=True):
             rand_augment(clip, key, self.config)
@@ -50,11 +50,11 @@ class Augmentation:
         return self._mix(batch, keys) if self.config.mixes else batch
 
     def _mix(self, batch: ClipBatch, keys: list[int]) -> ClipBatch:
-        # one_hot() would make the host wait for the labels' range
+        # one_hot() would synchronise with the device to check the range of the labels.
         labels = torch.zeros(len(keys), self.num_classes, device=batch.label.device)
         labels.scatter_(1, batch.label[:, None], 1.0)
         for one in range(len(keys)):
-            # crops of one sample are neighbours too, and are not mixed with each other
+            # Clips of one sample are neighbours too, but are not mixed with each other.
             group, repeat = divmod(one, self.repeats)
             if group % 2 == 0:
                 other = (group + 1) * self.repeats + repeat
@@ -67,7 +67,7 @@ class Augmentation:
 
 
 def rand_augment(clip_FHWC: Tensor, key: int, config: AugmentConfig) -> None:
-    """Change a clip by some of RandAugment's operations, in place."""
+    """Apply randomly chosen RandAugment operations to a clip, in place."""
     rng = np.random.default_rng((key, _COLOURS))
     for operation in rng.choice(len(OPERATIONS), config.rand_augment_ops):
         apply, sign = rng.random() < _OPERATION_PROBABILITY, 1 if rng.random() < 0.5 else -1
@@ -78,9 +78,10 @@ def rand_augment(clip_FHWC: Tensor, key: int, config: AugmentConfig) -> None:
 
 
 def erase(clip_FHWC: Tensor, key: int, probability: float) -> None:
-    """Put noise into a random box of a clip, in place.
+    """Fill a random box of a clip with noise, in place, with the given probability.
 
-    The same noise in every frame: changing noise would be what moves most, and ReRo would keep all of it.
+    The noise is the same in every frame: varying noise would count as the strongest motion, and ReRo would
+    keep all its tokens.
     """
     rng = np.random.default_rng((key, _ERASING))
     if rng.random() >= probability:
@@ -96,7 +97,7 @@ def erase(clip_FHWC: Tensor, key: int, probability: float) -> None:
 
 
 def mix_clips(one: Tensor, other: Tensor, rng: np.random.Generator, config: AugmentConfig) -> float:
-    """Mix two clips (F, H, W, 3) into each other, in place; the share that each keeps of itself."""
+    """Mix two clips (F, H, W, 3) into each other, in place; return the share that each keeps of itself."""
     share = _CUTMIX_SHARE if config.mixup_alpha else 1.0
     if config.cutmix_alpha and rng.random() < share:
         return _cutmix(one, other, float(rng.beta(config.cutmix_alpha, config.cutmix_alpha)), rng)
@@ -120,7 +121,7 @@ def _cutmix(one: Tensor, other: Tensor, kept: float, rng: np.random.Generator) -
 
 
 def _span(length: int, share: float, rng: np.random.Generator) -> tuple[int, int]:
-    """A part about a uniform random centre; it ends where the picture does."""
+    """Draw an interval that covers `share` of `length` around a random centre, clipped to the picture."""
     center, half = int(rng.integers(length)), int(length * share) // 2
     return max(0, center - half), min(length, center + half)
 

@@ -1,8 +1,9 @@
-"""RandAugment's operations on uint8 clips, on any device, alike on all frames of a clip.
+"""RandAugment's operations on uint8 clips, on any device, applied equally to all frames of a clip.
 
-What PIL does to a picture, for a clip: where PIL looks at the picture's own histogram or mean, here it is the
-clip's, or else the pictures of a still scene would flicker and look like motion. (torchvision's would serve,
-but its wheels for CUDA do not load beside a CPU build of torch, and kornia's want float.)
+The operations are PIL's, extended to clips: where PIL uses the histogram or mean of a picture, these use the
+clip's, because frames of a still scene that were adjusted one by one would flicker and look like motion.
+torchvision's operations are not used because its CUDA wheels do not load beside a CPU build of torch, and
+kornia's are not because they require float input.
 
 Shape legend: F frames, H x W pixels, 3 colours; clips are uint8 (F, H, W, 3). `strength` is 0..1.
 """
@@ -16,25 +17,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A clip, a strength and a sign for what goes both ways (left or right, brighter or darker).
+# The arguments are a clip, a strength, and a sign that selects the direction (left or right, up or down).
 Operation = Callable[[Tensor, float, int], Tensor]
 
 FILL = (124, 116, 104)  # ImageNet's mean, for pixels from outside the picture
-# The largest change of each: timm's, which VideoMAE fine-tunes with.
+# The largest change by each operation, as in timm, whose RandAugment VideoMAE fine-tunes with.
 _MAX_DEGREES, _MAX_SHEAR, _MAX_SHIFT, _MAX_GAIN, _MAX_ADDED, _MAX_BITS = 30.0, 0.3, 0.45, 0.9, 110, 4
 _HISTOGRAMS = 64
 _LUMA = (0.299, 0.587, 0.114)
 
 
 def auto_contrast(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Each colour stretched to 0..255."""
+    """Stretch the values of each colour to 0..255."""
     low, high = (extreme.float() for extreme in torch.aminmax(clip.flatten(0, 2), dim=0))
     stretched = (clip.float() - low) * (255 / (high - low).clamp(min=1))
     return torch.where(high > low, stretched, clip.float()).clamp(0, 255).to(torch.uint8)
 
 
 def equalize(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Each colour's histogram flattened."""
+    """Equalise the histogram of each colour."""
     counts = histogram(clip)
     levels = torch.arange(256, device=clip.device)
     last = (levels * (counts > 0)).argmax(dim=1, keepdim=True)
@@ -45,44 +46,44 @@ def equalize(clip: Tensor, strength: float, sign: int) -> Tensor:
 
 
 def invert(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """The negative."""
+    """Invert every value: the negative of the clip."""
     return 255 - clip
 
 
 def posterize(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """The upper bits of each value: four at strength 0, none at 1."""
+    """Keep only the upper bits of each value: four at strength 0, none at strength 1."""
     bits = _MAX_BITS - int(strength * _MAX_BITS)
     return clip & (255 >> (8 - bits) << (8 - bits))
 
 
 def solarize(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """The negative of what is bright."""
+    """Invert the values above a threshold, which falls as the strength grows."""
     return torch.where(clip.int() < 256 - int(strength * 256), clip, 255 - clip)
 
 
 def solarize_add(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """The dark half, brighter."""
+    """Brighten the values below 128."""
     brighter = (clip.int() + int(strength * _MAX_ADDED)).clamp(max=255).to(torch.uint8)
     return torch.where(clip < 128, brighter, clip)
 
 
 def color(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """More or less colourful."""
+    """Increase or reduce the colour saturation."""
     return _away_from(_gray(clip), clip, strength, sign)
 
 
 def contrast(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Further from, or nearer to, the clip's mean grey."""
+    """Increase or reduce the contrast about the clip's mean grey."""
     return _away_from(_gray(clip).mean().round(), clip, strength, sign)
 
 
 def brightness(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Brighter or darker."""
+    """Brighten or darken the clip."""
     return _away_from(torch.zeros((), device=clip.device), clip, strength, sign)
 
 
 def sharpness(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Sharper, or smoothed over the eight neighbours; borders stay."""
+    """Sharpen each frame, or smooth it over the eight neighbours of a pixel; borders stay as they are."""
     frames = clip.permute(0, 3, 1, 2).float()
     inner = (F.avg_pool2d(frames, 3, stride=1) * 9 + 4 * frames[..., 1:-1, 1:-1]) / 13
     smooth = frames.clone()
@@ -91,29 +92,29 @@ def sharpness(clip: Tensor, strength: float, sign: int) -> Tensor:
 
 
 def rotate(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """About the centre."""
+    """Rotate the clip about its centre."""
     angle = math.radians(sign * strength * _MAX_DEGREES)
     cosine, sine = math.cos(angle), math.sin(angle)
     return _affine(clip, (cosine, sine, 0.0), (-sine, cosine, 0.0))
 
 
 def shear_x(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Rows shifted against each other."""
+    """Shear the clip horizontally, shifting rows against each other."""
     return _affine(clip, (1.0, sign * strength * _MAX_SHEAR, 0.0), (0.0, 1.0, 0.0))
 
 
 def shear_y(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Columns shifted against each other."""
+    """Shear the clip vertically, shifting columns against each other."""
     return _affine(clip, (1.0, 0.0, 0.0), (sign * strength * _MAX_SHEAR, 1.0, 0.0))
 
 
 def translate_x(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Left or right."""
+    """Shift the clip to the left or right."""
     return _affine(clip, (1.0, 0.0, sign * strength * _MAX_SHIFT * clip.shape[2]), (0.0, 1.0, 0.0))
 
 
 def translate_y(clip: Tensor, strength: float, sign: int) -> Tensor:
-    """Up or down."""
+    """Shift the clip up or down."""
     return _affine(clip, (1.0, 0.0, 0.0), (0.0, 1.0, sign * strength * _MAX_SHIFT * clip.shape[1]))
 
 
@@ -124,10 +125,10 @@ OPERATIONS: tuple[Operation, ...] = (
 
 
 def histogram(clip: Tensor) -> Tensor:
-    """Return how often each colour has each value: int64 (3, 256).
+    """Return the histogram of each colour: int64 (3, 256).
 
-    Neighbouring pixels count in different ones of 64 histograms, which are added up: on a GPU, the pixels of
-    a flat picture would wait for one another to count at the same address.
+    The columns of the picture are spread over 64 histograms, which are summed at the end. With a single
+    histogram, the pixels of a uniform picture would contend for one address on a GPU.
     """
     columns = torch.arange(clip.shape[2], device=clip.device) % _HISTOGRAMS * (3 * 256)
     index = (_places(clip) + columns[:, None]).flatten()
@@ -137,7 +138,7 @@ def histogram(clip: Tensor) -> Tensor:
 
 
 def _places(clip: Tensor) -> Tensor:
-    """Return the place of each value in a flat table (3, 256) of colours and values: int64 (F, H, W, 3)."""
+    """Return the index of each value in a flat table (3, 256) of colours and values: int64 (F, H, W, 3)."""
     return clip.long() + torch.arange(0, 3 * 256, 256, device=clip.device)
 
 
@@ -152,9 +153,9 @@ def _away_from(reference: Tensor, clip: Tensor, strength: float, sign: int) -> T
 
 
 def _affine(clip: Tensor, to_x: tuple[float, float, float], to_y: tuple[float, float, float]) -> Tensor:
-    """The clip at (a·x + b·y + c, d·x + e·y + f) about its centre, in pixels, bilinear.
+    """Sample the clip bilinearly at (a·x + b·y + c, d·x + e·y + f), in pixels from its centre.
 
-    The grid is made of plain numbers on the device: a matrix from the host would make it wait.
+    The grid is computed on the device from Python numbers: to copy a matrix from the host would synchronise.
     """
     height, width = clip.shape[1:3]
     y = torch.arange(height, device=clip.device, dtype=torch.float32)[:, None] - (height - 1) / 2
@@ -162,6 +163,7 @@ def _affine(clip: Tensor, to_x: tuple[float, float, float], to_y: tuple[float, f
     columns, rows = (a * x + b * y + c for a, b, c in (to_x, to_y))
     grid = torch.stack([columns * (2 / width), rows * (2 / height)], dim=-1)
     fill = torch.cat([torch.full((1,), float(value), device=clip.device) for value in FILL]).view(1, 3, 1, 1)
-    frames = clip.permute(0, 3, 1, 2).float() - fill  # outside is zero, which is the fill
+    # grid_sample pads with zeros, so the fill colour is subtracted before and added after.
+    frames = clip.permute(0, 3, 1, 2).float() - fill
     moved = F.grid_sample(frames, grid.expand(len(clip), -1, -1, -1), align_corners=False) + fill
     return moved.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -1,6 +1,6 @@
-"""Data sets of clips: random ones for training, fixed views for evaluation.
+"""Data sets of clips: random clips for training, fixed views for evaluation.
 
-A clip is a uint8 tensor (frame, row, column, colour); nothing here is floating point.
+A clip is a uint8 tensor (frame, row, column, colour); conversion to floating point happens on the device.
 """
 
 from __future__ import annotations
@@ -16,30 +16,30 @@ from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.loader import Loaded, load
-from everest_ds.data.manifest import Sample
+from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.data.transforms import crop_resize, train_box, view_box
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
-# A clip (F, H, W, 3) to the tubelets (K, P) that are kept of it, and which tokens they are (K,).
+# Maps a clip (F, H, W, 3) to its kept tubelets (K, P) and the indices of their tokens (K,).
 Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
-# A view is the same in every evaluation of every run, what is drawn for it included.
+# A view and its random key are the same in every evaluation of every run.
 _VIEW_SEED = 0
-# Beside a clip's key: what is drawn in space is not what is drawn in time.
+# Seed beside a clip's key, so that the draws in space are independent of those in time.
 _SPACE = 1
 MISSING = -1  # `ClipBatch.item` of a view whose video cannot be read
 
 
 class ClipBatch(NamedTuple):
-    """A batch on its way to a model.
+    """A batch of clips, the input of a model.
 
     Attributes:
         clip: uint8 (B, F, H, W, 3).
-        label: int64 (B,), -1 where the manifest has none; float32 (B, classes) once clips were mixed.
+        label: int64 (B,), -1 if the manifest has no label; float32 (B, classes) after clips were mixed.
         key: int64 (B,), the random keys of the clips.
-        item: int64 (B,), which sample (training) or which view (evaluation) this is.
+        item: int64 (B,), indices of the samples (in training) or of the views (in evaluation).
     """
 
     clip: Tensor
@@ -49,11 +49,11 @@ class ClipBatch(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """What a model is called with."""
+        """The positional arguments of a model's forward pass: clips and keys."""
         return self.clip, self.key
 
     def padded(self, size: int) -> ClipBatch:
-        """The batch with `size` clips: the last one again as often as it takes, marked as `MISSING`."""
+        """Return the batch extended to `size` clips by copies of the last clip, marked as `MISSING`."""
         lack = size - len(self.item)
         if lack <= 0:
             return self
@@ -62,17 +62,17 @@ class ClipBatch(NamedTuple):
         return longer
 
     def to(self, device: torch.device) -> ClipBatch:
-        """The batch on `device`, copied without waiting where the memory is pinned."""
+        """Return the batch on `device`; the copy is asynchronous if the memory is pinned."""
         return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class PackedBatch(NamedTuple):
-    """A batch of which the loader's workers chose the tokens.
+    """A batch of clips reduced to the tokens that the loader's workers selected.
 
     Attributes:
-        clip: uint8 (B, K, P), the kept tubelets; once unpacked (B, F, H, W, 3).
-        label, key, item: as those of a `ClipBatch`.
-        kept: int32 (B, K), which tokens those are, ascending.
+        clip: uint8 (B, K, P), the kept tubelets; after unpacking (B, F, H, W, 3).
+        label, key, item: as in a `ClipBatch`.
+        kept: int32 (B, K), the indices of the kept tokens, ascending.
     """
 
     clip: Tensor
@@ -83,11 +83,11 @@ class PackedBatch(NamedTuple):
 
     @property
     def arguments(self) -> tuple[Tensor, ...]:
-        """What a model is called with."""
+        """The positional arguments of a model's forward pass: clips, keys and kept tokens."""
         return self.clip, self.key, self.kept
 
     def to(self, device: torch.device) -> PackedBatch:
-        """As that of a `ClipBatch`."""
+        """Return the batch on `device`; the copy is asynchronous if the memory is pinned."""
         return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
@@ -95,7 +95,7 @@ Batch = ClipBatch | PackedBatch
 
 
 class View(NamedTuple):
-    """One of the looks that multi-view evaluation takes at a sample."""
+    """One view of a sample in multi-view evaluation: a temporal segment and a spatial crop."""
 
     sample: int
     segment: int
@@ -103,7 +103,7 @@ class View(NamedTuple):
 
 
 class TrainingClips:
-    """Random clips, `data.repeats` of a sample; what is random follows from (seed, epoch, sample)."""
+    """A data set of random clips, `data.repeats` per sample, that are a function of (seed, epoch, sample)."""
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
         self.reader = SampleReader(samples, config.data)
@@ -114,11 +114,11 @@ class TrainingClips:
         self.seed = config.run.seed
         self.pack = pack
 
-    def __getitem__(self, visit: Visit) -> Loaded:
-        """The clips of a visit: of its sample, or where that cannot be read of the first stand-in that can.
+    def __getitem__(self, visit: Visit) -> LoadedItem:
+        """Return the clips of a visit, from its sample or else from the first replacement that can be read.
 
         Raises:
-            DataError: none can.
+            DataError: neither the sample nor any replacement can be read.
         """
         failures: list[Failure] = []
         others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
@@ -128,24 +128,24 @@ class TrainingClips:
             except DataError as error:
                 failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
-                return Loaded(self.crops(frames, visit, candidate), failures)
+                return LoadedItem(self.crops(frames, visit, candidate), failures)
         raise DataError(
-            f"{self.samples[visit.sample].name}: cannot be read, nor {len(failures) - 1} others in its place",
+            f"{self.samples[visit.sample].name}: cannot be read, nor can {len(failures) - 1} replacements",
             given=failures[0].reason,
             fix="check the storage; `everest-ds data check` lists all such files",
         )
 
     def name_of(self, visit: Visit) -> str:
-        """The sample that a visit is to read, for messages."""
+        """Return the name of the visit's sample, for messages."""
         return self.samples[visit.sample].name
 
     def choose(self, visit: Visit, video_frames: int) -> list[int]:
-        """Which frames of a video of so many a visit takes."""
+        """Return the indices of the frames that this visit reads from a video of `video_frames` frames."""
         rng = np.random.default_rng(sample_key(self.seed, *visit))
         return self.frames.for_training(video_frames, rng)
 
     def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
-        """The visit's clips out of decoded frames (F, H, W, 3) of `sample`."""
+        """Crop the visit's clips from the decoded frames (F, H, W, 3) of `sample`."""
         return [self._clip(frames, visit, sample, repeat) for repeat in range(self.data.repeats)]
 
     def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> Batch:
@@ -162,10 +162,10 @@ class TrainingClips:
 
 
 class EvaluationClips:
-    """Every view of every sample: `segments` places in time times `crops` places in space.
+    """A data set of all views of every sample: `segments` temporal positions times `crops` spatial positions.
 
-    A view that cannot be read is black and says so (`MISSING`): nothing takes its place, and the ranks still
-    compute as many batches.
+    A view that cannot be read is returned as a black clip with item `MISSING`. It is not replaced by another
+    video, and every rank still computes the same number of batches.
     """
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, segments: int, crops: int) -> None:
@@ -184,40 +184,40 @@ class EvaluationClips:
         return len(self.views)
 
     def sample_of(self, item: int) -> int:
-        """Whose view it is."""
+        """Return the index of the sample that a view belongs to."""
         return self.views[item].sample
 
     def name_of(self, items: Sequence[int]) -> str:
-        """The sample that these views are of, for messages."""
+        """Return the name of the sample that these views belong to, for messages."""
         return self.samples[self.sample_of(items[0])].name
 
-    def __getitem__(self, items: Sequence[int]) -> Loaded:
-        """Views of one sample: it is opened once, and what several crops look at is decoded once."""
+    def __getitem__(self, items: Sequence[int]) -> LoadedItem:
+        """Return views of one sample; it is opened once, and frames that crops share are decoded once."""
         views = [self.views[item] for item in items]
         sample, segments = views[0].sample, sorted({view.segment for view in views})
         try:
             frames = self.reader.read(sample, partial(self._choose, segments))
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
-            return Loaded([self._missing(item) for item in items], [failure])
+            return LoadedItem([self._missing(item) for item in items], [failure])
         by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
-        return Loaded([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
+        return LoadedItem([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
 
     def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
-        """Refuse results that lack a view of a sample that could be read.
+        """Raise an error if the results lack a view of a sample that could be read.
 
         Args:
-            seen: the views that a model has seen.
+            seen: the views that the model has evaluated.
             missing: the samples that could not be read.
 
         Raises:
-            DataError: naming samples that are neither seen nor missing.
+            DataError: some samples have views that were not evaluated, although they could be read.
         """
         unseen = {view.sample for item, view in enumerate(self.views) if item not in seen}
         lost = sorted(unseen - set(missing))
         if lost:
             raise DataError(
-                "views of some videos never came, though they could be read",
+                "views of some readable videos were not evaluated",
                 given=f"{len(lost)} of {len(self.samples)} videos, the first {self.samples[lost[0]].name}",
                 fix="run the same command again; if it repeats, report it with the logs",
             )
@@ -250,11 +250,17 @@ def training_batches(
     on_failure: Callable[[Failure], None],
     pack: Pack | None = None,
 ) -> Iterator[Any]:
-    """This rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
+    """Yield this rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
 
     Args:
-        pack: called in the workers on each clip: the batches are then `PackedBatch`, else `ClipBatch`.
-        on_failure: told of each sample that could not be read, when the batch that it is missing from comes.
+        samples: the samples of the training manifest.
+        config: the resolved config of the run.
+        plan: the split of the global batch over ranks and accumulation steps.
+        rank: data-parallel rank of this process.
+        steps: the optimiser steps, counted from the start of training.
+        pin_memory: deliver the batches in pinned memory.
+        on_failure: called for each sample that could not be read, when the affected batch is delivered.
+        pack: called in the workers on each clip; the batches are then `PackedBatch`, otherwise `ClipBatch`.
     """
     visits = training_visits(len(samples), plan, config.run.seed, rank, steps.start, steps.stop)
     return load(TrainingClips(samples, config, pack), visits, config.data, pin_memory, on_failure)
@@ -268,10 +274,10 @@ def evaluation_views(
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
 ) -> Iterator[ClipBatch]:
-    """This rank's share of the views, in batches of one size of at most `batch_size`.
+    """Yield this rank's share of the views, in batches of one common size of at most `batch_size`.
 
-    Batches are as even as possible, and short ones are padded: kernels are chosen, and models compiled, for
-    one shape. See `evaluation_batches`.
+    The views are spread evenly over the batches and short batches are padded, because kernels are selected,
+    and models compiled, for one shape. See `evaluation_batches`.
     """
     num_batches = -(-len(clips) // batch_size)
     size = -(-len(clips) // num_batches) if num_batches else batch_size

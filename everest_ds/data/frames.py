@@ -1,4 +1,4 @@
-"""Which frames of a video make a clip."""
+"""Frame sampling: the choice of the frames of a video that make up a clip."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ Indices = list[int]
 
 
 class TooShortError(DataError):
-    """A video from which no such clip can be cut; there is nothing wrong with the file."""
+    """Error for an intact video that is too short for the requested clip."""
 
 
 @dataclass(frozen=True)
 class ClipFrames:
-    """How the frames of a clip are chosen from a video.
+    """The rule that chooses the frames of a clip from a video.
 
     Attributes:
-        num_frames: of a clip.
-        stride: from one frame of a clip to the next, where `sampling` is `stride`.
-        sampling: `stride`: frames `stride` apart; `segments`: one from each of `num_frames` equal parts of
-            the video (TSN's sampling, as VideoMAE does on SSv2).
-        hold_last_frame: of a video that is too short, repeat the last frame, as VideoMAE's loader does;
-            otherwise it is refused.
+        num_frames: frames per clip.
+        stride: distance between consecutive frames of a clip if `sampling` is `stride`, in video frames.
+        sampling: `stride` takes frames `stride` apart; `segments` takes one frame from each of `num_frames`
+            equal parts of the video (TSN's sampling, as VideoMAE does on SSv2).
+        hold_last_frame: repeat the last frame of a video that is too short, as VideoMAE's loader does;
+            otherwise the video is refused.
     """
 
     num_frames: int
@@ -36,18 +36,18 @@ class ClipFrames:
 
     @classmethod
     def of(cls, num_frames: int, data: DataConfig) -> ClipFrames:
-        """The choice that `data` asks for."""
+        """Build the rule that the config section `data` describes."""
         return cls(num_frames, data.frame_stride, data.sampling, data.short_videos == "hold_last_frame")
 
     @property
     def needed(self) -> int:
-        """The shortest video that a clip can be cut from, in frames."""
+        """Length of the shortest video that a clip can be cut from, in frames."""
         if self.hold_last_frame:
             return 1
         return self._span if self.sampling == "stride" else self.num_frames
 
     def for_training(self, video_frames: int, rng: np.random.Generator) -> Indices:
-        """One random clip: from a uniform random start, or a uniform random frame of each segment.
+        """Draw the frames of a random clip: from a uniform random start, or one random frame per segment.
 
         Raises:
             TooShortError: the video has fewer frames than are `needed`.
@@ -58,7 +58,7 @@ class ClipFrames:
         return self._from(int(rng.integers(self._room(video_frames) + 1)), video_frames)
 
     def for_view(self, video_frames: int, view: int, num_views: int) -> Indices:
-        """Temporal view `view` of `num_views`, spread evenly; one view is the middle one.
+        """Return the frames of temporal view `view` of `num_views` spread evenly; a single view is centred.
 
         Raises:
             TooShortError: the video has fewer frames than are `needed`.
@@ -74,7 +74,7 @@ class ClipFrames:
         return (self.num_frames - 1) * self.stride + 1
 
     def _room(self, video_frames: int) -> int:
-        """How far a clip's start can move."""
+        """Return the last frame at which a clip can start."""
         return max(video_frames - self._span, 0)
 
     def _from(self, start: int, video_frames: int) -> Indices:
@@ -93,6 +93,6 @@ class ClipFrames:
             "video too short for a clip",
             given=f"{video_frames} frames",
             allowed=f"at least {self.needed}" + (by_stride if self.sampling == "stride" else ""),
-            fix="data.short_videos=hold_last_frame repeats the last one, as VideoMAE does; or lower"
+            fix="data.short_videos=hold_last_frame repeats the last frame, as VideoMAE does; or lower"
             " data.frame_stride or model.num_frames",
         )

@@ -1,8 +1,8 @@
-"""What is known about the videos of a manifest: which are broken, why, and which were found whole.
+"""The ledger of a manifest: a record of which videos are broken, and why, and which were found intact.
 
-A ledger is `<manifest>.ledger.jsonl` beside its manifest: one JSON object a line, appended, the last line of
-a video counts. A line holds the size and time of change of the file it speaks of; once the file is another,
-it says nothing any more. A line that was cut off by a crash is no line.
+A ledger is the file `<manifest>.ledger.jsonl` beside its manifest. It holds one JSON object per line and is
+only appended to; the last line about a video counts. A line records the size and modification time of its
+video file and is ignored once the file has changed. A line that a crash cut off is ignored too.
 """
 
 from __future__ import annotations
@@ -14,24 +14,25 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal
 
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
-Source = Literal["ends", "every_frame", "run"]
-Stamp = tuple[int, int]  # bytes, time of change in ns; (-1, -1): there is no such file
+CheckSource = Literal["ends", "every_frame", "run"]
+Stamp = tuple[int, int]  # size in bytes, modification time in ns; (-1, -1): there is no such file
 
 
 @dataclass(frozen=True)
-class Entry:
-    """What was found out about a video.
+class LedgerEntry:
+    """A line of the ledger: the result of checking, or failing to read, one video.
 
     Attributes:
         video: the sample, as `Sample.name`.
-        reason: why it is broken; empty: it is not.
-        num_frames: pictures of the sample; 0 where they could not be counted.
-        num_bytes, changed_ns: of the file, when it was looked at.
-        source: who found out: a check of the ends, one of every frame, or a training run that failed on it.
+        reason: why the video is broken; empty if it is not.
+        num_frames: number of frames of the sample; 0 if they could not be counted.
+        num_bytes, changed_ns: size and modification time of the file at that time.
+        source: origin of the entry: `ends`, a check of the first and last frame; `every_frame`, a check of
+            all frames; or `run`, a training run that failed to read the video.
     """
 
     video: str
@@ -39,23 +40,23 @@ class Entry:
     num_frames: int
     num_bytes: int
     changed_ns: int
-    source: Source
+    source: CheckSource
 
     def fault(self, min_frames: int) -> str:
-        """Why a clip of `min_frames` frames cannot be cut from it; empty: it can."""
+        """Return why no clip of `min_frames` frames can be cut from the video, or an empty string."""
         if self.reason or self.num_frames >= min_frames:
             return self.reason
         return f"too short; given: {self.num_frames} frames; allowed: {min_frames} or more"
 
     def settles(self, every_frame: bool) -> bool:
-        """Whether a check, of every frame or of the ends, would find out nothing more."""
+        """Return whether this entry makes another check, of every frame or of the two ends, unnecessary."""
         return self.source == "every_frame" or (
             self.source == "ends" and (self.reason != "" or not every_frame)
         )
 
     @property
     def stamp(self) -> Stamp:
-        """Tells this file from another of the same name."""
+        """The size and modification time of the file, which identify this version of it."""
         return self.num_bytes, self.changed_ns
 
 
@@ -64,7 +65,7 @@ class Problem:
     """A sample that cannot be used.
 
     Attributes:
-        sample: which.
+        sample: the sample.
         reason: what is wrong with it.
     """
 
@@ -77,8 +78,8 @@ class Usable:
     """A manifest without its broken samples.
 
     Attributes:
-        samples: what is left, in the manifest's order.
-        excluded: what is not, in the same order.
+        samples: the usable samples, in the manifest's order.
+        excluded: the other samples with their faults, in the same order.
     """
 
     samples: list[Sample]
@@ -86,18 +87,18 @@ class Usable:
 
 
 class Ledger:
-    """The ledger of a manifest; see `read`."""
+    """The ledger of a manifest, opened with `read` or `of_manifest`."""
 
-    def __init__(self, path: Path, entries: Iterable[Entry]) -> None:
+    def __init__(self, path: Path, entries: Iterable[LedgerEntry]) -> None:
         self.path = path
         self._entries = {entry.video: entry for entry in entries}
 
     @classmethod
     def read(cls, path: Path) -> Ledger:
-        """The ledger in file `path`; an empty one if there is no such file.
+        """Read the ledger in the file `path`; return an empty ledger if there is no such file.
 
         Raises:
-            DataError: the file cannot be read, or is no ledger.
+            DataError: the file cannot be read, or is not a ledger.
         """
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
@@ -109,19 +110,19 @@ class Ledger:
 
     @classmethod
     def of_manifest(cls, manifest: Path) -> Ledger:
-        """The ledger beside `manifest`."""
+        """Read the ledger that lies beside `manifest`."""
         return cls.read(manifest.with_name(manifest.name + SUFFIX))
 
-    def known(self, sample: Sample) -> Entry | None:
-        """What is known about the file as it is now; None: nothing."""
+    def known(self, sample: Sample) -> LedgerEntry | None:
+        """Return the entry about the sample's file in its present state, or None if there is none."""
         entry = self._entries.get(sample.name)
         return entry if entry is not None and entry.stamp == stamp(sample.path) else None
 
     def broken(self, sample: Sample, min_frames: int = 1) -> str | None:
-        """Why this sample cannot be used; None: as far as known it can."""
+        """Return why this sample cannot be used, or None if no fault is known."""
         entry = self._entries.get(sample.name)
         fault = entry and entry.fault(min_frames)
-        if entry is None or not fault:  # the common case asks the file system nothing
+        if entry is None or not fault:  # returns early, so that the common case needs no file system access
             return None
         return fault if entry.stamp == stamp(sample.path) else None
 
@@ -133,24 +134,27 @@ class Ledger:
         *,
         by_run: bool = False,
         every_frame: bool = False,
-    ) -> Entry:
-        """Append what was found out; several processes may do so at once.
+    ) -> LedgerEntry:
+        """Append an entry about `sample`; several processes may do so at once.
 
         Args:
-            reason: why the sample is broken; empty: it is not.
-            by_run: a run found out, not a check; a check looks again.
-            every_frame: all frames were decoded, not just those at the ends.
+            sample: the sample that was looked at.
+            reason: why the sample is broken; empty if it is not.
+            num_frames: number of frames of the sample; 0 if they could not be counted.
+            by_run: the fault was found by a training run and not by a check; a later check looks again.
+            every_frame: all frames were decoded, not just the first and last.
 
         Raises:
             DataError: the file cannot be written.
         """
         size, changed = stamp(sample.path)
-        source: Source = "run" if by_run else "every_frame" if every_frame else "ends"
-        entry = Entry(sample.name, reason, num_frames, size, changed, source)
+        source: CheckSource = "run" if by_run else "every_frame" if every_frame else "ends"
+        entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)
         try:
             with open(self.path, "ab+") as file:
                 file.write(b"" if _at_line_start(file) else b"\n")
-                file.write(json.dumps(asdict(entry)).encode() + b"\n")  # one write: no other gets in between
+                # A single write, so that lines of several processes do not interleave.
+                file.write(json.dumps(asdict(entry)).encode() + b"\n")
         except OSError as error:
             raise DataError(f"{self.path}: cannot write the ledger", given=error.strerror) from None
         self._entries[entry.video] = entry
@@ -158,7 +162,7 @@ class Ledger:
 
 
 def exclude(samples: Sequence[Sample], ledger: Ledger, min_frames: int = 1) -> Usable:
-    """Leave out, by name, what the ledger knows to be broken, or shorter than `min_frames`."""
+    """Separate the samples that the ledger lists as broken, or shorter than `min_frames`, from the others."""
     reasons = [ledger.broken(sample, min_frames) for sample in samples]
     found = list(zip(samples, reasons, strict=True))
     return Usable(
@@ -168,7 +172,7 @@ def exclude(samples: Sequence[Sample], ledger: Ledger, min_frames: int = 1) -> U
 
 
 def stamp(path: Path) -> Stamp:
-    """Size and time of change of a file, links followed."""
+    """Return the size and modification time of a file, following links; (-1, -1) if there is no such file."""
     try:
         status = os.stat(path)
     except (OSError, ValueError):
@@ -176,17 +180,18 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _entry(path: Path, line: str) -> Entry | None:
+def _entry(path: Path, line: str) -> LedgerEntry | None:
     if not line.strip():
         return None
     try:
-        return Entry(**json.loads(line))
+        return LedgerEntry(**json.loads(line))
     except json.JSONDecodeError:
         return None
     except TypeError:
-        raise DataError(f"{path}: not a ledger of this version", given=line[:80], fix="remove it") from None
+        fix = "remove the file; a new check writes it again"
+        raise DataError(f"{path}: not a ledger of this version", given=line[:80], fix=fix) from None
 
 
 def _at_line_start(file: BinaryIO) -> bool:
-    """Whether a file ends as it should, and not within a line whose writer was killed."""
+    """Return whether a file is empty or ends with a whole line; a killed writer may leave a partial one."""
     return file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"

@@ -1,9 +1,9 @@
-"""Worker processes that read ahead, and what to do when a video kills or hangs one of them.
+"""The loader: worker processes that read ahead, and recovery when a video crashes or hangs one of them.
 
-A rank's loader has no state of its own: which samples come when is a pure function of the step
-(`order.training_visits`), so a resumed run starts it where it stopped, on any number of ranks and workers,
-and nothing before that is decoded. Every batch is delivered once and in order, or an error is raised: only a
-time-out of torch's loader and a lost worker are waited out.
+A rank's loader has no state of its own: the order of samples is a pure function of the step
+(`order.training_visits`). A resumed run therefore starts reading at the step where it stopped, on any number
+of ranks and workers, and decodes nothing before it. Every batch is delivered once and in order, or an error
+is raised; the loader recovers only from a time-out of torch's loader and from a lost worker.
 """
 
 from __future__ import annotations
@@ -39,54 +39,58 @@ from everest_ds.log import logger
 
 T = TypeVar("T")
 
-_POLL_S = 5.0  # how soon a dead or stuck worker is noticed
-_DEATH_S = 30.0  # for a worker whose connection broke: it may still be writing a core dump
-_CRASHES = 2  # of one video until it counts as broken: the first may have been an accident
-_TIMED_OUT = "DataLoader timed out"  # how torch's RuntimeError begins when nothing came for `timeout`
+_POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
+_DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
+_CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
+_TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
-class Loaded(NamedTuple):
-    """What came of reading an item, or of a batch of items.
+class LoadedItem(NamedTuple):
+    """The result of reading one item, or of a batch of items.
 
     Attributes:
-        clips: single clips; of a batch, one stack of them.
-        failures: samples that could not be read on the way.
+        clips: a list of clips for one item; the stacked clips for a batch.
+        failures: samples that could not be read in the process.
     """
 
     clips: Any
     failures: list[Failure]
 
 
-class Source(Protocol):
+class ClipSource(Protocol):
     """A data set whose items are read by a `SampleReader`."""
 
     reader: SampleReader
 
-    def __getitem__(self, item: Any) -> Loaded: ...
+    def __getitem__(self, item: Any) -> LoadedItem: ...
 
-    def name_of(self, item: Any) -> str: ...
+    def name_of(self, item: Any) -> str:
+        """Return the name of the item's sample, for messages."""
+        ...
 
 
 def load(
-    source: Source,
+    source: ClipSource,
     batches: Iterator[list[T]],
     data: DataConfig,
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
 ) -> Iterator[Any]:
-    """The batches, in order, read ahead by `data.num_workers` processes (0: by this one).
+    """Yield the batches in order, read ahead by `data.num_workers` processes (0: by this process).
 
-    A worker that dies or takes longer than `data.read_timeout_s` for one video is replaced, and its video
-    tried once more; then the video counts as unreadable, as one that a decoder refuses.
+    If a worker dies, or takes longer than `data.read_timeout_s` for one video, the workers are restarted and
+    the video is tried once more; then it counts as unreadable, like a video that its decoder refuses.
 
     Args:
-        source: gives the clips of an item.
-        batches: items of each batch; taken from only as far as is read ahead.
-        on_failure: told of each sample that could not be read, when its batch comes.
+        source: the data set, which reads the clips of an item.
+        batches: items of each batch; consumed only as far as the workers read ahead.
+        data: the data config.
+        pin_memory: deliver the batches in pinned memory.
+        on_failure: called for each sample that could not be read, when its batch is delivered.
 
     Raises:
         DataError: `source` raises it or fails otherwise, shared memory is full, a worker was killed from
-            outside, or not all batches came.
+            outside, or some batches were not delivered.
     """
     undelivered = _Undelivered(batches)
     crashes: Counter[int] = Counter()
@@ -107,9 +111,10 @@ def load(
 
 
 class _Lost(NamedTuple):
-    """A video took a worker with it.
+    """A worker that crashed or hung: the sample that it was reading, and what happened.
 
-    No exception: its traceback would keep the old workers' queues alive, and the next would inherit them.
+    This is a value and not an exception, because a traceback would keep the old workers' queues alive and the
+    new workers would inherit them.
     """
 
     sample: int
@@ -118,14 +123,14 @@ class _Lost(NamedTuple):
 
 def _note_crash(reader: SampleReader, crashes: Counter[int], lost: _Lost) -> None:
     name = reader.samples[lost.sample].name
-    logger.warning("%s: %s; starting the workers anew", name, lost.reason)
+    logger.warning("%s: %s; restarting the workers", name, lost.reason)
     crashes[lost.sample] += 1
     if crashes[lost.sample] == _CRASHES:
         reader.given_up[lost.sample] = lost.reason
 
 
 class _Undelivered:
-    """An iterable of batches that begins, each time, with those that were handed out and did not come."""
+    """An iterable of batches; every iteration starts with those handed out earlier but not yet delivered."""
 
     def __init__(self, batches: Iterator[list[Any]]) -> None:
         self._rest = batches
@@ -138,29 +143,29 @@ class _Undelivered:
             yield batch
 
     def delivered(self) -> None:
-        """The first of them came."""
+        """Mark the oldest batch that was handed out as delivered."""
         self._handed_out.popleft()
 
     def check_none_left(self) -> None:
-        """Refuse an end of the batches before the last one.
+        """Raise an error if the workers ended before every batch was delivered.
 
         Raises:
-            DataError: batches were handed out and did not come, or were never asked for.
+            DataError: some batches were handed out but not delivered, or never handed out.
         """
         num_left = len(self._handed_out) + sum(1 for _ in self._rest)
         if num_left:
             raise DataError(
                 "the loader's workers ended before the last batch",
-                given=f"{num_left} batches did not come",
+                given=f"{num_left} batches were not delivered",
                 fix="run the same command again; if it repeats, report it with this rank's log",
             )
 
 
 class _Notes:
-    """What each worker is reading, in memory that it shares with the rank."""
+    """A record of the sample that each worker is reading, in memory shared by the rank and its workers."""
 
     def __init__(self, num_workers: int) -> None:
-        # (process, sample + 1 or 0, since when): doubles hold whole numbers exactly up to 2^53
+        # (process, sample + 1 or 0, start time) per worker; doubles hold integers exactly up to 2^53
         table = torch.zeros(num_workers, 3, dtype=torch.float64)
         try:
             self._table = table.share_memory_()
@@ -168,7 +173,7 @@ class _Notes:
             raise explain_torch("the loader's workers could not be started", error) from None
 
     def enter(self, worker: int) -> Callable[[int | None], None]:
-        """Called in a worker; what it notes its sample with."""
+        """Register the calling worker; return the function by which it notes the sample that it reads."""
         row = self._table[worker].numpy()
         row[0] = os.getpid()
 
@@ -178,17 +183,17 @@ class _Notes:
         return note
 
     def of(self, process: int) -> int | None:
-        """The sample that a worker was reading when it died."""
+        """Return the sample that a worker process was reading when it died, or None."""
         return next((sample for pid, sample, _ in self._reading() if pid == process), None)
 
     def stuck(self, timeout_s: float) -> list[tuple[int, int]]:
-        """(process, sample) of every worker that has been reading one sample for longer."""
+        """Return (process, sample) of every worker that has been reading one sample for over `timeout_s`."""
         now = time.monotonic()
         return [(pid, sample) for pid, sample, since in self._reading() if now - since > timeout_s]
 
     @property
     def idle(self) -> bool:
-        """No worker is reading a sample."""
+        """True while no worker is reading a sample."""
         return not self._reading()
 
     def _reading(self) -> list[tuple[int, int, float]]:
@@ -197,12 +202,12 @@ class _Notes:
 
 
 class _Guarded:
-    """Hands every error over as a value: raised inside a worker it would arrive as a traceback's text."""
+    """A wrapper of a source that returns errors as values: raised in a worker, they would arrive as text."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: ClipSource) -> None:
         self.source = source
 
-    def __getitem__(self, item: object) -> Loaded | Failed:
+    def __getitem__(self, item: object) -> LoadedItem | Failed:
         try:
             return self.source[item]
         except Exception as error:
@@ -210,13 +215,13 @@ class _Guarded:
 
 
 def _pass(
-    source: Source, batches: _Undelivered, data: DataConfig, pin_memory: bool
-) -> Iterator[Loaded | Failed | _Lost]:
-    """All batches with one set of workers, or those until one is lost."""
+    source: ClipSource, batches: _Undelivered, data: DataConfig, pin_memory: bool
+) -> Iterator[LoadedItem | Failed | _Lost]:
+    """Yield the batches from one set of workers, until they are complete or a worker is lost."""
     notes = _Notes(data.num_workers)
 
     def start(worker: int) -> None:
-        # A worker inherits the rank's handlers: it must neither save a checkpoint nor outlive a Ctrl-C.
+        # A worker inherits the rank's signal handlers, but must not save a checkpoint when it gets a signal.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -229,7 +234,8 @@ def _pass(
         collate_fn=_collate,
         num_workers=data.num_workers,
         worker_init_fn=start,
-        # Children of the rank itself: they see it die, and end. Python's own default differs by version.
+        # Forked workers are children of the rank itself and end when it dies. Python's default start method
+        # differs by version.
         multiprocessing_context="fork" if data.num_workers else None,
         pin_memory=pin_memory,
         prefetch_factor=BATCHES_AHEAD if data.num_workers else None,
@@ -240,15 +246,15 @@ def _pass(
 
 
 class _Crew:
-    """The workers of one pass, and the thread that pins what they deliver."""
+    """The workers of one pass over the batches, and the thread that pins the batches in memory."""
 
     def __init__(self, notes: _Notes, timeout_s: float) -> None:
         self._notes = notes
         self._timeout_s = timeout_s
-        self._num_waits = 0  # time-outs in a row
+        self._num_waits = 0  # consecutive time-outs
 
     def deliver(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        """Yield the batches of the workers, until one worker is lost."""
+        """Yield the batches of the workers, until the last batch or until a worker is lost."""
         iterator = self._start(loader)
         while True:
             try:
@@ -261,7 +267,7 @@ class _Crew:
                 lost, self._num_waits = None, 0
                 yield loaded
             if lost is not None:
-                del iterator  # ends its workers
+                del iterator  # stops its workers
                 yield lost
                 return
 
@@ -273,23 +279,23 @@ class _Crew:
         except (OSError, RuntimeError) as error:
             raise explain_torch("the loader's workers could not be started", error) from None
         try:
-            # torch's would raise in the middle of whatever the rank computes when a worker dies
+            # When a worker dies, torch's handler would raise in the middle of the rank's computation.
             signal.signal(signal.SIGCHLD, handler)
         except ValueError:
-            pass  # not the main thread: it has set none there
+            pass  # This is not the main thread, so torch has set no handler.
         self._workers = [child for child in active_children() if child not in processes]
         self._threads = [thread for thread in threading.enumerate() if thread not in threads]
         return iterator
 
     def _judge(self, error: Exception) -> _Lost | None:
-        """Return the video that took a worker along; None: nothing came for a while, and nobody is to blame.
+        """Return the video that a worker was lost to, or None if the loader only timed out.
 
         Raises:
-            DataError: for everything else, by which a batch would be missing.
+            DataError: any other failure, after which a batch would be missing.
         """
         timed_out = isinstance(error, RuntimeError) and str(error).startswith(_TIMED_OUT)
         if isinstance(error, (OSError, EOFError)) or (timed_out and self._pinning_ended):
-            # the memory of a batch went with its worker
+            # The memory of a batch was lost with its worker, which may take a while to exit.
             wait([worker.sentinel for worker in self._workers], timeout=_DEATH_S)
         lost = _find_lost(self._workers, self._notes, self._timeout_s)
         if lost is not None:
@@ -315,12 +321,12 @@ def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _
                 raise explain_death(worker.exitcode)
             return _Lost(sample, crash_reason(worker.exitcode))
     for process, sample in notes.stuck(timeout_s):
-        os.kill(process, signal.SIGKILL)  # it may hold a lock of the decoder for ever
+        os.kill(process, signal.SIGKILL)  # the worker may be blocked in the decoder for ever
         return _Lost(sample, f"reading it takes longer than {timeout_s:g} s")
     return None
 
 
-def _collate(items: list[Loaded | Failed]) -> Loaded | Failed:
+def _collate(items: list[LoadedItem | Failed]) -> LoadedItem | Failed:
     clips: list[Any] = []
     failures: list[Failure] = []
     for item in items:
@@ -329,6 +335,6 @@ def _collate(items: list[Loaded | Failed]) -> Loaded | Failed:
         clips += item.clips
         failures += item.failures
     try:
-        return Loaded(default_collate(clips), failures)
+        return LoadedItem(default_collate(clips), failures)
     except Exception as error:
         return failed_join(error)

@@ -1,4 +1,4 @@
-"""Errors of the loader: how a failed worker, full shared memory or a lost batch is reported."""
+"""Errors of the loader: reports of failed workers, full shared memory and lost batches."""
 
 from __future__ import annotations
 
@@ -16,37 +16,38 @@ from everest_ds.units import format_bytes
 
 _SHARED_MEMORY = "/dev/shm"
 _NO_SPACE = os.strerror(errno.ENOSPC)
-_LONGEST = 240  # characters of another error's text
+_LONGEST = 240  # characters quoted from another error's message
 
 
 class Failed(NamedTuple):
-    """An error on its way from a worker to its rank, in the place of a batch.
+    """An error that a worker sends to its rank in place of a batch.
 
-    Torch would hand an exception over as the text of a traceback, in an exception of the same type: a
-    RuntimeError of a worker could not be told from torch's own.
+    Torch would pass an exception on as an exception of the same type with a traceback as its text, so that a
+    RuntimeError in a worker could not be distinguished from torch's own.
 
     Attributes:
-        trace: the traceback of an error that nobody foresaw.
+        error: the error to raise in the rank.
+        trace: the traceback of an unexpected error; empty otherwise.
     """
 
     error: EverestError
     trace: str = ""
 
     def reraise(self) -> NoReturn:
-        """Raise the error in the rank; its traceback goes to the rank's log."""
+        """Raise the error in the rank, after writing its traceback to the rank's log."""
         if self.trace:
             logger.error("%s", self.trace)
         raise self.error
 
 
 def failed_item(name: str, error: Exception) -> Failed:
-    """Return what a worker sends if it fails at the sample `name`. Call it where `error` is handled."""
+    """Return the message of a worker that failed at the sample `name`; call it while `error` is handled."""
     return _failed(f"{name}: a loader worker failed", error)
 
 
 def failed_join(error: Exception) -> Failed:
-    """Return what a worker sends if it cannot make one batch of its clips."""
-    return _failed("a loader worker could not make a batch of its clips", error)
+    """Return the message of a worker that could not join its clips into a batch."""
+    return _failed("a loader worker could not join its clips into a batch", error)
 
 
 def _failed(subject: str, error: Exception) -> Failed:
@@ -59,7 +60,7 @@ def _failed(subject: str, error: Exception) -> Failed:
 
 
 def explain_torch(subject: str, error: Exception) -> EverestError:
-    """Return the error to raise for one of torch's loader itself: of its pipes, or of the pinning thread."""
+    """Return the error to raise when torch's loader itself fails, in its pipes or its pinning thread."""
     if isinstance(error, EverestError):
         return error
     if _is_full(error):
@@ -68,33 +69,33 @@ def explain_torch(subject: str, error: Exception) -> EverestError:
     return DataError(
         subject,
         given=_describe(error),
-        fix="see the traceback in this rank's log; where too many files are open, raise `ulimit -n`",
+        fix="see the traceback in this rank's log; if too many files are open, raise `ulimit -n`",
     )
 
 
 def explain_silence(seconds: float, pinning_ended: bool) -> EverestError:
-    """Return the error to raise where no batch came and no worker is reading a video."""
-    given = "the thread that pins batches ended" if pinning_ended else f"nothing came for {seconds:g} s"
+    """Return the error to raise when no batch came although no worker is reading a video."""
+    given = "the thread that pins batches ended" if pinning_ended else f"no batch came for {seconds:g} s"
     return DataError(
         "a batch was lost between a loader worker and its rank",
         given=given,
-        fix="see the traceback in this rank's output; where too many files are open, raise `ulimit -n`",
+        fix="see the traceback in this rank's output; if too many files are open, raise `ulimit -n`",
     )
 
 
 def blames_video(exit_code: int) -> bool:
-    """Whether a worker that ended so may have been ended by the video that it was reading."""
+    """Return whether a worker's exit code suggests that the video it was reading crashed it."""
     return exit_code not in (-signal.SIGBUS, -signal.SIGKILL)
 
 
 def crash_reason(exit_code: int) -> str:
-    """Return why a video counts as unreadable whose worker ended so."""
+    """Return the reason that is reported for a video that crashed its worker with this exit code."""
     return f"it crashes the video decoder ({_end(exit_code)})"
 
 
 def explain_death(exit_code: int) -> EverestError:
-    """Return the error to raise for a worker that no video ended."""
-    if exit_code == -signal.SIGBUS:  # it wrote to a page of a batch that shared memory had no room for
+    """Return the error to raise for a worker whose death is not blamed on a video."""
+    if exit_code == -signal.SIGBUS:  # raised by a write to shared memory that is full
         return _shared_memory_full(f"a worker ended with {_end(exit_code)}")
     return DataError(
         "a loader worker was killed",
@@ -114,15 +115,15 @@ def _is_full(error: Exception) -> bool:
 def _shared_memory_full(detail: str) -> DataError:
     size = format_bytes(shutil.disk_usage(_SHARED_MEMORY).total)
     return DataError(
-        f"{_SHARED_MEMORY} is full: the loader's workers hand over their batches there",
+        f"{_SHARED_MEMORY} is full, and the loader's workers deliver their batches through it",
         given=f"{detail}; {size} in all",
-        fix="give it more (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm), or lower"
-        " data.num_workers or batch.micro_batch_size; --dry-run says how much a run needs",
+        fix="enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm), or lower"
+        " data.num_workers or batch.micro_batch_size; --dry-run prints how much a run needs",
     )
 
 
 def _describe(error: Exception) -> str:
-    """Return the error's type and own text in one line, without the traceback that torch puts before it."""
+    """Return the error's type and message in one line, without the traceback that torch puts before it."""
     lines = str(error).splitlines()
     own = list(takewhile(lambda line: not line.startswith("  "), reversed(lines)))[::-1]
     text = " ".join(" ".join(own).split())

@@ -1,7 +1,8 @@
-"""Which samples come when: a pure function of (seed, epoch), so that any step can be replayed on any rank.
+"""The order of samples: a pure function of (seed, epoch), so that any step can be replayed on any rank.
 
 A training step takes the next `samples_per_step` samples of the epoch's order and cuts `repeats` clips from
-each. What does not fill a last step is left out: fewer samples than a step has, other ones in each epoch.
+each. Samples at the end of the order that do not fill a step are left out: always fewer than a step needs,
+and different ones in each epoch.
 """
 
 from __future__ import annotations
@@ -16,27 +17,27 @@ import numpy as np
 from everest_ds.config import BatchPlan
 from everest_ds.errors import DataError
 
-_MAX_STAND_INS = 8  # where so many in a row cannot be read, something else is wrong
+_MAX_STAND_INS = 8  # if this many samples in a row cannot be read, the storage is at fault, not the videos
 
 
 class Visit(NamedTuple):
-    """One look at one sample."""
+    """One reading of a sample in one epoch."""
 
     epoch: int
-    sample: int  # its place in the manifest
+    sample: int  # index in the manifest
 
 
 def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
-    """The 63-bit random key of a clip: everything random about it follows from this number."""
+    """Return the 63-bit random key of a clip, from which everything random about the clip follows."""
     name = f"{seed}/{epoch}/{index}" + (f"/{repeat}" if repeat else "")
     return _hash(name) >> 1
 
 
 def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[int]:
-    """Which samples are tried, one after the other, where sample `index` cannot be read.
+    """Yield the samples to try, one after the other, in place of sample `index` if it cannot be read.
 
-    It follows from the sample, not from what other samples did or on which rank they are: so no other clip
-    of the epoch changes, and any number of ranks takes the same stand-in.
+    The replacements depend on the seed, epoch and sample only, not on other samples or on the rank, so no
+    other clip of the epoch changes, and the replacement is the same on any number of ranks.
     """
     for attempt in range(min(_MAX_STAND_INS, num_samples - 1)):
         other = _hash(f"{seed}/{epoch}/{index}/stand-in {attempt}") % (num_samples - 1)
@@ -44,7 +45,7 @@ def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[i
 
 
 def fingerprint(names: Iterable[str], seed: int) -> int:
-    """A number that changes with the samples, with their order in the manifest, or with the seed."""
+    """Return a number that changes with the samples, with their order in the manifest, or with the seed."""
     return _hash("\0".join([str(seed), *names])) >> 1
 
 
@@ -54,10 +55,10 @@ def _hash(text: str) -> int:
 
 
 def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:
-    """Optimiser steps that an epoch has samples for.
+    """Return the number of whole optimiser steps in an epoch.
 
     Raises:
-        DataError: if the data set is smaller than one global batch.
+        DataError: the data set is smaller than one global batch.
     """
     steps = num_samples // plan.samples_per_step
     if steps == 0:
@@ -71,30 +72,30 @@ def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:
 
 @lru_cache(maxsize=2)
 def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
-    """A uniform random permutation of the manifest for this epoch."""
+    """Return a uniform random permutation of the manifest for this epoch."""
     return np.random.default_rng([seed, epoch]).permutation(num_samples)
 
 
 def training_visits(
     num_samples: int, plan: BatchPlan, seed: int, rank: int, start_step: int, stop_step: int
 ) -> Iterator[list[Visit]]:
-    """The micro-batches of one rank, in samples, from `start_step` up to `stop_step`, across epochs."""
+    """Yield the micro-batches of one rank, as visits, from `start_step` up to but excluding `stop_step`."""
     per_epoch = steps_per_epoch(num_samples, plan)
     for step in range(start_step, stop_step):
         epoch, offset = divmod(step, per_epoch)
         first = offset * plan.samples_per_step
         batch = epoch_order(seed, epoch, num_samples)[first : first + plan.samples_per_step]
-        # (accumulation, rank, micro-batch): each accumulated micro-step is one contiguous piece.
+        # (accumulation, rank, micro-batch): each accumulated micro-step is one contiguous slice.
         shares = batch.reshape(plan.grad_accum_steps, plan.data_parallel_degree, -1)
         for share in shares[:, rank]:
             yield [Visit(epoch, int(index)) for index in share]
 
 
 def evaluation_batches(num_items: int, batch_size: int, rank: int, num_ranks: int) -> list[list[int]]:
-    """The batches of one rank, as many as every other rank has (sharded models compute together).
+    """Return the batches of one rank; every rank gets the same number, as sharded models compute together.
 
-    Batches are the same whatever the number of ranks, so results are too; the few that fill up the last
-    round repeat the first batches.
+    The batches do not depend on the number of ranks, so neither do the results. If the last round has fewer
+    batches than ranks, the first batches are repeated to complete it.
     """
     batches = [
         list(range(first, min(first + batch_size, num_items))) for first in range(0, num_items, batch_size)

@@ -1,6 +1,6 @@
-"""Reading a sample's frames where files may be damaged, storage may stumble, and decoders may crash.
+"""Reading of a sample's frames despite damaged files, unreliable storage and crashing decoders.
 
-A read that fails is tried once more. What fails twice is reported, with its reason, by whoever asked.
+A read that fails is tried once more. If it fails again, the caller receives the reason and reports it.
 """
 
 from __future__ import annotations
@@ -12,24 +12,24 @@ from typing import NamedTuple
 from torch import Tensor
 
 from everest_ds.config import DataConfig
-from everest_ds.data.decode import open_sample
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import TooShortError
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 _ATTEMPTS = 2
-_PAUSE_S = 0.1  # before the next attempt: what network storage needs to find another path
+_PAUSE_S = 0.1  # before the next attempt: gives network storage time to fail over to another path
 
 
 class Failure(NamedTuple):
     """A sample that could not be read.
 
     Attributes:
-        epoch: when; 0 in evaluation.
-        slot: the sample whose place in the epoch it is, itself or the one that it was to stand in for.
-        sample: which.
+        epoch: epoch of the read; 0 in evaluation.
+        slot: index of the sample that the epoch's order names, either `sample` or the one that it replaces.
+        sample: index of the sample that could not be read.
         reason: what is wrong with it.
-        damaged: False: it is only too short for this clip.
+        damaged: False if the video is only too short for this clip.
     """
 
     epoch: int
@@ -40,16 +40,18 @@ class Failure(NamedTuple):
 
     @classmethod
     def of(cls, error: DataError, *, epoch: int, slot: int, sample: int) -> Failure:
-        """What became of reading `sample`."""
+        """Describe the failure of reading `sample` that `error` reports."""
         return cls(epoch, slot, sample, str(error), not isinstance(error, TooShortError))
 
 
 class SampleReader:
-    """Reads frames of samples.
+    """A reader of the frames of samples, which retries once and refuses samples that crashed a decoder.
 
     Attributes:
-        given_up: samples that are not touched again, and why: they have crashed or hung a decoder.
-        watch: told which sample is being read, and None when that has ended.
+        samples: the samples of the manifest.
+        data: the data config.
+        given_up: reasons by sample index for samples that crashed or hung a decoder and are not read again.
+        watch: called with the index of the sample before each read, and with None after it.
     """
 
     def __init__(self, samples: Sequence[Sample], data: DataConfig) -> None:
@@ -59,13 +61,14 @@ class SampleReader:
         self.watch: Callable[[int | None], None] = lambda index: None
 
     def read(self, index: int, choose: Callable[[int], list[int]]) -> Tensor:
-        """Frames of sample `index`: uint8 (len(choose(...)), H, W, 3).
+        """Read the frames of sample `index` that `choose` selects: uint8 (len(choose(...)), H, W, 3).
 
         Args:
-            choose: from the number of frames that the video has to those that are wanted; called once a try.
+            index: index of the sample in the manifest.
+            choose: maps the video's number of frames to the wanted indices; called once per attempt.
 
         Raises:
-            DataError: it cannot be read, or is too short; the message does not repeat the file.
+            DataError: the sample cannot be read or is too short; the message does not repeat the file name.
         """
         if index in self.given_up:
             raise DataError(self.given_up[index])

@@ -1,11 +1,11 @@
-"""A labelled *motion* data set of real H.264 files, to try everything without downloading anything.
+"""A synthetic, labelled *motion* data set of real H.264 files, for trying the system without a download.
 
-A textured object moves over a still, a noisy or a panning background; the label is how it moves. At one
+A textured object moves over a still, a noisy or a panning background; the label is the kind of motion. At one
 random reference frame of each clip the picture does not depend on the label at all, and positions wrap
-around, so that no single frame gives the motion away: a model must compare frames. `KINDS` are harder or
-emptier variants of it.
+around, so no single frame reveals the motion: a model must compare frames. `KINDS` lists variants of the
+data set that are harder or hold less motion.
 
-Arrays are (frame, row, column, colour) unless said otherwise; lengths are pixels, times frames.
+Arrays are (frame, row, column, colour) unless stated otherwise; lengths are in pixels, times in frames.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from everest_ds.data.manifest import Sample, write_manifest
+from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import DataError
 
 Floats = NDArray[np.floating]
@@ -30,27 +30,28 @@ _STRAIGHT = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}
 _ORBITS = {"clockwise": 1, "counterclockwise": -1}
 MOTIONS: tuple[str, ...] = (*_STRAIGHT, *_ORBITS)
 BACKGROUNDS: tuple[str, ...] = ("still", "noisy", "panning")
-# Ranges of pixel values. They overlap: colour alone does not tell an object from its background.
+# Ranges of pixel values. They overlap, so that colour alone does not separate an object from its background.
 OBJECT_LEVELS = (0.0, 255.0)
 BACKGROUND_LEVELS = (105.0, 135.0)
-# In shares of the frame: how far things move from a frame to the next, and how wide they are.
+# As fractions of the frame's side: displacement from one frame to the next, and the width of the objects.
 _SPEEDS = (0.02, 0.035)
 _OBJECT, _DISTRACTOR = 0.36, 0.18
-# A data set has few objects and scenes, as the world has: what recurs is what pre-training can learn.
+# A data set has few objects and scenes, because pre-training learns only what recurs.
 NUM_SPRITES = 6
 NUM_SCENES = 6
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a data set shows beside its objects.
+class SceneStyle:
+    """A variant of the data set: its background, camera noise, distractors and share of frames with motion.
 
     Attributes:
-        background: one of BACKGROUNDS for all videos; None: each draws its own.
-        noise: of the camera, over everything: standard deviation in levels.
-        distractors: smaller objects that drift along lines of their own.
-        moving: share of the frames in which the object moves, in one stretch; before and after it rests.
+        background: one of BACKGROUNDS for all videos; None draws a background for each video.
+        noise: standard deviation of the camera noise over the whole picture, in levels.
+        distractors: number of smaller objects that drift along straight lines of their own.
+        moving: share of the frames in which the object moves, as one contiguous stretch; the object rests
+            before and after it.
     """
 
     background: str | None = None
@@ -59,23 +60,24 @@ class Kind:
     moving: float = 1.0
 
 
-KINDS: dict[str, Kind] = {
-    "plain": Kind(),
-    "busy": Kind("panning", noise=8.0, distractors=2),
-    "pauses": Kind("still", moving=0.25),
+KINDS: dict[str, SceneStyle] = {
+    "plain": SceneStyle(),
+    "busy": SceneStyle("panning", noise=8.0, distractors=2),
+    "pauses": SceneStyle("still", moving=0.25),
 }
 
 
 @dataclass(frozen=True)
 class SyntheticSpec:
-    """What to draw.
+    """The parameters of a synthetic data set.
 
     Attributes:
-        num_frames: frames of each video.
-        size: height and width of the frames, pixels.
-        seed: every video is a function of (seed, split, index).
+        num_frames: frames per video.
+        size: height and width of the frames, in pixels.
+        seed: random seed; every video is a function of (seed, split, index).
         kind: one of KINDS.
-        pace: how much happens from a frame to the next; 4 shows what a stride of 4 would.
+        pace: speed of all motion, relative to 1; at 4, consecutive frames differ as much as frames that lie 4
+            apart do at 1.
     """
 
     num_frames: int
@@ -90,11 +92,14 @@ def render_video(
 ) -> Frames:
     """Draw one clip of motion `label` (an index into MOTIONS): uint8 (F, size, size, 3).
 
-    Everything random is drawn before the label is looked at, so two labels with equal generators show the
-    same picture at the reference frame.
+    Every random number is drawn independently of the label, so two labels with equal generators show the same
+    picture at the reference frame.
 
     Args:
-        show_object: False draws what equal generators show around and behind the object.
+        label: index of the motion in MOTIONS.
+        rng: random generator of the clip.
+        spec: the parameters of the data set.
+        show_object: False leaves the object out and draws the rest as an equal generator would with it.
     """
     size, kind = spec.size, KINDS[spec.kind]
     time = spec.pace * _moving_time(rng, spec.num_frames, kind.moving)
@@ -120,18 +125,20 @@ def synthesize(
     workers: int,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> list[Path]:
-    """Write `counts[split]` videos per split with balanced labels, a manifest each and the class names.
+    """Write `counts[split]` videos per split with balanced labels, a manifest per split, and the class names.
 
     Args:
-        folder: created; a video that is already there is overwritten.
-        counts: videos per split, keys out of SPLITS.
+        folder: target folder, created if needed; existing videos are overwritten.
+        counts: number of videos per split, with keys from SPLITS.
+        spec: the parameters of the data set.
+        workers: number of processes.
         on_progress: called with the number of videos written so far.
 
     Returns:
         The manifests, in the order of `counts`.
 
     Raises:
-        DataError: if the folder cannot be written or no H.264 encoder is installed.
+        DataError: the folder cannot be written, or no H.264 encoder is installed.
     """
     jobs = [(folder, split, index, spec) for split, count in counts.items() for index in range(count)]
     try:
@@ -165,12 +172,15 @@ def _write_one(job: tuple[Path, str, int, SyntheticSpec]) -> None:
 
 
 def write_video(path: Path, frames: Frames, fps: int = 15, gop: int = 12) -> None:
-    """Encode uint8 RGB frames (F, H, W, 3) as H.264, 4:2:0, near-lossless (crf 16).
+    """Encode uint8 RGB frames (F, H, W, 3) as near-lossless H.264 (4:2:0, crf 16).
 
     Args:
-        gop: frames between key frames.
+        path: the file to write.
+        frames: the frames to encode.
+        fps: frames per second.
+        gop: number of frames from one key frame to the next.
     """
-    import av  # heavy, and needed only where videos are written
+    import av  # imported here because it is slow to import, and only writing needs it
 
     with av.open(str(path), "w") as container:
         try:
@@ -187,7 +197,7 @@ def write_video(path: Path, frames: Frames, fps: int = 15, gop: int = 12) -> Non
 
 
 def _moving_time(rng: np.random.Generator, num_frames: int, moving: float) -> Floats:
-    """How long the object has moved at each frame (F,), since a random reference frame."""
+    """Return for each frame (F,) how many frames the object has moved since a random reference frame."""
     reference = rng.integers(num_frames)
     elapsed = np.arange(num_frames, dtype=np.float64)
     if moving < 1:
@@ -197,7 +207,7 @@ def _moving_time(rng: np.random.Generator, num_frames: int, moving: float) -> Fl
 
 
 def _path(motion: str, time: Floats, speed: float, phase: float, radius: float) -> Floats:
-    """Displacement (F, 2) from where the object is at time 0."""
+    """Return the displacement (F, 2) of the object from its position at time 0."""
     if motion in _STRAIGHT:
         return np.outer(time, _STRAIGHT[motion]).astype(np.float32) * np.float32(speed)
     angle = phase + _ORBITS[motion] * time * speed / radius
@@ -206,13 +216,13 @@ def _path(motion: str, time: Floats, speed: float, phase: float, radius: float) 
 
 
 def _smooth_noise(rng: np.random.Generator, size: int, cells: int, levels: tuple[float, float]) -> Floats:
-    """Random colours (size, size, 3) within `levels` on a coarse grid, interpolated, periodic."""
+    """Return a periodic texture (size, size, 3), interpolated from a coarse grid of colours in `levels`."""
     grid = rng.uniform(*levels, (cells, cells, 3)).astype(np.float32)
     return _bilinear(grid, *np.meshgrid(*[np.arange(size) * cells / size] * 2, indexing="ij"))
 
 
 def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.floating]) -> Floats:
-    """`image` (H, W, C) at fractional positions, periodic."""
+    """Sample the periodic `image` (H, W, C) at fractional positions by bilinear interpolation."""
     height, width = image.shape[:2]
     r, c = np.floor(row).astype(int), np.floor(column).astype(int)
     fr, fc = (row - r)[..., None].astype(np.float32), (column - c)[..., None].astype(np.float32)
@@ -224,7 +234,7 @@ def _bilinear(image: Floats, row: NDArray[np.floating], column: NDArray[np.float
 
 @lru_cache(maxsize=2)
 def _sprites(seed: int, side: int) -> list[tuple[Floats, Floats]]:
-    """The objects of a data set: textures (side, side, 3) and outlines (side, side, 1) in {0, 1}."""
+    """Return the objects of a data set: textures (side, side, 3) and outlines (side, side, 1) in {0, 1}."""
     rng = np.random.default_rng([seed, 1])
     y, x = np.meshgrid(*[np.linspace(-1, 1, side)] * 2, indexing="ij")
     outlines = (x**2 + y**2 <= 1, np.maximum(abs(x), abs(y)) <= 0.85, abs(x) + abs(y) <= 1.15)
@@ -236,7 +246,7 @@ def _sprites(seed: int, side: int) -> list[tuple[Floats, Floats]]:
 
 @lru_cache(maxsize=1)
 def _scenes(seed: int, size: int) -> list[Floats]:
-    """The backgrounds of a data set (size, size, 3), periodic."""
+    """Return the backgrounds of a data set, periodic pictures (size, size, 3)."""
     rng = np.random.default_rng([seed, 2])
     return [_smooth_noise(rng, size, 6, BACKGROUND_LEVELS) for _ in range(NUM_SCENES)]
 
@@ -258,7 +268,7 @@ def _background(rng: np.random.Generator, spec: SyntheticSpec, scene: Floats) ->
 def _with_distractor(
     frames: Sequence[Floats], rng: np.random.Generator, spec: SyntheticSpec
 ) -> Iterator[Floats]:
-    """A small object before the background, as fast as the large ones, in any direction."""
+    """Add a small object that moves across the frames at a random speed and in a random direction."""
     side = round(_DISTRACTOR * spec.size)
     sprite, mask = _sprites(spec.seed, side)[rng.integers(NUM_SPRITES)]
     angle, start = rng.uniform(0, 2 * np.pi), rng.uniform(0, spec.size, 2)
@@ -267,7 +277,7 @@ def _with_distractor(
 
 
 def _paste(background: Floats, sprite: Floats, mask: Floats, center: Floats) -> Floats:
-    """The sprite centred at fractional `center` (row, column), wrapping around the frame's edges."""
+    """Paste the sprite centred at fractional `center` (row, column), wrapping around the frame's edges."""
     size, side = background.shape[0], sprite.shape[0]
     offset = (np.arange(size)[None, :] - center[:, None] + side / 2) % size
     row, column = np.meshgrid(offset[0], offset[1], indexing="ij")

@@ -1,4 +1,4 @@
-"""Spatial crops of uint8 clips: which box, then cut and resize. Colour work happens on the device.
+"""Spatial crops of uint8 clips: choice of a box, then crop and resize. Colour is augmented on the device.
 
 Clips are uint8 tensors (frame, row, column, colour); a box is (top, left, height, width) in pixels and the
 same for all frames of a clip.
@@ -13,15 +13,15 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-# VideoMAE's multi-scale crop: sides as shares of the short side, aspect ratios of neighbouring scales.
+# VideoMAE's multi-scale crop: sides as fractions of the short side, height and width at most one scale apart.
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
-# Random resized crop as VideoMAE's fine-tuning: share of the area, aspect ratio.
+# The random resized crop of VideoMAE's fine-tuning: fraction of the area, and aspect ratio.
 AREA_RANGE = (0.08, 1.0)
 ASPECT_RANGE = (3 / 4, 4 / 3)
 
 
 class Box(NamedTuple):
-    """A rectangle of pixels."""
+    """A rectangle within a frame, in pixels."""
 
     top: int
     left: int
@@ -30,7 +30,7 @@ class Box(NamedTuple):
 
 
 def train_box(height: int, width: int, crop: str, rng: np.random.Generator) -> Box:
-    """A random box for training, by the name of `data.train_crop`."""
+    """Return a random box for training, drawn by the method that `data.train_crop` names."""
     if crop == "multi_scale":
         return _multi_scale_box(height, width, rng)
     if crop == "random_resized":
@@ -39,7 +39,7 @@ def train_box(height: int, width: int, crop: str, rng: np.random.Generator) -> B
 
 
 def view_box(height: int, width: int, view: int, num_views: int) -> Box:
-    """Square box `view` of `num_views` spread evenly along the longer side; one view is the centre."""
+    """Return square box `view` of `num_views` spread evenly along the longer side; one view is centred."""
     side = min(height, width)
     position = view / (num_views - 1) if num_views > 1 else 0.5
     return Box(round((height - side) * position), round((width - side) * position), side, side)
@@ -52,7 +52,7 @@ def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor
         cut = cut.flip(2)
     if cut.shape[1:3] == (size, size):
         return cut.contiguous()
-    frames = cut.permute(0, 3, 1, 2)  # channels-last in memory, which the uint8 kernel is fastest on
+    frames = cut.permute(0, 3, 1, 2)  # stays channels-last in memory, the fastest for uint8
     resized = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous()
 
@@ -70,7 +70,7 @@ def _multi_scale_box(height: int, width: int, rng: np.random.Generator) -> Box:
 
 
 def _random_resized_box(height: int, width: int, rng: np.random.Generator) -> Box:
-    for _ in range(10):  # as torchvision: ten tries, then the centre
+    for _ in range(10):  # ten attempts, then the centre, as in torchvision
         area = height * width * rng.uniform(*AREA_RANGE)
         aspect = math.exp(rng.uniform(math.log(ASPECT_RANGE[0]), math.log(ASPECT_RANGE[1])))
         h, w = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))

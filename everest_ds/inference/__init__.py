@@ -1,1 +1,1 @@
-"""Trained models at work on videos: features of many, predictions for one."""
+"""Inference on videos with trained models: feature tables, class predictions and token selections."""

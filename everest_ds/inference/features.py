@@ -1,8 +1,8 @@
-"""Features of many videos, one vector each, in a table that grows over as many runs as it takes.
+"""Extraction of one feature vector per video into a table that interrupted runs resume.
 
-What is done is written every few videos beside the table, as `TABLE.parts/`, and becomes the table when all
-are; a run that was stopped goes on there. Videos that cannot be read are named in the table's ledger
-(`TABLE.ledger.jsonl`), as those of a manifest are, and not read again unless the file has changed.
+Finished rows are saved every 64 videos in `TABLE.parts/`, next to the table, and merged into the table at the
+end; a stopped run resumes from these parts. Unreadable videos are recorded in the ledger of the table
+(`TABLE.ledger.jsonl`), as for a manifest, and are not read again unless the file changes.
 """
 
 from __future__ import annotations
@@ -20,22 +20,29 @@ from torch import nn
 
 from everest_ds.checkpoints.export import config_entry
 from everest_ds.data.ledger import SUFFIX, Ledger, Problem, exclude
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
-from everest_ds.inference.table import UNLABELLED, FeatureTable, join, read_table, rows_of, write_table
+from everest_ds.inference.feature_table import (
+    UNLABELLED,
+    FeatureTable,
+    join,
+    read_table,
+    rows_of,
+    write_table,
+)
 from everest_ds.inference.views import Views, over_views
 
 _PART = 64  # videos
 
 
 class Extracted(NamedTuple):
-    """What came of it.
+    """Result of an extraction.
 
     Attributes:
-        table: the videos' rows in their order, then those that it had of others; None if it has none.
-        num_known: rows that were there already.
-        problems: videos that are not in it.
+        table: rows of the given videos in their order, then earlier rows of other videos; None without rows.
+        num_known: number of given videos whose rows existed before.
+        problems: videos without a row, with the reason.
     """
 
     table: FeatureTable | None
@@ -51,17 +58,18 @@ def extract(
     views: Views,
     on_progress: Callable[[int], None],
 ) -> Extracted:
-    """Compute what is missing of a table of features, and write it.
+    """Compute the missing rows of a feature table and write the table.
 
     Args:
-        model: a `FeatureModel` as `load_model(..., features=True)` gives it, on the device to use.
-        samples: of the table, in its order.
-        root: folder that names of videos are relative to, where they lie in it.
+        model: a `FeatureModel` from `load_model(..., features=True)`, on the device to use.
+        samples: videos of the table, in the order of its rows.
+        root: folder to which the names of the videos inside it are relative.
         file: the table.
-        on_progress: told how many samples are done.
+        views: views of each video whose features are averaged.
+        on_progress: called with the number of samples that are done.
 
     Raises:
-        DataError: the table is of another model or other views, or cannot be written.
+        DataError: if the table holds features of another model or other views, or cannot be written.
     """
     store = _Store(file, _digest(model, views))
     names = [_name(sample, root) for sample in samples]
@@ -96,7 +104,7 @@ def extract(
 
 
 class _Store:
-    """A table and the parts that are not in it yet."""
+    """A feature table, and the parts that have not been merged into it."""
 
     def __init__(self, file: Path, model: str) -> None:
         self.file, self.model = file, model
@@ -105,17 +113,17 @@ class _Store:
         self.tables += [read_table(part) for part in sorted(self.folder.glob("[0-9]*.npz"))]
         if any(table.model != model for table in self.tables):
             raise DataError(
-                f"{file}: holds features of another model, or of other views or tokens",
-                fix="give another --out, or remove it"
+                f"{file}: holds features of another model, other views or other tokens",
+                fix="give another --out, or remove the table"
                 + (f" and {self.folder}" if self.folder.is_dir() else ""),
             )
 
     def names(self) -> set[str]:
-        """Of the videos that are done."""
+        """Return the names of the videos that have a row."""
         return {str(name) for table in self.tables for name in table.video}
 
     def add(self, table: FeatureTable) -> None:
-        """Keep some more rows."""
+        """Save further rows as a new part."""
         write_table(self.folder / f"{len(self.tables):06d}.npz", table)
         self.tables.append(table)
 
@@ -137,7 +145,7 @@ def _name(sample: Sample, root: Path) -> str:
 
 
 def _digest(model: nn.Module, views: Views) -> str:
-    """Of all that features depend on but the videos."""
+    """Return a digest of all inputs of the features except the videos: settings, views and weights."""
     config: Any = model.config
     digest = hashlib.sha256(json.dumps([config_entry(config.model_dump(mode="json")), views]).encode())
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""One clip of a video through a model, recorded: any weights, or a recipe's as they are drawn."""
+"""Recording of a model's forward pass on one clip, with trained weights or a recipe's initial weights."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from everest_ds.config import load_experiment
 from everest_ds.errors import UsageError
 from everest_ds.inference.views import read_clip
-from everest_ds.interchange.load import load_model
+from everest_ds.interchange.load_model import load_model
 from everest_ds.models import build_model
-from everest_ds.models.features import FeatureModel
+from everest_ds.models.feature_model import FeatureModel
 from everest_ds.models.watch import Seen, Watch
 
 
 def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
-    """The model at `source` in evaluation, as `load_model` does, or a recipe's with its initial weights.
+    """Load the model at `source` in evaluation mode, or build a recipe's model with its initial weights.
 
     Raises:
-        EverestError: what `load_model` or `load_experiment` refuse.
-        UsageError: there is an encoder only.
+        EverestError: if `load_model` or `load_experiment` fails.
+        UsageError: if the weights are those of an encoder only.
     """
     path = Path(source)
     if not path.exists() or path.suffix in (".yaml", ".yml"):
@@ -33,16 +33,16 @@ def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
         return model
     model = load_model(path, *overrides)
     if isinstance(model, FeatureModel):
-        raise UsageError(f"{source}: an encoder only", allowed="a pre-trained model or a classifier")
+        raise UsageError(f"{source}: holds an encoder only", allowed="a pre-trained model or a classifier")
     return model
 
 
 @torch.no_grad()
-def look(model: Any, video: Path) -> Seen:
-    """The middle of a video as `model` sees it.
+def watch_video(model: Any, video: Path) -> Seen:
+    """Run `model` on the middle clip of a video, and return the recorded tokens and attention.
 
     Raises:
-        DataError: the video cannot be read, or is too short.
+        DataError: if the video cannot be read or is too short.
     """
     batch = read_clip(video, model.config).to(next(model.parameters()).device)
     with Watch(model) as watched:

@@ -1,4 +1,4 @@
-"""Videos through a model, view by view, as evaluation sees them.
+"""Running of a model on the evaluation views of videos.
 
 Shape legend: B clips, F frames, H x W pixels, C outputs of a model.
 """
@@ -14,31 +14,35 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 
 class Views(NamedTuple):
-    """How often a model looks at a video: places in time, at each of them places in space."""
+    """The views of a video: a number of segments in time, each with a number of crops in space."""
 
     segments: int = 1
     crops: int = 1
 
     @property
     def num_views(self) -> int:
-        """All of them."""
+        """The number of views per video."""
         return self.segments * self.crops
 
 
 def read_clip(video: str | Path, config: Experiment) -> ClipBatch:
-    """The middle of a video as a batch of one: `clip` is uint8 (1, F, H, W, 3), `key` its random key (1,).
+    """Read the middle clip of a video as a batch of one clip.
 
     Args:
-        config: of the model that it is for: `load_model(...).config`.
+        video: path of the video.
+        config: config of the model that gets the clip: `load_model(...).config`.
+
+    Returns:
+        A batch whose `clip` is uint8 (1, F, H, W, 3) and whose `key` is the random key (1,).
 
     Raises:
-        DataError: the video cannot be read, or is too short.
+        DataError: if the video cannot be read or is too short.
     """
     loaded = EvaluationClips([Sample(Path(video), None)], config, *Views())[[0]]
     if loaded.failures:
@@ -56,15 +60,19 @@ def over_views(
     on_progress: Callable[[int], None],
     act: Callable[[Tensor], Tensor] = lambda output: output,
 ) -> Iterator[tuple[int, Tensor]]:
-    """Pairs (index of a sample, what the model says of it (C,), averaged over its views), in order.
+    """Yield pairs (index of a sample, output of the model (C,) averaged over its views), in order.
 
     Args:
-        on_failure: told of each sample that cannot be read; it is left out.
-        on_progress: told how many views are done.
-        act: on the model's outputs (B, C), before they are averaged.
+        model: the model, on the device to use.
+        samples: videos to run the model on.
+        config: config of the model.
+        views: views of each video.
+        on_failure: called for each sample that cannot be read; this sample is skipped.
+        on_progress: called with the number of views that are done.
+        act: function applied to the model's outputs (B, C) before they are averaged.
 
     Raises:
-        DataError: the loader fails, or views of a sample that could be read never came.
+        DataError: if the loader fails, or views of a readable sample are missing.
     """
     device = next(model.parameters()).device
     clips, found = EvaluationClips(samples, config, *views), dict[int, list[Tensor]]()
@@ -89,5 +97,5 @@ def over_views(
 
 
 def best_device() -> torch.device:
-    """The GPU, if there is one."""
+    """Return the CUDA device if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,1 +1,1 @@
-"""Other systems' checkpoints under our names, ours under theirs, every key accounted for."""
+"""Conversion of weights between EVEREST-DS and other systems, with an account of every key."""

@@ -1,4 +1,4 @@
-"""From any layout to any other, with a line for every key of the source."""
+"""Conversion of weights from any layout to any other, with a report on every key of the source."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from everest_ds.config.backbones import LAYER_NORM_EPS
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.infer import TRANSFORMERS_LAST_EPS
 from everest_ds.interchange.layouts import Layout, layout_of
-from everest_ds.interchange.source import Source, open_source
+from everest_ds.interchange.source import WeightSource, open_source
 from everest_ds.interchange.tensors import to_theirs
 from everest_ds.interchange.transformers_folder import save_folder
 
 
 class Key(NamedTuple):
-    """What became of a key of the source.
+    """Outcome of the conversion for one key of the source.
 
     Attributes:
-        source: its name there; several, joined by `+`, where they become one.
-        target: its name in what was written; several where it becomes several; empty if unused.
-        status: `used` (the same name), `renamed` or `unused`.
-        why: of an unused key.
+        source: name in the source; several names joined by `+` if their tensors become one.
+        target: name in the target; several names joined by `+` if one tensor is split; empty if unused.
+        status: `used` (under the same name), `renamed` or `unused`.
+        why: reason why an unused key is not needed.
     """
 
     source: str
@@ -42,15 +42,16 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was read and written.
+    """Report on a conversion.
 
     Attributes:
-        source, target: layouts, as `videomae finetune`.
-        config: of the model.
-        assumed: settings that nothing in the source tells, as `key=value`.
-        left_out: what the source holds beside the weights.
+        source: layout that was read, such as `videomae finetune`.
+        target: layout that was written.
+        config: config of the model.
+        assumed: settings that the source does not define, with their assumed values, as `key=value`.
+        left_out: entries of the source that are not weights.
         keys: every key of the source, once.
-        notes: where the other system computes something else, or cannot be told apart.
+        notes: differences in what the other system computes, and ambiguities of the source layout.
     """
 
     source: str
@@ -62,21 +63,23 @@ class Conversion:
     notes: list[str]
 
 
-def convert(
+def convert_weights(
     path: Path, target: Path, system: str, overrides: Sequence[str] = (), entry: str | None = None
 ) -> Conversion:
-    """Write the weights at `path` as a system has them.
+    """Write the weights at `path` in the layout of another system.
 
     Args:
-        path, overrides, entry: as those of `open_source`.
+        path: source of the weights, see `open_source`.
+        overrides: `key.path=value` settings, see `open_source`.
+        entry: entry of a training checkpoint, see `open_source`.
         target: a `.safetensors` file for `everest`, a `.pth` file for the originals, a folder for
             `transformers`.
         system: one of `layouts.SYSTEMS`.
 
     Raises:
-        CheckpointError: if the source cannot be read, the system has no such model, or the target cannot be
-            written.
-        ConfigError: if an override does not fit.
+        CheckpointError: if the source cannot be read, the system computes other positions, or the target
+            cannot be written.
+        ConfigError: if an override is invalid.
     """
     with open_source(path, overrides, entry) as source:
         layout = layout_of(system, source.layout.kind)
@@ -96,7 +99,7 @@ def convert(
         )
 
 
-def _write(source: Source, layout: Layout, target: Path) -> None:
+def _write(source: WeightSource, layout: Layout, target: Path) -> None:
     if layout.system == "everest":
         _save_own(source, target)
         return
@@ -112,7 +115,7 @@ def _write(source: Source, layout: Layout, target: Path) -> None:
         _save_pickle(state, target)
 
 
-def _save_own(source: Source, file: Path) -> None:
+def _save_own(source: WeightSource, file: Path) -> None:
     metadata = config_entry(source.config.model_dump(mode="json"))
     if source.class_names:
         metadata["classes"] = json.dumps(source.class_names)
@@ -129,33 +132,33 @@ def _save_pickle(state: dict[str, Tensor], file: Path) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _account(source: Source, layout: Layout) -> list[Key]:
+def _account(source: WeightSource, layout: Layout) -> list[Key]:
     keys = []
     for name, theirs in source.theirs.items():
         new = layout.theirs(name)
         status = "unused" if not new else "used" if new == theirs else "renamed"
-        why = "" if new else f"has no place in {layout.system}'s layout"
+        why = "" if new else f"the {layout.system} layout has no such key"
         keys.append(Key(" + ".join(theirs), " + ".join(new), status, why))
     return keys + [Key(key, "", "unused", why) for key, why in source.unused]
 
 
-def _check_positions(source: Source, system: str) -> None:
+def _check_positions(source: WeightSource, system: str) -> None:
     positions, theirs = source.config.model.positions, "grid" if system == "mvd" else "flat"
     if system != "everest" and positions != theirs:
         raise CheckpointError(
-            f"{source.path}: {system} has other fixed positions than this model",
+            f"{source.path}: {system} uses other fixed positions than this model",
             given=f"model.positions={positions}",
             allowed=f"model.positions={theirs}",
-            fix="convert it to everest, whose models have either",
+            fix="convert it to everest, which supports both",
         )
 
 
-def _notes(source: Source, system: str) -> list[str]:
+def _notes(source: WeightSource, system: str) -> list[str]:
     model, tokens, notes = source.config.model, source.config.tokens, []
     if (source.layout.system, source.layout.kind) == ("videomae", "finetune") and model.positions == "flat":
         notes.append(
-            "VideoMAE, EVEREST, MME and MVD name fine-tuned weights alike, but MVD has other positions: of"
-            " MVD, give model.positions=grid"
+            "VideoMAE, EVEREST, MME and MVD give fine-tuned weights the same names, but MVD uses other"
+            " positions: for weights from MVD, give model.positions=grid"
         )
     last = TRANSFORMERS_LAST_EPS if system == "transformers" else LAYER_NORM_EPS
     if system != "everest" and source.layout.kind != "encoder" and model.last_norm_eps != last:

@@ -1,7 +1,7 @@
-"""Opening a file or folder of weights of any system: its tensors by name, and what else it says of its model.
+"""Reading of weights of any system from a file or folder: tensors by name, and descriptions of the model.
 
-Nothing in a file can run: pickles are read by torch's `weights_only` reader, which is told of three harmless
-types that the originals' training scripts save beside the weights.
+No code in a file can run: pickles are read with torch's `weights_only` option, which is extended by a few
+harmless types that the original training scripts save next to the weights.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.export import find_weights, open_weights
-from everest_ds.checkpoints.manifest import read_manifest
+from everest_ds.checkpoints.sealed_manifest import read_checkpoint_manifest
 from everest_ds.checkpoints.tensor_file import open_tensors
 from everest_ds.config import load_experiment
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.layouts import TRANSFORMERS_RENAMED
-from everest_ds.interchange.tensors import Shape
+from everest_ds.interchange.tensors import TensorShape
 
-# Where training scripts and DeepSpeed put the weights inside of what they save.
+# Entries of a saved dictionary under which training scripts and DeepSpeed store the weights.
 WEIGHT_KEYS = ("model", "module", "model_state", "model_state_dict", "state_dict")
 _WRAPPERS = ("module.", "_orig_mod.", "backbone.", "model.")
 _DEEPSPEED_FILE = "mp_rank_00_model_states.pt"
@@ -40,21 +40,21 @@ _PICKLE_FILE = "pytorch_model.bin"
 
 @dataclass(frozen=True)
 class RawWeights:
-    """Tensors under their own names.
+    """Weights under the names that their file gives them, and the descriptions stored with them.
 
     Attributes:
-        path: what is read: of a run, one of its checkpoints.
-        shapes: by name.
-        read: one of them, as float32.
-        metadata: of a safetensors file.
-        arguments: of the originals' training script, where they were saved with the weights.
-        transformers: the model's config.json.
-        preprocessing: its preprocessor_config.json.
-        left_out: what else is in the file.
+        path: file or folder that is read; for a run, one of its checkpoints or its best weights.
+        shapes: shape of each tensor, by name.
+        read: function that reads the tensor of a name, as float32.
+        metadata: metadata of a safetensors file.
+        arguments: arguments of the original training script, if they were saved with the weights.
+        transformers: content of config.json in a transformers folder.
+        preprocessing: content of preprocessor_config.json in a transformers folder.
+        left_out: entries of the file that are not weights.
     """
 
     path: Path
-    shapes: dict[str, Shape]
+    shapes: dict[str, TensorShape]
     read: Callable[[str], Tensor]
     metadata: Mapping[str, str] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -65,14 +65,15 @@ class RawWeights:
 
 @contextmanager
 def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> Iterator[RawWeights]:
-    """Open a file, a run or checkpoint of ours, or a folder of transformers or DeepSpeed.
+    """Open a file of weights, a run or checkpoint, or a folder of transformers or DeepSpeed.
 
     Args:
-        entry: of what a training script saved, such as `model_ema`; None: the weights.
-        prefer_best: of a run's, take those of its best validation, if it has any, not its newest.
+        path: file or folder to open.
+        entry: entry of a training checkpoint to read, such as `model_ema`; None reads the usual weights.
+        prefer_best: for a run, read the weights of its best validation, if saved, not its newest checkpoint.
 
     Raises:
-        CheckpointError: if there are no weights that can be read.
+        CheckpointError: if `path` holds no readable weights.
     """
     if (path / _DEEPSPEED_FILE).is_file():
         path = path / _DEEPSPEED_FILE
@@ -94,22 +95,22 @@ def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> 
 
 @contextmanager
 def _open_own(path: Path, prefer_best: bool) -> Iterator[RawWeights]:
-    """A run's best weights, or its newest checkpoint, or a checkpoint."""
+    """Open a checkpoint, or the best weights or newest checkpoint of a run."""
     found = find_weights(path, prefer_best)
-    config = read_manifest(found).facts.config if found.is_dir() else _config_beside(found)
+    config = read_checkpoint_manifest(found).facts.config if found.is_dir() else _config_beside(found)
     with open_weights(found) as stored:
         metadata = {"config": json.dumps(config)} if config else {}
         yield RawWeights(found, stored.shapes, stored.read, metadata)
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
-    """The config of the run that a file of weights lies in."""
+    """Return the config of the run whose folder holds `file`, or an empty one outside a run folder."""
     beside = file.parent / "config.yaml"
     return load_experiment(beside).model_dump(mode="json") if beside.is_file() else {}
 
 
 def _files(path: Path) -> list[Path]:
-    """The file itself, or those of a transformers folder."""
+    """Return the weight files of a transformers folder, or `path` itself if it is a file."""
     if not path.is_dir():
         return [path]
     if (path / _INDEX_FILE).is_file():
@@ -118,15 +119,15 @@ def _files(path: Path) -> list[Path]:
         if (path / name).is_file():
             return [path / name]
     raise CheckpointError(
-        f"{path}: no weights there",
-        allowed=f"a run, a checkpoint, or a folder of transformers with {SAFETENSORS_FILE}",
+        f"{path}: holds no weights",
+        allowed=f"a run, a checkpoint, or a transformers folder with {SAFETENSORS_FILE}",
     )
 
 
 def _open_files(files: list[Path], entry: str | None, stack: ExitStack) -> RawWeights:
     if files[0].suffix != ".safetensors":
         return _open_pickle(files[0], entry)
-    shapes: dict[str, Shape] = {}
+    shapes: dict[str, TensorShape] = {}
     of: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for file in files:
@@ -161,20 +162,23 @@ def _load_pickle(file: Path) -> dict[str, Any]:
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         raise CheckpointError(
-            f"{file}: not read, for it holds more than weights",
-            given=refused[1] if refused else "not a file of PyTorch",
-            allowed="tensors, numbers, and argparse.Namespace",
-            fix="ask its author for the weights alone: torch.save(checkpoint['model'], file)",
+            f"{file}: refused, because it holds objects other than weights",
+            given=refused[1] if refused else "not a PyTorch file",
+            allowed="tensors, numbers and argparse.Namespace",
+            fix="ask its author for a file of weights only: torch.save(checkpoint['model'], file)",
         ) from None
     except (OSError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{file}: not a readable file of PyTorch", given=_first_line(error)) from None
+        raise CheckpointError(f"{file}: not a readable PyTorch file", given=_first_line(error)) from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: no weights by name", given=type(content).__name__)
+        raise CheckpointError(f"{file}: not a dictionary of weights", given=type(content).__name__)
     return content
 
 
 def _harmless() -> list[Any]:
-    """Learning rates are saved as NumPy's numbers, whose constructor has moved within NumPy."""
+    """Return the types, besides tensors, that a pickle may hold.
+
+    Training scripts save learning rates as NumPy scalars, whose constructor differs between NumPy versions.
+    """
     scalar: Any = np.float64(0).__reduce__()[0]
     kinds = {type(np.dtype(kind)) for kind in ("f8", "f4", "i8", "i4", "?")}
     names = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
@@ -191,14 +195,14 @@ def _find_weights(
     if entry is None and any(isinstance(value, Tensor) for value in content.values()):
         return content, ()
     raise CheckpointError(
-        f"{file}: no weights in it",
+        f"{file}: holds no weights",
         given=", ".join(map(str, content)) or "nothing",
         allowed=" or ".join(wanted),
     )
 
 
 def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Names without what DistributedDataParallel and others put before all of them."""
+    """Remove the prefixes that DistributedDataParallel and other wrappers add to all names."""
     for prefix in _WRAPPERS:
         if state and all(name.startswith(prefix) for name in state):
             return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
@@ -206,7 +210,7 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_older_names(raw: RawWeights) -> RawWeights:
-    """State dicts of transformers 5 name two biases as its files do not."""
+    """Undo the renaming of two biases in state dicts of transformers 5, so that names match its files."""
     names = {_older(name): name for name in raw.shapes}
     shapes = {older: raw.shapes[name] for older, name in names.items()}
     return replace(raw, shapes=shapes, read=lambda older: raw.read(names[older]))

@@ -1,4 +1,4 @@
-"""The config of a model, from the shapes of its weights and what its file says beside them."""
+"""Inference of a model's config from the shapes of its weights and the descriptions in its file."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment, build_experiment
 from everest_ds.config.backbones import BACKBONES
-from everest_ds.data.manifest import read_class_names
+from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights
 from everest_ds.interchange.layouts import EMBEDDING, Layout
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
-Tree = dict[str, Any]
-# config.json does not say it: transformers leaves this one as PyTorch has it.
+InferredTree = dict[str, Any]
+# config.json does not define this epsilon: transformers uses PyTorch's default for the last LayerNorm.
 TRANSFORMERS_LAST_EPS = 1e-5
-# Of the originals' pre-training scripts, and our names of them.
+# Arguments and mask types of the original training scripts -> keys and values of the config.
 _ARGUMENTS = {"num_frames": "num_frames", "input_size": "image_size"}
 _MASKS = {"tube": "tube", "random": "none", "motion-centric": "rero"}
-# What no shape tells, as all released models have it.
-_USUAL: Tree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
+# Settings that no shape reveals, with the values of all released models.
+_USUAL: InferredTree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
 
 
 class Described(NamedTuple):
-    """A model, by its config.
+    """The inferred config of a model.
 
     Attributes:
-        assumed: settings that nothing in the file tells, as `key=value`.
-        class_names: in label order, if the file or its run names them.
+        config: config of the model.
+        assumed: settings that the file does not define, with their assumed values, as `key=value`.
+        class_names: class names in label order, if the file or its run defines them.
     """
 
     config: Experiment
@@ -40,15 +41,17 @@ class Described(NamedTuple):
     class_names: list[str] | None
 
 
-def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Described:
-    """The config of the model that these weights are of.
+def describe_weights(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Described:
+    """Infer the config of the model that the weights belong to.
 
     Args:
-        overrides: `key.path=value` settings that come before all that is found out.
+        layout: layout of the weights.
+        raw: the weights and their descriptions.
+        overrides: `key.path=value` settings that take precedence over inferred settings.
 
     Raises:
-        CheckpointError: if it is no model of ours.
-        ConfigError: if an override does not fit.
+        CheckpointError: if the model has an architecture that EVEREST-DS does not support.
+        ConfigError: if an override is invalid.
     """
     told = _told(layout, raw)
     given = {text.partition("=")[0] for text in overrides}
@@ -59,9 +62,9 @@ def describe(layout: Layout, raw: RawWeights, overrides: Sequence[str]) -> Descr
     return Described(config, assumed, _class_names(raw, config))
 
 
-def _told(layout: Layout, raw: RawWeights) -> Tree:
+def _told(layout: Layout, raw: RawWeights) -> InferredTree:
     if layout.system == "everest" and "config" in raw.metadata:
-        own: Tree = json.loads(raw.metadata["config"])
+        own: InferredTree = json.loads(raw.metadata["config"])
         return own
     said = _by_transformers(raw) if raw.transformers else _by_arguments(raw.arguments)
     task = "finetune" if layout.kind == "finetune" else "pretrain"
@@ -71,19 +74,19 @@ def _told(layout: Layout, raw: RawWeights) -> Tree:
     return {"task": task, **said, "tokens": tokens, "model": model}
 
 
-def _shape(layout: Layout, raw: RawWeights) -> Tree:
-    """What the shapes tell."""
+def _shape(layout: Layout, raw: RawWeights) -> InferredTree:
+    """Infer the settings of section `model` that the shapes of the weights determine."""
     (embedding,) = layout.theirs(EMBEDDING)
     shape = raw.shapes[embedding]
     if len(shape) not in (2, 5):
         raise CheckpointError(
-            f"{raw.path}: `{embedding}` embeds no tubelets",
+            f"{raw.path}: `{embedding}` is not a tubelet embedding",
             given=f"shape {shape}",
             allowed="(width, 3, frames, rows, columns)",
         )
     depth = _depth(layout, raw, "encoder.blocks")
     backbone = _backbone(raw.path, shape[0], depth)
-    tree: Tree = {"backbone": backbone, **_tubelet(shape)}
+    tree: InferredTree = {"backbone": backbone, **_tubelet(shape)}
     if layout.kind == "pretrain":
         decoder_depth = _depth(layout, raw, "decoder")
         if decoder_depth != BACKBONES[backbone].decoder.depth:
@@ -99,7 +102,7 @@ def _depth(layout: Layout, raw: RawWeights, stack: str) -> int:
     return sum(re.fullmatch(pattern, name) is not None for name in raw.shapes)
 
 
-def _tubelet(shape: tuple[int, ...]) -> Tree:
+def _tubelet(shape: tuple[int, ...]) -> InferredTree:
     if len(shape) == 5:
         return {"tubelet_size": shape[2], "patch_size": shape[3]}
     return {"patch_size": math.isqrt(shape[1] // (3 * _USUAL["tubelet_size"]))}
@@ -111,13 +114,13 @@ def _backbone(path: Path, width: int, depth: int) -> str:
             return name
     known = (f"{name} {b.encoder.width} x {b.encoder.depth}" for name, b in BACKBONES.items())
     raise CheckpointError(
-        f"{path}: an encoder that is no backbone of ours",
+        f"{path}: the encoder matches no known backbone",
         given=f"width {width}, {depth} blocks",
         allowed=", ".join(known),
     )
 
 
-def _by_transformers(raw: RawWeights) -> Tree:
+def _by_transformers(raw: RawWeights) -> InferredTree:
     said = raw.transformers
     width, depth = said.get("hidden_size", 768), said.get("num_hidden_layers", 12)
     heads = BACKBONES[_backbone(raw.path, width, depth)].encoder.heads
@@ -129,11 +132,11 @@ def _by_transformers(raw: RawWeights) -> Tree:
     }.items():
         if said.get(key, allowed) != allowed:
             raise CheckpointError(
-                f"{raw.path}: config.json: `{key}` is not ours", given=said[key], allowed=allowed
+                f"{raw.path}: config.json: `{key}` is not supported", given=said[key], allowed=allowed
             )
     _check_normalization(raw)
     names = ("image_size", "patch_size", "num_frames", "tubelet_size")
-    model: Tree = {name: said[name] for name in names if name in said}
+    model: InferredTree = {name: said[name] for name in names if name in said}
     model["norm_eps"] = said.get("layer_norm_eps", 1e-12)
     model["last_norm_eps"] = TRANSFORMERS_LAST_EPS
     return {"model": model, "loss": {"normalize_targets": said.get("norm_pix_loss", True)}}
@@ -144,36 +147,36 @@ def _check_normalization(raw: RawWeights) -> None:
         theirs = raw.preprocessing.get(key, ours)
         if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
             raise CheckpointError(
-                f"{raw.path}: a model of pixels that are normalised otherwise, by preprocessor_config.json",
+                f"{raw.path}: preprocessor_config.json normalises pixels in another way",
                 given=f"{key} {theirs}",
                 allowed=list(ours),
             )
 
 
-def _by_arguments(said: Mapping[str, Any]) -> Tree:
-    """What the originals' scripts were called with."""
-    model: Tree = {ours: said[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in said}
-    if "use_cls_token" in said:  # an argument that only MVD's scripts have
+def _by_arguments(said: Mapping[str, Any]) -> InferredTree:
+    """Translate the arguments of an original training script into config settings."""
+    model: InferredTree = {ours: said[theirs] for theirs, ours in _ARGUMENTS.items() if theirs in said}
+    if "use_cls_token" in said:  # only MVD's scripts have this argument
         model["positions"] = "grid"
-    data: Tree = {"frame_stride": said["sampling_rate"]} if "sampling_rate" in said else {}
+    data: InferredTree = {"frame_stride": said["sampling_rate"]} if "sampling_rate" in said else {}
     if said.get("data_set") == "SSV2":
         data["sampling"] = "segments"
     return {"model": model, "tokens": _tokens(said), "data": data}
 
 
-def _tokens(said: Mapping[str, Any]) -> Tree:
+def _tokens(said: Mapping[str, Any]) -> InferredTree:
     if said.get("mcm"):  # EVEREST's fine-tuning
         return {"selection": "rero", "keep_ratio": _kept(said["mcm_ratio"])}
     if said.get("mask_type") not in _MASKS:
         return {}
-    tokens: Tree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
+    tokens: InferredTree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
     if tokens["selection"] == "rero":
         tokens["keep_ratio"] = _kept(said["motion_centric_masking_ratio"])
     return tokens
 
 
 def _kept(dropped: float) -> float:
-    return round(1 - dropped, 10)  # as one writes it: 0.3, and not what is left of 1 - 0.7
+    return round(1 - dropped, 10)  # 0.3 rather than the binary result of 1 - 0.7
 
 
 def _class_names(raw: RawWeights, config: Experiment) -> list[str] | None:
@@ -182,7 +185,7 @@ def _class_names(raw: RawWeights, config: Experiment) -> list[str] | None:
         return names
     labels: dict[str, str] = raw.transformers.get("id2label", {})
     names = [labels[key] for key in sorted(labels, key=int)]
-    if config.data.class_names is not None and config.data.class_names.is_file():  # of a run
+    if config.data.class_names is not None and config.data.class_names.is_file():  # weights of a run
         names = read_class_names(config.data.class_names)
     unnamed = [f"LABEL_{number}" for number in range(len(names))]
     return names if names and names != unnamed else None

@@ -1,9 +1,9 @@
-"""What each system calls the parameters of a VideoMAE-like model, in one table a layout.
+"""The parameter names of each system for a VideoMAE-like model, in one table per layout.
 
-A layout is a translation of our names, prefix by prefix, both ways; how its tensors are shaped follows from
-the parameter (`tensors.py`). Where a system's pre-training has no decoder of pixels, only its encoder has a
-counterpart here; what else is in its files is listed as unused, with the reason. VideoMAE's names are
-EVEREST's too, and fine-tuned, MVD's and MME's.
+A layout translates the names of EVEREST-DS into those of another system, prefix by prefix; the shapes of its
+tensors follow from the parameter (`tensors.py`). If the pre-training of a system does not decode pixels, only
+its encoder has a counterpart in EVEREST-DS; the other keys of its files are listed as unused, with a reason.
+EVEREST's released code uses the names of VideoMAE, and so do fine-tuned models of MVD and MME.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Literal
 
 from everest_ds.errors import CheckpointError
 
-Kind = Literal["pretrain", "finetune", "encoder"]
+WeightKind = Literal["pretrain", "finetune", "encoder"]
 Names = tuple[str, ...]
-# Our name, or its beginning -> theirs; several of theirs for one of ours that is their concatenation.
-Table = Mapping[str, str | Names]
+# Name or prefix in EVEREST-DS -> name in the other system; several names if their tensors are concatenated
+# here.
+NameTable = Mapping[str, str | Names]
 
 EMBEDDING = "encoder.embed.weight"
 _BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
@@ -27,26 +28,26 @@ _BLOCK = re.compile(r"(.+?)\.(\d+)\.(.+)")
 
 @dataclass(frozen=True)
 class Layout:
-    """How a system names the parameters of one kind of model.
+    """The names that a system gives to the parameters of one kind of model.
 
     Attributes:
-        system: as `--to` names it.
-        kind: which of our models has all of these parameters.
-        stems: of modules and parameters outside of blocks, and of the stacks of blocks.
-        block: inside a block.
-        mark: a parameter that no other layout has, in their names.
-        unused: patterns of keys that have no counterpart here, and why.
+        system: name of the system, as in `--to`.
+        kind: EVEREST-DS model that has all of these parameters.
+        stems: names of the modules and parameters outside blocks, and of the stacks of blocks.
+        block: names of the modules and parameters inside a block.
+        mark: key of the other system that distinguishes this layout.
+        unused: pattern of keys without a counterpart in EVEREST-DS -> reason.
     """
 
     system: str
-    kind: Kind
-    stems: Table
-    block: Table = field(default_factory=dict)
+    kind: WeightKind
+    stems: NameTable
+    block: NameTable = field(default_factory=dict)
     mark: str = ""
     unused: Mapping[str, str] = field(default_factory=dict)
 
     def theirs(self, ours: str) -> Names:
-        """Their names of one of our parameters; none where the layout has no place for it."""
+        """Return the other system's names of a parameter, or none if the layout has no such parameter."""
         match = _BLOCK.fullmatch(ours)
         if match is None:
             return _translate(ours, self.stems)
@@ -58,15 +59,15 @@ class Layout:
         )
 
     def why_unused(self, key: str) -> str | None:
-        """Why a key of theirs has no counterpart here; None if nobody knows."""
+        """Return the reason why a key of the other system is not needed; None if the key is unknown."""
         return next((why for pattern, why in self.unused.items() if re.fullmatch(pattern, key)), None)
 
     def fits(self, keys: Iterable[str]) -> bool:
-        """Whether keys are of this layout."""
+        """Return whether a set of keys belongs to this layout."""
         return {self.mark, *self.theirs(EMBEDDING)} <= set(keys)
 
 
-def _translate(name: str, table: Table) -> Names:
+def _translate(name: str, table: NameTable) -> Names:
     for ours, theirs in table.items():
         if name == ours or name.startswith(f"{ours}."):
             names = (theirs,) if isinstance(theirs, str) else theirs
@@ -74,8 +75,8 @@ def _translate(name: str, table: Table) -> Names:
     return ()
 
 
-_ORIGINAL_BLOCK: Table = {"attention": "attn"}
-_TRANSFORMERS_BLOCK: Table = {
+_ORIGINAL_BLOCK: NameTable = {"attention": "attn"}
+_TRANSFORMERS_BLOCK: NameTable = {
     "norm1": "layernorm_before",
     "norm2": "layernorm_after",
     "attention.qkv.weight": tuple(f"attention.attention.{part}.weight" for part in ("query", "key", "value")),
@@ -85,7 +86,7 @@ _TRANSFORMERS_BLOCK: Table = {
     "mlp.fc1": "intermediate.dense",
     "mlp.fc2": "output.dense",
 }
-# transformers 5 renames the biases of q and v as it loads; its own state dicts have the new names.
+# transformers 5 renames the biases of q and v on loading, so its state dicts have the new names.
 TRANSFORMERS_RENAMED = {".query.bias": ".q_bias", ".value.bias": ".v_bias"}
 
 _OWN_ENCODER = {"encoder.embed": "encoder.embed", "encoder.blocks": "encoder.blocks", "norm": "norm"}
@@ -106,7 +107,7 @@ _TRANSFORMERS_ENCODER = {
     "norm": "layernorm",
 }
 _IN_TRANSFORMERS = {ours: f"videomae.{theirs}" for ours, theirs in _TRANSFORMERS_ENCODER.items()}
-_IS_MASKED = "of a decoder of other targets than pixels"
+_IS_MASKED = "part of a decoder whose targets are not pixels"
 
 LAYOUTS = (
     Layout("everest", "pretrain", {**_OWN_ENCODER, **_OWN_DECODER}, mark="to_decoder.weight"),
@@ -177,11 +178,15 @@ LAYOUTS = (
 SYSTEMS = ("everest", "videomae", "mvd", "mme", "transformers")
 
 
-def detect(keys: Iterable[str], file: Path) -> Layout:
-    """The layout whose keys these are.
+def detect_layout(keys: Iterable[str], file: Path) -> Layout:
+    """Find the layout that the given keys belong to.
+
+    Args:
+        keys: names of the tensors in a file.
+        file: the file, for error messages.
 
     Raises:
-        CheckpointError: if it is none of these.
+        CheckpointError: if no known layout has these keys.
     """
     names = set(keys)
     for layout in LAYOUTS:
@@ -189,16 +194,16 @@ def detect(keys: Iterable[str], file: Path) -> Layout:
             return layout
     known = {name for layout in LAYOUTS for name in layout.theirs(EMBEDDING)}
     raise CheckpointError(
-        f"{file}: weights of an unknown layout",
-        given=f"{len(names)} keys, as {', '.join(sorted(names)[:3])}",
-        allowed=f"those of {', '.join(SYSTEMS)}, with one of {', '.join(sorted(known))}",
+        f"{file}: the weights have an unknown layout",
+        given=f"{len(names)} keys, such as {', '.join(sorted(names)[:3])}",
+        allowed=f"layouts of {', '.join(SYSTEMS)}, with one of {', '.join(sorted(known))}",
     )
 
 
-def layout_of(system: str, kind: Kind) -> Layout:
-    """How a system names our model of a kind; its encoder alone where it has no such model.
+def layout_of(system: str, kind: WeightKind) -> Layout:
+    """Return a system's layout of one kind of model, or of the encoder only if it has no such model.
 
-    Fine-tuned, MVD's and MME's models are VideoMAE's by name.
+    Fine-tuned models of MVD and MME have the names of VideoMAE.
     """
     systems = ("videomae",) if kind == "finetune" and system in ("mvd", "mme") else (system,)
     fitting = [layout for layout in LAYOUTS if layout.system in systems]

@@ -1,4 +1,4 @@
-"""Weights of any system under our names, each accounted for."""
+"""Weights of any system under the names and shapes of EVEREST-DS, with an account of every key."""
 
 from __future__ import annotations
 
@@ -14,38 +14,38 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights, open_raw
-from everest_ds.interchange.infer import describe
-from everest_ds.interchange.layouts import Kind, Layout, Names, detect
-from everest_ds.interchange.tensors import Shape, our_shape, to_ours
+from everest_ds.interchange.infer import describe_weights
+from everest_ds.interchange.layouts import Layout, Names, WeightKind, detect_layout
+from everest_ds.interchange.tensors import TensorShape, our_shape, to_ours
 from everest_ds.models import build_model
-from everest_ds.models.features import FeatureModel
+from everest_ds.models.feature_model import FeatureModel
 from everest_ds.models.positions import fixed_positions
 
 _POSITIONS = "pos_embed"
 
 
 class Unused(NamedTuple):
-    """A key without a counterpart here, and why it is not needed."""
+    """A key without a counterpart in EVEREST-DS, and the reason why it is not needed."""
 
     key: str
     why: str
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model's weights.
+class WeightSource:
+    """The weights of a model in a file or folder, readable by their EVEREST-DS names.
 
     Attributes:
-        path: where they are.
-        layout: how they are named there.
-        config: of the model.
-        assumed: settings that nothing in the file tells, as `key=value`.
-        class_names: in label order, if the file names them.
-        shapes: of every parameter of the model, by our names.
-        theirs: what each is called in the file.
+        path: file or folder of the weights.
+        layout: layout of the names in it.
+        config: config of the model.
+        assumed: settings that the file does not define, with their assumed values, as `key=value`.
+        class_names: class names in label order, if the file defines them.
+        shapes: shape of every parameter of the model, by its EVEREST-DS name.
+        theirs: names of each parameter in the file, by its EVEREST-DS name.
         unused: all other keys in the file.
-        left_out: what the file holds beside the weights.
-        read: a parameter by our name, float32, in our shape.
+        left_out: entries of the file that are not weights.
+        read: function that reads a parameter by its EVEREST-DS name, as float32 in the EVEREST-DS shape.
     """
 
     path: Path
@@ -53,47 +53,49 @@ class Source:
     config: Experiment
     assumed: list[str]
     class_names: list[str] | None
-    shapes: dict[str, Shape]
+    shapes: dict[str, TensorShape]
     theirs: dict[str, Names]
     unused: list[Unused]
     left_out: tuple[str, ...]
     read: Callable[[str], Tensor]
 
 
-def outline_of(config: Experiment, kind: Kind) -> nn.Module:
-    """A model on the meta device: names and shapes, no memory."""
+def outline_of(config: Experiment, kind: WeightKind) -> nn.Module:
+    """Build a model on the meta device: names and shapes that take no memory."""
     with torch.device("meta"):
         return FeatureModel(config) if kind == "encoder" else build_model(config)
 
 
 @contextmanager
-def open_source(path: Path, overrides: Sequence[str] = (), entry: str | None = None) -> Iterator[Source]:
-    """Open weights in whatever layout they are.
+def open_source(
+    path: Path, overrides: Sequence[str] = (), entry: str | None = None
+) -> Iterator[WeightSource]:
+    """Open weights of any supported layout.
 
     Args:
-        path: a run, a checkpoint or a safetensors file of ours; an original's `.pth`; a folder or a
-            safetensors file of transformers' VideoMAE.
-        overrides: `key.path=value` settings that come before all that is found out.
-        entry: of what a training script saved, such as `model_ema`; None: the weights.
+        path: a run, a checkpoint or a safetensors file of EVEREST-DS; a `.pth` file of an original training
+            script; a folder or a safetensors file of transformers' VideoMAE.
+        overrides: `key.path=value` settings that take precedence over inferred settings.
+        entry: entry of a training checkpoint to read, such as `model_ema`; None reads the usual weights.
 
     Raises:
-        CheckpointError: naming what cannot be read: the file, an unknown layout, a key that is missing, of
-            another shape, or that nobody knows.
-        ConfigError: if an override does not fit.
+        CheckpointError: if the file is unreadable, its layout is unknown, or a key is missing, unknown or of
+            another shape.
+        ConfigError: if an override is invalid.
     """
     with open_raw(path, entry) as raw:
         yield as_source(raw, overrides)
 
 
-def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> Source:
-    """Open weights under our names; see `open_source`."""
-    layout = detect(raw.shapes, raw.path)
-    config, assumed, class_names = describe(layout, raw, overrides)
+def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> WeightSource:
+    """Translate opened weights to the names of EVEREST-DS; see `open_source`."""
+    layout = detect_layout(raw.shapes, raw.path)
+    config, assumed, class_names = describe_weights(layout, raw, overrides)
     model = outline_of(config, layout.kind)
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     theirs = {name: layout.theirs(name) for name in shapes}
     _check_shapes(raw, shapes, theirs)
-    return Source(
+    return WeightSource(
         raw.path,
         layout,
         config,
@@ -107,7 +109,7 @@ def as_source(raw: RawWeights, overrides: Sequence[str] = ()) -> Source:
     )
 
 
-def _check_shapes(raw: RawWeights, shapes: dict[str, Shape], theirs: dict[str, Names]) -> None:
+def _check_shapes(raw: RawWeights, shapes: dict[str, TensorShape], theirs: dict[str, Names]) -> None:
     for name, wanted in shapes.items():
         absent = [key for key in theirs[name] if key not in raw.shapes]
         found = None if absent else our_shape([raw.shapes[key] for key in theirs[name]])
@@ -121,10 +123,10 @@ def _check_shapes(raw: RawWeights, shapes: dict[str, Shape], theirs: dict[str, N
 
 
 def _unused(raw: RawWeights, layout: Layout, config: Experiment, used: set[str]) -> list[Unused]:
-    """The other keys, each with a reason.
+    """Return the keys that the model does not use, each with a reason.
 
     Raises:
-        CheckpointError: at the first that has none: it may be part of what the model computes.
+        CheckpointError: at the first key without a known reason, since it may affect the model's output.
     """
     unused = []
     for key in raw.shapes:
@@ -135,7 +137,7 @@ def _unused(raw: RawWeights, layout: Layout, config: Experiment, used: set[str])
             why = _why_no_positions(raw, config)
         if why is None:
             raise CheckpointError(
-                f"{raw.path}: `{key}` is not part of a {layout.system} {layout.kind} model that we know",
+                f"{raw.path}: `{key}` is not a known part of a {layout.system} {layout.kind} model",
                 given=f"shape {raw.shapes[key]}",
                 fix="remove it from the file if the model's output does not depend on it",
             )
@@ -144,15 +146,16 @@ def _unused(raw: RawWeights, layout: Layout, config: Experiment, used: set[str])
 
 
 def _why_no_positions(raw: RawWeights, config: Experiment) -> str:
-    """The positions of these systems are fixed: ours must be the same."""
+    """Check that stored positions equal the fixed table of the model, and return this as the reason."""
     model = config.model
     found = raw.read(_POSITIONS).squeeze(0)
     own = fixed_positions(model.positions, model.geometry, model.shape.encoder.width)
     if found.shape != own.shape or not torch.allclose(found, own, rtol=0, atol=1e-5):
         raise CheckpointError(
-            f"{raw.path}: `{_POSITIONS}` is not the fixed table that we compute",
+            f"{raw.path}: `{_POSITIONS}` is not the fixed position table of this model",
             given=f"shape {tuple(found.shape)}",
             allowed=f"{tuple(own.shape)} sines and cosines of model.positions={model.positions}",
-            fix="learned positions have no place here; of another clip, set model.num_frames and image_size",
+            fix="for another clip shape, set model.num_frames and model.image_size;"
+            " learned positions are not supported",
         )
     return f"equals the fixed table of model.positions={model.positions}"

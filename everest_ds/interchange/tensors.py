@@ -1,10 +1,11 @@
-"""How one of our parameters is shaped elsewhere.
+"""Conversion of parameter shapes between EVEREST-DS and other systems.
 
-The patch embedding is a Conv3d there, a linear map here: its inputs are (colour, frame, row, column) there,
-(frame, row, column, colour) here. The mask token has two axes of 1 more there. What q, k and v are projected
-with is one matrix here and may be three there.
+Other systems store the patch embedding as a Conv3d, with inputs in (colour, frame, row, column) order;
+EVEREST-DS stores a linear map with inputs in (frame, row, column, colour) order. Their mask token has two
+additional axes of size 1. The projections of q, k and v are a single matrix in EVEREST-DS and may be three
+elsewhere.
 
-Shape legend: D width, C = 3 colours, t frames and p x p pixels of a tubelet.
+Shape legend: D width, C = 3 colours, t frames and p x p pixels of one tubelet.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from torch import Tensor
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.interchange.layouts import EMBEDDING
 
-Shape = tuple[int, ...]
+TensorShape = tuple[int, ...]
 
 
-def our_shape(theirs: Sequence[Shape]) -> Shape:
-    """The shape here of a parameter that has these shapes elsewhere."""
+def our_shape(theirs: Sequence[TensorShape]) -> TensorShape:
+    """Return the EVEREST-DS shape of a parameter that has the given shapes in another system."""
     first = theirs[0]
     if len(theirs) > 1:
         return (sum(shape[0] for shape in theirs), *first[1:])
@@ -32,7 +33,7 @@ def our_shape(theirs: Sequence[Shape]) -> Shape:
 
 
 def to_ours(theirs: Sequence[Tensor]) -> Tensor:
-    """A parameter in the shape that it has here."""
+    """Convert the tensors of a parameter in another system to the EVEREST-DS parameter."""
     shape = our_shape([tuple(tensor.shape) for tensor in theirs])
     if theirs[0].ndim == 5:
         return theirs[0].permute(0, 2, 3, 4, 1).reshape(shape)
@@ -40,11 +41,13 @@ def to_ours(theirs: Sequence[Tensor]) -> Tensor:
 
 
 def to_theirs(name: str, ours: Tensor, parts: int, geometry: ClipGeometry) -> list[Tensor]:
-    """One of our parameters as the originals and transformers shape it.
+    """Convert an EVEREST-DS parameter to the shape of the original code and of transformers.
 
     Args:
-        name: ours.
-        parts: in how many tensors.
+        name: EVEREST-DS name of the parameter.
+        ours: the EVEREST-DS parameter.
+        parts: number of tensors to split the parameter into.
+        geometry: tubelet grid, which defines the axes of the patch embedding.
     """
     if name == EMBEDDING:
         t, p = geometry.tubelet_size, geometry.patch_size

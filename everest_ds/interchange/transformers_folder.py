@@ -1,4 +1,4 @@
-"""A folder that `from_pretrained` of transformers takes: weights, config and preprocessing."""
+"""Writer of a folder for `from_pretrained` of transformers: weights, config and preprocessing."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from everest_ds.checkpoints.tensor_file import save_weights
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import MLP_RATIO
 from everest_ds.interchange.files import CONFIG_FILE, PREPROCESSING_FILE, SAFETENSORS_FILE
-from everest_ds.interchange.layouts import Kind
+from everest_ds.interchange.layouts import WeightKind
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
-_ARCHITECTURES: dict[Kind, str] = {
+_ARCHITECTURES: dict[WeightKind, str] = {
     "pretrain": "VideoMAEForPreTraining",
     "finetune": "VideoMAEForVideoClassification",
     "encoder": "VideoMAEModel",
@@ -24,12 +24,16 @@ _ARCHITECTURES: dict[Kind, str] = {
 
 
 def save_folder(
-    folder: Path, state: Mapping[str, Tensor], kind: Kind, config: Experiment, class_names: list[str] | None
+    folder: Path,
+    state: Mapping[str, Tensor],
+    kind: WeightKind,
+    config: Experiment,
+    class_names: list[str] | None,
 ) -> None:
-    """Write the folder; what else is in it stays.
+    """Write weights, config and preprocessing into a folder, whose other files are kept.
 
     Raises:
-        OSError: if it cannot be written.
+        OSError: if the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     save_weights(state, folder / SAFETENSORS_FILE, {"format": "pt"})
@@ -37,7 +41,7 @@ def save_folder(
     _write_json(folder / PREPROCESSING_FILE, _preprocessing(config))
 
 
-def _config(kind: Kind, config: Experiment, class_names: list[str] | None) -> dict[str, Any]:
+def _config(kind: WeightKind, config: Experiment, class_names: list[str] | None) -> dict[str, Any]:
     model, encoder, decoder = config.model, config.model.shape.encoder, config.model.shape.decoder
     names = class_names or [f"LABEL_{label}" for label in range(model.num_classes or 0)]
     return {

@@ -1,1 +1,1 @@
-"""How ranks come to be: the environment of a rank, the local launcher, and what a machine can run."""
+"""Starting ranks: rank environment, local launcher, SLURM jobs, and checks of the machine."""

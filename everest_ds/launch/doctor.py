@@ -1,4 +1,4 @@
-"""Can this machine run EVEREST-DS: what is there, what is missing, what to do about it. Prints nothing."""
+"""Checks of a machine before it runs EVEREST-DS, returned as findings, each with a status and a fix."""
 
 from __future__ import annotations
 
@@ -37,13 +37,14 @@ PACKAGES = (
     "safetensors",
     "av",
 )
-# A checkpoint of ViT-L with fp32 weights and AdamW moments takes about 4 GiB: room for two of them.
+# Room for two checkpoints of ViT-L: one with fp32 weights and AdamW moments takes about 4 GiB.
 _DISK_BYTES = 10 * GIB
 _SHARED_MEMORY = Path("/dev/shm")
-# A first import of torch from a network file system can take half a minute; beyond this it hangs.
+# The first import of torch from a network file system can take half a minute; a slower probe is hanging.
 _PROBE_SECONDS = 60.0
 
-# Run in their own processes: this module stays free of torch, and a crash in a native library is a finding.
+# Both programs run in processes of their own: this module does not import torch, and a crash in a native
+# library becomes a finding.
 _TORCH_PROBE = """
 import json, torch, torch.distributed as dist
 cuda = torch.cuda.is_available()
@@ -66,7 +67,7 @@ print(" ".join(MPI.Get_library_version().splitlines()[0].split()))
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the report: `fix` is empty where nothing is to be done."""
+    """One row of the report; `fix` is empty if no action is needed."""
 
     name: str
     status: Status
@@ -76,12 +77,12 @@ class Finding:
 
 
 def examine(shared_bytes_per_rank: int) -> list[Finding]:
-    """Look at interpreter, packages, accelerator, machine and tools; takes seconds, changes nothing.
+    """Check interpreter, packages, accelerator, machine and tools, in a few seconds and without side effects.
 
     Args:
-        shared_bytes_per_rank: shared memory that the loader of one rank fills, with one rank on each GPU.
+        shared_bytes_per_rank: shared memory that the loader of one rank fills, with one rank per GPU.
     """
-    with ThreadPoolExecutor(max_workers=3) as pool:  # each waits for a process of its own
+    with ThreadPoolExecutor(max_workers=3) as pool:  # every thread waits for one child process
         torch = pool.submit(run_probe, [sys.executable, "-c", _TORCH_PROBE])
         mpi = pool.submit(run_probe, [sys.executable, "-c", _MPI_PROBE])
         slurm = pool.submit(_slurm)
@@ -101,33 +102,33 @@ def examine(shared_bytes_per_rank: int) -> list[Finding]:
 
 
 def main_job_can_run(findings: Sequence[Finding]) -> bool:
-    """Whether training can start here: nothing that is required is missing."""
+    """Return whether training can start on this machine, with no required item missing."""
     return not any(finding.required and finding.status == "missing" for finding in findings)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """The last line (or all) that a probe process wrote: to stdout if it succeeded, else to stderr."""
+class ProbeOutput:
+    """The result of a probe process: its last line (or all lines) on stdout, or on stderr if it failed."""
 
     succeeded: bool
     line: str
 
 
-def run_probe(command: Sequence[str], all_lines: bool = False) -> Outcome:
-    """Run a short program; never raises, never waits for ever."""
+def run_probe(command: Sequence[str], all_lines: bool = False) -> ProbeOutput:
+    """Run a short program with a time limit, and report every failure as an outcome instead of raising."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=_PROBE_SECONDS, stdin=subprocess.DEVNULL
         )
     except subprocess.TimeoutExpired:
-        return Outcome(False, f"no answer in {_PROBE_SECONDS:.0f} s")
+        return ProbeOutput(False, f"no answer within {_PROBE_SECONDS:.0f} s")
     except OSError as error:
-        return Outcome(False, str(error))
+        return ProbeOutput(False, str(error))
     succeeded = done.returncode == 0
     if succeeded and all_lines:
-        return Outcome(True, done.stdout.strip())
+        return ProbeOutput(True, done.stdout.strip())
     lines = (done.stdout if succeeded else done.stderr).strip().splitlines()
-    return Outcome(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
+    return ProbeOutput(succeeded, lines[-1] if lines else f"no output, exit code {done.returncode}")
 
 
 def _python(version: tuple[int, int]) -> Finding:
@@ -135,7 +136,8 @@ def _python(version: tuple[int, int]) -> Finding:
     if version < (3, 10):
         return Finding("Python", "missing", detail, "install Python 3.10 to 3.12", required=True)
     if version > (3, 12):
-        return Finding("Python", "warning", f"{detail}: not tested", "use Python 3.10 to 3.12", required=True)
+        untested = f"{detail}: EVEREST-DS is not tested with it"
+        return Finding("Python", "warning", untested, "use Python 3.10 to 3.12", required=True)
     return Finding("Python", "ok", detail, required=True)
 
 
@@ -146,8 +148,8 @@ def _package(name: str) -> Finding:
         return Finding(name, "missing", "not installed", f"pip install {name}", required=True)
 
 
-def _accelerator(probe: Outcome) -> list[Finding]:
-    """What torch finds: the devices, the backend of torch.distributed that will serve them, and bf16."""
+def _accelerator(probe: ProbeOutput) -> list[Finding]:
+    """Report what torch supports here: the devices, their torch.distributed backend, and bf16."""
     if not probe.succeeded:
         return [
             Finding(
@@ -162,16 +164,16 @@ def _accelerator(probe: Outcome) -> list[Finding]:
     return [_devices(found), _backend(found), _bf16(found)]
 
 
-def _num_devices(probe: Outcome) -> int:
+def _num_devices(probe: ProbeOutput) -> int:
     return len(json.loads(probe.line)["devices"]) if probe.succeeded else 0
 
 
 def _devices(found: Mapping[str, Any]) -> Finding:
     if found["devices"]:
         return Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
-    detail = f"no CUDA device for torch {found['version']}: runs on the CPU"
+    detail = f"torch {found['version']} finds no CUDA device: training runs on the CPU"
     return Finding(
-        "accelerator", "warning", detail, "with a GPU here: install torch's CUDA build and the driver"
+        "accelerator", "warning", detail, "on a machine with a GPU: install its driver and torch's CUDA build"
     )
 
 
@@ -179,7 +181,7 @@ def _backend(found: Mapping[str, Any]) -> Finding:
     wanted = "nccl" if found["devices"] else "gloo"
     if wanted in found["backends"]:
         return Finding("collective backend", "ok", wanted, required=True)
-    detail = f"this torch is built without {wanted}"
+    detail = f"the installed torch is built without {wanted}"
     return Finding(
         "collective backend", "missing", detail, "install an official build of torch", required=True
     )
@@ -188,21 +190,24 @@ def _backend(found: Mapping[str, Any]) -> Finding:
 def _bf16(found: Mapping[str, Any]) -> Finding:
     if found["bf16"] is None:
         return Finding(
-            "bf16", "ok", f"on the CPU ({found['cpu']}): fast with AVX512-BF16 or AMX, slow without"
+            "bf16",
+            "ok",
+            f"supported by the CPU ({found['cpu']}): fast with AVX512-BF16 or AMX, slow otherwise",
         )
     if found["bf16"]:
         return Finding("bf16", "ok", "supported by the GPU")
     return Finding("bf16", "warning", "not supported by the GPU", "train in fp16 or fp32")
 
 
-def _mpi_library(probe: Outcome) -> Finding:
+def _mpi_library(probe: ProbeOutput) -> Finding:
     if probe.succeeded:
         return Finding("MPI library", "ok", probe.line)
-    return Finding("MPI library", "warning", f"only for mpirun: {probe.line}", "pip install mpi4py mpich")
+    detail = f"needed only to start ranks with MPI: {probe.line}"
+    return Finding("MPI library", "warning", detail, "pip install mpi4py mpich")
 
 
 def _cores() -> Finding:
-    return Finding("CPU cores", "ok", f"{available_cores()} of {os.cpu_count()} usable")
+    return Finding("CPU cores", "ok", f"{available_cores()} of {os.cpu_count()} available to this process")
 
 
 def _memory() -> Finding:
@@ -210,7 +215,10 @@ def _memory() -> Finding:
 
 
 def _memory_bytes() -> int:
-    """The machine's memory, or less where a control group (a container, a SLURM job) has a lower limit."""
+    """Return the memory available to this process, in bytes.
+
+    That is the machine's memory, or the limit of a control group (a container, a SLURM job) if that is lower.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     limit = Path("/sys/fs/cgroup/memory.max")
     text = limit.read_text().strip() if limit.exists() else "max"
@@ -221,12 +229,13 @@ def _disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free
     detail = f"{format_bytes(free)} free in {folder}"
     if free < _DISK_BYTES:
-        return Finding("disk", "warning", detail, f"free {format_bytes(_DISK_BYTES)} for checkpoints")
+        fix = f"have at least {format_bytes(_DISK_BYTES)} free for checkpoints"
+        return Finding("disk", "warning", detail, fix)
     return Finding("disk", "ok", detail)
 
 
 def check_shared_memory(needed_bytes: int, folder: Path = _SHARED_MEMORY) -> Finding:
-    """Compare what is free in shared memory with what loader workers of this node hand over there."""
+    """Compare the free shared memory with the amount that the loader workers of this node need."""
     name = "shared memory"
     if not folder.is_dir():
         return Finding(name, "ok", f"no {folder} on this system")
@@ -236,7 +245,7 @@ def check_shared_memory(needed_bytes: int, folder: Path = _SHARED_MEMORY) -> Fin
         return Finding(name, "ok", detail)
     size = -(-needed_bytes // GIB)
     fix = (
-        f"give it {size} GiB (docker run --shm-size={size}g, or mount -o remount,size={size}g {folder}),"
+        f"enlarge it to {size} GiB (docker run --shm-size={size}g, mount -o remount,size={size}g {folder}),"
         " or lower data.num_workers or batch.micro_batch_size"
     )
     return Finding(name, "warning", f"{detail}; loader workers need {format_bytes(needed_bytes)}", fix)
@@ -245,7 +254,7 @@ def check_shared_memory(needed_bytes: int, folder: Path = _SHARED_MEMORY) -> Fin
 def _slurm() -> Finding:
     path = shutil.which("sbatch")
     if path is None:
-        detail = "no sbatch on PATH: not needed for local runs"
+        detail = "sbatch is not on PATH: needed only to submit jobs"
         return Finding("SLURM", "warning", detail, "submit jobs from a login node of the cluster")
     version = run_probe([path, "--version"])
     if not version.succeeded:
@@ -258,7 +267,7 @@ def _slurm() -> Finding:
 def _mpirun() -> Finding:
     path = _first_on_path("mpirun", "mpiexec")
     if path is None:
-        detail = "not on PATH: needed only to start ranks by MPI"
+        detail = "mpirun is not on PATH: needed only to start ranks with MPI"
         return Finding("mpirun", "warning", detail, "pip install mpich")
     return Finding("mpirun", "ok", path)
 
@@ -266,7 +275,7 @@ def _mpirun() -> Finding:
 def _compiler(environ: Mapping[str, str]) -> Finding:
     path = _first_on_path(environ.get("CXX", "c++"), "g++", "clang++")
     if path is None:
-        detail = "not found: needed only for the operations that DeepSpeed compiles, such as its CPU Adam"
+        detail = "no compiler found: needed only for the operations that DeepSpeed compiles, such as CPU Adam"
         return Finding("C++ compiler", "warning", detail, "install g++ and ninja")
     return Finding("C++ compiler", "ok", path)
 

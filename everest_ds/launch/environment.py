@@ -1,4 +1,4 @@
-"""Who am I among the ranks: one answer for torchrun, deepspeed, mpirun, srun and a plain process."""
+"""Detection of this process's rank under torchrun, deepspeed, mpirun, srun or no launcher at all."""
 
 from __future__ import annotations
 
@@ -9,24 +9,25 @@ from dataclasses import dataclass
 from functools import cache
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.nodelist import expand_nodelist, expand_task_counts
+from everest_ds.launch.slurm_nodelist import expand_nodelist, expand_task_counts
 
 Environ = Mapping[str, str]
 
 LOCALHOST = "127.0.0.1"
-# Below Linux's ephemeral range (32768 and up), so that no outgoing connection holds the port by chance.
+# Below Linux's ephemeral range (32768 and up), so that no outgoing connection occupies the port by chance.
 _SLURM_PORTS = range(20_000, 30_000)
-# A prime stride, so that the steps of one job and its neighbours' jobs rarely meet on a port.
+# A prime stride, so that job steps of one job and of concurrent jobs rarely choose the same port.
 _STEP_STRIDE = 101
-# From here on SLURM's step ids are not srun's: salloc's interactive shell, the batch script, the extern step.
+# SLURM reserves step ids from here on for steps that srun does not start: salloc's interactive shell, the
+# batch script and the extern step.
 _FIRST_PSEUDO_STEP = 0xFFFF_FFF0
 
 
 @dataclass(frozen=True)
 class RankEnvironment:
-    """One rank's place in the world, and where rank 0 listens.
+    """The position of one rank among all ranks, and the address on which rank 0 listens.
 
-    `local_rank` and `local_world_size` count the ranks of this host.
+    `local_rank` and `local_world_size` count only the ranks on this host.
     """
 
     launcher: str
@@ -38,7 +39,10 @@ class RankEnvironment:
     master_port: int
 
     def as_variables(self) -> dict[str, str]:
-        """What torch and DeepSpeed read; with one of these missing, DeepSpeed goes looking for MPI."""
+        """Return the environment variables that torch and DeepSpeed read.
+
+        All of them must be set, because DeepSpeed tries MPI discovery if one is missing.
+        """
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -49,13 +53,13 @@ class RankEnvironment:
         }
 
 
-def detect(environ: Environ = os.environ) -> RankEnvironment:
-    """Read this rank's place from the variables its launcher set.
+def detect_environment(environ: Environ = os.environ) -> RankEnvironment:
+    """Read this rank's position from the variables that its launcher set.
 
     Under mpirun without MASTER_ADDR and MASTER_PORT this is a collective call: every rank must make it.
 
     Raises:
-        UsageError: a variable is missing, not an integer or out of range; or mpi4py finds no MPI.
+        UsageError: if a variable is missing, not an integer or out of range, or mpi4py finds no MPI library.
     """
     for launcher in _LAUNCHERS:
         if launcher.started(environ):
@@ -65,7 +69,7 @@ def detect(environ: Environ = os.environ) -> RankEnvironment:
 
 
 def free_port() -> int:
-    """A TCP port nobody listens on at this moment."""
+    """Return a TCP port that is unused at this moment."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
@@ -73,7 +77,10 @@ def free_port() -> int:
 
 @dataclass(frozen=True)
 class _Launcher:
-    """The variables by which a launcher tells a rank its place; of a tuple, the first that is set counts."""
+    """The names of the variables in which a launcher passes a rank its position.
+
+    In a tuple of names, the first variable that is set counts.
+    """
 
     name: str
     started: Callable[[Environ], bool]
@@ -85,7 +92,10 @@ class _Launcher:
 
 
 def _is_srun_task(environ: Environ) -> bool:
-    """A batch script has SLURM_PROCID too, but no step; a salloc shell has a step, but no peers."""
+    """Return whether srun started this process.
+
+    SLURM_PROCID does not tell: a batch script has it too, but no step id. A salloc shell has a reserved one.
+    """
     return "SLURM_STEP_ID" in environ and _integer(environ, "SLURM_STEP_ID") < _FIRST_PSEUDO_STEP
 
 
@@ -94,7 +104,10 @@ def _given_rendezvous(environ: Environ, world_size: int, local_world_size: int) 
 
 
 def _slurm_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
-    """The step's first host and a port every rank derives alike; MASTER_ADDR and MASTER_PORT win."""
+    """Return the step's first host, and a port that every rank derives from the job and step ids.
+
+    MASTER_ADDR and MASTER_PORT take precedence if they are set.
+    """
     address = environ.get("MASTER_ADDR") or _slurm_first_host(environ)
     if "MASTER_PORT" in environ:
         return address, _port(environ)
@@ -107,19 +120,22 @@ def _slurm_first_host(environ: Environ) -> str:
 
 
 def _mpi_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
-    """What the environment leaves open comes from rank 0, over MPI: a collective call."""
+    """Return rank 0's address and port, broadcasting over MPI what the environment does not set.
+
+    This is a collective call unless both MASTER_ADDR and MASTER_PORT are set.
+    """
     if "MASTER_ADDR" in environ and "MASTER_PORT" in environ:
         return _given_rendezvous(environ, world_size, local_world_size)
     address, port = _broadcast_address(world_size, world_size == local_world_size)
     return environ.get("MASTER_ADDR", address), _port(environ) if "MASTER_PORT" in environ else port
 
 
-@cache  # MPI runs once: a second call of detect() must not meet a finalized MPI
+@cache  # MPI cannot be initialized again after MPI.Finalize, so a second detect() reuses the first answer
 def _broadcast_address(world_size: int, one_host: bool) -> tuple[str, int]:
-    """Rank 0's address and a port that is free there, over MPI, which is shut down again."""
+    """Broadcast rank 0's address and a free port of its host over MPI, then shut MPI down."""
     try:
         from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py is there, the MPI library is not
+    except (ImportError, RuntimeError) as error:  # RuntimeError: mpi4py finds no MPI library
         raise UsageError(
             "mpirun started this rank, but mpi4py cannot load an MPI library",
             given=str(error).splitlines()[0],
@@ -134,14 +150,14 @@ def _broadcast_address(world_size: int, one_host: bool) -> tuple[str, int]:
         )
     host = LOCALHOST if one_host else socket.gethostname()
     address, port = world.bcast((host, free_port()), root=0)
-    # Left open, MPI would hold a failing rank in its exit until all ranks reach theirs, and hide the failure.
+    # Without this call, MPI keeps a failing rank waiting at exit until all ranks exit, and hides the failure.
     MPI.Finalize()
     return address, port
 
 
 _LAUNCHERS = (
-    # torchrun, deepspeed (its LOCAL_SIZE) and our own local launcher. Who exports RANK by hand on one host
-    # need not count its ranks: then all ranks are local.
+    # This entry serves torchrun, deepspeed (which sets LOCAL_SIZE) and the local launcher. WORLD_SIZE comes
+    # last for a user who exports RANK by hand on one host, where all ranks are local.
     _Launcher(
         "torchrun",
         lambda environ: "RANK" in environ,
@@ -151,8 +167,8 @@ _LAUNCHERS = (
         local_world_size=("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "WORLD_SIZE"),
         rendezvous=_given_rendezvous,
     ),
-    # Both mpiruns go before srun: inside a SLURM job they start one daemon a node through srun, and the ranks
-    # inherit the daemon's SLURM_PROCID. `srun --mpi=pmi2` sets PMI_RANK as well, but never MPI_LOCALRANKID.
+    # Both MPI launchers precede srun: inside a SLURM job they start one daemon per node through srun, and the
+    # ranks inherit the daemon's SLURM_PROCID. `srun --mpi=pmi2` sets PMI_RANK too, but never MPI_LOCALRANKID.
     _Launcher(
         "openmpi",
         lambda environ: "OMPI_COMM_WORLD_RANK" in environ,
@@ -182,7 +198,7 @@ _LAUNCHERS = (
     ),
 )
 
-# A world size of several ranks that no launcher above explains, and the variable that would explain it.
+# Variable with a number of ranks -> the rank variable that is set with it by the launcher.
 _STRAYS = {
     "WORLD_SIZE": "RANK",
     "PMI_SIZE": "MPI_LOCALRANKID",
@@ -191,7 +207,10 @@ _STRAYS = {
 
 
 def _refuse_strays(environ: Environ) -> None:
-    """N processes that each take themselves for the only one would train N times over the same run folder."""
+    """Raise an error if a variable announces several ranks but this process has no rank.
+
+    Otherwise N processes would each train alone, as rank 0 of 1, in the same run folder.
+    """
     for size, rank in _STRAYS.items():
         if size in environ and _integer(environ, size) != 1:
             raise UsageError(
@@ -211,7 +230,7 @@ def _read(launcher: _Launcher, environ: Environ) -> RankEnvironment:
 
 
 def _local_world_size(launcher: _Launcher, environ: Environ) -> int:
-    """Ranks of this host; SLURM writes one number a node, of which SLURM_NODEID is this node's."""
+    """Return the number of ranks on this host; SLURM lists one number per node, indexed by SLURM_NODEID."""
     name = next((name for name in launcher.local_world_size if name in environ), launcher.local_world_size[0])
     if not name.endswith("TASKS_PER_NODE"):
         return _integer(environ, name)
@@ -220,32 +239,38 @@ def _local_world_size(launcher: _Launcher, environ: Environ) -> int:
 
 
 def _text(environ: Environ, *names: str) -> str:
-    """The first of `names` that is set and not empty."""
+    """Return the value of the first variable in `names` that is set and not empty."""
     for name in names:
         if environ.get(name):
             return environ[name]
     raise UsageError(
         f"environment variable {' or '.join(names)} is not set",
-        fix="start with torchrun, mpirun or srun, which set every variable of a rank",
+        fix="start with torchrun, mpirun or srun, which set all variables that a rank needs",
     )
 
 
 def _integer(environ: Environ, name: str) -> int:
     text = _text(environ, name)
     if not (text.isascii() and text.isdigit()):
-        raise UsageError(f"environment variable {name}", given=repr(text), allowed="an integer, 0 or more")
+        raise UsageError(
+            f"environment variable {name} is not a whole number",
+            given=repr(text),
+            allowed="an integer, 0 or more",
+        )
     return int(text)
 
 
 def _below(environ: Environ, name: str, limit: int) -> int:
     value = _integer(environ, name)
     if value >= limit:
-        raise UsageError(f"environment variable {name}", given=value, allowed=f"less than {limit}")
+        raise UsageError(
+            f"environment variable {name} is too large", given=value, allowed=f"less than {limit}"
+        )
     return value
 
 
 def _port(environ: Environ) -> int:
     port = _integer(environ, "MASTER_PORT")
     if not 0 < port < 2**16:
-        raise UsageError("environment variable MASTER_PORT", given=port, allowed="1 to 65535")
+        raise UsageError("environment variable MASTER_PORT is not a port", given=port, allowed="1 to 65535")
     return port

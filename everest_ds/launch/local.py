@@ -1,4 +1,4 @@
-"""Start the ranks of one machine, and end them together: torchrun's job, without its agent and its noise."""
+"""The local launcher: starts all ranks on one machine and ends them together, like torchrun on one node."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from everest_ds.launch.environment import LOCALHOST, RankEnvironment, free_port
 
 EVEREST = (sys.executable, "-m", "everest_ds")
 
-# After the first failure the other ranks see their connections break within a second, and call the roll for
-# five; the rest is for rank 0 to close its logs and print its reason on a node whose cores are taken. No
-# longer: a rank in a collective call would wait for ever.
+# Time that the other ranks have to end after the first failure. Their connections break within a second, and
+# finding the lost ranks takes five; the rest lets rank 0 close its logs and print the reason on a busy node.
+# The time is bounded because a rank in a collective call would wait forever.
 GRACE_SECONDS = 20.0
-# From SIGTERM to SIGKILL: time to flush files. A checkpoint cannot be saved any more, its peers are gone.
+# Time from SIGTERM to SIGKILL, enough to flush files. No checkpoint can be saved without the lost ranks.
 TERMINATE_SECONDS = 5.0
 _POLL_SECONDS = 0.05
 _TAIL_LINES = 20
@@ -36,22 +36,23 @@ _TAIL_BYTES = 64 * 1024
 def launch_local(
     num_ranks: int, argv: Sequence[str], *, log_dir: Path | None, command: Sequence[str] = EVEREST
 ) -> int:
-    """Run `command *argv` as `num_ranks` ranks on this machine, and return the exit code for all of them.
+    """Run `command *argv` as `num_ranks` ranks on this machine, and return one exit code for all of them.
 
-    Rank 0 writes to this terminal; the others to `log_dir/rank-<N>.out` (a temporary folder if None), of
-    which the end is shown if that rank is the first to fail. SIGTERM and SIGUSR1 are passed on; SIGINT is
-    not, for the terminal sends it to every rank itself. No rank outlives this process, on Linux not even
-    when it is killed. Main thread only: signal handlers are installed meanwhile.
+    Rank 0 writes to this terminal. The others write to `log_dir/rank-<N>.out` (in a temporary folder if
+    `log_dir` is None); the last lines of that file are shown if that rank is the first to fail. SIGTERM and
+    SIGUSR1 are passed on to the ranks. SIGINT is not, because the terminal sends it to every rank itself. No
+    rank outlives this process; on Linux that holds even if this process is killed. Call this function in the
+    main thread only, because it installs signal handlers while it runs.
 
     Returns:
         The exit code of the first rank to fail, or `ExitCode.RANK_LOST` if a signal ended that rank;
-        `ExitCode.STOPPED` if a rank stopped as asked; otherwise 0.
+        `ExitCode.STOPPED` if a rank stopped on request; otherwise 0.
 
     Raises:
-        UsageError: `num_ranks` is below 1.
+        UsageError: if `num_ranks` is below 1.
     """
     if num_ranks < 1:
-        raise UsageError("number of ranks", given=num_ranks, allowed="1 or more")
+        raise UsageError("the number of ranks is too small", given=num_ranks, allowed="1 or more")
     with contextlib.ExitStack() as stack:
         folder = log_dir or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="everest-ds-")))
         folder.mkdir(parents=True, exist_ok=True)
@@ -66,23 +67,23 @@ def launch_local(
 
 
 def available_cores() -> int:
-    """CPU cores this process may use: what taskset, SLURM or a container leaves of the machine."""
+    """Return the number of CPU cores that taskset, SLURM or a container lets this process use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads_per_rank(num_ranks: int) -> int:
-    """Threads that each of `num_ranks` ranks on this machine computes with."""
+    """Return the number of threads with which each of `num_ranks` ranks on this machine computes."""
     return int(os.environ.get("OMP_NUM_THREADS") or max(1, available_cores() // num_ranks))
 
 
 class _Failure(NamedTuple):
     rank: int
-    code: int  # as subprocess gives it: -9 is an end by SIGKILL
+    code: int  # in subprocess's convention: -9 for a process ended by SIGKILL
 
 
 @dataclass
 class _Group:
-    """The ranks that were started; what was asked of them; and which failed, in the order it was seen."""
+    """The ranks that were started, the signals that were received, and the failures in the order observed."""
 
     folder: Path
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -92,7 +93,7 @@ class _Group:
     to_pass_on: list[int] = field(default_factory=list)
 
     def start(self, command: Sequence[str], place: RankEnvironment) -> None:
-        # Appended: the output of the run that is being resumed may hold the reason of its end.
+        # Output is appended, because that of the run being resumed may hold the reason why it ended.
         with open(self.output_file(place.rank) if place.rank else os.devnull, "ab") as output:
             self.output_starts.append(output.tell())
             process = subprocess.Popen(
@@ -109,25 +110,25 @@ class _Group:
         return self.folder / f"rank-{rank}.out"
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler: `poll` does the rest, so that nothing runs inside the handler."""
+        """Record a received signal; `poll` acts on it later, so that the handler itself does nothing else."""
         self.asked.add(number)
         if number != signal.SIGINT:
             self.to_pass_on.append(number)
 
     def poll(self) -> bool:
-        """Pass on signals, note new failures; whether a rank still runs."""
+        """Pass on signals, record new failures, and return whether a rank is still running."""
         while self.to_pass_on:
             self.send(self.to_pass_on.pop(0))
         codes = [process.poll() for process in self.ranks]
         failed = {failure.rank for failure in self.failures}
-        # Of ranks that failed within one poll rank 0 counts last: its reason is on the console already.
+        # Among ranks that failed within one poll, rank 0 comes last: its reason is already on the console.
         for rank, code in reversed(list(enumerate(codes))):
             if code not in (None, ExitCode.OK, ExitCode.STOPPED) and rank not in failed:
                 self.failures.append(_Failure(rank, code))
         return None in codes
 
     def wait(self, seconds: float, until_failure: bool = False) -> bool:
-        """Wait at most `seconds` for all ranks to end; whether one still runs."""
+        """Wait at most `seconds` for all ranks to end, and return whether one is still running."""
         deadline = time.monotonic() + seconds
         while running := self.poll():
             if time.monotonic() > deadline or (until_failure and self.failures):
@@ -145,7 +146,7 @@ class _Group:
             process.wait()
 
     def finish(self) -> int:
-        """Wait for all ranks; once one failed, end those that do not end by themselves. The code for all."""
+        """Wait for all ranks, end those that hang after a failure, and return the exit code for all."""
         if self.wait(math.inf, until_failure=True):
             _say(f"{_how_it_ended(self.failures[0])}; the other ranks have {GRACE_SECONDS:.0f} s to end")
             self.wait(GRACE_SECONDS)
@@ -158,9 +159,9 @@ class _Group:
         return max(process.returncode for process in self.ranks)
 
     def report(self, failure: _Failure) -> int:
-        """Put the reason on the console, unless that rank wrote to it already; the exit code to end with."""
+        """Print the reason of a failure unless rank 0 has done so, and return the launcher's exit code."""
         if -failure.code in self.asked:
-            return ExitCode.STOPPED  # it had no handler yet, so it had nothing to save
+            return ExitCode.STOPPED  # the rank had not installed its signal handler, so had nothing to save
         if failure.rank > 0:
             tail = _last_lines(self.output_file(failure.rank), self.output_starts[failure.rank])
             _say("\n".join(f"[rank {failure.rank}] {line}" for line in tail))
@@ -172,7 +173,7 @@ class _Group:
 
 
 def _first_cause(failures: Sequence[_Failure]) -> _Failure:
-    """The first rank to fail for a reason of its own, not because another was lost."""
+    """Return the first failure with a cause of its own, not the loss of another rank."""
     own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
     return (own or failures)[0]
 
@@ -180,26 +181,26 @@ def _first_cause(failures: Sequence[_Failure]) -> _Failure:
 def _how_it_ended(failure: _Failure) -> str:
     if failure.code > 0:
         return f"rank {failure.rank} failed with exit code {failure.code}"
-    with contextlib.suppress(ValueError):  # real-time signals have no name
+    with contextlib.suppress(ValueError):  # Python has no name for most real-time signals
         return f"rank {failure.rank} was ended by {signal.Signals(-failure.code).name}"
     return f"rank {failure.rank} was ended by signal {-failure.code}"
 
 
 def _last_lines(file: Path, start: int) -> list[str]:
-    """The last lines written from byte `start` on."""
+    """Return the last lines of the file among those written after byte `start`."""
     with open(file, "rb") as stream:
         stream.seek(max(start, file.stat().st_size - _TAIL_BYTES))
         return stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
 
 
 def _rank_variables(place: RankEnvironment) -> dict[str, str]:
-    # Each rank's torch takes every core unless told otherwise, and N ranks then stand in each other's way.
+    # By default torch uses every core in each rank, and N ranks then slow each other down.
     threads = threads_per_rank(place.local_world_size)
     return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
 def end_with_parent(parent: int) -> Callable[[], None] | None:
-    """What a child runs before its program: Linux shall kill it when the launcher dies. Elsewhere nothing."""
+    """Return a `preexec_fn` with which Linux kills the child when its parent dies; None on other systems."""
     if sys.platform != "linux":
         return None
     libc = ctypes.CDLL(None)
@@ -207,7 +208,7 @@ def end_with_parent(parent: int) -> Callable[[], None] | None:
 
     def ask() -> None:
         libc.prctl(set_parent_death_signal, ctypes.c_ulong(signal.SIGKILL))
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the parent died before this call
             os._exit(ExitCode.RANK_LOST)
 
     return ask
@@ -215,7 +216,10 @@ def end_with_parent(parent: int) -> Callable[[], None] | None:
 
 @contextlib.contextmanager
 def _signals_noted(group: _Group) -> Iterator[None]:
-    """A handler, not SIG_IGN, for SIGINT: an ignored signal would stay ignored in the ranks."""
+    """Record stop signals while the block runs, then restore the previous handlers.
+
+    SIGINT gets a handler too instead of SIG_IGN, because the ranks would inherit an ignored signal.
+    """
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     previous = {number: signal.signal(number, group.note_signal) for number in numbers}
     try:

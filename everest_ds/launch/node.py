@@ -1,4 +1,4 @@
-"""What a node of a run looks like, and which of several nodes differ from the rest. Builds on the doctor."""
+"""The facts about each node of a run, and the comparison that finds the node that differs from the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 from everest_ds.launch.doctor import PACKAGES, Finding, run_probe
 
-# Further apart, times in logs of several nodes cannot be compared, and some file systems misbehave.
+# With clocks further apart, log times of several nodes cannot be compared, and some file systems misbehave.
 _MAX_CLOCK_SECONDS = 2.0
 _NVIDIA_SMI = (
     "nvidia-smi",
@@ -28,16 +28,18 @@ _PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """One node.
+    """The facts about one node that must agree with those of the other nodes.
 
     Attributes:
+        node: name of the node.
+        python: version of Python.
         code: digest of the package's sources.
-        packages: versions, in the doctor's order.
-        files: bytes of each file that all should see, -1 for one that is not there.
-        run: what it reads in the run folder; an error's text if it cannot.
-        clock_s: seconds since the epoch at a moment that is the same on all nodes.
-        gpus: name, MiB and driver of each.
-        gpu_errors: memory errors that were not corrected, of each GPU that has some.
+        packages: package versions, in the doctor's order.
+        files: size in bytes of each file that every node must see; -1 if the file is missing.
+        run: text of the token file in the run folder, or the error that prevented reading it.
+        clock_s: clock of the node in seconds since the Unix epoch, read at the same moment on all nodes.
+        gpus: name, memory in MiB and driver version of each GPU.
+        gpu_errors: number of uncorrected memory errors of each GPU that has any.
     """
 
     node: str
@@ -51,29 +53,29 @@ class NodeFacts:
     gpu_errors: str
 
 
-# fact -> (what its difference means, what to do about it)
+# Fact -> (meaning of a difference, fix).
 _MUST_AGREE = {
-    "python": ("another Python", "give all nodes the same environment: EVEREST_PYTHON on a shared disk"),
-    "code": ("another copy of everest-ds", "install it once on a shared disk, or on all nodes"),
+    "python": ("another Python version", "give all nodes one environment: EVEREST_PYTHON on a shared disk"),
+    "code": ("another version of everest-ds", "install the package once on a shared disk, or on all nodes"),
     "packages": ("other package versions", "give all nodes the same environment"),
-    "files": ("does not see the same data", "mount the same disk, or copy the data again"),
+    "files": ("does not see the same data", "mount the same disk on all nodes, or copy the data again"),
     "run": ("does not see the run folder", "choose a run.dir on a disk that all nodes share"),
     "gpus": ("other GPUs", "ask for nodes of one kind: sbatch --constraint or --gpus-per-node=TYPE:N"),
 }
 
 
 def node_name() -> str:
-    """SLURM's name of this node, else its own."""
+    """Return SLURM's name of this node, or its host name outside SLURM."""
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def look(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
-    """The facts of this node.
+def node_facts(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
+    """Collect the facts about this node.
 
     Args:
-        files: that every node needs.
-        token: a file that another node has just written into the run folder.
-        clock_s: time.time() right after all nodes met.
+        files: files that every node needs.
+        token: file that another node has just written into the run folder.
+        clock_s: time.time() right after a barrier of all nodes.
     """
     gpus, errors = _gpus()
     return NodeFacts(
@@ -91,7 +93,7 @@ def look(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
 
 @cache
 def code_digest() -> str:
-    """Of all Python files of this package."""
+    """Return a digest of all Python files of this package."""
     digest = hashlib.sha256()
     for file in sorted(_PACKAGE.rglob("*.py")):
         digest.update(f"{file.relative_to(_PACKAGE)}\0".encode() + file.read_bytes())
@@ -99,7 +101,10 @@ def code_digest() -> str:
 
 
 def compare(nodes: Sequence[NodeFacts]) -> list[tuple[str, Finding]]:
-    """What is wrong with which node; empty if all are alike. One to one, the first is right."""
+    """Return (node, finding) for each fact in which a node differs from the majority, and for each GPU fault.
+
+    With two nodes, the first counts as the reference.
+    """
     found = [(n.node, _differs(name, n, nodes)) for name in _MUST_AGREE for n in nodes]
     found += [(n.node, _gpu_errors(n)) for n in nodes]
     found += [(n.node, _clock(n, nodes)) for n in nodes]
@@ -107,7 +112,7 @@ def compare(nodes: Sequence[NodeFacts]) -> list[tuple[str, Finding]]:
 
 
 def clock_spread_s(nodes: Sequence[NodeFacts]) -> float:
-    """How far the nodes' clocks are apart; what it takes to meet is part of it."""
+    """Return the largest difference between the nodes' clocks, in seconds, including the barrier's jitter."""
     return max(n.clock_s for n in nodes) - min(n.clock_s for n in nodes)
 
 
@@ -121,7 +126,7 @@ def _differs(name: str, node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding 
 
 
 def _difference(here: str, usual: str) -> str:
-    """The words in which they differ, if they are lists of words as long as each other."""
+    """Describe the difference of two facts: word by word for lists of equal length, otherwise as a whole."""
     left, right = here.split(), usual.split()
     if len(left) == len(right) > 1:
         words = [(a, b) for a, b in zip(left, right, strict=True) if a != b][:3]
@@ -132,7 +137,7 @@ def _difference(here: str, usual: str) -> str:
 def _gpu_errors(node: NodeFacts) -> Finding | None:
     if not node.gpu_errors:
         return None
-    fix = "exclude the node and tell its administrators"
+    fix = "exclude the node and report it to its administrators"
     return Finding(
         "gpu_errors", "missing", f"uncorrected memory errors: {node.gpu_errors}", fix, required=True
     )
@@ -142,17 +147,17 @@ def _clock(node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding | None:
     middle = sorted(n.clock_s for n in nodes)[len(nodes) // 2]
     if abs(node.clock_s - middle) < _MAX_CLOCK_SECONDS:
         return None
-    detail = f"its clock is {node.clock_s - middle:+.1f} s off"
-    return Finding("clock", "warning", detail, "have its time service looked at")
+    detail = f"the node's clock is {node.clock_s - middle:+.1f} s off"
+    return Finding("clock", "warning", detail, "ask the administrators to check the node's time service")
 
 
 def _gpus() -> tuple[str, str]:
-    """The GPUs that nvidia-smi sees, and the errors it counts; empty texts without it."""
+    """Return the GPUs and the memory errors that nvidia-smi reports, or two empty texts if it is missing."""
     if shutil.which(_NVIDIA_SMI[0]) is None:
         return "", ""
     outcome = run_probe(_NVIDIA_SMI, all_lines=True)
     if not outcome.succeeded:
-        return "", f"nvidia-smi fails: {outcome.line}"
+        return "", f"nvidia-smi failed: {outcome.line}"
     rows = [line.rsplit(", ", 1) for line in outcome.line.splitlines()]
     errors = [
         f"GPU {number}: {count}"

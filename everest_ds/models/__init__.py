@@ -1,4 +1,7 @@
-"""Architecture only: no distributed code, no environment, no files. In: uint8 pixels and a key a clip."""
+"""The model architectures, free of distributed code, environment variables and files.
+
+The inputs of a model are uint8 pixels and one random key per clip.
+"""
 
 from torch import nn
 
@@ -10,5 +13,5 @@ __all__ = ["Classifier", "PretrainModel", "build_model"]
 
 
 def build_model(config: Experiment) -> nn.Module:
-    """The model that the experiment trains."""
+    """Build the model that the experiment trains, with its initial weights."""
     return PretrainModel(config) if config.task == "pretrain" else Classifier(config)

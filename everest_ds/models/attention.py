@@ -1,6 +1,6 @@
-"""Softmax attention over the tokens of a clip, by the kernel that suits device and precision.
+"""Softmax attention over the tokens of a clip, with a kernel chosen for the device and precision.
 
-Shape legend: B clips, h heads, n tokens, d width of a head, H = B·h.
+Shape legend: B clips, h heads, n tokens, d width of one head, H = B·h.
 """
 
 from __future__ import annotations
@@ -12,34 +12,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Attention logits worked on at a time, in values: what the caches of a few cores hold in bfloat16.
+# Attention logits per chunk, in values: in bfloat16 they fit into the caches of a few cores.
 _CHUNK_LOGITS = 2**20
 
 
 def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
-    """softmax(QKᵀ/√d)V without keeping an n x n matrix for the backward pass.
+    """Compute softmax(QKᵀ/√d)V without keeping an n x n matrix for the backward pass.
 
-    PyTorch's flash kernels, but in bfloat16 on a CPU: there they work in float32, 2 to 4 times slower than
-    oneDNN's bfloat16 products at the few hundred tokens that are left of a clip (docs/benchmarks.md).
+    Uses PyTorch's fused kernels except in bfloat16 on a CPU: there they compute in float32 and are 2 to 4
+    times slower than oneDNN's bfloat16 products at the few hundred tokens that a clip keeps
+    (docs/benchmarks.md).
 
     Returns:
         (B, n, h·d).
     """
     if qkv_Bn3hd.device.type == "cpu" and qkv_Bn3hd.dtype == torch.bfloat16:
         return _ChunkedAttention.apply(qkv_Bn3hd)
-    # One copy in the backward pass: gradients of q, k and v are stacked in the order that qkv has.
+    # unbind costs one copy in the backward pass: it stacks the gradients of q, k and v in the order of qkv.
     q, k, v = (part.transpose(1, 2) for part in qkv_Bn3hd.unbind(2))
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def unfused_attention(qkv_Bn3hd: Tensor) -> Tensor:
-    """The same with both n x n matrices in memory: how the published memory figures were taken."""
+    """Compute softmax(QKᵀ/√d)V with both n x n matrices in memory, as for the published memory figures."""
     values = qkv_Bn3hd[:, :, 2].transpose(1, 2)
     return (attention_weights(qkv_Bn3hd) @ values).transpose(1, 2).flatten(2)
 
 
 def attention_weights(qkv_Bn3hd: Tensor) -> Tensor:
-    """softmax(QKᵀ/√d) (B, h, n, n): how much each token (row) takes from each other one."""
+    """Return softmax(QKᵀ/√d), (B, h, n, n): the weight of each token (column) in each output token (row)."""
     q, k = qkv_Bn3hd[:, :, :2].permute(2, 0, 3, 1, 4)
     return ((q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)).softmax(dim=-1)
 
@@ -48,9 +49,9 @@ ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused_attention, "u
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """A few heads at a time, so that their logits stay in cache; computed again in the backward pass.
+    """Attention a few heads at a time, so that their logits stay in cache; the backward pass recomputes them.
 
-    As with unfused attention under autocast, logits and weights are rounded to the inputs' precision.
+    Logits and weights are rounded to the precision of the inputs, as in unfused attention under autocast.
     """
 
     @staticmethod
@@ -86,7 +87,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _chunks(num_heads: int, num_tokens: int) -> Iterator[slice]:
-    """Slices over B·h heads of at most _CHUNK_LOGITS logits, but of two heads at least."""
+    """Yield slices over the B·h heads, of at most _CHUNK_LOGITS logits but at least two heads each."""
     step = max(2, _CHUNK_LOGITS // num_tokens**2)
     for first in range(0, num_heads, step):
         yield slice(first, first + step)

@@ -1,6 +1,6 @@
-"""The classifier: fine-tuning and inference on the kept tokens (`rero`, `random`) or on all of them (`none`).
+"""The classifier for fine-tuning and inference, on the kept tokens (`rero`, `random`) or on all (`none`).
 
-Shape legend: B clips, F frames, H x W pixels, N tokens, K kept, D width.
+Shape legend: B clips, F frames, H x W pixels, N tokens, K kept tokens, D width.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.sampling import drop_scale
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import gather_tokens
 
-HEAD_DROP_STREAM = 8  # of per-clip randomness
+HEAD_DROP_STREAM = 8  # stream of per-clip randomness
 
 
 class Classifier(nn.Module):
-    """Encoder, mean over its tokens, LayerNorm, dropout, linear head; no class token.
+    """Video classifier: encoder, mean over its tokens, LayerNorm, dropout, linear head; no class token.
 
     Args:
         config: an experiment whose task is `finetune`.
@@ -35,10 +35,12 @@ class Classifier(nn.Module):
         self.head = _Head(width, config.model.num_classes)
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
-        """Class logits (B, classes) of uint8 clips (B, F, H, W, 3); the keys (B,) drive what is random.
+        """Compute the class logits (B, classes) of uint8 clips (B, F, H, W, 3).
 
         Args:
-            keep_BK: the tokens to keep, where the loader has chosen them.
+            clip_BFHWC: uint8 RGB clips.
+            key_B: int64 random keys, one per clip.
+            keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         embedding = self.encoder.embed()
         pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
@@ -53,6 +55,6 @@ class Classifier(nn.Module):
 
 class _Head(nn.Linear):
     def reset_parameters(self) -> None:
-        """Draw small weights: logits begin close to each other."""
+        """Draw small weights, so that the initial logits are close to each other."""
         nn.init.trunc_normal_(self.weight, std=0.02)
         nn.init.zeros_(self.bias)

@@ -1,6 +1,6 @@
-"""The encoder: what pre-training hands on to fine-tuning.
+"""The encoder, whose pre-trained weights fine-tuning starts from.
 
-Shape legend: B clips, N tokens, K any number of them, P values of a tubelet, D width.
+Shape legend: B clips, N tokens, K any number of them, P values of one tubelet, D width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from everest_ds.models.vit import Blocks
 
 
 class Encoder(nn.Module):
-    """Tubelet embedding, fixed positions and blocks; computes on the tokens it is given, no others."""
+    """Tubelet embedding, fixed positions and transformer blocks, applied to the given tokens only."""
 
     def __init__(self, config: Experiment) -> None:
         super().__init__()
@@ -36,10 +36,13 @@ class Encoder(nn.Module):
         self.positions = self.table()
 
     def forward(self, tubelets_BKP: Tensor, index_BK: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
-        """Run the blocks on the tubelets at token indices `index_BK`: (B, K, D).
+        """Encode the tubelets at token indices `index_BK` into features (B, K, D).
 
         Args:
-            embedding: this step's `embed()`, which token selection has used already.
+            tubelets_BKP: uint8 tubelets of the tokens to encode.
+            index_BK: their token indices, which select the positions.
+            embedding: the result of `embed()` in this step, shared with token selection.
+            key_B: int64 random keys, one per clip, for drop path.
         """
         x_BKD = embedding(tubelets_BKP)
         x_BKD = x_BKD + self.positions[index_BK].to(x_BKD.dtype)

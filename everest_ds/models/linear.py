@@ -1,11 +1,11 @@
-"""Linear maps, by the faster of the libraries that PyTorch brings.
+"""Linear maps computed by the faster of the two CPU libraries that PyTorch ships.
 
-In float32 on a CPU, PyTorch multiplies with MKL, Intel's library. On AMD's processors oneDNN, which PyTorch
-ships for other precisions, is 10 to 25 % faster on the shapes of a step. On Intel's, MKL is the faster one
-for nearly all of them, and twice as fast for some (docs/benchmarks.md). So large products of activations go
-to oneDNN unless the processor is Intel's.
+In float32 on a CPU, PyTorch multiplies with MKL, Intel's library. On AMD processors oneDNN, which PyTorch
+ships for other precisions, is 10 to 25 % faster at the shapes of a training step. On Intel processors MKL is
+faster for nearly all shapes, and twice as fast for some (docs/benchmarks.md). Large products of activations
+therefore run on oneDNN unless the processor is Intel's.
 
-Shape legend: n tokens of any clips, I inputs, O outputs.
+Shape legend: n tokens of all clips, I inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Multiply-accumulates from which a product gains more than the longer way through Python costs.
+# For smaller products, the extra Python overhead of calling oneDNN exceeds its gain.
 _WORTHWHILE_MACS = 10**8
 
 
 def prefers_onednn(processors: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether oneDNN multiplies float32 faster than MKL here, as it does but on Intel's processors."""
+    """Return whether oneDNN multiplies float32 faster than MKL here, as on all processors but Intel's."""
     is_intel = processors.is_file() and "GenuineIntel" in processors.read_text()
     return torch.backends.mkldnn.is_available() and not is_intel
 
@@ -31,28 +31,28 @@ _PREFERS_ONEDNN = prefers_onednn()
 
 
 def linear(x_nI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`F.linear`: (..., I) -> (..., O)."""
+    """Apply a linear map as `F.linear` does, on the faster library: (..., I) -> (..., O)."""
     if _goes_to_onednn(x_nI, weight_OI) or _may_be_released(x_nI, weight_OI):
         return _Linear.apply(x_nI, weight_OI, bias_O)
     return F.linear(x_nI, weight_OI, bias_O)
 
 
 def multiply(a_nI: Tensor, b_IO: Tensor) -> Tensor:
-    """a @ b of two matrices, without gradient."""
+    """Multiply two matrices, without support for gradients."""
     if _goes_to_onednn(a_nI, b_IO.t()):
         return _onednn(a_nI, b_IO.t(), None)
     return a_nI @ b_IO
 
 
 def init_linear(module: nn.Linear) -> None:
-    """Xavier-uniform weight and zero bias, as VideoMAE begins."""
+    """Set a Xavier-uniform weight and a zero bias, as VideoMAE does."""
     nn.init.xavier_uniform_(module.weight)
     if module.bias is not None:
         nn.init.zeros_(module.bias)
 
 
 class XavierLinear(nn.Linear):
-    """`nn.Linear` that begins as `init_linear` says."""
+    """An `nn.Linear` that is initialised by `init_linear`."""
 
     def reset_parameters(self) -> None:
         """Draw the initial weights; PyTorch's constructor calls this."""
@@ -60,28 +60,28 @@ class XavierLinear(nn.Linear):
 
 
 class Linear(XavierLinear):
-    """`nn.Linear` by `linear`."""
+    """An `nn.Linear` that is computed by `linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., I) -> (..., O)."""
+        """Apply the linear map: (..., I) -> (..., O)."""
         return linear(input, self.weight, self.bias)
 
 
 class LinearWithoutBias(XavierLinear):
-    """`nn.Linear` whose bias is the caller's to give with the input."""
+    """An `nn.Linear` whose bias the caller passes along with the input."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x_nI: Tensor, bias_O: Tensor) -> Tensor:  # type: ignore[override]
-        """(..., I), (O,) -> (..., O)."""
+        """Apply the linear map with the given bias: (..., I), (O,) -> (..., O)."""
         return linear(x_nI, self.weight, bias_O)
 
 
 class _Linear(torch.autograd.Function):
-    """Keeps the weight itself for the backward pass, where `F.linear` keeps its transpose.
+    """Linear map that saves the weight itself for the backward pass, while `F.linear` saves its transpose.
 
-    That one would hold on to the memory of a weight that ZeRO-3 has released meanwhile, so to all of them.
+    The transpose would keep alive the memory of every weight that ZeRO-3 releases after the forward pass.
     """
 
     @staticmethod
@@ -99,17 +99,17 @@ class _Linear(torch.autograd.Function):
         grad = grad_nO.flatten(0, -2)
         return (
             multiply(grad, weight_OI).view_as(x_nI) if of_input else None,
-            grad.t() @ x_nI.flatten(0, -2) if of_weight else None,  # MKL is as fast on these
+            grad.t() @ x_nI.flatten(0, -2) if of_weight else None,  # MKL is as fast as oneDNN at these shapes
             grad.sum(dim=0) if of_bias and ctx.has_bias else None,
         )
 
 
 def _may_be_released(x_nI: Tensor, weight_OI: Tensor) -> bool:
-    """Return whether ZeRO-3 may release the weight between the passes: it releases parameters only.
+    """Return whether ZeRO-3 may release the weight between the forward and the backward pass.
 
-    Under autocast, what is kept for the backward pass is a copy. Without gradients, as inside another
-    autograd function, nothing is kept. Blocks are not compiled under ZeRO-3, and dynamo of torch 2.11 cannot
-    trace the question about autocast.
+    ZeRO-3 releases parameters only. Under autocast, a copy of the weight is saved for the backward pass;
+    without gradients, as inside another autograd function, nothing is saved. Blocks are not compiled under
+    ZeRO-3, and dynamo of torch 2.11 cannot trace `is_autocast_available`.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False

@@ -1,6 +1,6 @@
-"""The MLP of a block, which can compute GELU again in the backward pass instead of keeping its result.
+"""The MLP of a block, which can recompute GELU in the backward pass instead of storing its result.
 
-Shape legend: n tokens of any clips, D width, H = 4·D hidden width.
+Shape legend: n tokens of all clips, D width, H = 4·D hidden width.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from everest_ds.models.linear import Linear, XavierLinear, linear, multiply
 
 
 class MLP(nn.Module):
-    """Linear, GELU, Linear.
+    """Two linear maps with a GELU between them.
 
     Attributes:
-        recomputes_gelu: whether the backward pass computes GELU(x) again. Otherwise it is kept beside x, and
-            the two are half of what a block keeps.
+        recomputes_gelu: whether the backward pass recomputes GELU(x). Otherwise GELU(x) is stored in addition
+            to x, and the two make up half of the activations that a block stores.
     """
 
     def __init__(self, width: int) -> None:
@@ -31,23 +31,26 @@ class MLP(nn.Module):
         self.fc2 = GELULinear(hidden, width)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D) -> (B, n, D)."""
+        """Apply the MLP: (B, n, D) -> (B, n, D)."""
         return self.fc2(self.fc1(x_BnD), self.recomputes_gelu)
 
 
 class GELULinear(XavierLinear):
-    """A linear map of GELU(x)."""
+    """A linear layer applied to GELU(x)."""
 
     def forward(self, x_nH: Tensor, recompute: bool = False) -> Tensor:
-        """(..., H) -> (..., D); see `gelu_linear`."""
+        """Apply `gelu_linear` with this layer's weight and bias: (..., H) -> (..., D)."""
         return gelu_linear(x_nH, self.weight, self.bias, recompute)
 
 
 def gelu_linear(x_nH: Tensor, weight_DH: Tensor, bias_D: Tensor | None, recompute: bool) -> Tensor:
-    """A linear map of GELU(x): (..., H) -> (..., D).
+    """Apply a linear map to GELU(x): (..., H) -> (..., D).
 
     Args:
-        recompute: compute GELU(x) again in the backward pass, instead of keeping it.
+        x_nH: input of GELU.
+        weight_DH: weight of the linear map.
+        bias_D: bias of the linear map, if any.
+        recompute: compute GELU(x) again in the backward pass instead of storing it.
     """
     if recompute:
         return _GELULinear.apply(x_nH, weight_DH, bias_D)
@@ -65,6 +68,7 @@ class _GELULinear(torch.autograd.Function):
         x_nH, weight_DH = ctx.saved_tensors
         grad, x = grad_nD.flatten(0, -2), x_nH.flatten(0, -2)
         of_weight = grad.t() @ F.gelu(x)
-        # Under autocast the product ran in half precision, on weights kept in float32.
+        # Under autocast, the forward pass multiplied in half precision with weights that are stored in
+        # float32.
         of_x = torch.ops.aten.gelu_backward(multiply(grad, weight_DH.to(grad.dtype)), x)
         return of_x.view_as(x_nH), of_weight, grad.sum(dim=0) if ctx.needs_input_grad[2] else None

@@ -1,10 +1,10 @@
-"""Fixed sine-cosine positions: `flat` numbers tokens along one axis, as VideoMAE does; `grid` tells where a
-token is by slot, row and column, as MVD does (and MAE for images).
+"""Fixed sine-cosine position tables.
 
-Sources of the grids: github.com/facebookresearch/mae and github.com/ruiwang2021/mvd (modeling_teacher.py,
-modeling_finetune.py).
+`flat` encodes the token index, as VideoMAE does; `grid` encodes slot, row and column, as MVD does (and MAE
+for images). Sources of the grids: github.com/facebookresearch/mae and github.com/ruiwang2021/mvd
+(modeling_teacher.py, modeling_finetune.py).
 
-Shape legend: L = G·G places of a grid, T slots, N = T·L tokens, D width.
+Shape legend: L = G·G places of one grid, T slots, N = T·L tokens, D width.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from everest_ds.models.tubelets import sincos_positions
 
 
 def fixed_positions(kind: str, geometry: ClipGeometry, width: int) -> Tensor:
-    """The table that `model.positions` names: float32 (N, D)."""
+    """Compute the position table of the given kind (`flat` or `grid`): float32 (N, D)."""
     if kind == "grid":
         return video_positions(geometry, width)
     return sincos_positions(geometry.num_tokens, width)
 
 
 def image_positions(grid_size: int, width: int) -> Tensor:
-    """Half of the channels tell the column, half the row: float32 (L, D)."""
+    """Encode the column in one half of the channels and the row in the other: float32 (L, D)."""
     place = torch.arange(grid_size**2)
     return torch.cat(
         [_sincos(place % grid_size, width // 2), _sincos(place // grid_size, width // 2)], dim=1
@@ -32,7 +32,7 @@ def image_positions(grid_size: int, width: int) -> Tensor:
 
 
 def video_positions(geometry: ClipGeometry, width: int) -> Tensor:
-    """A quarter of the channels tells the slot, the others column and row: float32 (N, D)."""
+    """Encode the slot in a quarter of the channels, column and row in the others: float32 (N, D)."""
     of_slot_TD = _sincos(torch.arange(geometry.num_slots), width // 4).float()
     of_place_LD = image_positions(geometry.grid_size, width - width // 4)
     slot = torch.arange(geometry.num_slots).repeat_interleave(geometry.tokens_per_slot)
@@ -40,7 +40,7 @@ def video_positions(geometry: ClipGeometry, width: int) -> Tensor:
 
 
 def _sincos(position: Tensor, width: int) -> Tensor:
-    """Sines of all frequencies, then cosines: float64 (len(position), width)."""
+    """Encode positions as sines, then cosines, of all frequencies: float64 (len(position), width)."""
     frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2))
     angle = position[:, None] * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)

@@ -1,11 +1,11 @@
-"""The masked video autoencoder: pre-training of EVEREST (`rero`), of VideoMAE (`tube`) and of controls.
+"""The masked video autoencoder for pre-training: EVEREST (`rero`), VideoMAE (`tube`) and controls.
 
-uint8 clip -> importance -> kept tokens -> visible ones through the encoder -> kept ones through the
-decoder -> predicted pixels of the rest. Only gathered tubelets are embedded with gradient, decoded or
-turned into targets.
+Data flow: uint8 clip -> importance -> kept tokens -> visible tokens through the encoder -> kept tokens
+through the decoder -> pixels of the kept tokens that are not visible. Only gathered tubelets are embedded
+with gradient, decoded or turned into targets.
 
 Shape legend: B clips, F frames, H x W pixels, N tokens, T slots, K kept, V visible, M = K - V predicted,
-P values of a tubelet, D encoder width, d decoder width.
+P values of one tubelet, D encoder width, d decoder width.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from everest_ds.config.schema import Experiment
 from everest_ds.models.encoder import Encoder
 from everest_ds.models.linear import Linear
 from everest_ds.models.positions import fixed_positions
-from everest_ds.models.selector import Selector
+from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import gather_tokens, reconstruction_targets
 from everest_ds.models.vit import Blocks
 
 
 class Reconstruction(NamedTuple):
-    """What a pre-training forward pass saw and said (a tuple: DeepSpeed's hooks look inside those).
+    """Output of a pre-training forward pass. A NamedTuple, because DeepSpeed's hooks look inside tuples only.
 
     Attributes:
         loss: mean squared error over the predicted tokens, float32 scalar.
-        slots_BT: which slots of the clip were used; all, but for IIFS.
-        visible_BV: token indices that the encoder saw.
-        predicted_BM: token indices that the decoder predicted.
-        prediction_BMP: its output, in the space of the targets.
+        slots_BT: indices of the slots that were used: all slots of the clip, unless IIFS draws some.
+        visible_BV: indices of the tokens that the encoder received.
+        predicted_BM: indices of the tokens that the decoder predicted.
+        prediction_BMP: output of the decoder, in the space of the targets.
     """
 
     loss: Tensor
@@ -45,7 +45,7 @@ class Reconstruction(NamedTuple):
 
 
 class PretrainModel(nn.Module):
-    """The autoencoder.
+    """The masked video autoencoder: token selection, encoder, and a light decoder that predicts pixels.
 
     Args:
         config: an experiment whose task is `pretrain`.
@@ -77,10 +77,12 @@ class PretrainModel(nn.Module):
         self.decoder_positions = self.decoder_table()
 
     def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Reconstruction:
-        """Reconstruct kept tokens of uint8 clips (B, F, H, W, 3); the keys (B,) drive all that is random.
+        """Predict the hidden kept tokens of uint8 clips (B, F, H, W, 3) from the visible tokens.
 
         Args:
-            keep_BK: the kept tokens, where the loader has chosen them.
+            clip_BFHWC: uint8 RGB clips.
+            key_B: int64 random keys, one per clip; all randomness derives from them.
+            keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         embedding = self.encoder.embed()
         pixels_BNP, slots_BT, visible_BV, predicted_BM = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
@@ -91,7 +93,7 @@ class PretrainModel(nn.Module):
         return Reconstruction(loss, slots_BT, visible_BV, predicted_BM, prediction_BMP)
 
     def decode(self, x_BVd: Tensor, visible_BV: Tensor, predicted_BM: Tensor, key_B: Tensor) -> Tensor:
-        """Visible features and mask tokens, each with its position -> predictions (B, M, P)."""
+        """Decode visible features and mask tokens, each with its position, into predictions (B, M, P)."""
         positions = self.decoder_positions.to(x_BVd.dtype)
         full = torch.cat([x_BVd + positions[visible_BV], self.mask_token + positions[predicted_BM]], dim=1)
         full = self.decoder(full, key_B)

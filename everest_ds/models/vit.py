@@ -1,4 +1,4 @@
-"""The Vision Transformer block that encoder, decoder and classifier share (VideoMAE's, pre-norm).
+"""The pre-norm Vision Transformer block of VideoMAE, shared by encoder and decoder.
 
 Shape legend: B clips, n tokens, D width, h heads.
 """
@@ -14,13 +14,13 @@ from everest_ds.models.linear import Linear, LinearWithoutBias, init_linear
 from everest_ds.models.mlp import MLP
 from everest_ds.models.sampling import drop_scales
 
-DROP_PATH_STREAM = 16  # first of the streams of per-clip randomness; block i uses two: 16 + 2i and 17 + 2i
+DROP_PATH_STREAM = 16  # first stream of per-clip randomness; block i uses the streams 16 + 2i and 17 + 2i
 
-Scales = tuple[Tensor, Tensor]  # (B, 1, 1) each: what drop path multiplies attention and MLP with
+Scales = tuple[Tensor, Tensor]  # drop-path factors of attention and MLP, (B, 1, 1) each
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; one projection for q, k and v, of which k has no bias."""
+    """Multi-head self-attention with one projection for q, k and v; k has no bias."""
 
     def __init__(self, width: int, heads: int, kind: str = "fused") -> None:
         super().__init__()
@@ -33,21 +33,22 @@ class Attention(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Zero the biases of its own."""
+        """Set the biases of q and v to zero."""
         nn.init.zeros_(self.q_bias)
         nn.init.zeros_(self.v_bias)
 
     def forward(self, x_BnD: Tensor) -> Tensor:
-        """(B, n, D) -> (B, n, D)."""
+        """Apply self-attention: (B, n, D) -> (B, n, D)."""
         bias = torch.cat([self.q_bias, torch.zeros_like(self.v_bias), self.v_bias])
         qkv = self.qkv(x_BnD, bias)
         return self.proj(self.attend(qkv.unflatten(-1, (3, -1, self.head_width))))
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on a normalised input and added to it.
+    """A pre-norm transformer block: attention and MLP, each with LayerNorm and a residual connection.
 
-    A block knows neither its place in the stack nor its drop path rate, so one compiled graph serves all.
+    A block stores neither its place in the stack nor its drop-path rate, so one compiled graph serves all
+    blocks.
     """
 
     def __init__(
@@ -60,19 +61,19 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x_BnD: Tensor, scales: Scales | None = None) -> Tensor:
-        """(B, n, D) -> (B, n, D); with drop path, each branch times its scale."""
+        """Apply the block, (B, n, D) -> (B, n, D), with each branch times its drop-path scale, if any."""
         of_attention, of_mlp = scales or (None, None)
         x_BnD = add_scaled(x_BnD, self.attention(self.norm1(x_BnD)), of_attention)
         return add_scaled(x_BnD, self.mlp(self.norm2(x_BnD)), of_mlp)
 
 
 def add_scaled(x_BnD: Tensor, branch_BnD: Tensor, scale_B11: Tensor | None) -> Tensor:
-    """Add a branch, times its scale if it has one."""
+    """Add a residual branch to `x_BnD`, multiplied by its scale if there is one."""
     return x_BnD + (branch_BnD if scale_B11 is None else branch_BnD * scale_B11)
 
 
 class Blocks(nn.ModuleList):
-    """A stack of blocks whose drop path grows linearly from 0 in the first to `drop_path` in the last."""
+    """A stack of blocks whose drop-path rate grows linearly from 0 to `drop_path` in the last block."""
 
     def __init__(
         self,
@@ -85,13 +86,13 @@ class Blocks(nn.ModuleList):
         self.drop_path = drop_path
 
     def forward(self, x_BnD: Tensor, key_B: Tensor) -> Tensor:
-        """Run every block: (B, n, D) -> (B, n, D); the clips' random keys (B,) drive drop path."""
+        """Apply all blocks, (B, n, D) -> (B, n, D); the random keys (B,) of the clips drive drop path."""
         for block, scales in zip(self, self._scales(key_B, x_BnD.dtype), strict=True):
             x_BnD = block(x_BnD, scales)
         return x_BnD
 
     def _scales(self, key_B: Tensor, dtype: torch.dtype) -> list[Scales] | list[None]:
-        """Return what each block's branches are multiplied with, from one hash over all of them."""
+        """Draw the drop-path factors of all blocks with one hash; None per block without drop path."""
         if not self.training or self.drop_path == 0.0:
             return [None] * len(self)
         block_S = torch.arange(2 * len(self), device=key_B.device) // 2
@@ -102,6 +103,6 @@ class Blocks(nn.ModuleList):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Xavier-uniform linears, zero biases, unit norms (VideoMAE), of any `nn.Linear`; use with `apply`."""
+    """Initialise a module as VideoMAE does if it is an `nn.Linear`; for use with `nn.Module.apply`."""
     if isinstance(module, nn.Linear):
         init_linear(module)

@@ -1,7 +1,7 @@
-"""What a model selects and attends to, recorded while it runs: for pictures.
+"""Recorder of the tokens that a model selects and attends to, for visualisation.
 
-Shape legend: B clips, F frames, H x W pixels, S candidate slots, T slots, h x w tokens of a slot, N = T·h·w
-tokens, n of them in the encoder, M predicted, P values of a tubelet.
+Shape legend: B clips, F frames, H x W pixels, S candidate slots, T slots, h x w tokens of one slot, N = T·h·w
+tokens, n of them in the encoder, M predicted, P values of one tubelet.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.models.attention import attention_weights
-from everest_ds.models.selector import Selection, Selector
+from everest_ds.models.selection.selector import Selector, TokenSplit
 from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
 from everest_ds.models.vit import Attention
 
 
 class Seen(NamedTuple):
-    """Clips as a model saw them, on the host.
+    """Record of one forward pass: the clips and the tokens that the model used, on the host.
 
     Attributes:
-        clip_BFHWC: uint8, the frames of the slots that were taken.
-        kept_BThw: bool, tokens that are computed on: encoded or predicted.
-        visible_BThw: bool, those of the encoder.
-        attention_BThw: float32, each encoded token's share in the mean of the encoder's output by attention
-            rollout; 0 for the others, 1 in sum.
-        counts_BS: ReRo tokens of each candidate slot: what IIFS draws by. Without IIFS, kept tokens.
-        slots_BT: the slots that were taken.
-        restored_BFHWC: uint8, the clip with its predicted tokens as the model says they are; None in
+        clip_BFHWC: uint8, the frames of the selected slots.
+        kept_BThw: bool, True for tokens that are encoded or predicted.
+        visible_BThw: bool, True for tokens that are encoded.
+        attention_BThw: float32, share of each encoded token in the mean of the encoder's output, by attention
+            rollout; 0 for the other tokens; the sum is 1.
+        counts_BS: number of ReRo tokens in each candidate slot, by which IIFS draws. Without IIFS, the number
+            of kept tokens.
+        slots_BT: indices of the selected slots.
+        restored_BFHWC: uint8, the clip with its predicted tokens replaced by the model's predictions; None in
             fine-tuning.
     """
 
@@ -44,12 +45,12 @@ class Seen(NamedTuple):
 
 
 class Watch:
-    """Inside of this `with`, one forward pass of `model` is recorded, of its first clips.
+    """Context manager that records one forward pass of `model`, for the first clips of its batch.
 
     Args:
-        model: a `PretrainModel` or a `Classifier`, wrapped or sharded as it may be: everything is read where
-            its own modules have it. Of tensor parallelism, these are this rank's heads.
-        num_clips: recorded at most.
+        model: a `PretrainModel` or a `Classifier`, possibly compiled or sharded: all values are taken by
+            hooks on its own modules. Under tensor parallelism, the attention is that of this rank's heads.
+        num_clips: largest number of clips to record.
     """
 
     def __init__(self, model: Any, num_clips: int = 1) -> None:
@@ -58,8 +59,8 @@ class Watch:
         self._normalized = getattr(model, "normalize_targets", False)
         self._num_clips = num_clips
         self._hooks = ExitStack()
-        self._weights_Bnn: list[Tensor] = []  # of each block, means over its heads
-        self._selection: Selection
+        self._weights_Bnn: list[Tensor] = []  # per block, the mean over its heads
+        self._selection: TokenSplit
         self._counts_BS: Tensor
 
     def __enter__(self) -> Watch:
@@ -75,10 +76,10 @@ class Watch:
         self._hooks.close()
 
     def seen(self, output: Any = None) -> Seen:
-        """The record.
+        """Return the record of the forward pass.
 
         Args:
-            output: what the model gave; pre-training's predictions are in it.
+            output: output of the model; needed in pre-training, since it holds the predictions.
         """
         pixels_BNP, slots_BT, visible_BV, predicted_BM = self._selection
         geometry = self._selector.geometry
@@ -100,8 +101,8 @@ class Watch:
             restored,
         )
 
-    def _on_selection(self, selector: nn.Module, inputs: tuple[Any, ...], selection: Selection) -> None:
-        self._selection = Selection(*(tensor[: self._num_clips].detach() for tensor in selection))
+    def _on_selection(self, selector: nn.Module, inputs: tuple[Any, ...], selection: TokenSplit) -> None:
+        self._selection = TokenSplit(*(tensor[: self._num_clips].detach() for tensor in selection))
         clip, embedding = inputs[0][: self._num_clips], inputs[1]
         if self._selector.candidates == self._selector.geometry:
             index = torch.cat(self._selection[2:], dim=1)
@@ -126,7 +127,7 @@ class Watch:
         return pixels_BNP.scatter(1, index_BM[:, :, None].expand_as(levels), levels)
 
     def _grid(self, index_BK: Tensor) -> Tensor:
-        """Token indices as bool (B, T, h, w), on the host."""
+        """Mark the given token indices in a bool grid (B, T, h, w) on the host."""
         marks = torch.zeros(len(index_BK), self._selector.geometry.num_tokens, dtype=torch.bool)
         return self._in_grid(marks.scatter(1, index_BK.cpu(), True))
 
@@ -136,12 +137,13 @@ class Watch:
 
 
 def _rollout(weights_Bnn: list[Tensor]) -> Tensor:
-    """Attention rollout (Abnar and Zuidema, 2020), from the mean of the last tokens down to the first ones.
+    """Compute attention rollout (Abnar and Zuidema, 2020) from the mean output token to the input tokens.
 
-    In each block half of a token is itself, by the residual connection, and half what it attends to.
+    In each block, half of a token comes from itself, through the residual connection, and half from the
+    tokens that it attends to.
 
     Returns:
-        float32 (B, n), 1 in sum.
+        float32 (B, n); each row sums to 1.
     """
     num_clips, n, _ = weights_Bnn[0].shape
     share_Bn = weights_Bnn[0].new_full((num_clips, n), 1 / n)
@@ -151,7 +153,7 @@ def _rollout(weights_Bnn: list[Tensor]) -> Tensor:
 
 
 def _denormalize(guess_BMP: Tensor, truth_BMP: Tensor) -> Tensor:
-    """Predictions of normalised pixels with their tubelet's true mean and deviation, as VideoMAE draws."""
+    """Scale predicted normalised pixels by the true mean and deviation of their tubelet, as VideoMAE does."""
     truth = truth_BMP.unflatten(-1, (-1, 3))
     mean, std = truth.mean(dim=-2, keepdim=True), truth.std(dim=-2, keepdim=True) + 1e-6
     return (guess_BMP.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)

@@ -1,1 +1,1 @@
-"""The only importer of deepspeed, fairscale and torch.distributed."""
+"""Distributed training: the only package that imports deepspeed, fairscale and torch.distributed."""

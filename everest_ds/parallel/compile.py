@@ -1,18 +1,19 @@
-"""Compiled blocks: torch.compile makes few kernels of a block's many, and one graph serves a whole stack.
+"""Compilation of transformer blocks with torch.compile; one compiled graph serves a whole stack of blocks.
 
 A block is compiled as a function of itself, its input and its drop path scales (models/vit.py), with static
-shapes and without a graph break. Its class is exchanged for one whose `forward` is the compiled function, so
-that recomputation, which calls the class's `forward`, wraps the compiled function, and names stay:
+shapes and without a graph break. The block's class is replaced by a subclass whose `forward` is the compiled
+function. Recomputation calls the class's `forward`, so it wraps the compiled function, and parameter names do
+not change. The recompute mode decides what is compiled together:
 
-    none, gelu, blocks, full   the block is one graph; tensor parallelism's sums are in it
-    attention, mlp             attention and MLP are a graph each, for one of them is recomputed by itself;
-                               so are the sum and the norm between them
+    none, gelu, blocks, full   the block is one graph, which includes the all-reduces of tensor parallelism
+    attention, mlp             attention and MLP are one graph each, because one of them is recomputed alone;
+                               the residual sum and the norm between them form a third
 
-A graph without gradients comes on top where recomputation first runs a module without them. Whatever is not
-training runs eagerly: evaluation, with batches of other sizes, and the pictures of a run.
+If recomputation first runs a module without gradients, one more graph is compiled for that pass. Everything
+but training runs eagerly: evaluation, whose batches have other sizes, and the pictures of a run.
 
-The compiler decides which cheap operators it repeats in the backward pass, GELU among them, so what a block
-keeps is at most what parallel/recompute.py says.
+The compiler decides which cheap operators, such as GELU, it repeats in the backward pass. The activations
+that parallel/recompute.py lists for a block are therefore an upper bound.
 """
 
 from __future__ import annotations
@@ -36,16 +37,18 @@ from everest_ds.parallel.world import World
 
 
 def apply_compile(model: nn.Module, config: Experiment, world: World) -> None:
-    """Compile the blocks of `model` in place if the config says so; call on every rank.
+    """Compile the blocks of `model` in place if the config asks for it; call on every rank.
 
-    They are compiled when they first run in training, and the logger tells how long that takes. Left to
-    itself (`model.compile` is null), a GPU compiles and a CPU does not; neither does ZeRO-3.
+    Compilation happens when a block first runs in training; its duration is logged. If `model.compile` is
+    null, blocks are compiled on a GPU and not on a CPU, and never with ZeRO-3.
 
     Args:
-        model: split by tensor parallelism already, and not yet wrapped by recomputation.
+        model: already split by tensor parallelism, and not yet wrapped by recomputation.
+        config: `model.compile`, the ZeRO stage and the recompute mode are read.
+        world: the ranks and their device.
 
     Raises:
-        ConfigError: `model.compile` is true, and the compiler does not work on one of the ranks.
+        ConfigError: if `model.compile` is true and the compiler does not work on one of the ranks.
     """
     asked = config.model.compile
     possible = config.parallelism.zero_stage < 3
@@ -71,7 +74,7 @@ def apply_compile(model: nn.Module, config: Experiment, world: World) -> None:
 
 @cache
 def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return a subclass that runs a compiled `forward` in training; one for all modules of that class."""
+    """Return the one subclass of `kind` that runs a compiled `forward` in training."""
     eager: Callable[..., Tensor] = kind.forward
     compiled = _compile(eager)
 
@@ -82,7 +85,7 @@ def _compiled(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 class _BlockInParts(Block):
-    """A block whose attention and MLP are compiled, or recomputed and compiled, by themselves."""
+    """A block whose attention and MLP are compiled separately, so that either can be recomputed alone."""
 
     def forward(self, x_BnD: Tensor, scales: Scales | None = None) -> Tensor:
         of_attention, of_mlp = scales or (None, None)
@@ -105,23 +108,23 @@ def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_results() -> None:
-    """Let the compiler keep its results where a later job finds them, on whichever node it runs."""
-    with contextlib.suppress(RuntimeError):  # without a home folder: in /tmp, as PyTorch does
+    """Point the compiler's cache at a folder in which later jobs, on any node, find its results."""
+    with contextlib.suppress(RuntimeError):  # without a home folder, PyTorch's default in /tmp remains
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def _check_compiler(device: torch.device) -> None:
-    """Compile one operator.
+    """Check that torch.compile works on `device` by compiling one operator.
 
     Raises:
-        ConfigError: with the compiler's own words; Triton or a C++ compiler may be missing.
+        ConfigError: with the first line of the compiler's message; Triton or a C++ compiler may be missing.
     """
     try:
         _compile(_add_one)(torch.ones(16, device=device))
-    except Exception as error:  # whatever the compilers of this machine raise
+    except Exception as error:  # compilers raise many types of error
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            "model.compile: torch.compile does not work here",
+            "model.compile: torch.compile does not work on this machine",
             given=reason,
             fix="install Triton (GPU) or a C++ compiler and Python's headers, or set model.compile=false",
         ) from error

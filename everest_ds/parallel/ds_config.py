@@ -1,8 +1,8 @@
-"""The DeepSpeed JSON of a run: ds_configs/ says how to shard, the run config fills in every `"auto"`.
+"""The DeepSpeed JSON of a run: a file of ds_configs/ whose `"auto"` values are filled in from the run config.
 
-One owner for each fact: batch sizes, clipping and precision belong to the run config, so a DeepSpeed file
-that sets one of them to something else is refused, not obeyed. On one data-parallel rank nothing is reduced,
-so that the file's settings of reduction are replaced.
+The DeepSpeed file says how to shard. Batch sizes, clipping and precision belong to the run config alone: a
+DeepSpeed file that sets one of them to another value is refused. With one data-parallel rank nothing is
+reduced, so the file's settings for reduction are replaced.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from everest_ds.errors import ConfigError, nearest
 from everest_ds.parallel.nvme import check_nvme, swap_folder
 
 AUTO = "auto"
-# Top-level keys of DeepSpeed's JSON that act on training with a client optimiser. Others, such as
-# "optimizer" or "scheduler", would be a second owner of what the run config says.
+# Top-level keys of DeepSpeed's JSON that affect training with a client optimiser. Others, such as
+# "optimizer" or "scheduler", would compete with settings of the run config.
 _KNOWN_KEYS = frozenset(
     "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization aio "
@@ -27,16 +27,16 @@ _KNOWN_KEYS = frozenset(
     "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print timers".split()
 )
 
-# On one data-parallel rank, stages 1 and 2 are the same: no bucket is filled, no stream is waited for.
+# With one data-parallel rank, stage 2 equals stage 1: there is no bucket to fill and no stream to wait for.
 _UNREDUCED = {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
 
 
 def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
-    """Read the DeepSpeed file that the config names and fill it in.
+    """Read the DeepSpeed file that the config names and fill in its `"auto"` values.
 
     Raises:
-        ConfigError: unknown keys, another ZeRO stage, a value that the run config owns, or an offload that
-            this machine cannot do.
+        ConfigError: if the file has unknown keys, another ZeRO stage or another value for a setting of the
+            run config, or if this machine does not support the offload.
     """
     check_nvme(config)
     path = ds_config_path(config)
@@ -45,7 +45,7 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     stage = tree["zero_optimization"].get("stage")
     if stage != config.parallelism.zero_stage:
         raise ConfigError(
-            f"{path}: zero_optimization.stage is not parallelism.zero_stage",
+            f"{path}: zero_optimization.stage differs from parallelism.zero_stage",
             given=f"{stage} and {config.parallelism.zero_stage}",
             fix="set parallelism.zero_stage to the file's stage",
         )
@@ -63,18 +63,18 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
 
 
 def check_by_deepspeed(resolved: dict[str, Any]) -> None:
-    """Hold a resolved file against DeepSpeed's own validation, as its engine does at the start.
+    """Check a resolved DeepSpeed JSON with DeepSpeed's own validation, as its engine does at the start.
 
     Raises:
-        ConfigError: what DeepSpeed says.
+        ConfigError: with DeepSpeed's message, if DeepSpeed refuses it.
     """
     _tell_device()
     from deepspeed.runtime.config import DeepSpeedConfig  # heavy
 
     try:
-        DeepSpeedConfig(deepcopy(resolved))  # fills in what it is given
-    except (AssertionError, ValueError, TypeError, KeyError) as error:  # pydantic's are ValueErrors
-        raise ConfigError("refused by DeepSpeed", given=" ".join(str(error).split())) from None
+        DeepSpeedConfig(deepcopy(resolved))  # a copy, because DeepSpeed modifies its argument
+    except (AssertionError, ValueError, TypeError, KeyError) as error:  # pydantic raises ValueErrors
+        raise ConfigError("DeepSpeed refuses the config", given=" ".join(str(error).split())) from None
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -83,12 +83,14 @@ def _read(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not readable as DeepSpeed JSON", given=str(error)) from None
     if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
-        raise ConfigError(f"{path}: has no `zero_optimization` section", fix='{"zero_optimization": {...}}')
+        raise ConfigError(
+            f"{path}: the `zero_optimization` section is missing", fix='add "zero_optimization": {...}'
+        )
     return tree
 
 
 def _tell_device() -> None:
-    """Before DeepSpeed is imported, which else warns that it had to look for one."""
+    """Set DeepSpeed's device before its import; otherwise DeepSpeed searches for one and warns about it."""
     import torch  # heavy
 
     from everest_ds.parallel.world import prepare_deepspeed
@@ -115,19 +117,19 @@ def _fill_swap_folder(zero: dict[str, Any], config: Experiment, path: Path) -> N
         _fill(zero["offload_optimizer"], "nvme_path", str(folder), path)
     elif any(_device(zero, key) == "nvme" for key in ("offload_optimizer", "offload_param")):
         raise ConfigError(
-            f"{path}: offload to nvme is owned by the run config",
-            fix="take it out and set parallelism.offload_to_nvme; weights offload to host memory at most",
+            f"{path}: the file asks for offload to nvme, which only the run config may set",
+            fix="remove it and set parallelism.offload_to_nvme; weights offload to host memory at most",
         )
 
 
 def _fill_accumulation(tree: dict[str, Any], config: Experiment, plan: BatchPlan, path: Path) -> None:
-    """Choose in which type the gradients of micro-batches are summed, unless the file does."""
+    """Choose the dtype in which the gradients of micro-batches are summed, unless the file sets it."""
     types, key = tree.get("data_types", {}), "grad_accum_dtype"
     given, accumulates = types.pop(key, AUTO), plan.grad_accum_steps > 1
     allowed = (AUTO, "fp32", *([config.precision] if config.in_half_precision else []))
     if given not in allowed:
         raise ConfigError(
-            f"{path}: data_types.{key}: gradients are summed in float32 or in the run's precision",
+            f"{path}: data_types.{key} is neither fp32 nor the run's precision",
             given=given,
             allowed=", ".join(allowed),
         )
@@ -143,8 +145,8 @@ def _device(zero: dict[str, Any], key: str) -> object:
 def _fill(tree: dict[str, Any], key: str, value: object, path: Path) -> None:
     if tree.get(key, AUTO) not in (AUTO, value):
         raise ConfigError(
-            f"{path}: `{key}` is owned by the run config",
-            given=f"{tree[key]} there, {value} from the run config",
+            f"{path}: `{key}` contradicts the run config",
+            given=f"{tree[key]} in the file, {value} from the run config",
             fix=f'write "{key}": "auto"',
         )
     tree[key] = value

@@ -1,4 +1,4 @@
-"""One function that puts a model on the ranks: tensor parallelism, recompute, DeepSpeed's engine."""
+"""Parallelisation of a model: tensor parallelism, compilation, recompute and DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.models.precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
-from everest_ds.parallel.initial import InitialWeights, fill, set_masters
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.sharded_init import InitialWeights, fill, set_masters
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
 from everest_ds.parallel.world import World
 
-Engine = Any  # deepspeed.DeepSpeedEngine; its module carries no types
+Engine = Any  # deepspeed.DeepSpeedEngine, which has no type annotations
 
 
 def build_engine(
@@ -31,29 +31,32 @@ def build_engine(
     world: World,
     weights: InitialWeights | None = None,
 ) -> Engine:
-    """Parallelise `model` in this order, and no other.
+    """Parallelise `model` and return its DeepSpeed engine. The order of the seven steps matters.
 
     Args:
-        model: freshly built, with the same weights on every rank; or an outline, and `weights` for it.
-        groups: the optimiser's groups of its parameters.
+        model: freshly built, with the same weights on every rank; or a model on the meta device.
+        groups: the optimiser's groups of the model's parameters.
+        config: the run config.
         ds_config: from `resolve_ds_config`.
+        world: the ranks of the run.
+        weights: the initial weights of a model on the meta device; None if the model has weights.
     """
     import deepspeed  # heavy
 
     check_precision(config, world)
     set_matmul_precision(config.precision)
     mesh = form_mesh(world, config.parallelism.tensor)
-    # 1. Tensor parallelism exchanges modules: what follows must meet those that will run.
+    # 1. Tensor parallelism replaces modules, so it comes before everything that changes modules in place.
     if mesh.tensor_degree > 1:
         apply_tensor_parallel(model, mesh)
-    # 2. Each rank takes its share of the weights: whose shards it keeps is known now.
+    # 2. Each rank fills in its share of the weights, which the tensor-parallel split has just determined.
     if weights is not None:
         fill(model, weights, config.precision, ds_config, mesh)
-    # 3. The blocks are compiled before recomputation wraps them: it then repeats compiled code.
+    # 3. The blocks are compiled before recomputation wraps them, so that it repeats compiled code.
     apply_compile(model, config, world)
-    # 4. Recompute wraps modules before ZeRO-3 hooks the ones that it finds, wrapped ones included.
+    # 4. Recompute wraps modules before ZeRO-3 attaches its hooks to them.
     apply_recompute(model, config.recompute, mesh.mpu)
-    # 5. The optimiser sees this rank's parameters before ZeRO replaces them by its partitions.
+    # 5. The optimiser receives this rank's parameters before ZeRO replaces them by its partitions.
     optimizer = torch.optim.AdamW(
         groups,
         lr=0.0,  # set before every step by the schedule
@@ -61,9 +64,10 @@ def build_engine(
         eps=config.optimizer.eps,
         fused=True,  # one kernel over all parameters, on GPUs and CPUs alike
     )
-    # 6. The engine casts to the training precision, moves to the device and shards over the data group.
+    # 6. The engine casts the model to the training precision, moves it to the device and shards it over
+    #    the data-parallel group.
     lean_stage = 0 if zero_settings(config).offloads_optimizer else config.parallelism.zero_stage
-    deepspeed.utils.groups.mpu = None  # the last engine's, which initialize() would not forget
+    deepspeed.utils.groups.mpu = None  # initialize() would otherwise keep the previous engine's
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -72,14 +76,17 @@ def build_engine(
         dist_init_required=False,
     )
     _replace_updates(engine, ds_config, lean_stage)
-    # 7. The optimiser steps float32 weights, of which the engine has seen the rounded ones only.
+    # 7. The optimiser's float32 weights are set last: the engine derived them from rounded weights.
     if weights is not None and config.in_half_precision:
         set_masters(engine, weights, mesh)
     return engine
 
 
 def _as_deepspeed_reads_it(ds_config: dict[str, Any], lean_stage: int) -> dict[str, Any]:
-    """Leave out the type of the sum of gradients where we sum them: it would choose another optimiser."""
+    """Return `ds_config` without `grad_accum_dtype` at stages 1 and 2, where `LeanZeroOptimizer` applies it.
+
+    With this key, DeepSpeed would choose another optimiser.
+    """
     if lean_stage not in (1, 2) or "data_types" not in ds_config:
         return ds_config
     types = {key: value for key, value in ds_config["data_types"].items() if key != "grad_accum_dtype"}
@@ -87,50 +94,55 @@ def _as_deepspeed_reads_it(ds_config: dict[str, Any], lean_stage: int) -> dict[s
 
 
 def _replace_updates(engine: Engine, ds_config: dict[str, Any], lean_stage: int) -> None:
-    """Replace what DeepSpeed 0.19.8 does tensor by tensor, so that a GPU does not wait for its host."""
+    """Replace DeepSpeed 0.19.8's per-tensor update by batched operators, which keep a GPU from idling."""
     from everest_ds.parallel.lean_update import clip_gradients, make_lean, make_norm_lean  # heavy
 
     if lean_stage in (1, 2):
         make_lean(engine.optimizer, ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
     elif lean_stage == 3:
         make_norm_lean(engine.optimizer)
-    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # called at stage 0
+    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # DeepSpeed calls it at stage 0 only
 
 
 def check_precision(config: Experiment, world: World) -> None:
-    """Refuse what the device or DeepSpeed cannot train correctly.
+    """Refuse a precision in which the device or DeepSpeed cannot train correctly.
 
     Raises:
-        ConfigError: naming `precision` and what would work here.
+        ConfigError: naming `precision` and the values that this device supports.
     """
     if config.precision == "fp16" and world.device.type == "cpu":
-        raise ConfigError("precision: fp16 does not train on a CPU", allowed="fp32, bf16")
+        raise ConfigError("precision: fp16 training is not possible on a CPU", allowed="fp32, bf16")
     if config.precision == "bf16" and world.device.type == "cuda" and not torch.cuda.is_bf16_supported():
-        raise ConfigError("precision: this GPU has no bf16", allowed="fp32, fp16")
+        raise ConfigError("precision: this GPU does not support bf16", allowed="fp32, fp16")
     if config.precision == "tf32" and not has_tf32(world.device):
-        raise ConfigError(f"precision: no TF32 on {world.device}", allowed="fp32", fix="set precision=fp32")
+        raise ConfigError(
+            f"precision: {world.device} does not support TF32", allowed="fp32", fix="set precision=fp32"
+        )
 
 
 def gradient_norm(engine: Engine) -> float | None:
-    """Global norm of the last step's gradients before clipping; None at stage 0 without clipping."""
+    """Return the global gradient norm of the last step before clipping; None at stage 0 without clipping."""
     norm = engine.get_global_grad_norm()
     return None if norm is None else float(norm)
 
 
 def step_skipped(engine: Engine) -> bool:
-    """Whether the last step left all weights alone since a gradient was not finite; stage 0 never looks."""
+    """Return True if the last step changed no weight because a gradient was not finite.
+
+    Always False at stage 0, which does not check the gradients.
+    """
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:
-    """Give every parameter group `lr` times its own scale."""
+    """Set the learning rate of every parameter group to `lr` times the group's `lr_scale`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def full_parameter(parameter: Tensor) -> Tensor:
-    """The float32 value of a parameter on the host, whatever its sharding: whole. Call on every rank."""
+    """Gather the full float32 value of a parameter on the host, from any sharding. Call on every rank."""
     from deepspeed.utils import safe_get_full_fp32_param  # heavy
 
-    full = safe_get_full_fp32_param(parameter)  # None where nothing is sharded (stage 0)
+    full = safe_get_full_fp32_param(parameter)  # None at stage 0, which shards nothing
     return merge_shards(parameter, parameter if full is None else full).detach().float().cpu()

@@ -1,4 +1,4 @@
-"""Copies of a rank's states in host memory, from which a checkpoint is written while training runs on."""
+"""Copies of a rank's states in host memory, from which a checkpoint is written while training continues."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch import Tensor
 
 
 class HostCopies:
-    """Host memory that is kept from one checkpoint to the next; page-locked if states are on a GPU.
+    """A reusable host buffer for the states of a checkpoint; page-locked if the states are on a GPU.
 
-    Copies into page-locked memory run at the link's speed, one behind the other, and the host waits for none
-    of them. They are queued on the stream of the training steps: the next step's kernels wait until all are
-    made, which takes as long as the link needs, so that no step changes a state before it is copied.
+    Copies into page-locked memory run one after another at the speed of the link, and the host waits for none
+    of them. They are queued on the stream of the training steps, so the next step's kernels start only when
+    all copies are complete, and no step changes a state before it is copied.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -22,10 +22,10 @@ class HostCopies:
         self._made: torch.cuda.Event | None = None
 
     def take(self, sizes: Sequence[int], sources: Iterable[Tensor]) -> list[Tensor]:
-        """Copy float32 `sources` of so many values each. Those of the last call are overwritten.
+        """Copy float32 `sources`, the i-th of which has `sizes[i]` values. Overwrites the previous copies.
 
         Returns:
-            the copies, in order; on a GPU their values are there after `wait`.
+            The copies, in order; on a GPU their values are valid after `wait`.
         """
         on_gpu, total = self._device.type == "cuda", sum(sizes)
         if self._memory.numel() < total:
@@ -40,6 +40,6 @@ class HostCopies:
         return copies
 
     def wait(self) -> None:
-        """Return when the copies are made. Any thread may call this."""
+        """Wait until the copies are complete. Any thread may call this."""
         if self._made is not None:
             self._made.synchronize()

@@ -1,16 +1,17 @@
-"""ZeRO without DeepSpeed's work per tensor: an update in a few launches and one wait of the host.
+"""A ZeRO update without DeepSpeed's per-tensor work: a few kernel launches and one host synchronisation.
 
-DeepSpeed 0.19.8 looks for infinities in every gradient (13 operators a tensor), copies each to float64 for
-its norm, flattens them and makes them float32. Here one `foreach` operator takes all norms. Their sum says
-whether all gradients are finite and how far to clip, and is the only value that the host reads. Where one
-rank holds the whole model, nothing is reduced. Stage 3 gets the norm only.
+DeepSpeed 0.19.8 searches every gradient for infinities (13 operators per tensor), copies each to float64 for
+its norm, flattens them and casts them to float32. Here one `foreach` operator computes all norms. Their sum
+of squares shows whether all gradients are finite and how much to clip, and is the only value that the host
+reads. If one rank holds the whole model, nothing is reduced. At stage 3 only the norm is replaced.
 
-The gradients of several bf16 micro-batches are summed in float32 at both stages. At stage 1 DeepSpeed would
-do so by another optimiser, which checks no overflow and counts weights that are whole on every
-tensor-parallel rank several times.
+The gradients of several bf16 micro-batches are summed in float32 at stages 1 and 2. At stage 1 DeepSpeed
+would switch to another optimiser for this, which does not check for overflow and counts weights that every
+tensor-parallel rank holds whole several times in the norm.
 
-Layout, reduction in buckets and the addresses that checkpoints use stay DeepSpeed's.
-tests/parallel/test_lean_update.py checks weights against its own path, in every bit without clipping.
+The layout, the bucketed reduction and the addresses that checkpoints use remain DeepSpeed's.
+tests/parallel/test_lean_update.py compares the weights with those of DeepSpeed's own update: bit-identical
+without clipping.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from torch._utils import _unflatten_dense_tensors
 
 from everest_ds.errors import EverestError
 
-# Methods of DeepSpeed's optimiser that are replaced below, and those that the replacements call.
+# Methods of DeepSpeed's optimiser that are replaced below, and methods that the replacements call.
 _REPLACED = (
     "step reduce_gradients backward_epilogue independent_gradient_partition_epilogue"
     " _fill_param_grad_accum_attribute _add_to_grad_partition_buffer"
@@ -48,11 +49,11 @@ def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
     """Turn DeepSpeed's optimiser of stage 1 or 2 into a `LeanZeroOptimizer`, before the first step.
 
     Args:
-        optimizer: of an engine without offload; DeepSpeed's constructor has laid out the partitions.
-        sums_in_float32: the gradients of micro-batches, else in the precision of training.
+        optimizer: DeepSpeed's optimiser of an engine without offload, with the partitions laid out.
+        sums_in_float32: True to sum micro-batch gradients in float32 rather than the training precision.
 
     Raises:
-        EverestError: this DeepSpeed has no such optimiser, or lacks a method that is replaced.
+        EverestError: if this version of DeepSpeed has another optimiser, or lacks a method needed here.
     """
     _check(optimizer, DeepSpeedZeroOptimizer, f"{_REPLACED} {_USED}")
     optimizer.__class__ = LeanZeroOptimizer
@@ -63,13 +64,13 @@ def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
 
 
 def make_norm_lean(optimizer: Any) -> None:
-    """Let DeepSpeed's optimiser of stage 3 take the norm of all gradients at once.
+    """Make DeepSpeed's optimiser of stage 3 compute the norm of all gradients at once.
 
     Args:
-        optimizer: of an engine without offload.
+        optimizer: DeepSpeed's optimiser of an engine without offload.
 
     Raises:
-        EverestError: this DeepSpeed has no such optimiser, or lacks the method that is replaced.
+        EverestError: if this version of DeepSpeed has another optimiser, or lacks a method needed here.
     """
     _check(optimizer, DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups _model_parallel_all_reduce")
     optimizer.__class__ = LeanZero3Optimizer
@@ -80,7 +81,7 @@ def _check(optimizer: Any, expected: type, names: str) -> None:
     if type(optimizer) is not expected or missing:
         found = f"without {', '.join(missing)}" if missing else f"with a {type(optimizer).__name__}"
         raise EverestError(
-            "this DeepSpeed is not the one whose ZeRO we replace in part",
+            "this version of DeepSpeed does not fit EVEREST-DS's ZeRO update",
             given=f"{deepspeed_version}, {found}",
             allowed="0.19.8",
             fix="pip install deepspeed==0.19.8",
@@ -88,7 +89,7 @@ def _check(optimizer: Any, expected: type, names: str) -> None:
 
 
 def clip_gradients(engine: Any) -> None:
-    """Clip at stage 0 without a wait of the host, and keep the norm, which DeepSpeed drops there."""
+    """Clip gradients at stage 0 without a host synchronisation; keep the norm, which DeepSpeed drops."""
     parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
     gradients, mpu = [parameter.grad for parameter in parameters], engine.mpu
     counted = _counted(gradients, parameters, mpu.get_model_parallel_rank() if mpu else 0)
@@ -101,32 +102,32 @@ def clip_gradients(engine: Any) -> None:
 
 
 def sum_of_squares(tensors: list[Tensor], device: torch.device | str) -> Tensor:
-    """Return the sum over all elements, a float64 scalar on the device, in four launches for all tensors."""
+    """Return the sum of squares of all elements: a float64 scalar on the device, in four kernel launches."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64, device=device)
     return torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).double().square().sum()
 
 
 class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
-    """DeepSpeed's optimiser of stages 1 and 2, made by `make_lean`; never constructed."""
+    """DeepSpeed's optimiser of stages 1 and 2 with a batched update; `make_lean` converts an existing one."""
 
-    # By parameter group: this rank's part of the averages, and sums before they are averaged
+    # Keyed by parameter group: this rank's part of the averaged gradients, and the sums before averaging.
     averaged_gradients: dict[int, Any]
     all_grad_tensors: dict[int, Any]
     params_already_reduced: list[bool]
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
-        """Update the weights, or leave them if a gradient is not finite (`overflow`)."""
+        """Update the weights, or leave them unchanged if a gradient is not finite (`overflow`)."""
         self.micro_step_id = INITIAL_MICRO_STEP_ID
-        scale = self.loss_scale  # that the gradients carry; `_update_scale` changes it
+        scale = self.loss_scale  # the scale of these gradients, read before `_update_scale` changes it
         norm = self._scaled_norm()
         self.overflow = not math.isfinite(norm)
         self._update_scale(self.overflow)
         self._global_grad_norm = math.inf if self.overflow else norm / scale
         gradients = None if self.overflow else self._float32_gradients()
-        for held in (self.averaged_gradients, self.all_grad_tensors):  # to which parameters refer, too
-            held.update(dict.fromkeys(held))
+        for held in (self.averaged_gradients, self.all_grad_tensors):
+            held.update(dict.fromkeys(held))  # in place, because parameters refer to these dictionaries
         self.zero_grad(set_to_none=True)
         if gradients is not None:
             factor = self._factor(norm, scale)
@@ -136,7 +137,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
             self._publish_masters()
 
     def reduce_gradients(self, pipeline_parallel: bool = False) -> None:
-        """Average the gradients of a step over the data-parallel ranks, at stage 1."""
+        """Average the gradients of a step over the data-parallel ranks (called at stage 1)."""
         if self._is_alone:
             self.backward_epilogue()
             self.independent_gradient_partition_epilogue()
@@ -144,7 +145,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
             super().reduce_gradients(pipeline_parallel)
 
     def backward_epilogue(self, *args: object, **kwargs: object) -> None:
-        """Add a micro-batch's gradients to the float32 sum; on several ranks, hooks have done so."""
+        """Add a micro-batch's gradients to the float32 sum; with several ranks, hooks do so instead."""
         if not (self._is_alone and self.use_separate_grad_accum):
             return
         for index, parameters in enumerate(self.params_in_partition):
@@ -155,7 +156,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         self._clear_param_grad_only()
 
     def independent_gradient_partition_epilogue(self) -> None:
-        """Finish the reduction of a backward pass and keep this rank's part of the averages."""
+        """Finish the reduction of a backward pass and keep this rank's part of the averaged gradients."""
         if not self._is_alone:
             self.reduce_ipg_grads()
             self.params_already_reduced = [False] * len(self.params_already_reduced)
@@ -167,18 +168,18 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         self._epilogue_ran_this_backward = True
 
     def _join_reduction_stream(self) -> None:
-        """Let the device wait for the reductions, where DeepSpeed lets the host wait for the device.
+        """Make the compute stream wait for the reductions; DeepSpeed would block the host instead.
 
-        Buckets and gradients that are freed after this come from the stream that waits, so their memory is
-        used again only behind it; the part of a rank comes from the reduction stream, whose next use of it
-        waits for the next backward pass.
+        This is safe for memory that is freed afterwards. Buckets and gradients were allocated on the stream
+        that waits, so their memory is reused only after the wait. A rank's part was allocated on the
+        reduction stream, which uses it again only after waiting for the next backward pass.
         """
         if self.overlap_comm and not get_accelerator().resolves_data_dependency():
             get_accelerator().current_stream().wait_stream(self.reduction_stream)
         self._clear_previous_reduced_grads()
 
     def _keep_part(self, index: int) -> None:
-        """Make the `averaged_gradients` of a group at the last micro-batch, sum before it."""
+        """Sum a group's gradients; at the last micro-batch, set its `averaged_gradients`."""
         is_last, parameters = self.is_gradient_accumulation_boundary(), self.params_in_partition[index]
         if self._use_compact_grad_partition_buffer(index):
             if is_last:
@@ -214,19 +215,19 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
     @staticmethod
     def _add_to_grad_partition_buffer(output: Tensor | None, source: Tensor) -> None:
         if output is not None:
-            output.add_(source)  # which makes it float32 as it reads it
+            output.add_(source)  # add_ converts to float32 as it reads, so no copy is needed
 
     @property
     def _is_alone(self) -> bool:
         return bool(dist.get_world_size(group=self.dp_process_group) == 1)
 
     def _scaled_norm(self) -> float:
-        """Norm over all gradients of all ranks, times the loss scale; the one wait of a step."""
+        """Return the norm of all ranks' gradients, times the loss scale. The host synchronises only here."""
         gradients = {i: _without_padding(held) for i, held in self.averaged_gradients.items()}
         return math.sqrt(_global_sum_of_squares(self, gradients, self.params_in_partition).item())
 
     def _float32_gradients(self) -> list[Tensor]:
-        """This rank's part of each group, flat, as the optimiser's float32 weights are."""
+        """Return this rank's gradients, one flat float32 tensor per group, laid out as the master weights."""
         flats, targets, sources = list[Tensor](), list[Tensor](), list[Tensor]()
         for index, size in enumerate(self.partition_size):
             averaged = self.averaged_gradients[index]
@@ -252,13 +253,13 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
         for master, gradient in zip(self.single_partition_of_fp32_groups, gradients, strict=True):
             master.grad = gradient
         self.optimizer.step()
-        gradients.clear()  # gathering needs the memory
+        gradients.clear()  # the all-gather that follows needs the memory
         for master in self.single_partition_of_fp32_groups:
             master.grad = None
         self._lazy_init_hp_params_optimizer_state()
 
     def _publish_masters(self) -> None:
-        """Round the new weights, and gather those of the other ranks."""
+        """Round the new weights to the training precision and all-gather the parts of the other ranks."""
         rank = dist.get_rank(group=self.dp_process_group)
         parts = [partitions[rank] for partitions in self.parallel_partitioned_bit16_groups]
         torch._foreach_copy_(parts, self.single_partition_of_fp32_groups)
@@ -272,7 +273,7 @@ class LeanZeroOptimizer(DeepSpeedZeroOptimizer):
 
 
 class LeanZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
-    """DeepSpeed's optimiser of stage 3 with one norm for all gradients, made by `make_norm_lean`."""
+    """DeepSpeed's optimiser of stage 3 with a batched norm; `make_norm_lean` converts an existing one."""
 
     def _get_norm_groups(self) -> list[Tensor]:
         return [_global_sum_of_squares(self, self.averaged_gradients, self.fp16_groups).sqrt().float()]
@@ -281,7 +282,7 @@ class LeanZero3Optimizer(DeepSpeedZeroOptimizer_Stage3):
 def _global_sum_of_squares(
     optimizer: Any, gradients: dict[int, list[Tensor]], parameters: list[list[Any]]
 ) -> Tensor:
-    """Return the sum over the gradients of all ranks, given by parameter group, each counted once."""
+    """Return the sum of squares over all ranks' gradients, given by parameter group, each counted once."""
     rank, counted = optimizer.model_parallel_rank, list[Tensor]()
     for index, group in enumerate(parameters):
         counted += _counted(gradients[index], group, rank)
@@ -293,8 +294,11 @@ def _global_sum_of_squares(
 
 
 def _counted(gradients: list[Tensor], parameters: list[Any], tensor_rank: int) -> list[Tensor]:
-    """Gradients that count on this rank: those of weights that tensor-parallel ranks copy, on the first."""
-    pairs = zip(gradients, parameters, strict=False)  # unmarked padding may follow
+    """Return the gradients that this rank contributes to the global norm.
+
+    Gradients of weights that every tensor-parallel rank holds whole count on tensor rank 0 only.
+    """
+    pairs = zip(gradients, parameters, strict=False)  # padding without a parameter may follow
     return [g for g, p in pairs if tensor_rank == 0 or is_model_parallel_parameter(p)]
 
 

@@ -1,12 +1,12 @@
-"""The ranks as a grid of data x tensor parallelism, by fairscale's process groups.
+"""The mesh of data-parallel x tensor-parallel ranks, built on fairscale's process groups.
 
 Ranks 0 .. t-1 hold one copy of the model between them, ranks t .. 2t-1 the next:
 
-    rank    0 1 | 2 3 | 4 5      t = 2: a tensor group is a pair of neighbours,
-    tensor  0 1 | 0 1 | 0 1      a data group the ranks of one column.
+    rank    0 1 | 2 3 | 4 5      t = 2: two neighbours form a tensor group, and
+    tensor  0 1 | 0 1 | 0 1      all ranks with the same tensor rank form a data group.
     data    0 0 | 1 1 | 2 2
 
-Every layer ends in a sum over the tensor group, so the group must lie within a node.
+Every layer ends in an all-reduce over the tensor group, so the group must lie within one node.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from everest_ds.parallel.world import World
 
 @dataclass(frozen=True)
 class Mesh:
-    """A world's ranks as data_degree x tensor_degree."""
+    """The ranks of a world, arranged as data_degree x tensor_degree."""
 
     world: World
     tensor_degree: int = 1
 
     @property
     def tensor_rank(self) -> int:
-        """This rank's place among those that share its layers."""
+        """The index of this rank within its tensor group, whose ranks share every layer."""
         return self.world.rank % self.tensor_degree
 
     @property
     def data_rank(self) -> int:
-        """Which share of the clips this rank sees; the same within a tensor group."""
+        """The index of the share of clips that this rank reads; the same within a tensor group."""
         return self.world.rank // self.tensor_degree
 
     @property
     def data_degree(self) -> int:
-        """Copies of the model."""
+        """The number of copies of the model."""
         return self.world.size // self.tensor_degree
 
     @property
     def mpu(self) -> Any:
-        """What DeepSpeed asks for the groups: fairscale's module; None where there is nothing to ask."""
+        """The model-parallel unit that DeepSpeed queries for groups; None without tensor parallelism."""
         return fairscale_groups if self.tensor_degree > 1 else None
 
 
 def form_mesh(world: World, tensor_degree: int) -> Mesh:
-    """Lay out the ranks and join this rank's groups; call on every rank. Groups that exist are kept.
+    """Lay out the ranks and join this rank's groups; call on every rank. Existing groups are reused.
 
     Raises:
         UsageError: on every rank, if a tensor group would span nodes.
@@ -64,7 +64,7 @@ def form_mesh(world: World, tensor_degree: int) -> Mesh:
 
 
 def _check_within_node(mesh: Mesh) -> None:
-    """The group's neighbours are here too: their local ranks, by the launcher's count, exist on this node."""
+    """Check that all ranks of this rank's tensor group exist on this node, by the launcher's local ranks."""
     world = mesh.world
     first = world.local_rank - mesh.tensor_rank
     if first < 0 or first + mesh.tensor_degree > world.local_size:
@@ -81,5 +81,5 @@ def _join_groups(tensor_degree: int) -> None:
         if fairscale_groups.get_model_parallel_world_size() == tensor_degree:
             return
         fairscale_groups.destroy_model_parallel()
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its layout of the ranks
         fairscale_groups.initialize_model_parallel(tensor_degree)

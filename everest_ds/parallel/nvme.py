@@ -1,4 +1,4 @@
-"""Optimiser states on a disk of the node, between the steps (ZeRO-Infinity)."""
+"""Offload of optimiser states to a local disk of the node between steps (ZeRO-Infinity)."""
 
 from __future__ import annotations
 
@@ -12,22 +12,23 @@ from pathlib import Path
 from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError
 
-_COMPILED = ("pin_memory", "async_io")  # by DeepSpeed, one after the other
-_KILLED_AFTER_S = 600  # without a new file; a single one takes a minute or two
+_COMPILED = ("pin_memory", "async_io")  # extensions that DeepSpeed compiles, one after the other
+# A compilation that writes no file for this long was killed: compiling one file takes a minute or two.
+_KILLED_AFTER_S = 600
 
 
 def check_nvme(config: Experiment) -> None:
-    """Refuse `parallelism.offload_to_nvme` where this machine cannot do it.
+    """Refuse `parallelism.offload_to_nvme` if this machine does not support it.
 
     Raises:
-        ConfigError: saying what is missing and how to get it.
+        ConfigError: naming what is missing and how to install it.
     """
     folder = config.parallelism.offload_to_nvme
     if folder is None:
         return
     if not folder.is_dir() or not os.access(folder, os.W_OK):
         raise ConfigError(
-            "parallelism.offload_to_nvme: not a folder that can be written to",
+            "parallelism.offload_to_nvme is not a writable folder",
             given=str(folder),
             fix="name a folder on a local disk of every node",
         )
@@ -35,7 +36,7 @@ def check_nvme(config: Experiment) -> None:
 
     if shutil.which("g++") is None or shutil.which("ninja") is None or not AsyncIOBuilder().is_compatible():
         raise ConfigError(
-            "parallelism.offload_to_nvme: DeepSpeed's async_io cannot be built here",
+            "parallelism.offload_to_nvme: DeepSpeed's async_io cannot be built on this machine",
             fix="install libaio with its headers, a C++ compiler and ninja"
             " (Debian: apt-get install libaio-dev g++ ninja-build), or set parallelism.offload_to_cpu=true",
         )
@@ -43,7 +44,7 @@ def check_nvme(config: Experiment) -> None:
 
 
 def _refuse_stale_locks() -> None:
-    """PyTorch waits without a word or an end for the lock that a killed compile has left behind."""
+    """Refuse to start if a killed compilation left its lock behind: PyTorch would wait for it forever."""
     from torch.utils.cpp_extension import _get_build_directory
 
     for name in _COMPILED:
@@ -51,22 +52,25 @@ def _refuse_stale_locks() -> None:
         silent_s = time.time() - _last_written(folder)
         if (folder / "lock").exists() and silent_s > _KILLED_AFTER_S:
             raise ConfigError(
-                f"{folder / 'lock'}: left by a compile that was killed {silent_s / 60:.0f} minutes ago",
+                f"{folder / 'lock'}: lock of a compilation that was killed {silent_s / 60:.0f} minutes ago",
                 fix="remove this file; every run with parallelism.offload_to_nvme would wait for it",
             )
 
 
 def _last_written(folder: Path) -> float:
-    """When a file of the folder was, or came or went; a compile replaces them meanwhile."""
+    """Return the time of the last change in `folder`, in seconds since the epoch."""
     times = [folder.stat().st_mtime]
     for file in folder.iterdir():
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):  # a running compilation replaces files
             times.append(file.stat().st_mtime)
     return max(times)
 
 
 def swap_folder(config: Experiment) -> Path | None:
-    """Where this run keeps its states: a folder of its own, for several runs may share the disk."""
+    """Return the folder for this run's offloaded states, or None without offload to NVMe.
+
+    Each run has its own folder, because several runs may share the disk.
+    """
     parent = config.parallelism.offload_to_nvme
     if parent is None:
         return None
@@ -75,7 +79,7 @@ def swap_folder(config: Experiment) -> Path | None:
 
 
 def remove_swap_files(config: Experiment, rank: int) -> None:
-    """Free the disk of what is of no use once the rank is done: checkpoints hold the states."""
+    """Remove the offloaded states of `rank` from the disk when it ends; checkpoints hold the states."""
     folder = swap_folder(config)
     if folder is not None:
         shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)

@@ -1,25 +1,26 @@
-"""Activation checkpointing: parts of the blocks forget their activations and compute them again.
+"""Activation checkpointing: blocks drop activations and recompute them in the backward pass.
 
-What a block keeps between forward and backward, in tensors of n tokens x D width (fused attention, no drop
-path, gradients of everything):
+Activations that one block keeps between forward and backward, counted in tensors of N tokens x D width (fused
+attention, no drop path, gradients of all parameters):
 
     none       16
     gelu       12              every block's GELU is recomputed, by models/mlp.py
-    attention   8              every block's attention as well, by fairscale
+    attention   8              every block's GELU and attention, by fairscale
     mlp         8              every block's MLP, by fairscale
-    blocks     (12(n-1)+1)/n   every n-th block whole, the first of each n, by fairscale; the others' GELU
+    blocks     (12(n-1)+1)/n   the first of every n blocks as a whole, by fairscale; GELU in the other blocks
     full        1              every block, by DeepSpeed; 1/t if partitioned over t tensor-parallel ranks
 
-GELU moves memory and multiplies nothing: to recompute it is the least that saves anything, so every mode but
-`none` does.
+GELU is limited by memory traffic and has no matrix product, so recomputing it costs least; every mode except
+`none` does so.
 
-Both libraries cost the same time and memory here. fairscale's setting belongs to a module, so it serves the
-parts. DeepSpeed's belongs to the process, so it serves the whole: it copies to the host beside the compute
-stream, and can split what it keeps over tensor-parallel ranks.
+Both libraries need the same time and memory here. fairscale is configured per module, so it recomputes parts
+of a block. DeepSpeed is configured per process, so it recomputes whole stacks; it copies to the host in
+parallel with the compute stream, and can partition the kept inputs over tensor-parallel ranks.
 
 Nothing in a block draws from a process-wide random state, so recomputation repeats it exactly. With fairscale
-the states are left alone; DeepSpeed 0.19.8 saves and restores them in its autograd function itself. Parameter
-names stay, for modules are changed in place. Without gradients (evaluation) nothing is recomputed.
+the random states are not saved; DeepSpeed 0.19.8 always saves and restores them in its autograd function.
+Modules are changed in place, so parameter names do not change. Without gradients (evaluation) nothing is
+recomputed.
 """
 
 from __future__ import annotations
@@ -40,17 +41,19 @@ from everest_ds.models.vit import Blocks, Scales
 
 
 def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) -> None:
-    """Make the blocks of `model` recompute what `config` says, in place, instead of what was said before.
+    """Apply the recompute mode of `config` to the blocks of `model` in place, replacing an earlier mode.
 
-    Mode `full` configures DeepSpeed for the whole process: the last model to be given this mode decides for
-    all of them where the blocks' inputs are kept.
+    Mode `full` configures DeepSpeed for the whole process: the settings of the last model that uses this mode
+    apply to the block inputs of all such models.
 
     Args:
-        mpu: the mesh's, over whose tensor groups `recompute.partition` spreads what is kept.
+        model: its stacks of blocks are changed in place.
+        config: the recompute mode and its options.
+        mpu: the mesh's `mpu`; `recompute.partition` spreads kept block inputs over its tensor groups.
 
     Raises:
-        ConfigError: `recompute.every` is more than the blocks of any stack, or mode `full` shall offload in
-            a process that has not joined a world.
+        ConfigError: if `recompute.every` exceeds the blocks of the deepest stack, or if mode `full` is to
+            offload in a process that has not joined a world.
     """
     stacks = [module for module in model.modules() if isinstance(module, Blocks)]
     _check_every(stacks, config)
@@ -69,16 +72,17 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) 
 
 def _forget_earlier(stack: Blocks) -> None:
     for module in stack.modules():
-        vars(module).pop("forward", None)  # both libraries' way is an instance's own `forward`
+        vars(module).pop("forward", None)  # both libraries set `forward` on the instance
 
 
 def _parts(stack: Blocks, config: RecomputeConfig) -> list[nn.Module]:
-    """The modules of a stack that are recomputed."""
+    """Return the modules of a stack that are recomputed."""
     if config.mode in ("none", "gelu"):
         return []
     if config.mode in ("attention", "mlp"):
         return [getattr(block, config.mode) for block in stack]
-    # The first of every n: the last block's activations are needed at once, forgetting them gains nothing.
+    # The first of every n, not the last: the backward pass starts with the last block of the stack, so
+    # dropping that block's activations would gain nothing.
     return list(stack)[:: config.every if config.mode == "blocks" else 1]
 
 
@@ -86,7 +90,7 @@ def _check_every(stacks: list[Blocks], config: RecomputeConfig) -> None:
     deepest = max(map(len, stacks), default=0)
     if config.mode == "blocks" and config.every > deepest:
         raise ConfigError(
-            "recompute.every is more than the blocks there are",
+            "recompute.every is greater than the number of blocks",
             given=config.every,
             allowed=f"2..{deepest}",
             fix="lower it to save memory, or set recompute.mode=none",
@@ -97,7 +101,7 @@ def _recompute_by_fairscale(module: nn.Module, offload_to_cpu: bool) -> None:
     from fairscale.nn import checkpoint_wrapper  # heavy
     from fairscale.nn.checkpoint import checkpoint_activations
 
-    # fairscale 0.4.13 saves and restores random states around each module, which no block of ours draws from.
+    # fairscale 0.4.13 saves and restores random states around each module; our blocks never use them.
     checkpoint_activations.get_rng_state = dict
     checkpoint_activations.set_rng_state = lambda state: None
     checkpoint_wrapper(module, offload_to_cpu=offload_to_cpu)  # replaces module.forward
@@ -107,17 +111,17 @@ def _configure_deepspeed(config: RecomputeConfig, mpu: Any) -> None:
     joined, offload = dist.is_initialized(), config.offload_to_cpu
     if offload and not joined:
         raise ConfigError(
-            "recompute.offload_to_cpu with recompute.mode=full: DeepSpeed 0.19.8 can be told to only in a"
-            " process that has joined a world",
-            fix="call join_world() first, or take another mode",
+            "recompute.offload_to_cpu with recompute.mode=full: this process has not joined a world, which"
+            " DeepSpeed 0.19.8 requires",
+            fix="call join_world() first, or choose another recompute.mode",
         )
     import deepspeed  # heavy
 
-    deepspeed.checkpointing.reset()  # what a step that failed half-way left on the host
+    deepspeed.checkpointing.reset()  # drops block inputs that a failed step may have left on the host
     if joined:
-        deepspeed.init_distributed()  # adopts the group that exists: `configure` asks DeepSpeed for its rank
-        # On a CPU, DeepSpeed 0.19.8 frees the inputs that it means to copy unless it partitions them: over
-        # one rank, that is a copy.
+        deepspeed.init_distributed()  # adopts the existing group, because `configure` reads DeepSpeed's rank
+        # On a CPU, DeepSpeed 0.19.8 frees the inputs that it should copy unless it also partitions them.
+        # Partitioning over one rank is a plain copy, so it is switched on.
         on_cpu = deepspeed.accelerator.get_accelerator().device_name() == "cpu"
         deepspeed.checkpointing.configure(
             mpu if config.partition else None,
@@ -127,7 +131,7 @@ def _configure_deepspeed(config: RecomputeConfig, mpu: Any) -> None:
 
 
 def _recompute_by_deepspeed(block: nn.Module) -> None:
-    # A weak reference, as in fairscale: a block that holds itself is freed late, and its memory with it.
+    # A weak reference, as in fairscale: with a strong one, a reference cycle would delay freeing the block.
     forward = partial(_checkpointed_forward, type(block).forward, weakref.ref(block))
     block.forward = forward
 
@@ -142,22 +146,23 @@ def _checkpointed_forward(
 
     module = block()
 
-    # The scales are not among its arguments: DeepSpeed would offload or split them as it does activations.
+    # The scales are captured, not passed: DeepSpeed would offload or partition them like activations.
     def run(x_BnD: Tensor) -> Tensor:
         return forward(module, x_BnD, scales)
 
     if not torch.is_grad_enabled():
         return run(x_BnD)
     if not x_BnD.requires_grad:
-        # DeepSpeed's output has gradients only if its input has: without, the block would not learn.
+        # DeepSpeed's output requires gradients only if its input does; otherwise the block would not train.
         x_BnD = x_BnD.detach().requires_grad_()
     return deepspeed.checkpointing.checkpoint(run, _Alias.apply(x_BnD))
 
 
 class _Alias(torch.autograd.Function):
-    """The same values in another tensor, for DeepSpeed empties the tensor that it offloads: not the caller's.
+    """An identity function whose output is another tensor object with the same storage.
 
-    A view would not do: it holds on to the tensor that it is of, and so would keep what offload shall free.
+    DeepSpeed empties the tensor that it offloads, which must not be the caller's. A view would keep a
+    reference to its base, and so the memory that offloading should free.
     """
 
     @staticmethod

@@ -1,16 +1,16 @@
-"""Tensor parallelism: the ranks of a group share every block, by fairscale's model-parallel layers.
+"""Tensor parallelism: the ranks of a group share every block, with fairscale's model-parallel layers.
 
     x ── qkv, split by heads ── attention on own heads ── proj, split by inputs ── sum over the group ──
     x ── fc1, split by outputs ── GELU on own channels ── fc2, split by inputs ── sum over the group ──
 
-Each of the two branches costs one sum forward and one backward, of kept tokens only. The rest (embedding,
-norms, heads, the residual stream) is whole on every rank, and the same in every bit; so are the clips, the
-tokens chosen and the paths dropped, which follow from the clips' keys.
+Each of the two branches needs one all-reduce in the forward pass and one in the backward pass, of the kept
+tokens only. Everything else (embedding, norms, heads, residual stream) is whole and bit-identical on every
+rank. So are the clips, the kept tokens and the dropped paths, which are drawn from the clips' keys.
 
-The split layers take over the parameters of the dense ones, as the same objects with a shard in them: a run
-starts from the dense run's weights, and optimiser groups made of the dense model stay right.
+The split layers reuse the dense layers' parameter objects and replace only their data by a shard. A run
+therefore starts from the dense model's weights, and optimiser groups built from the dense model stay valid.
 
-Shape legend: n tokens of any clips, I inputs, O outputs; a rank holds a t-th of one of them.
+Shape legend: n tokens of any clips, I inputs, O outputs; a rank holds 1/t of either I or O.
 """
 
 from __future__ import annotations
@@ -34,28 +34,29 @@ from everest_ds.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Split:
-    """How a tensor is cut into shards.
+    """A rule for cutting a tensor into shards.
 
     Attributes:
-        dim: along which it is cut.
-        pieces: of which each is cut for itself: q, k and v lie in one matrix, one after the other.
+        dim: the dimension along which the tensor is cut.
+        pieces: number of consecutive pieces that are cut separately; 3 for q, k and v in one matrix.
     """
 
     dim: int
     pieces: int = 1
 
     def take(self, whole: Tensor, rank: int, degree: int) -> Tensor:
-        """The shard of `rank`, in memory of its own."""
+        """Return a copy of the shard of `rank`."""
         parts = [piece.chunk(degree, self.dim)[rank] for piece in whole.chunk(self.pieces, self.dim)]
         return torch.cat(parts, self.dim)
 
     def merge(self, shards: Sequence[Tensor]) -> Tensor:
-        """The whole, of all shards in rank order."""
+        """Return the whole tensor, given all shards in rank order."""
         by_shard = [shard.chunk(self.pieces, self.dim) for shard in shards]
         return torch.cat([part for parts in zip(*by_shard, strict=True) for part in parts], self.dim)
 
 
-# Of a block; what is not named is whole on every rank. Biases of `proj` and `fc2` are added after the sum.
+# The split parameters of a block. All others are whole on every rank: the biases of `proj` and `fc2`, for
+# example, are added after the all-reduce.
 SPLITS = {
     "attention.qkv.weight": Split(0, pieces=3),
     "attention.q_bias": Split(0),
@@ -71,7 +72,8 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh) -> None:
     """Split the blocks of a dense `model`, in place, over the tensor groups of `mesh`.
 
     Args:
-        model: with the same weights on every rank, and heads that the tensor degree divides.
+        model: has the same weights on every rank, and a number of heads that the tensor degree divides.
+        mesh: the ranks of the run.
     """
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         for name, split in SPLITS.items():
@@ -84,14 +86,16 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh) -> None:
 
 
 def split_of(parameter: Tensor) -> Split | None:
-    """How `parameter` is shared by its tensor group; None if it is whole on every rank."""
+    """Return the rule by which the tensor group shares `parameter`; None if it is whole on every rank."""
     return getattr(parameter, "shared_by", None)
 
 
 def merge_shards(parameter: Tensor, shard: Tensor) -> Tensor:
-    """The whole of a tensor that is shared as `parameter` is: itself, or a state of the optimiser.
+    """Gather the whole tensor of which `shard` is this rank's shard. Call on every rank of the tensor group.
 
-    Call on every rank of the tensor group.
+    Args:
+        parameter: the parameter whose rule applies to `shard`.
+        shard: the parameter's value, or an optimiser state of it.
     """
     split = split_of(parameter)
     if split is None:
@@ -104,15 +108,16 @@ def merge_shards(parameter: Tensor, shard: Tensor) -> Tensor:
 
 def _keep_shard(parameter: nn.Parameter, split: Split, mesh: Mesh) -> None:
     parameter.data = split.take(parameter.data, mesh.tensor_rank, mesh.tensor_degree)
-    # DeepSpeed's mark: of unmarked parameters, only tensor rank 0 counts the gradients in the global norm.
+    # DeepSpeed reads `model_parallel`: without this mark, only tensor rank 0 counts a parameter's gradient in
+    # the global norm.
     vars(parameter).update(model_parallel=True, shared_by=split)
 
 
 class _Column(ColumnParallelLinear):
-    """Own outputs of whole inputs: (..., I) -> (..., O/t)."""
+    """A linear layer split by outputs: (..., I) -> (..., O/t)."""
 
     def __init__(self, dense: nn.Linear) -> None:
-        nn.Module.__init__(self)  # fairscale's own would draw new weights
+        nn.Module.__init__(self)  # fairscale's constructor would draw new weights
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.gather_output = False
         self.weight, self.bias = dense.weight, dense.bias
@@ -122,14 +127,14 @@ class _Column(ColumnParallelLinear):
 
 
 class _QKV(_Column):
-    """Queries, keys and values of own heads; the bias comes with the input, split as they are."""
+    """The projection to queries, keys and values of this rank's heads; the caller passes this rank's bias."""
 
     def forward(self, x_nI: Tensor, bias_O: Tensor) -> Tensor:  # type: ignore[override]
         return linear(_Copy.apply(x_nI), self.weight, bias_O)
 
 
 class _Row(RowParallelLinear):
-    """Whole outputs of own inputs, summed over the group: (..., I/t) -> (..., O)."""
+    """A linear layer split by inputs, its outputs summed over the tensor group: (..., I/t) -> (..., O)."""
 
     def __init__(self, dense: nn.Linear) -> None:
         nn.Module.__init__(self)
@@ -142,14 +147,14 @@ class _Row(RowParallelLinear):
 
 
 class _GELURow(_Row):
-    """`_Row` of GELU(x)."""
+    """A `_Row` layer that applies GELU to its input."""
 
     def forward(self, x_nI: Tensor, recompute: bool = False) -> Tensor:
         return _Sum.apply(gelu_linear(x_nI, self.weight, None, recompute)) + self.bias
 
 
 class _Copy(torch.autograd.Function):
-    """The input of a layer that is split by outputs: the gradients of all ranks' parts add up."""
+    """The identity on the input of a layer split by outputs; backward sums the gradients over the group."""
 
     @staticmethod
     def forward(ctx: Any, whole: Tensor) -> Tensor:
@@ -161,9 +166,10 @@ class _Copy(torch.autograd.Function):
 
 
 class _Sum(torch.autograd.Function):
-    """The sum over the tensor group; nobody else has the input's memory, which eager code reuses.
+    """The sum over the tensor group, in place in eager mode; the caller must not use the input again.
 
-    fairscale's marks its input as changed, which autograd forbids for what oneDNN's linear returns.
+    fairscale's version marks its input as changed in place, which autograd forbids for outputs of oneDNN's
+    linear operator.
     """
 
     @staticmethod
@@ -176,10 +182,10 @@ class _Sum(torch.autograd.Function):
 
 
 def _sum_over_group(part: Tensor) -> Tensor:
-    """Return the sum of `part` over the tensor group, in the memory of `part` unless it is being compiled.
+    """Return the sum of `part` over the tensor group; in eager mode, `part` is overwritten.
 
-    Dynamo of torch 2.11 loses a change of memory inside an autograd function without a word, so a graph gets
-    the collective that returns its result. Its compiler may reuse the memory, too.
+    TorchDynamo (torch 2.11) silently drops an in-place change inside an autograd function, so compiled code
+    uses the functional collective. The compiler may still reuse the memory.
     """
     group = get_model_parallel_group()
     if torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""The ranks of a run: joining them, and the few messages that are not gradients."""
+"""The ranks of a run: joining the process group, and the small messages between hosts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, Run
 
 T = TypeVar("T")
 
-# What the back ends write when a connection to another rank breaks.
+# Parts of the messages that the back ends raise when a connection to another rank breaks.
 _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -28,27 +28,27 @@ _LOST_PEER = (
     "NCCL",
     "Broken pipe",
 )
-# A rank that is silent for this long is taken for lost, unless the run says otherwise. Longer than the
-# slowest honest step: the first one on a cold file system.
+# Default time after which a silent rank counts as lost. Longer than the slowest regular step, which is the
+# first one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# To say "here" after a failure, which the ranks that are left see within moments of each other. Less than
-# what a launcher grants to those that did not fail first.
+# Time for the remaining ranks to answer after a failure. All of them notice it at about the same time, and a
+# launcher leaves the ranks that did not fail first more time than this.
 _ROLL_CALL_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers.
+    """This process and the process group that it has joined.
 
     Attributes:
         rank: 0 .. size - 1.
         size: number of processes.
-        local_rank: its number among the ranks of its node.
-        local_size: ranks of its node.
-        device: where this rank computes.
+        local_rank: the rank's index on its node.
+        local_size: number of ranks on this node.
+        device: the device on which this rank computes.
         control: a gloo group for host-side messages, so that they never wait for the accelerator.
-        store: the keys and values by which the ranks found each other, kept by rank 0 or by torchrun. It
-            answers when groups have failed.
+        store: the key-value store through which the ranks found each other, hosted by rank 0 or by torchrun.
+            It still answers when process groups have failed.
     """
 
     rank: int
@@ -61,60 +61,60 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which writes what is written once."""
+        """True on rank 0, which writes the files that a run writes once."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
+        """Wait until all ranks have reached this call."""
         dist.barrier(group=self.control)
 
     def any(self, flag: bool) -> bool:
-        """True on every rank if `flag` is true on one."""
+        """Return True on every rank if `flag` is true on at least one."""
         return bool(self.greatest(int(flag)))
 
     def greatest(self, value: int) -> int:
-        """The greatest of all ranks' values, on every rank."""
+        """Return the greatest of all ranks' values, on every rank."""
         answer = torch.tensor(value)
         dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self.control)
         return int(answer)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Element-wise mean over the ranks, on the host, summed in rank order."""
+        """Return the element-wise mean over the ranks, on the host, summed in rank order."""
         gathered = [torch.zeros_like(value, device="cpu") for _ in range(self.size)]
         dist.all_gather(gathered, value.detach().cpu(), group=self.control)
         return torch.stack(gathered).mean(dim=0)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's `value`, in rank order, on every rank."""
+        """Return every rank's `value` in rank order, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value, group=self.control)
         return values
 
     def lost_ranks(self) -> list[int]:
-        """Which ranks do not answer any more. Call after a failure, on every rank that sees it."""
+        """Return the ranks that no longer answer. Call after a failure, on every rank that notices it."""
         missing = [rank for rank in range(self.size) if rank != self.rank]
         deadline = time.monotonic() + _ROLL_CALL_SECONDS
         try:
             self.store.set(f"here/{self.rank}", "")
         except RuntimeError:
             return [0]
-        with contextlib.suppress(RuntimeError):  # rank 0 may be done, and end, before this one
+        with contextlib.suppress(RuntimeError):  # rank 0 hosts the store and may exit before this rank
             while missing and time.monotonic() < deadline:
                 time.sleep(0.1)
                 missing = [rank for rank in missing if not self.store.check([f"here/{rank}"])]
         return missing
 
     def share(self, make: Callable[[], T]) -> T:
-        """Rank 0's `make()`, on every rank; its error too, so that nobody waits for a rank that failed."""
+        """Call `make` on rank 0 and return its result on every rank; an error of rank 0 is raised on all."""
         outcome = _attempt(make) if self.is_main else _Outcome()
         box = [outcome]
         dist.broadcast_object_list(box, src=0, group=self.control)
         return box[0].result()
 
     def together(self, act: Callable[[], T]) -> T:
-        """Run `act` on every rank; if it fails on one, all raise that rank's error.
+        """Run `act` on every rank; if it fails on one, all ranks raise that rank's error.
 
-        Costs one small message between hosts, so it may stand in the training step.
+        The cost is one small message between hosts, low enough for a training step.
         """
         outcome = _attempt(act)
         if self.any(outcome.error is not None):
@@ -143,17 +143,17 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
 
 
 def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
-    """Join the process group named by RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and
-    MASTER_PORT.
+    """Join the process group that the launcher's environment variables describe.
 
-    Uses NCCL on GPUs and gloo otherwise.
+    They are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The back end is
+    NCCL on GPUs and gloo otherwise.
 
     Args:
-        timeout: how long a rank waits for another before it takes it for lost.
+        timeout: how long a rank waits for another one before that one counts as lost.
 
     Raises:
-        UsageError: if a node has fewer GPUs than ranks, or two ranks are given the same one.
-        RankLostError: if the others do not come.
+        UsageError: if a node has fewer GPUs than ranks, or two ranks were given the same GPU.
+        RankLostError: if this rank could not reach the others in time.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -185,7 +185,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
 
 @contextmanager
 def explained_failures(world: World) -> Iterator[None]:
-    """Turn what torch raises for a lost peer or a full device into errors that say what to do."""
+    """Turn errors of torch or the system (lost peer, full GPU, full disk) into errors that suggest a fix."""
     try:
         yield
     except torch.OutOfMemoryError as error:
@@ -204,7 +204,7 @@ def explained_failures(world: World) -> Iterator[None]:
         raise RunFolderError(
             f"{error.filename or 'the run folder'}: no space left",
             given=error.strerror,
-            fix="free disk space; the same command goes on from the last checkpoint",
+            fix="free disk space; the same command resumes from the last checkpoint",
         ) from None
 
 
@@ -213,19 +213,19 @@ def _lost_peer(world: World, error: RuntimeError) -> RankLostError:
     return RankLostError(
         f"rank {world.rank} lost a peer" + (f": no answer from {named}" if named else ""),
         given=" ".join(str(error).split())[:160],
-        fix="see why in its log, or in its .stacks file there if it hung;"
-        " the same command goes on from the last checkpoint",
+        fix="look for the cause in the lost rank's log, or in its .stacks file in the same folder if it hung;"
+        " the same command resumes from the last checkpoint",
     )
 
 
 def leave_world() -> None:
-    """Free the process group, so that the interpreter ends quietly."""
+    """Destroy the process group, so that the interpreter exits without warnings."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
 def _device(local_rank: int, local_size: int) -> torch.device:
-    """Return this rank's device: the GPU of its number, or the only one that its launcher lets it see."""
+    """Return this rank's device: the GPU with its local rank, the only visible GPU, or the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     num_visible = torch.cuda.device_count()
@@ -243,10 +243,12 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 
 
 def claim_gpu(store: dist.Store, uuid: str, rank: int) -> None:
-    """Take a GPU for this rank, by its UUID: with one visible to each, all of them may see the same one.
+    """Claim a GPU, identified by its UUID, for this rank.
+
+    Ranks that each see one GPU cannot otherwise notice that it is the same one.
 
     Raises:
-        UsageError: another rank has taken it.
+        UsageError: if another rank has claimed it.
     """
     holder = store.compare_set(f"gpu/{uuid}", "", str(rank)).decode()
     if holder != str(rank):
@@ -254,34 +256,37 @@ def claim_gpu(store: dist.Store, uuid: str, rank: int) -> None:
             f"ranks {holder} and {rank} were given the same GPU",
             given=uuid,
             allowed="one rank per GPU",
-            fix="lower --nproc or --ntasks-per-node to the number of GPUs, or give each task its own:"
+            fix="lower --nproc or --ntasks-per-node to the number of GPUs, or give each task its own GPU:"
             " --gpus-per-task=1",
         )
 
 
 def _tell_deepspeed_index(index: int) -> None:
-    """Give DeepSpeed the number of this rank's GPU: it takes LOCAL_RANK for that, which counts all ranks."""
-    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed wants them to agree
+    """Set LOCAL_RANK to the index of this rank's GPU, because DeepSpeed uses it as the GPU index."""
+    for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"):  # DeepSpeed requires them to agree
         if name in os.environ:
             os.environ[name] = str(index)
 
 
 def _default_timeouts(timeout: timedelta) -> None:
-    """Of the groups that DeepSpeed and fairscale make, which take no timeout: half an hour otherwise."""
+    """Set torch's default timeout, for groups that DeepSpeed and fairscale create without a timeout.
+
+    Torch's own default is up to half an hour.
+    """
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
 
 
 def prepare_deepspeed(device: torch.device) -> None:
-    """Settings that DeepSpeed reads while it is imported or initialised."""
+    """Import DeepSpeed for `device`, and apply the settings that it reads on import or initialisation."""
     os.environ["DS_ACCELERATOR"] = device.type
     if device.index is not None:
         _tell_deepspeed_index(device.index)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 renames: nothing a user could act on.
+    # DeepSpeed 0.19 uses names of collectives that torch 2.13 deprecates; users cannot act on the warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     import deepspeed
 
     deepspeed.utils.logging.logger.setLevel("ERROR")
     if device.type == "cpu":
-        # Its shared-memory collectives compile for 35 s at first use and change no result.
+        # DeepSpeed's shared-memory collectives compile for 35 s at first use and change no result.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

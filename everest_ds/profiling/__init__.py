@@ -1,1 +1,1 @@
-"""What a run costs in compute, memory and time: predicted, counted or measured, never mixed."""
+"""Compute, memory and time of a run: predicted, counted or measured, and always labelled as such."""

@@ -1,4 +1,4 @@
-"""Measured memory of one call: what torch's allocator handed out, and what the process held resident."""
+"""Measured memory of one call: allocations from torch's allocator, and the process's resident set."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from everest_ds.errors import UsageError
-from everest_ds.resident import peak_bytes, reset_peak, resident_bytes
+from everest_ds.host_memory import peak_bytes, reset_peak, resident_bytes
 
 _SAMPLING_PERIOD_S = 0.001
 
 
 @dataclass(frozen=True)
 class Allocations:
-    """Memory that a call took from torch's allocator, above what was live when it started.
+    """Memory that a call took from torch's allocator, above what was live when the call started.
 
     Attributes:
-        peak_bytes: the most that was live at once.
+        peak_bytes: peak of live bytes.
         timeline: (operator, live bytes after the event) of every allocation and release, in order; the
-            operator is the innermost one running, "" outside of any. Empty on CUDA.
+            operator is the innermost one running, "" outside of any operator. Empty on CUDA.
     """
 
     peak_bytes: int
@@ -31,18 +31,19 @@ class Allocations:
 
     @property
     def peak_operator(self) -> str:
-        """The operator whose allocation reached the peak; "" if unknown."""
+        """Name of the operator whose allocation reached the peak; "" if unknown."""
         return max(self.timeline, key=lambda event: event[1], default=("", 0))[0]
 
 
 @dataclass(frozen=True)
 class ResidentPeak:
-    """Resident memory of the whole process around a call, heap and libraries included.
+    """Resident memory of the whole process around a call, including the heap and libraries.
 
     Attributes:
-        start_bytes: before the call.
-        peak_bytes: the most during the call.
-        sampled: the peak was sampled every millisecond, since the kernel's own mark could not be reset.
+        start_bytes: resident memory before the call.
+        peak_bytes: peak resident memory during the call.
+        sampled: whether the peak was sampled every millisecond, because the kernel's own high-water mark
+            could not be reset.
     """
 
     start_bytes: int
@@ -53,9 +54,10 @@ class ResidentPeak:
 def track_allocations(call: Callable[[], object], device: torch.device) -> Allocations:
     """Run `call` once and track the allocator of `device`.
 
-    On a CPU every event is recorded, which slows the call down: do not time it. What libraries allocate
-    past torch (oneDNN's scratch, Python) is not seen. Nor is the release of memory that was allocated
-    before the call: to measure a training step, let the gradients exist already.
+    On a CPU every event is recorded, which slows the call down, so do not time it. Memory that libraries
+    allocate without torch (oneDNN's scratch memory, Python objects) is not tracked, and neither is the
+    release of memory that was allocated before the call: before measuring a training step, make sure that
+    the gradients already exist.
     """
     if device.type == "cuda":
         return Allocations(_cuda_peak(call, device), [])
@@ -67,6 +69,7 @@ def track_allocations(call: Callable[[], object], device: torch.device) -> Alloc
 
 
 def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
+    """Run `call` once and return the peak of the caching allocator above its state before the call."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
@@ -76,7 +79,7 @@ def _cuda_peak(call: Callable[[], object], device: torch.device) -> int:
 
 
 def _timeline(events: list[Any]) -> list[tuple[str, int]]:
-    """Replay the profiler's events, keeping for each thread the stack of operators that are running."""
+    """Replay the profiler's events and keep a stack of the running operators for each thread."""
     running: dict[int, list[tuple[int, str]]] = {}
     timeline, live = [], 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -92,10 +95,10 @@ def _timeline(events: list[Any]) -> list[tuple[str, int]]:
 
 
 def measure_resident_peak(call: Callable[[], object]) -> ResidentPeak:
-    """Run `call` once and find the most memory that the process held resident meanwhile.
+    """Run `call` once and return the peak resident memory of the process during the call.
 
     Raises:
-        UsageError: on a system without Linux' /proc.
+        UsageError: the system has no Linux /proc file system.
     """
     try:
         start = resident_bytes()
@@ -108,6 +111,7 @@ def measure_resident_peak(call: Callable[[], object]) -> ResidentPeak:
 
 
 def _sample_peak(call: Callable[[], object]) -> int:
+    """Run `call` once and return the peak resident memory that a sampling thread sees, in bytes."""
     done, seen = threading.Event(), [resident_bytes()]
 
     def sample() -> None:

@@ -1,6 +1,7 @@
-"""CUDA's autocast on tensors of a CPU: the same operators in half precision, the same in float32.
+"""CUDA's autocast rules applied to CPU tensors, so that the same operators run in float32 as on a GPU.
 
-The two devices' lists differ: CUDA takes softmax, norms and losses in float32, a CPU does not.
+PyTorch's autocast lists differ between devices: CUDA computes softmax, norms and losses in float32, a CPU
+does not.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
-# Those of "CUDA Ops that can autocast to float32" (docs, torch.amp) that Vision Transformers and losses call.
+# The "CUDA Ops that can autocast to float32" (torch.amp docs) that Vision Transformers and losses use.
 _IN_FLOAT32: frozenset[Callable[..., Any]] = frozenset(
     {
         torch.softmax,
@@ -37,7 +38,7 @@ _IN_FLOAT32: frozenset[Callable[..., Any]] = frozenset(
 
 @contextmanager
 def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """Autocast what runs inside to `dtype`; None leaves all as it is."""
+    """Autocast the enclosed operators to `dtype` by CUDA's rules; None disables autocast."""
     if dtype is None:
         yield
         return
@@ -46,6 +47,8 @@ def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
 
 
 class _Float32Operators(TorchFunctionMode):
+    """A function mode that converts the inputs of `_IN_FLOAT32` operators to float32."""
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

@@ -1,7 +1,7 @@
-"""Count the operators of a step that would launch a kernel on a GPU, and those that wait for it.
+"""Count the operators of a step that would launch a GPU kernel, and those that wait for the GPU.
 
-On a GPU, the host pays a few microseconds for every launch, whatever the size of its tensors. The count does
-not depend on the device, so a CPU shows what the host of a GPU has to do.
+On a GPU, the host spends a few microseconds on every launch, independent of the tensors' size. The count does
+not depend on the device, so a CPU run shows the launch overhead of a GPU's host.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# These operators return memory or another look at it; no kernel runs.
+# These operators only allocate memory or return a view of it, so they launch no kernel.
 _WITHOUT_KERNEL = frozenset(
     "empty empty_like empty_strided new_empty new_empty_strided detach alias lift_fresh set_ resize_"
     " record_stream is_same_size _reshape_alias _unsafe_view unbind split split_with_sizes chunk".split()
 )
-# `.item()`, `bool(tensor)` and `.tolist()` end here: the host waits for everything that was launched.
+# `.item()`, `bool(tensor)` and `.tolist()` call this operator: the host waits for all launched kernels.
 _WAITING = "_local_scalar_dense"
 
 
 class LaunchCounter(TorchDispatchMode):
-    """Count operators while this context is active, in the forward and the backward pass of this thread.
+    """A context that counts the operators of this thread, in the forward and the backward pass.
 
     Attributes:
-        launches: calls by operator name, views and allocations left out.
-        waits: reads of a device value by the host, each of which waits for the device.
+        launches: calls by operator name, without views and allocations.
+        waits: number of times that the host reads a device value and so waits for the device.
     """
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class LaunchCounter(TorchDispatchMode):
 
     @property
     def total(self) -> int:
-        """All launches."""
+        """Total number of launches."""
         return self.launches.total()
 
     def __torch_dispatch__(
@@ -53,7 +53,7 @@ class LaunchCounter(TorchDispatchMode):
 
 
 def count_launches(call: Callable[[], object]) -> LaunchCounter:
-    """Return the counts of one call."""
+    """Run `call` once and return its launch counts."""
     with LaunchCounter() as counter:
         call()
     return counter

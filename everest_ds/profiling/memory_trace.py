@@ -1,10 +1,10 @@
-"""Counted memory: every tensor of a real training step, from birth to death, without memory for any.
+"""Counted memory: the lifetime of every tensor of a real training step, traced without allocating any.
 
-The step runs under fake tensors, which have shapes and no values: a ViT-H takes seconds at any batch size.
-Every storage that an operator makes is booked when it appears and when it dies. What a kernel takes inside
-of itself and what an allocator rounds up is not seen.
+The step runs under fake tensors, which have shapes but no values: a ViT-H takes seconds at any batch size.
+Every storage that an operator allocates is recorded on creation and on release. Memory that a kernel uses
+internally and the allocator's rounding are not tracked.
 
-The device is a CPU, so kernels are chosen as there (models/attention.py, models/linear.py).
+The fake device is a CPU, so kernels are chosen as on a CPU (models/attention.py, models/linear.py).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from torch.utils._pytree import tree_leaves
 
 from everest_ds.profiling.autocast import cuda_autocast
 
-# What storages are for. The first five rest between steps; those born in a step are the last two.
+# Categories of storages. The first five live on between steps; the last two are created within a step.
 PARAMETERS, MASTERS, GRADIENTS, STATES = "parameters", "master_parameters", "gradients", "optimizer_states"
 INPUTS, ACTIVATIONS, TEMPORARY = "inputs", "activations", "temporary"
 CATEGORIES = (PARAMETERS, MASTERS, GRADIENTS, STATES, INPUTS, ACTIVATIONS, TEMPORARY)
 
 
-class Moment(NamedTuple):
-    """Live memory just after a storage was made or released.
+class LiveSample(NamedTuple):
+    """Live memory just after a storage was created or released.
 
     Attributes:
         phase: `forward`, `backward` or `optimizer`.
-        operator: the one that ran last, such as `aten.mm`.
-        live_bytes: by category, all of `CATEGORIES`.
+        operator: operator that ran last, such as `aten.mm`.
+        live_bytes: live bytes by category, for all `CATEGORIES`.
     """
 
     phase: str
@@ -44,38 +44,38 @@ class Moment(NamedTuple):
 
     @property
     def total_bytes(self) -> int:
-        """Over all categories."""
+        """Live bytes of all categories together."""
         return sum(self.live_bytes.values())
 
 
 @dataclass(frozen=True)
 class MemoryTrace:
-    """One training step: forward pass, backward pass, AdamW.
+    """The memory of one training step: forward pass, backward pass, AdamW.
 
-    Activations are what the forward pass leaves for the backward pass. Temporary is what it does not leave,
-    and whatever the backward pass and the optimiser make for themselves.
+    Activations are tensors that the forward pass keeps for the backward pass. Temporary are the tensors that
+    the forward pass releases itself, and all that the backward pass and the optimiser create.
 
     Attributes:
-        resting_bytes: by category, what lives between steps.
-        timeline: the step, moment by moment.
+        resting_bytes: bytes by category that live between steps.
+        timeline: live memory after every creation and release of a storage in the step.
     """
 
     resting_bytes: dict[str, int]
-    timeline: list[Moment]
+    timeline: list[LiveSample]
 
     @property
-    def peak(self) -> Moment:
-        """When most was live."""
+    def peak(self) -> LiveSample:
+        """The moment with the most live memory."""
         return max(self.timeline, key=lambda moment: moment.total_bytes)
 
     @property
     def peak_bytes(self) -> int:
-        """The most that was live at once."""
+        """Peak of live bytes."""
         return self.peak.total_bytes
 
     @property
     def step_bytes(self) -> int:
-        """The most that was live at once, less what lives between steps."""
+        """Peak of live bytes minus the bytes that live between steps."""
         return self.peak_bytes - sum(self.resting_bytes.values())
 
 
@@ -85,15 +85,16 @@ def trace_memory(
     loss_of: Callable[..., Tensor],
     amp_dtype: torch.dtype | None = None,
 ) -> MemoryTrace:
-    """Trace a training step of a model: not the first one, so gradients are there already.
+    """Trace a training step of a model after the first one, so that gradients already exist.
 
-    Weights in half precision have float32 masters, which AdamW steps.
+    Weights in half precision have float32 masters, which AdamW updates.
 
     Args:
-        build: makes the model; called on the meta device.
-        make_inputs: makes what a step reads, such as clips; called under fake tensors.
-        loss_of: runs one forward pass: `loss_of(model, *inputs)`.
-        amp_dtype: autocast the forward pass to this type by CUDA's rules, as the published systems did.
+        build: builds the model; called on the meta device.
+        make_inputs: creates the inputs of a step, such as clips; called under fake tensors.
+        loss_of: runs one forward pass, `loss_of(model, *inputs)`, and returns the loss.
+        amp_dtype: if given, autocast the forward pass to this dtype by CUDA's rules, as in the published
+            systems.
     """
     with torch.device("meta"):
         model = build()
@@ -123,7 +124,7 @@ def trace_memory(
 
 
 def _allocate(model: nn.Module) -> None:
-    """Give the weights and buffers of a model on the meta device fake memory."""
+    """Replace the meta weights and buffers of a model by fake CPU tensors."""
     for module in model.modules():
         for name, weight in module.named_parameters(recurse=False):
             empty = torch.empty_like(weight, device="cpu")
@@ -133,7 +134,7 @@ def _allocate(model: nn.Module) -> None:
 
 
 class _Optimizer:
-    """AdamW, on float32 masters of weights that are not float32."""
+    """AdamW that updates float32 masters of the weights that are not float32."""
 
     def __init__(self, weights: Iterable[nn.Parameter]) -> None:
         exact = [weight for weight in weights if weight.dtype == torch.float32]
@@ -143,6 +144,7 @@ class _Optimizer:
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update the weights, through their masters where they are not float32."""
         for master, weight in zip(self.masters, self._halves, strict=True):
             master.grad = None if weight.grad is None else weight.grad.float()
         self._adamw.step()
@@ -152,17 +154,21 @@ class _Optimizer:
 
     @property
     def states(self) -> list[Tensor]:
-        """Both moments and the number of steps of every weight."""
+        """Both moments and the step counter of every weight."""
         return [leaf for leaf in tree_leaves(dict(self._adamw.state)) if isinstance(leaf, Tensor)]
 
 
 @dataclass
 class _Storage:
+    """A storage that an operator allocated."""
+
     num_bytes: int
-    category: str | None = None  # not known before it has died or the forward pass is over
+    category: str | None = None  # None until the storage is released or the forward pass is over
 
 
 class _Event(NamedTuple):
+    """The creation (positive change) or release (negative change) of a storage."""
+
     phase: str
     operator: str
     storage: _Storage
@@ -170,7 +176,7 @@ class _Event(NamedTuple):
 
 
 class _Ledger(TorchDispatchMode):
-    """Books the birth and the death of every storage that operators make while it is entered."""
+    """A dispatch mode that records the creation and release of every storage that operators allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -190,33 +196,33 @@ class _Ledger(TorchDispatchMode):
         return out
 
     def know(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Tell what the storages of `tensors` are for."""
+        """Assign `category` to the storages of `tensors`."""
         for tensor in tensors:
             self._live[tensor.untyped_storage()._cdata].category = category
 
     def know_the_rest(self, category: str) -> None:
-        """Tell what all others are for that are alive now."""
+        """Assign `category` to all live storages that have none yet."""
         for storage in self._live.values():
             storage.category = storage.category or category
 
     def start(self, phase: str) -> None:
-        """Begin the step: what is alive now rests, what was before is forgotten."""
+        """Start the step in `phase`: live storages count as resting, and earlier events are discarded."""
         for storage in self._live.values():
             self._resting_bytes[storage.category or ""] += storage.num_bytes
         self._events.clear()
         self.enter(phase)
 
     def enter(self, phase: str) -> None:
-        """Name what comes next."""
+        """Label all following events with `phase`."""
         self._phase = phase
 
     def close(self) -> MemoryTrace:
-        """Replay the events, now that it is known what every storage was for."""
+        """Replay the events with the final category of every storage and return the trace."""
         resting = {category: self._resting_bytes[category] for category in CATEGORIES}
         live, timeline = dict(resting), []
         for event in self._events:
             live[event.storage.category or TEMPORARY] += event.change_bytes
-            timeline.append(Moment(event.phase, event.operator, dict(live)))
+            timeline.append(LiveSample(event.phase, event.operator, dict(live)))
         return MemoryTrace(resting, timeline)
 
     def _see(self, memory: torch.UntypedStorage) -> None:

@@ -1,1 +1,1 @@
-"""Rows and arrays in, text and pictures out: pure functions, someone else writes the files."""
+"""Pure functions that render rows and arrays as text and pictures; the callers write the files."""

@@ -1,4 +1,4 @@
-"""The confusion matrix as a picture."""
+"""Pictures of confusion matrices."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from numpy.typing import NDArray
 
 from everest_ds.reports.figure import new_figure, to_png
 
-_MAX_WRITTEN = 20  # more classes than this, and numbers in cells are no longer readable
+_MAX_WRITTEN = 20  # with more classes, numbers in the cells are too small to read
 
 
 def draw_confusion(counts: NDArray[np.int64], names: list[str]) -> bytes:
-    """PNG of counts (true class, predicted class), each row coloured by its share."""
+    """Draw counts (true class, predicted class) as a PNG; a cell is coloured by its share of the row."""
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = min(4 + 0.35 * len(names), 16)
     figure, axes = new_figure(side, side)

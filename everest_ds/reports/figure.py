@@ -1,4 +1,4 @@
-"""Matplotlib figures without a screen and without global state."""
+"""Matplotlib figures without a display and without global state."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
-    """A figure of the given size in inches, with one pair of axes."""
-    from matplotlib.figure import Figure  # heavy
+    """Create a figure of the given size in inches, with one pair of axes."""
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """A figure of the given size in inches, with several pairs of axes side by side on one scale."""
-    from matplotlib.figure import Figure  # heavy
+    """Create a figure of the given size in inches, with several pairs of axes that share the y scale."""
+    from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file's bytes."""
+    """Render the figure as the bytes of a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 
 def to_image(figure: Figure) -> NDArray[np.uint8]:
-    """The figure as pixels (row, column, colour)."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # heavy
+    """Render the figure as pixels (row, column, colour)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
@@ -48,8 +48,8 @@ def to_image(figure: Figure) -> NDArray[np.uint8]:
 
 
 def png_as_svg(png: bytes) -> str:
-    """A picture as an SVG element that holds it whole: to stand where plots do."""
-    width, height = struct.unpack(">II", png[16:24])  # of the header, which comes first
+    """Embed a PNG in an SVG element, so that it can be used in place of a plot."""
+    width, height = struct.unpack(">II", png[16:24])  # fields of the IHDR chunk, which always comes first
     data = b64encode(png).decode()
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}">'
@@ -58,11 +58,11 @@ def png_as_svg(png: bytes) -> str:
 
 
 def to_svg(figure: Figure) -> str:
-    """The figure as an SVG element: sharp at any size, to stand inside an HTML page or in a file."""
-    from matplotlib import rc_context  # heavy
+    """Render the figure as an SVG element, for an HTML page or a file."""
+    from matplotlib import rc_context  # slow to import
 
     buffer = io.StringIO()
-    with rc_context({"svg.hashsalt": "everest-ds"}):  # equal figures give equal files
+    with rc_context({"svg.hashsalt": "everest-ds"}):  # makes the output reproducible
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
     text = buffer.getvalue()
     return text[text.index("<svg") :]

@@ -1,4 +1,4 @@
-"""A self-contained HTML page out of sections of text, figures, tables and pictures."""
+"""Self-contained HTML pages made of sections of text, figures, tables and pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Plot:
-    """A drawn plot; `name` is that of its file, `wide` takes the whole width of a page."""
+    """A rendered plot; `name` is its file name without suffix, and a `wide` plot spans the page."""
 
     name: str
     caption: str
@@ -22,12 +22,15 @@ class Plot:
 
 
 @dataclass(frozen=True)
-class Section:
-    """A heading with what stands under it; empty parts are left out.
+class PageSection:
+    """A section of a page; empty parts are left out.
 
     Attributes:
+        title: heading of the section.
+        text: paragraph below the heading.
         pictures: caption -> PNG bytes.
-        rows: a table, its columns the keys of the first row.
+        plots: plots in print order.
+        rows: rows of a table whose columns are the keys of the first row.
     """
 
     title: str
@@ -39,26 +42,29 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A page: headline figures first, then sections.
+    """A page of headline figures followed by sections.
 
     Attributes:
-        figures: label -> value, shown large.
+        title: title of the page.
+        lead: introduction below the title.
+        figures: label -> value of each headline figure.
+        sections: sections in print order.
     """
 
     title: str
     lead: str
     figures: Mapping[str, str]
-    sections: Sequence[Section]
+    sections: Sequence[PageSection]
 
 
 def render_page(page: Page) -> str:
-    """HTML with its style and pictures inside: one file to open or to send."""
+    """Render a page as one HTML file with inline style and pictures."""
     return render_template("page.html", page=page)
 
 
 def render_template(name: str, **values: object) -> str:
-    """A template of this package, filled in; values are escaped."""
-    from jinja2 import Environment, FileSystemLoader  # heavy
+    """Render a template of this package with escaped values."""
+    from jinja2 import Environment, FileSystemLoader  # slow to import
 
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True

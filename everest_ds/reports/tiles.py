@@ -1,4 +1,4 @@
-"""Frames side by side in one picture.
+"""Grids of frames in one picture.
 
 Shape legend: R rows, T columns, H x W pixels, C = 3 colours.
 """
@@ -14,7 +14,7 @@ Image = NDArray[np.uint8]
 
 
 def tile(frames_RTHWC: Image) -> Image:
-    """Rows of frames as one uint8 picture (row, column, colour), a white line around each."""
+    """Arrange rows of frames in one uint8 picture (row, column, colour), with a white border around each."""
     gap = ((0, 0), (0, 0), (_GAP, _GAP), (_GAP, _GAP), (0, 0))
     framed = np.pad(frames_RTHWC, gap, constant_values=255)
     rows, columns, height, width, colours = framed.shape

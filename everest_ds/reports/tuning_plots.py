@@ -1,23 +1,23 @@
-"""The plots of the tuner's report, as SVG: predicted against measured, memory against speed, what if."""
+"""The plots of the tuner's report, as SVG: predicted against measured, memory against speed, scaling."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from everest_ds.reports.efficiency_plots import INK, LINE, SOFT, finish, group_colors
+from everest_ds.reports.charts import INK, LINE, SOFT, finish, group_colors
 from everest_ds.reports.figure import new_figure, new_panels, to_svg
 
-_SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half of a page's width, and all of it
-_BAND = 0.2  # within which a prediction counts as good
+_SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half and full page width
+_BAND = 0.2  # relative error up to which a prediction counts as good
 _MARKERS = "osD^vP*X"
-# Within a decade, from coarse to fine.
+# Tick positions within a decade, from coarse to fine.
 _STEPS = ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7), (1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9))
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One trial: predicted and measured, in the same unit."""
+    """The predicted and the measured figure of one trial, in the same unit."""
 
     group: str
     predicted: float
@@ -26,7 +26,15 @@ class Pair:
 
 @dataclass(frozen=True)
 class Place:
-    """A candidate between memory and speed; `measured` tells which of both its figures are."""
+    """A candidate in the plot of speed over memory.
+
+    Attributes:
+        label: text next to the point.
+        memory_gib: peak memory per rank, in GiB.
+        clips_per_s: clips per second of all ranks.
+        measured: whether both figures are measured; otherwise they are predicted.
+        on_front: whether the candidate is on the Pareto front.
+    """
 
     label: str
     memory_gib: float
@@ -36,7 +44,7 @@ class Place:
 
 
 def draw_agreement(pairs: Sequence[Pair], quantity: str, unit: str) -> str:
-    """Measured over predicted on equal logarithmic axes, with the diagonal and a band of 20 % around it."""
+    """Draw measured over predicted figures on equal logarithmic axes, with a band of ±20 %."""
     figure, axes = new_figure(*_SQUARE)
     values = [value for pair in pairs for value in (pair.predicted, pair.measured)]
     ends = (0.8 * min(values), 1.25 * max(values))
@@ -69,7 +77,7 @@ def draw_agreement(pairs: Sequence[Pair], quantity: str, unit: str) -> str:
 
 
 def draw_front(places: Sequence[Place], limit_gib: float) -> str:
-    """Speed over memory of a rank, the front of what nothing beats in both, and the device's memory."""
+    """Draw speed over memory per rank, with the Pareto front and the device's memory."""
     figure, axes = new_figure(*_WIDE)
     for measured, color, label in ((False, "#a9bcd0", "predicted"), (True, "#d1603d", "measured")):
         mine = [place for place in places if place.measured == measured]
@@ -90,22 +98,22 @@ def draw_front(places: Sequence[Place], limit_gib: float) -> str:
         )
     if limit_gib < 1.25 * max(place.memory_gib for place in places):
         axes.axvline(
-            limit_gib, color=INK, linewidth=0.9, linestyle=":", label=f"{limit_gib:.3g} GiB of a rank"
+            limit_gib, color=INK, linewidth=0.9, linestyle=":", label=f"limit of {limit_gib:.3g} GiB per rank"
         )
     reach = [place.memory_gib for place in places]
     axes.set_xlim(0.0 if min(reach) < max(reach) / 2 else 0.9 * min(reach), 1.25 * max(reach))
     axes.margins(y=0.1)
-    axes.set_xlabel("peak memory of a rank, GiB")
-    axes.set_ylabel("clips/s of all ranks")
+    axes.set_xlabel("peak memory per rank, GiB")
+    axes.set_ylabel("clips/s, all ranks together")
     finish(axes)
     return to_svg(figure)
 
 
 def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """One panel a choice: how close the best candidate of each value comes to the best of all, over GPUs.
+    """Draw the speed of the best candidate with each value of a trait over the number of GPUs.
 
     Args:
-        panels: trait -> value -> (GPUs, per cent of the best candidate's speed).
+        panels: trait -> value -> (GPUs, per cent of the fastest candidate's speed); one panel per trait.
     """
     figure, all_axes = new_panels(11.8, 4.4, len(panels))
     gpus = sorted({count for lines in panels.values() for points in lines.values() for count, _ in points})
@@ -126,7 +134,7 @@ def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values from `low` to `high`; closer together if there were too few."""
+    """Return round tick values from `low` to `high`, at least four if the finest steps allow it."""
     ticks: list[float] = []
     for steps in _STEPS:
         values = [step * 10.0**power for power in range(-6, 9) for step in steps]
@@ -137,6 +145,6 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _labelled(front: Sequence[Place], most: int = 8) -> Sequence[Place]:
-    """At most so many of the front, spread over it, the fastest among them."""
+    """Return at most `most` candidates spread evenly over the front, including the fastest."""
     step = max(1, -(-len(front) // most))
     return front[::-1][::step]

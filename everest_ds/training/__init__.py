@@ -1,1 +1,1 @@
-"""Steps, the loop, evaluation, observers, and the run folder."""
+"""Training and evaluation: steps, the loop, observers and the run folder."""

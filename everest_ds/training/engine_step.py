@@ -1,4 +1,4 @@
-"""The training step of a run apart from the run: what benchmarks, profiles and GPU checks time.
+"""The training step of a run, usable without the run; benchmarks, profiles and GPU checks time it.
 
 Shape legend: B clips, F frames, H x W pixels.
 """
@@ -15,53 +15,54 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
-from everest_ds.models.initial import NamedTensor, outline
+from everest_ds.models.initial_weights import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate, step_skipped
-from everest_ds.parallel.initial import InitialWeights
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
+from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.packing import Packer
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from everest_ds.training.prefetch import Preparation
+from everest_ds.training.token_packing import Packer
 
-_NOISE_RANGE = 0.03  # about the spread of initial weights
+_NOISE_RANGE = 0.03  # similar to the spread of initial weights
 
 
 class MeasuredStep(ABC):
-    """The part that the engine's step and the plain loop's share: everything up to the loss.
+    """Common base of `EngineStep` and `PlainStep`: everything up to the loss.
 
     Attributes:
-        micro_batches: rounds of a step (`grad_accum_steps` of the batch plan).
-        learning_rate: set before each forward pass. At 0.0 the weights stay as they are, and an update takes
-            as long as with any other rate.
+        micro_batches: micro-batches per optimiser step (`grad_accum_steps` of the batch plan).
+        learning_rate: set before each forward pass. At 0.0 the weights do not change, and an update takes as
+            long as with any other rate.
     """
 
     def __init__(
         self, config: Experiment, device: torch.device, micro_batches: int, learning_rate: float, share: int
     ) -> None:
-        """`share` is the data-parallel rank: others see other noise."""
+        """Prepare a batch of noise; `share`, the data-parallel rank, seeds it."""
         self.micro_batches = micro_batches
         self.learning_rate = learning_rate
         self._objective = build_objective(config)
         self._prepare = Preparation(config, device)
         self._noise = noise_batch(config, device, share)
         self._changes_clips = config.augment.changes
-        self._trained: Any = None  # a model that is called, with its optimizer
+        # Set by the subclasses: the callable model, and the object that has the `optimizer`.
+        self._trained: Any = None
         self._optimized: Any = None
 
     def load(self) -> Batch:
-        """A micro-batch of noise, on the device; the same at every call, not augmented yet."""
-        noise = self._noise  # augmentation writes into clips
+        """Return a micro-batch of noise on the device, the same at every call, not yet augmented."""
+        noise = self._noise
+        # Augmentation works in place, so it gets a copy.
         return noise._replace(clip=noise.clip.clone()) if self._changes_clips else noise
 
     def prepare(self, batch: Batch) -> Batch:
         """Copy a batch to the device and augment it there.
 
         Args:
-            batch: from `load`, or a loader's: uint8 clips (B, F, H, W, 3) on any device, keys on the host.
+            batch: from `load` or a loader: uint8 clips (B, F, H, W, 3) on any device, keys on the host.
         """
         return self._prepare(batch)
 
@@ -71,24 +72,28 @@ class MeasuredStep(ABC):
         return self._objective(self._trained, prepared)
 
     def forward(self, batch: Batch) -> Tensor:
-        """Prepare a batch and compute its loss. A run on a GPU prepares the next batch during the step."""
+        """Prepare a batch and compute its loss; a run, by contrast, prepares it during the previous step."""
         return self.loss(self.prepare(batch))
 
     @abstractmethod
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients, and add them to those of earlier micro-batches."""
+        """Compute gradients and add them to those of earlier micro-batches."""
 
     @abstractmethod
     def update(self) -> bool:
-        """Update the weights if this is the last micro-batch; whether a gradient prevented that."""
+        """Update the weights if this is the last micro-batch.
+
+        Returns:
+            True if the update was skipped because a gradient is not finite.
+        """
 
 
 class EngineStep(MeasuredStep):
-    """One optimiser step of the engine that `train` builds for an experiment. Call on every rank.
+    """One optimiser step of the engine that `train` builds for an experiment. Use it on every rank.
 
-    DeepSpeed, tensor parallelism, recompute, augmentation, drop path and label smoothing are those of the
-    config. Not in it are the loader, observers and the message by which ranks report unreadable videos.
-    A step is `micro_batches` rounds of all phases; the weights change in the last:
+    DeepSpeed, tensor parallelism, recompute, augmentation, drop path and label smoothing follow the config.
+    The loader, the observers and the message by which ranks report unreadable videos are not included.
+    A step consists of `micro_batches` rounds of all phases; the weights change in the last round:
 
         with EngineStep(config, world) as step:
             for _ in range(step.micro_batches):
@@ -97,7 +102,7 @@ class EngineStep(MeasuredStep):
                 skipped = step.update()
 
     Attributes:
-        engine: DeepSpeed's, with the model in `engine.module`.
+        engine: DeepSpeed's engine, with the model in `engine.module`.
     """
 
     def __init__(
@@ -110,11 +115,14 @@ class EngineStep(MeasuredStep):
         """Build the engine.
 
         Args:
-            world: from `join_world`; `everest_ds.cli.alone.world_of_one` needs no launcher.
-            weights: default: noise, drawn on the device: initialising a ViT-L on the host takes 10 s.
+            config: the run config.
+            world: from `join_world`; `everest_ds.parallel.world_of_one.world_of_one` needs no launcher.
+            weights: initial weights. The default is noise drawn on the device, because initialising a ViT-L
+                on the host takes 10 s.
+            learning_rate: the rate of every update; 0.0 leaves the weights unchanged.
 
         Raises:
-            ConfigError: the config does not run on these ranks or this device.
+            ConfigError: if the config does not run on these ranks or this device.
         """
         plan, mesh = plan_ranks(config, world.size), form_mesh(world, config.parallelism.tensor)
         super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.data_rank)
@@ -128,17 +136,21 @@ class EngineStep(MeasuredStep):
         self._config, self._world = config, world
 
     def backward(self, loss: Tensor) -> None:
-        """Let DeepSpeed compute gradients, and reduce them where its ZeRO stage says so."""
+        """Compute gradients with DeepSpeed, which reduces them as its ZeRO stage requires."""
         self.engine.backward(loss)
 
     def update(self) -> bool:
-        """Let DeepSpeed update the weights if this is the last micro-batch; whether it skipped that."""
+        """Update the weights with DeepSpeed if this is the last micro-batch.
+
+        Returns:
+            True if DeepSpeed skipped the update because a gradient is not finite.
+        """
         last = self.engine.is_gradient_accumulation_boundary()
         self.engine.step()
         return last and step_skipped(self.engine)
 
     def close(self) -> None:
-        """Free the engine and its files; the world stays."""
+        """Free the engine and its files; the process group remains."""
         self.engine.destroy()
         del self.engine, self._trained, self._optimized
         remove_swap_files(self._config, self._world.rank)
@@ -153,7 +165,7 @@ class EngineStep(MeasuredStep):
 
 
 def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batch:
-    """A micro-batch of random pixels, as the loader would make it.
+    """Return a micro-batch of random pixels, in the form that the loader returns.
 
     Clips (B, F, H, W, 3) or packed tubelets, and labels (B,), are on the device. Keys and items (B,) are on
     the host, where augmentation and reports read them.
@@ -171,7 +183,7 @@ def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batc
 
 
 def noise_weights(config: Experiment, device: torch.device) -> InitialWeights:
-    """Weights that cost nothing to draw, in place of initial ones: equal at every call.
+    """Return initial weights of noise, which are fast to draw and equal at every call.
 
     Matrices and buffers are uniform noise; norms start at one, biases at zero.
     """

@@ -1,12 +1,14 @@
-"""Evaluation of a classifier: every view of every sample, averaged, the same on any number of ranks.
+"""Evaluation of a classifier over all views of all samples, with the same result on any number of ranks.
 
-A sample of which a view cannot be read is missing: from every figure, and by name.
+A sample with an unreadable view is left out of every figure and reported by name.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,24 +16,34 @@ from numpy.typing import NDArray
 from rich.progress import track
 from torch import nn
 
+from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
-from everest_ds.data.manifest import Sample
 from everest_ds.data.reading import Failure
-from everest_ds.errors import DataError
+from everest_ds.data.video_list import Sample, read_class_names
+from everest_ds.errors import ConfigError, DataError
 from everest_ds.log import logger
+from everest_ds.models import build_model
+from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
+from everest_ds.reports.confusion import draw_confusion
+from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.samples import read_samples
+from everest_ds.training.weights import copy_tensors
+
+RESULT_FILE = "evaluation.json"
+CONFUSION_FILE = "confusion.png"
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a classifier said about each sample that could be read.
+    """The predictions of a classifier for every readable sample.
 
     Attributes:
         probabilities: float32 (samples, classes), softmax averaged over the views.
         labels: int64 (samples,).
-        missing: the other samples' numbers, and why.
+        missing: index of each unreadable sample -> reason.
     """
 
     probabilities: NDArray[np.float32]
@@ -40,24 +52,24 @@ class Evaluation:
 
     @property
     def loss(self) -> float:
-        """Mean negative log-likelihood of the averaged probabilities."""
+        """The mean negative log-likelihood of the averaged probabilities."""
         true = self.probabilities[np.arange(len(self.labels)), self.labels]
         return float(-np.log(np.maximum(true, 1e-12)).mean())
 
     def top(self, k: int) -> float:
-        """Per cent of samples whose label is among the k likeliest classes."""
+        """Return the percentage of samples whose label is among the k most probable classes."""
         best = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return float(100 * (best == self.labels[:, None]).any(axis=1).mean())
 
     def confusion(self) -> NDArray[np.int64]:
-        """Counts (true class, predicted class)."""
+        """Return the confusion matrix of counts (true class, predicted class)."""
         classes = self.probabilities.shape[1]
         pairs = self.labels * classes + self.probabilities.argmax(axis=1)
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
 @torch.no_grad()
-def evaluate(
+def evaluate_views(
     model: nn.Module,
     samples: Sequence[Sample],
     config: Experiment,
@@ -69,13 +81,16 @@ def evaluate(
     """Evaluate `model` (an engine or a bare module) on all ranks together.
 
     Args:
-        samples: labelled.
-        mesh: how the ranks share the model; those of a tensor group must see the same views.
-        segments: temporal views of a sample.
-        crops: spatial views of each.
+        model: an engine or a bare module; its training mode is restored afterwards.
+        samples: labelled samples.
+        config: the run config.
+        mesh: how the ranks share the model; all ranks of a tensor group read the same views.
+        segments: temporal views per sample.
+        crops: spatial views per temporal view.
+        show_progress: show a progress display on rank 0.
 
     Raises:
-        DataError: none of the samples can be read.
+        DataError: if none of the samples can be read.
     """
     world = mesh.world
     was_training = model.training
@@ -101,7 +116,7 @@ def _average(
         logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
     if not present:
         name, reason = samples[0].name, missing[0]
-        raise DataError("none of the videos to evaluate on can be read", given=f"{name}: {reason}")
+        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
     means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
     labels = np.array([samples[index].label for index in present])
     return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
@@ -119,6 +134,92 @@ def _predict(
 
 
 def _together(loader: Iterator[ClipBatch], world: World) -> Iterator[ClipBatch]:
-    """The batches of a rank; an error of one rank's loader is raised on all. All have as many batches."""
+    """Yield this rank's batches; an error of one rank's loader is raised on all ranks.
+
+    All ranks have the same number of batches.
+    """
     while (batch := world.together(lambda: next(loader, None))) is not None:
         yield batch
+
+
+def run_test(config: Experiment, world: World) -> dict[str, Any]:
+    """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
+
+    Returns:
+        Top-1 and top-5 accuracy in per cent, and one row per class. They are also written to
+        `evaluation.json`, next to a picture of the confusion matrix.
+
+    Raises:
+        CheckpointError: if the run has no weights, or weights of another architecture.
+    """
+    file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
+    usable = world.share(lambda: read_samples(config, "test"))
+    samples = usable.samples
+    names = world.share(lambda: class_names(config))
+    model = build_model(config)
+    tensors, _ = world.together(lambda: load_weights(file))
+    copy_tensors(model, tensors, file)
+    model.to(world.device)
+    set_matmul_precision(config.precision)
+    data = config.data
+    mesh = Mesh(world)  # every rank holds the whole model, even if training used tensor parallelism
+    outcome = evaluate_views(
+        model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True
+    )
+    missing = {problem.sample.name: problem.reason for problem in usable.excluded}
+    missing |= {samples[index].name: reason for index, reason in outcome.missing.items()}
+    result = {
+        "weights": str(file),
+        "top1": outcome.top(1),
+        "top5": outcome.top(5),
+        "num_clips": len(outcome.labels),
+        "num_missing": len(missing),
+        "missing": missing,
+        "views": f"{data.test_segments} segments x {data.test_crops} crops",
+        "classes": _by_class(outcome, names),
+    }
+    world.share(lambda: _write(config, result, outcome, names))
+    return result
+
+
+def class_names(config: Experiment) -> list[str]:
+    """Return the class names from `data.class_names`; without that file, the class indices as text.
+
+    Raises:
+        ConfigError: if the number of names is not model.num_classes.
+    """
+    count = config.model.num_classes or 0
+    if config.data.class_names is None:
+        return [str(label) for label in range(count)]
+    names = read_class_names(config.data.class_names)
+    if len(names) != count:
+        raise ConfigError(
+            f"{config.data.class_names}: the number of names differs from model.num_classes",
+            given=f"{len(names)} names",
+            allowed=f"{count} names, one per line",
+        )
+    return names
+
+
+def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
+    confusion = outcome.confusion()
+    rows = []
+    for label, name in enumerate(names):
+        clips, right = int(confusion[label].sum()), int(confusion[label, label])
+        others = confusion[label].copy()
+        others[label] = 0
+        rows.append(
+            {
+                "class": name,
+                "clips": clips,
+                "top1": round(100 * right / clips, 2) if clips else 0.0,
+                "most_often_taken_for": names[int(others.argmax())] if others.any() else "-",
+            }
+        )
+    return rows
+
+
+def _write(config: Experiment, result: dict[str, Any], outcome: Evaluation, names: list[str]) -> None:
+    folder = RunFolder(config.run.dir)
+    (folder.path / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder.path / CONFUSION_FILE).write_bytes(draw_confusion(outcome.confusion(), names))

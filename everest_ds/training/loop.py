@@ -1,4 +1,4 @@
-"""Training, pre-training and fine-tuning alike: set up, step, watch, save, resume."""
+"""The training loop of pre-training and fine-tuning: set-up, steps, reports, checkpoints, resuming."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.manifest import Facts
 from everest_ds.checkpoints.names import list_checkpoints
+from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.data.clips import Batch, training_batches
-from everest_ds.data.manifest import Sample
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
+from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
-from everest_ds.models.initial import outline
-from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete, save_model
+from everest_ds.models.initial_weights import outline
+from everest_ds.parallel.checkpointing import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
-from everest_ds.resident import peak_bytes, reset_peak
-from everest_ds.training.broken import BrokenVideos
-from everest_ds.training.divergence import LossWatch
-from everest_ds.training.evaluate import evaluate
-from everest_ds.training.grace import FILE_NAME as GRACE_FILE
-from everest_ds.training.grace import Grace
-from everest_ds.training.objective import Objective, build_objective
+from everest_ds.training.evaluate import evaluate_views
+from everest_ds.training.loss_watch import LossWatch
 from everest_ds.training.observers import (
     MetricsFile,
     Observer,
@@ -41,18 +37,18 @@ from everest_ds.training.observers import (
     StepReport,
     TensorBoard,
     ValidationReport,
+    draw_pictures,
+    watch,
 )
-from everest_ds.training.packing import Packer
-from everest_ds.training.parameters import parameter_groups
-from everest_ds.training.pictures import draw, watch
+from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
-from everest_ds.training.schedule import build_schedule
-from everest_ds.training.stop import StopRequest, Wish
-from everest_ds.training.timer import StepTimer, Waited
-from everest_ds.training.utilization import ClipCost
+from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
+from everest_ds.training.throughput import ClipCost, StepTimer, Waited
+from everest_ds.training.token_packing import Packer
+from everest_ds.training.unreadable import BrokenVideos
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 
@@ -60,15 +56,18 @@ from everest_ds.training.weights import initial_weights
 def train(
     config: Experiment, world: World, cost: ClipCost | None = None, signal_s: float | None = None
 ) -> RunFolder:
-    """Run the experiment to its end, or go on where its run folder stopped. Call on every rank.
+    """Train to the end of the experiment, resuming from its run folder if it has one. Call on every rank.
 
     Args:
-        cost: of a clip, to report FLOP/s and MFU; they are null without.
-        signal_s: how long before the end of its time the run gets a signal; warns if that is too short.
+        config: the run config.
+        world: the ranks of the run.
+        cost: cost of a clip, for reporting FLOP/s and MFU; without it they are null.
+        signal_s: seconds between SLURM's stop signal and the end of the job; if they are too few to save, a
+            warning is logged.
 
     Raises:
-        StoppedError: after a stop signal or the file `kill`, with everything saved.
-        EverestError: for whatever the user can put right.
+        StoppedError: after a stop signal or the file `kill`, when a checkpoint has been saved.
+        EverestError: for any other problem that the user can fix.
     """
     plan = plan_ranks(config, world.size)
     mesh = form_mesh(world, config.parallelism.tensor)
@@ -81,7 +80,7 @@ def train(
     world.share(lambda: settle(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)
     try:
-        model = outline(config)  # of which no rank ever has the whole, unless its share is that
+        model = outline(config)  # on the meta device: no rank needs memory for more than its share
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
         with initial_weights(config, init_from) as weights:
@@ -99,7 +98,7 @@ def train(
 
 
 class TrainingRun:
-    """One process's part of a run that has been set up."""
+    """The training loop of one rank, once the engine and the run folder are set up."""
 
     def __init__(
         self,
@@ -134,10 +133,10 @@ class TrainingRun:
         self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)
         self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
-        self.batch: Batch  # the last micro-batch, for pictures
+        self.batch: Batch  # the latest micro-batch, from which pictures are drawn
 
     def to_the_end(self, stop: StopRequest, watchdog: Watchdog) -> None:
-        """Every remaining step, with what is due after each."""
+        """Run every remaining step, with the reports, validations and checkpoints due after it."""
         batches = self._batches()
         self.timer.restart()
         try:
@@ -152,7 +151,7 @@ class TrainingRun:
                 self._validate()
                 self.grace.note_step(time.perf_counter() - started)
                 self._save_or_stop(stop)
-        except DivergedError:  # on every rank, as the checkpoint of an earlier step is being written
+        except DivergedError:  # raised on every rank; an earlier checkpoint may still be being written
             self.saver.finish()
             raise
         finally:
@@ -161,21 +160,21 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        """All steps are done."""
+        """True if all steps are done."""
         return self.step == self.schedule.total_steps
 
     def _train_step(self, batches: Prefetcher) -> Tensor:
-        """One optimiser step; returns this rank's mean loss, without waiting for it."""
+        """Run one optimiser step and return this rank's mean loss, without waiting for the device."""
         set_learning_rate(self.engine, self.schedule.lr(self.step))
         losses = []
         for _ in range(self.plan.grad_accum_steps):
-            # A rank that cannot read a video tells the others, instead of leaving them in a collective.
+            # An error of one rank's loader is raised on all; otherwise the others would wait in a collective.
             ready = self.world.together(batches.take)
             self.batch = ready.batch
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), ready.items)
-            # A GPU has the forward pass to compute. After backward() may be too late: with overlapping
-            # communication, DeepSpeed ends that by waiting for the device.
+            # The next batch is fetched while a GPU computes the forward pass. After backward() may be too
+            # late: with overlapping communication, DeepSpeed waits for the device at its end.
             batches.fetch()
             self.engine.backward(loss)
             self.engine.step()  # updates the weights at the last micro-batch
@@ -194,7 +193,7 @@ class TrainingRun:
         replaced = self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
         timer, cost, num_ranks = self.timer, self.cost, self.world.size
         skipped, mean_loss = step_skipped(self.engine), float(self.world.mean(loss))
-        seconds = timer.seconds  # now that the loss was waited for
+        seconds = timer.seconds  # read after the loss, for which the host had to wait for the device
         clips_per_s = timer.steps * self.plan.global_batch_size / seconds
         report = StepReport(
             step=self.step,
@@ -218,7 +217,7 @@ class TrainingRun:
             return
         with self.timer.paused(), torch.no_grad():
             seen = watch(self.engine, self.engine.module, self.batch)
-            pictures = draw(seen) if self.observers else {}
+            pictures = draw_pictures(seen) if self.observers else {}
             for observer in self.observers:
                 for name, picture in pictures.items():
                     observer.on_picture(self.step, name, picture)
@@ -233,7 +232,7 @@ class TrainingRun:
     def _validate_now(self) -> None:
         self.losses.check()
         usable = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
+        result = evaluate_views(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
@@ -250,7 +249,7 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        wish = Wish(self.world.greatest(stop.wish()))
+        wish = StopReason(self.world.greatest(stop.wish()))
         if wish or self._due(self.config.run.save_every_steps):
             with self.timer.paused():
                 self.losses.check()
@@ -260,13 +259,13 @@ class TrainingRun:
             self.saver.poll()
         if wish or self.finished:
             self.saver.finish()
-        stop.granted(wish)
+        stop.acknowledge(wish)
         if wish.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
                 step=self.step,
                 by=wish.origin,
-                fix="run the same command again to go on",
+                fix="run the same command again to resume",
             )
 
     def _facts(self) -> dict[str, Any]:
@@ -296,7 +295,7 @@ class TrainingRun:
         }
 
     def _resume(self) -> int:
-        """The step to go on from: 0, or that of the newest complete checkpoint."""
+        """Load the newest complete checkpoint and return its step, or 0 if there is none."""
         found = newest_complete(self.folder.checkpoints, self.world)
         step = 0
         if found is not None:
@@ -309,21 +308,25 @@ class TrainingRun:
         return step
 
     def _check_continues(self, path: Path, facts: Facts) -> None:
-        """The ranks may be others; what a step computes may not, nor which samples it takes."""
+        """Check that a checkpoint has this run's samples and global batch; the ranks may differ.
+
+        Raises:
+            CheckpointError: if the samples or the global batch differ.
+        """
         here = self.plan.global_batch_size
         if facts.position.get("fingerprint", self.data_fingerprint) != self.data_fingerprint:
             raise CheckpointError(
-                f"{path}: saved with other training samples; the rest of the epoch is not known",
+                f"{path}: saved with other training samples, so the order of the epoch cannot be continued",
                 given=f"{len(self.samples)} samples in data.train now",
-                allowed=f"the {facts.position.get('samples')} there were, in their order",
-                fix="bring back the manifest, or start over in another run.dir",
+                allowed=f"the {facts.position.get('samples')} samples of the checkpoint, in the same order",
+                fix="restore the manifest, or start over in another run.dir",
             )
         if facts.global_batch_size != here:
             raise CheckpointError(
                 f"{path}: saved with another global batch",
                 given=f"{self.plan} now",
                 allowed=f"{facts.global_batch_size} clips",
-                fix=f"set batch.global_batch_size={facts.global_batch_size}; accumulation follows",
+                fix=f"set batch.global_batch_size={facts.global_batch_size}; accumulation is then adjusted",
             )
 
     def _start_observers(self) -> list[Observer]:
@@ -356,7 +359,7 @@ class TrainingRun:
 
 
 def _take_peak_memory_bytes(device: torch.device) -> int:
-    """The most since this was last called: allocated on a GPU, resident in host memory on a CPU."""
+    """Return the peak memory since the last call: allocated on a GPU, resident in host memory on a CPU."""
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)

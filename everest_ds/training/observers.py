@@ -1,4 +1,4 @@
-"""What watches a run without taking part in it: metrics file, TensorBoard, console. Rank 0 only."""
+"""Observers that report on a run without affecting it: metrics file, TensorBoard, console. Rank 0 only."""
 
 from __future__ import annotations
 
@@ -7,29 +7,34 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from everest_ds.data.clips import Batch
 from everest_ds.log import logger
+from everest_ds.models.watch import Seen, Watch
+from everest_ds.reports.clip_pictures import draw_clip
 from everest_ds.units import format_bytes
 
 
 @dataclass(frozen=True)
 class StepReport:
-    """One logged optimiser step.
+    """The figures of one logged optimiser step.
 
     Attributes:
-        step: optimiser steps done so far, this one included.
-        epoch: epochs done so far, with its fraction.
-        loss: mean over all clips of the step; None if the step was left out.
-        grad_norm: global, before clipping; None where DeepSpeed does not tell, or the step was left out.
-        clips_per_s: clips of all ranks, over the time since the last report.
+        step: optimiser steps done so far, including this one.
+        epoch: epochs done so far, as a fraction.
+        loss: mean over all clips of the step; None if the step was skipped.
+        lr: learning rate of the step.
+        grad_norm: global norm before clipping; None if DeepSpeed does not report it or the step was skipped.
+        clips_per_s: clips of all ranks per second since the last report.
         data_wait_pct: share of that time spent waiting for the loader.
-        replaced_videos: of this epoch so far, those that could not be read and others stood in for.
+        replaced_videos: unreadable videos of this epoch so far, each replaced by another one.
         memory_bytes: peak of this rank since the last report: allocated on a GPU, resident on a CPU.
-        tflops_per_s: useful TFLOP/s of each rank, waiting included; None if the cost of a clip is not known.
-        mfu_pct: share of the device's peak rate that this is; None for an unknown device.
+        tflops_per_s: useful TFLOP/s per rank, waiting time included; None if the cost of a clip is unknown.
+        mfu_pct: `tflops_per_s` in per cent of the device's peak rate; None for an unknown device.
     """
 
     step: int
@@ -47,10 +52,15 @@ class StepReport:
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """One validation: mean loss and accuracies in per cent, of the videos that could be read.
+    """The figures of one validation, over the videos that could be read.
 
     Attributes:
-        val_missing: videos that could not; nothing took their place.
+        step: optimiser steps done so far.
+        epoch: epochs done so far, as a fraction.
+        val_loss: mean loss.
+        val_top1: top-1 accuracy in per cent.
+        val_top5: top-5 accuracy in per cent.
+        val_missing: number of unreadable videos, which are not replaced.
     """
 
     step: int
@@ -62,37 +72,40 @@ class ValidationReport:
 
 
 class Observer(Protocol):
-    """Something told what happens."""
+    """Interface of objects that are notified of a run's events."""
 
     def on_step(self, report: StepReport) -> None:
-        """A logged step has ended."""
+        """Receive the report of a logged step."""
 
     def on_validation(self, report: ValidationReport) -> None:
-        """A validation has ended."""
+        """Receive the report of a validation."""
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
-        """A picture was drawn: uint8 (row, column, colour)."""
+        """Receive a picture: uint8 (row, column, colour)."""
 
     def close(self) -> None:
-        """The run ends."""
+        """Release all resources at the end of the run."""
 
 
 class MetricsFile:
-    """Appends every report to `metrics.jsonl`."""
+    """An observer that appends every report to `metrics.jsonl`."""
 
     def __init__(self, file: Path) -> None:
-        self._file = open(file, "a", buffering=1)  # a line is on disk as soon as it is written
+        self._file = open(file, "a", buffering=1)  # line-buffered, so that a crash loses no complete line
 
     def on_step(self, report: StepReport) -> None:
+        """Append the report as a line."""
         self._write(asdict(report))
 
     def on_validation(self, report: ValidationReport) -> None:
+        """Append the report as a line."""
         self._write(asdict(report))
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
-        pass
+        """Ignore the picture."""
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
@@ -100,7 +113,7 @@ class MetricsFile:
 
 
 class TensorBoard:
-    """Scalars and pictures as TensorBoard events, the last picture of a name also as a PNG file."""
+    """An observer that writes TensorBoard events, and the latest picture of each name as a PNG file."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # heavy
@@ -109,18 +122,22 @@ class TensorBoard:
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
 
     def on_step(self, report: StepReport) -> None:
+        """Write the report's figures as scalars of the group `train`."""
         self._scalars("train", asdict(report))
 
     def on_validation(self, report: ValidationReport) -> None:
+        """Write the report's figures as scalars of the group `val`."""
         self._scalars("val", asdict(report))
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
+        """Write the picture as an event and as a PNG file."""
         from matplotlib.image import imsave  # heavy
 
         self._writer.add_image(name, picture.numpy(), step, dataformats="HWC")
         imsave(self._folder / f"{name}.png", picture.numpy())
 
     def close(self) -> None:
+        """Flush and close the event file."""
         self._writer.close()
 
     def _scalars(self, group: str, values: dict[str, Any]) -> None:
@@ -131,7 +148,7 @@ class TensorBoard:
 
 
 class ProgressBar:
-    """A live bar in a terminal; a line a report elsewhere."""
+    """An observer for the console: a live progress bar in a terminal, one line per report elsewhere."""
 
     def __init__(self, total_steps: int, first_step: int) -> None:
         console = Console(stderr=True)
@@ -149,9 +166,10 @@ class ProgressBar:
         self._bar.start()
 
     def on_step(self, report: StepReport) -> None:
+        """Update the bar, or log the report if there is no terminal."""
         norm = "" if report.grad_norm is None else f" |g| {report.grad_norm:.2f}"
         mfu = "" if report.mfu_pct is None else f" MFU {report.mfu_pct:.1f}%"
-        loss = "left out" if report.loss is None else f"{report.loss:.4f}"
+        loss = "skipped" if report.loss is None else f"{report.loss:.4f}"
         status = (
             f"loss {loss} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
             f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}{mfu}"
@@ -163,12 +181,36 @@ class ProgressBar:
             self._bar.update(self._task, completed=report.step, status=status)
 
     def on_validation(self, report: ValidationReport) -> None:
+        """Log the report."""
         text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}% top-5 {report.val_top5:.2f}%"
         text += f", {report.val_missing} videos missing" if report.val_missing else ""
         logger.info("epoch %.0f %s", report.epoch, text)
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
-        pass
+        """Ignore the picture."""
 
     def close(self) -> None:
+        """Stop the bar, leaving its last state in the terminal."""
         self._bar.stop()
+
+
+def watch(engine: Any, model: Any, batch: Batch) -> Seen:
+    """Run a batch through the engine again and record the tensors of its first clip.
+
+    Call on every rank, because the weights may be sharded.
+
+    Args:
+        engine: the engine that runs the batch.
+        model: the engine's module, on which the recording hooks are set.
+        batch: a prepared batch on the device.
+    """
+    # Eager, because compiled blocks would not call the hooks that record.
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), Watch(model) as watched:
+        output = engine(*batch.arguments)
+    return watched.seen(output)
+
+
+def draw_pictures(seen: Seen) -> dict[str, Tensor]:
+    """Draw the pictures of the first clip, by name: uint8 (row, column, colour)."""
+    arrays = [None if tensor is None else tensor[0].numpy() for tensor in seen]
+    return {name: torch.from_numpy(picture) for name, picture in draw_clip(*arrays).items()}  # type: ignore[arg-type]

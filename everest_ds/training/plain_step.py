@@ -1,4 +1,4 @@
-"""The training step of a plain PyTorch loop: what remains of a run's step without DeepSpeed."""
+"""The training step of a plain PyTorch loop, for comparison with the step of DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
-from everest_ds.models.initial import outline
-from everest_ds.parallel.initial import DTYPES, InitialWeights
+from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.recompute import apply_recompute
+from everest_ds.parallel.sharded_init import DTYPES, InitialWeights
 from everest_ds.training.engine_step import MeasuredStep, noise_weights
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import parameter_groups
 
 
 class PlainStep(MeasuredStep):
-    """One optimiser step on one device, phase by phase as in `EngineStep`, without DeepSpeed.
+    """One optimiser step on one device without DeepSpeed, in the same phases as `EngineStep`.
 
-    Weights are of the config's precision, with float32 masters if that is half; gradients accumulate in the
-    weights' own precision; fp16 has no loss scale. AdamW is torch's fused one.
+    Weights have the config's precision, with float32 masters in half precision. Gradients accumulate in the
+    precision of the weights; fp16 has no loss scale. The optimiser is torch's fused AdamW.
 
     Attributes:
-        model, optimizer: what is trained, and by what.
+        model: the model in training.
+        optimizer: its optimiser, over the float32 masters if there are any.
     """
 
     def __init__(
@@ -52,12 +53,12 @@ class PlainStep(MeasuredStep):
         self._passes = 0
 
     def backward(self, loss: Tensor) -> None:
-        """Compute gradients of the step's mean loss."""
+        """Compute the gradients of this micro-batch's share of the step's mean loss."""
         (loss / self.micro_batches if self.micro_batches > 1 else loss).backward()
 
     @torch.no_grad()
     def update(self) -> bool:
-        """Update the weights if this is the last micro-batch. Never skips a step: returns False."""
+        """Update the weights if this is the last micro-batch; return False, as no update is ever skipped."""
         self._passes += 1
         if self._passes % self.micro_batches == 0:
             if self._half:
@@ -80,12 +81,12 @@ def _copy_weights(model: nn.Module, weights: InitialWeights) -> None:
 
 
 def _of_masters(group: dict[str, Any]) -> dict[str, Any]:
-    """The group with float32 copies of its parameters."""
+    """Return the group with float32 copies of its parameters."""
     return {**group, "params": [weight.detach().clone() for weight in group["params"]]}
 
 
 def _give_gradients(masters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-    """Give each master the gradient of its weight, in float32."""
+    """Set the gradient of each master to that of its weight, cast to float32."""
     wide = [torch.empty_like(master) for master in masters]
     torch._foreach_copy_(wide, [weight.grad for weight in weights if weight.grad is not None])
     for master, gradient in zip(masters, wide, strict=True):

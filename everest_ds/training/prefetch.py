@@ -1,4 +1,4 @@
-"""The next batch on its way to the device while a step computes."""
+"""Prefetching: the next batch is copied to the device and augmented while a step computes."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from everest_ds.config import Experiment
 from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import Batch, PackedBatch
 from everest_ds.data.reading import Failure
-from everest_ds.training.packing import unpack
+from everest_ds.training.token_packing import unpack
 
 
 class Ready(NamedTuple):
-    """A batch to compute on.
+    """A batch that is ready for the model.
 
     Attributes:
-        batch: on the device, augmented.
-        items: int64 (B,) on the host, the samples of its clips.
+        batch: the augmented batch on the device.
+        items: int64 (B,) on the host, the sample index of each clip.
     """
 
     batch: Batch
@@ -29,7 +29,7 @@ class Ready(NamedTuple):
 
 
 class _Held(NamedTuple):
-    """A batch that was prepared, or why not, and the samples that could not be read for it."""
+    """A prepared batch or the error that prevented it, and the samples that could not be read for it."""
 
     ready: Ready | None
     error: Exception | None
@@ -37,7 +37,7 @@ class _Held(NamedTuple):
 
 
 class Preparation:
-    """Everything that becomes of a loader's batch before a model sees it."""
+    """The steps between loader and model: copy to the device, then unpacking or augmentation."""
 
     def __init__(self, config: Experiment, device: torch.device) -> None:
         self._device = device
@@ -45,9 +45,9 @@ class Preparation:
         self._augment = Augmentation(config)
 
     def __call__(self, batch: Batch) -> Batch:
-        """Move a batch to the device without waiting, and unpack or augment it there.
+        """Copy a batch to the device without waiting, and unpack or augment it there.
 
-        Augmentation writes into clips that are on the device already.
+        Augmentation overwrites clips that are already on the device.
         """
         here = batch.to(self._device)
         if isinstance(here, PackedBatch):
@@ -56,16 +56,18 @@ class Preparation:
 
 
 class Prefetcher:
-    """Batches in their order, each copied and augmented by a `fetch` during the step before its own.
+    """An ordered source of batches, each prepared by `fetch` during the previous step.
 
-    On a GPU that happens on a stream of its own, beside the step. A CPU takes the same path without one.
-    Whatever fails on the way belongs to the step that takes the batch, and is raised there.
+    On a GPU, a separate CUDA stream prepares the next batch in parallel with the step. An error during
+    preparation is raised in the step that takes the batch.
 
     Args:
-        batches: on the host, in pinned memory for a GPU. None beyond `num_batches` is asked for.
-        failures: where `batches` notes samples that could not be read.
-        on_failure: told of each of them when its batch is taken.
-        prepare: moves a batch to the device without waiting, and augments it.
+        batches: batches on the host, in pinned memory for a GPU.
+        num_batches: at most this many batches are read from `batches`.
+        failures: the list in which `batches` notes samples that could not be read.
+        on_failure: called with each failure when its batch is taken.
+        prepare: copies a batch to the device without waiting, and augments it.
+        device: the device of the step.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class Prefetcher:
         self._held: _Held | None = None
 
     def fetch(self) -> None:
-        """Prepare the next batch, if there is one. On a GPU, call it when much of a step is launched."""
+        """Prepare the next batch, if any; on a GPU, call this once most of a step has been launched."""
         if self._num_left:
             self._held = self._next()
 
@@ -94,7 +96,7 @@ class Prefetcher:
         """Return the next batch.
 
         Raises:
-            DataError: its clips could not be read, or whatever else kept it from being prepared.
+            DataError: if its clips could not be read. Any other error of its preparation is raised unchanged.
         """
         held, self._held = self._held or self._next(), None
         for failure in held.failures:
@@ -122,7 +124,7 @@ class Prefetcher:
         return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _hand_over(self, batch: Batch) -> None:
-        """Let the stream of the step wait for the batch, and keep its memory until that has used it."""
+        """Make the step's stream wait for the batch, and keep its memory until the step has used it."""
         if self._stream is None:
             return
         current = torch.cuda.current_stream(self._stream.device)

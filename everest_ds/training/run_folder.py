@@ -1,8 +1,8 @@
-"""The folder of a run: everything needed to understand, resume or repeat it, and a lock while it lives.
+"""The folder of a run: all files needed to understand, resume or repeat it, and a lock while it is active.
 
-config.yaml  ds_config.json  environment.json  excluded.json   what was asked, resolved; with what versions
-metrics.jsonl  broken.jsonl  tensorboard/  logs/               what happened
-checkpoints/  best.safetensors                  what was learned
+config.yaml  ds_config.json  environment.json  excluded.json   inputs: resolved settings and versions
+metrics.jsonl  broken.jsonl  tensorboard/  logs/               record of the run
+checkpoints/  best.safetensors                                 trained weights and optimiser states
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from everest_ds.errors import EverestError, RunFolderError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
-# Settings that may differ when a run goes on: they do not change what is computed. Of the batch, only the
-# global size does, which checkpoints remember.
+# Settings that may differ when a run is resumed, because they do not change the result. The exception is the
+# global batch size, which is checked against the checkpoint.
 FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
@@ -36,7 +36,7 @@ _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
 
 
 class RunFolder:
-    """A run's folder, opened for writing by rank 0; other ranks only ask it for paths."""
+    """The folder of a run, opened for writing by rank 0; other ranks only use its paths."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -44,49 +44,49 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where `step-...` checkpoints are."""
+        """The folder of the `step-...` checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def metrics(self) -> Path:
-        """One JSON object a line: training steps and validations."""
+        """The metrics file: training steps and validations, one JSON object per line."""
         return self.path / METRICS_FILE
 
     @property
     def broken(self) -> Path:
-        """One JSON object a line: videos that could not be read, and when."""
+        """The record of unreadable videos, one JSON object per line."""
         return self.path / "broken.jsonl"
 
     @property
     def excluded(self) -> Path:
-        """Name -> reason: the training samples that this run leaves out from its beginning to its end."""
+        """The record of training samples that the whole run leaves out: a JSON object, name -> reason."""
         return self.path / "excluded.json"
 
     @property
     def logs(self) -> Path:
-        """One log file per rank."""
+        """The folder of the log files, one per rank."""
         return self.path / "logs"
 
     def stacks(self, rank: int) -> Path:
-        """Where a rank's stacks go if it hangs."""
+        """Return the file to which the stacks of a hanging `rank` are written."""
         return self.logs / f"rank-{rank}.stacks"
 
     @property
     def tensorboard(self) -> Path:
-        """Event files."""
+        """The folder of the TensorBoard event files."""
         return self.path / "tensorboard"
 
     @property
     def best_weights(self) -> Path:
-        """Weights of the best validation so far (fine-tuning)."""
+        """The file with the weights of the best validation so far (fine-tuning only)."""
         return self.path / BEST_WEIGHTS_FILE
 
     def open(self, config: Experiment, ds_config: dict[str, Any], world_size: int) -> None:
-        """Claim the folder for this run and write down what it is.
+        """Lock the folder for this run, and write its config and environment.
 
         Raises:
-            RunFolderError: if another live run holds it, it belongs to another config, or it cannot be
-                written.
+            RunFolderError: if another active run holds the folder, if it belongs to another config, or if it
+                is not writable.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -97,17 +97,17 @@ class RunFolder:
             _write_json(self.path / "environment.json", describe_environment(world_size))
         except OSError as error:
             raise RunFolderError(
-                f"{self.path}: cannot write the run folder", given=str(error), fix="choose another run.dir"
+                f"{self.path}: writing the run folder failed", given=str(error), fix="choose another run.dir"
             ) from None
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Release the lock of the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def drop_metrics_after(self, step: int) -> None:
-        """Forget rows of steps that a resumed run will do again."""
+        """Remove the metrics of steps after `step`, which a resumed run repeats."""
         if self.metrics.is_file():
             rows = [row for row in read_metrics(self.path) if row["step"] <= step]
             shorter = self.metrics.with_name(f".{METRICS_FILE}.tmp")
@@ -115,18 +115,18 @@ class RunFolder:
             os.replace(shorter, self.metrics)
 
     def _claim(self) -> None:
-        """Hold a lock that the operating system drops with the process, however it ends.
+        """Lock the folder; the operating system releases the lock when the process ends for any reason.
 
-        A record lock, which forked children do not hold with it: loader workers outlive a killed rank for
-        some seconds, in which the next start would be refused.
+        This is a record lock, which forked children do not inherit. Loader workers outlive a killed rank by
+        some seconds; if they held the lock, the next start would be refused during that time.
         """
         lock = open(self.path / ".lock", "a+")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):  # either, says POSIX
+        except (BlockingIOError, PermissionError):  # POSIX allows either error
             lock.seek(0)
             raise RunFolderError(
-                f"{self.path}: a run is live in this folder",
+                f"{self.path}: another run is active in this folder",
                 given=lock.read().strip(),
                 fix="wait for it, stop it, or choose another run.dir",
             ) from None
@@ -136,10 +136,10 @@ class RunFolder:
         self._lock = lock
 
     def check_same_config(self, config: Experiment) -> None:
-        """Whether `config` may go on in this folder.
+        """Check that a run with `config` may resume in this folder.
 
         Raises:
-            RunFolderError: if it belongs to another config.
+            RunFolderError: if the folder belongs to a run with another config.
         """
         file = self.path / CONFIG_FILE
         if not file.is_file():
@@ -147,36 +147,38 @@ class RunFolder:
         try:
             before = load_experiment(file)
         except EverestError as error:
-            raise RunFolderError(f"{self.path}: holds another version's run", given=str(error)) from None
+            raise RunFolderError(
+                f"{self.path}: belongs to a run whose config this version cannot read", given=str(error)
+            ) from None
         changed = _differences(before, config)
         if changed:
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
-                given=", ".join(f"{key}={new} (there {old})" for key, old, new in changed[:4]),
+                given=", ".join(f"{key}={new} (in the folder: {old})" for key, old, new in changed[:4]),
                 allowed="the same config (parallelism, batch, recompute, model.compile and run.* may differ)",
                 fix="choose another run.dir, or remove the folder to start over",
             )
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """All rows of a run's metrics; a last line cut off by a crash is left out.
+    """Return all rows of a run's metrics, without a last line that a crash cut off.
 
     Raises:
-        RunFolderError: if the run has none, or a line is damaged.
+        RunFolderError: if the run has no metrics file, or one of its lines is damaged.
     """
     file = run / METRICS_FILE
     if not file.is_file():
-        raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="give the folder of a run that has trained")
+        raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="name the folder of a run that has trained")
     lines = file.read_text().split("\n")
     complete = lines[:-1]
     try:
         return [json.loads(line) for line in complete]
     except ValueError as error:
-        raise RunFolderError(f"{file}: damaged", given=str(error)) from None
+        raise RunFolderError(f"{file}: a line is damaged", given=str(error)) from None
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
-    """Versions, commit, command and place of a run."""
+    """Return the time, command, host, package versions and git commit of a run."""
     return {
         "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": sys.argv,
@@ -189,7 +191,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that results depend on; None for one that is not installed."""
+    """Return the versions of the packages that affect results; None for a package that is not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 
@@ -207,7 +209,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_state() -> dict[str, Any] | None:
-    """Commit of the code that runs, and whether it has uncommitted changes; None outside a checkout."""
+    """Return the commit of this code and whether it has uncommitted changes; None outside a git checkout."""
 
     def git(*args: str) -> str:
         command = ["git", "-C", str(Path(__file__).parent), *args]

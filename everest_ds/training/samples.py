@@ -1,7 +1,7 @@
-"""The samples of a run: its manifests without what their ledgers know to be broken, by name and counted.
+"""The samples of a run: the entries of its manifests, without those that a ledger lists as broken.
 
-What a run leaves out is settled when it starts and kept in its folder: a ledger that learns more meanwhile
-must not change the order of samples of a run that goes on.
+The excluded training samples are fixed when a run first starts, and recorded in its folder. Entries added to
+the ledger later must not change the order of samples when the run resumes.
 """
 
 from __future__ import annotations
@@ -10,20 +10,20 @@ import json
 from pathlib import Path
 
 from everest_ds.config import Experiment
-from everest_ds.data.decode import require_decoder
+from everest_ds.data.decoding.open_video import require_decoder
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import ConfigError, DataError
 from everest_ds.log import logger
 
 
 def read_samples(config: Experiment, split: str) -> Usable:
-    """The samples of `data.<split>` that the manifest's ledger knows no fault of, and those left out.
+    """Read the samples of `data.<split>`, separated into usable ones and those excluded by the ledger.
 
     Raises:
-        ConfigError: if the config names no such manifest, or a decoder that is not installed.
-        DataError: if the manifest is missing or wrong, or all of its samples are broken.
+        ConfigError: if the config names no manifest for the split, or a decoder that is not installed.
+        DataError: if the manifest is missing or invalid, or all of its samples are broken.
     """
     require_decoder(config.data.decoder)
     samples = _read(config, split)
@@ -31,7 +31,7 @@ def read_samples(config: Experiment, split: str) -> Usable:
     manifest = _manifest(config, split)
     usable = exclude(samples, Ledger.of_manifest(manifest), needed)
     if usable.excluded:
-        logger.warning("%s: %d of %d samples are left out", manifest, len(usable.excluded), len(samples))
+        logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
     if not usable.samples:
         first = usable.excluded[0]
         raise DataError(f"{manifest}: all samples are broken", given=f"{first.sample.name}: {first.reason}")
@@ -39,10 +39,15 @@ def read_samples(config: Experiment, split: str) -> Usable:
 
 
 def read_training_samples(config: Experiment, settled: Path) -> Usable:
-    """`read_samples` of `data.train`; where `settled` is a file, without what that names and nothing else.
+    """Read the samples of `data.train`, excluding exactly the samples that `settled` names if it exists.
+
+    Args:
+        config: the run config.
+        settled: the run's `excluded.json`; if it is missing, the ledger decides, as in `read_samples`.
 
     Raises:
-        DataError: also if a sample that the run left out is not in the manifest any more.
+        ConfigError: as `read_samples`.
+        DataError: as `read_samples`, and if an excluded sample is no longer in the manifest.
     """
     usable = read_samples(config, "train")
     if not settled.is_file():
@@ -54,7 +59,7 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     gone = set(reasons) - {sample.name for sample in everything}
     if gone:
         raise DataError(
-            f"{config.data.train}: not the list that this run began with", given=f"no {min(gone)}"
+            f"{config.data.train}: the manifest has changed since the run began", given=f"no {min(gone)}"
         )
     return Usable(
         [sample for sample in everything if sample.name not in reasons],
@@ -63,7 +68,7 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
 
 
 def settle(usable: Usable, settled: Path) -> None:
-    """Keep for the rest of the run what it leaves out: `{name: reason}`."""
+    """Record the excluded samples of `usable` for the rest of the run, as `{name: reason}`."""
     if not settled.is_file():
         reasons = {problem.sample.name: problem.reason for problem in usable.excluded}
         settled.write_text(json.dumps(reasons, indent=1) + "\n")
@@ -72,7 +77,7 @@ def settle(usable: Usable, settled: Path) -> None:
 def _manifest(config: Experiment, split: str) -> Path:
     manifest: Path | None = getattr(config.data, split)
     if manifest is None:
-        raise ConfigError(f"data.{split} is not set", fix=f"give a manifest: data.{split}=path/to/list.txt")
+        raise ConfigError(f"data.{split} is not set", fix=f"name a manifest: data.{split}=path/to/list.txt")
     return manifest
 
 

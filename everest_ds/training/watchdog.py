@@ -1,4 +1,4 @@
-"""Where a hanging rank hangs: the stacks of all its threads in a file, when it has not moved for too long."""
+"""A watchdog that writes the stacks of all threads of a hanging rank to a file."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from types import TracebackType
 
 
 class Watchdog:
-    """Context in which a rank is expected to `beat`; it only tells, the other ranks end the run.
+    """A context manager in which a rank must call `beat` regularly; otherwise its stacks are written.
 
-    The stacks are written by a thread without Python in it, so even a rank that holds the interpreter's lock
-    is seen.
+    The watchdog does not end the run: the other ranks do, by their collective timeout. The stacks are written
+    by a native thread, so this works even if a Python thread holds the interpreter's lock.
     """
 
     def __init__(self, file: Path, timeout_s: float) -> None:
@@ -31,5 +31,5 @@ class Watchdog:
             self._path.unlink()
 
     def beat(self) -> None:
-        """All is well until now; wait once more."""
+        """Restart the countdown."""
         faulthandler.dump_traceback_later(self._timeout_s, file=self._file)

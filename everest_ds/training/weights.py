@@ -1,4 +1,4 @@
-"""Weights that a run starts from, and putting weights into a model."""
+"""The initial weights of a run, and loading of weights into a model."""
 
 from __future__ import annotations
 
@@ -11,36 +11,41 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.encoder import Encoder, open_encoder
+from everest_ds.interchange.encoder_weights import EncoderWeights, open_encoder
 from everest_ds.log import logger
-from everest_ds.models.initial import NamedTensor, draw, outline
-from everest_ds.parallel.initial import InitialWeights
+from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
+from everest_ds.parallel.sharded_init import InitialWeights
 
 ENCODER = "encoder."
 _Shapes = dict[str, tuple[int, ...]]
 
 
 def load_encoder(model: nn.Module, config: Experiment, source: Path) -> Path:
-    """Start the encoder of `model` from other weights; the rest stays as it is. Returns what was read.
+    """Load the encoder of `model` from the weights at `source`; other parameters are left unchanged.
+
+    Returns:
+        The path of the file or checkpoint that was read.
 
     Raises:
-        CheckpointError: if the encoder there has another architecture.
+        CheckpointError: if the encoder at `source` has another architecture.
     """
     with open_encoder(source, config) as stored:
         tensors = {name: stored.read(name) for name in _encoders(stored.shapes)}
-        load_tensors(model, tensors, stored.path, prefix=ENCODER)
+        copy_tensors(model, tensors, stored.path, prefix=ENCODER)
         return stored.path
 
 
 @contextmanager
 def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[InitialWeights]:
-    """What a run starts from: drawn by its seed, or the encoder's of another model, one at a time.
+    """Provide the initial weights of a run: drawn from its seed, with the encoder of `init_from` if given.
+
+    The weights are read one tensor at a time while the context is open.
 
     Raises:
-        CheckpointError: if the encoder there has another architecture.
+        CheckpointError: if the encoder at `init_from` has another architecture.
     """
     if init_from is None:
-        yield partial(draw, config)
+        yield partial(draw_initial_weights, config)
         return
     with open_encoder(init_from, config) as stored:
         shapes = {name: tuple(p.shape) for name, p in outline(config).named_parameters()}
@@ -49,9 +54,9 @@ def initial_weights(config: Experiment, init_from: Path | None) -> Iterator[Init
         yield partial(_with_encoder_of, stored, config)
 
 
-def _with_encoder_of(stored: Encoder, config: Experiment) -> Iterator[NamedTensor]:
+def _with_encoder_of(stored: EncoderWeights, config: Experiment) -> Iterator[NamedTensor]:
     replaced = _encoders(stored.shapes)
-    for name, drawn in draw(config):
+    for name, drawn in draw_initial_weights(config):
         yield name, stored.read(name) if name in replaced else drawn
 
 
@@ -59,11 +64,11 @@ def _encoders(shapes: _Shapes) -> _Shapes:
     return {name: shape for name, shape in shapes.items() if name.startswith(ENCODER)}
 
 
-def load_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefix: str = "") -> None:
+def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefix: str = "") -> None:
     """Copy `tensors` into all parameters of `model` that start with `prefix`.
 
     Raises:
-        CheckpointError: naming the first parameter that is missing, unexpected or of another shape.
+        CheckpointError: names the first parameter that is missing, unexpected or of another shape.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(prefix)}
     _check_same_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, file)
@@ -78,5 +83,5 @@ def _check_same_shapes(wanted: _Shapes, found: _Shapes, file: Path) -> None:
                 f"{file}: weights of another architecture, at `{name}`",
                 given="absent" if there is None else f"shape {there}",
                 allowed="absent" if here is None else f"shape {here}",
-                fix="use the model section of the run that wrote it",
+                fix="use the model section of the config of the run that wrote the file",
             )

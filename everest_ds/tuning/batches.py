@@ -1,10 +1,10 @@
-"""The global batch on a number of ranks: kept, split, and the nearest that can be split if it cannot."""
+"""The global batch on a number of ranks: how it is split, and the nearest size that can be split."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from everest_ds.config.agreement import check_sections_agree
+from everest_ds.config.checks import check_sections_agree
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
 
@@ -12,7 +12,7 @@ TENSORS = (1, 2, 4, 8)
 
 
 def with_micro_batch(config: Experiment, micro_batch_size: int) -> Experiment:
-    """The same with another micro-batch; accumulation follows from the global batch."""
+    """Return the config with another micro-batch size; accumulation follows from the global batch."""
     total = config.batch.global_batch_size
     batch = BatchConfig.model_construct(
         micro_batch_size=micro_batch_size, global_batch_size=total, grad_accum_steps=None
@@ -21,10 +21,10 @@ def with_micro_batch(config: Experiment, micro_batch_size: int) -> Experiment:
 
 
 def check_agreement(config: Experiment) -> None:
-    """Hold a config whose sections were exchanged against the schema's own checks across sections.
+    """Run the schema's checks across sections on a config whose sections were replaced.
 
     Raises:
-        ConfigError: what they say.
+        ConfigError: the sections contradict each other.
     """
     try:
         check_sections_agree(config)
@@ -33,7 +33,7 @@ def check_agreement(config: Experiment) -> None:
 
 
 def agrees(config: Experiment) -> bool:
-    """Whether its sections agree."""
+    """Return whether the sections of the config agree."""
     try:
         check_agreement(config)
     except EverestError:
@@ -42,13 +42,13 @@ def agrees(config: Experiment) -> bool:
 
 
 def smallest_micro_batch(config: Experiment) -> int:
-    """The fewest clips that the config's other sections allow a rank to hold."""
-    some = config.batch.micro_batch_size  # are allowed
+    """Return the smallest micro-batch size that the config's other sections allow."""
+    some = config.batch.micro_batch_size  # this size is allowed
     return next(clips for clips in range(1, some + 1) if agrees(with_micro_batch(config, clips)))
 
 
 def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = None) -> Experiment:
-    """The config with the global batch that it has on `num_ranks` ranks, or with `total` clips."""
+    """Return the config with a fixed global batch: `total` clips, or its own on `num_ranks` ranks."""
     batch = config.batch
     own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * num_ranks // config.parallelism.tensor
     kept = batch.model_copy(update={"global_batch_size": total or batch.global_batch_size or own})
@@ -58,9 +58,9 @@ def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = No
 def nothing_runs(
     config: Experiment, num_ranks: int, ranks_per_node: int, reasons: Sequence[str]
 ) -> UsageError:
-    """The error of a search in which every sharding was refused for one of `reasons`.
+    """Return the error of a search in which every sharding was refused for one of `reasons`.
 
-    If no tensor degree can split the global batch, it names the nearest that one can.
+    If no tensor degree can split the global batch, the error names the nearest sizes that can be split.
     """
     total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
     steps = {
@@ -69,15 +69,15 @@ def nothing_runs(
         if ranks_per_node % tensor == 0 and num_ranks % tensor == 0 and _splits(config, tensor)
     }
     if any(total % step == 0 for step in steps):
-        fix = "leave out some of the keys that you gave"
-        return UsageError("nothing can run", given="; or ".join(reasons), fix=fix)
+        fix = "leave out some of the given keys"
+        return UsageError("no candidate can run", given="; or ".join(reasons), fix=fix)
     near = {step * (total // step + more) for step in steps for more in (0, 1)} - {0}
     below, above = [n for n in near if n <= total], [n for n in near if n > total]
     nearest = sorted({max(below, default=min(above)), min(above)})
     return UsageError(
         "batch.global_batch_size cannot be split over the ranks",
         given=f"{total} clips, {num_ranks} ranks",
-        allowed=f"the nearest: {' or '.join(map(str, nearest))}",
+        allowed=f"nearest sizes: {' or '.join(map(str, nearest))}",
         fix=f"--global-batch {nearest[-1]}, or another number of ranks",
     )
 

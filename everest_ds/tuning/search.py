@@ -1,8 +1,8 @@
 """The search: every sharding, recompute mode and micro-batch that runs and fits, ranked by predicted time.
 
-What cannot be fastest is not looked at: where a micro-batch fits without recompute or offload, it takes
-longer with them, so those are tried with others only (`_done_faster`). What shardings share, memory and
-work of forward and backward pass on a rank, is predicted once.
+Candidates that cannot be fastest are skipped: a micro-batch that fits without recompute or offload would only
+take longer with them, so recompute and offload are tried with other micro-batches only (`_done_faster`).
+Shardings share the memory and the work of a rank's forward and backward passes, so both are predicted once.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.memory import MemoryPrediction, PassMemory, peak_of, predict_passes
+from everest_ds.costs.state_memory import state_memory
+from everest_ds.costs.step_time import StepPrediction, StepWork, assemble_step, predict_work
 from everest_ds.errors import ConfigError, UsageError
-from everest_ds.profiling.memory import MemoryPrediction, Passes, peak_of, predict_passes
-from everest_ds.profiling.memory_states import model_states
 from everest_ds.tuning.batches import (
     keep_global_batch,
     nothing_runs,
     with_micro_batch,
 )
-from everest_ds.tuning.machine import Machine
 from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
-from everest_ds.tuning.step_time import StepPrediction, StepWork, predict_work, step_of
 from everest_ds.units import format_bytes
 
-BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, beside those of the DeepSpeed file
-_WORTH_A_FILE = 0.99  # other buckets need a DeepSpeed file of one's own; not for less than 1 %
+BUCKETS = (5_000_000, 50_000_000, 200_000_000)  # values, tried beside the sizes of the DeepSpeed file
+_WORTH_A_FILE = 0.99  # other buckets need a DeepSpeed file of their own: too much for less than 1 %
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """`num_ranks` ranks of `machine`."""
+    """A cluster of `num_ranks` ranks, each a `machine`."""
 
     machine: Machine
     num_ranks: int
@@ -43,13 +43,13 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Options:
-    """What to search.
+    """The options of a search.
 
     Attributes:
-        global_batch: clips of a step; None: the config's own.
-        any_precision: all that the device has, instead of the config's.
+        global_batch: clips per step; None: the config's own.
+        any_precision: try every precision of the device instead of the config's only.
         pinned: keys of the config that keep their values.
-        exhaustive: look at what cannot be fastest, too.
+        exhaustive: also evaluate candidates that cannot be fastest.
     """
 
     global_batch: int | None = None
@@ -60,14 +60,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to run it, that fits.
+    """A complete config that fits in memory, with its predictions.
 
     Attributes:
-        sharding: its family.
-        config: complete.
+        sharding: the family of the candidate.
+        config: the complete config.
         zero: settings of its DeepSpeed file.
-        own_buckets: they are not those of a shipped file.
-        base: the config as it was given.
+        own_buckets: the bucket sizes differ from those of a shipped DeepSpeed file.
+        memory: predicted memory of a rank.
+        step: predicted time of a step.
+        base: the config as the user gave it.
     """
 
     sharding: Sharding
@@ -80,7 +82,7 @@ class Candidate:
 
     @property
     def overrides(self) -> tuple[str, ...]:
-        """`key=value` for all that differs from the config as it was given, buckets apart."""
+        """Return `key=value` for each key that differs from the given config; bucket sizes are left out."""
         given = dict(flatten(self.base.model_dump(mode="json")))
         own = flatten(self.config.model_dump(mode="json"))
         return tuple(
@@ -91,20 +93,22 @@ class Candidate:
 
     @property
     def order(self) -> tuple[float, float]:
-        """Fastest first; among those that wait for data equally long, the one that would wait longest."""
+        """Return the sort key: fastest step first; among equals, the shortest step without data first."""
         seconds = self.step.step_s
         without_data = seconds - self.step.split()["data"]
-        return float(f"{seconds:.4g}"), float(f"{without_data:.6g}")  # sums in other orders are ties
+        return float(f"{seconds:.4g}"), float(
+            f"{without_data:.6g}"
+        )  # rounded: sums in another order count as ties
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the search found.
+    """The result of a search.
 
     Attributes:
-        ranked: of each sharding and recompute mode the best, fastest first.
-        dropped: families of which there is none, and why.
-        evaluations: candidates whose memory, and those whose time was predicted.
+        ranked: the best candidate of each sharding and recompute mode, fastest first.
+        dropped: families without a candidate, and why.
+        evaluations: number of predictions of memory, and of time.
     """
 
     ranked: list[Candidate]
@@ -113,16 +117,16 @@ class SearchResult:
 
 
 def search(config: Experiment, cluster: Cluster, options: Options | None = None) -> SearchResult:
-    """The candidates for `config` on a cluster; none if the model fits nowhere.
+    """Search the candidates for `config` on a cluster; the result has none if the model fits nowhere.
 
     Raises:
-        UsageError: the global batch cannot be split over the ranks, or nothing that is pinned can run.
+        UsageError: the global batch cannot be split over the ranks, or nothing can run with the pinned keys.
     """
     return _Search(config, cluster, options or Options()).run()
 
 
 def describe_recompute(recompute: RecomputeConfig) -> str:
-    """For people: `blocks/2 + offload`."""
+    """Return the recompute settings in human-readable form, such as `blocks/2 + offload`."""
     every = f"/{recompute.every}" if recompute.mode == "blocks" else ""
     kept = [
         name for name, on in (("offload", recompute.offload_to_cpu), ("partition", recompute.partition)) if on
@@ -131,7 +135,7 @@ def describe_recompute(recompute: RecomputeConfig) -> str:
 
 
 def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
-    """What a rank must have; a CPU's own memory is the host's as well."""
+    """Return the bytes that a rank needs; on a CPU they include the host's, which is the same memory."""
     if machine.asynchronous:
         return memory.peak_bytes
     return machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
@@ -140,8 +144,8 @@ def needed_bytes(memory: MemoryPrediction, machine: Machine) -> int:
 _Key = tuple[str, int, RecomputeConfig, int]
 
 
-class _Way(NamedTuple):
-    """A sharding and a recompute mode."""
+class _Variant(NamedTuple):
+    """A sharding with a recompute setting."""
 
     sharding: Sharding
     recompute: RecomputeConfig
@@ -153,10 +157,12 @@ class _Search:
         self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: list[tuple[Sharding, str, int | None]] = []  # and why, no memory being short
-        self.fitting: dict[_Way, frozenset[int]] = {}
-        self.shortages: dict[_Way, tuple[int, int]] = {}  # bytes, of which micro-batch
-        self.passes: dict[_Key, Passes] = {}
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # with the reason; the shortage is None
+        self.fitting: dict[_Variant, frozenset[int]] = {}
+        self.shortages: dict[
+            _Variant, tuple[int, int]
+        ] = {}  # the least shortage in bytes, and its micro-batch
+        self.passes: dict[_Key, PassMemory] = {}
         self.work: dict[_Key, StepWork] = {}
         self.num_memories = self.num_times = 0
 
@@ -178,20 +184,20 @@ class _Search:
 
     def _precisions(self) -> Sequence[str]:
         if self.config.parallelism.offload_to_nvme is not None:
-            reason = "disks are not in the cost model; other shardings are tried"
+            reason = "NVMe offload is not in the cost model; other shardings are tried"
             self.dropped.append(Dropped("parallelism.offload_to_nvme", reason))
         own, possible = self.config.precision, self.machine.precisions
         if own not in possible and "precision" in self.options.pinned:
-            said = f"precision: {self.machine.device} has no fast one"
+            said = f"precision: {self.machine.device} has no fast {own}"
             raise UsageError(said, given=own, allowed=", ".join(possible))
         if own not in possible:
-            reason = f"{self.machine.device} has no fast {own}; others are tried, which round otherwise"
+            reason = f"{self.machine.device} has no fast {own}; the others are tried, which round differently"
             self.dropped.append(Dropped(own, reason))
             return possible
         return possible if self.options.any_precision else (own,)
 
     def _of_sharding(self, space: Space, sharding: Sharding) -> Iterator[Candidate]:
-        """The best of each recompute mode."""
+        """Yield the best candidate of each recompute setting."""
         try:
             sharded = space.sharded(sharding)
         except ConfigError as error:
@@ -199,7 +205,7 @@ class _Search:
             return
         zero, micro_batches = zero_settings(sharded), space.micro_batches(sharded)
         for recompute in space.recomputes(sharded):
-            way = _Way(sharding, recompute)
+            way = _Variant(sharding, recompute)
             config = sharded.model_copy(update={"recompute": recompute})
             done_faster = self._done_faster(way)
             configs = [with_micro_batch(config, clips) for clips in micro_batches if clips not in done_faster]
@@ -216,23 +222,23 @@ class _Search:
     def _over(self, memory: MemoryPrediction) -> int:
         return needed_bytes(memory, self.machine) - self.machine.memory_bytes
 
-    def _done_faster(self, way: _Way) -> frozenset[int]:
-        """Micro-batches that fit in a way that takes less time with them."""
+    def _done_faster(self, way: _Variant) -> frozenset[int]:
+        """Return the micro-batches that already fit in a way that needs less time for the same step."""
         if self.options.exhaustive:
             return frozenset()
         return frozenset().union(*(self.fitting.get(other, ()) for other in self._faster(way)))
 
-    def _faster(self, way: _Way) -> Iterator[_Way]:
-        """Ways that take less time with the same micro-batch."""
+    def _faster(self, way: _Variant) -> Iterator[_Variant]:
+        """Yield the ways that need less time with the same micro-batch."""
         sharding, recompute = way
         if sharding.offload:
-            yield _Way(sharding._replace(offload=False), recompute)
+            yield _Variant(sharding._replace(offload=False), recompute)
         for key in ("offload_to_cpu", "partition"):
             if getattr(recompute, key):
-                yield _Way(sharding, recompute.model_copy(update={key: False}))
+                yield _Variant(sharding, recompute.model_copy(update={key: False}))
         less = {"none": (), "gelu": ("none",)}.get(recompute.mode, ("none", "gelu"))
         for mode in less:
-            yield _Way(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
+            yield _Variant(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
         key, degree = _key(config), self.num_ranks // config.parallelism.tensor
@@ -240,7 +246,7 @@ class _Search:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
         self.num_memories += 1
-        return peak_of(passes, model_states(config, passes.num_parameters, degree, zero))
+        return peak_of(passes, state_memory(config, passes.num_parameters, degree, zero))
 
     def _candidate(
         self,
@@ -254,11 +260,11 @@ class _Search:
         key, plan = _key(config), plan_ranks(config, self.num_ranks)
         if key not in self.work:
             self.work[key] = predict_work(config, self.machine)
-        step = step_of(self.work[key], config, plan, self.machine, zero)
+        step = assemble_step(self.work[key], config, plan, self.machine, zero)
         return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:
-        """The same with other buckets, if that is worth a DeepSpeed file of its own."""
+        """Return the candidate with faster bucket sizes if they are worth a DeepSpeed file of their own."""
         sharding, config = candidate.sharding, candidate.config
         if sharding.stage == 0 or sharding.offload or config.parallelism.ds_config is not None:
             return candidate
@@ -281,13 +287,14 @@ class _Search:
         ]
 
     def _unused(
-        self, used: Collection[Any], part: Callable[[_Way], Any]
+        self, used: Collection[Any], part: Callable[[_Variant], Any]
     ) -> Iterator[tuple[Any, str, int | None]]:
-        """Shardings, or recompute modes, of which no candidate is; why, and by how many bytes."""
+        """Yield each sharding (or recompute setting) without a candidate, the reason, and the bytes short."""
         for unused in dict.fromkeys(part(way) for way in self.fitting if part(way) not in used):
             ways = [way for way in self.fitting if part(way) == unused]
             if any(self.fitting[way] for way in ways):
-                yield unused, "gains nothing: what fits with it fits without", None  # and is faster
+                # A micro-batch that also fits without this setting is skipped, because it is faster without.
+                yield unused, "gains nothing: every micro-batch that fits with it also fits without it", None
                 continue
             way = min(ways, key=lambda way: self.shortages[way])
             shortage, clips = self.shortages[way]
@@ -296,5 +303,5 @@ class _Search:
 
 
 def _key(config: Experiment) -> _Key:
-    """Of what forward and backward pass on a rank depend on."""
+    """Return the cache key: everything that a rank's forward and backward passes depend on."""
     return config.precision, config.parallelism.tensor, config.recompute, config.batch.micro_batch_size

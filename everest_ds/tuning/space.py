@@ -1,8 +1,8 @@
-"""What the tuner may choose: shardings, recompute modes and micro-batches that can run; and why others don't.
+"""The search space: shardings, recompute modes and micro-batches that can run, and why the others cannot.
 
-Nothing here changes what is learned: the global batch is kept, and the precision unless the device lacks it
-or others are asked for. What cannot be combined is said by the config's own checks; none is repeated here. A
-key that is pinned keeps the config's value.
+No choice changes what is learned: the global batch is kept, and so is the precision unless the device lacks
+it or others are asked for. The config's own checks find impossible combinations; none is repeated here. A
+pinned key keeps the config's value.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from everest_ds.errors import ConfigError
 from everest_ds.tuning.batches import TENSORS, agrees, check_agreement, smallest_micro_batch, with_micro_batch
 
 STAGES = (0, 1, 2, 3)
-OFFLOADING_STAGES = (2, 3)  # those with a shipped DeepSpeed file
+OFFLOADING_STAGES = (2, 3)  # stages whose offload has a shipped DeepSpeed file
 EVERY = (2, 3, 4)
-# Keys whose values are searched; given on the command line, they are pinned.
+# Keys whose values are searched unless they are pinned on the command line.
 SEARCHED = frozenset(
     "precision batch.micro_batch_size batch.grad_accum_steps parallelism.tensor parallelism.zero_stage"
     " parallelism.offload_to_cpu recompute.mode recompute.every recompute.offload_to_cpu recompute.partition"
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 
 class Sharding(NamedTuple):
-    """A family of candidates: how the model and its states are spread, and in which precision."""
+    """A family of candidates with the same ZeRO stage, tensor degree, offload and precision."""
 
     precision: str
     stage: int
@@ -43,12 +43,12 @@ class Sharding(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """A family that is not among the candidates.
+    """A family without a candidate, and the reason.
 
     Attributes:
-        family: for people, such as `ZeRO-0, bf16`.
-        reason: why not.
-        shortage_bytes: of memory, at best; None if that is not why.
+        family: human-readable name, such as `ZeRO-0, bf16`.
+        reason: why the family has no candidate.
+        shortage_bytes: least shortage of memory; None if the reason is another.
     """
 
     family: str
@@ -57,7 +57,7 @@ class Dropped(NamedTuple):
 
 
 def by_reason(shardings: Iterable[tuple[Sharding, str, int | None]]) -> Iterator[Dropped]:
-    """A line for each reason and what is short, not one for each of up to 24 shardings."""
+    """Merge shardings with the same reason and shortage: a line each for up to 24 would be too many."""
     reasons: dict[tuple[str, int | None], list[Sharding]] = {}
     for sharding, reason, shortage in shardings:
         reasons.setdefault((reason, shortage), []).append(sharding)
@@ -66,7 +66,7 @@ def by_reason(shardings: Iterable[tuple[Sharding, str, int | None]]) -> Iterator
 
 
 def _together(shardings: Sequence[Sharding]) -> str:
-    """`ZeRO-2, 2 offload; tensor 1, 2; bf16`."""
+    """Return one name for several shardings, such as `ZeRO-2, 2 offload; tensor 1, 2; bf16`."""
     if len(shardings) == 1:
         return str(shardings[0])
     stages = sorted({f"{one.stage}{' offload' if one.offload else ''}" for one in shardings})
@@ -79,15 +79,15 @@ def _together(shardings: Sequence[Sharding]) -> str:
 
 @dataclass(frozen=True)
 class Space:
-    """What is searched for one config on one cluster.
+    """The search space of one config on one cluster.
 
     Attributes:
         config: the recipe, with its global batch.
-        num_ranks: all of them.
-        ranks_per_node: tensor groups lie within a node.
-        precisions: to try.
+        num_ranks: number of ranks on all nodes.
+        ranks_per_node: number of ranks on a node, within which a tensor group must lie.
+        precisions: precisions to try.
         pinned: keys of `SEARCHED` that keep the config's value.
-        offloads: whether there is a host beside the device.
+        offloads: whether the host has memory besides the device's.
     """
 
     config: Experiment
@@ -98,9 +98,9 @@ class Space:
     offloads: bool = True
 
     def shardings(self) -> Iterator[Sharding]:
-        """All that can be written down, for `sharded` to look at."""
+        """Yield every sharding that the pinned keys allow; `sharded` refuses those that cannot run."""
         parallelism = self.config.parallelism
-        own_file = parallelism.ds_config is not None  # says of which stage it is, and whether it offloads
+        own_file = parallelism.ds_config is not None  # the file fixes the stage and the offload
         for precision in self.precisions:
             for stage in (parallelism.zero_stage,) if own_file else self._axis("zero_stage", STAGES):
                 offload = (False,) if own_file or not self.offloads else self._offload(stage)
@@ -109,15 +109,18 @@ class Space:
                         yield Sharding(precision, stage, tensor, offloads)
 
     def sharded(self, sharding: Sharding) -> Experiment:
-        """The config in that sharding, with its smallest possible micro-batch and without recompute.
+        """Return the config in a sharding, with its smallest possible micro-batch and without recompute.
 
         Raises:
-            ConfigError: it cannot run here; the reason is for people.
+            ConfigError: the sharding cannot run on these ranks; the message is the human-readable reason.
         """
         tensor = sharding.tensor
-        if self.ranks_per_node % tensor or self.num_ranks % tensor:
-            given = f"{self.ranks_per_node} ranks on a node, {self.num_ranks} in all"
-            raise ConfigError("divides badly: a tensor group lies within a node", given=given)
+        if self.ranks_per_node % tensor:
+            subject = f"parallelism.tensor={tensor} does not divide the ranks of a node"
+            raise ConfigError(subject, given=f"{self.ranks_per_node} ranks per node")
+        if self.num_ranks % tensor:
+            subject = f"parallelism.tensor={tensor} does not divide the ranks of the run"
+            raise ConfigError(subject, given=f"{self.num_ranks} ranks")
         try:
             parallelism = ParallelismConfig(
                 **{
@@ -138,13 +141,13 @@ class Space:
         return self._with_micro_batch(self.config.model_copy(update=changed))
 
     def micro_batches(self, sharded: Experiment) -> list[int]:
-        """Those that keep the global batch, ascending."""
+        """Return the micro-batch sizes that keep the global batch, ascending."""
         share = self._share(sharded.parallelism.tensor)
         allowed = [m for m in range(1, share + 1) if share % m == 0 and self._keeps_pins(m, share // m)]
         return [m for m in allowed if agrees(with_micro_batch(sharded, m))]
 
     def recomputes(self, sharded: Experiment) -> list[RecomputeConfig]:
-        """Ways to recompute, no recompute first if it is allowed."""
+        """Return the allowed recompute settings, starting with no recompute if that is allowed."""
         own = self.config.recompute.model_dump()
         settings = [
             own | {"mode": mode, "every": every, "offload_to_cpu": offload, "partition": partition}
@@ -159,16 +162,16 @@ class Space:
         tensor, total = sharded.parallelism.tensor, self.config.batch.global_batch_size or 0
         degree = self.num_ranks // tensor
         if total % degree or total < degree:
-            raise ConfigError(f"divides badly: {total} clips over {degree} data-parallel ranks")
+            raise ConfigError(f"{total} clips cannot be split evenly over {degree} data-parallel ranks")
         smallest = with_micro_batch(sharded, smallest_micro_batch(self.config))
         check_agreement(smallest)
         if not self.micro_batches(smallest):
             share = self._share(tensor)
-            raise ConfigError(f"divides badly: no micro-batch is a part of a rank's {share} clips")
+            raise ConfigError(f"no allowed micro-batch divides the {share} clips of a data-parallel rank")
         return smallest
 
     def _share(self, tensor: int) -> int:
-        """Clips of a data-parallel rank in a step."""
+        """Return the clips per data-parallel rank and step."""
         return (self.config.batch.global_batch_size or 0) * tensor // self.num_ranks
 
     def _keeps_pins(self, micro: int, accumulated: int) -> bool:

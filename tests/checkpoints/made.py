@@ -1,4 +1,4 @@
-"""Small checkpoints written without a model or ranks."""
+"""Writer of small checkpoints for tests, without a model or ranks."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import commit, start_saving
-from everest_ds.checkpoints.manifest import Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.reader import STATES, entry
+from everest_ds.checkpoints.sealed_manifest import Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
 
 SHAPES = {"encoder.weight": (3, 5), "encoder.bias": (7,), "scale": ()}
 
 
 def states_of(name: str) -> dict[str, Tensor]:
-    """Known values of a parameter's weight and moments."""
+    """Return reproducible values for the weight and moments of a parameter."""
     shape = SHAPES[name]
     generator = torch.Generator().manual_seed(len(name))
     return {state: torch.randn(shape, generator=generator) for state in STATES}
@@ -39,14 +39,14 @@ def facts(step: int) -> Facts:
 
 
 def write_part(saving: Path, file: str, cuts: dict[str, tuple[int, int]]) -> FileSeal:
-    """A rank's file with elements `start` .. `stop` of each parameter in `cuts`."""
+    """Write the file of one rank, with the elements `start` .. `stop` of each parameter in `cuts`."""
     entries = {entry(s, n): states_of(n)[s].reshape(-1)[slice(*cuts[n])] for s in STATES for n in cuts}
     specs = {key: TensorSpec(torch.float32, tuple(tensor.shape)) for key, tensor in entries.items()}
     return write_tensors(saving / file, specs, entries.values(), {})
 
 
 def make_checkpoint(folder: Path, step: int) -> Path:
-    """A complete checkpoint of two ranks' files; the matrix and the vector are cut between them."""
+    """Write a complete checkpoint of two ranks, between which the matrix and the vector are split."""
     saving = start_saving(folder, step)
     first = {"encoder.weight": (0, 8), "encoder.bias": (0, 1), "scale": (0, 1)}
     second = {"encoder.weight": (8, 15), "encoder.bias": (1, 7)}

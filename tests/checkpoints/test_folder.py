@@ -1,4 +1,4 @@
-"""Checkpoints are complete or not there; damage is found and named; ranges read back from any cut."""
+"""Tests of checkpoint folders: atomic writes, named damage, and reading of any range of a parameter."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from everest_ds.checkpoints.folder import (
     prune,
     set_aside,
     start_saving,
-    verify,
+    verify_checkpoint,
 )
-from everest_ds.checkpoints.manifest import Parameter, Piece, read_manifest
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import Parameter, Piece, read_checkpoint_manifest
 from everest_ds.errors import CheckpointError
 from tests.checkpoints.made import SHAPES, facts, make_checkpoint, states_of
 
@@ -31,7 +31,7 @@ FILES = ("a.safetensors", "b.safetensors", "manifest.json", "manifest.sha256")
 
 
 def flip(file: Path, place: float) -> None:
-    """Turn over one bit of the byte at `place`, from 0 (first) to 1 (last)."""
+    """Flip one bit of the byte at `place`, from 0 (first byte) to 1 (last byte)."""
     content = bytearray(file.read_bytes())
     content[int(place * (len(content) - 1))] ^= 1
     file.write_bytes(content)
@@ -56,7 +56,7 @@ def test_damage_is_named_and_the_older_checkpoint_is_taken(tmp_path: Path, file:
     newer = make_checkpoint(tmp_path / "checkpoints", 6)
     DAMAGES[damage](newer / file)
     with pytest.raises(CheckpointError, match="manifest" if "manifest" in file else file):
-        verify(newer)
+        verify_checkpoint(newer)
     assert find_checkpoint(tmp_path)[0] == older
 
 
@@ -69,9 +69,9 @@ def test_a_flipped_bit_anywhere_in_the_manifest_is_seen(tmp_path: Path) -> None:
             damaged[place] ^= 1 << place % 8
             (path / name).write_bytes(damaged)
             with pytest.raises(CheckpointError):
-                read_manifest(path)
+                read_checkpoint_manifest(path)
         (path / name).write_bytes(content)
-    read_manifest(path)
+    read_checkpoint_manifest(path)
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.sampled_from(STATES), st.data())
@@ -82,7 +82,7 @@ def test_any_range_reads_back_across_the_files(
     values = states_of(name)[state].reshape(-1)
     start = data.draw(st.integers(0, len(values)))
     stop = data.draw(st.integers(start, len(values)))
-    with CheckpointReader(path, verify(path)) as reader:
+    with CheckpointReader(path, verify_checkpoint(path)) as reader:
         assert torch.equal(reader.read(state, name, start, stop - start), values[start:stop])
 
 
@@ -116,13 +116,13 @@ def test_a_manifest_that_lies_is_refused(tmp_path: Path, change: Callable[[dict]
     (path / "manifest.json").write_text(text)
     (path / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
     with pytest.raises(CheckpointError, match=says):
-        read_manifest(path)
+        read_checkpoint_manifest(path)
 
 
 def test_a_file_that_holds_less_than_the_manifest_says_is_refused(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3)
     wider = Parameter(shape=(16,), pieces=(Piece("a.safetensors", 0, 0, 16),))
-    manifest = verify(path).model_copy(update={"parameters": {"encoder.bias": wider}})
+    manifest = verify_checkpoint(path).model_copy(update={"parameters": {"encoder.bias": wider}})
     with CheckpointReader(path, manifest) as reader, pytest.raises(CheckpointError, match="a.safetensors"):
         reader.whole("weight", "encoder.bias")
 
@@ -148,7 +148,7 @@ def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> No
     path = make_checkpoint(tmp_path, 3)
     (path / "manifest.json").unlink()
     assert make_checkpoint(tmp_path, 3) == path
-    assert verify(path).facts == facts(3)
+    assert verify_checkpoint(path).facts == facts(3)
     assert list(tmp_path.iterdir()) == [path]
 
 

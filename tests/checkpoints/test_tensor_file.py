@@ -1,4 +1,4 @@
-"""Streamed safetensors files are what the safetensors library reads, sealed and all or nothing."""
+"""Tests of streamed safetensors files: readable by the library, with a correct seal, written atomically."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def test_a_deepspeed_file_with_its_own_batch_size_is_refused(
     (tmp_path / "own.json").write_text(json.dumps(own))
     config = write_config(motion_data, tmp_path, parallelism={"ds_config": str(tmp_path / "own.json")})
     assert run_main(monkeypatch, "pretrain", str(config), "--dry-run") == 2
-    assert "`train_micro_batch_size_per_gpu` is owned by the run config" in capsys.readouterr().err
+    assert "`train_micro_batch_size_per_gpu` contradicts the run config" in capsys.readouterr().err
 
 
 def test_synthesised_videos_can_be_checked_and_a_broken_one_is_listed(
@@ -279,5 +279,5 @@ def test_a_dry_run_says_what_shared_memory_the_loaders_need(
     assert shared_memory().startswith("384.00 KiB of /dev/shm on a node with 2 ranks")
     assert "WARNING" not in shared_memory()
     vast = shared_memory("data.num_workers=100000000")
-    assert "WARNING: here, " in vast and "loader workers need" in vast and "--shm-size=" in vast
+    assert "WARNING: this machine has " in vast and "loader workers need" in vast and "--shm-size=" in vast
     assert shared_memory("data.num_workers=0").startswith("none")

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.cli.job_rows import find_runs, job_rows
 from everest_ds.cli.logs import Tails
 from everest_ds.config import dump_experiment
 from everest_ds.errors import ExitCode
-from everest_ds.launch.job_log import JobEvent, append_event
-from everest_ds.launch.sweep_file import FILE_NAME, Candidate, write_candidates
-from everest_ds.launch.verdict import LOCAL
+from everest_ds.jobs.events import JobEvent, append_event
+from everest_ds.jobs.job_table import find_runs, job_rows
+from everest_ds.jobs.status import LOCAL
+from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, write_candidates
 from tests.cli.test_cli import run_main
 from tests.training.runs import experiment
 
@@ -70,8 +70,8 @@ def test_out_of_memory_is_a_row_of_a_sweeps_table(monkeypatch: pytest.MonkeyPatc
     make_run(tmp_path / "000", done, steps=9)
     make_run(tmp_path / "001", full)
     settings = [("a=1",), ("a=2",), ("b=3",)]
-    candidates = [Candidate(f"00{n}", "pretrain", "r", texts, ()) for n, texts in enumerate(settings)]
-    write_candidates(tmp_path / FILE_NAME, candidates)
+    candidates = [SweepCandidate(f"00{n}", "pretrain", "r", texts, ()) for n, texts in enumerate(settings)]
+    write_candidates(tmp_path / SWEEP_FILE, candidates)
     file = tmp_path / "rows.csv"
     assert run_main(monkeypatch, "sweep", str(tmp_path), "--csv", str(file)) == 0
     lines = [line.split(",") for line in file.read_text().splitlines()]

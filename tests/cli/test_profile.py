@@ -76,7 +76,7 @@ def test_what_was_measured_can_be_reported(
     chosen = ["--tables", "parameters", "--models", "VideoMAE", "--out", str(out)]
     assert run_main(monkeypatch, "report", "--measured", file, *chosen) == 0
     assert (out / "plots/step_time.svg").is_file()
-    assert f"{file}: no published figure of this report" in capsys.readouterr().err
+    assert f"{file}: this report has no published figure" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -8,12 +8,12 @@ from functools import cache
 import pytest
 from torch import nn
 
-from everest_ds.cli.plan import count_samples, describe_plan
-from everest_ds.cli.prediction import REFERENCE, describe_prediction, parse_gpus
 from everest_ds.config import load_experiment, plan_ranks, recipe_names
-from everest_ds.models.initial import outline
+from everest_ds.costs.compute import count_parameters
+from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.profiling.compute import count_parameters
+from everest_ds.training.plan import count_samples, describe_plan
+from everest_ds.training.prediction import REFERENCE, describe_prediction, parse_gpus
 from tests.cli.test_cli import run_main
 
 DATASETS = ("k400", "ssv2", "ucf101", "hmdb51", "oscc")
@@ -46,8 +46,8 @@ def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     facts = describe_plan(config, gpus.count, planned=True)
     resolve_ds_config(config, plan_ranks(config, gpus.count))
     predicted = describe_prediction(config, gpus, epoch and epoch.num_samples)
-    assert facts["steps"].endswith("is not there)")
-    assert "of its 80 GB" in predicted["memory"]
+    assert " per epoch x " in facts["steps"] and facts["steps"].endswith("does not exist)")
+    assert "of a GPU's 80 GB" in predicted["memory"]
     assert {"step", "epoch", "training"} <= set(predicted)
     model = config.model
     assert parameters_on_meta(config.task, model.backbone, model.num_classes) == count_parameters(config)

@@ -84,7 +84,7 @@ def test_runs_are_compared_by_what_they_compute_hold_and_reach(
         (["--tables", "k40"], 2, "did you mean k400"),
         (["--models", "EVREST"], 2, "did you mean everest"),
         (["--measured", "none.json"], 2, "none.json: cannot be read as JSON"),
-        (["--measured", "other.json"], 2, "not a measurement of this version"),
+        (["--measured", "other.json"], 2, "not a measurement in this version's format"),
         (["--measured", "empty.json"], 2, "holds no measurement"),
         (["no-such-run"], 5, "no metrics.jsonl"),
         (["silent"], 5, "no training step is logged yet"),
@@ -99,7 +99,7 @@ def test_a_mistake_gets_one_line_and_a_code(
     code: int,
     says: str,
 ) -> None:
-    from everest_ds.profiling.measured import FORMAT
+    from everest_ds.efficiency.measured import FORMAT
 
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text(json.dumps({"format": "everest-ds profile, format 0"}))

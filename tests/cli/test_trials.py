@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from everest_ds.cli.trial_run import Setup, judge_exit, run_here, trial_overrides
-from everest_ds.cli.trials import Entry, run_name, try_here, with_trials
 from everest_ds.config import dump_experiment, load_experiment
 from everest_ds.errors import ExitCode
-from everest_ds.tuning.correction import traits_of
-from everest_ds.tuning.standing import Tried
-from everest_ds.tuning.trials import WARM_UP_STEPS
+from everest_ds.tuning.trials.correction import traits_of
+from everest_ds.tuning.trials.one_trial import Setup, judge_exit, run_here, trial_overrides
+from everest_ds.tuning.trials.ranking import Tried
+from everest_ds.tuning.trials.record import WARM_UP_STEPS
+from everest_ds.tuning.trials.run import TrialEntry, run_name, try_here, with_trials
 from tests.training.runs import experiment
 
 PLACE = {"device": "test"}
@@ -30,12 +30,12 @@ def setup(tmp_path: Path) -> Setup:
     return Setup("pretrain", str(recipe), ("data.train=null",), 1, tmp_path / "tuned", WARM_UP_STEPS + 2, 120)
 
 
-def entry(setup: Setup, name: str, *overrides: str) -> Entry:
+def entry(setup: Setup, name: str, *overrides: str) -> TrialEntry:
     config = load_experiment(setup.source, [*setup.overrides, *overrides])
-    return Entry(Tried(name, overrides, traits_of(config), 8, 1.0, 10**9), config)
+    return TrialEntry(Tried(name, overrides, traits_of(config), 8, 1.0, 10**9), config)
 
 
-def outcomes(entries: Sequence[Entry]) -> list[str]:
+def outcomes(entries: Sequence[TrialEntry]) -> list[str]:
     return [one.tried.trial.outcome for one in entries if one.tried.trial]
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from everest_ds.cli.tune_winner import check_written
 from everest_ds.config import load_experiment
 from everest_ds.errors import ConfigError
+from everest_ds.tuning.winner import check_written
 from tests.cli.test_cli import run_main
 
 RECIPE = "k400_pretrain_vit_base"
@@ -108,7 +108,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     (tmp_path / "winner.yaml").write_text(
         f"base: {RECIPE}\nparallelism: {{zero_stage: 1, ds_config: {tmp_path / 'zero.json'}}}\n"
     )
-    with pytest.raises(ConfigError, match="refused by DeepSpeed.*reduce_bucket_size"):
+    with pytest.raises(ConfigError, match="DeepSpeed refuses the config.*reduce_bucket_size"):
         check_written(tmp_path / "winner.yaml", 8)
 
 
@@ -116,7 +116,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     ("arguments", "said"),
     [
         ("--gpu h1000", "did you mean H100"),
-        ("--gpu a100", "which of these; given: 'a100'; allowed: A100 40GB"),
+        ("--gpu a100", "matches several products; given: 'a100'; allowed: A100 40GB"),
         (
             "--gpu h200 --gpus 12 --nodes 5",
             "--gpus 12 is not a multiple of --nodes 5; allowed: --nodes 1, 2, 3, 4, 6, 12",

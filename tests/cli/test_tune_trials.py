@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import dump_experiment, load_experiment
-from everest_ds.tuning.trials import read_trials
+from everest_ds.tuning.trials.record import read_trials
 from tests.cli.test_cli import run_main
 from tests.training.runs import experiment
 from tests.tuning.calibrated import pretend_calibration

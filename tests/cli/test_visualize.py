@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from everest_ds.data.decode import open_video
+from everest_ds.data.decoding.open_video import open_video
 from tests.cli.test_cli import run_main, write_config
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, train_rank

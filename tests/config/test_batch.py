@@ -1,4 +1,4 @@
-"""global = micro x accumulation x data-parallel ranks, or an error that says what would fit."""
+"""Tests of the batch plan: global = micro x accumulation x data-parallel ranks, or an error with a fix."""
 
 from __future__ import annotations
 

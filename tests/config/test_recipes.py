@@ -1,4 +1,4 @@
-"""Families of recipes: who is in them, what is merged over what, and how they are named."""
+"""Tests of recipe families: their members, the order of merging, and the names of the members."""
 
 from __future__ import annotations
 
@@ -55,5 +55,5 @@ def test_a_members_name_is_filled_in_and_a_member_can_be_a_base(recipes: Path) -
 
 
 def test_a_family_is_no_recipe(recipes: Path) -> None:
-    with pytest.raises(ConfigError, match="several recipes; .* fix: name one, such as family_vit_small"):
+    with pytest.raises(ConfigError, match="several recipes, .* fix: name one, such as family_vit_small"):
         load_experiment(recipes / "family.yaml")

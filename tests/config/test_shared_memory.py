@@ -1,4 +1,4 @@
-"""Shared memory that a run is said to need, against what its workers really send."""
+"""Tests of the predicted shared memory against the batches that workers send."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 
 from everest_ds.config import BatchPlan, batch_bytes, shared_memory_bytes
 from everest_ds.data.clips import training_batches
-from everest_ds.data.manifest import read_manifest
-from everest_ds.training.packing import Packer
+from everest_ds.data.video_list import read_manifest
+from everest_ds.training.token_packing import Packer
 from tests.training.runs import experiment
 
 PIXEL = {"score": "pixel", "keep_ratio": 0.5, "mask_ratio": 0.75}

@@ -1,4 +1,4 @@
-"""Token counts: exact truncation, and the counts of the published settings."""
+"""Tests of the token counts: exact truncation, and the counts of the published settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from everest_ds.config.tokens import ClipGeometry, classify_counts, exact_floor, pretrain_counts
 
-CLIP = ClipGeometry()  # 16 frames at 224 squared: 8 slots of 196
+CLIP = ClipGeometry()  # 16 frames at 224 x 224 pixels: 8 slots of 196 tokens
 
 
 @given(hundredths=st.integers(0, 100_000), count=st.integers(0, 10**9))
@@ -33,7 +33,7 @@ def test_pretraining_counts_of_everest(keep_ratio: float, kept: int) -> None:
 
 
 def test_pretraining_counts_of_videomae_v2() -> None:
-    """Half of the 8·176 hidden tokens are predicted."""
+    """VideoMAE v2 predicts half of the 8·176 hidden tokens."""
     counts = pretrain_counts(CLIP, "dual", keep_ratio=0.3, mask_ratio=0.9)
     assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (864, 160, 704)
 
@@ -65,7 +65,7 @@ def test_finetuning_counts(selection: str, kept: int) -> None:
 def test_hidden_share_is_at_least_the_mask_ratio(
     slots: int, grid: int, thousandths: int, selection: str
 ) -> None:
-    """Of rero's N tokens at most ⌊(1 - mask)·N⌋ are visible; a tube mask rounds the other way, per slot."""
+    """The visible tokens are (1 - mask)·N, rounded down for `rero` and up to whole tubes for `tube`."""
     geometry = ClipGeometry(2 * slots, 2, 16 * grid, 16)
     mask_ratio = thousandths / 1000
     counts = pretrain_counts(geometry, selection, 1.0, mask_ratio)

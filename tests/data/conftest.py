@@ -1,4 +1,4 @@
-"""Videos to test with: real clips where they lie beside the repository, and one drawn here."""
+"""Test videos: real clips, if they lie beside the repository, and synthetic ones that are encoded here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 REAL_VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
 
 
-# The rotation matrix of an MP4 track header: in 16.16 fixed point, the last number in 2.30.
+# The rotation matrix of an MP4 track header, by angle: numbers in 16.16 fixed point, the last one in 2.30.
 TURNS = {
     0: (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30),
     90: (0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30),
@@ -19,24 +19,24 @@ TURNS = {
 
 
 def all_frames(path: Path) -> np.ndarray:
-    """Every picture in order, without seeking."""
+    """Decode every picture in order, without seeking."""
     with av.open(str(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
 def noisy_pictures(count: int, height: int = 96, width: int = 128) -> list[np.ndarray]:
-    """Pictures that all differ and that a codec must predict from one another: a texture that drifts."""
+    """Draw pictures of a drifting texture, which all differ and which a codec predicts from one another."""
     texture = np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     return [np.ascontiguousarray(np.roll(texture, (i, 3 * i), (0, 1))[:height, :width]) for i in range(count)]
 
 
 def lay_down(path: Path) -> None:
-    """Let an MP4 file say that its pictures must be turned by 90 degrees to be upright."""
+    """Edit an MP4 file to state that its pictures must be turned by 90 degrees to be upright."""
     matrix = {
         angle: b"".join(n.to_bytes(4, "big", signed=True) for n in turn) for angle, turn in TURNS.items()
     }
     data = path.read_bytes()
-    track = data.index(b"tkhd")  # the header of the track, after that of the whole film
+    track = data.index(b"tkhd")  # the track's header follows that of the whole file
     path.write_bytes(data[:track] + data[track:].replace(matrix[0], matrix[90], 1))
 
 
@@ -49,7 +49,17 @@ def write_video(
     header: dict[str, str] | None = None,
     **options: str,
 ) -> Path:
-    """Write RGB `pictures` (H, W, 3), uint8, at `times` in 25ths of a second; default: in a row."""
+    """Write RGB `pictures` (H, W, 3), uint8, at `times` in 25ths of a second (default: consecutive).
+
+    Args:
+        path: the file to write; its suffix names the container.
+        pictures: the pictures to encode.
+        codec: FFmpeg's name of the encoder.
+        times: presentation time of each picture.
+        pix_fmt: FFmpeg's name of the pixel format.
+        header: options of the container.
+        **options: options of the encoder.
+    """
     height, width, _ = pictures[0].shape
     with av.open(str(path), "w", options=header) as container:
         stream = container.add_stream(codec, rate=25, options=options)
@@ -66,7 +76,7 @@ def write_video(
 
 @pytest.fixture(scope="session")
 def real_videos() -> Path:
-    """The folder of the real clips."""
+    """The folder of the real clips; a test that needs it is skipped if it does not exist."""
     if not REAL_VIDEOS.is_dir():
         pytest.skip(f"needs the real clips in {REAL_VIDEOS}")
     return REAL_VIDEOS
@@ -74,6 +84,6 @@ def real_videos() -> Path:
 
 @pytest.fixture
 def synthetic_video(tmp_path: Path) -> Path:
-    """H.264 with reordered pictures and a key frame every 8: 24 frames, 64x64, frame i all of gray 10 * i."""
+    """An H.264 file with reordered pictures and a key frame every 8: 24 frames of 64x64, frame i gray 10i."""
     pictures = [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(24)]
     return write_video(tmp_path / "gray.mp4", pictures, g="8", bf="2")

@@ -1,4 +1,4 @@
-"""Augmentation: PIL's operations, clips changed as one, and the same however a batch is split."""
+"""Tests of augmentation: it matches PIL, treats all frames alike, and ignores how a batch is split."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ALL = {"rand_augment_ops": 4, "erase_probability": 0.7, "mixup_alpha": 0.8, "cut
 
 
 def picture() -> torch.Tensor:
-    """A clip of one frame, not square, dark on the left."""
+    """Draw a clip of one non-square frame that is dark on the left."""
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(0, 200, (1, 40, 52, 3), generator=generator)
     return (values * torch.linspace(0.1, 1, 52)[:, None] + 20).to(torch.uint8)
@@ -62,7 +62,7 @@ def test_an_operation_does_what_pil_does(ours: ops.Operation, theirs: Callable[.
     expected = np.asarray(theirs(Image.fromarray(clip[0].numpy()))).astype(int)
     got = ours(clip, 0.5, 1)[0].numpy().astype(int)
     difference = np.abs(expected - got)
-    if ours is ops.rotate:  # the edge's outermost pixels are blended with the outside here
+    if ours is ops.rotate:  # ours blends the outermost pixels with the fill colour
         difference = difference[12:-12, 14:-14]
     assert difference.max() <= 1, (difference.max(), (difference > 1).mean())
 

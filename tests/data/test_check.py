@@ -1,4 +1,4 @@
-"""The check finds every bad video, in order, and keeps in the ledger what it found."""
+"""Tests of the manifest check: it finds every faulty video, in order, and records results in the ledger."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import DataConfig
-from everest_ds.data.check import Checked, check_manifest
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample
+from everest_ds.data.maintenance.check import Checked, check_manifest
+from everest_ds.data.video_list import Sample
 
 from .conftest import noisy_pictures, write_video
 
@@ -38,10 +38,14 @@ def test_problems_come_in_the_order_of_the_manifest_with_reasons(
         ("absent", "no such video file"),
         ("empty", "the video file is empty; given: 0 bytes"),
         ("circle", "cannot be read; given: Too many levels of symbolic links"),
-        ("nowhere", "no such video file, the link leads nowhere"),
+        ("nowhere", "no such video file, the symbolic link is broken"),
         ("folder", "not a file; given: a folder"),
         ("nnnnnnn", "cannot be read; given: File name too long"),
-        ("gray", "the video ends before its part does; given: frames 8 to 24; allowed: 0..23"),
+        (
+            "gray",
+            "the video is shorter than the span of frames that the manifest names;"
+            " given: frames 8 to 24; allowed: 0..23",
+        ),
     ]
     assert "Invalid data" in checked.problems[0].reason
     assert progress == list(range(11))
@@ -55,7 +59,7 @@ def test_a_matroska_file_cut_off_is_found_by_the_length_in_its_header(tmp_path: 
     (tmp_path / "cut.webm").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
     samples = [Sample(tmp_path / name, None) for name in ("whole.webm", "cut.webm", live.name)]
     (problem,) = run_check(samples, Ledger.read(tmp_path / "ledger")).problems
-    assert problem.sample == samples[1] and "as its header says" in problem.reason
+    assert problem.sample == samples[1] and "as its header states" in problem.reason
 
 
 @pytest.mark.parametrize(("min_frames", "reasons"), [(24, []), (25, ["24 frames; allowed: 25 or more"])])
@@ -63,7 +67,7 @@ def test_a_video_may_have_just_enough_frames(
     synthetic_video: Path, tmp_path: Path, min_frames: int, reasons: list[str]
 ) -> None:
     samples, ledger = [Sample(synthetic_video, 0)], Ledger.read(tmp_path / "ledger")
-    for expected_known in (0, 1):  # the second time, the ledger knows how many
+    for expected_known in (0, 1):  # the second check takes the number of frames from the ledger
         checked = run_check(samples, ledger, min_frames=min_frames)
         assert checked.num_known == expected_known
         assert [problem.reason.partition("given: ")[2] for problem in checked.problems] == reasons
@@ -101,6 +105,6 @@ def test_damage_between_the_ends_takes_a_check_of_every_frame(synthetic_video: P
 
 def test_what_a_run_failed_on_is_looked_at_again(synthetic_video: Path, tmp_path: Path) -> None:
     sample, ledger = Sample(synthetic_video, None), Ledger.read(tmp_path / "ledger")
-    ledger.record(sample, "the storage stumbled", by_run=True)
+    ledger.record(sample, "the storage was unavailable", by_run=True)
     assert ledger.broken(sample)
     assert not run_check([sample], ledger).problems and ledger.broken(sample) is None

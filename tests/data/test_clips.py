@@ -1,4 +1,4 @@
-"""Frames, crops, order and loaders: deterministic, exact, and the same however many ranks there are."""
+"""Tests of frame sampling, crops, order and clips: exact, and the same on any number of ranks and workers."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan
 from everest_ds.data.clips import EvaluationClips, TrainingClips, training_batches
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.manifest import read_manifest
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
 from everest_ds.data.transforms import Box, crop_resize, train_box, view_box
+from everest_ds.data.video_list import read_manifest
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 
@@ -56,7 +56,7 @@ def test_a_held_last_frame_fills_a_clip_that_its_video_does_not(
     training, view = rule.for_training(length, np.random.default_rng(seed)), rule.for_view(length, 0, 1)
     for frames in (training, view):
         assert len(frames) == 16 and frames == sorted(frames) and 0 <= frames[0] and frames[-1] < length
-    if length >= refused.needed:  # changes nothing where a clip fits
+    if length >= refused.needed:  # a video that is long enough gives the same clip
         assert training == refused.for_training(length, np.random.default_rng(seed))
         assert view == refused.for_view(length, 0, 1)
     elif sampling == "stride":
@@ -100,7 +100,7 @@ def test_a_crop_is_cut_resized_and_flipped() -> None:
 def test_any_number_of_ranks_sees_the_same_global_batches(
     samples: int, micro: int, accum: int, epochs: int, start: int
 ) -> None:
-    """Reference: one rank with the whole batch; and no sample twice in an epoch."""
+    """Several ranks together take the batches that one rank takes alone, and no sample twice per epoch."""
     degree = 2
     plan = BatchPlan(micro, accum, degree)
     if plan.global_batch_size > samples:
@@ -163,8 +163,8 @@ def test_views_are_counted_segment_by_crop(motion_data: Path, tmp_path: Path) ->
     clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=3)
     assert len(clips) == 12 * 6
     first, crop, segment = (clip.clip for clip in clips[6, 7, 9].clips)
-    assert torch.equal(first, crop)  # a square frame has one crop only
-    assert not torch.equal(first, segment)  # but two segments
+    assert torch.equal(first, crop)  # all crops of a square frame are equal
+    assert not torch.equal(first, segment)  # segments differ
     assert all(torch.equal(clips[i,].clips[0].clip, one) for i, one in ((6, first), (9, segment)))
 
 

@@ -1,4 +1,4 @@
-"""Every decoder gives the same frames of every kind of file, and a file that holds none is refused by all."""
+"""Tests of the decoders: all return the same frames of every kind of file and refuse files without frames."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from everest_ds.config import DataConfig
 from everest_ds.config.schema import DECODERS
-from everest_ds.data.decode import open_sample, open_video, require_decoder
-from everest_ds.data.manifest import Sample
+from everest_ds.data.decoding.open_video import open_sample, open_video, require_decoder
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
 from .conftest import all_frames, lay_down, noisy_pictures, write_video
@@ -30,7 +30,7 @@ REAL = (
 
 @pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> str:
-    """The name of one that is installed."""
+    """The name of an installed decoder; the test is skipped for other decoders."""
     try:
         require_decoder(request.param)
     except ConfigError as error:
@@ -102,7 +102,7 @@ KINDS = (
 
 
 def assert_exact(path: Path, decoder: str) -> None:
-    """Random reads equal sequential decoding."""
+    """Assert that random reads equal sequential decoding."""
     expected = all_frames(path)
     rng = random.Random(0)
     with open_video(path, decoder) as video:
@@ -176,6 +176,6 @@ def test_a_forked_worker_decodes_what_its_parent_has_open(synthetic_video: Path,
 
 
 def first_values(path: Path, decoder: str) -> list[int]:
-    """Of two frames."""
+    """Return the first value of frames 7 and 20."""
     with open_video(path, decoder) as video:
         return [int(value) for value in video.read([7, 20])[:, 0, 0, 0]]

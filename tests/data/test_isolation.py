@@ -1,4 +1,4 @@
-"""Items that crash or hang a worker are told from those beside them."""
+"""Tests of the isolated map: an item that crashes or hangs its worker does not affect other items."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 
 import pytest
 
-from everest_ds.data.isolation import Lost, map_isolated
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
 
 
 def act(item: str) -> str:
-    """Do to this process what a decoder may do to its own."""
+    """Crash, exit, hang or raise as a faulty decoder may, or return the item in upper case."""
     if item == "abort":
         os.abort()
     if item == "exit":
@@ -46,9 +46,9 @@ def test_an_exception_is_no_fault_of_an_item() -> None:
 
 def test_processes_that_cannot_start_are_not_blamed_on_the_items() -> None:
     script = (
-        "from everest_ds.data.isolation import map_isolated as m;"
+        "from everest_ds.data.maintenance.isolation import map_isolated as m;"
         " print(list(m(abs, [-1], workers=1, timeout_s=9)))"
     )
-    # A program read from a pipe cannot be imported again by its worker processes.
+    # Worker processes cannot import a program that was read from a pipe.
     done = subprocess.run([sys.executable], input=script, capture_output=True, text=True)
-    assert done.returncode == 1 and "cannot start here" in done.stderr
+    assert done.returncode == 1 and "cannot start on this machine" in done.stderr

@@ -1,4 +1,4 @@
-"""A ledger remembers what was found out about the file as it is, whatever happens to its writers."""
+"""Tests of the ledger: its entries apply to the recorded version of a file and survive crashed writers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 
 from everest_ds.data.ledger import Ledger, exclude
-from everest_ds.data.manifest import Sample
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
 
 @pytest.fixture
 def sample(tmp_path: Path) -> Sample:
-    """A file that a ledger can speak of."""
+    """A sample whose file exists."""
     (tmp_path / "a.mp4").write_bytes(b"video")
     return Sample(tmp_path / "a.mp4", 3)
 

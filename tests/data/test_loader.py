@@ -1,4 +1,4 @@
-"""The loader under trouble: what is in an epoch is exact, whatever breaks, crashes or is resumed."""
+"""Tests of the loader: an epoch has exactly its samples despite bad files, crashes and resumed runs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.decoding.video import Video
 from everest_ds.data.order import epoch_order, stand_ins, steps_per_epoch, training_visits
 from everest_ds.data.reading import Failure
-from everest_ds.data.video import Video
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 
@@ -33,7 +33,7 @@ def samples(motion_data: Path) -> list[Sample]:
 
 @pytest.fixture
 def broken(samples: list[Sample], tmp_path: Path) -> list[Sample]:
-    """The samples, of which numbers 3 and 4 are no videos."""
+    """The samples, with files 3 and 4 replaced by files that are not videos."""
     for number in (3, 4):
         path = tmp_path / f"broken{number}.mp4"
         path.write_bytes(b"no video")
@@ -83,7 +83,7 @@ def test_a_stand_in_is_another_sample(seed: int, epoch: int, samples: int, data:
 def load_all(
     samples: list[Sample], config: Experiment, ranks: int, steps: range
 ) -> tuple[list[ClipBatch], set[Failure]]:
-    """The global batches of 8 clips, of all ranks, and what could not be read."""
+    """Return the global batches of 8 clips, joined over all ranks, and the samples that could not be read."""
     failures: list[Failure] = []
     plan = BatchPlan(8 // ranks, 1, ranks, config.data.repeats)
     shares = [
@@ -123,7 +123,8 @@ def test_a_run_that_can_read_nothing_says_so(
     monkeypatch.setattr(reading, "_PAUSE_S", 0)
     gone = [Sample(tmp_path / f"{i}.mp4", 0) for i in range(24)]
     config = experiment(motion_data, tmp_path, data={"num_workers": 1})
-    with pytest.raises(DataError, match=r"\d+.mp4: cannot be read, nor 8 others .* no such video file"):
+    message = r"\d+.mp4: cannot be read, nor can 8 replacements.* no such video file"
+    with pytest.raises(DataError, match=message):
         load_all(gone, config, 1, range(1))
 
 
@@ -192,7 +193,7 @@ def test_repeats_are_different_crops_of_the_same_frames(
     (batch,), _ = load_all(samples, config, 1, range(1))
     (single,), _ = load_all(samples, once, 1, range(1))
     assert batch.item.tolist() == single.item[:4].repeat_interleave(2).tolist()
-    assert torch.equal(batch.clip[::2], single.clip[:4])  # the first is what it is without repeats
+    assert torch.equal(batch.clip[::2], single.clip[:4])  # the first repeat equals the clip without repeats
     assert not torch.equal(batch.clip[::2], batch.clip[1::2]) and len(set(batch.key.tolist())) == 8
 
 

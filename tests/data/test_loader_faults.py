@@ -1,4 +1,4 @@
-"""A loader that fails says so: no batch is skipped, repeated or replaced by another one, whatever breaks."""
+"""Tests of loader faults: every failure is an error, and no batch is skipped, repeated or replaced."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from torch import Tensor
 from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data import loader
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import Loaded, load
-from everest_ds.data.manifest import Sample
+from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.reading import SampleReader
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from tests.training.runs import experiment
 
@@ -34,7 +34,7 @@ KINDS = (RuntimeError, ValueError, StopIteration, OSError, EOFError, MemoryError
 
 
 class AwkwardError(Exception):
-    """An exception that cannot be made of its text alone, and cannot be pickled."""
+    """An exception that cannot be rebuilt from its text and cannot be pickled."""
 
     def __init__(self, lock: object, number: int) -> None:
         super().__init__(f"awkward {number}")
@@ -42,17 +42,17 @@ class AwkwardError(Exception):
 
 
 class Numbers:
-    """Items that are whole numbers, each a clip of its own; `act` is called before one is read."""
+    """A source whose items are integers, one clip per item; `act` is called before an item is read."""
 
     def __init__(self, act: Callable[[int], object] = lambda item: None, size: int = 3) -> None:
         self.reader = SampleReader([Sample(Path(f"{i}.mp4"), None) for i in range(99)], DataConfig())
         self.act, self.size = act, size
 
-    def __getitem__(self, item: int) -> Loaded:
+    def __getitem__(self, item: int) -> LoadedItem:
         self.reader.watch(item)
         self.act(item)
         self.reader.watch(None)
-        return Loaded([torch.full((self.size,), item)], [])
+        return LoadedItem([torch.full((self.size,), item)], [])
 
     def name_of(self, item: int) -> str:
         return self.reader.samples[item].name
@@ -61,7 +61,7 @@ class Numbers:
 def delivered(
     source: Numbers, batches: list[list[int]], workers: int, pin_memory: bool = False, timeout_s: int = 60
 ) -> tuple[list[list[int]], str]:
-    """The batches that came, and the error that ended them."""
+    """Return the batches that the loader delivered and the text of the error that ended them, or ""."""
     data = DataConfig(num_workers=workers, read_timeout_s=timeout_s)
     came: list[list[int]] = []
     try:
@@ -100,18 +100,17 @@ def test_any_exception_of_any_item_is_named_in_its_place(
 
 def test_clips_that_make_no_batch_are_named() -> None:
     class Growing(Numbers):
-        def __getitem__(self, item: int) -> Loaded:
-            return Loaded([torch.zeros(item)], [])
+        def __getitem__(self, item: int) -> LoadedItem:
+            return LoadedItem([torch.zeros(item)], [])
 
     came, error = delivered(Growing(), [[4, 4], [5, 6], [7, 7]], workers=2)
-    assert (
-        len(came) == 1 and "could not make a batch of its clips; given: RuntimeError: stack expects" in error
-    )
+    assert len(came) == 1
+    assert "could not join its clips into a batch; given: RuntimeError: stack expects" in error
 
 
 @pytest.fixture
 def pins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Torch's loader believes in an accelerator, and starts its pinning thread; pinning itself is real."""
+    """Fake an accelerator, so that torch's loader starts its pinning thread; pinning itself is real."""
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
@@ -139,7 +138,7 @@ def test_one_batch_that_cannot_be_pinned_is_not_skipped(pins: None, monkeypatch:
     assert came == [[1], [2]] and "given: RuntimeError: CUDA error: out of memory" in error
 
 
-class Explosive(Loaded):
+class Explosive(LoadedItem):
     """A result that cannot be unpickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -155,7 +154,7 @@ def _explode() -> None:
 def test_a_batch_that_cannot_be_received_is_an_error(
     pins: None, monkeypatch: pytest.MonkeyPatch, pin_memory: bool
 ) -> None:
-    """The pinning thread ends by it, and torch's loader would wait for ever."""
+    """An error is raised though torch's loader would wait for ever once its pinning thread has ended."""
     collate = loader._collate
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(loader, "_POLL_S", 0.3)
@@ -171,16 +170,16 @@ def test_a_batch_that_cannot_be_received_is_an_error(
 
 
 def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A queue drops what it cannot pickle: the worker goes on, and nothing would ever come."""
+    """An error is raised though the queue drops a batch it cannot pickle and the worker keeps running."""
     monkeypatch.setattr(loader, "_POLL_S", 0.4)
 
     def act(item: int) -> None:
-        if item == 2:  # no file can be opened any more, so no tensor can be shared
+        if item == 2:  # prevents opening files, so that no tensor can be shared
             resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
 
     came, error = delivered(Numbers(act), [[1], [2], [3]], workers=1, timeout_s=1)
     assert came in ([], [[1]])  # a thread of the worker may still be sending the first
-    assert "a batch was lost between a loader worker and its rank; given: nothing came for" in error
+    assert "a batch was lost between a loader worker and its rank; given: no batch came for" in error
 
 
 @pytest.mark.parametrize("code", [0, 3])
@@ -201,8 +200,8 @@ def test_sigbus_is_shared_memory_and_never_a_video(monkeypatch: pytest.MonkeyPat
     assert "--shm-size" in error and "data.num_workers" in error
 
 
-# Run in a mount namespace whose /dev/shm has 1 MiB. `touch` is what torch before 2.13 does: it maps a file
-# that is larger than the file system, and the first page without a place ends the process.
+# A script for a mount namespace whose /dev/shm has 1 MiB. `touch` does the same as torch before 2.13: it maps
+# a file that is larger than the file system, and the first page that does not fit ends the process.
 _SMALL = """
 import mmap, os, sys, tempfile
 from tests.data.test_loader_faults import Numbers, delivered
@@ -232,12 +231,14 @@ def test_a_full_dev_shm_is_named(how: str) -> None:
     command = ["unshare", "-m", "sh", "-c", mounted, sys.executable, "-c", _SMALL, how]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("/dev/shm is full: the loader's workers hand over their batches there")
-    assert "1.00 MiB in all; fix: give it more" in done.stdout
+    assert done.stdout.startswith(
+        "/dev/shm is full, and the loader's workers deliver their batches through it"
+    )
+    assert "1.00 MiB in all; fix: enlarge it" in done.stdout
 
 
 def test_a_stream_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever torch's loader does: fewer batches than were to come are no end of the data."""
+    """An error is raised if torch's loader ends before it has delivered every batch."""
     deliver = loader._Crew.deliver
 
     def forgetful(crew: loader._Crew, *args: Any) -> Iterator[Any]:
@@ -245,7 +246,8 @@ def test_a_stream_that_ends_early_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(loader._Crew, "deliver", forgetful)
     came, error = delivered(Numbers(), [[i] for i in range(5)], workers=2)
-    assert came == [[0], [1], [2]] and "ended before the last batch; given: 2 batches did not come" in error
+    assert came == [[0], [1], [2]]
+    assert "ended before the last batch; given: 2 batches were not delivered" in error
 
 
 def test_each_worker_reads_two_batches_ahead_at_most() -> None:
@@ -267,5 +269,5 @@ def test_evaluation_that_lacks_a_view_names_its_video(motion_data: Path, tmp_pat
     clips = EvaluationClips(samples, experiment(motion_data, tmp_path), segments=2, crops=1)
     clips.check_complete(range(6), [])
     clips.check_complete([0, 1, 4, 5], [1])
-    with pytest.raises(DataError, match=r"never came.*given: 1 of 3 videos, the first 1\.mp4"):
+    with pytest.raises(DataError, match=r"not evaluated.*given: 1 of 3 videos, the first 1\.mp4"):
         clips.check_complete([0, 1, 2, 4, 5], [])

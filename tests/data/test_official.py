@@ -1,4 +1,4 @@
-"""Official annotation files, in the form in which they are published, become manifests."""
+"""Tests of official data sets: annotation files in their published form are converted to manifests."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 
 from everest_ds.cli.app import main
 from everest_ds.config import load_experiment
-from everest_ds.data.manifest import read_class_names, read_manifest
 from everest_ds.data.official import DATASETS, Indexed, find_dataset, index_dataset
+from everest_ds.data.video_list import read_class_names, read_manifest
 from everest_ds.errors import DataError, UsageError
 
 KINETICS_TRAIN = """label,youtube_id,time_start,time_end,split,is_cc
@@ -58,7 +58,7 @@ OSCC_CLIP = {
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Files without content: an index looks at names only."""
+    """Create empty files, which are enough because indexing looks at names only."""
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).touch()
@@ -66,7 +66,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def write(folder: Path, **files: object) -> Path:
-    """Annotation files; `__` in a name stands for a dash, the last `_` for the dot."""
+    """Write annotation files; in a keyword, `__` denotes a dash and the last `_` the dot."""
     folder.mkdir(parents=True, exist_ok=True)
     for key, content in files.items():
         name = ".".join(key.replace("__", "-").rsplit("_", 1))
@@ -88,7 +88,7 @@ def test_kinetics_from_csv_and_json_with_labels_in_alphabetical_order(tmp_path: 
         tmp_path / "videos",
         "train/tying knot (not on a tie)/-0Ab_cdEFgh_000020_000030.mp4",
         "train/abseiling/0347ZoDXyP0_000095_000105.mp4",
-        "val/abseiling/zz-1_abcdEF.mkv",  # some mirrors name the files by the video alone
+        "val/abseiling/zz-1_abcdEF.mkv",  # some mirrors name files by video id alone
     )
     indexed = index("k400", tmp_path)
     assert indexed.classes == ["abseiling", "tying knot (not on a tie)"]
@@ -244,7 +244,7 @@ def test_the_command_writes_manifests_missing_files_and_configs_that_load(
     assert "all of Kinetics-400 has 400" in printed.err
 
 
-# stride in pre-training, in fine-tuning (None: a frame a segment), views in time, in space, flips allowed
+# (pre-training stride, fine-tuning stride, temporal views, spatial views, flips); stride None: segments
 RECIPES = {
     "k400": (4, 4, 5, 3, True),
     "ssv2": (2, None, 2, 3, False),

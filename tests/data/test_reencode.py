@@ -1,4 +1,4 @@
-"""What is re-encoded has the source's frames under the same numbers, or is not there at all."""
+"""Tests of re-encoding: a new file has the source's frames under the same numbers, or does not exist."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from everest_ds.cli.app import main
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import Sample, read_manifest
-from everest_ds.data.reencode import plan_jobs
+from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.maintenance.reencode import plan_jobs
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 
 from .conftest import lay_down, noisy_pictures, write_video
@@ -64,7 +64,7 @@ def test_frames_keep_their_numbers_and_files_their_labels(
 
 def test_two_videos_never_become_one_file_nor_a_video_itself(tmp_path: Path) -> None:
     pair = [Sample(tmp_path / "a.avi", 0), Sample(tmp_path / "a.webm", 0)]
-    with pytest.raises(DataError, match="of two videos"):
+    with pytest.raises(DataError, match="two videos would be written"):
         plan_jobs(pair, tmp_path, tmp_path / "out")
     with pytest.raises(DataError, match="would be overwritten"):
         plan_jobs([Sample(tmp_path / "a.mp4", 0)], tmp_path, tmp_path)

@@ -1,4 +1,4 @@
-"""The synthetic data set: labels are motions, no single frame tells them, equal seeds give equal files."""
+"""Tests of synthetic data: labels are motions, no frame alone reveals them, equal seeds give equal files."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import read_class_names, read_manifest
+from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, render_video, synthesize
+from everest_ds.data.video_list import read_class_names, read_manifest
 
 SPEC = SyntheticSpec(num_frames=12, size=48)
 
@@ -25,12 +25,12 @@ def test_some_frame_is_the_same_whatever_the_label(seed: int, kind: str) -> None
     spec = replace(SPEC, kind=kind)
     videos = [video(label, seed, spec) for label in range(len(MOTIONS))]
     spread = np.max([np.abs(v - videos[0]).max(axis=(1, 2, 3)) for v in videos], axis=0)
-    assert spread.min() == 0  # the reference frame
-    assert spread.max() > 50  # and the others differ
+    assert spread.min() == 0  # at the reference frame
+    assert spread.max() > 50  # at some other frame
 
 
 def object_center(moving: np.ndarray, still: np.ndarray) -> tuple[float, float]:
-    """Where two frames differ most, as a circular mean, in pixels."""
+    """Return the circular mean position of the difference of two frames, in pixels."""
     weight = np.abs(moving - still).sum(axis=-1).astype(float)
     size = weight.shape[0]
     angle = 2 * np.pi * np.arange(size) / size

@@ -1,6 +1,6 @@
-"""Compiled blocks of both tasks against eager ones, on the device that is here.
+"""Comparison of compiled with eager blocks for both tasks, on this machine's device.
 
-Run by `test_compile.py` as a process of its own: DeepSpeed settles on a kind of device when it is imported.
+`test_compile.py` runs this module in its own process, because DeepSpeed fixes the kind of device on import.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from everest_ds.config import Experiment
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import join_world, leave_world
 from tests.parallel.equality import engine_run, experiment
 
-# What to train, and how near its losses must be: bf16 has 8 bits of mantissa.
+# (task, precision, recompute mode, relative tolerance of the losses); bf16 has 8 bits of mantissa.
 CASES = [
     ("pretrain", "bf16", "none", 1e-2),
     ("finetune", "bf16", "attention", 1e-2),
@@ -24,14 +24,14 @@ CASES = [
 
 
 def main() -> None:
-    """Print the device and what was compared on it."""
+    """Compare the losses, and print the device and each comparison."""
     from torch._dynamo.utils import counters  # heavy
 
-    os.environ.update(detect({}).as_variables())
+    os.environ.update(detect_environment({}).as_variables())
     world = join_world()
     for task, precision, mode, tolerance in CASES:
         eager = experiment(task, 2, 1, recompute={"mode": mode}, precision=precision)
-        model = eager.model.model_dump() | {"compile": None}  # as it comes: a GPU compiles
+        model = eager.model.model_dump() | {"compile": None}  # the default, with which a GPU compiles
         expected = engine_run(world, eager)
         torch._dynamo.reset()
         counters.clear()

@@ -1,13 +1,13 @@
-"""Every ZeRO stage on the one device that is here, a GPU if there is one, against the plain loop on it.
+"""Comparison of every ZeRO stage with the plain loop, on one GPU, or on the CPU of a machine without a GPU.
 
-Run by `test_equality.py` as a process of its own: DeepSpeed settles on a kind of device when it is imported.
+`test_equality.py` runs this module in its own process, because DeepSpeed fixes the kind of device on import.
 """
 
 from __future__ import annotations
 
 import os
 
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import join_world, leave_world
 from tests.parallel.equality import (
     MICRO_BATCHES,
@@ -19,15 +19,15 @@ from tests.parallel.equality import (
     plain_run,
 )
 
-# AdamW divides a gradient by its usual size, so a bias whose gradient is rounding error moves as far as any
-# other. Kernels on a GPU sum in an order of their own, attention's backward pass in a new one each time.
-# Another order of sums alone moves one bias by 1.5e-5 in 20 steps on a CPU (`SEED`).
+# AdamW normalises gradients, so a bias whose gradient is pure rounding error moves as far as any other.
+# Kernels on a GPU sum in another order, and attention's backward pass in a new order each time. On a CPU,
+# another order of summation alone moves one bias by 1.5e-5 in 20 steps (`SEED`).
 ON_A_GPU = 1e-4
 
 
 def main() -> None:
-    """Print the device and what was compared on it."""
-    os.environ.update(detect({}).as_variables())
+    """Compare the weights, and print the device and each comparison."""
+    os.environ.update(detect_environment({}).as_variables())
     world = join_world()
     for task in TASKS:
         expected = plain_run(task, world.device, MICRO_BATCHES)

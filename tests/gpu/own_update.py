@@ -1,6 +1,6 @@
-"""Our update of ZeRO-1 and 2 against DeepSpeed's own, with the buckets that it fills, on this device.
+"""Comparison of EVEREST-DS's update at ZeRO-1 and 2 with DeepSpeed's own bucketed update, on this device.
 
-Run by `test_engine.py` as a process of its own: DeepSpeed settles on a kind of device when it is imported.
+`test_engine.py` runs this module in its own process, because DeepSpeed fixes the kind of device on import.
 """
 
 from __future__ import annotations
@@ -11,19 +11,20 @@ from unittest.mock import patch
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from tests.parallel.equality import TOLERANCE, assert_equal, engine_run, experiment
 
 CASES = [(stage, precision) for stage in (1, 2) for precision in ("fp32", "bf16")]
 
 
 def config_of(stage: int, precision: str) -> Experiment:
-    """One micro-batch a step: DeepSpeed sums several in bf16. There, no clipping either.
+    """Return a run in which both updates should give equal weights.
 
-    DeepSpeed's norm is a float64 one; where a clipped bf16 weight is rounded, its last bit decides.
+    It has one micro-batch per step, because DeepSpeed would sum several in bf16. In bf16 it does not clip:
+    DeepSpeed computes its norm in float64, and the norm's last bit decides how a clipped weight is rounded.
     """
     config = experiment("pretrain", stage, 1, precision=precision)
     batch = config.batch.model_copy(update={"grad_accum_steps": 1})
@@ -33,8 +34,8 @@ def config_of(stage: int, precision: str) -> Experiment:
 
 
 def main(world: World) -> None:
-    """Compare twenty steps of both."""
-    from everest_ds.parallel import lean_update  # imports DeepSpeed, which collecting tests shall not
+    """Compare the weights of both updates after twenty steps."""
+    from everest_ds.parallel import lean_update  # imports DeepSpeed, which must not happen during collection
 
     for stage, precision in CASES:
         config = config_of(stage, precision)
@@ -49,7 +50,7 @@ def main(world: World) -> None:
 
 
 if __name__ == "__main__":
-    # Kernels that sum in the same order each time: attention's atomic additions are not what is compared.
+    # Deterministic kernels: otherwise the atomic additions of attention would make the weights differ.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True, warn_only=True)
     with world_of_one() as world, sdpa_kernel(SDPBackend.MATH):

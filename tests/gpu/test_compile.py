@@ -1,4 +1,4 @@
-"""Compiled blocks on a GPU, where they are the default: `tests/parallel/test_compile.py` proves the rest."""
+"""Tests of compiled blocks on a GPU, where they are the default."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The engine's update on one GPU: DeepSpeed's own weights, and one wait of the host in a step."""
+"""Tests of the engine's update on one GPU: the weights of DeepSpeed's update, and one host wait per step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The equality that tests/parallel/test_equality.py proves on gloo, as far as one GPU can show it."""
+"""Tests that every ZeRO stage trains like the plain loop on one GPU.
+
+tests/parallel/test_equality.py compares several ranks, on CPUs.
+"""
 
 from __future__ import annotations
 

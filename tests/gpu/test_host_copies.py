@@ -1,4 +1,4 @@
-"""Copies of states from a CUDA device to the host."""
+"""Tests of copying states from a CUDA device to the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time and memory measured on a CUDA device."""
+"""Tests of time and memory measurements on a CUDA device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.profiling.phases import TrainingStep, measure_phases
+from everest_ds.profiling.step_phases import TrainingStep, measure_phases
 from tests.gpu import ON_CUDA
 
 pytestmark = ON_CUDA

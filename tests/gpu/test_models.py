@@ -1,4 +1,4 @@
-"""The models on a CUDA device: no synchronisation, and capture as a CUDA graph."""
+"""Tests of the models on a CUDA device: no synchronisation, capture as a CUDA graph, results as on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ every_mode = pytest.mark.parametrize(("task", "selection"), TASKS_AND_SELECTIONS
 def test_no_forward_or_backward_pass_waits_for_the_device(task: str, selection: str) -> None:
     config = experiment(task, selection, drop_path=0.1)
     model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS.cuda()
-    loss_of(model(clips, keys)).backward()  # the first step may set libraries up
+    loss_of(model(clips, keys)).backward()  # libraries may synchronise in the first step
     torch.cuda.set_sync_debug_mode("error")
     try:
         loss_of(model(clips, keys)).backward()
@@ -27,12 +27,12 @@ def test_no_forward_or_backward_pass_waits_for_the_device(task: str, selection: 
 
 @every_mode
 def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
-    """Captured once, replayed on other clips: that needs static shapes and a host that reads nothing."""
+    """A step captured once can be replayed on other clips: shapes are static, and the host reads no value."""
     config = experiment(task, selection, drop_path=0.1)
     model, clips, keys = built(config).cuda(), random_clips(config, 2).cuda(), KEYS.cuda()
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
-        for _ in range(3):  # libraries set themselves up outside of the capture
+        for _ in range(3):  # libraries must initialise outside the capture
             loss_of(model(clips, keys)).backward()
     side.synchronize()
     graph = torch.cuda.CUDAGraph()
@@ -49,7 +49,10 @@ def test_a_step_replays_as_a_cuda_graph(task: str, selection: str) -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 def test_loss_and_gradients_are_those_of_a_cpu(task: str, dtype: torch.dtype, bound: float) -> None:
-    """Against float32 on a CPU, over one set of kept tokens: a near tie of two scores is no error."""
+    """Loss and gradients agree with float32 on a CPU for the same kept tokens.
+
+    The kept tokens are given, because devices may break near ties between scores differently.
+    """
     config = experiment(task, "rero")
     clips, num_kept = random_clips(config, 2), config.token_counts.num_kept
     kept = torch.stack([torch.randperm(config.model.geometry.num_tokens)[:num_kept].sort().values] * 2)

@@ -1,4 +1,4 @@
-"""`precision: tf32` on a CUDA device: products round, and no others do."""
+"""Tests of `precision: tf32` on a CUDA device: only with it are matrix products rounded to TF32."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Batches that are copied and augmented on a stream of their own, while the step before them computes."""
+"""Tests of prefetching on a GPU: a separate stream copies and augments a batch during the previous step."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tests.gpu import ON_CUDA
 
 pytestmark = ON_CUDA
 NUM_BATCHES, CLIP_BYTES = 24, 2**22
-_LONG_CYCLES = 5_000_000  # some milliseconds: the host is far ahead of the device
+_LONG_CYCLES = 5_000_000  # some milliseconds, so that the host is far ahead of the device
 
 
 def pinned_batches() -> Iterator[ClipBatch]:
-    """Noise in pinned memory; batch n has the key n."""
+    """Yield batches of noise in pinned memory; batch n has the key n."""
     for number in range(NUM_BATCHES):
         generator = torch.Generator().manual_seed(number)
         clip = torch.randint(0, 256, (1, CLIP_BYTES), dtype=torch.uint8, generator=generator)
@@ -24,7 +24,7 @@ def pinned_batches() -> Iterator[ClipBatch]:
 
 
 def prepare(batch: ClipBatch) -> ClipBatch:
-    """Copy a batch and change it in place, late on its stream."""
+    """Copy a batch to the device, and change it in place after a delay on the stream."""
     here = batch.to(torch.device("cuda"))
     torch.cuda._sleep(_LONG_CYCLES)
     here.clip.bitwise_xor_(1)
@@ -32,7 +32,7 @@ def prepare(batch: ClipBatch) -> ClipBatch:
 
 
 def test_steps_see_their_own_batches_and_the_host_waits_for_none() -> None:
-    """The memory of a batch is not used again before the step that reads it has done so."""
+    """The memory of a batch is reused only after the step that reads it has finished."""
     expected = [int((batch.clip ^ 1).sum()) for batch in pinned_batches()]
     ahead = Prefetcher(pinned_batches(), NUM_BATCHES, [], print, prepare, torch.device("cuda"))
     sums = []
@@ -68,13 +68,13 @@ def test_a_gpu_prepares_a_batch_beside_the_step() -> None:
     sums = []
     for number in range(20):
         ready = ahead.take()
-        torch.cuda._sleep(20_000_000)  # the step computes, for some 10 ms
+        torch.cuda._sleep(20_000_000)  # a step that computes for some 10 ms
         sums.append(ready.batch.clip.double().mean())
         busy = main.record_event()
         ahead.fetch()
         started[-1].synchronize()
         if number < 19:
             assert not busy.query()  # the next batch arrived while the step was running
-        del ready  # its memory may be taken by the next batch, but not before the sum is done
+        del ready  # the next batch may reuse this memory, but only after the sum is done
     assert torch.stack(sums).tolist() == [2 * number + 1 for number in range(20)]
     assert main not in streams and len(set(streams)) == 1

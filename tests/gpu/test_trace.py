@@ -1,4 +1,4 @@
-"""The trace of a step that the GPU check takes: kernels in the table and in the file."""
+"""Tests of the GPU check's trace of a step: its kernels appear in the table and in the file."""
 
 from __future__ import annotations
 

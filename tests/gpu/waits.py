@@ -1,6 +1,6 @@
-"""How often the host waits for the device in a step of the engine, counted at ZeRO-1 and 2 in bf16.
+"""Count of the host's waits for the device in a step of the engine, at ZeRO-1 and 2 in bf16.
 
-Run by `test_engine.py` as a process of its own: DeepSpeed settles on a kind of device when it is imported.
+`test_engine.py` runs this module in its own process, because DeepSpeed fixes the kind of device on import.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from unittest.mock import patch
 
 import torch
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep
 from tests.parallel.equality import TASKS, experiment
 
 STAGES = (1, 2)
-# Explicit waits, which CUDA's debug mode does not see.
+# Explicit waits, which PyTorch's sync debug mode does not report.
 _EXPLICIT = [
     (torch.cuda, "synchronize"),
     (torch.cuda.Stream, "synchronize"),
@@ -30,14 +30,14 @@ _EXPLICIT = [
 
 
 def one_step(step: EngineStep) -> None:
-    """Every phase of a step."""
+    """Run every phase of one optimiser step."""
     for _ in range(step.micro_batches):
         step.backward(step.forward(step.load()))
         step.update()
 
 
 def count_waits(call: Callable[[], object]) -> int:
-    """Count the waits of `call` and print where they are; on a CPU, the reads of values by the host."""
+    """Count the host's waits for a GPU in `call` and print their places; on a CPU, count reads of values."""
     if not torch.cuda.is_available():
         return count_launches(call).waits
     with _explicit_waits() as explicit, warnings.catch_warnings(record=True) as caught:
@@ -71,7 +71,7 @@ def _noting(found: list[str], original: Callable[..., Any]) -> Callable[..., Any
 
 
 def main(world: World) -> None:
-    """Print the waits of a step that is not the first."""
+    """Print the number of waits in the fourth step, for every task and stage."""
     for task in TASKS:
         for stage in STAGES:
             with EngineStep(experiment(task, stage, 1, precision="bf16"), world) as step:

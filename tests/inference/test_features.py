@@ -1,4 +1,4 @@
-"""A table of features: the right vectors, whatever happens on the way."""
+"""Tests of feature tables: correct vectors for all readable videos, also after interruptions."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from everest_ds import load_model, read_clip
-from everest_ds.data.manifest import list_samples
+from everest_ds.data.video_list import list_samples
 from everest_ds.errors import DataError, UsageError
 from everest_ds.inference import features
+from everest_ds.inference.feature_table import FeatureTable, check_table_file, read_table, write_table
 from everest_ds.inference.features import Extracted, extract
-from everest_ds.inference.table import FeatureTable, check_name, read_table, write_table
 from everest_ds.inference.views import Views
 from tests.interchange import systems
 from tests.interchange.systems import CLIP
@@ -37,7 +37,7 @@ def model(weights: Path) -> Any:
 
 @pytest.fixture
 def videos(motion_data: Path, tmp_path: Path) -> Path:
-    """Eight, one of them damaged and one in a folder of its own."""
+    """Return a folder of eight videos, one of them damaged and one in a subfolder."""
     folder = tmp_path / "videos"
     (folder / "deeper").mkdir(parents=True)
     for number in range(8):
@@ -122,7 +122,7 @@ def test_a_second_run_reads_only_what_is_new_or_was_repaired(
     done = run(model, videos, tmp_path / "a.npz")
     assert seen == ["3.mp4", "new.mp4"] and done.problems == [] and done.num_known == 7
     run(model, videos / "new.mp4", tmp_path / "a.npz")
-    assert len(read_table(tmp_path / "a.npz").video) == 9  # what it is not asked for, it keeps
+    assert len(read_table(tmp_path / "a.npz").video) == 9  # rows of videos that are not asked for are kept
 
 
 def test_a_table_of_another_model_or_other_tokens_is_refused(
@@ -134,7 +134,7 @@ def test_a_table_of_another_model_or_other_tokens_is_refused(
     run(same, videos / "1.mp4", tmp_path / "a.npz")
     torch.save(systems.finetuned_state(systems.classifier()), tmp_path / "other.pth")
     for other in ([tmp_path / "other.pth"], [weights, "tokens.selection=rero"]):
-        with pytest.raises(DataError, match="features of another model, or of other views or tokens"):
+        with pytest.raises(DataError, match="features of another model, other views or other tokens"):
             run(load_model(*other, *SETTINGS, features=True), videos / "1.mp4", tmp_path / "a.npz")
 
 
@@ -146,9 +146,9 @@ def test_labels_come_from_a_manifest(model: Any, motion_data: Path, tmp_path: Pa
 
 def test_names_that_are_no_tables(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="allowed: .npz or .parquet"):
-        check_name(tmp_path / "a.csv")
+        check_table_file(tmp_path / "a.csv")
     (tmp_path / "a.npz").write_bytes(b"damaged")
-    with pytest.raises(DataError, match="not a table of features"):
+    with pytest.raises(DataError, match="not a feature table"):
         read_table(tmp_path / "a.npz")
 
 

@@ -1,4 +1,4 @@
-"""Predictions: the model's own probabilities, names from where they are, pictures of what was kept."""
+"""Tests of predictions: class probabilities, class names, and pictures of the kept tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from matplotlib.image import imread
 
 from everest_ds import load_model, read_clip
-from everest_ds.inference.predict import see
+from everest_ds.inference.predictions import see
 from tests.cli.test_cli import run_main
 from tests.interchange import systems
 from tests.interchange.systems import CLIP
@@ -45,7 +45,7 @@ def test_one_video_gives_five_classes_and_a_picture(
         expected = 100 * network(batch.clip, batch.key)[0].softmax(dim=0).sort(descending=True).values
     assert [row["probability_pct"] for row in said] == pytest.approx(expected[:5].tolist(), abs=0.006)
     assert {row["class"] for row in said} < {f"sport {number}" for number in range(6)}
-    assert imread(tmp_path / "00001.kept.png").shape[:2] == (2 * 66, 4 * 66)  # two rows, a column a slot
+    assert imread(tmp_path / "00001.kept.png").shape[:2] == (2 * 66, 4 * 66)  # two rows, one column per slot
 
 
 def test_what_is_seen_is_what_the_model_keeps(motion_data: Path, model: Path) -> None:
@@ -104,4 +104,4 @@ def test_an_autoencoder_names_no_classes(
     torch.save(systems.pretrained_state(systems.autoencoder()), tmp_path / "a.pth")
     video = str(motion_data / "test/00001.mp4")
     assert run_main(monkeypatch, "predict", video, "--model", str(tmp_path / "a.pth"), *CLIP) == 2
-    assert "this model names no classes; given: PretrainModel" in capsys.readouterr().err
+    assert "this model is not a classifier; given: PretrainModel" in capsys.readouterr().err

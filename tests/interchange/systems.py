@@ -1,6 +1,6 @@
-"""Small models of transformers, and the same weights as the originals name them, written by hand.
+"""Small models of transformers, and their weights under the original systems' names, written by hand.
 
-transformers is the independent implementation: what is converted must compute what it computes.
+transformers is the independent implementation: a converted model must compute the same outputs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def made(model: nn.Module) -> Any:
 
 
 def as_the_originals(model: Any) -> Any:
-    """With the epsilon that transformers leaves at PyTorch's in two places."""
+    """Set the original epsilon in the two LayerNorms for which transformers uses PyTorch's default."""
     for name, module in model.named_modules():
         if name in ("fc_norm", "decoder.norm"):
             module.eps = EPS
@@ -72,7 +72,7 @@ def as_the_originals(model: Any) -> Any:
 
 
 def blocks(prefix: str, layers: Iterable[Any]) -> State:
-    """A stack of blocks, as VideoMAE's modeling_finetune.py names it."""
+    """Return the weights of a stack of blocks under the names of VideoMAE's modeling_finetune.py."""
     state: State = {}
     for number, layer in enumerate(layers):
         attention = layer.attention.attention
@@ -104,13 +104,13 @@ def encoder_state(videomae: Any, prefix: str = "") -> State:
 
 
 def finetuned_state(model: Any) -> State:
-    """A classifier of VideoMAE, EVEREST, MVD or MME."""
+    """Return the weights of a classifier under the names of VideoMAE, EVEREST, MVD and MME."""
     state = encoder_state(model.videomae) | named("fc_norm", model.fc_norm)
     return state | named("head", model.classifier)
 
 
 def pretrained_state(model: Any) -> State:
-    """A masked autoencoder of VideoMAE or EVEREST."""
+    """Return the weights of a masked autoencoder under the names of VideoMAE and EVEREST."""
     state = encoder_state(model.videomae, "encoder.") | named("encoder.norm", model.videomae.layernorm)
     state |= named("encoder_to_decoder", model.encoder_to_decoder) | {"mask_token": model.mask_token.detach()}
     state |= blocks("decoder.blocks", model.decoder.decoder_layers)
@@ -118,7 +118,7 @@ def pretrained_state(model: Any) -> State:
 
 
 def mme_state(model: Any) -> State:
-    """MME's pre-training: a list of decoders, whose heads predict histograms and trajectories."""
+    """Return the weights of MME's pre-training: decoders whose heads predict histograms and trajectories."""
     state = encoder_state(model.videomae, "encoder.") | named("encoder.norm", model.videomae.layernorm)
     state |= {"mask_token": torch.zeros(1, 1, 64), "encoder_to_decoder.0.weight": torch.zeros(64, 128)}
     state |= blocks("decoder.0.blocks", model.decoder.decoder_layers) | named(
@@ -129,7 +129,7 @@ def mme_state(model: Any) -> State:
 
 
 def mvd_state(model: Any) -> State:
-    """MVD's student: bare names, positions by place, and two decoders of teachers' features."""
+    """Return the weights of MVD's student: names without prefix, grid positions, two decoders of features."""
     state = encoder_state(model.videomae) | named("norm", model.videomae.layernorm)
     state["pos_embed"] = grid_positions(model.config.hidden_size)
     for teacher in ("img", "vid"):
@@ -145,7 +145,7 @@ def mvd_state(model: Any) -> State:
 
 
 def grid_positions(width: int) -> Tensor:
-    """MVD's table (1, N, D): a quarter for the slot, then halves of the rest for column and row."""
+    """Compute MVD's position table (1, N, D): a quarter of D for the slot, the rest for column and row."""
     slots, side = GEOMETRY.num_slots, GEOMETRY.grid_size
     places = [(t, x, y) for t in range(slots) for y in range(side) for x in range(side)]
     share = {0: width // 4, 1: width * 3 // 8, 2: width * 3 // 8}
@@ -159,13 +159,13 @@ def waves(position: int, width: int) -> Tensor:
 
 
 def with_grid_positions(model: Any) -> Any:
-    """The same model in MVD's positions."""
+    """Replace the positions of a model by those of MVD, and return the model."""
     model.videomae.embeddings.position_embeddings = grid_positions(model.config.hidden_size)
     return model
 
 
 def clips(videos: Path, count: int = 2) -> Tensor:
-    """uint8 (count, 8, 64, 64, 3) of real H.264 files."""
+    """Read clips of real H.264 files: uint8 (count, 8, 64, 64, 3)."""
     config = load_config()
     return torch.cat([read_clip(videos / f"test/{i:05d}.mp4", config).clip for i in range(count)])
 
@@ -188,7 +188,7 @@ def their_logits(model: Any, clip: Tensor) -> Tensor:
 
 @torch.no_grad()
 def their_features(model: Any, clip: Tensor) -> Tensor:
-    """The mean over tokens of what the encoder's LayerNorm says."""
+    """Return the mean over tokens of the normalised encoder output."""
     return model.videomae(their_pixels(clip)).last_hidden_state.mean(dim=1)
 
 
@@ -199,7 +199,7 @@ def their_reconstruction(model: Any, clip: Tensor, predicted_BM: Tensor) -> Tens
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal within 1e-5 of the largest value, in float32."""
+    """Check that float32 tensors differ by at most 1e-5 of the largest value."""
     assert actual.dtype == torch.float32 and actual.shape == expected.shape
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
 

@@ -1,4 +1,4 @@
-"""Every key is accounted for, nothing is lost on the way there and back, and what does not fit is named."""
+"""Tests of conversion: every key is reported, round trips are exact, and errors name the offending key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from everest_ds import load_model
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.convert import convert
+from everest_ds.interchange.convert import convert_weights
 from tests.interchange import systems
 from tests.interchange.systems import CLIP, State
 
@@ -52,8 +52,10 @@ def test_there_and_back_is_the_same_in_every_bit(
     state = make()
     torch.save({"model": state}, tmp_path / "source.pth")
     to = {"a.safetensors": "everest", "a-folder": "transformers", "a.pth": "videomae"}[through]
-    convert(tmp_path / "source.pth", tmp_path / through, to, CLIP)
-    convert(tmp_path / through, tmp_path / "back.pth", "videomae", ["model.last_norm_eps=1e-6", *CLIP])
+    convert_weights(tmp_path / "source.pth", tmp_path / through, to, CLIP)
+    convert_weights(
+        tmp_path / through, tmp_path / "back.pth", "videomae", ["model.last_norm_eps=1e-6", *CLIP]
+    )
     assert_equal(keys_of(tmp_path / "back.pth"), state)
 
 
@@ -63,8 +65,8 @@ def test_encoders_of_mvd_and_mme_go_back_under_their_names(tmp_path: Path) -> No
         "mme": systems.mme_state(systems.autoencoder()),
     }.items():
         torch.save({"model": state}, tmp_path / f"{system}.pth")
-        convert(tmp_path / f"{system}.pth", tmp_path / f"{system}.safetensors", "everest", CLIP)
-        convert(tmp_path / f"{system}.safetensors", tmp_path / "back.pth", system)
+        convert_weights(tmp_path / f"{system}.pth", tmp_path / f"{system}.safetensors", "everest", CLIP)
+        convert_weights(tmp_path / f"{system}.safetensors", tmp_path / "back.pth", system)
         back = keys_of(tmp_path / "back.pth")
         assert len(back) == 56 and all(torch.equal(back[key], state[key]) for key in back)
 
@@ -78,7 +80,7 @@ def test_every_key_on_both_sides_is_in_the_report(
     torch.save(state, tmp_path / "source.pth")
     if system in ("videomae", "mme"):
         target = target.with_suffix(".pth")
-    done = convert(tmp_path / "source.pth", target, system, CLIP)
+    done = convert_weights(tmp_path / "source.pth", target, system, CLIP)
     sources = [name for key in done.keys for name in key.source.split(" + ")]
     targets = [name for key in done.keys for name in key.target.split(" + ") if name]
     assert sorted(sources) == sorted(state)
@@ -90,11 +92,11 @@ def test_every_key_on_both_sides_is_in_the_report(
 def test_the_decoders_of_other_targets_are_unused_and_it_says_why(tmp_path: Path) -> None:
     state = systems.mvd_state(systems.autoencoder())
     torch.save(state, tmp_path / "mvd.pth")
-    done = convert(tmp_path / "mvd.pth", tmp_path / "a.safetensors", "everest", CLIP)
+    done = convert_weights(tmp_path / "mvd.pth", tmp_path / "a.safetensors", "everest", CLIP)
     why = {key.source: key.why for key in done.keys if key.status == "unused"}
     assert done.source == "mvd encoder" and done.config.model.positions == "grid"
     assert len(why) == len(state) - 56 and why["decoder_vid.blocks.1.mlp.fc2.bias"].startswith(
-        "of a decoder of other"
+        "part of a decoder whose"
     )
     assert why["pos_embed"] == "equals the fixed table of model.positions=grid"
 
@@ -104,12 +106,15 @@ def training_arguments(**extra: Any) -> argparse.Namespace:
 
 
 def test_a_training_scripts_file_tells_its_clips_and_tokens(tmp_path: Path) -> None:
-    """As their save_model writes it: NumPy's numbers among the optimiser's, and argparse's namespace."""
+    """The clip and token settings come from the arguments in a file of the original `save_model`.
+
+    Such a file holds NumPy numbers in the state of the optimiser, and the arguments as an argparse namespace.
+    """
     optimizer = {"param_groups": [{"lr": np.float64(1e-3), "lr_scale": np.float32(0.5), "step": np.int64(3)}]}
     arguments = training_arguments(mcm=True, mcm_ratio=0.4, data_set="SSV2")
     content = {"model": finetuned(), "optimizer": optimizer, "epoch": 9, "scaler": {}, "args": arguments}
     torch.save(content, tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
     assert done.assumed == [] and done.left_out == ("optimizer", "epoch", "scaler", "args")
     config = load_model(tmp_path / "a.safetensors").config
     assert (config.model.num_frames, config.model.image_size, config.data.frame_stride) == (8, 64, 2)
@@ -132,7 +137,7 @@ def test_pretraining_arguments_of_everest(tmp_path: Path) -> None:
 
 def test_what_no_file_tells_is_assumed_and_said(tmp_path: Path) -> None:
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest", ["model.image_size=64"])
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest", ["model.image_size=64"])
     assert done.assumed == ["model.num_frames=16"]
 
 
@@ -149,7 +154,7 @@ def test_what_no_file_tells_is_assumed_and_said(tmp_path: Path) -> None:
 def test_wrappers_come_off(tmp_path: Path, wrap: Change, entry: str | None) -> None:
     state = finetuned()
     torch.save(wrap(state), tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "back.pth", "videomae", CLIP, entry)
+    convert_weights(tmp_path / "a.pth", tmp_path / "back.pth", "videomae", CLIP, entry)
     assert_equal(keys_of(tmp_path / "back.pth"), {key: value.half().float() for key, value in state.items()})
 
 
@@ -176,18 +181,24 @@ def renamed(state: State) -> dict[str, Tensor]:
         (without("blocks.2.attn.q_bias"), "at `blocks.2.attn.q_bias`; given: absent; allowed: shape (128,)"),
         (with_("blocks.3.mlp.fc1.weight", 9, 128), "at `blocks.3.mlp.fc1.weight`; given: shape (9, 128)"),
         (with_("head.bias", 7), "at `head.bias`; given: shape (7,), as `head.bias`; allowed: shape (6,)"),
-        (with_("blocks.0.gamma_1", 128), "`blocks.0.gamma_1` is not part of a videomae finetune model"),
-        (with_("pos_embed", 1, 64, 128), "`pos_embed` is not the fixed table"),
-        (with_("cls_token", 1, 1, 128), "`cls_token` is not part of"),
-        (with_("patch_embed.proj.weight", 128, 3, 16, 16), "`patch_embed.proj.weight` embeds no tubelets"),
+        (
+            with_("blocks.0.gamma_1", 128),
+            "`blocks.0.gamma_1` is not a known part of a videomae finetune model",
+        ),
+        (with_("pos_embed", 1, 64, 128), "`pos_embed` is not the fixed position table"),
+        (with_("cls_token", 1, 1, 128), "`cls_token` is not a known part of"),
+        (with_("patch_embed.proj.weight", 128, 3, 16, 16), "`patch_embed.proj.weight` is not a tubelet"),
         (
             with_("blocks.4.norm1.weight", 128),
-            "no backbone of ours; given: width 128, 5 blocks; allowed: vit_tiny",
+            "matches no known backbone; given: width 128, 5 blocks; allowed: vit_tiny",
         ),
-        (renamed, "unknown layout; given: 58 keys, as trunk.blocks.0.attn.proj.bias"),
-        (lambda state: {"epoch": 3}, "no weights in it; given: epoch; allowed: model or module"),
-        (lambda state: {"model": state, "run": Path("a")}, "it holds more than weights; given: pathlib"),
-        (lambda state: [1], "no weights by name; given: list"),
+        (renamed, "unknown layout; given: 58 keys, such as trunk.blocks.0.attn.proj.bias"),
+        (lambda state: {"epoch": 3}, "holds no weights; given: epoch; allowed: model or module"),
+        (
+            lambda state: {"model": state, "run": Path("a")},
+            "it holds objects other than weights; given: pathlib",
+        ),
+        (lambda state: [1], "not a dictionary of weights; given: list"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -210,8 +221,8 @@ def test_a_file_of_something_else_is_named(tmp_path: Path, name: str, content: b
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        ({"num_attention_heads": 8}, "`num_attention_heads` is not ours; given: 8; allowed: 4"),
-        ({"hidden_act": "relu"}, "`hidden_act` is not ours"),
+        ({"num_attention_heads": 8}, "`num_attention_heads` is not supported; given: 8; allowed: 4"),
+        ({"hidden_act": "relu"}, "`hidden_act` is not supported"),
         ({"qv_bias": False}, "at `videomae.encoder.layer.0.attention.attention.q_bias`; given: absent"),
         ({"intermediate_size": 100}, "layer.0.intermediate.dense.weight"),
     ],
@@ -228,21 +239,23 @@ def test_a_transformers_model_of_another_architecture_is_refused(
 def test_other_normalisation_of_pixels_is_refused(tmp_path: Path) -> None:
     systems.classifier().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(CheckpointError, match="normalised otherwise.*given: image_mean"):
+    with pytest.raises(CheckpointError, match="normalises pixels in another way.*given: image_mean"):
         load_model(tmp_path)
 
 
 def test_other_positions_do_not_go_where_they_are_not_known(tmp_path: Path) -> None:
     torch.save({"model": finetuned()}, tmp_path / "a.pth")
     for system, positions in (("mvd", "flat"), ("videomae", "grid"), ("transformers", "grid")):
-        with pytest.raises(CheckpointError, match=f"{system} has other fixed positions"):
-            convert(tmp_path / "a.pth", tmp_path / "b", system, [*CLIP, f"model.positions={positions}"])
+        with pytest.raises(CheckpointError, match=f"{system} uses other fixed positions"):
+            convert_weights(
+                tmp_path / "a.pth", tmp_path / "b", system, [*CLIP, f"model.positions={positions}"]
+            )
     assert not (tmp_path / "b").exists()
 
 
 def test_class_names_travel(tmp_path: Path) -> None:
     names = {number: f"sport {number}" for number in range(systems.CLASSES)}
     systems.classifier(id2label=names).save_pretrained(tmp_path / "hub")
-    convert(tmp_path / "hub", tmp_path / "a.safetensors", "everest")
-    convert(tmp_path / "a.safetensors", tmp_path / "again", "transformers")
+    convert_weights(tmp_path / "hub", tmp_path / "a.safetensors", "everest")
+    convert_weights(tmp_path / "a.safetensors", tmp_path / "again", "transformers")
     assert load_model(tmp_path / "again").class_names == list(names.values())

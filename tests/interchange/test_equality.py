@@ -1,4 +1,4 @@
-"""What is loaded from a system's checkpoint computes what that system computes, on real clips."""
+"""Tests of loaded checkpoints: a model computes the same outputs as its original system, on real clips."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_an_autoencoder_of_the_originals(clip: Tensor, tmp_path: Path) -> None:
 @pytest.mark.parametrize("backbone", ["vit_tiny", pytest.param("vit_small", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("eps", [1e-12, 1e-6])
 def test_a_classifier_of_transformers(clip: Tensor, tmp_path: Path, backbone: str, eps: float) -> None:
-    """Released ones have 1e-12 in config.json, which is not the originals' epsilon."""
+    """The epsilon is read from config.json: released models have 1e-12, unlike the original code."""
     model = systems.classifier(backbone, layer_norm_eps=eps)
     model.save_pretrained(tmp_path)
     assert_same_logits(tmp_path, model, clip)
@@ -79,7 +79,7 @@ def test_features_are_what_the_head_reads(clip: Tensor, tmp_path: Path) -> None:
 
 
 def test_kept_tokens_are_an_override_away(clip: Tensor, tmp_path: Path) -> None:
-    """Dense logits come back with all tokens kept; with fewer, others."""
+    """A dense classifier gives its own logits on all tokens, and other logits on fewer tokens."""
     model = systems.classifier()
     model.save_pretrained(tmp_path)
     expected = systems.their_logits(model, clip)
@@ -95,7 +95,7 @@ def test_kept_tokens_are_an_override_away(clip: Tensor, tmp_path: Path) -> None:
 def test_transformers_weights_as_they_come(clip: Tensor, tmp_path: Path, save: str) -> None:
     model = systems.classifier()
     path = tmp_path / "folder"
-    if save == "state dict":  # whose names of two biases differ from those in transformers' files
+    if save == "state dict":  # two biases have other names in state dicts than in files
         path = tmp_path / "weights.bin"
         torch.save(model.state_dict(), path)
     else:
@@ -108,12 +108,12 @@ def test_transformers_weights_as_they_come(clip: Tensor, tmp_path: Path, save: s
 
 
 def test_an_export_loads_with_from_pretrained_and_says_the_same(clip: Tensor, tmp_path: Path) -> None:
-    from everest_ds.interchange.convert import convert
+    from everest_ds.interchange.convert import convert_weights
 
     for kind, model in {"finetune": systems.classifier(), "pretrain": systems.autoencoder()}.items():
         model.save_pretrained(tmp_path / kind)
-        convert(tmp_path / kind, tmp_path / f"{kind}.safetensors", "everest")
-        convert(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-back", "transformers")
+        convert_weights(tmp_path / kind, tmp_path / f"{kind}.safetensors", "everest")
+        convert_weights(tmp_path / f"{kind}.safetensors", tmp_path / f"{kind}-back", "transformers")
         again = type(model).from_pretrained(tmp_path / f"{kind}-back").eval()
         assert again.config.architectures == model.config.architectures
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
@@ -125,10 +125,10 @@ def test_an_export_loads_with_from_pretrained_and_says_the_same(clip: Tensor, tm
 
 
 def test_an_export_of_our_own_model_differs_by_its_last_epsilon_at_most(clip: Tensor, tmp_path: Path) -> None:
-    from everest_ds.interchange.convert import convert
+    from everest_ds.interchange.convert import convert_weights
 
     torch.save(systems.finetuned_state(systems.classifier()), tmp_path / "a.pth")
-    done = convert(tmp_path / "a.pth", tmp_path / "out", "transformers", CLIP)
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "out", "transformers", CLIP)
     theirs = transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "out").eval()
     ours = outputs(load_model(tmp_path / "a.pth", *CLIP), clip)
     assert (ours - systems.their_logits(theirs, clip)).abs().max() < 5e-5 * ours.abs().max()

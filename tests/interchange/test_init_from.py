@@ -1,4 +1,4 @@
-"""Fine-tuning starts from any system's encoder."""
+"""Tests of `model.init_from`: fine-tuning starts from the encoder of any system."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from everest_ds.checkpoints.export import export_weights
 from everest_ds.config import Experiment
 from everest_ds.data.synthetic import MOTIONS
 from everest_ds.errors import CheckpointError
-from everest_ds.interchange.convert import convert
+from everest_ds.interchange.convert import convert_weights
 from everest_ds.training.weights import initial_weights
 from tests.interchange import systems
 from tests.interchange.systems import CLIP
@@ -33,8 +33,8 @@ def checkpoint_of(system: str, folder: Path) -> Path:
         return folder / system
     states = {"videomae": systems.pretrained_state, "mvd": systems.mvd_state, "mme": systems.mme_state}
     torch.save({"model": states[system](model)}, file)
-    if system == "mvd":  # its table is of 64 tokens, the usual clip has 1568
-        convert(file, folder / "mvd.safetensors", "everest", CLIP)
+    if system == "mvd":  # its position table has 64 tokens, but the default clip has 1568
+        convert_weights(file, folder / "mvd.safetensors", "everest", CLIP)
         return folder / "mvd.safetensors"
     return file
 
@@ -64,7 +64,7 @@ def test_other_positions_are_refused(system: str, positions: str, fix: str, tmp_
 def test_a_run_from_a_dense_checkpoint_becomes_a_model_of_transformers(
     motion_data: Path, tmp_path: Path
 ) -> None:
-    """The paper's fine-tuning of other masked autoencoders, and then out again."""
+    """A dense checkpoint is fine-tuned on kept tokens, as in the paper, and exported to transformers."""
     config = experiment(
         motion_data,
         tmp_path / "run",
@@ -88,7 +88,7 @@ def test_a_run_from_a_dense_checkpoint_becomes_a_model_of_transformers(
         again = load_model(same, "tokens.selection=none")
         assert again.config.model.num_frames == 8 and again.config.data.frame_stride == 2
         assert torch.equal(systems.outputs(again, clip), systems.outputs(ours, clip))
-    done = convert(tmp_path / "run", tmp_path / "hub", "transformers")
+    done = convert_weights(tmp_path / "run", tmp_path / "hub", "transformers")
     assert load_model(tmp_path / "hub").class_names == ours.class_names == list(MOTIONS)
     assert "this model keeps 0.5 of the tokens (rero)" in done.notes
     theirs = systems.transformers.VideoMAEForVideoClassification.from_pretrained(tmp_path / "hub").eval()

@@ -1,6 +1,7 @@
-"""Checkpoints of the originals' own code: loaded here they compute the same, written here they load there.
+"""Tests with the released code of other systems: equal outputs, and checkpoints that load in both directions.
 
-Needs clones, named by EVEREST_CODE, VIDEOMAE_CODE, MVD_CODE and MME_CODE. Models are ViT-S at full size.
+The tests need clones, whose paths are in EVEREST_CODE, VIDEOMAE_CODE, MVD_CODE and MME_CODE. All models are
+ViT-S at full size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds import load_model
-from everest_ds.interchange.convert import convert
+from everest_ds.interchange.convert import convert_weights
 from tests.interchange.systems import assert_same
 from tests.models.test_released_parity import KEY, clip_for, full_size, hidden, randomize
 from tools.peers import REPOSITORIES, load_peer, their_modules, to_video
@@ -47,7 +48,7 @@ MAKERS: dict[tuple[str, str], tuple[str, str, dict[str, Any]]] = {
 
 @pytest.fixture
 def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], nn.Module]:
-    """A system's own model, with weights that leave nothing at zero or one."""
+    """Return a builder of a system's own model, with randomised weights."""
 
     def build(system: str, task: str) -> nn.Module:
         variable = f"{system.upper()}_CODE"
@@ -57,7 +58,7 @@ def make(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], nn.Module]:
         if system in REPOSITORIES:
             model = load_peer(system, folder, config_of(system, task)).model
         else:
-            monkeypatch.setattr(np, "float", float, raising=False)  # gone since NumPy 1.24
+            monkeypatch.setattr(np, "float", float, raising=False)  # removed in NumPy 1.24
             module, name, arguments = MAKERS[system, task]
             with their_modules(folder, URLS[system], MODULES[system]) as load:
                 model = getattr(load(module), name)(**arguments)
@@ -103,7 +104,7 @@ def test_logits(
     save(theirs, tmp_path / "a.pth", **ARGUMENTS.get((system, "finetune"), {}))
     ours = load_model(tmp_path / "a.pth")
     with torch.no_grad():
-        if system == "everest":  # near ties in importance may fall either way: theirs keeps what ours keeps
+        if system == "everest":  # near ties may be broken differently, so both keep the same tokens
             kept = ours.selector.kept(clip, ours.encoder.embed(), KEY).keep_BK
             monkeypatch.setattr(theirs, "mcm_step", lambda *_: hidden(kept))
         assert_same(ours(clip, KEY), theirs(to_video(clip)))
@@ -138,12 +139,12 @@ def test_encoders(make: Any, clip: Tensor, system: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
 @pytest.mark.parametrize("system", URLS)
 def test_what_is_written_for_them_loads_there(make: Any, system: str, task: str, tmp_path: Path) -> None:
-    """All of it where we have such a model; else the encoder, and nothing that they do not know."""
+    """A written checkpoint loads in the original code: all weights, or only the encoder for MVD and MME."""
     theirs, again = make(system, task), make(system, task)
     save(theirs, tmp_path / "a.pth", **ARGUMENTS.get((system, task), {}))
-    done = convert(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
+    done = convert_weights(tmp_path / "a.pth", tmp_path / "a.safetensors", "everest")
     to = "videomae" if system == "everest" else system
-    convert(tmp_path / "a.safetensors", tmp_path / "back.pth", to)
+    convert_weights(tmp_path / "a.safetensors", tmp_path / "back.pth", to)
     with torch.no_grad():
         for parameter in again.parameters():
             parameter.zero_()

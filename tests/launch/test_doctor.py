@@ -1,4 +1,4 @@
-"""The doctor names what is missing, and does not load torch into this process to find out."""
+"""The doctor: it names every missing item with a fix, and does not import torch into its own process."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def test_too_little_shared_memory_is_reported_with_both_figures(tmp_path: Path) 
 
 def test_the_launch_layer_stays_free_of_torch_and_mpi() -> None:
     program = (
-        "import sys; from everest_ds.launch import doctor, environment, local, nodelist; doctor.examine(1)\n"
+        "import sys; from everest_ds.launch import doctor, environment, local, slurm_nodelist\n"
+        "doctor.examine(1)\n"
         "print({'torch', 'deepspeed', 'mpi4py'} & sys.modules.keys() or 'none')"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -1,4 +1,4 @@
-"""Every launcher's variables lead to the same six facts; half an environment is an error, never a guess."""
+"""Tests of rank detection under every launcher, and of its errors for an incomplete environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.environment import RankEnvironment, detect
+from everest_ds.launch.environment import RankEnvironment, detect_environment
 
 TORCHRUN = {
     "RANK": "3",
@@ -42,7 +42,7 @@ OPENMPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
 }
 MPICH = {"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
-# What a daemon that mpirun started through srun passes on to its ranks.
+# Variables that the ranks inherit from an mpirun daemon started through srun.
 DAEMON = {
     "SLURM_JOB_ID": "1",
     "SLURM_STEP_ID": "0",
@@ -53,44 +53,44 @@ DAEMON = {
 
 
 def test_torchrun_variables_are_taken_as_they_are() -> None:
-    assert detect(TORCHRUN) == RankEnvironment("torchrun", 3, 4, 1, 2, "node1", 29500)
+    assert detect_environment(TORCHRUN) == RankEnvironment("torchrun", 3, 4, 1, 2, "node1", 29500)
 
 
 def test_the_deepspeed_launcher_says_local_size() -> None:
     variables = {**TORCHRUN, "LOCAL_SIZE": "2"}
     del variables["LOCAL_WORLD_SIZE"]
-    assert detect(variables).local_world_size == 2
+    assert detect_environment(variables).local_world_size == 2
 
 
 def test_srun_counts_the_step_and_this_node() -> None:
-    assert detect(SRUN) == RankEnvironment("srun", 5, 7, 1, 3, "gpu-a07", 24711)
+    assert detect_environment(SRUN) == RankEnvironment("srun", 5, 7, 1, 3, "gpu-a07", 24711)
 
 
 @given(st.integers(1, 2**26), st.integers(0, 1000))
 def test_srun_port_is_the_same_on_all_ranks_and_outside_the_ephemeral_range(job: int, step: int) -> None:
     variables = {**SRUN, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)}
-    port = detect(variables).master_port
+    port = detect_environment(variables).master_port
     assert 20_000 <= port <= 29_999
-    assert detect({**variables, "SLURM_PROCID": "0"}).master_port == port
+    assert detect_environment({**variables, "SLURM_PROCID": "0"}).master_port == port
 
 
 def test_steps_that_run_side_by_side_in_one_job_get_their_own_ports() -> None:
-    ports = {detect({**SRUN, "SLURM_STEP_ID": str(step)}).master_port for step in range(50)}
+    ports = {detect_environment({**SRUN, "SLURM_STEP_ID": str(step)}).master_port for step in range(50)}
     assert len(ports) == 50
 
 
 def test_an_explicit_address_and_port_go_before_slurms() -> None:
-    place = detect({**SRUN, **MASTER})
+    place = detect_environment({**SRUN, **MASTER})
     assert (place.master_addr, place.master_port) == ("node9", 12345)
 
 
 def test_srun_with_pmi2_is_still_srun() -> None:
-    assert detect({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"}).launcher == "srun"
+    assert detect_environment({**SRUN, "PMI_RANK": "5", "PMI_SIZE": "7"}).launcher == "srun"
 
 
 @pytest.mark.parametrize("mpirun", [OPENMPI, MPICH], ids=["openmpi", "mpich"])
 def test_mpirun_inside_a_slurm_job_does_not_read_its_daemons_rank(mpirun: dict[str, str]) -> None:
-    place = detect({**DAEMON, **mpirun, **MASTER})
+    place = detect_environment({**DAEMON, **mpirun, **MASTER})
     assert (place.rank, place.world_size, place.local_rank, place.local_world_size) == (1, 2, 1, 2)
 
 
@@ -101,19 +101,19 @@ def test_a_slurm_process_without_peers_is_a_plain_one(step: int | None) -> None:
     variables = {**SRUN, "SLURM_PROCID": "0", "SLURM_STEP_ID": str(step)}
     if step is None:
         del variables["SLURM_STEP_ID"]
-    assert detect(variables).launcher == "plain"
+    assert detect_environment(variables).launcher == "plain"
 
 
 def test_plain_process_is_rank_0_of_1_on_a_free_local_port() -> None:
-    place = detect({})
+    place = detect_environment({})
     assert place == RankEnvironment("plain", 0, 1, 0, 1, "127.0.0.1", place.master_port)
     assert 0 < place.master_port < 2**16
 
 
 @pytest.mark.parametrize("variables", [TORCHRUN, SRUN, {**OPENMPI, **MASTER}, {**MPICH, **MASTER}, {}])
 def test_variables_lead_back_to_the_same_place(variables: dict[str, str]) -> None:
-    place = detect(variables)
-    again = detect(place.as_variables())
+    place = detect_environment(variables)
+    again = detect_environment(place.as_variables())
     assert again.as_variables() == place.as_variables()
 
 
@@ -132,12 +132,12 @@ NEEDED = [
 @pytest.mark.parametrize(("variables", "name"), NEEDED, ids=[name for _, name in NEEDED])
 def test_a_missing_variable_is_named(variables: dict[str, str], name: str) -> None:
     with pytest.raises(UsageError, match=name):
-        detect({key: value for key, value in variables.items() if key != name})
+        detect_environment({key: value for key, value in variables.items() if key != name})
 
 
 def test_the_jobs_nodes_stand_in_for_the_steps() -> None:
     variables = {key: value for key, value in SRUN.items() if key != "SLURM_STEP_NODELIST"}
-    assert detect(variables).master_addr == "gpu-a01"
+    assert detect_environment(variables).master_addr == "gpu-a01"
 
 
 @pytest.mark.parametrize(
@@ -155,20 +155,20 @@ def test_the_jobs_nodes_stand_in_for_the_steps() -> None:
 )
 def test_an_impossible_value_is_refused_with_its_name(name: str, value: str) -> None:
     with pytest.raises(UsageError, match=f"{name}\\b"):
-        detect({**TORCHRUN, name: value})
+        detect_environment({**TORCHRUN, name: value})
 
 
 @pytest.mark.parametrize("variables", [{"WORLD_SIZE": "4"}, {"PMI_RANK": "0", "PMI_SIZE": "4"}])
 def test_a_world_without_a_rank_is_not_taken_for_a_single_process(variables: dict[str, str]) -> None:
     with pytest.raises(UsageError, match=r"_SIZE=4"):
-        detect(variables)
+        detect_environment(variables)
 
 
 WHO_AM_I = """
 import json
-from everest_ds.launch.environment import detect
-detect()  # a second call must not need a second MPI
-print(json.dumps(detect().as_variables()) + "\\n", end="", flush=True)
+from everest_ds.launch.environment import detect_environment
+detect_environment()  # a second call must not need a second MPI
+print(json.dumps(detect_environment().as_variables()) + "\\n", end="", flush=True)
 """
 
 
@@ -193,7 +193,7 @@ def test_under_a_real_mpirun_all_ranks_agree_on_where_rank_0_listens() -> None:
 def test_an_mpi_library_that_is_not_mpiruns_is_refused_instead_of_hanging() -> None:
     pytest.importorskip("mpi4py", reason="mpi4py is missing: pip install mpi4py mpich")
     command = [sys.executable, "-c", WHO_AM_I]
-    # Open MPI's variables, read by whichever library mpi4py loads here: it makes a world of one rank.
+    # These are Open MPI's variables. Another MPI library ignores them, so mpi4py sees a world of one rank.
     done = subprocess.run(
         command, env=_clean_environment(**OPENMPI), capture_output=True, text=True, timeout=60
     )

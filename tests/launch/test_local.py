@@ -1,4 +1,4 @@
-"""The ranks of one machine start together and end together, with the first failing rank's reason and code."""
+"""The local launcher: ranks start and end together, with the reason and exit code of the first failure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _launch(num_ranks: int, script: str, log_dir: Path | None = None) -> int:
 
 
 def _wait_for(path: Path, seconds: float = 20) -> str:
-    """The file's text, once it is there."""
+    """Wait until the file has text, and return that text."""
     deadline = time.monotonic() + seconds
     while not (path.exists() and path.read_text()):
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -34,7 +34,7 @@ def _wait_for(path: Path, seconds: float = 20) -> str:
 
 
 def _alive(pid: int) -> bool:
-    """A zombie is dead: nobody may be there to reap it."""
+    """Return whether the process is running; a zombie counts as dead, because its parent may be gone."""
     stat = Path(f"/proc/{pid}/stat")
     try:
         return stat.read_text().rpartition(")")[2].split()[0] != "Z"
@@ -121,7 +121,7 @@ def test_a_rank_ended_by_a_signal_is_named_with_the_signal(capfd: pytest.Capture
 
 def test_ranks_that_stopped_as_asked_give_the_code_of_a_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(local, "GRACE_SECONDS", 0.0)
-    # Rank 0 may still be writing its report when rank 1 is gone: a stop is no failure that cuts it short.
+    # Rank 0 may still be writing its report when rank 1 has stopped, and a stop must not cut that short.
     assert _launch(2, "time.sleep(1 - rank); sys.exit(75)") == ExitCode.STOPPED
 
 
@@ -131,7 +131,7 @@ def test_no_ranks_at_all_is_a_usage_error() -> None:
 
 
 def _start_launcher(folder: Path, script: str) -> subprocess.Popen[bytes]:
-    """A launcher in a process group of its own; returns once both of its ranks wrote their pid."""
+    """Start a launcher in its own process group, and return once both of its ranks wrote their pids."""
     script = PRELUDE + script.replace("READY", f"open(f'{folder}/{{rank}}.pid', 'w').write(str(os.getpid()))")
     program = (
         "import sys; from everest_ds.launch.local import launch_local\n"
@@ -156,7 +156,7 @@ def test_a_stop_signal_to_the_launcher_reaches_the_ranks(tmp_path: Path, name: s
 
 def test_ctrl_c_lets_the_ranks_save_before_the_launcher_ends(tmp_path: Path) -> None:
     launcher = _start_launcher(tmp_path, STOP_ON.format("SIGINT"))
-    os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
+    os.killpg(launcher.pid, signal.SIGINT)  # a terminal sends SIGINT to the whole group as well
     assert launcher.wait(20) == ExitCode.STOPPED
 
 

@@ -1,4 +1,4 @@
-"""Which of several nodes is the odd one."""
+"""Tests of the comparison that finds the node that differs from the others."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.launch.node import compare, look
+from everest_ds.launch.node import compare, node_facts
 
 
 def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.mp4\n")
     (tmp_path / "token").write_text("seen")
-    facts = look([tmp_path / "list.txt", tmp_path / "none"], tmp_path / "token", 1.0)
+    facts = node_facts([tmp_path / "list.txt", tmp_path / "none"], tmp_path / "token", 1.0)
     assert facts.run == "seen" and "list.txt=6" in facts.files and "none=-1" in facts.files
     assert compare([facts, facts, facts]) == []
 
@@ -21,7 +21,7 @@ def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "fact, value, says",
     [
-        ("code", "123", "another copy of everest-ds"),
+        ("code", "123", "another version of everest-ds"),
         ("packages", "torch=2.5 deepspeed=0.19.8", "torch=2.5 (elsewhere 2.13)"),
         ("files", "/data/a.mp4=-1 /data/b.mp4=7", "/data/a.mp4=-1 (elsewhere 5)"),
         ("run", "No such file", "does not see the run folder"),
@@ -32,7 +32,7 @@ def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
 )
 def test_the_odd_node_is_named(tmp_path: Path, fact: str, value: object, says: str) -> None:
     usual = replace(
-        look([], tmp_path, 1.0),
+        node_facts([], tmp_path, 1.0),
         node="node1",
         packages="torch=2.13 deepspeed=0.19.8",
         files="/data/a.mp4=5 /data/b.mp4=7",

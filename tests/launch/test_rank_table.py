@@ -1,4 +1,4 @@
-"""Which rank runs where: against SLURM's own reading of node lists, and for a whole machine in no time."""
+"""Tests of the predicted host of every rank, checked against SLURM's own expansion of node lists."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.rank_table import hosts_of, place_ranks
-from tests.launch.test_nodelist import ELEMENTS, compress
+from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
+from tests.launch.test_slurm_nodelist import ELEMENTS, compress
 
 Element = list[str | list[tuple[int, int, int]]]
 
@@ -33,7 +33,7 @@ def test_a_node_list_that_is_not_the_nodes_asked_for_is_refused(nodelist: str, n
 
 @pytest.fixture(scope="module")
 def scontrol(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """`scontrol show hostnames`, which wants a configuration but no cluster."""
+    """Return the command `scontrol show hostnames`, with the configuration file that scontrol needs."""
     if shutil.which("scontrol") is None:
         pytest.skip("scontrol is missing: apt-get install slurm-client")
     conf = tmp_path_factory.mktemp("slurm") / "slurm.conf"
@@ -42,7 +42,7 @@ def scontrol(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 def _nodelist(elements: list[Element]) -> str:
-    """What scontrol reads: names begin with a letter, and nothing follows the last bracket."""
+    """Compress elements, with a leading letter and nothing after the last bracket, as scontrol requires."""
     return ",".join("n" + compress(_cut(element)) for element in elements)
 
 

@@ -1,4 +1,4 @@
-"""Tests of the models; what several of them build lives here."""
+"""Tests of the models, and the experiments, clips and losses that several of them share."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def experiment(
     distance: str = "l2",
     **model: object,
 ) -> Experiment:
-    """An experiment with ViT-Tiny on 8 frames at 64 squared (4 slots of 16), unless `model` says other."""
+    """Return an experiment with ViT-Tiny on 8 frames at 64 x 64 (4 slots of 16), changed by `model`."""
     shape = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 64, **model}
     if task == "finetune":
         shape.setdefault("num_classes", 7)
@@ -47,7 +47,7 @@ def experiment(
 
 
 def random_clips(config: Experiment, count: int, seed: int = 0) -> Tensor:
-    """uint8 (count, F, H, W, 3) noise, candidate frames included."""
+    """Return clips of uint8 noise (count, F, H, W, 3), including the candidate frames of IIFS."""
     g = config.candidate_geometry
     generator = torch.Generator().manual_seed(seed)
     size = (count, g.num_frames, g.image_size, g.image_size, 3)
@@ -55,13 +55,13 @@ def random_clips(config: Experiment, count: int, seed: int = 0) -> Tensor:
 
 
 def built(config: Experiment) -> nn.Module:
-    """The model of `config` with the same weights every time."""
+    """Build the model of `config` with weights that are the same on every call."""
     torch.manual_seed(1)
     return build_model(config)
 
 
 def loss_of(output: Tensor | Reconstruction) -> Tensor:
-    """The loss of a model's output; clip i is of class i."""
+    """Return the loss of a model's output; a classifier's clip i has label i."""
     if isinstance(output, Reconstruction):
         return output.loss
     return F.cross_entropy(output, torch.arange(len(output), device=output.device))

@@ -1,4 +1,4 @@
-"""Every attention kernel against the formula in float64."""
+"""Tests of every attention kernel against the formula in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from everest_ds.profiling.launches import count_launches
 
 
 def formula(qkv_Bn3hd: Tensor) -> Tensor:
-    """One clip, one head, one token at a time: a weighted mean of the values."""
+    """Compute attention one token at a time, as a weighted mean of the values."""
     clips = []
     for clip in qkv_Bn3hd:
         q, k, v = clip.unbind(1)  # each (n, h, d)
@@ -54,7 +54,7 @@ def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens(dtype: torch.dtype)
 
 
 def test_fused_attention_copies_its_gradients_once() -> None:
-    """In float32, as on a GPU: the gradients of q, k and v go into one tensor that has the order of qkv."""
+    """The gradients of q, k and v are copied once, into one tensor in the order of qkv (in float32)."""
     qkv = torch.randn(2, 9, 3, 2, 8, requires_grad=True)
     out = ATTENTION["fused"](qkv)
     backward = count_launches(lambda: out.backward(torch.ones_like(out)))
@@ -62,7 +62,7 @@ def test_fused_attention_copies_its_gradients_once() -> None:
 
 
 def test_a_single_token_of_a_single_head_is_left_alone() -> None:
-    """Its layout is contiguous already: scaling q in place must not reach the caller's tensor."""
+    """Scaling q in place does not change the input, even if its layout is contiguous without a copy."""
     qkv = torch.randn(1, 1, 3, 1, 4).bfloat16()
     before = qkv.clone()
     ATTENTION["fused"](qkv)

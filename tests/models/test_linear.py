@@ -1,4 +1,4 @@
-"""Linear maps through oneDNN against torch's own."""
+"""Tests of linear maps through oneDNN against those of torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from everest_ds.models.linear import Linear, linear
 
 
 class Operators(TorchDispatchMode):
-    """Remembers what is called."""
+    """Dispatch mode that records the names of the called operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def not_intel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiply as on a processor that is not Intel's."""
+    """Let linear maps choose their library as on a processor of another maker than Intel."""
     monkeypatch.setattr(module, "_PREFERS_ONEDNN", torch.backends.mkldnn.is_available())
 
 
@@ -35,7 +35,7 @@ def not_intel(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_only_processors_of_other_makers_than_intel_take_the_detour(
     maker: str, detour: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """MKL, which PyTorch multiplies with, is Intel's."""
+    """Large maps run on oneDNN except on Intel processors, for which MKL, PyTorch's default, is faster."""
     processors = tmp_path / "cpuinfo"
     processors.write_text(f"processor\t: 0\nvendor_id\t: {maker}\nmodel name\t: some processor\n")
     assert module.prefers_onednn(processors) is detour
@@ -71,7 +71,7 @@ def test_output_and_gradients_of_a_large_map_are_those_of_torch(bias: bool) -> N
 
 @pytest.mark.usefixtures("not_intel")
 def test_pixels_get_no_gradient() -> None:
-    """The input of the patch embedding needs none, and none is computed."""
+    """The input of the patch embedding does not require a gradient, and no gradient is computed for it."""
     x, weight = torch.randn(400, 64), torch.randn(4096, 64, requires_grad=True)
     with Operators() as called:
         output = linear(x, weight)
@@ -95,7 +95,7 @@ def test_small_maps_and_other_precisions_stay_with_torch(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backward_pass_reads_the_weight_where_it_is_by_then(dtype: torch.dtype) -> None:
-    """ZeRO-3 releases it between the passes: a view of where it was would keep that memory."""
+    """The backward pass reads `weight.data` anew, so ZeRO-3 can release a weight between the passes."""
     weight = torch.nn.Parameter(torch.randn(6, 4).to(dtype))
     x = torch.randn(3, 4).to(dtype).requires_grad_()
     output = linear(x, weight)

@@ -1,4 +1,4 @@
-"""What is shown and what is predicted: partitions of fixed size, and fair ones."""
+"""Tests of the masks: partitions of fixed size in which every token is equally likely."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry, pretrain_counts
-from everest_ds.models.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 
 
 def grid_of(num_slots: int, side: int) -> ClipGeometry:
@@ -67,7 +67,7 @@ def test_tubes_show_the_same_places_in_every_slot(slots: int, side: int, data: s
 
 
 def running_cells(start: int, num_slots: int, side: int) -> set[int]:
-    """VideoMAE v2's decoder mask, by its definition: a window of two running over the cell's four places."""
+    """Return VideoMAE v2's decoder mask by definition: two of a cell's four places in turn, slot by slot."""
     chosen = set()
     for slot in range(num_slots):
         for row in range(side):
@@ -101,7 +101,7 @@ def test_running_cells_start_anywhere() -> None:
 
 
 def assert_equally_often(counts: Tensor, draws: int, taken: int) -> None:
-    """Chi-square of taking `taken` of len(counts) without replacement, within 5 standard deviations."""
+    """Check by chi-square, within 5 standard deviations, that `taken` of len(counts) are drawn uniformly."""
     size = len(counts)
     expected = draws * taken / size
     assert counts.sum() == draws * taken

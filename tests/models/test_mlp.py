@@ -1,4 +1,4 @@
-"""The MLP, with GELU kept and with GELU computed twice, against torch's modules."""
+"""Tests of the MLP, with GELU stored and with GELU recomputed, against the modules of torch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_input_and_one_or_two_hidden_activations_are_kept(recompute: bool, n
         output = model(x)
     assert output.shape == x.shape
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    assert len(kept - weights) == num_kept  # the input, what fc1 made of it, and GELU of that
+    assert len(kept - weights) == num_kept  # the input, the output of fc1, and its GELU if stored
 
 
 def test_gelu_is_computed_once_unless_it_is_recomputed() -> None:

@@ -1,4 +1,4 @@
-"""Both models in all four modes: shapes, gradients, static graphs, and clips that do not see each other."""
+"""Tests of both models with every selection: shapes, gradients, static graphs and independent clips."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
 from everest_ds.models import Classifier, PretrainModel, build_model
 from everest_ds.models.pretrain import Reconstruction
-from everest_ds.models.rero import select_tokens, token_importance
 from everest_ds.models.sampling import drop_scale
+from everest_ds.models.selection.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from everest_ds.models.vit import DROP_PATH_STREAM, Blocks
 from everest_ds.profiling.launches import count_launches
@@ -40,7 +40,7 @@ def test_every_parameter_learns(task: str, selection: str) -> None:
 
 
 class RefuseHostTensors(TorchDispatchMode):
-    """Fails on tensors made from Python numbers, whose copy to the device makes the host wait."""
+    """Dispatch mode that fails on tensors made from Python numbers, since their copy stalls the host."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         assert func is not torch.ops.aten.lift_fresh.default, "torch.tensor(...) in a forward pass"
@@ -49,7 +49,7 @@ class RefuseHostTensors(TorchDispatchMode):
 
 @every_mode
 def test_no_step_makes_the_host_wait_for_the_device(task: str, selection: str) -> None:
-    """Fake tensors have shapes and no values: a boolean mask, `.item()` or `if tensor` would raise."""
+    """A step runs on fake tensors, on which a boolean mask, `.item()` or `if tensor` would raise."""
     config = experiment(task, selection, drop_path=0.1)
     model, clips = built(config), random_clips(config, 2)
     fake = FakeTensorMode()
@@ -192,8 +192,8 @@ def test_pretraining_touches_exactly_the_tokens_that_the_selector_keeps() -> Non
 
 
 def test_classifier_ignores_the_pixels_of_discarded_tokens() -> None:
-    """One place moves and only its tokens are kept: what the still places show does not matter."""
-    config = experiment("finetune", "rero", keep_ratio=1 / 16)  # as many tokens as there are slots
+    """The pixels of still places do not matter if one place moves and only its tokens are kept."""
+    config = experiment("finetune", "rero", keep_ratio=1 / 16)  # one token per slot
     still = random_clips(config, 1)[:, :1].expand(-1, 8, -1, -1, -1).clone()
     still[:, :, 16:32, 32:48] = random_clips(config, 1, seed=2)[:, :, 16:32, 32:48]
     other = still.clone()
@@ -239,7 +239,7 @@ def test_a_half_precision_model_still_takes_its_loss_in_float32(dtype: torch.dty
 
 
 def stack_of(*branches: float, drop_path: float) -> Blocks:
-    """One block for every two values, whose branches add these to all of their input."""
+    """Build one block per two values, whose attention and MLP branches add these values to their input."""
     stack = Blocks(TransformerShape(8, len(branches) // 2, 1), drop_path)
     for parameter in stack.parameters():
         nn.init.zeros_(parameter)
@@ -263,7 +263,7 @@ def test_branches_and_blocks_drop_independently_at_rates_that_grow_linearly() ->
     clips, values = 4000, [2.0**i for i in range(10)]
     rates = [0.0, 0.125, 0.25, 0.375, 0.5]
     total = torch.zeros(clips, 10)
-    for i, value in enumerate(values):  # one branch at a time
+    for i, value in enumerate(values):  # only one branch has an output
         alone = [0.0] * 10
         alone[i] = value
         total[:, i] = stack_of(*alone, drop_path=0.5)(torch.zeros(clips, 1, 8), torch.arange(clips))[:, 0, 0]
@@ -292,7 +292,7 @@ def test_one_hash_for_all_branches_is_one_for_each_bit_for_bit(dtype: torch.dtyp
 
 
 def dropped_one_by_one(stack: Blocks, rate: float, x: Tensor, keys: Tensor) -> Tensor:
-    """Every branch that can be dropped asks for its own number."""
+    """Apply the blocks with one random draw per branch that can be dropped."""
     for i, block in enumerate(stack):
         own_rate = rate * i / (len(stack) - 1)
         for j, (norm, branch) in enumerate(((block.norm1, block.attention), (block.norm2, block.mlp))):
@@ -315,7 +315,7 @@ def test_evaluation_drops_no_path() -> None:
 def test_a_forward_pass_of_vit_large_launches_few_operators(
     task: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At the real depth and a tiny width; drop path of each branch for itself would add 1500."""
+    """A forward pass of 24 narrow blocks launches few operators; drop path per branch would add 1500."""
     encoder, decoder = TransformerShape(64, 24, 16), TransformerShape(32, 4, 8)
     monkeypatch.setitem(BACKBONES, "vit_large", Backbone(encoder, decoder))
     tiny: dict[str, Any] = {"backbone": "vit_large", "image_size": 32, "patch_size": 8}
@@ -329,7 +329,7 @@ def test_a_forward_pass_of_vit_large_launches_few_operators(
 def test_dropout_before_the_head_keeps_the_expectation_and_follows_the_key() -> None:
     config = experiment("finetune", "none", head_drop=0.25)
     model, one, clips = built(config), random_clips(config, 1), 64
-    model.head = nn.Identity()  # the features that the head would read
+    model.head = nn.Identity()  # output the features that the head would read
     keys = torch.arange(clips)
     exact = model.eval()(one, keys[:1])
     features = model.train()(one.expand(clips, -1, -1, -1, -1), keys)

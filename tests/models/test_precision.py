@@ -1,4 +1,4 @@
-"""`precision: tf32`: float32 in all but a GPU's products, refused without one, predicted at its own rate."""
+"""Tests of `precision: tf32`: float32 except in products on GPUs, refused on CPUs, timed at its own rate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import StepPrediction, predict_step
 from everest_ds.models.precision import has_tf32, set_matmul_precision
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.profiling.time import compute_dtype
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import StepPrediction, predict_step
+from everest_ds.profiling.step_measurement import compute_dtype
 from tests.ranks import run_ranks
 from tests.training.faults import outcome
 from tests.training.runs import experiment
@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def strict_again() -> Iterator[None]:
-    """The process multiplies exactly afterwards."""
+    """Restore full float32 products in this process after a test."""
     yield
     set_matmul_precision("fp32")
 
@@ -45,7 +45,9 @@ def test_only_tf32_lets_products_round(strict_again: None) -> None:
 def test_a_cpu_refuses_it(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path).model_copy(update={"precision": "tf32"})
     (message,) = run_ranks(outcome, 1, config)
-    assert message == "ConfigError: precision: no TF32 on cpu; allowed: fp32; fix: set precision=fp32"
+    assert (
+        message == "ConfigError: precision: cpu does not support TF32; allowed: fp32; fix: set precision=fp32"
+    )
     assert not has_tf32(CPU)
 
 

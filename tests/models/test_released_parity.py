@@ -1,7 +1,7 @@
-"""The same function as the systems' released code: outputs, loss, gradients and choice of tokens.
+"""Tests against the released code of EVEREST and VideoMAE: outputs, losses, gradients and kept tokens.
 
-Needs clones, named by EVEREST_CODE and VIDEOMAE_CODE. Theirs runs as it is, on our weights and clips; only
-the random choice of visible tokens is replaced by ours.
+The tests need clones, whose paths are in EVEREST_CODE and VIDEOMAE_CODE. The released code runs unchanged on
+the weights and clips of EVEREST-DS; only its random choice of visible tokens is replaced.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ KEY = torch.tensor([12345])
 LABEL = torch.tensor([3])
 KEEP = {"pretrain": 0.3, "finetune": 0.6}
 NUM_TOKENS = 1568
-# Largest difference over the largest value, in float32, whose unit is 6e-8. Sums in another order make 7e-7
-# of the outputs and up to 3e-6 of a gradient.
+# Largest allowed difference, relative to the largest value, in float32 (unit roundoff 6e-8). Another order of
+# summation changes outputs by 7e-7 and gradients by up to 3e-6.
 OUTPUT_TOLERANCE = 5e-6
 GRADIENT_TOLERANCE = 2e-5
 LOSS_TOLERANCE = 2e-6
@@ -50,7 +50,7 @@ def full_size(task: str, selection: str, backbone: str) -> Experiment:
 
 
 def clip_for(config: Experiment) -> Tensor:
-    """uint8 (1, 16, 224, 224, 3): a real clip where there is one, else noise."""
+    """Return a uint8 clip (1, 16, 224, 224, 3): of a real video if there is one, else noise."""
     video = VIDEOS / "bikes.mp4"
     if not video.is_file() or importlib.util.find_spec("decord") is None:
         return random_clips(config, 1)
@@ -63,7 +63,7 @@ def clip_for(config: Experiment) -> Tensor:
 
 
 def randomize(model: nn.Module) -> None:
-    """No bias at zero, no gain at one, or a swap of two of them would pass."""
+    """Perturb all parameters, because a swap of two biases at 0 or two gains at 1 would go unnoticed."""
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -71,7 +71,7 @@ def randomize(model: nn.Module) -> None:
 
 
 def pair(name: str, config: Experiment) -> tuple[nn.Module, Peer]:
-    """Our model and theirs, of equal weights."""
+    """Build the EVEREST-DS model and the released model with equal weights."""
     peer = load_peer(name, clone_of(name), config)
     torch.manual_seed(0)
     ours = build_model(config)
@@ -81,7 +81,7 @@ def pair(name: str, config: Experiment) -> tuple[nn.Module, Peer]:
 
 
 def hidden(shown_BK: Tensor) -> Tensor:
-    """bool (B, N): everything but the tokens `shown_BK`, as their masks say it."""
+    """Return the hidden tokens as a mask for the released code: bool (B, N), False at `shown_BK`."""
     return torch.ones(len(shown_BK), NUM_TOKENS, dtype=torch.bool).scatter(1, shown_BK, False)
 
 
@@ -90,7 +90,7 @@ def capture(results: list[Any], module: nn.Module) -> None:
 
 
 def assert_close(actual: Tensor, expected: Tensor, tolerance: float, name: str) -> None:
-    """Equal within `tolerance` of the largest value."""
+    """Check that two tensors differ by at most `tolerance` times the largest value."""
     difference = (actual - expected).abs().max().item() / expected.abs().max().item()
     assert difference < tolerance, f"{name}: differs by {difference:.2g} of its largest value"
 
@@ -105,7 +105,7 @@ def assert_same_gradients(ours: nn.Module, theirs: nn.Module, task: str) -> None
 
 
 def kept_by(ours: nn.Module, config: Experiment, clip: Tensor) -> Tensor:
-    """The tokens (1, K) that our classifier's encoder is given."""
+    """Return the token indices (1, K) that the classifier passes to its encoder."""
     seen: list[Tensor] = []
     shape = (1, config.token_counts.num_kept)
     hook = ours.get_submodule("encoder").register_forward_pre_hook(
@@ -135,7 +135,7 @@ def test_pretraining_outputs_loss_and_gradients(
     theirs: list[Any] = []
     capture(theirs, peer.model.get_submodule("decoder"))
     loss = peer.loss(batch)
-    # theirs come in ascending order of the tokens
+    # the released code returns predictions in ascending order of the tokens
     in_order = output.prediction_BMP[0, output.predicted_BM[0].argsort()]
     assert_close(in_order, theirs[0][0], OUTPUT_TOLERANCE, "prediction")
     torch.testing.assert_close(output.loss, loss, rtol=LOSS_TOLERANCE, atol=0)
@@ -168,7 +168,7 @@ def test_fine_tuning_logits_loss_and_gradients(
 
 
 def test_the_released_counts_in_floating_point_are_the_exact_ones_at_full_size() -> None:
-    """What int((1 - ratio) * N) gives in their code is what we compute in exact arithmetic."""
+    """The released `int((1 - ratio) * N)` equals the count in exact arithmetic."""
     pretrain = full_size("pretrain", "rero", "vit_small").token_counts
     assert (pretrain.num_kept, pretrain.num_visible) == (int((1 - 0.7) * 1568), int((1 - 0.9) * 1568))
     assert (pretrain.num_kept, pretrain.num_visible) == (470, 156)
@@ -176,7 +176,7 @@ def test_the_released_counts_in_floating_point_are_the_exact_ones_at_full_size()
 
 
 def borderline(peer: Peer, clip: Tensor, tokens: set[int], num_kept: int) -> bool:
-    """Whether float64 can hardly tell the importance of `tokens` from that of the last one kept."""
+    """Return whether `tokens` are as important as the last kept token, to within 1e-5 in float64."""
     projection = next(m for m in peer.model.modules() if isinstance(m, nn.Conv3d))
     weight = projection.weight.detach().double()
     video = F.conv3d(to_video(clip).double(), weight, stride=projection.stride)
@@ -199,7 +199,7 @@ def test_released_selection_keeps_the_same_tokens(task: str, backbone: str) -> N
     with torch.no_grad():
         peer.loss(peer.prepare(clip, LABEL))
         output = ours(clip, KEY)
-    if task == "pretrain":  # their random split of the kept tokens is theirs
+    if task == "pretrain":  # the split of the kept tokens is random, so only their union is compared
         theirs_N = ~masks[0][0][0] | ~masks[0][1][0]
         kept = torch.cat([output.visible_BV, output.predicted_BM], dim=1)
     else:

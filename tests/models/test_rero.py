@@ -1,4 +1,4 @@
-"""The selector against a naive loop over tokens: every score, every distance, ties and real clips."""
+"""Tests of ReRo against a naive loop over tokens: all scores and distances, ties and real clips."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from everest_ds.models import Classifier, rero
-from everest_ds.models.rero import score_map, select_tokens, token_importance
+from everest_ds.models import Classifier
+from everest_ds.models.selection import rero
+from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
 from everest_ds.models.tubelets import (
     PIXEL_MEAN,
     PIXEL_STD,
@@ -40,7 +41,7 @@ def naive_distance(later: list[float], earlier: list[float], distance: str) -> f
 
 
 def naive_importance(features_ND: list[list[float]], num_slots: int, distance: str = "l2") -> list[float]:
-    """One token at a time: the distance to its predecessor in time; slot 0 takes slot 1's."""
+    """Compute the distance of each token to its predecessor in time; slot 0 takes the distance of slot 1."""
     places = len(features_ND) // num_slots
     importance = []
     for token in range(len(features_ND)):
@@ -50,13 +51,13 @@ def naive_importance(features_ND: list[list[float]], num_slots: int, distance: s
 
 
 def naive_selection(importance_N: list[float], num_kept: int) -> list[int]:
-    """The most important first, the earlier of two equals first."""
+    """Select the most important tokens; of two equally important tokens, the earlier has priority."""
     ranked = sorted(range(len(importance_N)), key=lambda token: (-importance_N[token], token))
     return sorted(ranked[:num_kept])
 
 
 class Case(NamedTuple):
-    """uint8 tubelets of few levels, whose distances are often equal; an integer map of them; T and K."""
+    """Tubelets of few pixel levels, which give many ties, with an integer map of them, T and K."""
 
     tubelets_BNP: Tensor
     score: PixelMap
@@ -72,7 +73,7 @@ def cases(draw: st.DrawFn) -> Case:
     size = (draw(st.integers(1, 3)), slots * places, colours)
     tubelets = torch.randint(0, levels, size, generator=generator).byte()
     weight = torch.randint(-3, 4, (draw(st.integers(1, 4)), colours), generator=generator).float()
-    bias = torch.full((len(weight),), 500.0)  # far from zero, where a cosine has no direction
+    bias = torch.full((len(weight),), 500.0)  # keeps features away from zero, where a cosine is undefined
     return Case(tubelets, PixelMap(weight * 128, bias), slots, draw(st.integers(1, slots * places)))
 
 
@@ -115,7 +116,7 @@ def test_scoring_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_sketch_keeps_squared_distances_in_expectation() -> None:
-    """Over random directions their mean is kept; a tenth of the width spreads them by about √(2/72)."""
+    """The sketch preserves the mean squared distance, with a deviation of about √(2/72) at 72 features."""
     directions = torch.randn(768, 4000, generator=torch.Generator().manual_seed(0))
     weight = PixelMap(directions / directions.norm(dim=0), torch.zeros(768))
     sketch = score_map("sketch", weight)
@@ -139,13 +140,13 @@ def test_selection_on_a_real_clip_equals_conv3d_and_a_naive_loop(name: str) -> N
     naive = set(naive_selection(importance, num_kept=940))
     threshold = min(importance[token] for token in naive)
     assert len(keep) == 940
-    for token in keep ^ naive:  # float32 may swap only what float64 can hardly tell apart
+    for token in keep ^ naive:  # float32 may only swap tokens whose importance is almost equal in float64
         assert importance[token] == pytest.approx(threshold, rel=1e-5)
     assert len(keep ^ naive) <= 4
 
 
 def decode(path: Path) -> Tensor:
-    """uint8 (1, 16, 224, 224, 3): frames at stride 4, the middle of each."""
+    """Read 16 frames at stride 4 and their central crop: uint8 (1, 16, 224, 224, 3)."""
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
@@ -155,7 +156,7 @@ def decode(path: Path) -> Tensor:
 
 
 def conv3d_embedding(weight_DP: Tensor, clip: Tensor) -> Tensor:
-    """float64 (N, D): VideoMAE's patch embedding of the clip, without the bias that distances cancel."""
+    """Compute VideoMAE's patch embedding of a clip without bias, which distances cancel: float64 (N, D)."""
     kernel = weight_DP.detach().double().view(-1, 2, 16, 16, 3).permute(0, 4, 1, 2, 3)
     pixels = (clip.double() / 255 - torch.tensor(PIXEL_MEAN)) / torch.tensor(PIXEL_STD)
     volume = F.conv3d(pixels.permute(0, 4, 1, 2, 3), kernel, stride=(2, 16, 16))

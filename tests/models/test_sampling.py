@@ -1,4 +1,4 @@
-"""Per-clip randomness: a hash of key, stream and counter, uniform and free of its neighbours."""
+"""Tests of per-clip randomness: a hash of key, stream and counter that is uniform and uncorrelated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ streams = st.integers(0, 200)
 
 
 def splitmix64(value: int) -> int:
-    """The published mixing function on unbounded integers."""
+    """Apply the published SplitMix64 mixing function to an unbounded integer."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) % 2**64
     return value ^ (value >> 31)
@@ -96,7 +96,7 @@ def correlation(a: Tensor, b: Tensor) -> float:
 
 
 def assert_uniform(values: Tensor) -> None:
-    """Kolmogorov-Smirnov at a level of 0.001."""
+    """Check uniformity with a Kolmogorov-Smirnov test at a significance level of 0.001."""
     assert values.min() >= 0 and values.max() < 1
     n = len(values)
     steps = torch.arange(n + 1, dtype=torch.float64) / n

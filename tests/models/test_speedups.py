@@ -1,7 +1,7 @@
-"""Training along the sparse path, with all that makes it fast, against the plain way of writing it.
+"""Tests of training with all optimisations against a plain implementation.
 
-The plain way embeds every tubelet of normalised pixels with gradient, compares whole embeddings, keeps both
-attention matrices, builds every target, and picks what it needs last.
+The plain implementation embeds every tubelet of normalised pixels with gradient, compares whole embeddings,
+stores both attention matrices, builds every target, and gathers tokens only at the end.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from everest_ds.config import Experiment
 from everest_ds.models import PretrainModel, build_model
-from everest_ds.models.masks import split_kept
-from everest_ds.models.rero import select_tokens
+from everest_ds.models.selection.masks import split_kept
+from everest_ds.models.selection.rero import select_tokens
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD, to_tubelets
 from everest_ds.parallel.recompute import apply_recompute
 from tests.models import experiment, random_clips
@@ -38,7 +38,7 @@ def plain_loss(model: PretrainModel, clip: Tensor, keys: Tensor, config: Experim
 
 
 def losses(config: Experiment, *, plain: bool, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Loss of each of 50 steps over five recurring batches."""
+    """Return the losses of 50 training steps over five recurring batches."""
     torch.manual_seed(0)
     model = build_model(config).to(dtype)
     assert isinstance(model, PretrainModel)
@@ -63,7 +63,7 @@ def config_with(attention: str, recompute: str = "none") -> Experiment:
 @pytest.fixture(scope="module")
 def plain_curve() -> Tensor:
     curve = losses(config_with("unfused"), plain=True)
-    assert curve[-5:].mean() < 0.97 * curve[:5].mean()  # it learns: a flat curve would prove nothing
+    assert curve[-5:].mean() < 0.97 * curve[:5].mean()  # the model learns: a flat curve would prove nothing
     return curve
 
 

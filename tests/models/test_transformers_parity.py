@@ -1,7 +1,7 @@
-"""The same function as transformers' VideoMAE: outputs, loss and gradients under the same weights.
+"""Tests against transformers' VideoMAE: outputs, losses and gradients with the same weights.
 
-An independent implementation checks everything that selection does not touch: embedding, positions,
-blocks, decoder order, targets, loss.
+This independent implementation checks all parts except token selection: embedding, positions, blocks, order
+of decoder tokens, targets and loss.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def their_config(config: Experiment) -> Any:
 
 
 def randomize(model: nn.Module) -> None:
-    """No bias at zero, no gain at one, or a swap of two of them would pass."""
+    """Perturb all parameters, because a swap of two biases at 0 or two gains at 1 would go unnoticed."""
     torch.manual_seed(5)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,7 +73,7 @@ def from_layers(prefix: str, layers: Iterable[Any], pick: Pick) -> dict[str, Ten
 
 def from_encoder(videomae: Any, pick: Pick) -> dict[str, Tensor]:
     projection = videomae.embeddings.patch_embeddings.projection
-    weight = pick(projection.weight).permute(0, 2, 3, 4, 1).flatten(1)  # colour last, as pixels lie
+    weight = pick(projection.weight).permute(0, 2, 3, 4, 1).flatten(1)  # colour last, as in a tubelet
     ours = {"encoder.embed.weight": weight, "encoder.embed.bias": pick(projection.bias)}
     return ours | from_layers("encoder.blocks", videomae.encoder.layer, pick)
 
@@ -114,7 +114,7 @@ def assert_same_gradients(ours: nn.Module, expected: dict[str, Tensor]) -> None:
 
 def pretraining_pair(config: Experiment) -> tuple[PretrainModel, Any]:
     theirs = transformers.VideoMAEForPreTraining(their_config(config))
-    theirs.decoder.norm.eps = 1e-6  # transformers leaves this one at 1e-5; VideoMAE's is 1e-6
+    theirs.decoder.norm.eps = 1e-6  # 1e-5 in transformers, 1e-6 in VideoMAE
     randomize(theirs)
     ours = PretrainModel(config)
     ours.load_state_dict(from_pretraining(theirs, data_of))
@@ -131,7 +131,7 @@ def classifier_pair(config: Experiment) -> tuple[Classifier, Any]:
 
 
 def hidden_from_encoder(ours: PretrainModel, clip: Tensor, keys: Tensor) -> Tensor:
-    """bool (B, N): the tokens that our choice predicts, as transformers wants to be told."""
+    """Return the mask of predicted tokens in transformers' convention: True if hidden, bool (B, N)."""
     predicted = ours.selector(clip, ours.encoder.embed(), keys).predicted_BM
     hidden = torch.zeros(len(clip), ours.selector.counts.num_tokens, dtype=torch.bool)
     return hidden.scatter(1, predicted, True)

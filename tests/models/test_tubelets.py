@@ -1,4 +1,4 @@
-"""Tubelets: cutting and joining, embedding, targets and positions against independent formulas."""
+"""Tests of tubelets: cutting, joining, embedding, targets and positions against independent formulas."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_pixels_are_normalised_by_the_statistics_of_imagenet() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_rounds_weights_but_no_pixel(dtype: torch.dtype) -> None:
-    """A weight that picks one pixel value, exact in half precision, gives that value exactly."""
+    """A half-precision map that selects a single pixel value returns this value exactly."""
     levels = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 6)
     one = torch.eye(6)[:1].to(dtype)
     values = PixelMap(one, torch.zeros(1, dtype=dtype))(levels)
@@ -124,7 +124,7 @@ def test_targets_without_normalisation_are_pixels_from_zero_to_one() -> None:
 
 
 def test_targets_of_still_tubelets_are_zero() -> None:
-    """Their variance is zero: rounding of the mean, over 1e-6, must not become a target."""
+    """A tubelet of zero variance has targets 0, not rounding errors of its mean divided by 1e-6."""
     grey = torch.arange(256, dtype=torch.uint8)[None, :, None].expand(1, 256, 1536)
     assert not reconstruction_targets(grey, normalize=True).any()
 

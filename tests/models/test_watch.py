@@ -1,4 +1,4 @@
-"""What is recorded of a forward pass is what happened in it."""
+"""Tests of the recorder: its record agrees with the tokens and attention of the forward pass."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Twenty steps of a tiny run, by one plain torch process and by ranks of any mesh: equal, or a test fails."""
+"""Comparison of twenty steps of a tiny run on any mesh of ranks with the same steps in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
-from everest_ds.models.initial import draw, outline
+from everest_ds.models.initial_weights import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import (
     Engine,
@@ -27,27 +27,26 @@ from everest_ds.parallel.engine import (
 )
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 
 STEPS = 20
 GLOBAL_BATCH = 8
-MICRO_BATCHES = 2  # accumulated by a rank in a step
-# After 20 steps a bias that began at zero is small, and so is what it is compared with. Of seeds 0 to 5, two
-# bring one such bias 1.5e-5 from the plain loop's by another order of sums alone, in one process.
+MICRO_BATCHES = 2  # accumulated in one step, per rank
+# A bias that starts at zero is still small after 20 steps, so its relative error is large. With two of the
+# seeds 0 to 5, another order of summation alone moves such a bias by 1.5e-5, even in one process.
 SEED = 2
 STAGES = (0, 1, 2, 3)
 TASKS = ("pretrain", "finetune")
 MAX_GRADIENT_NORM = 0.5
 TOLERANCE = 1e-5
 TINY = BACKBONES["vit_tiny"]
-# Its decoder has two heads; with four, pre-training can be split over four ranks too.
+# The decoder of vit_tiny has two heads; with four, pre-training can also be split over four ranks.
 SPLITTABLE = replace(TINY, decoder=replace(TINY.decoder, heads=4))
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """What a run left: a loss and a gradient norm each step, and the weights at the end."""
+    """The result of a run: the loss and gradient norm of each step, and the final weights."""
 
     losses: list[float]
     norms: list[float | None]
@@ -65,7 +64,10 @@ def experiment(
     ds_config: Path | None = None,
     nvme: Path | None = None,
 ) -> Experiment:
-    """Clipping, layer decay, drop path and two accumulated micro-batches."""
+    """Return a tiny experiment with clipping, two accumulated micro-batches, layer decay and drop path.
+
+    Layer decay and drop path apply to fine-tuning only.
+    """
     spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload}
     spread |= {"offload_to_nvme": nvme, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
@@ -93,9 +95,9 @@ def experiment(
 
 
 def for_tiny_models(shipped: Path, folder: Path) -> Path:
-    """A DeepSpeed file with every size a thousandth: a tiny model meets what a large one meets.
+    """Write a copy of a DeepSpeed file with every size divided by 1000, and return its path.
 
-    As shipped, the parameters of a tiny one are so small that each rank keeps all of them.
+    With the shipped sizes, all parameters of a tiny model are below the threshold and stay on every rank.
     """
     tree = json.loads(shipped.read_text())
     zero = tree["zero_optimization"]
@@ -106,10 +108,12 @@ def for_tiny_models(shipped: Path, folder: Path) -> Path:
 
 
 def plain_run(task: str, device: torch.device = torch.device("cpu"), micro_batches: int = 1) -> Trajectory:
-    """Return the reference: one process, torch's own AdamW and clipping.
+    """Run the reference: one process with torch's own AdamW and clipping.
 
     Args:
-        micro_batches: equal parts of a step's batch whose gradients are added up.
+        task: pretrain or finetune.
+        device: the device of the run.
+        micro_batches: number of equal parts of a step's batch whose gradients are accumulated.
     """
     config = experiment(task, stage=0, data_degree=1)
     torch.manual_seed(SEED)
@@ -136,14 +140,14 @@ def plain_run(task: str, device: torch.device = torch.device("cpu"), micro_batch
 
 
 def start(world: World, config: Experiment) -> Engine:
-    """The engine of a run, as `train` makes it."""
+    """Return the engine of a run, built as `train` builds it."""
     model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw(config))
+    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
 
 
 def engine_run(world: World, config: Experiment) -> Trajectory:
-    """The same steps under DeepSpeed; losses are means over all ranks."""
+    """Run the steps of `plain_run` under DeepSpeed; losses are means over all ranks."""
     plan = plan_ranks(config, world.size)
     mesh, engine = form_mesh(world, config.parallelism.tensor), start(world, config)
     objective = build_objective(config)
@@ -166,13 +170,13 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
 
 
 def engine_runs(world: World, configs: list[Experiment]) -> list[Trajectory]:
-    """Several runs in one world: ranks take longer to start than to run."""
-    BACKBONES["vit_tiny"] = SPLITTABLE  # a rank is a process of its own
+    """Run several experiments in one world, because ranks take longer to start than to run."""
+    BACKBONES["vit_tiny"] = SPLITTABLE  # each rank is a separate process, so this affects no other test
     return [engine_run(world, config) for config in configs]
 
 
 def engine_runs_on_onednn(world: World, configs: list[Experiment]) -> list[Trajectory]:
-    """`engine_runs` with every product by oneDNN, as large ones on processors that are not Intel's."""
+    """Run `engine_runs` with every matrix product by oneDNN, as for large products on non-Intel CPUs."""
     linear._WORTHWHILE_MACS, linear._PREFERS_ONEDNN = 0, True
     return engine_runs(world, configs)
 
@@ -188,7 +192,7 @@ def assert_equal(run: Trajectory, expected: Trajectory, name: str, within: float
 
 
 def assert_same_weights(runs: list[Trajectory], name: str) -> None:
-    """In every bit: ranks that hold copies of a weight must not drift apart."""
+    """Check that the weights of all ranks are bit-identical: copies of a weight must not drift apart."""
     for run in runs[1:]:
         for parameter, weight in runs[0].weights.items():
             assert np.array_equal(run.weights[parameter], weight), f"{name}: {parameter}"
@@ -199,7 +203,7 @@ def _learning_rate(step: int) -> float:
 
 
 def global_batch(step: int) -> ClipBatch:
-    """The clips of a step, of all ranks."""
+    """Return the clips of a step, of all ranks."""
     generator = torch.Generator().manual_seed(step)
     clip = torch.randint(0, 256, (GLOBAL_BATCH, 4, 32, 32, 3), dtype=torch.uint8, generator=generator)
     ids = torch.arange(GLOBAL_BATCH)
@@ -207,5 +211,5 @@ def global_batch(step: int) -> ClipBatch:
 
 
 def part(batch: ClipBatch, pieces: int, piece: int) -> ClipBatch:
-    """One of several equal pieces of a batch."""
+    """Return the `piece`-th of `pieces` equal parts of a batch."""
     return ClipBatch(*(tensor.chunk(pieces)[piece] for tensor in batch))

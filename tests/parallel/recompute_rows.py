@@ -1,4 +1,4 @@
-"""Rows of tools/bench_recompute.py, for tests on a CPU and on a GPU."""
+"""Rows measured by tools/bench_recompute.py, for tests on a CPU and on a GPU."""
 
 from __future__ import annotations
 

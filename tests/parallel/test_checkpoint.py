@@ -1,4 +1,4 @@
-"""What a world saves, any other world takes up and saves again: the same bits, and the same next step."""
+"""Tests that a checkpoint loads bit-exactly in any other layout of ranks."""
 
 from __future__ import annotations
 
@@ -10,27 +10,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from everest_ds.checkpoints.folder import verify
+from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.config import plan_ranks
 from everest_ds.models import build_model
-from everest_ds.parallel.checkpoint import load_checkpoint
+from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
 from everest_ds.parallel.mesh import form_mesh
-from everest_ds.parallel.saving import Keep, Saving
 from everest_ds.parallel.world import World
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from tests.checkpoints.made import facts
 from tests.parallel.equality import experiment, global_batch, part
 from tests.ranks import run_ranks
 
-SAVED = 2  # steps done when the first world saves
+SAVED = 2  # number of steps before the first world saves
 
 
 class Layout(NamedTuple):
-    """How a world holds a model."""
+    """The way in which the ranks share a model: ZeRO stage and tensor degree."""
 
     stage: int
     tensor: int
@@ -43,7 +41,7 @@ Move = tuple[Layout, Layout]
 
 
 class Trained:
-    """The tiny classifier in one layout."""
+    """The tiny classifier and its engine in one layout."""
 
     def __init__(self, world: World, layout: Layout, precision: str) -> None:
         self.mesh = form_mesh(world, layout.tensor)
@@ -58,7 +56,7 @@ class Trained:
         self.engine: Engine = build_engine(model, groups, self.config, ds_config, world)
 
     def step(self, number: int) -> float:
-        """Mean loss of one optimiser step."""
+        """Run one optimiser step and return its mean loss."""
         set_learning_rate(self.engine, 1e-3)
         objective, losses = build_objective(self.config), []
         for micro in range(self.plan.grad_accum_steps):
@@ -75,7 +73,7 @@ class Trained:
 
 
 def train_and_save(world: World, folder: Path, precision: str, layouts: list[Layout]) -> list[float]:
-    """In each layout: train, save, and the loss of the step after."""
+    """Train and save in each layout; return the losses of the steps after saving."""
     losses = []
     for layout in layouts:
         trained = Trained(world, layout, precision)
@@ -88,12 +86,16 @@ def train_and_save(world: World, folder: Path, precision: str, layouts: list[Lay
 
 
 def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> list[float]:
-    """For each pair of layouts: load what the first saved into the second, save, go on."""
+    """Load the checkpoint of one layout in another and save it again, for each move.
+
+    Returns:
+        The losses of the steps after loading.
+    """
     losses = []
     for before, now in moves:
         source = before.folder(folder) / f"step-{SAVED:08d}"
         trained = Trained(world, now, precision)
-        load_checkpoint(trained.engine, source, verify(source), trained.mesh)
+        load_checkpoint(trained.engine, source, verify_checkpoint(source), trained.mesh)
         trained.save(now.folder(before.folder(folder)))
         losses.append(trained.step(SAVED))
         trained.engine.destroy()
@@ -102,7 +104,7 @@ def take_up(world: World, folder: Path, precision: str, moves: list[Move]) -> li
 
 def contents(folder: Path) -> dict[tuple[str, str], Tensor]:
     path = folder / f"step-{SAVED:08d}"
-    with CheckpointReader(path, verify(path)) as reader:
+    with CheckpointReader(path, verify_checkpoint(path)) as reader:
         return {(s, name): reader.whole(s, name) for s in STATES for name in reader.manifest.parameters}
 
 
@@ -111,7 +113,7 @@ def layouts(stages: tuple[int, ...], tensor_degrees: tuple[int, ...]) -> list[La
 
 
 def some_moves(before: list[Layout], now: list[Layout]) -> list[Move]:
-    """Every third pair: each layout with many of the other side."""
+    """Return every third pair of layouts, which combines each layout with many others."""
     return [(b, n) for (i, b), (j, n) in product(enumerate(before), enumerate(now)) if (i + j) % 3 == 0]
 
 

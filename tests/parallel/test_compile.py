@@ -1,4 +1,4 @@
-"""Compiled blocks: one graph a stack without a break, equal to eager ones, in every mode that trains."""
+"""Tests of compiled blocks: few graphs per stack, no graph breaks, and the losses of eager blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from everest_ds.models import build_model
 from everest_ds.models.vit import Block
 from everest_ds.parallel.compile import apply_compile
 from everest_ds.parallel.world import World
-from everest_ds.training.pictures import watch
+from everest_ds.training.observers import watch
 from tests.parallel.equality import (
     GLOBAL_BATCH,
     SPLITTABLE,
@@ -33,8 +33,8 @@ from tests.parallel.equality import (
 )
 from tests.ranks import run_ranks
 
-# Whole blocks are a graph for each stack, and another one where they first run without gradients. In parts,
-# attention, MLP and what is between them are one each; what is recomputed is two.
+# Whole blocks need one graph per stack, and a second one if they first run without gradients. In parts,
+# attention, MLP and the code between them need one graph each, and the recomputed part needs two.
 GRAPHS_OF_A_STACK = {"none": 1, "gelu": 1, "attention": 4, "mlp": 4, "blocks": 2, "full": 2}
 
 
@@ -61,12 +61,12 @@ class Outcome(NamedTuple):
 
 
 def by(backend: str) -> AbstractContextManager[Any]:
-    """Compile with this backend of torch; `aot_eager` traces as all do, and runs what it has traced."""
+    """Use this compiler back end of torch; `aot_eager` traces a graph and runs it without generating code."""
     return torch.compiler.set_stance("default", force_backend=backend)
 
 
 def train_both_ways(world: World, cases: list[Case], backend: str) -> list[Outcome]:
-    """Twenty steps of the engine, eager and compiled."""
+    """Run twenty steps of the engine for each case, once eager and once compiled."""
     from torch._dynamo.utils import counters
 
     BACKBONES["vit_tiny"] = SPLITTABLE
@@ -77,7 +77,7 @@ def train_both_ways(world: World, cases: list[Case], backend: str) -> list[Outco
         counters.clear()
         with by(backend):
             compiled = engine_run(world, case.config(world.size, True))
-        graphs = counters["stats"]["unique_graphs"] - 1  # the check of the compiler is one
+        graphs = counters["stats"]["unique_graphs"] - 1  # without the graph that checks the compiler
         outcomes.append(Outcome(eager, compiled, graphs, dict(counters["graph_break"])))
     return outcomes
 
@@ -125,12 +125,16 @@ def test_every_recompute_mode_repeats_compiled_code(mode: str) -> None:
     ],
 )
 def test_twenty_steps_of_compiled_kernels_are_those_of_eager_ones(num_ranks: int, case: Case) -> None:
-    """By inductor, which on a CPU writes C++."""
+    """Blocks compiled by Inductor, which generates C++ on a CPU, train as eager blocks do."""
     assert_as_eager(num_ranks, [case], "inductor", TOLERANCE)
 
 
 def graphs_of_a_run_with_pictures_and_validation(world: World) -> tuple[int, int, bool]:
-    """Graphs after a step, and after all that may come between steps; whether the picture saw attention."""
+    """Count the graphs after a step, and after a picture, evaluations and another step.
+
+    Returns:
+        Both counts, and True if the picture has recorded attention.
+    """
     from torch._dynamo.utils import counters
 
     engine = start(world, Case("finetune", 2).config(1, True))
@@ -160,7 +164,7 @@ def blocks_after(world: World, config: Experiment) -> set[type[nn.Module]]:
 
 
 def names_of_blocks(world: World, device: str, stage: int, compiles: bool | None) -> tuple[set[str], str]:
-    """The blocks' classes, and what was logged, on a machine that has no GPU."""
+    """Return the names of the blocks' classes, and the logged text, as if the world had this device."""
     from everest_ds.log import logger
 
     said: list[str] = []
@@ -199,12 +203,12 @@ def refusal_without_a_cpp_compiler(world: World) -> str:
 
 def test_without_a_compiler_what_was_asked_for_is_refused() -> None:
     (message,) = run_ranks(refusal_without_a_cpp_compiler, 1)
-    assert message.startswith("model.compile: torch.compile does not work here; given: ")
+    assert message.startswith("model.compile: torch.compile does not work on this machine; given: ")
     assert message.endswith("or set model.compile=false")
 
 
 def compile_into(world: World, folder: Path) -> tuple[int, int]:
-    """Graphs that were found in the folder, and that were not."""
+    """Compile with a cache in `folder`; return the numbers of graphs found and not found in the cache."""
     from torch._dynamo.utils import counters
 
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)

@@ -1,4 +1,4 @@
-"""The DeepSpeed settings of a run: which follow from the run config, and which a user's file may set."""
+"""Tests of the DeepSpeed settings of a run: those from the run config, and those that a file may set."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_sums_in_a_third_type_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("file", sorted(shipped("ds_configs").glob("*.json")), ids=lambda file: file.stem)
 def test_shipped_files_leave_deepspeeds_timers_off(file: Path) -> None:
-    """Each call of them waits for the device."""
+    """The shipped files turn off the timers, each call of which would wait for the device."""
     assert json.loads(file.read_text())["timers"] == {"throughput": {"enabled": False}}
 
 

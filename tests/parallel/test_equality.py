@@ -1,4 +1,4 @@
-"""Every ZeRO stage on every mesh of data x tensor ranks trains as one plain torch process does."""
+"""Tests that every ZeRO stage on every mesh of data x tensor ranks trains like one plain torch process."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_mesh_follows_the_plain_loop_where_products_are_large() -> None:
 def test_zero3_follows_the_plain_loop_where_weights_come_and_go(
     data: int, tensor: int, tmp_path: Path
 ) -> None:
-    """Released after the forward pass, fetched again for the backward pass, as of a large model."""
+    """Weights that ZeRO-3 releases after the forward pass and fetches again train as in the plain loop."""
     own = for_tiny_models(shipped("ds_configs") / "zero3.json", tmp_path)
     configs = [experiment(task, 3, data, tensor, ds_config=own) for task in TASKS]
     for task, *runs in zip(TASKS, *run_ranks(engine_runs, data * tensor, configs), strict=True):

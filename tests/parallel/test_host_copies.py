@@ -1,4 +1,4 @@
-"""Copies of states on the host: of the moment when they were taken, in memory that is kept."""
+"""Tests of host copies: they hold the states at the time of the call, in memory that is reused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The lean update of ZeRO-1 and 2: few launches, one wait, and DeepSpeed's own weights bit by bit."""
+"""Tests of the lean update of ZeRO-1 and 2: few launches, one host wait, bit-identical weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from everest_ds.parallel.engine import (
 )
 from everest_ds.parallel.world import World
 from everest_ds.profiling.launches import LaunchCounter, count_launches
-from everest_ds.training.objective import build_objective
+from everest_ds.training.optimization import build_objective
 from tests.parallel.equality import (
     SPLITTABLE,
     TOLERANCE,
@@ -36,7 +36,7 @@ from tests.parallel.equality import (
 )
 from tests.ranks import run_ranks
 
-# Depth, heads and number of tensors of ViT-L; an operator costs the host the same whatever the width.
+# As deep as ViT-L, with as many heads and tensors: the host time of an operator does not depend on the width.
 NARROW_VIT_L = Backbone(TransformerShape(64, 24, 16), TransformerShape(32, 4, 8))
 MAX_UPDATE_LAUNCHES = 60
 
@@ -46,7 +46,7 @@ def slow(*cell: object) -> object:
 
 
 class Counted(NamedTuple):
-    """Launches of one micro-batch's phases, and waits in all of them."""
+    """The launches in each phase of one micro-batch, and the host waits in all phases together."""
 
     num_tensors: int
     forward: int
@@ -56,7 +56,7 @@ class Counted(NamedTuple):
 
 
 def count_step(world: World, config: Experiment) -> Counted:
-    """Count a third step, of one micro-batch."""
+    """Count the launches and waits of the third step, which has one micro-batch."""
     BACKBONES["vit_tiny"] = NARROW_VIT_L
     engine, objective = start(world, config), build_objective(config)
     batch = part(global_batch(0), world.size, world.rank)
@@ -97,14 +97,14 @@ def test_the_backward_pass_on_one_rank_is_that_of_the_model_alone() -> None:
     config = one_micro_batch(experiment("pretrain", 2, 1, precision="bf16"))
     plain = one_micro_batch(experiment("pretrain", 0, 1))
     sharded, alone = (run_ranks(count_step, 1, each)[0] for each in (config, plain))
-    assert sharded.backward - alone.backward <= 4  # a scale of the loss, and padding of two groups
+    assert sharded.backward - alone.backward <= 4  # for scaling the loss and padding two groups
 
 
 def runs_of_both_paths(
     world: World, configs: list[Experiment], with_sums: bool
 ) -> list[tuple[Trajectory, Trajectory]]:
-    """By us, and by DeepSpeed with buckets and its own update."""
-    from everest_ds.parallel import lean_update  # imports DeepSpeed, which collecting tests shall not
+    """Run each experiment with the lean update, and with DeepSpeed's buckets and own update."""
+    from everest_ds.parallel import lean_update  # imports DeepSpeed, which must not happen during collection
 
     BACKBONES["vit_tiny"] = SPLITTABLE
     ours = [engine_run(world, config) for config in configs]
@@ -149,7 +149,10 @@ def test_accumulated_float32_sums_are_those_of_deepspeed_in_every_bit(data: int)
 
 @pytest.mark.parametrize(("data", "tensor"), [slow(2, 1), (1, 2)])
 def test_clipping_follows_deepspeed(data: int, tensor: int) -> None:
-    """Its norm is a float32 sum of float64 norms, ours the other way round: the last bits may differ."""
+    """Clipping agrees with DeepSpeed up to the last bits of the norm.
+
+    DeepSpeed sums float64 norms in float32; the lean update sums float32 norms in float64.
+    """
     configs = [experiment("finetune", stage, data, tensor) for stage in (2, 3)]
     for ours, theirs in run_ranks(runs_of_both_paths, data * tensor, configs, False)[0]:
         assert ours.norms == pytest.approx(theirs.norms, rel=1e-6)
@@ -197,13 +200,18 @@ def _error(world: World, stage: int) -> float:
 
 @pytest.mark.parametrize(("ranks", "limit"), [(1, 1e-6), slow(2, 4e-3)])
 def test_32_micro_batches_of_bf16_are_summed_in_float32(ranks: int, limit: float) -> None:
-    """On two ranks, what is sent is rounded to bf16 once, by at most 2^-8; its sum is not."""
+    """Sums are in float32; on two ranks, a gradient is rounded to bf16 once to be sent, by at most 2^-8."""
     for stage, error in run_ranks(error_of_the_sum, ranks, [1, 2, 3])[0].items():
         assert error < limit, f"ZeRO-{stage}"
 
 
 def skip_a_step(world: World, stage: int) -> tuple[bool, float | None, bool, bool]:
-    """The last rank has an infinite gradient, then none."""
+    """Run a step with an infinite gradient on the last rank, then a step without.
+
+    Returns:
+        Whether the first step was skipped, its gradient norm, whether it kept the weights, and whether the
+        second step changed them.
+    """
     config = one_micro_batch(experiment("pretrain", stage, world.size, precision="bf16"))
     engine, objective = start(world, config), build_objective(config)
     set_learning_rate(engine, 1e-3)

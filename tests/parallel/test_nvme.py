@@ -1,4 +1,4 @@
-"""Optimiser states on a disk: the same training, checkpoints that go anywhere, and refusals that help."""
+"""Tests of optimiser states on a disk: equal training, portable checkpoints and helpful errors."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ import torch
 from everest_ds.checkpoints.reader import STATES
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
-from everest_ds.parallel.checkpoint import load_checkpoint, newest_complete
+from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint, newest_complete
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import _refuse_stale_locks, check_nvme
-from everest_ds.parallel.saving import Keep, Saving
-from everest_ds.parallel.states import model_states
 from everest_ds.parallel.world import World
+from everest_ds.parallel.zero_states import states_of_engine
 from everest_ds.shipped import shipped
 from tests.checkpoints.made import facts
 from tests.parallel.equality import engine_runs, experiment, plain_run, start
@@ -35,18 +34,20 @@ def on_disk(folder: Path) -> Experiment:
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="not a folder that can be written to.*local disk of every node"):
+    with pytest.raises(ConfigError, match="not a writable folder.*local disk of every node"):
         check_nvme(on_disk(tmp_path / "absent"))
 
 
 def test_a_machine_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", os.fspath(tmp_path))
-    with pytest.raises(ConfigError, match="async_io cannot be built here.*apt-get install libaio-dev"):
+    with pytest.raises(
+        ConfigError, match="async_io cannot be built on this machine.*apt-get install libaio-dev"
+    ):
         check_nvme(on_disk(tmp_path))
 
 
 def test_the_lock_of_a_killed_compile_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch would wait for it for ever; one that is still being written to is somebody's."""
+    """An old lock, for which PyTorch would wait forever, is refused; a fresh lock is accepted."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", os.fspath(tmp_path))
     (tmp_path / "async_io").mkdir()
     lock = tmp_path / "async_io" / "lock"
@@ -54,7 +55,7 @@ def test_the_lock_of_a_killed_compile_is_refused(tmp_path: Path, monkeypatch: py
     _refuse_stale_locks()
     for file in (lock, lock.parent):
         os.utime(file, (0, 0))
-    with pytest.raises(ConfigError, match=f"{lock}: left by.*remove this file"):
+    with pytest.raises(ConfigError, match=f"{lock}: lock of a compilation.*remove this file"):
         _refuse_stale_locks()
 
 
@@ -62,7 +63,7 @@ def test_nvme_in_a_file_of_ones_own_is_refused(tmp_path: Path) -> None:
     tree = json.loads((shipped("ds_configs") / "zero3_nvme.json").read_text())
     (tmp_path / "own.json").write_text(json.dumps(tree))
     config = experiment("pretrain", 3, data_degree=2, ds_config=tmp_path / "own.json")
-    with pytest.raises(ConfigError, match="owned by the run config.*set parallelism.offload_to_nvme"):
+    with pytest.raises(ConfigError, match="only the run config may set.*set parallelism.offload_to_nvme"):
         resolve_ds_config(config, plan_ranks(config, 2))
 
 
@@ -70,7 +71,7 @@ def test_nvme_in_a_file_of_ones_own_is_refused(tmp_path: Path) -> None:
 def disk(tmp_path: Path) -> Path:
     if not (Path(os.environ["TORCH_EXTENSIONS_DIR"]) / "async_io" / "async_io.so").is_file():
         pytest.skip(
-            "async_io is not compiled, which takes minutes: `make test-nvme` does that, and runs this"
+            "async_io is not compiled; `make test-nvme` compiles it, which takes minutes, and runs this test"
         )
     try:
         check_nvme(on_disk(tmp_path))
@@ -80,14 +81,14 @@ def disk(tmp_path: Path) -> Path:
 
 
 def states_of(engine: Any, mesh: Mesh) -> list[list[float]]:
-    view = model_states(engine, mesh)
+    view = states_of_engine(engine, mesh)
     held = list(view.held())
     return [view.get(each, state).tolist() for state in STATES for each in held]
 
 
 def fill_states(engine: Any, mesh: Mesh) -> None:
-    """Numbers that no other run has."""
-    view = model_states(engine, mesh)
+    """Fill the states with random numbers that depend on the rank."""
+    view = states_of_engine(engine, mesh)
     view.slots()
     generator = torch.Generator().manual_seed(mesh.world.rank)
     for each in list(view.held()):
@@ -97,7 +98,7 @@ def fill_states(engine: Any, mesh: Mesh) -> None:
 
 
 def move(world: World, here: Experiment, there: Experiment, folder: Path) -> bool:
-    """Save in one way, load in another: every number of the states arrives."""
+    """Save with config `here` and load with `there`; return True if all states are equal."""
     mesh, engine = form_mesh(world, 1), start(world, here)
     fill_states(engine, mesh)
     known = facts(0).model_dump(exclude={"optimizer_step", "loss_scale"})

@@ -1,4 +1,4 @@
-"""Recomputing activations saves the memory that it should, and changes nothing else."""
+"""Tests of recomputation: it saves the expected memory and changes no result."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from everest_ds.parallel.engine import build_engine, full_parameter, set_learnin
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
-from everest_ds.training.objective import build_objective
-from everest_ds.training.parameters import parameter_groups
+from everest_ds.training.optimization import build_objective, parameter_groups
 from tests.parallel.recompute_rows import benchmark
 from tests.ranks import run_ranks
 
@@ -44,7 +43,7 @@ def name(config: RecomputeConfig) -> str:
 
 
 def experiment(task: str, recompute: RecomputeConfig, stage: int = 0) -> Experiment:
-    """Drop path where it exists, clipping, and (at two ranks) two accumulated micro-batches."""
+    """Return a tiny experiment with clipping and two accumulated micro-batches; fine-tuning has drop path."""
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     if task == "finetune":
         model |= {"num_classes": 5, "drop_path": 0.3}
@@ -83,7 +82,7 @@ def gradients(task: str, recompute: RecomputeConfig) -> list[Tensor | None]:
 
 
 def same(left: list[Any], right: list[Any]) -> bool:
-    """Equal in every bit, and none missing."""
+    """Return True if all tensors are present and bit-identical."""
     return all(a is not None and torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
@@ -100,7 +99,7 @@ def test_gradients_are_those_without_recompute_bit_for_bit() -> None:
 
 
 def train(world: World, task: str, stage: int, recompute: RecomputeConfig) -> list[Tensor]:
-    """The weights after two steps of the engine, with an evaluation between them."""
+    """Return the weights after two steps of the engine, each followed by an evaluation."""
     config = experiment(task, recompute, stage)
     plan = plan_batch(config.batch, world.size)
     ds_config = resolve_ds_config(config, plan)
@@ -144,8 +143,8 @@ def test_every_mode_trains_as_without_recompute_at_every_stage(task: str, stage:
 
 
 WIDTH, DEPTH, TOKENS = 64, 4, 384
-# What a block keeps, in tensors of n x D: inputs of two norms, of qkv, of attention (3), of the output
-# projection, of the MLP and of GELU (4); and GELU of that, unless anything is recomputed.
+# Activations that a block keeps, in tensors of n x D: the inputs of two norms, of qkv, of attention (3), of
+# the output projection, of the MLP and of GELU (4); without any recompute also the output of GELU (4).
 ALL_BUT_GELU = 1 + 1 + 1 + 3 + 1 + 1 + 4
 KEPT = {
     "none": (ALL_BUT_GELU + 4) * DEPTH,
@@ -154,13 +153,13 @@ KEPT = {
     "mlp": (ALL_BUT_GELU - 4) * DEPTH,
     "blocks": (ALL_BUT_GELU + 1) * DEPTH / 2,
     "full": 1 * DEPTH,
-    # Copies, made on a CPU too; and the stack's own input, which its caller holds.
+    # The offloaded copies (made on a CPU too), and the stack's own input, which its caller holds.
     "full-offloaded": 1 * DEPTH + 1,
 }
 
 
 def live_after_forward(config: RecomputeConfig) -> float:
-    """What a stack and its graph hold, in tensors of n x D; less the output."""
+    """Return the memory that a stack holds after its forward pass, in tensors of n x D, less its output."""
     stack = Blocks(TransformerShape(WIDTH, DEPTH, 4))
     apply_recompute(stack, config)
     output: list[Tensor] = []
@@ -178,12 +177,17 @@ def live_by_config(_: World) -> dict[str, float]:
 
 
 def test_a_block_keeps_what_the_formula_says() -> None:
-    # 4 %: statistics of norms and attention, a few values a token, and 10 KB of random states a block.
+    # The tolerance of 4 % covers statistics of norms and attention (a few values per token), and 10 KB of
+    # random states per block.
     assert run_ranks(live_by_config, 1)[0] == pytest.approx(KEPT, rel=0.04)
 
 
 def visible_from_outside(config: RecomputeConfig, frozen_input: bool) -> tuple[list[str], list[Any]]:
-    """Names of the weights; output without gradients, gradients, and what the caller's input became."""
+    """Return everything that a caller can observe of a stack.
+
+    Returns:
+        The names of the weights; then the output of an evaluation, the input and the gradients.
+    """
     torch.manual_seed(0)
     stack = Blocks(TransformerShape(32, 2, 2), drop_path=0.5)
     x_BnD, key_B = torch.randn(BATCH, 6, 32, requires_grad=not frozen_input), torch.arange(BATCH)

@@ -1,4 +1,4 @@
-"""Tensor parallelism: exact shards, sizes as they should be, what cannot be split refused, whole runs."""
+"""Tests of tensor parallelism: exact shards, expected sizes, refused meshes and whole runs."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.tensor_parallel import Split, apply_tensor_parallel, split_of
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
-from everest_ds.training.testing import run_test
 from tests.parallel.equality import experiment as tiny_experiment
 from tests.ranks import run_ranks
 from tests.training import runs
@@ -42,13 +42,13 @@ def test_shards_merge_to_the_whole(degree: int, pieces: int, dim: int, width: in
 
 def test_a_rank_holds_its_heads_of_q_k_and_v() -> None:
     heads, d = 4, 2
-    qkv = torch.arange(3 * heads * d).view(3, heads, d)  # output rows, named by their number
+    qkv = torch.arange(3 * heads * d).view(3, heads, d)  # each output row holds its own index
     shard = Split(0, pieces=3).take(qkv.flatten(), rank=1, degree=2)
     assert torch.equal(shard.view(3, 2, d), qkv[:, 2:])
 
 
 def mesh_over_nodes_of_two(world: World) -> str:
-    """What forming groups of two, then of four says where the launcher counts two ranks on each node."""
+    """Form groups of two and then of four with two ranks per node; return the error of the latter."""
     placed = replace(world, local_rank=world.rank % 2, local_size=2)
     form_mesh(placed, 2)
     with pytest.raises(UsageError) as refusal:
@@ -62,14 +62,14 @@ def test_tensor_groups_stay_within_a_node() -> None:
 
 
 def live_tensor_bytes() -> int:
-    """Of every tensor that Python knows: DeepSpeed keeps a stack's inputs in Python objects."""
-    gc.collect()  # what an earlier stack left in cycles goes now, not between two counts
+    """Return the bytes of all tensors that Python can reach, which include DeepSpeed's kept inputs."""
+    gc.collect()  # frees reference cycles of earlier stacks now, rather than between two counts
     storages = [t.untyped_storage() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def kept_by_a_stack(mesh: Mesh, partition: bool) -> float:
-    """Of four blocks between forward and backward, in tensors of n x D."""
+    """Return the memory that four blocks keep between forward and backward, in tensors of n x D."""
     stack = Blocks(TransformerShape(width=64, depth=4, heads=4))
     apply_tensor_parallel(stack, mesh)
     apply_recompute(stack, RecomputeConfig(mode="full", partition=partition), mesh.mpu)
@@ -86,13 +86,14 @@ def kept_whole_and_in_parts(world: World) -> list[float]:
 
 def test_partitioned_recompute_keeps_half_of_each_block_on_each_of_two_ranks() -> None:
     random_states = 4 * 2 * torch.get_rng_state().nbytes / torch.ones(2, 256, 64).nbytes
-    inputs, halves = 3, 4 / 2  # the first of four inputs is the caller's own, but its half is a copy
+    # Whole inputs: three, because the first of four is the caller's own. Halves: all four are copies.
+    inputs, halves = 3, 4 / 2
     expected = pytest.approx([inputs + random_states, halves + random_states], abs=0.01)
     assert run_ranks(kept_whole_and_in_parts, 2) == [expected] * 2
 
 
 def share_of_parameters(world: World) -> tuple[float, bool]:
-    """The part of the blocks' parameters that a rank holds, and whether optimiser groups still know them."""
+    """Return a rank's share of the split parameters, and whether all parameters are the same objects."""
     model = build_model(tiny_experiment("pretrain", 0, data_degree=1, tensor=2))
     before = list(model.parameters())
     blocks = [*model.encoder.blocks.parameters(), *model.decoder.parameters()]
@@ -115,7 +116,7 @@ def train_and_test(world: World, config: Experiment) -> float:
 
 
 def test_a_whole_run_trains_validates_saves_and_tests_as_without(motion_data: Path, tmp_path: Path) -> None:
-    """Two data-parallel ranks against two that share each layer, of which both see the same clips."""
+    """Two ranks that share each layer, and see the same clips, train like two data-parallel ranks."""
     results = {}
     for tensor, micro in ((1, 4), (2, 8)):
         config = runs.experiment(

@@ -1,4 +1,4 @@
-"""Ranks find their devices, and collectives are timed without the ranks' own delays."""
+"""Tests of the ranks: they find their devices, and collectives are timed without the ranks' own delays."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import torch.distributed as dist
 
 from everest_ds.errors import RankLostError, UsageError
 from everest_ds.launch.environment import LOCALHOST, free_port
-from everest_ds.parallel import preflight, world
-from everest_ds.parallel.links import seconds_of
+from everest_ds.parallel import self_test as preflight
+from everest_ds.parallel import world
+from everest_ds.parallel.collective_timing import seconds_of
 from everest_ds.parallel.world import World, claim_gpu
 from tests.ranks import run_ranks
 
@@ -22,7 +23,7 @@ _LATE_S = 0.5
 
 @pytest.fixture
 def visible(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """A node with this number of GPUs, as far as choosing one goes."""
+    """Simulate a node with this number of GPUs, for the choice of a device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: request.param)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
@@ -32,7 +33,7 @@ def visible(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 def test_the_only_visible_gpu_is_every_ranks_own(visible: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [world._device(rank, 4) for rank in range(4)] == [torch.device("cuda", 0)] * 4
     monkeypatch.setenv("LOCAL_RANK", "3")
-    world._tell_deepspeed_index(0)  # which takes this number for the GPU's
+    world._tell_deepspeed_index(0)  # DeepSpeed uses LOCAL_RANK as the index of the GPU
     assert os.environ["LOCAL_RANK"] == "0" and "OMPI_COMM_WORLD_LOCAL_RANK" not in os.environ
 
 
@@ -53,7 +54,7 @@ def test_two_ranks_on_one_gpu_are_refused() -> None:
 
 
 def time_with_a_late_rank(world: World) -> tuple[float, float]:
-    """Seconds of an all-reduce, and of all that was done to measure it; rank 1 is late for each call."""
+    """Return the measured seconds of an all-reduce that rank 1 enters late, and of the whole measurement."""
     all_reduce, values = dist.all_reduce, torch.zeros(1024)
 
     def late(tensor: torch.Tensor, *args: object, **more: object) -> object:
@@ -73,7 +74,7 @@ def test_a_rank_that_comes_late_does_not_slow_the_links() -> None:
 
 
 def measure(world: World) -> float | None:
-    """Bandwidth of the real links."""
+    """Return the all-reduce bandwidth of the real links."""
     return preflight.all_reduce_bytes_per_s(world)
 
 
@@ -84,7 +85,7 @@ def test_preflight_measures_the_real_links() -> None:
 
 
 def check_wrong_sums(world: World) -> str:
-    """Return the error for sums that miss a rank."""
+    """Return the error for a sum that lacks the values of a rank."""
     values = torch.full((8,), 3.0)
     preflight._check_sums(world, values)
     values[5] = 2.0
@@ -94,4 +95,4 @@ def check_wrong_sums(world: World) -> str:
 
 
 def test_wrong_sums_are_refused() -> None:
-    assert all("an all-reduce gives wrong sums" in text for text in run_ranks(check_wrong_sums, 2))
+    assert all("an all-reduce returned a wrong sum" in text for text in run_ranks(check_wrong_sums, 2))

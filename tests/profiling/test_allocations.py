@@ -1,4 +1,4 @@
-"""Tracked memory against allocations whose sizes are known beforehand."""
+"""Tests of tracked memory, against allocations of known sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from everest_ds import resident
+from everest_ds import host_memory as resident
 from everest_ds.profiling.allocations import measure_resident_peak, track_allocations
 
 CPU = torch.device("cpu")
@@ -42,14 +42,15 @@ def test_what_the_call_leaves_behind_stays_counted_and_what_was_there_before_doe
 
 
 def test_a_backward_pass_counts_saved_activations_and_the_gradient_in_flight() -> None:
-    """Two exponentials save their outputs (2 x 4 MiB) until their own backward."""
+    """Two exponentials each save their output (4 MiB) until their own backward pass."""
     x = torch.zeros(MIB, requires_grad=True)
     x.grad = torch.zeros_like(x)
 
     tracked = track_allocations(lambda: x.exp().exp().sum().backward(), CPU)
-    # both saved outputs and the gradient of the inner one; the sum's gradient is an expanded scalar
+    # The peak holds both saved outputs and the gradient of the inner one; the sum's gradient is an expanded
+    # scalar.
     assert tracked.peak_bytes == pytest.approx(3 * 4 * MIB, abs=1024)
-    assert abs(tracked.timeline[-1][1]) < 1024  # all released, the gradient was there before
+    assert abs(tracked.timeline[-1][1]) < 1024  # all is released; the gradient already existed
 
 
 def test_a_layer_saves_its_input_and_not_its_weight() -> None:
@@ -65,14 +66,14 @@ def test_a_layer_saves_its_input_and_not_its_weight() -> None:
 
     step()
     tracked = track_allocations(step, CPU)
-    # inputs of the second and third layer, the third's output gradient (an expanded scalar made dense), its
-    # input gradient, and the weight gradient before it is added to the existing one
+    # At most, the peak holds the inputs of the second and third layer, the third layer's output gradient (an
+    # expanded scalar made dense) and input gradient, and a weight gradient before it is accumulated.
     at_least, at_most = 2 * activation + weight_gradient, 5 * activation + weight_gradient
     assert at_least <= tracked.peak_bytes / MIB <= at_most
 
 
 def touch(num_bytes: int, seconds: float = 0.0) -> None:
-    """Hold fresh memory for a while; from the system, for a heap may keep what was freed before."""
+    """Hold new memory for some seconds, mapped from the system because a heap may reuse freed memory."""
     with mmap.mmap(-1, num_bytes) as held:
         np.frombuffer(held, dtype=np.uint8)[:] = 1
         time.sleep(seconds)

@@ -1,4 +1,4 @@
-"""Which operators CUDA's autocast computes in float32 and which in half precision, on a CPU."""
+"""Tests of CUDA's autocast rules on a CPU: operators in float32 and operators in half precision."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from everest_ds.profiling.autocast import cuda_autocast
 
-# Lists of "CUDA Ops that can autocast" in PyTorch's documentation of torch.amp.
+# The expected dtypes follow the lists of "CUDA Ops that can autocast" in PyTorch's torch.amp documentation.
 OPERATORS: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
     "linear": (lambda x: F.linear(x, x), torch.float16),
     "matmul": (lambda x: x @ x, torch.float16),

@@ -1,4 +1,4 @@
-"""Launches are counted against a list written by hand."""
+"""Tests of launch counts, against a list written by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ def test_both_passes_are_counted_and_views_are_not() -> None:
         (torch.ones(4, 4).t()[:2] @ weight).exp().sum().backward()
 
     launches = count_launches(step).launches
-    # forward: ones, mm, exp, sum; backward: the first gradient (ones_like, a fill), exp's, mm's
+    # Forward launches ones, mm, exp and sum; backward launches the first gradient (ones_like, a fill) and the
+    # gradients of exp and mm.
     assert launches["mm"] == 2 and launches["exp"] == 1 and launches["sum"] == 1 and launches["mul"] == 1
     assert not {"t", "transpose", "slice", "expand", "detach"} & set(launches)
 

@@ -1,4 +1,4 @@
-"""Traced memory against sizes known beforehand and against real allocations."""
+"""Tests of traced memory, against known sizes and real allocations."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def total(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def in_backward(trace: MemoryTrace) -> int:
-    """The most live at once in the backward pass, above what rests."""
+    """Return the peak of live bytes in the backward pass beyond the resting bytes."""
     moments = [moment.total_bytes for moment in trace.timeline if moment.phase == "backward"]
     return max(moments) - sum(trace.resting_bytes.values())
 
 
 def test_what_rests_is_weights_gradients_two_moments_and_inputs() -> None:
     trace = trace_memory(layers, rows, total)
-    steps = 3 * 4  # AdamW counts the steps of each weight in a float32
+    steps = 3 * 4  # AdamW keeps a float32 step counter per weight
     assert trace.resting_bytes == {
         "parameters": 3 * WEIGHT,
         "master_parameters": 0,
@@ -62,7 +62,7 @@ def test_frozen_weights_need_neither_gradients_nor_optimiser() -> None:
 
 
 def test_activations_are_what_the_backward_pass_starts_from() -> None:
-    """Each layer keeps its input, of which the first is the step's; the sum keeps nothing."""
+    """The layers keep their inputs, of which the first belongs to the step; the sum keeps nothing."""
     trace = trace_memory(layers, rows, total)
     first = next(moment for moment in trace.timeline if moment.phase == "backward")
     assert first.live_bytes["activations"] == pytest.approx(2 * ACTIVATION, abs=64)
@@ -79,7 +79,8 @@ def test_every_moment_is_booked_and_the_step_leaves_nothing() -> None:
 
 def test_a_trace_is_what_the_allocator_hands_out() -> None:
     def squares(model: nn.Module, x: Tensor) -> Tensor:
-        return model(x).square().sum()  # dense gradients: of others, kernels make dense copies unseen
+        # Squares give dense gradients. Kernels copy gradients that are not dense, which a trace cannot see.
+        return model(x).square().sum()
 
     model, (x,) = layers(), rows()
     for weight in model.parameters():
@@ -91,5 +92,5 @@ def test_a_trace_is_what_the_allocator_hands_out() -> None:
 def test_autocast_keeps_half_the_activations_and_copies_of_the_weights() -> None:
     trace = trace_memory(layers, rows, total, amp_dtype=torch.float16)
     first = next(moment for moment in trace.timeline if moment.phase == "backward")
-    # three inputs and the weights of two layers, whose inputs need gradients
+    # Kept in half precision are three inputs, and the weights of the two layers whose inputs need gradients.
     assert first.live_bytes["activations"] == pytest.approx(3 * ACTIVATION / 2 + 2 * WEIGHT / 2, abs=64)

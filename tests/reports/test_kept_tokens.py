@@ -1,4 +1,4 @@
-"""Pictures of kept tokens, against pixels counted by hand."""
+"""Tests of pictures of kept tokens, against pixels counted by hand."""
 
 from __future__ import annotations
 

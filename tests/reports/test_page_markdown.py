@@ -1,8 +1,8 @@
-"""A page as Markdown."""
+"""Tests of pages rendered as Markdown."""
 
 from __future__ import annotations
 
-from everest_ds.reports.page import Page, Plot, Section, render_page
+from everest_ds.reports.page import Page, PageSection, Plot, render_page
 from everest_ds.reports.page_markdown import render_page_markdown
 from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
 
@@ -10,7 +10,7 @@ from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_fr
 def test_tables_plots_and_figures_are_in_both_forms_and_bars_do_not_break_a_table() -> None:
     plot = Plot("speed", "How fast.", "<svg></svg>")
     rows = [{"name": "a|b", "step_s": 1.5}, {"name": "c", "step_s": 2}]
-    page = Page("Title", "Lead.", {"best": "a"}, [Section("First", "Text.", plots=[plot], rows=rows)])
+    page = Page("Title", "Lead.", {"best": "a"}, [PageSection("First", "Text.", plots=[plot], rows=rows)])
     text = render_page_markdown(page)
     assert text.startswith("# Title\n\nLead.\n\n| best |\n| --- |\n| a |\n")
     assert "## First\n\nText.\n\n![How fast.](plots/speed.svg)\n\n" in text

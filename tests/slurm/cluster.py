@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from everest_ds.launch.job_log import JobEvent, read_events
+from everest_ds.jobs.events import JobEvent, read_events
 from tests.training.runs import losses
 
 REPOSITORY = Path(__file__).parents[2]

@@ -155,6 +155,6 @@ def test_a_dry_run_has_slurms_word_and_a_refusal_leaves_nothing_queued(
     words = chain
     assert "to start at" in everest(cluster, *words, "--dry-run")
     refused = everest(cluster, *words, "--partition=no-such-partition", code=2)
-    assert "sbatch refuses; given: sbatch: error: " in refused and "partition" in refused
+    assert "sbatch failed; given: sbatch: error: " in refused and "partition" in refused
     assert "no-such-partition" in everest(cluster, *words, "--partition=no-such-partition", "--dry-run")
     assert not cluster.slurm("squeue", "-h", "--name=everest-pretrain-earlier")

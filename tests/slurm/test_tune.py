@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import load_experiment
-from everest_ds.tuning.trials import read_trials
+from everest_ds.tuning.trials.record import read_trials
 from tests.slurm.cluster import LocalCluster, wait_for
 from tests.slurm.test_submit import everest
 from tests.tuning.calibrated import pretend_calibration

@@ -1,4 +1,4 @@
-"""The host benchmark: the whole command on its smallest cases."""
+"""Tests of the host benchmark: the whole command on its smallest cases."""
 
 from __future__ import annotations
 
@@ -38,4 +38,4 @@ def test_the_engine_launches_more_than_the_plain_loop(tmp_path: Path) -> None:
 def test_an_unknown_case_is_told_in_one_line() -> None:
     done = subprocess.run([sys.executable, str(TOOL), "b_pretran"], capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr.startswith("error: no such case") and "b_pretrain" in done.stderr
+    assert done.stderr.startswith("error: unknown case") and "b_pretrain" in done.stderr

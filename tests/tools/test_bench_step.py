@@ -1,4 +1,4 @@
-"""The step benchmark: peers that skip steps or fail, what it records, the whole command."""
+"""Tests of the step benchmark: peers that skip steps or fail, recorded products, the whole command."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from everest_ds.costs.compute import predict_macs
 from everest_ds.models import build_model
-from everest_ds.profiling.compute import predict_macs
 from tests.models import experiment, random_clips
 
 CPU = torch.device("cpu")
@@ -22,7 +22,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/bench_step.py, with what it imports from its neighbours."""
+    """Import tools/bench_step.py, which imports its neighbours."""
     monkeypatch.syspath_prepend(TOOLS)
     import bench_step
 
@@ -31,7 +31,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture
 def rates(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/bench_rates.py."""
+    """Import tools/bench_rates.py."""
     monkeypatch.syspath_prepend(TOOLS)
     import bench_rates
 
@@ -39,7 +39,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def peer(name: str, loss_scale: float, extra_values: int = 0) -> Any:
-    """A peer with one linear map, whose loss can overflow fp16 or take too much memory."""
+    """Return a peer with one linear map, whose loss can overflow fp16 or take too much memory."""
     from peers import Peer, PeerBatch
 
     model = nn.Linear(4, 4)
@@ -59,7 +59,7 @@ def contenders(bench: Any, *peers: Any) -> list[Any]:
 def test_steps_that_the_loss_scale_skips_are_counted_and_not_timed(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """fp16 on a CPU: gradients of 4 times 65536 overflow; at 8192 they do not."""
+    """Gradients of 4 times the scale overflow fp16 at a loss scale of 65536, but not at 8192."""
     import bench_contenders
 
     monkeypatch.setattr(bench_contenders, "_half", lambda device: torch.float16)
@@ -75,7 +75,7 @@ def test_steps_that_the_loss_scale_skips_are_counted_and_not_timed(
 
 
 def test_a_contender_out_of_memory_is_a_column_and_the_others_go_on(bench: Any) -> None:
-    """A petabyte is refused by the allocator itself."""
+    """The allocator refuses a petabyte, and only the contender that asked for it fails."""
     one, huge = contenders(bench, peer("one", 1.0), peer("huge", 1.0, extra_values=2**48))
     for contender in (one, huge):
         bench.attempt(contender, lambda: bench._warm_up(contender, 1, CPU))  # noqa: B023
@@ -137,6 +137,6 @@ def test_a_folder_that_is_no_clone_is_a_mistake_told_in_one_line(tmp_path: Path)
     done = subprocess.run([*command, "--peer", f"everest={tmp_path}"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.startswith(
-        f"error: {tmp_path}: holds no modeling_pretrain.py; fix: git clone https://"
+        f"error: {tmp_path}: contains no modeling_pretrain.py; fix: git clone https://"
     )
     assert len(done.stderr.splitlines()) == 1

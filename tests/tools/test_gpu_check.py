@@ -1,4 +1,4 @@
-"""The GPU check, rehearsed: what it records, what it does with failures, and the tables of its results."""
+"""Tests of the GPU check, in a rehearsal: its records, its treatment of failures, and its tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TOOLS = ROOT / "tools"
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch) -> None:
-    """tools/gpu_check, as its own modules import each other."""
+    """Put tools/ on the path, from which the modules of gpu_check import each other."""
     monkeypatch.syspath_prepend(TOOLS)
 
 
@@ -91,7 +91,9 @@ def check(out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_without_a_gpu_only_a_rehearsal_runs(tmp_path: Path) -> None:
     done = check(tmp_path, "engine")
-    assert done.returncode == 2 and done.stderr.startswith("error: no CUDA device here; fix: --tiny")
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: no CUDA device on this machine; fix: --tiny"
+    )
 
 
 def rehearse(out: Path, part: str) -> list[dict[str, Any]]:

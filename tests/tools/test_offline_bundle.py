@@ -1,4 +1,4 @@
-"""The folder of wheels for machines without a network: what it must hold, and that it installs."""
+"""Tests of the folder of wheels for machines without a network: it is complete and installs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @pytest.fixture
 def requirements(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """tools/offline_requirements.py."""
+    """Import tools/offline_requirements.py."""
     monkeypatch.syspath_prepend(ROOT / "tools")
     import offline_requirements
 
@@ -68,7 +68,7 @@ def needed_by(file: Path) -> list[Requirement]:
 
 @pytest.mark.slow
 def test_the_bundle_is_complete_and_installs_without_an_index(tmp_path: Path) -> None:
-    """Nothing but torch is missing, in versions that fit; what was installed trains from its own copy."""
+    """The bundle holds every requirement but torch in a version that fits, and the package imports."""
     folder, site = tmp_path / "bundle", tmp_path / "site"
     environment = {**os.environ, "PYTHON": sys.executable}
     command = [str(ROOT / "tools/offline_bundle.sh"), str(folder)]

@@ -1,4 +1,4 @@
-"""The study of token selections: fair comparisons, right statistics, and it goes on where it stopped."""
+"""Tests of the study of token selections: fair comparisons, correct statistics, and resuming."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_is_compared_differs_in_nothing_else(tmp_path: Path) -> None:
 
 def test_a_list_of_visits_takes_every_video_equally_often_and_mixes_labels(tmp_path: Path) -> None:
     running = import_module("study.running")
-    manifest = import_module("everest_ds.data.manifest")
+    manifest = import_module("everest_ds.data.video_list")
     run = runs("smoke", tmp_path)[0]
     folder = run.config.data.train.parent
     folder.mkdir(parents=True)
@@ -76,7 +76,7 @@ def test_the_probe_is_at_the_minimum_of_its_convex_loss() -> None:
     label = torch.arange(120) % 3
     x = torch.randn(120, 8, generator=generator) + 2 * torch.eye(8)[label]
     linear = probe.fit(x, label)
-    # at the optimum the classes' mean residuals balance the penalty: X^T (p - y) / n + 2 c W = 0
+    # At the optimum, the classes' mean residuals balance the penalty: X^T (p - y) / n + 2 c W = 0.
     residual = linear(x).softmax(dim=1) - torch.eye(3)[label]
     gradient = residual.T @ x / len(x) + 2 * 1e-3 * linear.weight
     assert gradient.abs().max() < 1e-4
@@ -101,10 +101,8 @@ def row(name: str, seed: int, top1: float, **more: Any) -> dict[str, Any]:
 def test_the_report_says_where_rero_loses_and_pairs_seeds() -> None:
     report = import_module("study.report")
     rows = [row("dense", 0, 80.0), row("dense", 1, 90.0), row("dense", 2, 10.0)]
-    rows += [
-        row("rero-0.6", 0, 78.0),
-        row("rero-0.6", 1, 87.0),
-    ]  # 2 and 3 points behind; seed 2 not there yet
+    # ReRo is 2 and 3 points behind; seed 2 has not run yet.
+    rows += [row("rero-0.6", 0, 78.0), row("rero-0.6", 1, 87.0)]
     rows += [row("random-0.6", 0, 70.0), row("random-0.6", 1, 88.0)]
     rows += [row("short", 0, 50.0), row("short", 0, 60.0, pretrained="tube")]
     said = list(report.findings(rows, "plain"))
@@ -125,14 +123,16 @@ def test_a_folder_of_another_study_is_refused_by_name(tmp_path: Path) -> None:
     protocol, running = import_module("study.protocol"), import_module("study.running")
     study = protocol.Study(protocol.SCALES["smoke"], tmp_path / "study")
     running.claim(study)
-    running.claim(replace(study, scale=replace(study.scale, seeds=(0, 7))))  # more of the same
+    running.claim(
+        replace(study, scale=replace(study.scale, seeds=(0, 7)))
+    )  # further seeds of the same study are accepted
     for other in (replace(study, data_seed=5), replace(study, scale=protocol.SCALES["small"])):
         with pytest.raises(RunFolderError, match="another scale or data seed"):
             running.claim(other)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # half a minute of two idle cores
+@pytest.mark.timeout(900)  # half a minute on two idle cores
 def test_the_smallest_study_runs_and_runs_again_what_is_missing_to_the_same_figures(tmp_path: Path) -> None:
     first = smallest_study(tmp_path, jobs=2)
     assert len(first) == len(runs("smoke", tmp_path))
@@ -146,7 +146,7 @@ def test_the_smallest_study_runs_and_runs_again_what_is_missing_to_the_same_figu
 
 
 def smallest_study(out: Path, jobs: int) -> list[dict[str, Any]]:
-    """The rows that the command leaves."""
+    """Run the smallest study and return its rows."""
     command = [sys.executable, str(TOOLS / "study_selection.py"), str(out), "--scale", "smoke"]
     file = out / "rows.json"
     subprocess.run([*command, "--jobs", str(jobs), "--json", str(file)], check=True, capture_output=True)

@@ -1,4 +1,4 @@
-"""The tools that damage videos and watch memory: small versions of what docs/data.md reports."""
+"""Tests of the tools that damage videos and watch memory: small versions of the runs in docs/data.md."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NEVER_WHOLE = {
 
 @pytest.fixture
 def videos(tmp_path: Path) -> Path:
-    """A clip of each of four kinds."""
+    """Write a short video in each of four formats and return their folder."""
     folder = tmp_path / "videos"
     folder.mkdir()
     write_video(folder / "a.mp4", noisy_pictures(40), g="12", bf="2")
@@ -32,7 +32,7 @@ def videos(tmp_path: Path) -> Path:
 
 
 def tool(name: str, *words: object) -> Any:
-    """What a tool writes as JSON."""
+    """Run a tool and return the JSON that it writes to its last argument."""
     out = Path(str(words[-1]))
     subprocess.run(
         [sys.executable, TOOLS / name, *map(str, words)], check=True, capture_output=True, text=True

@@ -1,4 +1,4 @@
-"""Faults at exact places of a run, and runs that suffer them."""
+"""Fault injection at exact places of a training run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import Tensor
 
-from everest_ds.checkpoints import folder, manifest, tensor_file
+from everest_ds.checkpoints import folder, tensor_file
+from everest_ds.checkpoints import sealed_manifest as manifest
 from everest_ds.config import Experiment
 from everest_ds.errors import EverestError
-from everest_ds.parallel import saving
+from everest_ds.parallel import checkpointing as saving
 from everest_ds.parallel.world import World
 from everest_ds.training import loop
 from everest_ds.training.loop import train
@@ -25,7 +26,7 @@ STEPS_PER_EPOCH = 3
 
 
 def long_run(data: Path, path: Path, stage: int = 2, tensor: int = 1, **run: object) -> Experiment:
-    """36 short steps of one micro-batch on two ranks, saved after each, of two checkpoints kept."""
+    """Return a run of 36 short steps on two ranks that saves after every step."""
     return experiment(
         data,
         path,
@@ -42,7 +43,7 @@ def long_run(data: Path, path: Path, stage: int = 2, tensor: int = 1, **run: obj
 def replaced(
     owner: Any, name: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]
 ) -> Iterator[None]:
-    """`owner.name` is `make(original)` meanwhile."""
+    """Replace the attribute `name` of `owner` by `make(original)` within this context."""
     original = getattr(owner, name)
     setattr(owner, name, make(original))
     try:
@@ -52,7 +53,7 @@ def replaced(
 
 
 def before(act: Callable[[], object], call: int = 1) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Do `act` before the `call`th call of the function."""
+    """Return a wrapper that runs `act` before the `call`-th call of a function, counted from 1."""
     calls = iter(range(1, 10**9))
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +68,7 @@ def before(act: Callable[[], object], call: int = 1) -> Callable[[Callable[..., 
 
 
 def after(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Do `act` after each call of the function."""
+    """Return a wrapper that runs `act` after each call of a function."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **more: Any) -> Any:
@@ -81,7 +82,7 @@ def after(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[
 
 
 def mid_stream(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Do `act` when half a megabyte of a file is written."""
+    """Return a wrapper of a generator of file chunks that runs `act` once half a megabyte was written."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def chunks(*args: Any) -> Iterator[Any]:
@@ -97,7 +98,8 @@ def mid_stream(act: Callable[[], object]) -> Callable[[Callable[..., Any]], Call
     return make
 
 
-# Where in a save a rank can be hit: what is replaced, and how. The last ones happen on rank 0 alone.
+# Places in a save at which a rank can fail: the function that is replaced, and its wrapper. All but the first
+# three exist on rank 0 only.
 PLACES: dict[str, Callable[[Callable[[], object]], tuple[Any, str, Callable[..., Any]]]] = {
     "before anything is written": lambda act: (saving, "_writer", before(act)),
     "in the middle of a shard": lambda act: (tensor_file, "_chunks", mid_stream(act)),
@@ -119,7 +121,7 @@ def kill_myself() -> None:
 
 @contextmanager
 def at_end_of(step: int, act: Callable[[], object]) -> Iterator[None]:
-    """Do `act` when `step` is done, right before it is saved."""
+    """Run `act` when `step` is done, right before it is saved."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def save_or_stop(run: loop.TrainingRun, *args: Any) -> None:
@@ -136,7 +138,7 @@ def at_end_of(step: int, act: Callable[[], object]) -> Iterator[None]:
 def train_with_fault_in_save(
     world: World, config: Experiment, step: int, rank: int, place: str, act: Callable[[], object]
 ) -> str:
-    """Train; `act` happens to `rank` at `place` of the save of `step`. What ended the run."""
+    """Train, and run `act` on `rank` at `place` of the save of `step`; return how the run ended."""
     if world.rank != rank:
         return outcome(world, config)
     with ExitStack() as armed, at_end_of(step, lambda: armed.enter_context(replaced(*PLACES[place](act)))):
@@ -144,13 +146,13 @@ def train_with_fault_in_save(
 
 
 def stop_at(world: World, config: Experiment, step: int) -> str:
-    """Train until `step` is done and saved; the message that ended it."""
+    """Train until `step` is done and saved; return the message with which the run stopped."""
     with at_end_of(step, lambda: None if world.rank else os.kill(os.getpid(), signal.SIGTERM)):
         return outcome(world, config)
 
 
 def outcome(world: World, config: Experiment) -> str:
-    """What ended a run on this rank, as its user reads it."""
+    """Train, and return the error that ended the run on this rank as a user reads it, or "done"."""
     try:
         train(config, world)
     except EverestError as error:
@@ -160,7 +162,7 @@ def outcome(world: World, config: Experiment) -> str:
 
 @contextmanager
 def at_forward(number: int, act: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """The loss of this rank's micro-batch `number` (from 1) goes through `act`."""
+    """Apply `act` to the loss of this rank's micro-batch `number`, counted from 1."""
 
     def make(original: Callable[..., Any]) -> Callable[..., Any]:
         def build(config: Experiment) -> Callable[..., Tensor]:

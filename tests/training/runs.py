@@ -1,4 +1,4 @@
-"""Small real runs on the synthetic data, for tests of the training loop."""
+"""Small real runs on synthetic data, for tests of the training loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Row = dict[str, Any]
 
 
 def experiment(data: Path, folder: Path, task: str = "pretrain", /, **sections: dict[str, Any]) -> Experiment:
-    """A run of 9 steps (3 epochs of 3) with 8 clips a step; `sections` are merged over the defaults."""
+    """Return a run of 9 steps (3 epochs of 3) with 8 clips per step; `sections` override the defaults."""
     tree: dict[str, Any] = {
         "task": task,
         "model": {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4},
@@ -42,7 +42,7 @@ def experiment(data: Path, folder: Path, task: str = "pretrain", /, **sections: 
 
 
 def train_rank(world: World, config: Experiment) -> None:
-    """One rank of a whole run."""
+    """Train a whole run on this rank."""
     train(config, world)
 
 
@@ -51,5 +51,5 @@ def metrics(run: Path) -> list[Row]:
 
 
 def losses(run: Path) -> dict[int, float]:
-    """Loss by step."""
+    """Return the logged losses, by step."""
     return {row["step"]: row["loss"] for row in metrics(run) if "loss" in row}

@@ -1,4 +1,4 @@
-"""What a user gets wrong: one line that names the thing, on every rank at once; no traceback, no hang."""
+"""Tests of errors in user input: every rank ends with one line that names the cause, without a traceback."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.training.runs import experiment, train_rank
 
 
 def manifest_with(data: Path, folder: Path, line: str) -> Path:
-    """A copy of the training manifest with one more line."""
+    """Write a copy of the training manifest with one more line, and return its path."""
     text = "".join(f"{data / line}\n" for line in (data / "train.txt").read_text().splitlines())
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "list.txt").write_text(text + line + "\n")
@@ -99,7 +99,7 @@ def test_a_pickle_that_would_run_something_is_not_opened(motion_data: Path, tmp_
         motion_data, tmp_path / "run", "finetune", model={"init_from": str(tmp_path / "weights.pth")}
     )
     (message,) = run_ranks(outcome, 1, config)
-    assert "weights.pth: not read, for it holds more than weights; given: pathlib" in message
+    assert "weights.pth: refused, because it holds objects other than weights; given: pathlib" in message
 
 
 def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_path: Path) -> None:
@@ -107,7 +107,9 @@ def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_
     run_ranks(train_rank, 1, experiment(motion_data, tmp_path, schedule=short))
     changed = experiment(motion_data, tmp_path, schedule=short, tokens={"mask_ratio": 0.8})
     (message,) = run_ranks(outcome, 1, changed)
-    assert "belongs to a run with another config; given: tokens.mask_ratio=0.8 (there 0.75)" in message
+    assert (
+        "belongs to a run with another config; given: tokens.mask_ratio=0.8 (in the folder: 0.75)" in message
+    )
 
 
 def test_a_live_folder_is_refused(motion_data: Path, tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_a_live_folder_is_refused(motion_data: Path, tmp_path: Path) -> None:
     live.open(config, {}, 1)
     (message,) = run_ranks(outcome, 1, config)
     live.close()
-    assert "a run is live in this folder; given: process" in message
+    assert "another run is active in this folder; given: process" in message
 
 
 def test_a_diverging_loss_stops_the_run(motion_data: Path, tmp_path: Path) -> None:

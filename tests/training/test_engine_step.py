@@ -1,4 +1,4 @@
-"""The step that benchmarks time is the step that trains."""
+"""Tests that the step timed by benchmarks is the step that trains."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from everest_ds.data.order import steps_per_epoch
 from everest_ds.parallel.world import World
 from everest_ds.training.engine_step import EngineStep, noise_weights
 from everest_ds.training.loop import train
-from everest_ds.training.packing import Packer
+from everest_ds.training.optimization import build_schedule
 from everest_ds.training.samples import read_training_samples
-from everest_ds.training.schedule import build_schedule
+from everest_ds.training.token_packing import Packer
 from everest_ds.training.weights import initial_weights
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses
@@ -25,7 +25,7 @@ AUGMENT = {"rand_augment_ops": 2, "erase_probability": 0.5, "mixup_alpha": 0.8, 
 
 
 def losses_of_steps(world: World, config: Experiment, num_steps: int) -> list[float]:
-    """Mean loss of each step over its micro-batches, of `EngineStep` on the clips of a run."""
+    """Run `EngineStep` on the clips of a run and return the mean loss of each step."""
     plan = plan_ranks(config, world.size)
     samples = read_training_samples(config, config.run.dir / "excluded").samples
     schedule = build_schedule(config.schedule, steps_per_epoch(len(samples), plan), plan.samples_per_step)
@@ -83,7 +83,7 @@ def losses_on_noise(world: World, config: Experiment) -> list[float]:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_steps_on_noise_are_all_alike_at_rate_zero(motion_data: Path, tmp_path: Path, stage: int) -> None:
-    """The learning rate leaves the weights alone, and augmentation a copy of the clips."""
+    """A learning rate of 0 keeps the weights, and augmentation does not change the batch of noise."""
     config = experiment(motion_data, tmp_path, "finetune", augment=AUGMENT, parallelism={"zero_stage": stage})
     (found,) = run_ranks(losses_on_noise, 1, config)
     assert len(found) == 4 and len(set(found)) == 1

@@ -1,4 +1,4 @@
-"""Evaluation: the same on any number of ranks, with metrics as defined, and all its files."""
+"""Tests of evaluation: its metrics, its files, and equal results on any number of ranks."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ import pytest
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import Loaded
+from everest_ds.data.loader import LoadedItem
 from everest_ds.errors import EverestError
 from everest_ds.parallel.world import World
-from everest_ds.training.evaluate import Evaluation
+from everest_ds.training.evaluate import Evaluation, run_test
 from everest_ds.training.loop import train
-from everest_ds.training.testing import run_test
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, metrics, train_rank
 
@@ -63,7 +62,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
 
 
 def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
-    """Return the error that ends an evaluation on each rank when the loader of rank 1 fails."""
+    """Evaluate with a failing loader on rank 1, and return the error that ends the evaluation here."""
     if world.rank == 1:
         EvaluationClips.__getitem__ = fail
     try:
@@ -73,8 +72,8 @@ def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
     return "done"
 
 
-def fail(clips: EvaluationClips, items: Sequence[int]) -> Loaded:
-    raise RuntimeError("the machine is on fire")
+def fail(clips: EvaluationClips, items: Sequence[int]) -> LoadedItem:
+    raise RuntimeError("simulated failure")
 
 
 def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tmp_path: Path) -> None:
@@ -83,4 +82,4 @@ def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tm
     )
     run_ranks(train_rank, 1, config)
     for text in run_ranks(evaluate_with_a_failing_rank, 2, config):
-        assert "a loader worker failed; given: RuntimeError: the machine is on fire" in text
+        assert "a loader worker failed; given: RuntimeError: simulated failure" in text

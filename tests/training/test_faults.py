@@ -1,7 +1,7 @@
-"""Whatever happens to a run: the next start goes on from the last complete checkpoint, bit for bit on a CPU.
+"""Tests of resuming after faults: a run continues from the last complete checkpoint, bit-exact on a CPU.
 
-Each test hurts one run many times over, starts it again each time, and holds its losses against those of a
-run that nothing happened to.
+Each test interrupts one run by faults, restarts it after each, and compares its losses with those of an
+undisturbed run.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints import tensor_file
-from everest_ds.checkpoints.folder import verify
+from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.names import checkpoint_path, list_checkpoints
 from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.config import Experiment
 from everest_ds.errors import RankLostError
-from everest_ds.parallel import saving
+from everest_ds.parallel import checkpointing as saving
 from everest_ds.parallel.world import World, explained_failures
 from tests.checkpoints.test_folder import DAMAGES
 from tests.ranks import run_ranks
@@ -54,7 +54,7 @@ FILES = ("rank-00000.safetensors", "rank-00001.safetensors", "manifest.json", "m
 
 @pytest.fixture(scope="module")
 def undisturbed(motion_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
-    """Losses of the run that nothing happens to."""
+    """Return the losses of a run without faults."""
     folder = tmp_path_factory.mktemp("undisturbed")
     run_ranks(train_rank, 2, long_run(motion_data, folder))
     return losses(folder)
@@ -71,7 +71,7 @@ def expect_killed(world_function: Callable[..., object], *args: object) -> None:
 
 
 def kill_in_save(folder: Path, config: Experiment, step: int, rank: int, place: str) -> None:
-    """Kill `rank` there; nothing but the step that was being saved may be lost."""
+    """Kill `rank` at `place` of the save of `step`, and check that only this step may be lost."""
     expect_killed(train_with_fault_in_save, config, step, rank, place, kill_myself)
     found = [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
     is_done = place in ("after the rename", "before old ones go", "while an old one goes")
@@ -100,7 +100,7 @@ def test_a_rank_killed_while_it_saves(
 
 
 def damage_and_resume(world: World, config: Experiment, file: str) -> list[str]:
-    """Damage `file` of the newest checkpoint in every way; go on one step after each."""
+    """Damage `file` of the newest checkpoint in every way, and resume for one step after each damage."""
     folder, said = config.run.dir / "checkpoints", []
     stop_at(world, config, 3)
     for step, hurt in enumerate(DAMAGES.values(), 4):
@@ -142,7 +142,7 @@ def test_only_damaged_checkpoints_are_refused_not_started_over(motion_data: Path
 
 
 def full_disk_in_save(world: World, config: Experiment, step: int) -> str:
-    """The last rank's disk is full in the middle of its shard."""
+    """Train with a full disk on rank 1 in the middle of its shard of `step`."""
 
     def no_space() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -165,7 +165,7 @@ def test_a_save_that_finds_no_space_says_so_on_every_rank(
 
 @pytest.mark.slow
 def test_a_full_file_system(motion_data: Path, tmp_path: Path, undisturbed: dict[int, float]) -> None:
-    """A real one: checkpoints on a tmpfs that has room for two and a half of them."""
+    """A run resumes after a real full disk: a tmpfs with space for two and a half checkpoints."""
     run_ranks(stop_at, 2, long_run(motion_data, tmp_path / "sized"), 1)
     size = sum(
         file.stat().st_size for file in (tmp_path / "sized" / "checkpoints").rglob("*.*") if file.is_file()
@@ -188,7 +188,11 @@ def test_a_full_file_system(motion_data: Path, tmp_path: Path, undisturbed: dict
 
 
 def saved_while_steps_go_on(world: World, config: Experiment) -> list[int]:
-    """Rank 1's disk takes the checkpoint of step 2 when step 4 is done; when it was published."""
+    """Block rank 1's write of the checkpoint of step 2 until step 4 is done.
+
+    Returns:
+        The number of logged steps at each publication, on rank 0.
+    """
     done, published = threading.Event(), []
 
     wait = replaced(tensor_file, "_chunks", mid_stream(done.wait))
@@ -210,7 +214,10 @@ def test_a_checkpoint_written_in_the_background_is_of_the_step_that_began_it(
     run_ranks(stop_at, 2, here, 5)
     assert run_ranks(saved_while_steps_go_on, 2, there)[0] == [4]
     for path in list_checkpoints(tmp_path / "here" / "checkpoints"):
-        assert verify(tmp_path / "there" / "checkpoints" / path.name).files == verify(path).files
+        assert (
+            verify_checkpoint(tmp_path / "there" / "checkpoints" / path.name).files
+            == verify_checkpoint(path).files
+        )
 
 
 def not_a_number(world: World, config: Experiment, step: int, rank: int) -> str:
@@ -236,7 +243,7 @@ def test_a_loss_of_nan_on_one_rank_stops_all_and_is_never_saved(
 
 
 def leave_out_twice(world: World, config: Experiment, rank: int) -> str:
-    """Losses of NaN at the steps 3, 5 and 6 on one rank."""
+    """Train with losses of NaN at steps 3, 5 and 6 on one rank."""
     with ExitStack() as faults:
         for step in (3, 5, 6) if world.rank == rank else ():
             faults.enter_context(at_forward(step, lambda loss: loss * torch.nan))
@@ -256,14 +263,14 @@ def test_a_step_with_nan_on_one_rank_is_left_out_by_all_as_often_as_allowed(
     before, after, later = (weights_after(tmp_path, step) for step in (2, 3, 4))
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert any(not torch.equal(after[name], later[name]) for name in after)
-    assert "step 3 left out" in (tmp_path / "logs" / "rank-0.log").read_text()
-    assert (tmp_path / "logs" / f"rank-{rank}.log").read_text().count("of the samples:") == 3
+    assert "step 3 skipped" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert (tmp_path / "logs" / f"rank-{rank}.log").read_text().count("samples of this micro-batch:") == 3
 
 
 def weights_after(run: Path, step: int) -> dict[str, Tensor]:
-    """Of a checkpoint: the parameters and, under its own name, AdamW's count of steps."""
+    """Return the parameters in the checkpoint of `step`, and AdamW's step count under the name `steps`."""
     path = checkpoint_path(run / "checkpoints", step)
-    manifest = verify(path)
+    manifest = verify_checkpoint(path)
     with CheckpointReader(path, manifest) as reader:
         return {**dict(reader.weights()), "steps": torch.tensor(manifest.facts.optimizer_step)}
 
@@ -302,7 +309,7 @@ def test_a_rank_that_dies_or_hangs_in_a_step_is_named(
 
 
 def signals_in_save(world: World, config: Experiment, step: int, numbers: tuple[int, ...]) -> str:
-    """Rank 1 gets signals one after the other in the middle of its shard."""
+    """Train, and send signals to rank 1 one after the other in the middle of its shard of `step`."""
 
     def send() -> None:
         while pending:

@@ -1,4 +1,4 @@
-"""What a logged step says, in the metrics file and in TensorBoard: memory, useful FLOP/s, MFU."""
+"""Tests of the observers: memory, useful FLOP/s and MFU in the metrics file and in TensorBoard."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from everest_ds.config import dump_experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.parallel.world import World
-from everest_ds.profiling.compute import predict_macs
 from everest_ds.training.loop import train
 from everest_ds.training.observers import MetricsFile, StepReport, TensorBoard
-from everest_ds.training.utilization import ClipCost
+from everest_ds.training.throughput import ClipCost
 from tests.ranks import run_ranks
 from tests.training.runs import Row, experiment, metrics
 
@@ -89,4 +89,4 @@ def test_the_command_line_hands_in_the_cost(motion_data: Path, tmp_path: Path) -
     for row in metrics(tmp_path / "run"):
         flops = 2 * predict_macs(config).training_macs
         assert row["tflops_per_s"] == pytest.approx(flops * row["clips_per_s"] / 1e12)
-        assert row["mfu_pct"] is None  # a CPU's peak rate is not known
+        assert row["mfu_pct"] is None  # because the peak rate of a CPU is unknown

@@ -1,4 +1,4 @@
-"""The plain loop trains as the engine does: what differs is DeepSpeed's time."""
+"""Tests that the plain PyTorch loop computes the same losses as DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -47,4 +47,4 @@ def test_losses_are_the_engines(
     ).model_copy(update={"precision": precision})
     ((engine, plain),) = run_ranks(losses_of_both, 1, config)
     assert plain == pytest.approx(engine, rel=tolerance)
-    assert len(set(plain)) == 3  # the weights change at the last micro-batch only
+    assert len(set(plain)) == 3  # because the weights change only at the last micro-batch of a step

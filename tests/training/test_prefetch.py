@@ -1,4 +1,4 @@
-"""Batches that are prepared a step ahead: what trains, fails and is reported is what it was without."""
+"""Tests of prefetching: losses, errors and reports are the same as without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from everest_ds.config import Experiment
 from everest_ds.data.clips import ClipBatch, TrainingClips
-from everest_ds.data.loader import Loaded
+from everest_ds.data.loader import LoadedItem
 from everest_ds.data.order import Visit, epoch_order
 from everest_ds.data.reading import Failure
 from everest_ds.errors import DataError
@@ -32,7 +32,7 @@ def numbered(number: int, clip: torch.Tensor) -> ClipBatch:
 
 
 class Stream:
-    """Batches 0, 1, ...; sample n cannot be read for batch n, and batches of `broken` fail altogether."""
+    """A stream of batches 0, 1, ... with a failed sample in each; batches in `broken` raise an error."""
 
     def __init__(self, broken: set[int]) -> None:
         self.broken = broken
@@ -59,7 +59,7 @@ class Stream:
 def test_each_take_gives_its_own_batch_error_and_failures(
     num_batches: int, fetched: list[bool], broken: set[int], breaks_device: bool
 ) -> None:
-    """Whether a step fetched the next batch or not, on the host or on the way to the device."""
+    """Errors arrive with their own batch, with or without `fetch`, from the loader and from `prepare`."""
     stream, noted = Stream(set() if breaks_device else broken), list[int]()
 
     def prepare(batch: ClipBatch) -> ClipBatch:
@@ -86,7 +86,7 @@ def test_each_take_gives_its_own_batch_error_and_failures(
 
 
 def train_without_prefetching(world: World, config: Experiment) -> None:
-    """Train as if each step read its own batch."""
+    """Train with a `fetch` that does nothing, so that each step reads its own batch."""
     with replaced(Prefetcher, "fetch", lambda fetch: lambda prefetcher: None):
         train(config, world)
 
@@ -97,10 +97,10 @@ def test_losses_and_failures_are_those_of_a_run_that_fetches_nothing(
     broken = tmp_path / "broken.mp4"
     broken.write_bytes(b"no video")
     lines = (motion_data / "train.txt").read_text().splitlines()
-    lines[epoch_order(0, 1, 24)[9]] = f"{broken} 0"  # of the second step of the second epoch
+    lines[epoch_order(0, 1, 24)[9]] = f"{broken} 0"  # read in the second step of the second epoch
 
     def config(name: str) -> Experiment:
-        manifest = tmp_path / f"{name}.txt"  # each with a ledger of its own
+        manifest = tmp_path / f"{name}.txt"  # one manifest per run, so that each has its own ledger
         manifest.write_text("".join(f"{motion_data / line}\n" for line in lines))
         return experiment(
             motion_data,
@@ -120,12 +120,12 @@ def test_losses_and_failures_are_those_of_a_run_that_fetches_nothing(
 
 
 def fail_in_epoch_1(world: World, config: Experiment) -> str:
-    """Train; the loader of rank 1 fails at its first sample of the second epoch."""
+    """Train with a loader of rank 1 that fails at its first sample of the second epoch."""
 
     def make(read: Any) -> Any:
-        def getitem(clips: TrainingClips, visit: Visit) -> Loaded:
+        def getitem(clips: TrainingClips, visit: Visit) -> LoadedItem:
             if visit.epoch == 1 and world.rank == 1:
-                raise RuntimeError("no such luck")
+                raise RuntimeError("simulated failure")
             return read(clips, visit)  # type: ignore[no-any-return]
 
         return getitem
@@ -140,6 +140,6 @@ def test_an_error_ends_all_ranks_at_the_step_of_its_batch(
 ) -> None:
     config = experiment(motion_data, tmp_path, data={"num_workers": workers}, run={"save_every_steps": 3})
     messages = run_ranks(fail_in_epoch_1, 2, config)
-    assert messages[0] == messages[1] and "given: RuntimeError: no such luck" in messages[0]
+    assert messages[0] == messages[1] and "given: RuntimeError: simulated failure" in messages[0]
     assert list(losses(tmp_path)) == [1, 2, 3]  # the first epoch is complete
     assert (tmp_path / "checkpoints" / "step-00000003").is_dir()

@@ -1,4 +1,4 @@
-"""A run that was stopped, anywhere and however, goes on as if it had not been: bit for bit on a CPU."""
+"""Tests of resuming: a stopped run continues as if it had not been stopped, bit-exact on a CPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.training.runs import experiment, losses, train_rank
 
 
 class _Signalling:
-    """Sends this process a real signal when it reports a given step."""
+    """A context that sends this process a real signal when it reports a given step."""
 
     def __init__(self, step: int, number: signal.Signals) -> None:
         self.step, self.number, self.report = step, number, TrainingRun._report
@@ -38,7 +38,7 @@ class _Signalling:
 
 
 def stop_and_resume(world: World, config: Experiment, stop_at: int) -> str:
-    """Signal the last rank alone at `stop_at`; then start the same run again."""
+    """Train, stopped by a signal to the last rank at step `stop_at`, and then start the same run again."""
     message = "did not stop"
     number = (signal.SIGTERM, signal.SIGUSR1)[stop_at % 2]
     try:
@@ -54,7 +54,7 @@ def stop_and_resume(world: World, config: Experiment, stop_at: int) -> str:
 
 
 def stop_after(world: World, config: Experiment, step: int) -> None:
-    """Train until `step` and stop there, saved."""
+    """Train until `step`, save and stop."""
     with _Signalling(step, signal.SIGTERM), contextlib.suppress(StoppedError):
         train(config, world)
 
@@ -76,7 +76,7 @@ def test_a_stopped_run_resumes_bit_for_bit(
 
 
 def crash_after(world: World, config: Experiment, step: int) -> None:
-    """End all ranks without a word, as a power cut does."""
+    """Train until rank 0 is killed at `step` without warning, as by a power cut."""
     if world.rank == 0:
         with _Signalling(step, signal.SIGKILL):
             train(config, world)
@@ -129,7 +129,7 @@ Place = tuple[int, int, int]  # ranks, ZeRO stage, tensor degree
 def test_a_run_moves_to_other_ranks_zero_stages_and_tensor_degrees(
     motion_data: Path, tmp_path: Path, task: str, path: tuple[Place, ...]
 ) -> None:
-    """The same losses as of the run that never moved, wherever it goes on."""
+    """A run that resumes on other ranks, stages and degrees has the losses of a run that never stopped."""
     options: dict[str, Any] = {"batch": {"micro_batch_size": 2}, "optimizer": {"layer_decay": 0.8}}
     run_ranks(train_rank, 1, experiment(motion_data, tmp_path / "whole", task, **options))
     for leg, (num_ranks, stage, tensor) in enumerate(path, 1):

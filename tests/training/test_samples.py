@@ -1,4 +1,4 @@
-"""A run takes its manifest without what the ledger knows to be broken, settled when it starts."""
+"""Tests of the samples of a run: videos that the ledger lists as broken are excluded from the start."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import pytest
 
 from everest_ds.config import Experiment
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.manifest import Sample, read_manifest
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.samples import read_samples, read_training_samples, settle
-from everest_ds.training.testing import run_test
 from tests.ranks import run_ranks
 
 from .runs import experiment, metrics, train_rank
@@ -21,12 +21,12 @@ from .runs import experiment, metrics, train_rank
 
 @pytest.fixture
 def data(motion_data: Path, tmp_path: Path) -> Path:
-    """Motion data whose manifests' ledgers this test may write."""
+    """Return a copy of the motion data, whose ledgers the test may write."""
     return Path(shutil.copytree(motion_data, tmp_path / "data"))
 
 
 def break_video(data: Path, split: str, number: int, reason: str = "cut off") -> Sample:
-    """Tell the ledger that a video is broken."""
+    """Record in the ledger that a video is broken, and return its sample."""
     manifest = data / f"{split}.txt"
     sample = read_manifest(manifest, root=None, num_classes=6, labelled=True)[number]
     Ledger.of_manifest(manifest).record(sample, reason)
@@ -53,7 +53,7 @@ def test_what_a_run_leaves_out_stays_whatever_the_ledger_learns(data: Path, tmp_
     assert again == first
     lines = (data / "train.txt").read_text().splitlines()
     (data / "train.txt").write_text("\n".join(lines[:3] + lines[4:]))
-    with pytest.raises(DataError, match="not the list that this run began with"):
+    with pytest.raises(DataError, match="the manifest has changed since the run began"):
         read_training_samples(config, settled)
 
 
@@ -65,7 +65,7 @@ def test_a_manifest_of_broken_videos_only_is_refused(data: Path, tmp_path: Path)
 
 
 def result_of(world: World, config: Experiment) -> dict[str, object]:
-    """The multi-view test, on a rank."""
+    """Run the multi-view test on this rank."""
     return run_test(config, world)
 
 
@@ -73,7 +73,7 @@ def result_of(world: World, config: Experiment) -> dict[str, object]:
 def test_training_goes_on_without_them_and_tests_say_how_many_are_missing(data: Path, tmp_path: Path) -> None:
     for split in ("train", "val", "test"):
         sample = break_video(data, split, 1)
-        sample.path.write_bytes(b"")  # opened, it would stop the run
+        sample.path.write_bytes(b"")  # opening this video would stop the run
         break_video(data, split, 1)
     config = experiment(data, tmp_path / "run", "finetune", schedule={"epochs": 1, "warmup_epochs": 0})
     run_ranks(train_rank, 1, config)

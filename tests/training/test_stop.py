@@ -1,4 +1,4 @@
-"""What asks a run to stop or save, and whether it will be in time."""
+"""Tests of requests to stop or save, and of the warning about too little time to stop."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.training.grace import Grace
-from everest_ds.training.stop import StopRequest, Wish
+from everest_ds.training.stop import Grace, StopReason, StopRequest
 
 
 def test_files_and_signals_ask_and_the_greatest_wish_counts(tmp_path: Path) -> None:
     with StopRequest(tmp_path) as stop, StopRequest() as other_rank:
-        assert stop.wish() == Wish.NONE
+        assert stop.wish() == StopReason.NONE
         (tmp_path / "save").touch()
-        assert stop.wish() == Wish.SAVE and not stop.wish().stops
+        assert stop.wish() == StopReason.SAVE and not stop.wish().stops
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert other_rank.wish() == Wish.SIGNAL and other_rank.wish().stops
+        assert other_rank.wish() == StopReason.SIGNAL and other_rank.wish().stops
         (tmp_path / "kill").touch()
-        assert stop.wish() == Wish.KILL
+        assert stop.wish() == StopReason.KILL
 
 
 def test_a_granted_file_does_not_ask_again(tmp_path: Path) -> None:
     stop = StopRequest(tmp_path)
     (tmp_path / "save").touch()
-    stop.granted(stop.wish())
-    assert stop.wish() == Wish.NONE and list(tmp_path.iterdir()) == []
+    stop.acknowledge(stop.wish())
+    assert stop.wish() == StopReason.NONE and list(tmp_path.iterdir()) == []
 
 
 def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(
@@ -42,6 +41,6 @@ def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(
     for _ in range(2):
         grace.note_save(16.0)
     (told,) = caplog.records
-    assert "take 40s, --signal grants 30s; fix: sbatch --signal=USR1@41" in told.getMessage()
+    assert "take 40s, but --signal leaves 30s; fix: sbatch --signal=USR1@41" in told.getMessage()
     Grace(30.0, tmp_path / "grace.json")
     assert len(caplog.records) == 2

@@ -1,19 +1,19 @@
-"""A calibration of this machine that nobody measured: for tests of what reads one."""
+"""An invented calibration of this machine, for tests of the code that reads calibrations."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
 
-from everest_ds.cli.calibrate import calibration_file, facts_here
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.launch.local import threads_per_rank
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.calibration import Calibration
-from everest_ds.tuning.sheet import machine_from_sheet
+from everest_ds.tuning.calibration.file import Calibration
+from everest_ds.tuning.calibration.local_machine import calibration_file, facts_here
 
 
 def pretend_calibration(*numbers_of_ranks: int) -> Path:
-    """Write one to where the command line looks for it: point XDG_CACHE_HOME somewhere else first."""
+    """Write a calibration to the file that the command line reads; set XDG_CACHE_HOME first."""
     facts = facts_here()
     sheet = machine_from_sheet("T4", DEVICES["T4"])
     machines = {

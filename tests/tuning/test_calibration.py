@@ -1,4 +1,4 @@
-"""From measurements to a machine, and to a file that only its own machine may use."""
+"""Tests of calibration: a machine is fitted to measurements, and its file is valid on that machine only."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config.schema import Experiment
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Link, intensity
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.tuning.calibration import Calibration, read_calibration
-from everest_ds.tuning.fit import (
+from everest_ds.tuning.calibration.file import Calibration, read_calibration
+from everest_ds.tuning.calibration.fit import (
     CollectiveSample,
     Measurements,
     TrainedStep,
@@ -19,9 +22,6 @@ from everest_ds.tuning.fit import (
     fit_links,
     fit_machine,
 )
-from everest_ds.tuning.machine import Link, intensity
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import predict_step
 
 FACTS = {"device": "a processor", "torch": "2.13.0"}
 SHEET = machine_from_sheet("T4", DEVICES["T4"])
@@ -65,7 +65,7 @@ def measurements(steps: list[TrainedStep], samples: list[CollectiveSample]) -> M
 
 
 def samples(link: Link) -> list[CollectiveSample]:
-    """What rings over such a link take: n - 1 parts from neighbour to neighbour, twice for a sum on all."""
+    """Return the times of rings over a link: n - 1 parts between neighbours, twice that for all-reduce."""
     return [
         CollectiveSample(name, ranks, size, turns * (ranks - 1) * link.seconds(size / ranks))
         for name, turns in (("all_reduce", 2), ("reduce_scatter", 1), ("all_gather", 1))
@@ -105,7 +105,7 @@ def test_a_fitted_machine_repeats_its_measurements() -> None:
 
 
 def test_what_the_engine_adds_to_a_step_is_learned_by_stage() -> None:
-    """A step that takes 0.1 s more than its terms is predicted with those 0.1 s."""
+    """A step measured 0.1 s above its terms is predicted with those 0.1 s as overhead."""
     bare = fit_machine(measurements([], []), {}, "a test")
     steps = []
     for stage, beyond in ((0, 0.1), (3, 0.3)):
@@ -132,7 +132,7 @@ def test_gpus_serve_fewer_ranks_and_cpus_do_not() -> None:
 def test_a_calibration_of_another_machine_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "calibration.json"
     Calibration(FACTS, "", {1: CPU}).write(file)
-    with pytest.raises(UsageError, match="another torch; given: 2.13.0 there, 2.14.0 here"):
+    with pytest.raises(UsageError, match="another torch; given: 2.13.0 in the file, 2.14.0 on this machine"):
         read_calibration(file, {**FACTS, "torch": "2.14.0"})
 
 

@@ -1,4 +1,4 @@
-"""The search against a search of everything, and what it says of what it leaves out."""
+"""Tests of the search: against an exhaustive search, and the reasons that it gives for what it leaves out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from itertools import product
 import pytest
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
-from everest_ds.errors import EverestError, UsageError
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.tuning.machine import Machine
-from everest_ds.tuning.nearest import fits_nowhere
-from everest_ds.tuning.reasons import slower_families, why_slower
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
+from everest_ds.errors import ConfigError, EverestError, UsageError
+from everest_ds.tuning.explain import fits_nowhere, slower_families, why_slower
 from everest_ds.tuning.search import BUCKETS, Cluster, Options, SearchResult, needed_bytes, search
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import predict_step
+from everest_ds.tuning.space import Sharding, Space
 from everest_ds.units import format_bytes
 
 MIB = 2**20
@@ -40,7 +40,7 @@ def find(
 
 
 def everything(config: Experiment) -> Iterator[Experiment]:
-    """All that can be said in a config file, by way of its own validation."""
+    """Yield every config that a config file can express and that passes its own validation."""
     tree = config.model_dump()
     axes = product(
         (0, 1, 2, 3),
@@ -70,7 +70,7 @@ def everything(config: Experiment) -> Iterator[Experiment]:
 
 @pytest.mark.parametrize("memory_mib", [900, 1400, 40_000])
 def test_the_search_finds_what_a_search_of_everything_finds(memory_mib: int) -> None:
-    """On devices on which offload, recompute and nothing of the kind is needed."""
+    """The memory sizes call for offload, for recompute, and for neither."""
     config = recipe("batch.global_batch_size=64", "data.num_workers=14")
     on = machine(memory_bytes=memory_mib * MIB)
     fitting = [
@@ -102,7 +102,7 @@ def test_every_candidate_can_run_fits_and_keeps_the_batch(ranks: int) -> None:
 
 
 def test_the_full_search_is_small() -> None:
-    """A prediction takes a third of a millisecond: these are a tenth of the time there is."""
+    """The search makes fewer than 800 predictions, each of a third of a millisecond."""
     config = recipe("model.backbone=vit_huge")
     assert sum(find(config, 8, global_batch=1024).evaluations) < 800
     assert sum(find(config, 1024, global_batch=8192).evaluations) < 800
@@ -118,7 +118,7 @@ def test_a_key_that_was_given_is_not_searched() -> None:
 
 
 def test_own_buckets_are_recommended_only_where_they_pay() -> None:
-    """Between slow nodes a message's latency counts; within one it does not."""
+    """The latency of a message matters between slow nodes but not within a node."""
     slow = machine_from_sheet("H100 SXM", DEVICES["H100 SXM"], "ethernet-10")
     result = find(recipe("data.num_workers=14"), 64, slow, global_batch=1024)
     for one in result.ranked:
@@ -127,7 +127,7 @@ def test_own_buckets_are_recommended_only_where_they_pay() -> None:
 
 
 def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
-    """Attention matrices of 5,644 tokens, which neither recompute nor sharding makes small."""
+    """Neither recompute nor sharding makes the attention matrices of 5,644 tokens fit."""
     config = recipe(
         "model.backbone=vit_huge", "model.num_frames=64", "tokens.keep_ratio=0.9", "model.attention=unfused"
     )
@@ -141,22 +141,27 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
 
 
 def test_a_batch_that_cannot_be_split_is_refused_with_the_nearest_that_can() -> None:
-    """100 clips over 64 ranks: a ViT-H's groups of 8 make 8 data-parallel ranks, a ViT-B's of 2 make 32."""
-    with pytest.raises(UsageError, match="the nearest: 96 or 104; fix: --global-batch 104"):
+    """ViT-H on 64 ranks has groups of 8 and 8 data-parallel ranks; ViT-B has groups of 2 and 32."""
+    with pytest.raises(UsageError, match="nearest sizes: 96 or 104; fix: --global-batch 104"):
         find(recipe("model.backbone=vit_huge"), 64, global_batch=100)
-    with pytest.raises(UsageError, match="the nearest: 96 or 128"):
+    with pytest.raises(UsageError, match="nearest sizes: 96 or 128"):
         find(recipe(), 64, global_batch=100)
     mixing = ("augment.mixup_alpha=0.8", "batch.micro_batch_size=2", "batch.global_batch_size=20")
     config = recipe(*mixing, name="k400_finetune_vit_base")
-    with pytest.raises(UsageError, match="the nearest: 16 or 24"):  # pairs are mixed; heads split by 4
+    with pytest.raises(
+        UsageError, match="nearest sizes: 16 or 24"
+    ):  # mixing needs pairs of clips; the heads split by 4
         find(config, 16)
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ("parallelism.tensor=8", "nothing can run; given: divides badly: a tensor group lies within a node"),
-        ("batch.micro_batch_size=24", "no micro-batch is a part of a rank's 64 clips"),
+        (
+            "parallelism.tensor=8",
+            "no candidate can run; given: parallelism.tensor=8 does not divide the ranks of a node; given: 4",
+        ),
+        ("batch.micro_batch_size=24", "no allowed micro-batch divides the 64 clips of a data-parallel rank"),
     ],
 )
 def test_keys_with_which_nothing_runs_are_said(given: str, said: str) -> None:
@@ -165,8 +170,23 @@ def test_keys_with_which_nothing_runs_are_said(given: str, said: str) -> None:
         find(config, 4, pinned=pinned)
 
 
+@pytest.mark.parametrize(
+    ("num_ranks", "ranks_per_node", "said"),
+    [
+        (12, 8, "the ranks of the run; given: 12 ranks"),
+        (4, 4, "the ranks of a node; given: 4 ranks per node"),
+    ],
+)
+def test_a_tensor_degree_that_does_not_divide_names_what_it_does_not_divide(
+    num_ranks: int, ranks_per_node: int, said: str
+) -> None:
+    space = Space(recipe(), num_ranks, ranks_per_node, ("bf16",))
+    with pytest.raises(ConfigError, match=f"parallelism.tensor=8 does not divide {said}"):
+        space.sharded(Sharding("bf16", stage=1, tensor=8, offload=False))
+
+
 def test_a_precision_that_was_given_is_not_replaced() -> None:
-    with pytest.raises(UsageError, match="no fast one; given: bf16; allowed: fp32, fp16"):
+    with pytest.raises(UsageError, match="no fast bf16; given: bf16; allowed: fp32, fp16"):
         find(recipe("precision=bf16"), on=machine("T4"), pinned=frozenset(("precision",)))
 
 
@@ -180,8 +200,11 @@ def test_a_precision_that_the_device_lacks_is_replaced_and_said() -> None:
 def test_families_that_are_refused_quote_the_check_that_refuses_them() -> None:
     reasons = {one.family: one.reason for one in find(recipe(), 4).dropped}
     assert "bf16 needs parallelism.zero_stage 1, 2 or 3" in reasons["ZeRO-0; tensor 1, 2, 4; bf16"]
-    assert "heads" in reasons["ZeRO-1, 2, 2 offload, 3, 3 offload; tensor 4; bf16"]  # the decoder has 6
-    assert "divides badly" in reasons["ZeRO-0, 1, 2, 2 offload, 3, 3 offload; tensor 8; bf16"]
+    assert "heads" in reasons["ZeRO-1, 2, 2 offload, 3, 3 offload; tensor 4; bf16"]  # the decoder has 6 heads
+    assert (
+        "does not divide the ranks of a node"
+        in reasons["ZeRO-0, 1, 2, 2 offload, 3, 3 offload; tensor 8; bf16"]
+    )
 
 
 def test_what_is_slower_says_which_part_of_the_step_makes_it_so() -> None:

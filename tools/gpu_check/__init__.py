@@ -1,1 +1,1 @@
-"""Measurements of training that need a GPU, in parts of a minute or two: see tools/gpu_check.sh."""
+"""Measurements of training that need a GPU, in parts of one or two minutes; see tools/gpu_check.sh."""

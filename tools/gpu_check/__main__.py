@@ -3,8 +3,8 @@
     PYTHONPATH=.:tools python -m gpu_check OUT PART [--until TIME] [--tiny]
 
 A part is a module of this package with a function `run(record)`. It writes OUT/PART.json after every row, so
-that a killed process loses one row. Each part has a process of its own: a crash of the driver ends no
-other, and DeepSpeed keeps the first world of a process.
+that a killed process loses one row. Each part runs in a process of its own, because a crash of the driver
+must not end other parts, and because DeepSpeed keeps the first world of a process.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ def main(
     out: Annotated[Path, typer.Argument(help="Folder of the results.")],
     part: Annotated[str, typer.Argument(help=f"One of: {', '.join(PARTS)}.")],
     until: Annotated[
-        float | None, typer.Option(help="Unix time to end by, ten minutes from now by default.")
+        float | None, typer.Option(help="Unix time to end by; default: ten minutes from now.")
     ] = None,
     peers: Annotated[Path | None, typer.Option(help="Folder with everest/ and videomae/.")] = None,
     tiny: Annotated[bool, typer.Option("--tiny", help="Rehearse with tiny models, on any device.")] = False,
 ) -> None:
-    """Measure on the GPU of this machine and write JSON."""
+    """Run one part on the GPU of this machine and write its JSON."""
     if part not in PARTS:
-        raise UsageError("no such part", given=part, allowed=nearest(part, PARTS))
+        raise UsageError("unknown part", given=part, allowed=nearest(part, PARTS))
     if not tiny and not torch.cuda.is_available():
-        raise UsageError("no CUDA device here", fix="--tiny rehearses on a CPU")
+        raise UsageError("no CUDA device on this machine", fix="--tiny rehearses on a CPU")
     record = Record(Session(out, until or time.time() + 600, tiny, peers), part)
     try:
         importlib.import_module(f"gpu_check.{part}").run(record)
-    except Exception as error:  # said where the results are
+    except Exception as error:  # recorded with the results too
         record.add(part, {"error": f"{type(error).__name__}: {error}"})
         raise
     finally:

@@ -1,4 +1,4 @@
-"""`everest-ds tune --calibrate` on this machine: a file that predicts its steps later, without it."""
+"""The calibration part: run `everest-ds tune --calibrate`, to predict steps later without the machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _NEEDS_S = 30.0
 
 
 def run(record: Record) -> None:
-    """Calibrate one rank; the machine's file is OUT/machine.json."""
+    """Calibrate one rank and write the calibration to OUT/machine.json."""
     record.measure("calibrate", lambda: _calibrate(record), needs_s=_NEEDS_S)
 
 

@@ -1,4 +1,4 @@
-"""The experiments that are measured: the recipes as they train, on one GPU and one micro-batch a step."""
+"""The measured experiments: the recipes on one GPU with one micro-batch per step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 from everest_ds.config import Experiment, load_experiment
 
 RECIPES = {"pretrain": "ucf101_pretrain_{}", "finetune": "k400_finetune_{}"}
-# A rehearsal: the same recipes with a model and clips that a CPU steps in a fraction of a second.
+# In a rehearsal, the recipes get a model and clips so small that a CPU step takes a fraction of a second.
 _TINY = (
     "model.backbone=vit_tiny",
     "model.image_size=32",
@@ -18,7 +18,7 @@ _TINY = (
 
 
 class Case(NamedTuple):
-    """An experiment, and the file of its trace if one is wanted."""
+    """An experiment, with the file of its trace if it is traced."""
 
     task: str
     backbone: str
@@ -28,11 +28,11 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The title of its row."""
+        """Return the title of the row."""
         return " ".join([f"{self.task} {self.backbone} {self.clips} clips", *self.overrides])
 
     def config(self, tiny: bool) -> Experiment:
-        """The recipe in bf16, with one micro-batch a step."""
+        """Return the recipe in bf16, with one micro-batch per step."""
         overrides = [f"batch.micro_batch_size={self.clips}", "batch.global_batch_size=null"]
         if self.task == "finetune":
             overrides += ["model.init_from=null"]

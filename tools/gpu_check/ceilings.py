@@ -1,4 +1,4 @@
-"""Upper limits of the device: matrix products and attention at our shapes, copies, launches."""
+"""Upper limits of the device: matrix products and attention at our shapes, copies and launches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from everest_ds.config.backbones import BACKBONES, MLP_RATIO
 from everest_ds.models.attention import fused_attention
-from everest_ds.profiling.rates import best_time, wait
+from everest_ds.profiling.device_rates import best_time, wait
 from gpu_check.record import Record, Row
 
 _BACKENDS = {
@@ -25,11 +25,11 @@ _BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
 _LAUNCHES, _READS = 2000, 50
-_PIXELS = 16 * 224 * 224 * 3  # bytes of a clip
+_PIXELS = 16 * 224 * 224 * 3  # bytes per clip
 
 
 class _Stack(NamedTuple):
-    """Blocks at work: clips of a micro-batch and visible tokens of a clip."""
+    """Blocks under load: clips per micro-batch and visible tokens per clip."""
 
     backbone: str
     part: str
@@ -49,7 +49,7 @@ _TINY = (_Stack("vit_tiny", "encoder", 2, 16), _Stack("vit_tiny", "decoder", 2, 
 
 
 def run(record: Record) -> None:
-    """Measure all limits, the general ones first."""
+    """Measure all limits, starting with those of the device and the host."""
     device, tiny = record.session.device, record.session.tiny
     record.measure("device", partial(_device_limits, device, 128 if tiny else 8192))
     record.measure("host", partial(_host_limits, device, 2 if tiny else 64))
@@ -60,7 +60,7 @@ def run(record: Record) -> None:
 
 
 def _device_limits(device: torch.device, size: int) -> Row:
-    """Square products in bf16, tf32 and fp32, TFLOP/s; a copy, TB/s of bytes read and written."""
+    """Measure square products in bf16, tf32 and fp32 (TFLOP/s), and a copy (TB/s read plus written)."""
     source = torch.empty(32 * size**2, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
     row: Row = {"copy_tb_per_s": 2e-12 * len(source) / best_time(lambda: target.copy_(source), device)}
@@ -75,7 +75,7 @@ def _device_limits(device: torch.device, size: int) -> Row:
 
 
 def _host_limits(device: torch.device, clips: int) -> Row:
-    """Copies of a micro-batch of clips to and from the host, GB/s; a launch and a wait, microseconds."""
+    """Measure copies of a micro-batch to and from the host (GB/s), and a launch and a wait (microseconds)."""
     pageable = torch.empty(clips * _PIXELS, dtype=torch.uint8).random_()
     pinned = pageable.pin_memory() if device.type == "cuda" else pageable.clone()
     here = torch.empty_like(pageable, device=device)
@@ -111,7 +111,7 @@ def _launches(device: torch.device) -> Row:
 
 
 def _products(stack: _Stack, device: torch.device) -> Row:
-    """TFLOP/s of a block's linear maps: forward, and backward for the input (dx) and for the weight (dw)."""
+    """Measure the linear maps of a block, TFLOP/s: forward, and backward for input (dx) and weight (dw)."""
     shape = getattr(BACKBONES[stack.backbone], stack.part)
     rows, row = stack.clips * stack.tokens, Row()
     widths = {"qkv": (1, 3), "proj": (1, 1), "fc1": (1, MLP_RATIO), "fc2": (MLP_RATIO, 1)}
@@ -139,7 +139,7 @@ def _product(rows: int, inputs: int, outputs: int, device: torch.device) -> dict
 
 
 def _attention(stack: _Stack, device: torch.device) -> Row:
-    """Milliseconds of attention's forward pass and of both passes, by back end."""
+    """Measure attention's forward pass, and forward plus backward, in milliseconds by back end."""
     shape = getattr(BACKBONES[stack.backbone], stack.part)
     size = (stack.clips, stack.tokens, 3, shape.heads, shape.width // shape.heads)
     qkv = torch.randn(size, device=device).bfloat16().requires_grad_()
@@ -161,7 +161,7 @@ def _by_backend(qkv: Tensor, gradient: Tensor, device: torch.device) -> Iterator
                 with torch.no_grad():
                     yield f"{name}_forward_ms", 1e3 * best_time(lambda: fused_attention(qkv), device)
                 yield f"{name}_both_ms", 1e3 * best_time(partial(_both, qkv, gradient), device)
-        except RuntimeError as error:  # a back end that has no kernel for this shape
+        except RuntimeError as error:  # the back end has no kernel for this shape
             yield f"{name}_error", str(error)[:120]
 
 

@@ -1,7 +1,7 @@
-"""Gain of each change of the engine: the same step with changes taken back one by one.
+"""The gain of each change to the engine: the same step with changes taken back one by one.
 
-Some of them are no option of a run, since nobody should train without them. Those are taken back by patching
-in this process.
+Some changes are not an option of a run, since no run should train without them; this module takes them back
+by patching.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.parallel import lean_update
+from everest_ds.parallel.world_of_one import world_of_one
 from everest_ds.shipped import shipped
 from gpu_check.cases import Case
 from gpu_check.prefetch import measure_prefetch
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
 
-# ViT-L pre-training has every rung of the ladder, the others those that matter most to them.
+# ViT-L pre-training is measured on every rung; the other cases, on the rungs that matter most to them.
 _TIMERS, _REDUCTION, _UPDATE, _COMPILE = "timers off", "nothing reduced on one rank", "lean update", "compile"
 _ALL = (_TIMERS, _REDUCTION, _UPDATE, _COMPILE)
 
 
 class Rung(NamedTuple):
-    """A case, and the first changes of `_ALL`, which are in force."""
+    """A case with the changes that are in force: the first few of `_ALL`."""
 
     case: Case
     changes: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """The title of its row."""
-        rung = f"up to {self.changes[-1]}" if self.changes else "DeepSpeed as it comes, eager"
+        """Return the title of the row."""
+        rung = f"up to {self.changes[-1]}" if self.changes else "unchanged DeepSpeed, eager"
         return f"{self.case.name}, {rung}"
 
 
@@ -58,17 +58,17 @@ LADDERS = (
 
 
 def run(record: Record) -> None:
-    """Measure every rung, and what preparing the next batch beside the step saves."""
+    """Measure every rung, and the time saved by preparing the next batch during the step."""
     timed = _with_timers(record.session.out)
     try:
         with world_of_one() as world:
-            # a rehearsal compiles nothing: for a CPU, that takes minutes
+            # A rehearsal leaves compilation out, because it takes minutes on a CPU.
             for rung in _ONE_LADDER[:-1] if record.session.tiny else LADDERS:
                 with _only(rung.changes):
                     measure_case(record, _case(rung, timed), world, name=rung.name)
             for case in (_FINE_TUNING, _LARGE):
                 config = case.config(record.session.tiny)
-                name = f"{case.name}, the next batch in line and beside the step"
+                name = f"{case.name}, next batch prepared in line and during the step"
                 record.measure(name, partial(measure_prefetch, config, world), needs_s=10)
     finally:
         timed.unlink()
@@ -83,7 +83,7 @@ def _case(rung: Rung, timed: Path) -> Case:
 
 @contextmanager
 def _only(changes: tuple[str, ...]) -> Iterator[None]:
-    """Take back the changes that are not among `changes` and are no setting of a run."""
+    """Take back every change that is not among `changes` and is not a setting of a run."""
     with ExitStack() as stack:
         for change, undo in _UNDOING.items():
             if change not in changes:
@@ -98,7 +98,7 @@ _UNDOING: dict[str, Callable[[], AbstractContextManager[object]]] = {
 
 
 def _with_timers(folder: Path) -> Path:
-    """A DeepSpeed file like the shipped one of ZeRO-2, with the timers that wait for the device."""
+    """Write the shipped ZeRO-2 file with timers that wait for the device, and return its path."""
     tree = json.loads((shipped("ds_configs") / "zero2.json").read_text())
     file = folder / "zero2_with_timers.json"
     file.write_text(json.dumps({**tree, "timers": {"throughput": {"enabled": True}}}))

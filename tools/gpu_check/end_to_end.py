@@ -1,4 +1,4 @@
-"""The real command on real video files: its rate, its wait for data, saving, stopping and resuming."""
+"""The real command on real video files: clip rate, data wait, saving, stopping and resuming."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from typing import Any
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
 from everest_ds.errors import ExitCode, RunFolderError
 from everest_ds.launch.local import available_cores
-from everest_ds.training.grace import FILE_NAME as GRACE_FILE
 from everest_ds.training.run_folder import read_metrics
+from everest_ds.training.stop import GRACE_FILE
 from gpu_check.record import Record, Row
 
 _EVERY = (
@@ -27,9 +27,9 @@ _EVERY = (
     "run.keep_checkpoints=1",
     "run.image_every_steps=1000000",
 )
-_LONG = ("schedule.epochs=1000", "schedule.warmup_epochs=0")  # stopped by request
+_LONG = ("schedule.epochs=1000", "schedule.warmup_epochs=0")  # long enough to end only by a request to stop
 _POLL_S = 0.1
-_WARM_UP_STEPS = 6  # first batches wait for workers to start
+_WARM_UP_STEPS = 6  # the first batches wait for workers to start
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ _TINY = _Plan("demo_pretrain", 16, SyntheticSpec(num_frames=20, size=32), 20, ("
 
 
 def run(record: Record) -> None:
-    """Write videos, train on them, stop, resume; then train with four clips cut from each decoded video."""
+    """Write videos, train on them, stop and resume; then train with four clips per decoded video."""
     plan = _TINY if record.session.tiny else _PLAN
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as name:
         folder = Path(name)
@@ -77,7 +77,7 @@ def _write_videos(plan: _Plan, folder: Path) -> Row:
 
 
 def _train(record: Record, plan: _Plan, folder: Path, run_dir: Path, steps: int, *overrides: str) -> Row:
-    """Train until `steps`, ask the run to stop, and describe its metrics."""
+    """Train for `steps` steps, ask the run to stop, and return a row of its metrics."""
     started = time.perf_counter()
     with _training(plan, folder, run_dir, overrides) as process:
         first_s = _wait(record, process, lambda: _last_step(run_dir) > 0) - started
@@ -94,7 +94,7 @@ def _train(record: Record, plan: _Plan, folder: Path, run_dir: Path, steps: int,
 
 
 def _resume(record: Record, plan: _Plan, folder: Path, run_dir: Path) -> Row:
-    """Start the same command again and wait for its first step."""
+    """Start the same command again, wait for its first step and stop it; return a row of times."""
     before, started = _last_step(run_dir), time.perf_counter()
     with _training(plan, folder, run_dir, ()) as process:
         first_s = _wait(record, process, lambda: _last_step(run_dir) > before) - started
@@ -106,7 +106,7 @@ def _resume(record: Record, plan: _Plan, folder: Path, run_dir: Path) -> Row:
 def _training(
     plan: _Plan, folder: Path, run_dir: Path, overrides: tuple[str, ...]
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """The command as a user types it; ended in any case."""
+    """Run the command as a user types it, and end the process on leaving the context."""
     data = (f"data.train={folder / 'train.txt'}", f"data.num_workers={_workers()}", f"run.dir={run_dir}")
     command = [sys.executable, "-m", "everest_ds", "pretrain", plan.recipe, "--nproc", "1"]
     process = subprocess.Popen([*command, *data, *_LONG, *_EVERY, *plan.overrides, *overrides])
@@ -118,7 +118,7 @@ def _training(
 
 
 def _stop(record: Record, process: subprocess.Popen[bytes], run_dir: Path) -> float:
-    """Seconds from the request to the end of the process, checkpoint included."""
+    """Stop the run and return the seconds from the request to its end, checkpoint included."""
     asked = time.perf_counter()
     (run_dir / "kill").touch()
     ended = _wait(record, process, lambda: process.poll() is not None)
@@ -128,16 +128,16 @@ def _stop(record: Record, process: subprocess.Popen[bytes], run_dir: Path) -> fl
 
 
 def _wait(record: Record, process: subprocess.Popen[bytes], condition: Callable[[], bool]) -> float:
-    """The time at which `condition` held.
+    """Wait until `condition` holds and return the time.
 
     Raises:
-        RuntimeError: the process ended before, or the session's time did.
+        RuntimeError: the process or the session's time ended first.
     """
     while not condition():
         if process.poll() is not None and not condition():
             raise RuntimeError(f"the run ended with exit code {process.returncode}")
         if record.session.left_s < 0:
-            raise RuntimeError("out of time")
+            raise RuntimeError("the time of the session ran out")
         time.sleep(_POLL_S)
     return time.perf_counter()
 
@@ -145,7 +145,7 @@ def _wait(record: Record, process: subprocess.Popen[bytes], condition: Callable[
 def _last_step(run_dir: Path) -> int:
     try:
         return max((row["step"] for row in read_metrics(run_dir) if "clips_per_s" in row), default=0)
-    except RunFolderError:  # it has not begun
+    except RunFolderError:  # the run has not started yet
         return 0
 
 

@@ -1,13 +1,13 @@
-"""The engine that trains, as shipped: steps of both phases, their kernels, other sizes and ZeRO stages."""
+"""The engine part: steps of the shipped engine in both phases, their kernels, other sizes and stages."""
 
 from __future__ import annotations
 
-from everest_ds.cli.alone import world_of_one
+from everest_ds.parallel.world_of_one import world_of_one
 from gpu_check.cases import Case
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
 
-# Those that the acceptance criteria are about come first: time may run out.
+# Cases of the acceptance criteria come first, because time may run out.
 CASES = (
     Case("pretrain", "vit_large", 64, trace="pretrain.trace.json.gz"),
     Case("finetune", "vit_large", 16, trace="finetune.trace.json.gz"),
@@ -21,7 +21,7 @@ CASES = (
 
 
 def run(record: Record) -> None:
-    """Measure all cases."""
+    """Measure the steps of all cases."""
     with world_of_one() as world:
         for case in CASES:
             measure_case(record, case, world)

@@ -1,8 +1,8 @@
-"""Peak memory of an eager step, predicted and measured, where most of it is saved or needed."""
+"""The memory part: peak of eager steps that save or need most memory, predicted and measured."""
 
 from __future__ import annotations
 
-from everest_ds.cli.alone import world_of_one
+from everest_ds.parallel.world_of_one import world_of_one
 from gpu_check.cases import Case
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
@@ -18,7 +18,7 @@ CASES = (
 
 
 def run(record: Record) -> None:
-    """Measure all cases in few steps: the time of a step is not the point."""
+    """Measure all cases in few steps, because only their memory matters."""
     with world_of_one() as world:
         for case in CASES:
             eager = case._replace(overrides=(*case.overrides, "model.compile=false"))

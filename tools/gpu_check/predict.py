@@ -1,4 +1,4 @@
-"""Predicted steps of the GPU check on a device, from its data sheet alone.
+"""Print the predicted steps of the GPU check on a device, from its data sheet alone.
 
 python -m gpu_check.predict "H100 SXM"
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 
-from everest_ds.profiling.devices import DEVICES
-from everest_ds.profiling.memory import predict_memory
+from everest_ds.costs.hardware.gpus import DEVICES
+from everest_ds.costs.memory import predict_memory
 from gpu_check.cases import Case
 from gpu_check.engine import CASES
 from gpu_check.steps import GIB, predict
@@ -24,17 +24,17 @@ _COLUMNS: Columns = {
 
 
 def main() -> None:
-    """Print the table of a device."""
+    """Print the table of the device named on the command line."""
     name = " ".join(sys.argv[1:])
     if name not in DEVICES:
-        sys.exit(f"error: no such device: {name!r}; allowed: {', '.join(DEVICES)}")
+        sys.exit(f"error: unknown device: {name!r}; allowed: {', '.join(DEVICES)}")
     print(table([_row(case, name) for case in CASES], _COLUMNS))
 
 
 def _row(case: Case, device: str) -> Row:
     config = case.config(tiny=False)
     step = predict(config, DEVICES[device])
-    assert step is not None, f"{case.name}: on a data sheet every precision of a recipe is there"
+    assert step is not None, f"{case.name}: the data sheet lacks the precision of the recipe"
     clips_per_s = 1e3 * case.clips / step.ms
     gib = predict_memory(config, 1).peak_bytes / GIB
     return {"case": case.name, "ms": step.ms, "clips_per_s": clips_per_s, "mfu_pct": step.mfu_pct, "gib": gib}

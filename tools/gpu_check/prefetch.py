@@ -1,4 +1,4 @@
-"""A step with the next batch copied and augmented in line, and beside it as in training."""
+"""The time of a step that prepares the next batch in line, or during the step as in training."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from everest_ds.config import Experiment
 from everest_ds.data.clips import Batch
 from everest_ds.parallel.world import World
-from everest_ds.profiling.rates import wait
+from everest_ds.profiling.device_rates import wait
 from everest_ds.training.engine_step import EngineStep, noise_batch
 from everest_ds.training.prefetch import Prefetcher
 from gpu_check.record import Row
@@ -20,7 +20,7 @@ _STEPS, _WARM_UP = 8, 4
 
 
 def measure_prefetch(config: Experiment, world: World) -> Row:
-    """Milliseconds of a step on batches that lie in pinned host memory, as a loader's would."""
+    """Return the milliseconds of a step on batches in pinned host memory, like those of a loader."""
     batch = noise_batch(config, torch.device("cpu"))
     if world.device.type == "cuda":
         batch = batch._replace(**{name: tensor.pin_memory() for name, tensor in batch._asdict().items()})

@@ -1,4 +1,4 @@
-"""The results of a part: a JSON file, written anew after every row, that says where they were measured."""
+"""The results of a part, in a JSON file that is rewritten after every row and names its machine."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from everest_ds.profiling.here import this_device
-from everest_ds.profiling.time import device_name
+from everest_ds.profiling.device import this_device
+from everest_ds.profiling.step_measurement import device_name
 from everest_ds.training.run_folder import describe_environment
 
-# `tools/gpu_check.sh prepare` leaves the commit here: what travels to the machine may be no checkout.
+# `tools/gpu_check.sh prepare` writes the commit here, because the copy on the machine may not be a checkout.
 COMMIT_FILE = Path(".gpu/commit")
 _STATE = "driver_version,pstate,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
 _LONGEST_ERROR = 600  # characters
@@ -32,9 +32,9 @@ class Session:
 
     Attributes:
         out: folder of the results.
-        ends_at: Unix time, so that starting Python counts; what does not fit before it is left out.
+        ends_at: Unix time of the end, so that Python's start counts; cases that do not fit are left out.
         tiny: rehearse with tiny models.
-        peers: folder with the files of everest/ and videomae/; None: the released systems are left out.
+        peers: folder with the files of everest/ and videomae/; None: leave out the released systems.
     """
 
     out: Path
@@ -44,17 +44,17 @@ class Session:
 
     @property
     def device(self) -> torch.device:
-        """The GPU; a CPU in a rehearsal without one."""
+        """Return the GPU, or the CPU in a rehearsal without a GPU."""
         return this_device()
 
     @property
     def left_s(self) -> float:
-        """Seconds until the session must have ended."""
+        """Return the seconds until the session must have ended."""
         return self.ends_at - time.time()
 
 
 class Record:
-    """Rows of one part."""
+    """The rows of one part, with the environment in which they were measured."""
 
     def __init__(self, session: Session, part: str) -> None:
         self.session = session
@@ -71,11 +71,15 @@ class Record:
         self._write()
 
     def measure(self, case: str, call: Callable[[], Row], needs_s: float = 0.0) -> Row:
-        """Add what `call` returns, or why there is nothing: out of memory, another error, no time left.
+        """Add the row that `call` returns, or the reason why there is none: an error, or no time left.
 
         Args:
-            case: names the row.
-            needs_s: without so many seconds left it is not tried; a rehearsal tries it anyway.
+            case: name of the row.
+            call: measures the case and returns its row.
+            needs_s: seconds that must be left to try the case; a rehearsal tries it in any case.
+
+        Returns:
+            The row as added.
         """
         left_s = self.session.left_s
         if left_s < (0 if self.session.tiny else needs_s):
@@ -91,7 +95,7 @@ class Record:
         return self.add(case, row)
 
     def add(self, case: str, row: Row) -> Row:
-        """Add a row, print it and write the file."""
+        """Add a row, print it, write the file and return the row."""
         whole = {"case": case, **row}
         self._content["rows"].append(whole)
         self._write()
@@ -100,7 +104,7 @@ class Record:
         return whole
 
     def close(self) -> None:
-        """Note the device's state and the seconds that the part took."""
+        """Record the state of the device and the seconds that the part took."""
         self._content |= {"state_after": device_state(), "seconds": time.monotonic() - self._started}
         self._write()
 
@@ -109,7 +113,7 @@ class Record:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, commit and host, for everybody who reads a result later."""
+    """Return device, versions, commit and time, so that a result can be understood later."""
     about = describe_environment(1)
     commit = COMMIT_FILE.read_text().strip() if COMMIT_FILE.is_file() else None
     if about["git"] is not None:
@@ -133,7 +137,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def device_state() -> str | None:
-    """Driver, power state, clocks, power and temperature as nvidia-smi reads them; None without it."""
+    """Return driver, power state, clocks, power and temperature from nvidia-smi; None without nvidia-smi."""
     command = ["nvidia-smi", f"--query-gpu={_STATE}", "--format=csv"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -143,7 +147,7 @@ def device_state() -> str | None:
 
 
 def start_afresh() -> None:
-    """Give freed memory back and forget compiled graphs, so that the next case is as in a process of its own.
+    """Release memory and compiled graphs, so that the next case runs as in a process of its own.
 
     torch.compile refuses more than a few shapes of a function in one process.
     """

@@ -1,7 +1,8 @@
-"""Our engine, our plain loop, EVEREST and VideoMAE as released, in turn on the same clips of one GPU.
+"""The comparison of our engine and our plain loop with the released EVEREST and VideoMAE, on one GPU.
 
-This is tools/bench_step.py without its command line; tools/bench_contenders.py says how each of them steps.
-A contender that runs out of memory is a row, and the others go on.
+All take turns on the same clips. The module runs tools/bench_step.py without its command line;
+tools/bench_contenders.py defines the step of each contender. A contender that runs out of memory gets a row
+with that failure, and the others continue.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import bench_step
 import torch
 from peers import load_peer
 
-from everest_ds.cli.alone import world_of_one
 from everest_ds.parallel.world import World
+from everest_ds.parallel.world_of_one import world_of_one
 from gpu_check.cases import Case
 from gpu_check.record import Record, Row, start_afresh
 
@@ -25,7 +26,7 @@ CASES = (
     Case("pretrain", "vit_base", 64),
     Case("finetune", "vit_base", 16),
 )
-# The peers' code has 224 pixels, and ViT-S as the smallest model.
+# The peers' code is fixed to 224 pixels, and its smallest model is ViT-S.
 _TINY = (Case("pretrain", "vit_small", 1), Case("finetune", "vit_small", 1))
 _PEERS = ("everest", "videomae")
 _ROUNDS, _WARM_UP = 8, 3
@@ -33,10 +34,12 @@ _CASE_S = 18.0
 
 
 def run(record: Record) -> None:
-    """Measure all cases; a row of each has the ratios of step times to our engine's."""
+    """Measure all cases; each has a row with the ratios of step times to our engine's."""
     session = record.session
     if session.peers is None:
-        record.add("released systems", {"left_out": "no files of theirs: `prepare` copies them from clones"})
+        record.add(
+            "released systems", {"left_out": "their files are missing: `prepare` copies them from clones"}
+        )
         return
     with world_of_one() as world:
         for case in _TINY if session.tiny else CASES:

@@ -1,4 +1,4 @@
-"""The step of one configuration, on the real engine: phases on host and device, memory, predictions."""
+"""The step of one configuration on the real engine: phases on host and device, memory, predictions."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import NamedTuple
 import torch
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import Device, find_device, peak_flops_per_s
+from everest_ds.costs.memory import predict_memory
+from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.world import World
-from everest_ds.profiling.compute import FLOPS_PER_MAC, predict_macs
-from everest_ds.profiling.devices import Device, find_device, peak_flops_per_s
-from everest_ds.profiling.memory import predict_memory
-from everest_ds.profiling.rates import wait
-from everest_ds.profiling.time import compute_dtype, device_name
+from everest_ds.profiling.device_rates import wait
+from everest_ds.profiling.step_measurement import compute_dtype, device_name
 from everest_ds.training.engine_step import EngineStep
-from everest_ds.tuning.sheet import machine_from_sheet
-from everest_ds.tuning.step_time import predict_step
 from gpu_check.cases import Case
 from gpu_check.record import Record, Row
 from gpu_check.trace import trace_steps
@@ -29,11 +29,11 @@ from gpu_check.trace import trace_steps
 GIB = 2**30
 PHASES = ("load", "forward", "backward", "update")
 STEPS, WARM_UP = 8, 4
-_CASE_S = 15.0  # to build a ViT-L, compile its blocks and take a dozen steps
+_CASE_S = 15.0  # seconds to build a ViT-L, compile its blocks and run a dozen steps
 
 
 class PhaseClock:
-    """Time between marks, by the host's clock and on a GPU by events too; neither makes the device wait."""
+    """A clock between marks, by the host's clock and GPU events; neither makes the device wait."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
@@ -49,11 +49,11 @@ class PhaseClock:
         self._host.append(time.perf_counter())
 
     def host_ms(self) -> list[float]:
-        """Milliseconds of each phase on the host."""
+        """Return the milliseconds of each phase on the host."""
         return [1e3 * (end - start) for start, end in zip(self._host, self._host[1:], strict=False)]
 
     def device_ms(self) -> list[float]:
-        """Milliseconds of each phase on the GPU; call once it has finished."""
+        """Return the milliseconds of each phase on the GPU, which must have finished."""
         return [a.elapsed_time(b) for a, b in zip(self._events, self._events[1:], strict=False)]
 
 
@@ -66,7 +66,7 @@ def measure_case(
     steps: int = STEPS,
     warm_up: int = WARM_UP,
 ) -> Row:
-    """Measure a case and add its row to the record, under the case's name or another."""
+    """Measure a case and add its row to the record, under `name` or the case's own name."""
     session = record.session
     trace = None if case.trace is None else session.out / case.trace
 
@@ -87,8 +87,10 @@ def measure_step(
     """Build the engine, step it on noise and describe the step.
 
     Args:
-        config: with one micro-batch a step.
-        trace: file for a trace of two further steps, whose kernels come back as the row's `profile`.
+        config: a config with one micro-batch per step.
+        world: the ranks of the run.
+        trace: file for a trace of two further steps, whose kernels become the row's `profile`.
+        steps: number of measured steps.
         warm_up: steps before the measured ones; the first of them compiles.
     """
     row: Row = {
@@ -108,7 +110,7 @@ def measure_step(
             one_step(step, PhaseClock(False))
         wait(world.device)
         if world.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()  # building the engine is not part of a step
+            torch.cuda.reset_peak_memory_stats()  # the peak must not include building the engine
         clocks = [PhaseClock(world.device.type == "cuda") for _ in range(steps)]
         started = time.perf_counter()
         losses = [one_step(step, clock) for clock in clocks]
@@ -124,7 +126,7 @@ def measure_step(
 
 
 def one_step(step: EngineStep, clock: PhaseClock) -> torch.Tensor:
-    """Load, forward, backward and update; returns the loss without waiting for it."""
+    """Run load, forward, backward and update, and return the loss without waiting for it."""
     clock.mark()
     batch = step.load()
     clock.mark()
@@ -158,14 +160,14 @@ def _medians(of_steps: Iterator[list[float]]) -> dict[str, float]:
 
 
 def mfu_pct(config: Experiment, step_s: float, device: torch.device) -> float | None:
-    """Useful over peak rate of the device in the config's precision; None if its peak is not known."""
+    """Return the share of the device's peak in the config's precision; None if the peak is unknown."""
     peak = peak_flops_per_s(device_name(device), compute_dtype(config.precision, device))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * config.batch.micro_batch_size
     return None if peak is None else 100 * flops / step_s / peak
 
 
 def _memory(config: Experiment, device: torch.device) -> Row:
-    """Peak of the allocator beside the prediction, GiB."""
+    """Return the peak of the allocator and its prediction, GiB."""
     predicted = predict_memory(config, 1).peak_bytes / GIB
     if device.type != "cuda":
         return {"predicted_gib": predicted}
@@ -175,14 +177,14 @@ def _memory(config: Experiment, device: torch.device) -> Row:
 
 
 class Prediction(NamedTuple):
-    """A step without decoding: milliseconds, and the MFU where the peak rate is known."""
+    """A predicted step without decoding: milliseconds, and the MFU if the peak rate is known."""
 
     ms: float
     mfu_pct: float | None
 
 
 def predict(config: Experiment, device: Device) -> Prediction | None:
-    """The tuner's step from a device's data sheet; None for what it cannot predict."""
+    """Predict a step with the tuner's model and a data sheet; return None if that is impossible."""
     try:
         step = predict_step(config, 1, machine_from_sheet("one device", device))
     except ConfigError:

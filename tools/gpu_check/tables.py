@@ -1,4 +1,4 @@
-"""Results of the GPU check as Markdown for docs/benchmarks.md, and as one file for docs/measured.
+"""The results of the GPU check as Markdown for docs/benchmarks.md, and as one file for docs/measured.
 
 python -m gpu_check.tables OUT [OUT ...]     prints the tables
 """
@@ -24,7 +24,8 @@ def main() -> None:
     """Print the tables of the result folders on the command line and write the file for docs/measured."""
     parts = read_parts([Path(folder) for folder in sys.argv[1:]])
     if not parts:
-        sys.exit(f"error: no results of {', '.join(_PARTS)} in {' '.join(sys.argv[1:]) or 'no folder'}")
+        given = f"no results in {' '.join(sys.argv[1:])}" if sys.argv[1:] else "no folder was given"
+        sys.exit(f"error: {given}; allowed: folders with one of {', '.join(_PARTS)} as .json")
     print(render(parts))
     file = MEASURED / f"{_slug(next(iter(parts.values())))}.json"
     file.parent.mkdir(exist_ok=True)
@@ -33,19 +34,19 @@ def main() -> None:
 
 
 def read_parts(folders: Sequence[Path]) -> dict[str, Part]:
-    """The parts by name, in the order of the check; of one that is there twice, the last folder's."""
+    """Read the parts by name, in the order of the check; if a part is in several folders, the last counts."""
     files = [(name, folder / f"{name}.json") for name in _PARTS for folder in folders]
     return {name: json.loads(file.read_text()) for name, file in files if file.is_file()}
 
 
 def render(parts: dict[str, Part]) -> str:
-    """All tables, each below the line that says where it was measured."""
+    """Return all tables as Markdown, each below a line with its machine and versions."""
     sections = [render_part(part) for part in parts.values()]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def render_part(part: Part) -> str:
-    """A heading, the environment, the tables, and the cases that failed or were left out."""
+    """Return a part as Markdown: heading, environment, tables, and cases that failed or were left out."""
     rows = part["rows"]
     measured = [row for row in rows if "error" not in row and "left_out" not in row]
     lines = [f"### {_TITLES[part['part']]}", _where(part), *_TABLES[part["part"]](measured)]
@@ -65,7 +66,7 @@ def _where(part: Part) -> str:
 
 
 def _state(csv: str | None) -> str:
-    """The figures of the first GPU in nvidia-smi's CSV, with their names."""
+    """Return the figures of the first GPU in nvidia-smi's CSV, with their names."""
     if not csv:
         return ""
     names, values = (line.split(", ") for line in csv.splitlines()[:2])
@@ -87,7 +88,7 @@ def _kernels(row: Row) -> str:
     total = profile["device_busy_ms"] or profile["step_ms"]
     listed = profile["kernels"] or profile["operators"]
     lead = (
-        f"Kernels of {row['case']}, traced: {profile['launches']:.0f} launches a step, the device busy for"
+        f"Kernels of {row['case']}, traced: {profile['launches']:.0f} launches per step, the device busy for"
         f" {profile['device_busy_ms']:.1f} of {profile['step_ms']:.1f} ms."
     )
     columns: Columns = {
@@ -140,7 +141,7 @@ Columns = dict[str, Column]
 
 
 def table(rows: Sequence[Row], columns: Columns) -> str:
-    """A Markdown table; nothing where there are no rows."""
+    """Return a Markdown table, or an empty string if there are no rows."""
     if not rows:
         return ""
     lines: list[Iterable[str]] = [columns, ["---"] * len(columns)]
@@ -149,12 +150,12 @@ def table(rows: Sequence[Row], columns: Columns) -> str:
 
 
 def text(key: str) -> Column:
-    """A column of text; a dash where the row has none."""
+    """Return a column of text, with a dash for a row that has none."""
     return lambda row: str(row.get(key, "-"))
 
 
 def number(key: str, digits: int, unit: str = "") -> Column:
-    """A column of numbers with so many decimal digits."""
+    """Return a column of numbers with `digits` decimal digits."""
 
     def cell(row: Row) -> str:
         value = row.get(key)
@@ -193,7 +194,7 @@ _STEP_COLUMNS: Columns = {
 _PREFETCH: Columns = {
     "step": text("case"),
     "in line, ms": number("in_line_ms", 1),
-    "beside, ms": number("beside_ms", 1),
+    "overlapped, ms": number("beside_ms", 1),
 }
 _LIMITS: Columns = {"limit": text("name"), "value": number("value", 2)}
 _PRODUCTS: Columns = {
@@ -222,12 +223,12 @@ _RATIOS: Columns = {
     "without optimiser": number("without_optimizer", 2),
 }
 _TITLES = {
-    "ceilings": "What the device reaches",
+    "ceilings": "Limits of the device",
     "engine": "The engine's step",
-    "released": "Beside the released systems",
-    "changes": "What each change brings",
+    "released": "Comparison with the released systems",
+    "changes": "Gain of each change",
     "memory": "Memory, predicted and measured",
-    "end_to_end": "From video files",
+    "end_to_end": "Training from video files",
     "calibration": "Calibration",
 }
 _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
@@ -242,7 +243,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
 
 
 def _slug(part: Part) -> str:
-    """`gpu_check-nvidia-h100-80gb-hbm3-1a2b3c4d` of a part's environment; `tiny-` first in a rehearsal."""
+    """Return a file name such as `gpu_check-nvidia-h100-80gb-hbm3-1a2b3c4d`, with `tiny-` for a rehearsal."""
     about = part["environment"]
     name = f"gpu_check-{about['device']}-{(about['commit'] or 'unknown')[:8]}"
     return ("tiny-" if part["tiny"] else "") + re.sub(r"[^a-z0-9_]+", "-", name.lower()).strip("-")

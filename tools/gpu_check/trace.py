@@ -1,4 +1,4 @@
-"""A trace of training steps, and the kernels and operators in which their time goes."""
+"""The trace of training steps, with tables of the kernels and operators that take most time."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from everest_ds.profiling.rates import wait
+from everest_ds.profiling.device_rates import wait
 
 _STEPS = 2
 _KERNELS, _OPERATORS = 60, 40
-_NAME = 120  # characters of a kernel's name
+_NAME = 120  # characters kept of a kernel's name
 
 
 def trace_steps(step: Callable[[], object], device: torch.device, file: Path) -> dict[str, Any]:
     """Trace two steps into `file` (Chrome's format, gzip) and return tables per step.
 
-    Times are milliseconds. Kernels, with copies and fills of memory, are sorted by their time on the GPU;
-    operators by their own time on the host.
+    Times are in milliseconds. Kernels, which include copies and fills of memory, are sorted by their time on
+    the GPU; operators are sorted by their own time on the host.
     """
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as recorded:
@@ -56,7 +56,7 @@ def _rows(events: Any, time_us: str, most: int) -> list[dict[str, Any]]:
 
 
 def _export(recorded: Any, file: Path) -> None:
-    plain = file.with_suffix("")  # PyTorch writes gzip only by way of a second copy
+    plain = file.with_suffix("")  # compressed below: PyTorch's own gzip export needs an uncompressed copy too
     recorded.export_chrome_trace(str(plain))
     with plain.open("rb") as source, gzip.open(file, "wb", compresslevel=6) as target:
         shutil.copyfileobj(source, target)

@@ -1,1 +1,1 @@
-"""A real SLURM cluster of several nodes on one Linux machine: the parts of `tools/local_slurm`."""
+"""The parts of `tools/local_slurm`, which runs a real SLURM cluster of several nodes on one Linux machine."""

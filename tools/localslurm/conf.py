@@ -7,7 +7,7 @@ import pwd
 
 from localslurm.settings import Cluster
 
-# Short timeouts: a lost node is noticed after seconds, where a real cluster takes minutes.
+# The timeouts are short, so that a lost node is noticed within seconds instead of minutes.
 _SLURM_CONF = """\
 ClusterName=local
 SlurmctldHost={host}({controller})
@@ -57,7 +57,7 @@ PartitionName=urgent Nodes=node[1-{num_nodes}] MaxTime=INFINITE State=UP Priorit
 
 
 def slurm_conf(cluster: Cluster) -> str:
-    """slurm.conf: partition `main`, whose jobs make way for those in `urgent`."""
+    """Return the text of slurm.conf, in which jobs of partition `urgent` preempt those of `main`."""
     return _SLURM_CONF.format(
         host=cluster.host,
         controller=cluster.controller_address,
@@ -72,7 +72,7 @@ def slurm_conf(cluster: Cluster) -> str:
 
 def _node(cluster: Cluster, name: str) -> str:
     gpus = f" Gres=gpu:{cluster.gpus}" if cluster.gpus else ""
-    # Without root all nodes are this host, told apart by their ports.
+    # Without root, all nodes are this host and differ only in their ports.
     host = "" if cluster.as_root else f" NodeHostname={cluster.host}"
     return (
         f"NodeName={name}{host} NodeAddr={cluster.address(name)} Port={cluster.port(name)}"
@@ -82,12 +82,15 @@ def _node(cluster: Cluster, name: str) -> str:
 
 
 def gres_conf(cluster: Cluster) -> str:
-    """gres.conf: GPUs that are no GPUs, one file each."""
+    """Return the text of gres.conf, which declares the simulated GPUs, each with a device file."""
     return f"Name=gpu File={cluster.folder}/dev/gpu[0-{cluster.gpus - 1}]\n" if cluster.gpus else ""
 
 
 def hosts(cluster: Cluster) -> str:
-    """/etc/hosts of every node; torch asks for the names of IPv6 addresses, as which it sees IPv4 ones."""
+    """Return the text of /etc/hosts for every node.
+
+    Each IPv4 address is also listed as an IPv6 address, because that is the form in which torch looks it up.
+    """
     names = [(cluster.controller_address, cluster.host), *((cluster.address(n), n) for n in cluster.nodes)]
     lines = [f"{address} {name}\n::ffff:{address} {name}\n" for address, name in names]
     return "127.0.0.1 localhost\n" + "".join(lines)

@@ -1,4 +1,4 @@
-"""The cluster as a whole: its files, its controller and its authentication daemon."""
+"""Starting and stopping a local cluster: its files, its controller and its authentication daemon."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ CONTROLLER = "slurmctld"
 
 
 def missing_programs(as_root: bool) -> list[str]:
-    """What has to be installed before a cluster can start."""
+    """Return the programs that must be installed before a cluster can start."""
     wanted = (*PROGRAMS, "ip", "nsenter", "unshare") if as_root else PROGRAMS
     return [name for name in wanted if shutil.which(name, path=search_path()) is None]
 
 
 def search_path() -> str:
-    """An ordinary user's PATH often lacks the folders of the daemons."""
+    """Return PATH extended by the folders of system daemons, which an ordinary user's PATH often lacks."""
     return f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def up(cluster: Cluster) -> None:
-    """Start everything and wait until all nodes are idle."""
+    """Start all daemons of a cluster and wait until every node is idle."""
     _write_files(cluster)
     cluster.save()
     _start_munge(cluster)
@@ -42,7 +42,7 @@ def up(cluster: Cluster) -> None:
 
 
 def down(cluster: Cluster) -> None:
-    """End everything, and remove the folder."""
+    """End all processes of a cluster and remove its folder."""
     stop_controller(cluster)
     nodes = nodes_of(cluster)
     for node in cluster.nodes:
@@ -55,7 +55,7 @@ def down(cluster: Cluster) -> None:
 
 
 def start_controller(cluster: Cluster, clean: bool = False) -> None:
-    """Start slurmctld, with an empty queue or the one that it left."""
+    """Start slurmctld, with an empty queue (`clean`) or the queue that it saved."""
     run(
         CONTROLLER, *(["-c"] if clean else []), environment={**cluster.environment(), "LOCAL_SLURM": "daemon"}
     )
@@ -63,18 +63,18 @@ def start_controller(cluster: Cluster, clean: bool = False) -> None:
 
 
 def stop_controller(cluster: Cluster) -> None:
-    """End slurmctld as a service manager does: it saves the queue."""
+    """End slurmctld with SIGTERM, as a service manager does, so that it saves the queue."""
     end(read_pid(cluster.pid_file(CONTROLLER)), signal.SIGTERM)
 
 
 def states(cluster: Cluster) -> list[str]:
-    """SLURM's word on each node; empty if the controller does not answer."""
+    """Return SLURM's state of each node, or an empty list if the controller does not answer."""
     said = run("sinfo", "-h", "-N", "-p", "main", "-o", "%T", check=False, environment=cluster.environment())
     return said.split()
 
 
 def is_up(cluster: Cluster) -> bool:
-    """Whether its controller lives."""
+    """Return whether the controller of the cluster is running."""
     pid = read_pid(cluster.pid_file(CONTROLLER))
     return pid is not None and alive(pid)
 
@@ -85,17 +85,17 @@ def _write_files(cluster: Cluster) -> None:
     for node in cluster.nodes:
         (cluster.path / "spool" / node).mkdir(parents=True)
         (cluster.path / "tmp" / node).mkdir(parents=True)
-    for number in range(cluster.gpus):  # SLURM wants a character device
+    for number in range(cluster.gpus):  # SLURM requires a character device for each GPU
         (cluster.path / "dev" / f"gpu{number}").symlink_to("/dev/null")
     cluster.conf.write_text(conf.slurm_conf(cluster))
     (cluster.path / "gres.conf").write_text(conf.gres_conf(cluster))
     (cluster.path / "hosts").write_text(conf.hosts(cluster))
-    # No name server is reached from a node: asking one that refuses takes no time.
+    # No name server is reachable from a node, and an address that refuses connections fails without delay.
     (cluster.path / "resolv.conf").write_text("nameserver 127.0.0.1\n")
 
 
 def _start_munge(cluster: Cluster) -> None:
-    """A daemon of our own: no service, user or key of the machine is needed or changed."""
+    """Start a munged for this cluster only, without touching a service, user or key of the machine."""
     os.chmod(cluster.path, 0o755)
     folder = cluster.path / "run"
     os.chmod(folder, 0o755)

@@ -16,21 +16,26 @@ from localslurm.settings import FILE_NAME, Cluster, design, load
 DESCRIPTION = """\
 A real SLURM cluster of several nodes on this Linux machine.
 
-  up                     start it; prints the variables that sbatch needs: eval "$(tools/local_slurm up)"
-  env                    print those variables again
-  status                 nodes, jobs, and where the logs are
-  crash NODE             the node loses power           start NODE   ... and boots again
-  partition NODE         its network cable is pulled    heal NODE    ... and plugged in
-  crash slurmctld        the controller ends            start slurmctld
-  down                   end every process, remove every file, namespace and device
+  up                     start the cluster and print the variables that sbatch needs:
+                         eval "$(tools/local_slurm up)"
+  env                    print these variables again
+  status                 show the nodes, the jobs and the location of the logs
+  crash NODE             cut the power of a node
+  start NODE             boot a crashed node again
+  partition NODE         cut the network of a node
+  heal NODE              restore the network of a node
+  crash slurmctld        end the controller
+  start slurmctld        start the controller again
+  down                   end every process; remove every file, namespace and device
 
-As root, a node has its own network, host name and processes. As an ordinary user, nodes are daemons on ports
-of this host: partition then freezes the node's processes. Needs slurmctld, slurmd, slurm-client and munge.
+As root, each node has its own network, host name and processes. As an ordinary user, each node is a daemon on
+a port of this host, and `partition` suspends the node's processes instead. The packages slurmctld, slurmd,
+slurm-client and munge must be installed.
 """
 
 
 def main() -> None:
-    """Do what the command line says; a user's mistake ends in one line and exit code 2."""
+    """Run the command line; an error of the user is reported on one line."""
     options = _parse()
     os.environ["PATH"] = control.search_path()
     if options.command == "up":
@@ -51,13 +56,21 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("command", choices=["up", *_COMMANDS])
     parser.add_argument("node", nargs="?", help="node1, node2, ...")
     default = os.environ.get("LOCAL_SLURM_DIR", f"/tmp/local-slurm-{os.getuid()}")
-    parser.add_argument("--dir", type=Path, default=Path(default), help="the cluster's folder (%(default)s)")
-    parser.add_argument("--nodes", type=int, default=4, help="for up (%(default)s)")
-    parser.add_argument("--gpus", type=int, default=0, help="pretended GPUs of a node, for up (%(default)s)")
-    parser.add_argument("--cpus", type=int, default=4, help="CPUs that a node claims, for up (%(default)s)")
+    parser.add_argument(
+        "--dir", type=Path, default=Path(default), help="folder of the cluster (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--nodes", type=int, default=4, help="with up: number of nodes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--gpus", type=int, default=0, help="with up: simulated GPUs on each node (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--cpus", type=int, default=4, help="with up: CPUs that each node reports (default: %(default)s)"
+    )
     options = parser.parse_args()
     if options.command in _ON_NODES and options.node is None:
-        parser.error(f"{options.command}: which node?")
+        parser.error(f"{options.command}: the name of the node is missing")
     return options
 
 
@@ -65,18 +78,21 @@ def _up(options: argparse.Namespace) -> None:
     missing = control.missing_programs(as_root=os.geteuid() == 0)
     if missing:
         raise SystemExit(
-            f"error: not installed: {', '.join(missing)};"
+            f"error: programs are missing: {', '.join(missing)};"
             " fix: apt-get install slurmctld slurmd slurm-client munge iproute2"
         )
     running = load(options.dir)
     if running is not None and control.is_up(running):
         raise SystemExit(
-            f"error: a cluster is up in {options.dir}; end it with `down`, or choose another --dir"
+            f"error: a cluster is running in {options.dir}; end it with `down`, or choose another --dir"
         )
     if running is not None:
         control.down(running)
     elif options.dir.exists() and any(options.dir.iterdir()):
-        raise SystemExit(f"error: {options.dir} holds other files (no {FILE_NAME}); choose another --dir")
+        raise SystemExit(
+            f"error: {options.dir} contains files but no {FILE_NAME}, so it is not the folder of a cluster;"
+            " choose another --dir"
+        )
     cluster = design(options.dir, options.nodes, options.gpus, options.cpus)
     try:
         control.up(cluster)
@@ -88,7 +104,7 @@ def _up(options: argparse.Namespace) -> None:
 
 
 def print_logs(cluster: Cluster) -> None:
-    """What the daemons said, before their logs are removed."""
+    """Print the last lines of the daemons' logs on stderr, before the logs are removed."""
     import sys
 
     for log in sorted((cluster.path / "log").glob("*.log")):
@@ -123,7 +139,7 @@ def _start(cluster: Cluster, options: argparse.Namespace) -> None:
     if options.node == control.CONTROLLER:
         control.start_controller(cluster)
     else:
-        nodes_of(cluster).crash(options.node)  # what a crash left of it
+        nodes_of(cluster).crash(options.node)  # removes what an earlier crash left behind
         nodes_of(cluster).start(options.node)
 
 

@@ -1,4 +1,4 @@
-"""Starting programs that stay, finding and ending them."""
+"""Helpers that run programs, and that start, find and end background processes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def run(*command: str, check: bool = True, environment: Mapping[str, str] | None = None) -> str:
-    """Run a program to its end; its output. Ends ours with its message if it fails and `check` is set."""
+    """Run a program and return its standard output.
+
+    If the program fails and `check` is set, this program ends with the message of the failed one.
+    """
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **(environment or {})}, timeout=60
     )
@@ -21,7 +24,7 @@ def run(*command: str, check: bool = True, environment: Mapping[str, str] | None
 
 
 def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> int:
-    """Start a program in a session of its own; its process id."""
+    """Start a background program in its own session, and return its process id."""
     with open(log, "ab") as output:
         process = subprocess.Popen(
             command,
@@ -35,6 +38,7 @@ def start(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> 
 
 
 def read_pid(file: Path) -> int | None:
+    """Return the process id in a file, or None if the file is missing or malformed."""
     try:
         return int(file.read_text())
     except (FileNotFoundError, ValueError):
@@ -42,14 +46,14 @@ def read_pid(file: Path) -> int | None:
 
 
 def end(pid: int | None, number: int = signal.SIGKILL) -> None:
-    """Signal a process and wait until it is gone."""
+    """Send a signal to a process and wait until the process has ended."""
     if pid is not None and alive(pid):
         os.kill(pid, number)
         wait_until(lambda: not alive(pid), 10, f"process {pid} did not end")
 
 
 def alive(pid: int) -> bool:
-    """Whether it runs; a zombie does not."""
+    """Return whether a process is running; a zombie counts as ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -58,7 +62,7 @@ def alive(pid: int) -> bool:
 
 
 def with_environment(*settings: str) -> Iterable[int]:
-    """Processes that were started with all of these NAME=VALUE settings."""
+    """Yield the ids of processes whose environment has all of these NAME=VALUE settings."""
     wanted = [setting.encode() for setting in settings]
     for folder in Path("/proc").glob("[0-9]*"):
         try:
@@ -70,9 +74,9 @@ def with_environment(*settings: str) -> Iterable[int]:
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, complaint: str) -> None:
-    """Poll; ends the program if it takes longer."""
+    """Poll until `ready` returns True, and end this program with `complaint` if that takes too long."""
     deadline = time.monotonic() + seconds
     while not ready():
         if time.monotonic() > deadline:
-            raise SystemExit(f"error: {complaint} in {seconds:.0f} s")
+            raise SystemExit(f"error: {complaint} within {seconds:.0f} s")
         time.sleep(0.05)

@@ -1,4 +1,4 @@
-"""What a local cluster is: its size, where it lives, and the addresses and names derived from that."""
+"""The settings of a local cluster: its size, its folder, and the addresses and names derived from them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,17 @@ FILE_NAME = "cluster.json"
 
 @dataclass(frozen=True)
 class Cluster:
-    """One cluster, in one folder.
+    """The settings of one cluster, stored in its folder.
 
     Attributes:
-        as_root: every node is a set of namespaces with its own address, host name and processes. Without
-            root, nodes are SLURM daemons on different ports of this host.
-        ports: of the controller, then of each node; as root the same for all, for addresses differ.
+        folder: folder of the cluster's files.
+        num_nodes: number of nodes.
+        gpus: simulated GPUs on each node.
+        cpus: CPUs that each node reports to SLURM.
+        as_root: True if every node is a set of namespaces with its own address, host name and processes.
+            Without root, nodes are SLURM daemons on different ports of this host.
+        ports: port of the controller, then of each node; as root all nodes use the same port, because their
+            addresses differ.
     """
 
     folder: str
@@ -31,69 +36,80 @@ class Cluster:
 
     @property
     def path(self) -> Path:
+        """The folder of the cluster."""
         return Path(self.folder)
 
     @property
     def nodes(self) -> list[str]:
+        """The names of the nodes: node1, node2, ..."""
         return [f"node{number}" for number in range(1, self.num_nodes + 1)]
 
     @property
     def conf(self) -> Path:
+        """The path of slurm.conf."""
         return self.path / "slurm.conf"
 
     @property
     def tag(self) -> str:
-        """Short enough for a network interface, different for clusters in different folders."""
+        """A prefix for names of network interfaces, which differs between clusters in different folders."""
         return "ls" + hashlib.sha256(self.folder.encode()).hexdigest()[:6]
 
     @property
     def bridge(self) -> str:
+        """The name of the network bridge that joins the nodes."""
         return f"{self.tag}b"
 
     @property
     def network(self) -> str:
-        """The first three numbers of the cluster's addresses."""
+        """The first three numbers of the cluster's IPv4 addresses."""
         digest = hashlib.sha256(self.folder.encode()).digest()
         return f"10.{100 + digest[0] % 100}.{digest[1]}"
 
     @property
     def controller_address(self) -> str:
+        """The IPv4 address of the controller."""
         return f"{self.network}.1" if self.as_root else "127.0.0.1"
 
     @property
     def host(self) -> str:
+        """The short name of this host."""
         return socket.gethostname().partition(".")[0]
 
     def address(self, node: str) -> str:
+        """Return the IPv4 address of a node."""
         return f"{self.network}.{10 + self.number(node)}" if self.as_root else "127.0.0.1"
 
     def port(self, node: str) -> int:
+        """Return the port of a node's SLURM daemon."""
         return self.ports[self.number(node)]
 
     def number(self, node: str) -> int:
-        """1 for node1. Ends the program if there is no such node."""
+        """Return the number of a node (1 for node1), or end this program if there is no such node."""
         if node not in self.nodes:
             raise SystemExit(f"error: no node {node}; allowed: {', '.join(self.nodes)}")
         return int(node.removeprefix("node"))
 
     def pid_file(self, name: str) -> Path:
+        """Return the path of the file with the process id of a daemon or node."""
         return self.path / "run" / f"{name}.pid"
 
     def log_file(self, name: str) -> Path:
+        """Return the path of the log of a daemon or node."""
         return self.path / "log" / f"{name}.log"
 
     def environment(self) -> dict[str, str]:
-        """What clients need: `sbatch` finds the cluster by it, ranks find each other."""
+        """Return the variables by which sbatch finds the cluster, and ranks find each other."""
         variables = {"SLURM_CONF": str(self.conf)}
-        # Without root the nodes' names are SLURM's alone: no resolver knows them.
+        # Without root, only SLURM knows the names of the nodes, so ranks cannot resolve them.
         return variables if self.as_root else variables | {"MASTER_ADDR": "127.0.0.1"}
 
     def save(self) -> None:
+        """Write the settings to the cluster's folder."""
         (self.path / FILE_NAME).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 def design(folder: Path, num_nodes: int, gpus: int, cpus: int) -> Cluster:
-    """A cluster for this user, on ports that are free now."""
+    """Choose the settings of a new cluster for this user, with ports that are unused now."""
     as_root = os.geteuid() == 0
     controller, *nodes = _free_ports(num_nodes + 1)
     ports = (controller, *([6818] * num_nodes if as_root else nodes))
@@ -101,7 +117,7 @@ def design(folder: Path, num_nodes: int, gpus: int, cpus: int) -> Cluster:
 
 
 def load(folder: Path) -> Cluster | None:
-    """The cluster that is up in `folder`."""
+    """Read the settings of the cluster in `folder`, or return None if there is none."""
     file = folder.resolve() / FILE_NAME
     if not file.is_file():
         return None

@@ -1,1 +1,1 @@
-"""What `tools/study_selection.py` is made of: protocol, runs, linear probe, report."""
+"""The modules of `tools/study_selection.py`: protocol, runs, linear probe and report."""

@@ -1,4 +1,4 @@
-"""Which of the tokens that show the moving object ReRo keeps: the same videos are drawn without it, too.
+"""The share of the moving object that ReRo keeps, from videos rendered with and without the object.
 
 Shape legend: B clips, N tokens, P values of a tubelet.
 """
@@ -13,18 +13,21 @@ from torch import Tensor
 
 from everest_ds.config.tokens import ClipGeometry, exact_floor
 from everest_ds.data.synthetic import MOTIONS, render_video
-from everest_ds.models.rero import select_tokens, token_importance
+from everest_ds.models.selection.rero import select_tokens, token_importance
 from everest_ds.models.tubelets import to_tubelets
 from study.protocol import Study
 
 _CLIPS = 240
-_VISIBLE = 12  # levels that a pixel differs by where the object covers it
+_VISIBLE = 12  # levels by which a pixel must differ to count as covered by the object
 
 
 def object_shares(study: Study, kind: str, ratios: Sequence[float]) -> dict[float, float]:
-    """Per cent of the object's pixels in time and space that lie in the tokens ReRo keeps, by keep ratio.
+    """Return the per cent of the object's pixels, in time and space, within the tokens ReRo keeps.
 
-    By the `pixel` score, which needs no weights.
+    ReRo uses the `pixel` score, which needs no weights.
+
+    Returns:
+        Keep ratio -> per cent.
     """
     model = study.scale.model
     geometry = ClipGeometry(
@@ -39,7 +42,7 @@ def object_shares(study: Study, kind: str, ratios: Sequence[float]) -> dict[floa
 
 
 def _tubelets(study: Study, kind: str, geometry: ClipGeometry, show_object: bool) -> Tensor:
-    """Clips as no run sees them, (B, N, P)."""
+    """Render clips that no run sees, with or without the object, as tubelets (B, N, P)."""
     spec = study.spec(kind)
     clips = [
         render_video(index % len(MOTIONS), np.random.default_rng([spec.seed, index]), spec, show_object)

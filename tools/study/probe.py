@@ -1,4 +1,4 @@
-"""A linear probe: how well a linear classifier tells the motions from what a frozen encoder makes of a clip.
+"""The linear probe: accuracy of a linear classifier on the clip features of a frozen encoder.
 
 Shape legend: B clips, D width.
 """
@@ -24,11 +24,12 @@ _ITERATIONS = 200
 
 
 def probe(config: Experiment, pretrained: Path, device: torch.device) -> float:
-    """Test top-1, in per cent, on the mean of all tokens of a pre-trained encoder.
+    """Return test top-1, in per cent, of a linear probe on the mean of all tokens of an encoder.
 
     Args:
-        config: a dense fine-tuning; its training videos fit the classifier.
-        pretrained: the run folder.
+        config: a dense fine-tuning, whose training videos fit the classifier.
+        pretrained: run folder of the pre-training.
+        device: device of the encoder and the probe.
     """
     model = Classifier(config)
     load_encoder(model, config, pretrained)
@@ -44,7 +45,7 @@ def probe(config: Experiment, pretrained: Path, device: torch.device) -> float:
 
 @torch.no_grad()
 def features(model: nn.Module, config: Experiment, split: str, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What `model` makes of the middle clip of every video (B, D), and the labels (B,)."""
+    """Return the features of the middle clip of every video (B, D), and the labels (B,)."""
     clips = EvaluationClips(read_samples(config, split).samples, config, segments=1, crops=1)
     failures: list[Failure] = []
     parts = [
@@ -56,7 +57,7 @@ def features(model: nn.Module, config: Experiment, split: str, device: torch.dev
 
 
 def fit(x_BD: Tensor, label_B: Tensor) -> nn.Linear:
-    """Multinomial logistic regression, from zero: the same on every call."""
+    """Fit a multinomial logistic regression, starting from zero so that every call gives the same result."""
     linear = nn.Linear(x_BD.shape[1], int(label_B.max()) + 1, device=x_BD.device)
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)

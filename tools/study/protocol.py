@@ -1,7 +1,7 @@
-"""The protocol: which runs there are at which scale, as configs of the real trainer. No torch.
+"""The protocol: the runs of each scale, as configs of the real trainer, without torch.
 
-A *chain* is one pre-training and the fine-tunings that start from it. A seed stands for all that is random in
-a chain; all chains on a kind of data see the same videos.
+A *chain* is one pre-training and the fine-tunings that start from it. A seed fixes everything random in a
+chain; all chains on a kind of data see the same videos.
 """
 
 from __future__ import annotations
@@ -13,40 +13,41 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everest_ds.config import Experiment
+from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
-from everest_ds.profiling.compute import predict_macs
-from everest_ds.training.schedule import REFERENCE_BATCH
+from everest_ds.training.optimization import REFERENCE_BATCH
 
 Tokens = dict[str, Any]  # the section of a config
-Budget = Literal["steps", "compute"]  # what all arms of a comparison have equally much of
+Budget = Literal["steps", "compute"]  # the quantity that is equal for all arms of a comparison
 
-KINDS = PLAIN, BUSY, PAUSES = ("plain", "busy", "pauses")  # of data
+KINDS = PLAIN, BUSY, PAUSES = ("plain", "busy", "pauses")  # kinds of data
 EVEREST, NOTHING = "rero", "nothing"
-SELECTIONS = (EVEREST, "tube", "dual", "random", "none")  # of pre-training
-KEEP_RATIOS = (0.2, 0.4, 0.6, 0.8)  # of fine-tuning; at 1 all selections are the dense one
-KEEP_RATIO = 0.6  # EVEREST's
-OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's, and all that a paused video has
-PAUSES_KEEP_RATIOS = (KEEP_RATIO, 0.2)  # also what IIFS counts: it tells slots apart the better, the fewer
+SELECTIONS = (EVEREST, "tube", "dual", "random", "none")  # in pre-training
+KEEP_RATIOS = (0.2, 0.4, 0.6, 0.8)  # in fine-tuning; at 1, every selection is dense
+KEEP_RATIO = 0.6  # EVEREST's value
+OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's value, and all frames of a paused video
+# IIFS draws slots by their kept tokens: the lower the keep ratio, the better it tells slots apart.
+PAUSES_KEEP_RATIOS = (KEEP_RATIO, 0.2)
 DENSE: Tokens = {"selection": "none"}
-SHORT = "short"  # the fine-tuning that judges a pre-training, beside the probe
+SHORT = "short"  # name of the fine-tuning that, with the probe, judges a pre-training
 
-# Chosen on other seeds of runs and videos than those that a study reports.
+# These values were chosen on seeds of runs and videos that no study reports.
 _PRETRAIN_LR, _FINETUNE_LR = 2e-3, 1.5e-3
 _PRETRAIN_KEEP_RATIO, _MASK_RATIO = 0.3, 0.875
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a study is.
+    """The size of a study.
 
     Attributes:
-        model: this section of all configs.
-        videos: of each kind of data, by split.
-        seeds: of the chains.
-        pretrain_steps: of every pre-training at equal steps; EVEREST's at equal compute.
-        short_steps: of the dense fine-tunings that compare pre-trainings: few, so that those matter.
-        finetune_steps: of the fine-tunings that compare kept tokens; the dense one's at equal compute.
-        clips: of a step.
+        model: the `model` section of all configs.
+        videos: number of videos of each kind of data, by split.
+        seeds: seeds of the chains.
+        pretrain_steps: steps of every pre-training at equal steps, and of EVEREST's at equal compute.
+        short_steps: steps of the dense fine-tunings that compare pre-trainings: few, so that these matter.
+        finetune_steps: steps of the fine-tunings that compare kept tokens; at equal compute, the dense one's.
+        clips: clips per step.
     """
 
     model: dict[str, Any]
@@ -71,14 +72,14 @@ class Run(NamedTuple):
     """One run of the trainer.
 
     Attributes:
-        name: its place in the chain.
-        kind: of data.
-        seed: of the chain.
-        pretrained: by which selection the chain is, or NOTHING.
-        budget: what the chain's pre-training has as much of as the others'.
-        num_steps: of the optimiser.
-        config: what the trainer gets: one epoch over a manifest with a line a clip: any number of steps
-            is possible.
+        name: place of the run in its chain.
+        kind: kind of data.
+        seed: seed of the chain.
+        pretrained: token selection of the chain's pre-training, or NOTHING.
+        budget: quantity in which the chain's pre-training equals the others.
+        num_steps: optimiser steps.
+        config: config for the trainer: one epoch over a manifest with a line per clip, so that any number of
+            steps is possible.
     """
 
     name: str
@@ -91,12 +92,12 @@ class Run(NamedTuple):
 
     @property
     def training_macs(self) -> int:
-        """Predicted compute of the whole run, forward and backward."""
+        """Return the predicted multiply-accumulates of the whole run, forward and backward."""
         return predict_macs(self.config).training_macs * self.num_clips
 
     @property
     def num_clips(self) -> int:
-        """Of all steps."""
+        """Return the number of clips of all steps."""
         return self.num_steps * self.config.batch.micro_batch_size
 
 
@@ -105,7 +106,9 @@ class Study:
     """All runs of a scale, in a folder.
 
     Attributes:
-        data_seed: draws the videos.
+        scale: size of the study.
+        out: folder of the study.
+        data_seed: seed of the videos.
     """
 
     scale: Scale
@@ -113,11 +116,11 @@ class Study:
     data_seed: int = 1
 
     def data(self, kind: str) -> Path:
-        """The folder of a kind's videos and manifests."""
+        """Return the folder of a kind's videos and manifests."""
         return self.out / "data" / kind
 
     def spec(self, kind: str) -> SyntheticSpec:
-        """The videos of a kind: two frames longer than a clip, or three times as long where things pause."""
+        """Return the spec of a kind's videos: clips plus two frames, or three clips long with pauses."""
         frames, size = self.scale.model["num_frames"], self.scale.model["image_size"]
         if kind == PAUSES:
             return SyntheticSpec(3 * frames, size, self.data_seed, kind, pace=2.0)
@@ -125,16 +128,16 @@ class Study:
 
     @property
     def num_videos(self) -> int:
-        """Of all kinds and splits."""
+        """Return the number of videos of all kinds and splits."""
         return len(KINDS) * sum(self.scale.videos.values())
 
     @property
     def num_runs(self) -> int:
-        """Of all chains."""
+        """Return the number of runs of all chains."""
         return sum(len(chain) for chain in self.chains())
 
     def chains(self) -> Iterator[list[Run]]:
-        """EVEREST's own first, by far the longest; then what its pre-training is compared with."""
+        """Yield EVEREST's chains, by far the longest, then those with which its pre-training is compared."""
         places = [(kind, seed) for seed in self.scale.seeds for kind in (PLAIN, BUSY)]
         for kind, seed in places:
             everest = _Chain(self, kind, seed, EVEREST, "steps")
@@ -170,7 +173,7 @@ class _Chain:
         yield self._run(SHORT, "finetune", scale.short_steps, DENSE)
 
     def by_tokens(self) -> Iterator[Run]:
-        """The same weights, fine-tuned on more or fewer tokens."""
+        """Yield fine-tunings of the same weights on more or fewer tokens."""
         steps = self.study.scale.finetune_steps
         yield self._run("dense", "finetune", steps, DENSE)
         for selection in (EVEREST, "random"):
@@ -189,7 +192,7 @@ class _Chain:
             yield self._run(f"iifs-{alpha}-{ratio}", "finetune", steps, tokens, PAUSES)
 
     def kept(self, selection: str, ratio: float) -> Run:
-        """Fine-tuned on this share of the tokens."""
+        """Return a fine-tuning on this share of the tokens."""
         tokens = {"selection": selection, "keep_ratio": ratio}
         return self._run(f"{selection}-{ratio}", "finetune", self.study.scale.finetune_steps, tokens)
 
@@ -197,14 +200,14 @@ class _Chain:
         return predict_macs(Experiment.model_validate(self._tree(task, tokens))).training_macs
 
     def _tree(self, task: str, tokens: Tokens) -> dict[str, Any]:
-        """A config, but for what belongs to one run of it."""
+        """Return a config tree without the settings of one run (data and run folder)."""
         pretrain, clips = task == "pretrain", self.study.scale.clips
         lr = (_PRETRAIN_LR if pretrain else _FINETUNE_LR) * REFERENCE_BATCH / clips
         return {
             "task": task,
             "model": self.study.scale.model | {"num_classes": None if pretrain else len(MOTIONS)},
             "tokens": tokens,
-            # Plain pixels, as in the demo: so few steps do not get below the mean of normalised ones.
+            # Plain pixels, as in the demo: with normalised ones, so few steps only learn the mean.
             "loss": {"normalize_targets": False},
             "optimizer": {"betas": (0.9, 0.95 if pretrain else 0.999), "clip_grad_norm": 1.0},
             "schedule": {"epochs": 1, "warmup_epochs": 0.1, "base_lr": lr},
@@ -228,7 +231,7 @@ class _Chain:
             "test_crops": 1,
             "num_workers": 0,
         }
-        seldom = 10**6  # steps: at the end only
+        seldom = 10**6  # steps: more than a run has, so that it saves and draws at the end only
         often = {"log_every_steps": 20, "save_every_steps": seldom, "image_every_steps": seldom}
         tree["run"] = {"dir": self.folder / name, "seed": self.seed, **often}
         config = Experiment.model_validate(tree)

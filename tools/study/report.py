@@ -1,4 +1,4 @@
-"""A study's rows as tables, findings and a plot. Pure: rows in, text and bytes out."""
+"""The report of a study: tables, findings and a plot, by pure functions of its rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Shares = Mapping[str, Mapping[float, float]]
 FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
 _JUDGES = {"probe_top1": "linear probe", "top1": "the same short fine-tuning"}
 LONGER = f"{EVEREST}-{KEEP_RATIO}-compute"
-_TOLERANCE = 1.0  # points: what fine-tuning on fewer tokens may lose against the dense one
+_TOLERANCE = 1.0  # points that fine-tuning on fewer tokens may lose against the dense one
 _COLORS = {EVEREST: "#d1603d", "tube": "#2a6f97", "dual": "#6a994e", "random": "#8d6cab", "none": "#1c2733"}
 _NAMES = {
     EVEREST: "EVEREST (`rero`)",
@@ -43,27 +43,27 @@ _NAMES = {
 
 
 class Scores(NamedTuple):
-    """A figure of every seed, in per cent or points."""
+    """The values of a figure by seed, in per cent or points."""
 
     by_seed: Mapping[int, float]
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Return the mean over the seeds."""
         return statistics.fmean(self.by_seed.values())
 
     @property
     def deviation(self) -> float:
-        """Of the sample of seeds; 0 of one."""
+        """Return the sample standard deviation over the seeds, or 0 for a single seed."""
         return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
 
     def minus(self, other: Scores) -> Scores:
-        """The differences, seed by seed."""
+        """Return the differences, seed by seed, for the seeds that both have."""
         common = self.by_seed.keys() & other.by_seed.keys()
         return Scores({seed: self.by_seed[seed] - other.by_seed[seed] for seed in sorted(common)})
 
     def text(self, sign: str = "") -> str:
-        """Mean ± deviation, or that it is of one seed."""
+        """Return `mean ± deviation`, or a note that there is only one seed."""
         if not self.by_seed:
             return "-"
         spread = f"± {self.deviation:.1f}" if len(self.by_seed) > 1 else "(1 seed)"
@@ -71,18 +71,19 @@ class Scores(NamedTuple):
 
 
 def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str) -> Scores:
-    """`figure` of the runs of this name and, unless `wanted` says otherwise, of EVEREST's chain."""
+    """Return `figure` of the runs called `name`, from EVEREST's chain unless `wanted` overrides that."""
     wanted = {"pretrained": EVEREST, "budget": "steps", "kind": kind, "name": name, **wanted}
     found = [row for row in rows if figure in row and all(row[k] == value for k, value in wanted.items())]
     return Scores({row["seed"]: row[figure] for row in found})
 
 
 def render(rows: Rows, num_runs: int, shares: Shares) -> str:
-    """All tables and findings, as Markdown.
+    """Return all tables and findings, as Markdown.
 
     Args:
-        num_runs: of the whole study.
-        shares: by kind of data and keep ratio, per cent of the moving object that ReRo keeps.
+        rows: rows of the runs that have ended.
+        num_runs: number of runs of the whole study.
+        shares: per cent of the moving object that ReRo keeps, by kind of data and keep ratio.
     """
     kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
     lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]
@@ -91,21 +92,24 @@ def render(rows: Rows, num_runs: int, shares: Shares) -> str:
         _table(row for kind in kinds for row in _pretrainings(rows, kind)),
         "### Fine-tuning: how many tokens to keep",
         _table(row for kind in kinds for row in _keep_ratios(rows, kind)),
-        "Of the pixels of the moving object, in all frames, ReRo keeps (random drop: ρ of them):",
+        "Share of the moving object's pixels, over all frames, that ReRo keeps (random drop keeps ρ):",
         _table(
             {"data": kind} | {f"ρ {r}": f"{s:.1f} %" for r, s in of.items()} for kind, of in shares.items()
         ),
         "### Frames: IIFS on videos that mostly pause",
         _table(_oversamplings(rows)),
         "### Where ReRo does not win",
-        "\n".join(lost) or "Nowhere in what has ended.",
+        "\n".join(lost) or "Nowhere, among the runs that have ended.",
         f"{len(rows)} of {num_runs} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def findings(rows: Rows, kind: str) -> Iterator[str]:
-    """What ReRo does not win: against other selections in every seed, within a point of dense on average."""
+    """Yield the comparisons that ReRo does not win.
+
+    ReRo wins if it is ahead of another selection in every seed, and within a point of dense on average.
+    """
     for budget in ("steps", "compute"):
         for figure, what in FIGURES.items():
             everest = scores(rows, kind, SHORT, figure)
@@ -205,7 +209,7 @@ def _table(rows: Iterable[dict[str, str]]) -> str:
 
 
 def draw(rows: Rows) -> bytes:
-    """Accuracy against compute, as a PNG: fine-tuning left, pre-training right; a row a kind of data."""
+    """Draw accuracy over compute as a PNG: fine-tuning left, pre-training right, a row per kind of data."""
     figure = Figure(figsize=(14, 7), layout="constrained")
     left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))[0]
     tuned, pretrained = left.subplots(2, 1, squeeze=False), right.subplots(2, 2)
@@ -254,7 +258,7 @@ def _draw_pretrainings(axes: Axes, rows: Rows, kind: str, judge: str) -> None:
 def _draw_points(
     axes: Axes, points: Sequence[tuple[Scores, Scores]], style: str, label: str, color: str
 ) -> None:
-    """Means with their deviations over compute, those that have been measured."""
+    """Draw the measured means over compute, with their deviations as error bars."""
     there = [(macs.mean / 1e9, top1) for macs, top1 in points if macs.by_seed and top1.by_seed]
     x, y = [macs for macs, _ in there], [top1.mean for _, top1 in there]
     axes.errorbar(x, y, [top1.deviation for _, top1 in there], fmt=style, label=label, color=color, capsize=3)

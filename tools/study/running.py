@@ -1,4 +1,4 @@
-"""Running a study: chains beside each other, one process each, every run by the real trainer on one rank.
+"""The execution of a study: chains in parallel processes, every run by the real trainer on one rank.
 
 A run that has ended leaves its row in its folder and is not run again.
 """
@@ -25,16 +25,16 @@ import numpy as np
 import torch
 
 from everest_ds.data import reading
-from everest_ds.data.decode import open_video
-from everest_ds.data.manifest import read_manifest, write_manifest
+from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.decoding.video import Video
 from everest_ds.data.synthetic import synthesize
-from everest_ds.data.video import Video
+from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
-from everest_ds.launch.environment import detect
+from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
-from everest_ds.training.testing import run_test
 from study.probe import probe
 from study.protocol import KINDS, SHORT, Run, Study
 
@@ -44,10 +44,10 @@ ROW_FILE = "study.json"
 
 
 def claim(study: Study) -> None:
-    """Make the study's folder, or check that it is this study's; more seeds may join.
+    """Create the study's folder, or check that it belongs to this study; seeds may be added.
 
     Raises:
-        RunFolderError: it belongs to another scale or other videos, or cannot be written.
+        RunFolderError: the folder belongs to another scale or other videos, or cannot be written.
     """
     file = study.out / "settings.json"
     settings = asdict(study.scale) | {"data_seed": study.data_seed}
@@ -67,10 +67,10 @@ def claim(study: Study) -> None:
 
 
 def make_data(study: Study, workers: int, on_progress: Progress) -> None:
-    """Draw the videos of every kind that is not there yet, and list every run's samples."""
+    """Synthesise the videos of every kind that is missing, and write every run's manifest."""
     for number, kind in enumerate(KINDS):
         folder, counts = study.data(kind), study.scale.videos
-        if not (folder / "test.txt").is_file():  # written last
+        if not (folder / "test.txt").is_file():  # test.txt is written last
             progress = partial(_shift, on_progress, number * sum(counts.values()))
             synthesize(folder, counts, study.spec(kind), workers, progress)
     for run in chained.from_iterable(study.chains()):
@@ -82,7 +82,7 @@ def _shift(on_progress: Progress, before: int, done: int) -> None:
 
 
 def _list_visits(run: Run, folder: Path, seed: int) -> None:
-    """Write a run's manifest: pass after pass over the videos, each in its own order, cut at its length."""
+    """Write a run's manifest: passes over the videos, each in its own order, cut at the run's length."""
     file = run.config.data.train
     if file is None or file.is_file():
         return
@@ -93,10 +93,10 @@ def _list_visits(run: Run, folder: Path, seed: int) -> None:
 
 
 def run_study(study: Study, jobs: int, on_progress: Progress) -> None:
-    """All runs that have no row yet, `jobs` chains at a time.
+    """Run everything that has no row yet, `jobs` chains at a time.
 
     Raises:
-        EverestError: the first that a run raises; the rows of those that have ended stay.
+        EverestError: the first error of a run; the rows of runs that have ended stay.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, _become_rank, (study.out / "study.log",)) as pool:
@@ -113,7 +113,7 @@ def run_study(study: Study, jobs: int, on_progress: Progress) -> None:
 
 
 def run_chain(study: Study, chain: Sequence[Run]) -> None:
-    """The runs of a chain, one after the other."""
+    """Run the missing runs of a chain, one after the other, and write their rows."""
     for run in chain:
         file = run.config.run.dir / ROW_FILE
         if file.is_file():
@@ -123,7 +123,7 @@ def run_chain(study: Study, chain: Sequence[Run]) -> None:
 
 
 def read_rows(study: Study) -> list[Row]:
-    """The rows of all runs that have ended, in the order of the chains."""
+    """Return the rows of all runs that have ended, in the order of the chains."""
     files = [run.config.run.dir / ROW_FILE for run in chained.from_iterable(study.chains())]
     return [json.loads(file.read_text()) for file in files if file.is_file()]
 
@@ -146,7 +146,7 @@ def _perform(study: Study, run: Run) -> Row:
 def _score(study: Study, run: Run) -> Row:
     config = run.config
     top1 = run_test(config, _world())["top1"]
-    shutil.rmtree(RunFolder(config.run.dir).checkpoints)  # nothing starts from it
+    shutil.rmtree(RunFolder(config.run.dir).checkpoints)  # no other run starts from these checkpoints
     pretrained = config.model.init_from
     if run.name != SHORT or pretrained is None:
         return {"top1": top1}
@@ -157,20 +157,20 @@ def _score(study: Study, run: Run) -> Row:
 
 @cache
 def _world() -> World:
-    """The one rank that this process is."""
-    os.environ.update(detect().as_variables())
+    """Join the world of one rank of this process."""
+    os.environ.update(detect_environment().as_variables())
     return join_world()
 
 
 def _become_rank(log: Path) -> None:
-    """Begin a process of the pool: one thread, its words in a file, videos kept; it ends with its parent."""
+    """Set up a process of the pool: one thread, output to `log`, videos cached; it ends with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.flush()
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
-    # the trainer's only door to video files
+    # The trainer opens video files only through this function.
     reading.open_sample = lambda sample, data: _Kept(sample.path)
 
 
@@ -182,7 +182,7 @@ def _end_with_parent() -> None:
 
 
 class _Kept(Video):
-    """A video out of memory. Opening and decoding so small a file takes as long as training on it."""
+    """A video in memory, because decoding such a small file takes as long as training on it."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -190,7 +190,7 @@ class _Kept(Video):
         self.num_frames = len(self._frames)
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no file is open."""
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         return self._frames[list(indices)]

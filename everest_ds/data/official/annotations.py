@@ -1,4 +1,4 @@
-"""What an official annotation says, and how to read the files that say it."""
+"""The content of official annotations, and readers of the text, JSON and CSV files that hold them."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 from everest_ds.errors import DataError, nearest
 
 
-class Listed(NamedTuple):
+class AnnotatedVideo(NamedTuple):
     """A video that an annotation file lists.
 
     Attributes:
-        names: the names its file may have, without suffix, best first; `CLASS/VIDEO` or `VIDEO`.
-        label: its class; None where the annotation tells none.
-        parent: the name of a longer video that it is a part of.
-        span: which frames of the parent, as `Sample.span`.
+        names: the names that its file may have, without suffix, preferred first: `CLASS/VIDEO` or `VIDEO`.
+        label: index of its class; None if the annotation gives none.
+        parent: the name of a longer video that contains it.
+        span: its frames within the parent, as `Sample.span`.
     """
 
     names: tuple[str, ...]
@@ -30,27 +30,27 @@ class Listed(NamedTuple):
 
 @dataclass(frozen=True)
 class Annotations:
-    """All of a data set's annotation.
+    """The complete annotation of a data set.
 
     Attributes:
-        classes: names, in label order.
-        splits: what is listed, by split (`train`, `val`, `test`).
+        classes: class names, in label order.
+        splits: the listed videos, by split (`train`, `val`, `test`).
     """
 
     classes: list[str]
-    splits: dict[str, list[Listed]]
+    splits: dict[str, list[AnnotatedVideo]]
 
 
 def find_file(folder: Path, *names: str) -> Path | None:
-    """The first of `names` that is a file in `folder`."""
+    """Return the first of `names` that is a file in `folder`, or None."""
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def need_file(folder: Path, *names: str) -> Path:
-    """The first of `names` that is a file in `folder`.
+    """Return the first of `names` that is a file in `folder`.
 
     Raises:
-        DataError: none is.
+        DataError: none of them is.
     """
     file = find_file(folder, *names)
     if file is None:
@@ -59,10 +59,10 @@ def need_file(folder: Path, *names: str) -> Path:
 
 
 def read_text(file: Path) -> str:
-    """The text of an annotation file.
+    """Read the text of an annotation file.
 
     Raises:
-        DataError: it cannot be read as UTF-8.
+        DataError: the file cannot be read as UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -71,10 +71,10 @@ def read_text(file: Path) -> str:
 
 
 def read_json(file: Path) -> Any:
-    """The content of a JSON file.
+    """Parse a JSON file.
 
     Raises:
-        DataError: it is not JSON.
+        DataError: the file is not JSON.
     """
     try:
         return json.loads(read_text(file))
@@ -83,10 +83,10 @@ def read_json(file: Path) -> Any:
 
 
 def read_rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file with a header.
+    """Yield the rows of a CSV file with a header.
 
     Raises:
-        DataError: the file lacks one of `columns`, or a row does.
+        DataError: the file, or one of its rows, lacks one of `columns`.
     """
     rows = csv.DictReader(read_text(file).splitlines())
     for row in rows:
@@ -100,7 +100,7 @@ def read_rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
 
 
 def label_of(name: str, classes: dict[str, int], file: Path) -> int:
-    """The label of class `name`.
+    """Return the label of class `name`.
 
     Raises:
         DataError: there is no such class.

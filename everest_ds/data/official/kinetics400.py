@@ -1,7 +1,7 @@
-"""Kinetics-400: `train`, `val` and `test` as CSV or JSON of DeepMind; files named YOUTUBEID_SSSSSS_EEEEEE.
+"""Kinetics-400: DeepMind's `train`, `val` and `test` as CSV or JSON; files named YOUTUBEID_SSSSSS_EEEEEE.
 
-Labels number the class names in alphabetical order, as every published model does. The first release of the
-test split tells no labels.
+Labels number the class names in alphabetical order, as all published models do. The first release of the
+test split has no labels.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from everest_ds.data.official.annotations import (
+    AnnotatedVideo,
     Annotations,
-    Listed,
     find_file,
     label_of,
     need_file,
@@ -31,8 +31,8 @@ class _Clip(NamedTuple):
     label: str
 
 
-def read(folder: Path, fold: int) -> Annotations:
-    """The annotation in `folder`; there is one fold."""
+def read_kinetics400(folder: Path, fold: int) -> Annotations:
+    """Read the annotation in `folder`; the data set has one fold."""
     needed = need_file(folder, *_names("train"))
     files = {split: find_file(folder, *_names(split)) for split in _SPLITS}
     clips = {split: list(_clips(file)) for split, file in files.items() if file is not None}
@@ -51,10 +51,10 @@ def _names(split: str) -> list[str]:
     ]
 
 
-def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> Listed:
+def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> AnnotatedVideo:
     times = (f"{int(float(time)):06d}" for time in (clip.start_s, clip.end_s))
     cut = "_".join((clip.video, *times))
-    return Listed((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
+    return AnnotatedVideo((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
 
 
 def _clips(file: Path) -> Iterator[_Clip]:
@@ -71,5 +71,5 @@ def _clips(file: Path) -> Iterator[_Clip]:
 
 
 def _plain(label: str) -> str:
-    """Some releases quote labels, some put underscores."""
+    """Normalise a class name: some releases quote class names, others use underscores for spaces."""
     return label.strip().strip('"').replace("_", " ")

@@ -1,7 +1,7 @@
 """Something-Something v2: JSON lists of videos with their templates; files named by number.
 
-The labels file maps the templates, without brackets, to label numbers. Labels of the test split came later,
-as `id;template` lines.
+The labels file maps the templates, without brackets, to label numbers. Labels of the test split were released
+later, as `id;template` lines.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.data.official.annotations import (
+    AnnotatedVideo,
     Annotations,
-    Listed,
     find_file,
     label_of,
     need_file,
@@ -25,12 +25,12 @@ _FILES = {"train": "train.json", "val": "validation.json", "test": "test.json"}
 _ANSWERS = "test-answers.csv"
 
 
-def read(folder: Path, fold: int) -> Annotations:
-    """The annotation in `folder`; there is one fold."""
+def read_ssv2(folder: Path, fold: int) -> Annotations:
+    """Read the annotation in `folder`; the data set has one fold."""
     file = need_file(folder, *_either("labels.json"))
     numbers = {name: int(number) for name, number in read_json(file).items()}
     if sorted(numbers.values()) != list(range(len(numbers))):
-        raise DataError(f"{file}: the labels are not 0..{len(numbers) - 1}")
+        raise DataError(f"{file}: the label numbers are not 0..{len(numbers) - 1}")
     files = {split: find_file(folder, *_either(name)) for split, name in _FILES.items()}
     files["train"] = need_file(folder, *_either(_FILES["train"]))
     answers = _answers(folder)
@@ -46,13 +46,15 @@ def _either(name: str) -> tuple[str, str]:
     return _PREFIX + name, name
 
 
-def _listed(entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path) -> Listed:
+def _listed(
+    entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path
+) -> AnnotatedVideo:
     if "id" not in entry:
-        raise DataError(f"{file}: an entry without id", given=str(entry)[:80])
+        raise DataError(f"{file}: an entry has no id", given=str(entry)[:80])
     number = str(entry["id"])
     template = entry.get("template") or answers.get(number)
     label = None if template is None else label_of(_plain(template), numbers, file)
-    return Listed((number,), label)
+    return AnnotatedVideo((number,), label)
 
 
 def _plain(template: str) -> str:

@@ -1,4 +1,4 @@
-"""An indexed data set as files: manifests, class names, what is missing, and configs to train with."""
+"""Output of an indexed data set: manifests, class names, a list of missing videos, and training configs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from everest_ds.data.manifest import write_manifest
+from everest_ds.data.official.folder_tree import Indexed
 from everest_ds.data.official.registry import OfficialDataset
-from everest_ds.data.official.tree import Indexed
+from everest_ds.data.video_list import write_manifest
 from everest_ds.errors import DataError
 
 MISSING_FILE = "missing.txt"
@@ -19,7 +19,7 @@ MISSING_FILE = "missing.txt"
 def write_index(dataset: OfficialDataset, indexed: Indexed, out: Path) -> dict[str, Path]:
     """Write `<split>.txt`, `classes.txt`, `missing.txt`, `pretrain.yaml` and `finetune.yaml` into `out`.
 
-    A split of which no file is there gets no manifest.
+    A split without any existing file gets no manifest.
 
     Returns:
         The manifests, by split.

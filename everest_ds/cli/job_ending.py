@@ -1,0 +1,65 @@
+"""The end of a rank of a SLURM job: recorded in the job log, or an early exit before training starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
+from everest_ds.jobs.requeue import SlurmJob, note
+
+
+@contextmanager
+def early_stop(job: SlurmJob | None) -> Iterator[None]:
+    """Exit at once, to be requeued, on a stop signal that arrives before training has its own handler."""
+    if job is None:
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, _leave) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    print(
+        f"everest-ds: stopped by {signal.Signals(number).name} before the first step, with nothing to save",
+        file=sys.stderr,
+    )
+    sys.stderr.flush()
+    os._exit(ExitCode.STOPPED)
+
+
+@contextmanager
+def noted_ending(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
+    """Record in the job log how this rank ended, unless another rank records it; re-raise any error."""
+    try:
+        yield
+    except StoppedError as error:
+        if rank == 0:
+            note(job, run, "stopped", step=error.step, reason=error.by)
+        raise
+    except EverestError as error:
+        if rank == 0 or not (error.on_every_rank or error.exit_code == ExitCode.RANK_LOST):
+            nodes = error.nodes if isinstance(error, BadNodeError) else None
+            note(job, run, "failed", reason=str(error), code=error.exit_code, nodes=nodes)
+        raise
+    except Exception as error:
+        note(job, run, "failed", reason=f"{type(error).__name__}: {error}", code=ExitCode.FAILURE)
+        raise
+    if rank == 0:
+        note(job, run, "finished", step=_last_step(run))
+
+
+def _last_step(run: Path) -> int | None:
+    from everest_ds.checkpoints.names import newest_step
+
+    return newest_step(run) or None

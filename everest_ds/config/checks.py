@@ -1,0 +1,178 @@
+"""Validation rules that span several sections of a config."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from everest_ds.config.tokens import RUNNING_CELL_PERIOD
+
+if TYPE_CHECKING:
+    from everest_ds.config.schema import Experiment
+
+
+def check_sections_agree(config: Experiment) -> None:
+    """Run every check that spans two or more sections.
+
+    Raises:
+        ValueError: if two settings contradict each other; the message names the keys, their values and a fix.
+    """
+    _check_task(config)
+    _check_tokens(config)
+    _check_schedule(config)
+    _check_micro_batch(config)
+    _check_packing(config)
+    _check_precision(config)
+    _check_tensor(config)
+    _check_skipping(config)
+    _check_recompute(config)
+    _check_compile(config)
+
+
+_SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
+
+
+def _check_task(config: Experiment) -> None:
+    allowed = _SELECTIONS[config.task]
+    if config.tokens.selection not in allowed:
+        raise ValueError(
+            f"tokens.selection={config.tokens.selection} is not available for task {config.task};"
+            f" allowed: {', '.join(allowed)}"
+        )
+    if config.task == "finetune" and config.model.num_classes is None:
+        raise ValueError("model.num_classes is missing: fine-tuning needs the number of classes")
+
+
+def _check_scores(config: Experiment) -> None:
+    tokens, num_slots = config.tokens, config.model.geometry.num_slots
+    if tokens.score == "sketch" and tokens.distance == "l1":
+        raise ValueError(
+            "tokens: score=sketch does not preserve distance=l1; use distance=l2, cosine or score=embedding"
+        )
+    if tokens.selection == "rero" and num_slots < 2:
+        raise ValueError("tokens.selection=rero compares neighbouring slots, but the clip has only one")
+    if tokens.frame_oversampling > 1 and config.candidate_geometry.num_slots == num_slots:
+        raise ValueError(
+            f"tokens.frame_oversampling={tokens.frame_oversampling:g} adds no slot to {num_slots};"
+            f" use 1 (no IIFS) or at least {1 + 1 / num_slots:.3g}"
+        )
+
+
+def _check_tokens(config: Experiment) -> None:
+    _check_scores(config)
+    counts, num_slots = config.token_counts, config.model.geometry.num_slots
+    if config.tokens.selection == "dual" and num_slots % RUNNING_CELL_PERIOD:
+        raise ValueError(
+            f"tokens.selection=dual needs a multiple of {RUNNING_CELL_PERIOD} slots, so that its running"
+            f" cells predict every place equally often; model.num_frames={config.model.num_frames} at"
+            f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
+        )
+    where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
+    if counts.num_kept < 1 or counts.num_visible < 1:
+        raise ValueError(
+            f"tokens: {where} leaves {counts.num_kept} kept and {counts.num_visible} visible of"
+            f" {counts.num_tokens} tokens; raise keep_ratio or lower mask_ratio"
+        )
+    if config.task == "pretrain" and counts.num_predicted < 1:
+        raise ValueError(
+            f"tokens: {where} leaves nothing to predict ({counts.num_kept} kept, all visible);"
+            " keep_ratio must exceed 1 - mask_ratio"
+        )
+
+
+def _check_micro_batch(config: Experiment) -> None:
+    micro, repeats, augment = config.batch.micro_batch_size, config.data.repeats, config.augment
+    if micro % repeats:
+        raise ValueError(
+            f"batch.micro_batch_size={micro} clips is not a multiple of data.repeats={repeats},"
+            " the number of clips cut from each video"
+        )
+    if augment.mixes and micro % (2 * repeats):
+        raise ValueError(
+            f"augment.mixup_alpha and cutmix_alpha mix pairs of clips: batch.micro_batch_size={micro} is not"
+            f" a multiple of {2 * repeats} (2 x data.repeats)"
+        )
+    if config.task == "pretrain" and augment.changes:
+        raise ValueError(
+            "augment is set for task pretrain, which would reconstruct the augmented pixels;"
+            " use it with task finetune only"
+        )
+
+
+def _check_packing(config: Experiment) -> None:
+    tokens = config.tokens
+    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
+    if config.data.pack_tokens and not by_pixels:
+        raise ValueError(
+            "data.pack_tokens lets data-loading workers select tokens, but they have no model weights to"
+            " score tokens with; use tokens.selection=rero, score=pixel and frame_oversampling=1"
+        )
+    if config.data.pack_tokens and config.augment.changes:
+        raise ValueError(
+            "data.pack_tokens selects tokens before augment changes the clips; turn one of the two off"
+        )
+
+
+def _check_tensor(config: Experiment) -> None:
+    """Check that the tensor-parallel degree divides the attention heads, and thereby every split width."""
+    shape = config.model.shape
+    heads = {"encoder": shape.encoder.heads}
+    if config.task == "pretrain":
+        heads["decoder"] = shape.decoder.heads
+    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
+    if config.parallelism.tensor not in allowed:
+        raise ValueError(
+            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
+            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
+            f" allowed: {', '.join(map(str, allowed))}"
+        )
+
+
+def _check_precision(config: Experiment) -> None:
+    if config.precision == "bf16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
+            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
+        )
+    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19 keeps the"
+            " float32 weights where a checkpoint cannot name them; use zero_stage=1, which needs less memory"
+        )
+
+
+def _check_schedule(config: Experiment) -> None:
+    if config.schedule.warmup_epochs >= config.schedule.epochs:
+        raise ValueError(
+            f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} leaves no epoch after the"
+            f" warm-up: schedule.epochs={config.schedule.epochs}"
+        )
+
+
+def _check_skipping(config: Experiment) -> None:
+    if config.run.max_skipped_steps and config.parallelism.zero_stage == 0:
+        raise ValueError(
+            "run.max_skipped_steps is set at parallelism.zero_stage=0, but DeepSpeed 0.19 never skips a step"
+            " at stage 0; use zero_stage 1, 2 or 3, or max_skipped_steps=0"
+        )
+
+
+def _check_recompute(config: Experiment) -> None:
+    recompute = config.recompute
+    if recompute.offload_to_cpu and recompute.mode in ("none", "gelu"):
+        raise ValueError(
+            f"recompute.offload_to_cpu moves the inputs of recomputed modules, but mode {recompute.mode}"
+            " recomputes no module: set recompute.mode to attention, mlp, blocks or full"
+        )
+    if recompute.partition and (recompute.mode != "full" or config.parallelism.tensor == 1):
+        raise ValueError(
+            f"recompute.partition has no effect at recompute.mode={recompute.mode} and"
+            f" parallelism.tensor={config.parallelism.tensor}; set mode=full and tensor above 1"
+        )
+
+
+def _check_compile(config: Experiment) -> None:
+    if config.model.compile and config.parallelism.zero_stage == 3:
+        raise ValueError(
+            "model.compile=true does not work with parallelism.zero_stage=3: its hooks gather weights inside"
+            " a block, so each block would be a separate graph; use zero_stage 0 to 2 or model.compile=false"
+        )

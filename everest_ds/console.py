@@ -1,0 +1,119 @@
+"""Output of the commands: human-readable tables, and the same rows as JSON or CSV for programs."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from everest_ds.errors import UsageError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+_UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
+
+
+def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None = None) -> None:
+    """Print `rows` as a table, with their keys as columns.
+
+    Args:
+        title: heading of the table.
+        rows: rows with equal keys.
+        key: column that identifies a row. Columns that exceed the console's width then move to further tables
+            below, each beginning with this column. If None, the text of the columns is wrapped instead.
+    """
+    from rich.console import Console
+
+    console = Console(width=None)
+    names = list(rows[0]) if rows else []
+    for number, part in enumerate(_parts_that_fit(rows, names, key, console)):
+        console.print(_table(title if number == 0 else None, rows, part))
+
+
+def _parts_that_fit(
+    rows: Sequence[Mapping[str, Any]], names: list[str], key: str | None, console: Console
+) -> list[list[str]]:
+    """Distribute the columns over as many tables as the console's width requires."""
+    if key is None:
+        return [names]
+    parts, unbounded = [[key]], console.options.update(max_width=_UNBOUNDED)
+    for name in (name for name in names if name != key):
+        wider = _table(None, rows, [*parts[-1], name])
+        if len(parts[-1]) > 1 and console.measure(wider, options=unbounded).maximum > console.width:
+            parts.append([key])
+        parts[-1].append(name)
+    return parts
+
+
+def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in names:
+        numeric = all(isinstance(row[name], int | float | None) for row in rows)
+        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in names))
+    return table
+
+
+def print_facts(title: str, facts: Mapping[str, Any]) -> None:
+    """Print a table with one name and value per row."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), _cell(value))
+    Console().print(table)
+
+
+@contextmanager
+def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar, and yield a function that updates it with the number of finished items."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as progress:
+        task = progress.add_task(what, total=total)
+        yield lambda done: progress.update(task, completed=done)
+
+
+def write_json(file: Path | None, value: object) -> None:
+    """Write `value` to `file` as JSON, unless `file` is None."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(value, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise UsageError(f"{file}: cannot write the JSON file", given=str(error)) from None
+
+
+def write_csv(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write `rows` to `file` as CSV with a header line of their keys, unless `file` is None."""
+    if file is None:
+        return
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(file, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
+            writer.writeheader()
+            writer.writerows(rows)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot write the CSV file", given=str(error)) from None
+
+
+def _cell(value: object) -> str:
+    from rich.markup import escape
+
+    if value is None:
+        return ""
+    return escape(f"{value:.2f}" if isinstance(value, float) else str(value))

@@ -1,0 +1,199 @@
+"""Predicted activation memory of a stack of blocks, in closed form, without torch.
+
+Sizes are multiples of one tensor of n tokens x D width: A = B·n·D·(bytes per value). A block of models/vit.py
+keeps for its backward pass:
+
+    A    input of the first norm, which is the input of the block
+    A    output of the first norm, the input of the qkv projection
+    3A   q, k and v
+    A    output of attention, the input of the output projection
+    S    unfused attention only: the softmax of every pair of tokens, B·h·n² values
+    A    input of the second norm
+    A    output of the second norm, the input of the MLP
+    4A   the hidden layer before GELU
+    4A   the hidden layer after GELU, unless it is recomputed (models/mlp.py)
+
+Tensor parallelism splits the heads and the hidden layer over its ranks, and with them everything between the
+projections.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.schema import Experiment, RecomputeConfig
+
+FLOAT32_BYTES = 4
+VALUE_BYTES = {"fp32": FLOAT32_BYTES, "tf32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
+_CHUNK_LOGITS = 2**20  # the same value as in models/attention.py
+
+Recomputed = Literal["nothing", "attention", "mlp", "everything"]
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """The memory of one block of a stack on one rank.
+
+    Attributes:
+        recomputed: part of the block that the forward pass drops and the backward pass recomputes.
+        input_bytes: the part of the input of the block, or of its recomputed part, that stays on this rank's
+            device: 0 if it is offloaded to the host, a share if the tensor-parallel ranks split it.
+        host_bytes: the part of that input that is offloaded to host memory.
+        drops: whether both branches are multiplied by drop path's scales.
+        tensor_bytes: A, one tensor of all tokens and the whole width.
+        split_bytes: A divided by the tensor-parallel degree.
+        attention_bytes: kept within attention: q, k, v, output, and the softmax or its log-sum-exp values.
+        hidden_bytes: the MLP's hidden layer before GELU.
+        gelu_bytes: the hidden layer after GELU; 0 if it is recomputed.
+        norm_bytes: means and deviations of both norms.
+        logits_bytes: S, or 0 for fused attention.
+        fused_bytes: working memory of a fused kernel: gradients of q, k and v, and logits of a few heads;
+            0 for unfused attention.
+        weight_bytes: gradient of one of the MLP's matrices, before it is accumulated.
+    """
+
+    recomputed: Recomputed
+    input_bytes: int
+    host_bytes: int
+    drops: bool
+    tensor_bytes: int
+    split_bytes: int
+    attention_bytes: int
+    hidden_bytes: int
+    gelu_bytes: int
+    norm_bytes: int
+    logits_bytes: int
+    fused_bytes: int
+    weight_bytes: int
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that the forward pass keeps on the device for the backward pass."""
+        if self.recomputed == "everything":
+            return self.input_bytes
+        forgotten = {"attention": self.attention_bytes, "mlp": self.hidden_bytes}.get(self.recomputed, 0)
+        return self.input_bytes + self._inner_bytes - forgotten
+
+    @property
+    def forward_bytes(self) -> int:
+        """Peak of temporary bytes in the forward pass, at the end of the MLP, on top of what it keeps.
+
+        While the MLP's output is computed, these are GELU's output (unless it is kept) and that output. While
+        the output is added to the residual stream, they are the output, its copy scaled by drop path, and the
+        sum. A recomputed part adds the tensors that lead up to it.
+        """
+        forgotten = {"mlp": self.hidden_bytes, "everything": 2 * self.tensor_bytes + self.hidden_bytes}
+        making = self.hidden_bytes - self.gelu_bytes + self.tensor_bytes
+        adding = 2 * self.tensor_bytes + self._masked_bytes
+        return max(making, adding) + forgotten.get(self.recomputed, 0)
+
+    @property
+    def backward_bytes(self) -> int:
+        """Peak of bytes in the backward pass on top of what the forward pass keeps."""
+        fetched = self.tensor_bytes if self.input_bytes < self.tensor_bytes else 0
+        return fetched + max(self._in_mlp, self._in_attention)
+
+    @property
+    def _in_mlp(self) -> int:
+        """Bytes on top of the kept ones while the gradient of the hidden layer is computed.
+
+        In memory are the gradients of the block's output, of GELU's output and input and of one weight, and
+        the recomputed tensors with their output. GELU's output, if it was kept, is already released.
+        """
+        again = {
+            "mlp": self.hidden_bytes + self.tensor_bytes,
+            "everything": self._inner_bytes + self.tensor_bytes,
+        }
+        gradients = self.tensor_bytes + self._masked_bytes + 2 * self.hidden_bytes + self.weight_bytes
+        return gradients + again.get(self.recomputed, 0) - self.gelu_bytes
+
+    @property
+    def _in_attention(self) -> int:
+        """Bytes on top of the kept ones while the gradients of attention are computed.
+
+        In memory are the gradients of the sum between attention and MLP, and of attention's output. Fused
+        attention adds the gradients of q, k and v and the kernel's working memory; unfused attention adds the
+        gradients of softmax and logits. Recomputation adds the recomputed tensors with their output, and the
+        gradient of that output if it differs from the block's. Already released are the MLP and its norm, the
+        input of the output projection and, in unfused attention, v.
+        """
+        again = {
+            "attention": self.attention_bytes + self.tensor_bytes + self._masked_bytes,
+            "mlp": self.hidden_bytes,
+            "everything": self._inner_bytes + 2 * self.tensor_bytes,
+        }
+        working = 2 * self.logits_bytes - self.split_bytes if self.logits_bytes else self.fused_bytes
+        gradients = self.tensor_bytes + self.split_bytes + working
+        done = 2 * self.tensor_bytes + self.hidden_bytes + self.gelu_bytes + self.split_bytes
+        return gradients + again.get(self.recomputed, 0) - done
+
+    @property
+    def _masked_bytes(self) -> int:
+        """Bytes of a branch's gradient if drop path makes it differ from the sum's gradient, otherwise 0."""
+        return self.tensor_bytes if self.drops else 0
+
+    @property
+    def _inner_bytes(self) -> int:
+        """Bytes that a block keeps without recomputation, excluding its input."""
+        in_mlp = self.hidden_bytes + self.gelu_bytes
+        return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + in_mlp
+
+
+def block_memory(
+    config: Experiment, shape: TransformerShape, num_tokens: int, recomputed: Recomputed, drops: bool
+) -> BlockMemory:
+    """Predict the memory of one block on one rank, for `num_tokens` tokens per clip of a micro-batch."""
+    value, clips = VALUE_BYTES[config.precision], config.batch.micro_batch_size
+    tensor = config.parallelism.tensor
+    heads, tokens = shape.heads // tensor, clips * num_tokens
+    full = tokens * shape.width * value
+    split = full // tensor
+    unfused = config.model.attention == "unfused"
+    logits = tokens * num_tokens * heads * value if unfused else 0
+    # For several clips, unfused attention copies k and v for the matrix products, keeps the scaled q and
+    # releases the original q, k and v. For a single clip, k and v are used without a copy, so all three
+    # originals stay in memory next to the scaled q.
+    tensors = 5 if unfused and clips == 1 else 4
+    part = split if config.recompute.partition else full
+    offloaded = config.recompute.offload_to_cpu and recomputed != "nothing"
+    return BlockMemory(
+        recomputed=recomputed,
+        input_bytes=0 if offloaded else part,
+        host_bytes=part if offloaded else 0,
+        drops=drops,
+        tensor_bytes=full,
+        split_bytes=split,
+        attention_bytes=tensors * split + (logits or tokens * heads * FLOAT32_BYTES),
+        hidden_bytes=MLP_RATIO * split,
+        gelu_bytes=MLP_RATIO * split if config.recompute.mode == "none" else 0,
+        norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
+        logits_bytes=logits,
+        fused_bytes=0 if unfused else 3 * split + _chunk_bytes(config, num_tokens, clips * heads),
+        weight_bytes=MLP_RATIO * shape.width**2 * value // tensor,
+    )
+
+
+def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
+    """Return the bytes of logits for the heads processed at once in bfloat16 on a CPU (models/attention.py).
+
+    Five tensors of that size are live: the softmax, its gradient, the gradient of the logits, and two
+    intermediate results. GPU kernels hold none of them, so there the prediction is a few megabytes too high
+    if this moment is the peak.
+    """
+    if config.precision != "bf16":
+        return 0
+    at_once = min(heads, max(2, _CHUNK_LOGITS // num_tokens**2))
+    return 5 * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
+
+
+def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
+    """Return the recomputed part of block `index`; mode `blocks` recomputes the first of every n blocks.
+
+    This mirrors parallel/recompute.py.
+    """
+    if config.mode in ("attention", "mlp"):
+        return "attention" if config.mode == "attention" else "mlp"
+    every = {"none": 0, "gelu": 0, "blocks": config.every, "full": 1}[config.mode]
+    return "everything" if every and index % every == 0 else "nothing"

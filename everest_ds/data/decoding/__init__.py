@@ -1,0 +1,1 @@
+"""Decoders that read the chosen frames of a video file."""

@@ -1,0 +1,93 @@
+"""The interface of an open video, common to all decoders."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
+
+import torch
+
+from everest_ds.errors import DataError
+
+FIX = "replace the file, or remove it from the manifest (`everest-ds data check` lists all such files)"
+
+
+class Size(NamedTuple):
+    """The size of a picture, in pixels."""
+
+    width: int
+    height: int
+
+
+class Video(ABC):
+    """An open video file, usable in the process that opened it, in a `with` statement or until `close`.
+
+    Attributes:
+        path: the file.
+        num_frames: number of pictures.
+    """
+
+    path: Path
+    num_frames: int
+
+    def __enter__(self) -> Video:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def read(self, indices: Sequence[int]) -> torch.Tensor:
+        """Decode the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+
+        Raises:
+            DataError: an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
+        """
+        outside = [i for i in indices if not 0 <= i < self.num_frames]
+        if outside or not len(indices):
+            allowed = f"0..{self.num_frames - 1}"
+            raise DataError(f"{self.path}: no such frame", given=outside or "no index", allowed=allowed)
+        return self._read(indices)
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free the decoder; the video cannot be read afterwards."""
+
+    @abstractmethod
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
+        """Decode the pictures `indices`, which `read` has checked to be in range."""
+
+
+class Window(Video):
+    """A span of frames of an open video, numbered from 0; closing the window closes the video."""
+
+    def __init__(self, video: Video, span: tuple[int, int]) -> None:
+        first, stop = span
+        if stop > video.num_frames:
+            video.close()
+            raise DataError(
+                f"{video.path}: the video is shorter than the span of frames that the manifest names",
+                given=f"frames {first} to {stop - 1}",
+                allowed=f"0..{video.num_frames - 1}",
+            )
+        self.path, self.num_frames = video.path, stop - first
+        self._video, self._first = video, first
+
+    def close(self) -> None:
+        """Close the underlying video."""
+        self._video.close()
+
+    def _read(self, indices: Sequence[int]) -> torch.Tensor:
+        return self._video.read([self._first + i for i in indices])
+
+
+def shrunk(size: Size, short_side: int | None) -> Size | None:
+    """Return `size` scaled down to `short_side` at the same aspect ratio, or None if it need not shrink."""
+    shorter = min(size)
+    if short_side is None or shorter <= short_side:
+        return None
+    return Size(*(round(side * short_side / shorter) for side in size))

@@ -1,0 +1,1 @@
+"""Checking and re-encoding of a data set, each video in a process of its own."""

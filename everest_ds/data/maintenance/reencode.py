@@ -1,0 +1,272 @@
+"""Re-encoding of a manifest's videos for fast decoding: smaller pictures, key frames close together.
+
+To read a clip of a few frames, a decoder must decode everything from the preceding key frame on. Frames keep
+their numbers: a new file has one picture for each of the source's, in order and upright, without sound. A
+span of a video becomes a video of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from everest_ds.config import DataConfig
+from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.decoding.pyav import naming, probe
+from everest_ds.data.decoding.video import Video
+from everest_ds.data.frames import ClipFrames
+from everest_ds.data.ledger import Ledger
+from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import DataError
+
+HANG_S = 1800.0
+MIN_PSNR_DB = 20.0  # of the first and last picture; a lower value cannot be due to compression alone
+_AT_ONCE = 32  # frames read per call, which bounds the memory that they take
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """The encoder settings of the new files.
+
+    Attributes:
+        short_side: short side of the pictures, in pixels; smaller pictures keep their size.
+        gop: number of frames from one key frame to the next.
+        crf: x264's constant rate factor; a lower value gives better quality and larger files.
+        preset: x264's preset, which trades encoding time for file size.
+    """
+
+    short_side: int = 256
+    gop: int = 8
+    crf: int = 20
+    preset: str = "medium"
+
+
+class ReencodeTask(NamedTuple):
+    """A sample and the file that it is re-encoded to."""
+
+    sample: Sample
+    target: Path
+
+
+class Reencoded(NamedTuple):
+    """The result of re-encoding a manifest.
+
+    Attributes:
+        samples: the re-encoded samples, in the manifest's order.
+        failed: the samples that could not be re-encoded, as (sample, reason).
+        num_known: number of samples that had been re-encoded earlier.
+    """
+
+    samples: list[Sample]
+    failed: list[tuple[Sample, str]]
+    num_known: int
+
+
+class Gain(NamedTuple):
+    """The reading times and file sizes before and after re-encoding; times are medians of interleaved runs.
+
+    Attributes:
+        clips: number of clips that were timed.
+        before_ms, after_ms: median time to open a file and decode one clip.
+        before_bytes, after_bytes: total size of the files.
+    """
+
+    clips: int
+    before_ms: float
+    after_ms: float
+    before_bytes: int
+    after_bytes: int
+
+
+def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[ReencodeTask]:
+    """Map each sample to an MP4 file below `out`, at the same relative path as below `root`.
+
+    Raises:
+        DataError: two samples would be written to the same file, or a source file would be overwritten.
+    """
+    jobs: dict[Path, ReencodeTask] = {}
+    for sample in samples:
+        path = sample.path
+        place = path.relative_to(root) if path.is_relative_to(root) else Path(*path.absolute().parts[1:])
+        part = "" if sample.span is None else f"_{sample.span[0]}-{sample.span[1]}"
+        target = out / place.with_name(f"{place.stem}{part}.mp4")
+        if target.absolute() == path.absolute():
+            raise DataError(f"{path}: the source would be overwritten", fix="choose another --out")
+        other = jobs.setdefault(target, ReencodeTask(sample, target)).sample
+        if other.name != sample.name:
+            raise DataError(
+                f"{target}: two videos would be written to this file",
+                given=f"{other.name}, {sample.name}",
+                fix="rename one of them",
+            )
+    return list(jobs.values())
+
+
+def reencode_videos(
+    jobs: Sequence[ReencodeTask],
+    ledger: Ledger,
+    encoding: Encoding,
+    *,
+    workers: int,
+    on_progress: Callable[[int], None],
+    timeout_s: float = HANG_S,
+) -> Reencoded:
+    """Write the file of every job, verify it, and record in `ledger` (of the new files) that it is intact.
+
+    Files that the ledger lists as intact are not written again, so an interrupted call can be repeated.
+
+    Args:
+        jobs: the samples and their target files.
+        ledger: the ledger of the new files.
+        encoding: the encoder settings.
+        workers: number of processes.
+        on_progress: called after each sample with the number of samples done.
+        timeout_s: a file that takes longer counts as failed.
+    """
+    made = [Sample(job.target, job.sample.label) for job in jobs]
+    reasons = {i: "" for i, sample in enumerate(made) if _is_whole(sample, ledger)}
+    num_known = len(reasons)
+    left = [i for i in range(len(jobs)) if i not in reasons]
+    on_progress(num_known)
+    outcomes = map_isolated(
+        partial(write_verified, encoding=encoding),
+        [jobs[i] for i in left],
+        workers=workers,
+        timeout_s=timeout_s,
+    )
+    for place, outcome in outcomes:
+        index = left[place]
+        if isinstance(outcome, Lost):
+            reasons[index] = f"the decoder or encoder {outcome.reason}"
+        elif isinstance(outcome, str):
+            reasons[index] = outcome
+        else:
+            reasons[index] = ""
+            ledger.record(made[index], "", outcome)
+        on_progress(len(reasons))
+    failed = [(job.sample, reasons[i]) for i, job in enumerate(jobs) if reasons[i]]
+    return Reencoded([s for i, s in enumerate(made) if not reasons[i]], failed, num_known)
+
+
+def write_verified(job: ReencodeTask, encoding: Encoding) -> int | str:
+    """Write one file and verify it; return its number of frames, or what is wrong with it or its source.
+
+    The file is written under a temporary name and renamed only after it was verified.
+    """
+    partial_file = job.target.with_name(f".{job.target.name}.{os.getpid()}.tmp.mp4")
+    try:
+        job.target.parent.mkdir(parents=True, exist_ok=True)
+        with naming(job.target):
+            count = _write(job.sample, partial_file, encoding)
+        _verify(job.sample, partial_file, count, encoding)
+        os.replace(partial_file, job.target)
+    except DataError as error:
+        return str(error).removeprefix(f"{job.sample.path}: ")
+    except OSError as error:
+        return f"cannot be written: {error.strerror}"
+    finally:
+        partial_file.unlink(missing_ok=True)
+    return count
+
+
+def measure_gain(
+    pairs: Sequence[tuple[Sample, Sample]], data: DataConfig, num_frames: int, repeats: int = 3
+) -> Gain | None:
+    """Time reading random training clips from the old and new files; return None if all are too short."""
+    clip = ClipFrames.of(num_frames, data)
+    times: dict[int, list[float]] = {0: [], 1: []}
+    for number, pair in enumerate(pairs):
+        for repeat in range(repeats):
+            for side, sample in enumerate(pair):
+                start = time.perf_counter()
+                with open_sample(sample, data) as video:
+                    if video.num_frames < clip.needed:
+                        break
+                    rng = np.random.default_rng([number, repeat])
+                    video.read(clip.for_training(video.num_frames, rng))
+                times[side].append(1e3 * (time.perf_counter() - start))
+    if not times[1]:
+        return None
+    before, after = (float(np.median(times[side])) for side in (0, 1))
+    sizes = [sum(pair[side].path.stat().st_size for pair in pairs) for side in (0, 1)]
+    return Gain(len(times[1]), before, after, *sizes)
+
+
+def _is_whole(sample: Sample, ledger: Ledger) -> bool:
+    entry = ledger.known(sample)
+    return entry is not None and not entry.reason and entry.num_frames > 0
+
+
+def _reading(encoding: Encoding) -> DataConfig:
+    """Return the data config to read sources with: PyAV, as it is exact for every file and can shrink."""
+    return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
+
+
+def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
+    import av
+
+    rate, header = probe(sample.path).frame_rate, {"movflags": "faststart"}
+    with (
+        open_sample(sample, _reading(encoding)) as video,
+        av.open(str(target), "w", options=header) as container,
+    ):
+        options = {"crf": str(encoding.crf), "preset": encoding.preset}
+        stream = container.add_stream("libx264", rate=rate, options=options)
+        stream.gop_size = encoding.gop
+        stream.pix_fmt = "yuv420p"
+        stream.thread_count = 1
+        for number, picture in enumerate(_pictures(video)):
+            if number == 0:
+                stream.height, stream.width = picture.shape[:2]
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number
+            frame.time_base = 1 / rate
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+        return video.num_frames
+
+
+def _pictures(video: Video) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield all pictures, cropped to even sides, because 4:2:0 halves the chroma planes."""
+    for first in range(0, video.num_frames, _AT_ONCE):
+        for picture in video.read(range(first, min(first + _AT_ONCE, video.num_frames))):
+            yield _even(picture)
+
+
+def _even(picture: torch.Tensor) -> np.ndarray[Any, Any]:
+    height, width = (max(2, side - side % 2) for side in picture.shape[:2])
+    return picture[:height, :width].contiguous().numpy()
+
+
+def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> None:
+    """Check that the new file has the source's number of frames and matches its first and last picture.
+
+    Raises:
+        DataError: the number of frames or a picture differs.
+    """
+    with (
+        open_sample(sample, _reading(encoding)) as source,
+        open_sample(Sample(target, None), DataConfig()) as new,
+    ):
+        if new.num_frames != count:
+            raise DataError("re-encoded to a wrong number of frames", given=new.num_frames, allowed=count)
+        expected = [_even(picture) for picture in source.read([0, count - 1])]
+        written = new.read([0, count - 1]).numpy()
+    for before, after in zip(expected, written, strict=True):
+        error = np.square(before.astype(np.float32) - after).mean()
+        psnr = 10 * np.log10(255**2 / max(error, 1e-3))
+        if psnr < MIN_PSNR_DB:
+            raise DataError(
+                "re-encoded with too large an error",
+                given=f"{psnr:.1f} dB PSNR",
+                allowed=f"{MIN_PSNR_DB:g} dB or more",
+            )

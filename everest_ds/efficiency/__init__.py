@@ -1,0 +1,1 @@
+"""The published efficiency tables, the systems that they compare, and the report."""

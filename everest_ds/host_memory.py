@@ -1,0 +1,39 @@
+"""Resident memory of this process: its current size, and its peak since the last reset."""
+
+from __future__ import annotations
+
+import re
+import resource
+from pathlib import Path
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_RESET_PEAK = "5"  # proc(5): the peak becomes what is resident now
+
+
+def resident_bytes() -> int:
+    """Return the resident set size of this process, in bytes.
+
+    Raises:
+        OSError: if the system has no Linux /proc.
+    """
+    found = re.search(r"^VmRSS:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+    if found is None:
+        raise OSError(f"{_STATUS} has no field VmRSS")
+    return int(found[1]) * 1024
+
+
+def peak_bytes() -> int:
+    """Return the peak resident set size since `reset_peak`, or since the process started, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def reset_peak() -> bool:
+    """Reset the peak to the current size, and return whether that succeeded.
+
+    Some containers forbid the reset, and systems other than Linux have no such call.
+    """
+    try:
+        _CLEAR_REFS.write_text(_RESET_PEAK)
+    except OSError:
+        return False
+    return True

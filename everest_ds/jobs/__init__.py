@@ -1,0 +1,1 @@
+"""SLURM as a library: submission, requeueing, job status, events, chains and sweeps."""

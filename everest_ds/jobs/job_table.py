@@ -1,0 +1,178 @@
+"""The jobs of run folders as rows: SLURM's job state, the job's own events and the run's progress."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config import load_experiment
+from everest_ds.errors import EverestError
+from everest_ds.jobs.events import EVENTS_FILE, JobEvent, read_events
+from everest_ds.jobs.slurm_state import JobState, query_jobs
+from everest_ds.jobs.status import JobStatus, job_status
+from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
+from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
+from everest_ds.units import GIB
+
+# Subfolders of a run that hold many files and never another run: skipping them keeps the search fast.
+_NOT_SEARCHED = frozenset({"checkpoints", "tensorboard", "logs"})
+_DEEPEST = 6
+_TAIL_BYTES = 256 * 1024
+_TRAINING = ("pretrain", "finetune")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """The progress of a run; a figure is None until the run has reported it."""
+
+    step: int | None = None
+    total_steps: int | None = None
+    loss: float | None = None
+    top1: float | None = None
+    clips_per_s: float | None = None
+    memory_gib: float | None = None
+
+    @property
+    def share(self) -> float | None:
+        """The share of the steps that are done, 0 to 1."""
+        return self.step / self.total_steps if self.step is not None and self.total_steps else None
+
+
+@dataclass(frozen=True)
+class JobRow:
+    """One job of one run: its SLURM state, its events and its verdict."""
+
+    run: Path
+    job_id: str
+    task: str
+    slurm: JobState | None
+    events: tuple[JobEvent, ...]
+    progress: Progress
+    verdict: JobStatus
+
+    @property
+    def restarts(self) -> int:
+        """The number of times that the job was restarted."""
+        told = self.slurm.restarts if self.slurm else None
+        return max([told or 0, *(event.restarts for event in self.events)])
+
+    @property
+    def is_over(self) -> bool:
+        """True if the job has ended and SLURM will not start it again."""
+        return self.slurm is None or self.slurm.is_over
+
+    @property
+    def trains(self) -> bool:
+        """True if the job trains and can save checkpoints, or if its task is unknown (a plain sbatch)."""
+        return self.task in (*_TRAINING, "sweep", "")
+
+    @property
+    def home(self) -> Path:
+        """The folder that the job was submitted for: the folder of the run, or of its sweep."""
+        return self.run.parent if (self.run.parent / SWEEP_FILE).is_file() else self.run
+
+    @property
+    def output(self) -> Path:
+        """The file that receives the output of the job."""
+        file = self.home / "logs" / f"slurm-{self.job_id}.out"
+        return file.with_name("slurm.out") if "\\" in str(file.absolute()) else file
+
+    @property
+    def log(self) -> Path:
+        """The log to read first: that of rank 0 if the job trains, else the output of the job."""
+        rank = self.run / "logs" / "rank-0.log"
+        return rank if self.trains and rank.is_file() else self.output
+
+
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Find the run folders with a job log, at or below `folders`."""
+    found: dict[Path, None] = {}
+    for folder in folders:
+        for place, below, files in os.walk(folder):
+            depth = len(Path(place).parts) - len(folder.parts)
+            below[:] = sorted(name for name in below if name not in _NOT_SEARCHED and depth < _DEEPEST)
+            if EVENTS_FILE in files:
+                found[Path(place)] = None
+    return list(found)
+
+
+def job_rows(runs: Sequence[Path]) -> list[JobRow]:
+    """Return the live jobs and the last job of each task, in the order of `runs`."""
+    events = {run: sorted(read_events(run), key=lambda event: event.seconds) for run in runs}
+    known = query_jobs(event.job_id for told in events.values() for event in told)
+    return [row for run in runs for row in _rows_of(run, events[run], known)]
+
+
+def read_progress(run: Path) -> Progress:
+    """Read the progress of a run from the end of its metrics file."""
+    rows = list(_last_rows(run / METRICS_FILE))
+    steps = [row for row in rows if "loss" in row]
+    validated = [row["val_top1"] for row in rows if "val_top1" in row]
+    tested = _read_json(run / "evaluation.json").get("top1")
+    top1 = tested if tested is not None else max(validated, default=None)
+    if not steps:
+        return Progress(top1=top1)
+    last = steps[-1]
+    return Progress(
+        step=last["step"],
+        total_steps=_total_steps(run, last),
+        loss=last["loss"],
+        top1=top1,
+        clips_per_s=last.get("clips_per_s"),
+        memory_gib=max(row.get("memory_bytes") or 0 for row in steps) / GIB,
+    )
+
+
+def _rows_of(run: Path, events: Sequence[JobEvent], known: dict[str, JobState]) -> Iterator[JobRow]:
+    jobs: dict[str, list[JobEvent]] = {}
+    for event in events:
+        state = known.get(event.job_id)
+        jobs.setdefault(state.job_id if state else event.job_id, []).append(event)
+    last_of_task = {_task(told): job_id for job_id, told in jobs.items()}
+    progress = read_progress(run)
+    for job_id, told in jobs.items():
+        state, task = known.get(job_id), _task(told)
+        lives = state is not None and not state.is_over
+        if lives or last_of_task[task] == job_id:
+            shown = progress if task in (*_TRAINING, "sweep", "") else Progress(top1=progress.top1)
+            verdict = job_status(shlex.quote(str(run)), job_id, state, told)
+            yield JobRow(run, job_id, task, state, tuple(told), shown, verdict)
+
+
+def _task(events: Sequence[JobEvent]) -> str:
+    return next((event.task for event in events if event.task), "")
+
+
+def _total_steps(run: Path, last: dict[str, Any]) -> int | None:
+    try:
+        epochs = load_experiment(run / CONFIG_FILE).schedule.epochs
+    except EverestError:
+        return None
+    steps_per_epoch = round(last["step"] / last["epoch"]) if last.get("epoch") else 0
+    return epochs * steps_per_epoch or None
+
+
+def _last_rows(file: Path) -> Iterator[dict[str, Any]]:
+    """Read the last rows of a metrics file; a run of days makes the whole file long."""
+    try:
+        with open(file, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            stream.seek(max(0, size - _TAIL_BYTES))
+            lines = stream.read().split(b"\n")
+    except OSError:
+        return
+    whole = lines[1:-1] if size > _TAIL_BYTES else lines[:-1]
+    for line in whole:
+        yield json.loads(line)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError):
+        return {}

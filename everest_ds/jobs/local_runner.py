@@ -1,0 +1,51 @@
+"""`everest-ds submit ... --local`: run the jobs of a submission on this machine, one after another."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from subprocess import call
+
+from everest_ds.errors import ExitCode
+from everest_ds.jobs.events import Event, JobEvent, append_event
+from everest_ds.jobs.status import LOCAL, explain_exit_code
+from everest_ds.jobs.submission import Stage
+from everest_ds.jobs.sweep import keep_candidates
+from everest_ds.jobs.sweep_file import SweepCandidate
+
+_OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
+
+
+def run_stages(stages: Sequence[Stage]) -> int:
+    """Run the stages one after another until one fails; return the exit code of the last stage that ran."""
+    for stage in stages:
+        code = _run(stage.command, stage.arguments, stage.shape.num_ranks, stage.run)
+        if code:
+            return code
+    return ExitCode.OK
+
+
+def run_sweep(stage: Stage, swept: Sequence[SweepCandidate]) -> int:
+    """Run every candidate of a sweep, failures included; only a stop ends the sweep early."""
+    assert stage.run is not None
+    keep_candidates(stage, swept)
+    for candidate in swept:
+        run = stage.run / candidate.name
+        code = _run(candidate.task, (candidate.recipe, *candidate.overrides), stage.shape.num_ranks, run)
+        if code == ExitCode.STOPPED:
+            return code
+    return ExitCode.OK
+
+
+def _run(command: str, arguments: Sequence[str], num_ranks: int, run: Path | None) -> int:
+    ranks = [] if command in ("profile", "report") else ["--nproc", str(num_ranks)]
+    if run is not None:
+        run.mkdir(parents=True, exist_ok=True)
+        append_event(run, JobEvent("started", LOCAL, task=command))
+    code = call([sys.executable, "-m", "everest_ds", command, *arguments, *ranks])
+    if run is not None:
+        reason = None if code == ExitCode.OK else explain_exit_code(code)
+        outcome = _OUTCOME.get(code, "failed")
+        append_event(run, JobEvent(outcome, LOCAL, task=command, reason=reason, code=code))
+    return code

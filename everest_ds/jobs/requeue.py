@@ -1,0 +1,211 @@
+"""The SLURM job of this process: its identity, its permission to start, and the decision to requeue it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from everest_ds.errors import ExitCode, RestartError, UsageError
+from everest_ds.jobs.events import JobEvent, append_event, read_events
+
+# Stop reason of a run that the user stopped with a file: the job must not be requeued.
+STOPPED_BY_FILE = "RUN/kill"
+# Starts from the same step after which a job counts as stuck: two can be bad luck.
+_FRUITLESS_STARTS = 3
+_MAX_RESTARTS = 50
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """The SLURM job that this process belongs to.
+
+    Attributes:
+        job_id: SLURM_JOB_ID.
+        restarts: number of times that the job was requeued before this start.
+        max_restarts: number of restarts allowed in all.
+        nodes: the job's nodes in SLURM's node-list notation.
+        signal_s: lead time of the signal that SLURM sends before the end, in seconds; None if unknown.
+    """
+
+    job_id: str
+    restarts: int
+    max_restarts: int
+    nodes: str | None
+    signal_s: float | None
+
+    def event(self, kind: JobEventKind, **facts: int | str | None) -> JobEvent:
+        """Return a log event of this start of the job."""
+        return JobEvent(kind, self.job_id, self.restarts, **facts)  # type: ignore[arg-type]
+
+
+JobEventKind = Literal["started", "stopped", "requeued", "finished", "failed"]
+
+
+def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
+    """Return the SLURM job that this process belongs to, or None outside SLURM.
+
+    Raises:
+        UsageError: if a variable is not a whole number.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return None
+    return SlurmJob(
+        environ["SLURM_JOB_ID"],
+        _count(environ, "SLURM_RESTART_COUNT", 0),
+        _count(environ, "EVEREST_MAX_RESTARTS", _MAX_RESTARTS),
+        environ.get("SLURM_JOB_NODELIST"),
+        _count(environ, "EVEREST_SIGNAL_SECONDS", 0) or None,
+    )
+
+
+def record_start(job: SlurmJob, run: Path, step: int) -> None:
+    """Log that the job starts from `step`, or that it may not start.
+
+    Raises:
+        RestartError: if the job was restarted too often, or repeatedly without progress.
+    """
+    refusal = why_not_start(job, read_events(run), step)
+    if refusal is not None:
+        _append(run, job.event("failed", step=step, reason=str(refusal), code=refusal.exit_code))
+        raise refusal
+    _append(run, job.event("started", step=step, nodes=job.nodes))
+
+
+def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> RestartError | None:
+    """Return why the job must not start again, or None."""
+    if job.restarts > job.max_restarts:
+        return RestartError(
+            f"job {job.job_id} was restarted {job.restarts} times",
+            allowed=job.max_restarts,
+            fix="see jobs.jsonl for the reasons; submit the job again to resume the run",
+        )
+    starts = [
+        e for e in events if e.event == "started" and e.job_id == job.job_id and e.restarts < job.restarts
+    ]
+    recent = starts[1 - _FRUITLESS_STARTS :]
+    if len(recent) == _FRUITLESS_STARTS - 1 and all(e.step == step for e in recent):
+        return RestartError(
+            f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
+            " as did the two starts before it",
+            given=_last_reason(events, job),
+            fix="remove the cause, or lower run.save_every_steps; then submit the job again",
+        )
+    return None
+
+
+def _last_reason(events: Sequence[JobEvent], job: SlurmJob) -> str:
+    ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
+    return ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed"
+
+
+@dataclass(frozen=True)
+class RequeueDecision:
+    """The decision whether to requeue a job whose ranks have ended.
+
+    Attributes:
+        requeue: True if the job goes back into the queue.
+        reason: reason for the decision.
+        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
+    """
+
+    requeue: bool
+    reason: str
+    bad_nodes: str | None = None
+
+
+def decide_requeue(job: SlurmJob, events: Sequence[JobEvent], code: int, state: str) -> RequeueDecision:
+    """Decide whether the job goes back into the queue.
+
+    Args:
+        job: the job that is ending.
+        events: events of the run; only those of this start of the job count.
+        code: srun's exit code.
+        state: SLURM's state and reason of the job, such as `RUNNING/None`.
+    """
+    mine = [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
+    verdict = _by_events(mine, code)
+    if not verdict.requeue:
+        return verdict
+    if not may_be_requeued(state):
+        return RequeueDecision(False, f"{verdict.reason}; SLURM reports {state}")
+    if job.restarts >= job.max_restarts:
+        return RequeueDecision(False, f"{verdict.reason}; restarted {job.restarts} times, which is the limit")
+    return verdict
+
+
+def may_be_requeued(state: str) -> bool:
+    """Return whether requeueing is allowed: the job is still running, or ended at its time limit.
+
+    A job that was cancelled, or that SLURM itself requeues, must not be requeued here.
+    """
+    name, _, reason = state.partition("/")
+    return name == "RUNNING" or reason == "TimeLimit"
+
+
+def _by_events(mine: Sequence[JobEvent], code: int) -> RequeueDecision:
+    """Decide from the events that the ranks logged, or from the exit code if there are none."""
+    own = [e for e in mine if e.event == "failed" and e.code not in (None, ExitCode.RANK_LOST)]
+    if own:
+        is_node = own[0].code == ExitCode.BAD_NODE
+        return RequeueDecision(is_node, own[0].reason or "failed", own[0].nodes if is_node else None)
+    last = next((e for e in reversed(mine) if e.event in ("stopped", "finished", "failed")), None)
+    if last is not None and last.event == "stopped":
+        return RequeueDecision(last.reason != STOPPED_BY_FILE, f"stopped by {last.reason}")
+    if code == ExitCode.OK or (last is not None and last.event == "finished"):
+        return RequeueDecision(False, "finished")
+    if last is not None:
+        return RequeueDecision(True, last.reason or "a rank was lost")
+    return _by_code(code)
+
+
+def _by_code(code: int) -> RequeueDecision:
+    if code == ExitCode.STOPPED:
+        return RequeueDecision(True, "stopped before the first step")
+    if code > 128:  # a shell reports signal n as 128 + n
+        return RequeueDecision(True, f"a rank was killed by signal {code - 128}")
+    return RequeueDecision(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
+
+
+def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
+    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
+    events = read_events(run)
+    verdict = decide_requeue(job, events, code, state)
+    told = any(e.job_id == job.job_id and e.restarts == job.restarts and e.event != "started" for e in events)
+    if verdict.requeue:
+        _append(run, job.event("requeued", reason=verdict.reason))
+    elif not told:
+        kind: JobEventKind = "finished" if code == ExitCode.OK else "failed"
+        _append(run, job.event(kind, reason=verdict.reason, code=code))
+    return verdict
+
+
+def note(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
+    """Log an event of this rank, if the rank belongs to a SLURM job.
+
+    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
+    """
+    if job is not None:
+        _append(run, job.event(kind, **facts))
+
+
+def _append(run: Path, event: JobEvent) -> None:
+    try:
+        append_event(run, event)
+    except OSError as error:
+        message = f"everest-ds: {run}: the event `{event.event}` could not be logged: {error}"
+        print(message, file=sys.stderr, flush=True)
+
+
+def _count(environ: Mapping[str, str], name: str, default: int) -> int:
+    text = environ.get(name) or str(default)
+    if not (text.isascii() and text.isdigit()):
+        raise UsageError(
+            f"environment variable {name} is not a whole number",
+            given=repr(text),
+            allowed="an integer, 0 or more",
+        )
+    return int(text)

@@ -1,0 +1,205 @@
+"""The plan of a job, checked as a whole before the job queues: config, ranks, files and memory."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.costs.hardware.gpus import DEVICES, find_product
+from everest_ds.costs.memory import predict_memory
+from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
+from everest_ds.jobs.sbatch import JobShape
+from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.training.plan import describe_plan
+from everest_ds.training.prediction import memory_text
+from everest_ds.training.run_folder import RunFolder
+from everest_ds.units import format_bytes
+
+# Splits `data.<split>` that each command opens.
+_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One job of a submission: an `everest-ds` command that has a script of the same name in slurm/.
+
+    Attributes:
+        arguments: the arguments of the command.
+        run: the run folder that keeps the job's log; None if the job has none.
+        facts: the checked plan, in human-readable form.
+    """
+
+    command: str
+    arguments: tuple[str, ...]
+    run: Path | None
+    shape: JobShape
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Target:
+    """The hardware that the jobs will run on, and whether their initial weights exist yet.
+
+    Attributes:
+        gpu: name of the GPU to check predicted memory against; None to skip the check.
+        inputs_follow: the job depends on another job, which may still have to write the initial weights.
+    """
+
+    shape: JobShape
+    gpu: str | None = None
+    inputs_follow: bool = False
+
+
+def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """Load the config of a pretrain, finetune or evaluate command.
+
+    Raises:
+        UsageError: the recipe is for another task.
+    """
+    config = load_experiment(source, overrides)
+    task = "finetune" if command == "evaluate" else command
+    if config.task != task:
+        raise UsageError(
+            f"{source}: this recipe is for task {config.task}",
+            fix=f"submit {config.task} {source}, or name a recipe for {task} (everest-ds recipes)",
+        )
+    return config
+
+
+def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:
+    """Plan a job of one run: pretrain, finetune or evaluate.
+
+    Raises:
+        EverestError: the job would fail at its start, or would run out of memory.
+    """
+    config = load_task(command, source, overrides)
+    facts = check_run(command, config, target)
+    return Stage(command, (source, *overrides), config.run.dir, target.shape, facts)
+
+
+def plan_profile(source: str, overrides: Sequence[str], target: Target) -> Stage:
+    """Plan a job that profiles a recipe on one GPU, without a run folder."""
+    load_experiment(source, overrides)
+    if target.shape.num_ranks > 1:
+        raise UsageError(
+            f"{target.shape.num_ranks} ranks were asked for, but profile measures one rank",
+            fix="give --nodes 1 --gpus-per-node 1",
+        )
+    return Stage("profile", (source, *overrides), None, target.shape)
+
+
+def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any]:
+    """Check all that can be checked before a run has nodes; return its human-readable plan."""
+    shape = target.shape
+    _check_tensor(config, shape)
+    _check_files(command, config)
+    # The shipped DeepSpeed files are known to be valid, and reading DeepSpeed's keys takes seconds.
+    if config.parallelism.ds_config is not None:
+        resolve_ds_config(config, plan_ranks(config, shape.num_ranks))
+    _check_weights(command, config, target.inputs_follow)
+    if command == "evaluate":
+        return {"run": str(config.run.dir), "ranks": str(shape.num_ranks)}
+    RunFolder(config.run.dir).check_same_config(config)
+    plan_ranks(config, shape.num_ranks)
+    memory = _check_memory(config, target)
+    plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
+    return {"run": str(config.run.dir), **plan, "memory": memory}
+
+
+def _check_tensor(config: Experiment, shape: JobShape) -> None:
+    tensor = config.parallelism.tensor
+    if shape.ranks_per_node % tensor:
+        raise ConfigError(
+            "parallelism.tensor: a tensor group would span nodes",
+            given=f"tensor={tensor}, {shape.ranks_per_node} ranks per node",
+            allowed=f"a multiple of {tensor} ranks per node",
+            fix="change --gpus-per-node or parallelism.tensor",
+        )
+
+
+def _check_files(command: str, config: Experiment) -> None:
+    for split in _SPLITS[command]:
+        manifest: Path | None = getattr(config.data, split)
+        if manifest is None and split != "val":
+            raise ConfigError(
+                f"data.{split} is not set", fix=f"name a manifest: data.{split}=path/to/list.txt"
+            )
+        if manifest is not None and not manifest.is_file():
+            raise DataError(f"data.{split}: no such manifest", given=str(manifest.absolute()))
+    names = config.data.class_names
+    if command == "evaluate" and names is not None and not names.is_file():
+        raise DataError("data.class_names: no such file", given=str(names.absolute()))
+
+
+def _check_weights(command: str, config: Experiment, follow: bool) -> None:
+    source = config.run.dir if command == "evaluate" else config.model.init_from
+    if source is not None and not follow and not source.exists():
+        key = "run.dir" if command == "evaluate" else "model.init_from"
+        raise CheckpointError(
+            f"{key}: no weights found",
+            given=str(source.absolute()),
+            fix="name the folder of a finished run, or give the job that will write it with --dependency",
+        )
+    folder = config.run.dir
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(parent, os.W_OK):
+        raise UsageError(
+            "run.dir: this folder cannot be written", given=str(folder), fix="choose another run.dir"
+        )
+
+
+def _check_memory(config: Experiment, target: Target) -> str:
+    needed = predict_memory(config, target.shape.num_ranks)
+    text = memory_text(needed)
+    if target.gpu is None:
+        return f"{text}; give --gpu NAME to check it against a GPU"
+    device = DEVICES[find_product(target.gpu)]
+    if needed.peak_bytes > device.memory_bytes:
+        raise ConfigError(
+            f"a training step does not fit on GPU {target.gpu}",
+            given=f"{text}, batch.micro_batch_size={config.batch.micro_batch_size}",
+            allowed=format_bytes(device.memory_bytes),
+            fix=_what_fits(config, target.shape.num_ranks, device.memory_bytes),
+        )
+    return f"{text}, {100 * needed.peak_bytes / device.memory_bytes:.0f} % of the memory of {target.gpu}"
+
+
+def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
+    """Suggest the largest micro-batch with which a step fits, or else the least recomputation."""
+    smaller = [_with_clips(config, clips) for clips in range(1, config.batch.micro_batch_size)]
+    possible = [one for one in smaller if _runs(one, num_ranks)]
+    num_fitting = bisect(possible, False, key=lambda one: not _fits(one, num_ranks, memory_bytes))
+    if num_fitting:
+        clips = possible[num_fitting - 1].batch.micro_batch_size
+        return f"batch.micro_batch_size={clips}, or recompute.mode=attention|full"
+    for mode in ("gelu", "attention", "mlp", "full"):
+        recompute = config.recompute.model_copy(update={"mode": mode})
+        if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
+            return f"recompute.mode={mode}"
+    return "parallelism.zero_stage=3, parallelism.tensor, more ranks, or a larger GPU"
+
+
+def _with_clips(config: Experiment, clips: int) -> Experiment:
+    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": clips})})
+
+
+def _runs(config: Experiment, num_ranks: int) -> bool:
+    try:
+        plan_ranks(config, num_ranks)
+    except ConfigError:
+        return False
+    return True
+
+
+def _fits(config: Experiment, num_ranks: int, memory_bytes: int) -> bool:
+    return predict_memory(config, num_ranks).peak_bytes <= memory_bytes
+
+
+def without_gpus(target: Target) -> Target:
+    """Return `target` reduced to one rank on one node without GPUs, for a job that computes nothing."""
+    return replace(target, shape=JobShape(), gpu=None)

@@ -1,0 +1,46 @@
+"""The model that turns a clip into one feature vector, for linear probes, retrieval and clustering.
+
+Shape legend: B clips, F frames, H x W pixels, K kept tokens, D width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.models.encoder import Encoder
+from everest_ds.models.selection.selector import Selector
+from everest_ds.models.tubelets import gather_tokens
+
+
+class FeatureModel(nn.Module):
+    """Encoder of the kept tokens, followed by their mean and the LayerNorm of the training phase.
+
+    A pre-trained model normalises each token before the mean, a classifier normalises the mean: the vector is
+    then the input of its head. No token is masked. The parameters have the names that they have in both
+    models.
+
+    Args:
+        config: an experiment of either task; with tube masks (`tube`, `dual`), all tokens are kept.
+    """
+
+    def __init__(self, config: Experiment) -> None:
+        super().__init__()
+        model, self.norm_first = config.model, config.task == "pretrain"
+        self.selector = Selector(config)
+        self.encoder = Encoder(config)
+        eps = model.norm_eps if self.norm_first else model.last_norm_eps
+        self.norm = nn.LayerNorm(model.shape.encoder.width, eps=eps)
+
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
+        """Compute the features (B, D) of uint8 clips (B, F, H, W, 3).
+
+        Args:
+            clip_BFHWC: uint8 RGB clips.
+            key_B: int64 random keys, one per clip.
+            keep_BK: indices of the kept tokens, if they have already been chosen.
+        """
+        embedding = self.encoder.embed()
+        pixels_BNP, _, keep_BK = self.selector.kept(clip_BFHWC, embedding, key_B, keep_BK)
+        x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
+        return self.norm(x_BKD).mean(dim=1) if self.norm_first else self.norm(x_BKD.mean(dim=1))

@@ -1,0 +1,111 @@
+"""The memory of one model as tables: predicted for a rank, counted on a traced step, and over time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from everest_ds.config.schema import Experiment
+from everest_ds.costs.memory import predict_memory
+from everest_ds.models import build_model
+from everest_ds.profiling.compute_tables import Table
+from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
+
+MIB = 1024**2
+PEAK = "peak"
+# bfloat16 is traced as float16, which has the same size, because CPUs use an attention path of their own for
+# bfloat16 and GPUs do not.
+_DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
+_MOMENTS = 240  # rows of the table over time: about as many as a plot can show
+
+
+def memory_of_experiment(
+    config: Experiment, num_ranks: int, prepare: Callable[[nn.Module], object]
+) -> dict[str, Table]:
+    """Return tables `memory`, `memory_peak_at` and `memory_over_time` of one micro-batch's training step.
+
+    Predicted figures are for one rank under ZeRO and tensor parallelism, counted figures for a single rank
+    without either.
+
+    Args:
+        config: the experiment.
+        num_ranks: number of all ranks.
+        prepare: changes the model before it is traced, for example its recomputation.
+
+    Raises:
+        ConfigError: parallelism.tensor does not divide the number of ranks.
+    """
+    predicted = predict_memory(config, num_ranks)
+    traced = trace_experiment(config, prepare)
+    tables = traced_tables({"predicted_mib": {**predicted.parts(), PEAK: predicted.peak_bytes}}, traced)
+    tables["memory_peak_at"].insert(0, {"kind": "predicted", "peak_at": predicted.peak_at})
+    return tables
+
+
+def traced_tables(predicted: dict[str, dict[str, int]], traced: MemoryTrace) -> dict[str, Table]:
+    """Return the tables of a traced step, with predicted columns next to the counted one."""
+    peak = traced.peak
+    columns = {**predicted, "counted_mib": {**peak.live_bytes, PEAK: traced.peak_bytes}}
+    categories = dict.fromkeys(
+        category for sizes in columns.values() for category in sizes if category != PEAK
+    )
+    return {
+        "memory": [
+            {"category": category, **{name: sizes.get(category, 0) / MIB for name, sizes in columns.items()}}
+            for category in (*categories, PEAK)
+        ],
+        "memory_peak_at": [{"kind": "counted", "peak_at": f"{peak.phase}, {peak.operator}"}],
+        "memory_over_time": over_time(traced),
+    }
+
+
+def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object]) -> MemoryTrace:
+    """Trace a training step of an experiment's model, with weights in its precision and AdamW in float32."""
+
+    def build() -> nn.Module:
+        model = build_model(config).to(_DTYPES[config.precision])
+        prepare(model)
+        return model
+
+    return trace_memory(build, partial(_blank_batch, config), partial(_loss, config))
+
+
+def over_time(traced: MemoryTrace) -> Table:
+    """Return at most `_MOMENTS` rows of live bytes by category, each the highest moment of an interval."""
+    timeline = traced.timeline
+    stride = -(-len(timeline) // _MOMENTS)
+    highest = [max(timeline[i : i + stride], key=_total) for i in range(0, len(timeline), stride)]
+    return [
+        {"phase": m.phase, "operator": m.operator, **{c: m.live_bytes[c] for c in CATEGORIES}}
+        for m in highest
+    ]
+
+
+def _total(moment: LiveSample) -> int:
+    return moment.total_bytes
+
+
+def _blank_batch(config: Experiment) -> Sequence[Tensor]:
+    """Return empty uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
+    clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
+    return (
+        torch.empty(num_clips, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8),
+        torch.empty(num_clips, dtype=torch.int64),
+        torch.empty(num_clips, dtype=torch.int64),
+    )
+
+
+def _loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
+    output = model(clip_BFHWC, key_B)
+    loss: Tensor = output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
+    return loss
+
+
+def sum_of_tensors(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """Return the sum of a model's output, as the loss of a traced step."""
+    output: Tensor = model(*inputs)
+    return output.sum()

@@ -1,0 +1,170 @@
+"""The plan of a run as figures, computed from its config without a model, a GPU or other ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from everest_ds.config import (
+    BATCHES_AHEAD,
+    BatchPlan,
+    Experiment,
+    batch_bytes,
+    plan_ranks,
+    shared_memory_bytes,
+)
+from everest_ds.costs.compute import count_parameters, predict_macs
+from everest_ds.launch.doctor import check_shared_memory
+from everest_ds.units import format_bytes, format_count
+
+if TYPE_CHECKING:
+    from everest_ds.config import Experiment
+
+_RANKS_PER_NODE = 8  # assumed for a node with GPUs if the number is not given
+
+
+class Epoch(NamedTuple):
+    """The number of samples in an epoch, and the source of that number if it is not the manifest."""
+
+    num_samples: int
+    source: str = ""
+
+
+def describe_plan(
+    config: Experiment, num_ranks: int, planned: bool = False, ranks_per_node: int | None = None
+) -> dict[str, Any]:
+    """Describe model, tokens, batch arithmetic and predicted compute of a run as the rows of a table.
+
+    Args:
+        config: config of the run.
+        num_ranks: number of ranks of the run.
+        planned: True if the data need not exist yet; see `count_samples`.
+        ranks_per_node: ranks that share a node's memory; by default all ranks, but at most eight.
+
+    Raises:
+        ConfigError: if the config cannot run on this number of ranks.
+        DataError: if the manifest is missing or malformed.
+    """
+    plan = plan_ranks(config, num_ranks)
+    counts, macs = config.token_counts, predict_macs(config)
+    step_flops = 2 * macs.training_macs * plan.global_batch_size
+    return {
+        "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
+        "clip": _clip(config),
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}),"
+        f" {counts.num_visible} in the encoder",
+        "batch": str(plan),
+        "steps": _steps(config, plan, count_samples(config, planned)),
+        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at the peak",
+        "ranks": _ranks(config, plan),
+        "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
+        "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
+        "recompute": config.recompute.mode,
+        "compile": _compile(config),
+        "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
+        "literature_gflops_per_clip": round(macs.literature_macs / 1e9, 3),
+        "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
+        "training_flops_per_step": f"{format_count(step_flops)}FLOP (2 per MAC)",
+    }
+
+
+def _clip(config: Experiment) -> str:
+    model, candidates = config.model, config.candidate_geometry
+    drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
+    return f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}"
+
+
+def _selection(config: Experiment) -> str:
+    tokens = config.tokens
+    by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
+    return f"{tokens.selection}{by}"
+
+
+def _compile(config: Experiment) -> str:
+    """Describe on which devices torch.compile is applied to the blocks (parallel/compile.py)."""
+    on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no, because of ZeRO-3"
+    return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
+
+
+def _ranks(config: Experiment, plan: BatchPlan) -> str:
+    tensor = config.parallelism.tensor
+    shared = f" x {tensor} tensor-parallel (adjacent ranks of a node)" if tensor > 1 else ""
+    return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
+
+
+def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
+    """Describe the shared memory that a node's loaders need, with a fix if this machine has less."""
+    workers, needed_bytes = config.data.num_workers, shared_memory_bytes(config, ranks_per_node)
+    if not needed_bytes:
+        return "none: the ranks decode the videos themselves (data.num_workers=0)"
+    found = check_shared_memory(needed_bytes)
+    return (
+        f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, and the same amount"
+        f" of pinned memory if they use GPUs. Per rank: {workers} worker{'s' if workers > 1 else ''}"
+        f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two in use"
+        + (f"; WARNING: this machine has {found.detail}; fix: {found.fix}" if found.fix else "")
+    )
+
+
+def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
+    if epoch is None:
+        return "unknown, because there is no manifest"
+    from everest_ds.data.order import steps_per_epoch
+
+    steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
+    return f"{steps * epochs} = {steps} per epoch x {epochs} epochs{epoch.source}"
+
+
+def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
+    """Count the samples of an epoch, or return None if their number is unknown.
+
+    The number is unknown if `data.train` is not set.
+
+    Args:
+        config: config of the run.
+        planned: True if the manifest need not exist yet. The published size then replaces the count if the
+            manifest's folder has the name of a known data set; otherwise the number is unknown.
+
+    Raises:
+        DataError: if the manifest is missing (unless `planned`) or malformed.
+    """
+    manifest = config.data.train
+    if manifest is None:
+        return None
+    if planned and not manifest.is_file():
+        return _official_epoch(manifest)
+    from everest_ds.data.video_list import read_manifest
+
+    samples = read_manifest(
+        manifest,
+        root=config.data.root,
+        num_classes=config.model.num_classes,
+        labelled=config.task == "finetune",
+    )
+    return Epoch(len(samples))
+
+
+def _official_epoch(manifest: Path) -> Epoch | None:
+    from everest_ds.data.official.registry import DATASETS
+
+    dataset = DATASETS.get(manifest.parent.name)
+    if dataset is None:
+        return None
+    source = f" ({dataset.num_train:,} samples, the published number, because {manifest} does not exist)"
+    return Epoch(dataset.num_train, source)
+
+
+def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
+    """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
+
+    Raises:
+        EverestError: if the run cannot start.
+    """
+    from everest_ds.config import plan_ranks
+    from everest_ds.parallel.ds_config import resolve_ds_config
+
+    pass
+
+    facts = describe_plan(config, num_ranks, planned)
+    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    return facts

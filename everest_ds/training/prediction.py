@@ -1,0 +1,85 @@
+"""The predicted memory and time of a run on GPUs that need not be present, printed by `--dry-run`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.costs.hardware.data_sheet import machine_from_sheet
+from everest_ds.costs.hardware.gpus import DEVICES, find_product
+from everest_ds.costs.memory import MemoryPrediction, predict_memory
+from everest_ds.costs.step_time import StepPrediction, predict_step
+from everest_ds.units import format_bytes, format_duration
+
+REFERENCE = "8xA100-80GB"  # the largest machine of the paper
+
+
+@dataclass(frozen=True)
+class Gpus:
+    """A number of GPUs of one product, with one rank on each GPU."""
+
+    count: int
+    product: str
+
+    def __str__(self) -> str:
+        return f"{self.count} x {self.product}"
+
+
+def parse_gpus(text: str) -> Gpus:
+    """Parse a number of GPUs and their name, such as `8xA100-80GB`, or `H100` for one GPU.
+
+    Raises:
+        UsageError: if the GPU or the number is unknown.
+    """
+    count, times, name = text.partition("x")
+    if times and count.isdigit() and int(count):
+        return Gpus(int(count), find_product(name.strip()))
+    return Gpus(1, find_product(text))
+
+
+def memory_text(needed: MemoryPrediction) -> str:
+    """Describe the predicted peak memory of one rank in words."""
+    return f"{format_bytes(needed.peak_bytes)} per rank at the peak (predicted; {needed.peak_at})"
+
+
+def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None) -> dict[str, Any]:
+    """Predict the memory and time of training on `gpus` as the rows of a table.
+
+    Args:
+        config: config of the run.
+        gpus: number and product of the GPUs.
+        num_samples: samples in an epoch; None if unknown.
+
+    Raises:
+        ConfigError: if the batch cannot be divided among the ranks, or the GPUs do not support the precision.
+    """
+    device = DEVICES[gpus.product]
+    plan, needed = plan_ranks(config, gpus.count), predict_memory(config, gpus.count)
+    share = needed.peak_bytes / device.memory_bytes
+    memory = f"a GPU's {device.memory_gib} GB"
+    fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
+    machine = machine_from_sheet(gpus.product, device)
+    step = predict_step(config, gpus.count, machine)
+    return {
+        "on": f"{gpus}: {machine.source}",
+        "memory": f"{memory_text(needed)}, {fits}",
+        "step": _step(step),
+        **_run(config, plan, step.step_s, num_samples),
+    }
+
+
+def _step(step: StepPrediction) -> str:
+    parts = [f"{name} {1000 * seconds:.0f}" for name, seconds in step.split().items() if seconds >= 5e-4]
+    mfu = "" if step.mfu_pct is None else f", MFU {step.mfu_pct:.0f} %"
+    return f"{1000 * step.step_s:.0f} ms ({', '.join(parts)}), {step.clips_per_s:.0f} clips/s{mfu}"
+
+
+def _run(config: Experiment, plan: BatchPlan, step_s: float, num_samples: int | None) -> dict[str, str]:
+    if num_samples is None:
+        return {}
+    steps, epochs = num_samples // plan.samples_per_step, config.schedule.epochs
+    return {
+        "epoch": f"{format_duration(steps * step_s)} in {steps} steps",
+        "training": f"{format_duration(steps * step_s * epochs)} in {epochs} epochs, without validation",
+    }

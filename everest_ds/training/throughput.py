@@ -1,0 +1,98 @@
+"""Timing of training steps, with the time spent waiting for data."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class StepTimer:
+    """A clock for the steps between two reports.
+
+    A GPU computes asynchronously, so no single step is timed. The clock runs from `restart` to the report,
+    which reads `seconds` after waiting for the last loss. Time within `paused` does not count.
+
+    Attributes:
+        steps: number of steps since `restart`.
+        waited: seconds of those steps in which the host waited for data.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.restart()
+
+    def restart(self) -> None:
+        """Start a new interval. Call this when the device is idle."""
+        self.steps, self.waited, self._paused = 0, 0.0, 0.0
+        self._started = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """The seconds spent on steps since `restart`; valid when the device has finished them."""
+        return time.perf_counter() - self._started - self._paused
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Exclude the time within this context, such as a validation, from the time of the steps.
+
+        The context begins and ends when the device has finished its work.
+        """
+        self._finish()
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._finish()
+            self._paused += time.perf_counter() - started
+
+    def _finish(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+class Waited(Generic[T]):
+    """An iterator that adds the time until its next item to the timer's `waited`."""
+
+    def __init__(self, items: Iterator[T], timer: StepTimer) -> None:
+        self._items = items
+        self._timer = timer
+
+    def __iter__(self) -> Iterator[T]:
+        return self
+
+    def __next__(self) -> T:
+        started = time.perf_counter()
+        item = next(self._items)
+        self._timer.waited += time.perf_counter() - started
+        return item
+
+
+@dataclass(frozen=True)
+class ClipCost:
+    """The compute cost of a clip and the peak rate of a device; the caller of `train` provides them.
+
+    Attributes:
+        flops: useful floating-point operations per clip in a training step: the masked model's forward and
+            backward pass, without the work that recompute repeats.
+        peak_flops_per_s: peak rate of one rank's device in the run's precision; None if unknown.
+    """
+
+    flops: int
+    peak_flops_per_s: float | None
+
+    def tflops_per_s(self, clips_per_s: float, num_ranks: int) -> float:
+        """Return the useful TFLOP/s per rank, given the clips per second of all ranks."""
+        return self.flops * clips_per_s / num_ranks / 1e12
+
+    def mfu_pct(self, clips_per_s: float, num_ranks: int) -> float | None:
+        """Return the model FLOPs utilisation in per cent of the peak rate; None for an unknown device."""
+        if self.peak_flops_per_s is None:
+            return None
+        return 100 * self.tflops_per_s(clips_per_s, num_ranks) * 1e12 / self.peak_flops_per_s

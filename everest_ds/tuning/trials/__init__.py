@@ -1,0 +1,1 @@
+"""Trials: short real runs of the best candidates, their records, ranking and report."""

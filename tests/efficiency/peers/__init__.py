@@ -1,0 +1,1 @@
+"""Tests of the peers: the other systems of the published tables."""

@@ -1,0 +1,76 @@
+"""Tests of a job's status, reason and next action, derived from SLURM's state and the run's event log."""
+
+from __future__ import annotations
+
+import pytest
+
+from everest_ds.errors import ExitCode
+from everest_ds.jobs.events import JobEvent
+from everest_ds.jobs.slurm_state import JobState
+from everest_ds.jobs.status import LOCAL, NEXT, explain_exit_code, job_status
+
+
+def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> JobState:
+    return JobState("7", "7", state, code, restarts, reason=reason)
+
+
+@pytest.mark.parametrize(
+    ("state", "word"),
+    [
+        (slurm("PENDING", reason="Priority"), "queued"),
+        (slurm("PENDING", restarts=1, reason="BeginTime"), "requeued"),
+        (slurm("PENDING", reason="JobHeldUser"), "held"),
+        (slurm("PENDING", reason="DependencyNeverSatisfied"), "dependency failed"),
+        (slurm("CANCELLED", reason="DependencyNeverSatisfied"), "dependency failed"),
+        (slurm("RUNNING"), "running"),
+        (slurm("COMPLETING"), "ending"),
+        (slurm("COMPLETED"), "finished"),
+        (slurm("CANCELLED"), "cancelled"),
+        (slurm("PREEMPTED"), "preempted"),
+        (slurm("NODE_FAIL"), "node failure"),
+        (slurm("TIMEOUT"), "time limit"),
+        (slurm("OUT_OF_MEMORY"), "out of host memory"),
+        (slurm("FAILED", ExitCode.OUT_OF_MEMORY), "out of memory"),
+        (slurm("FAILED", ExitCode.RANK_LOST), "rank lost"),
+        (slurm("FAILED", ExitCode.DIVERGED), "diverged"),
+        (slurm("FAILED", ExitCode.STOPPED), "stopped"),
+        (slurm("FAILED", ExitCode.BAD_NODE), "bad node"),
+        (slurm("FAILED", ExitCode.RESTARTS), "too many restarts"),
+        (slurm("FAILED", ExitCode.DATA), "failed"),
+        (slurm("FAILED", 137), "failed"),
+        (None, "forgotten"),
+    ],
+)
+def test_every_end_has_a_word_and_a_next_step(state: JobState | None, word: str) -> None:
+    verdict = job_status("runs/a", "7", state, [JobEvent("submitted", "7")])
+    assert verdict.state == word and word in NEXT
+    assert "{" not in verdict.next and ("runs/a" in verdict.next) == ("{run}" in NEXT[word])
+
+
+@pytest.mark.parametrize(
+    ("job_id", "last", "word"),
+    [
+        ("7", JobEvent("finished", "7"), "finished"),
+        ("7", JobEvent("stopped", "7", reason="SIGUSR1"), "stopped"),
+        ("7", JobEvent("failed", "7", code=ExitCode.OUT_OF_MEMORY), "out of memory"),
+        ("7", JobEvent("failed", "7", code=ExitCode.DATA), "failed"),
+        ("7", JobEvent("requeued", "7"), "forgotten"),
+        (LOCAL, JobEvent("started", LOCAL), "running"),
+    ],
+)
+def test_of_a_job_that_slurm_has_forgotten_its_own_log_tells(job_id: str, last: JobEvent, word: str) -> None:
+    assert job_status("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == word
+
+
+def test_the_jobs_own_reason_goes_before_slurms() -> None:
+    told = [JobEvent("failed", "7", reason="video.mp4: cannot be decoded", code=3)]
+    assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), told).reason == told[0].reason
+    assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), []).reason == explain_exit_code(
+        3
+    )
+    assert job_status("r", "7", slurm("PENDING", reason="Priority"), []).reason == "Priority"
+
+
+def test_every_exit_code_of_ours_is_explained() -> None:
+    assert all(": " in explain_exit_code(code) for code in ExitCode if code != ExitCode.OK)
+    assert explain_exit_code(139) == "ended by signal 11" and explain_exit_code(44) == "exit code 44"

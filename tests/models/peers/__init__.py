@@ -1,1 +1,0 @@
-"""Tests of the other systems of the published tables."""
