@@ -19,9 +19,9 @@ import torch
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.backbones import BACKBONES, Backbone, TransformerShape
 from everest_ds.parallel.world import World
+from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
-from everest_ds.training.testing import run_test
 from tests.cli.test_cli import run_main
 from tests.ranks import run_ranks
 from tests.training.runs import losses
