@@ -112,7 +112,7 @@ def submit(
     """
     from everest_ds.jobs.queue import Queueing, Submission, as_jobs, print_plan, queue_all, show
     from everest_ds.jobs.sbatch import signal_seconds, split_options, with_timely_signal
-    from everest_ds.jobs.submission import Target
+    from everest_ds.jobs.job_checks import Target
     from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
 
     began = clock.perf_counter()

@@ -12,7 +12,7 @@ from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.jobs.sbatch import JobShape
-    from everest_ds.jobs.submission import Stage, Target
+    from everest_ds.jobs.job_checks import Stage, Target
     from everest_ds.jobs.sweep_file import SweepCandidate
 
 
@@ -76,7 +76,7 @@ def plan_stages(
     Raises:
         EverestError: a job could not run.
     """
-    from everest_ds.jobs import submission
+    from everest_ds.jobs import job_checks
     from everest_ds.jobs.chain import plan_chain
     from everest_ds.jobs.sweep import plan_sweep
 
@@ -90,5 +90,5 @@ def plan_stages(
     if grid or candidates:
         raise UsageError(f"--grid or --candidates was given for {job}", fix="use them with submit sweep")
     if job == "profile":
-        return [submission.plan_profile(source, overrides, target)], []
-    return [submission.plan_command(job, source, overrides, target)], []
+        return [job_checks.plan_profile(source, overrides, target)], []
+    return [job_checks.plan_command(job, source, overrides, target)], []

@@ -10,7 +10,7 @@ from subprocess import call
 from everest_ds.errors import ExitCode
 from everest_ds.jobs.events import Event, JobEvent, append_event
 from everest_ds.jobs.status import LOCAL, explain_exit_code
-from everest_ds.jobs.submission import Stage
+from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import SweepCandidate
 

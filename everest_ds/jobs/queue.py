@@ -11,7 +11,7 @@ from everest_ds.errors import EverestError, UsageError
 from everest_ds.jobs.resubmit import queue
 from everest_ds.jobs.sbatch import BatchJob, as_shell, job_name, sbatch_command
 from everest_ds.jobs.slurm import answer, has_slurm, test_only
-from everest_ds.jobs.submission import Stage
+from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import MAX_TASKS, SweepCandidate, expand_array
 from everest_ds.launch.slurm_nodelist import RankPlace
