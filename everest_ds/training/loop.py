@@ -43,12 +43,11 @@ from everest_ds.training.observers import (
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
-from everest_ds.training.samples import read_samples, read_training_samples, settle
+from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
 from everest_ds.training.throughput import ClipCost, StepTimer, Waited
 from everest_ds.training.token_packing import Packer
-from everest_ds.training.unreadable import BrokenVideos
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 
