@@ -150,7 +150,7 @@ class BrokenVideos:
             for failure in damaged:
                 sample = self._samples[failure.sample]
                 if ledger.broken(sample) is None:
-                    ledger.record(sample, failure.reason, by_run=True)
+                    ledger.record(sample, failure.reason, source="run")
         except DataError as error:  # data sets are often read-only, and the run has its own record
             logger.warning("%s", error)
 
