@@ -16,7 +16,7 @@ from everest_ds.jobs.events import EVENTS_FILE, JobEvent, read_events
 from everest_ds.jobs.slurm_state import JobState, is_job_id, query_jobs
 from everest_ds.jobs.status import JobStatus, job_status
 from everest_ds.jobs.sweep_file import SWEEP_FILE
-from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
+from everest_ds.training.run_folder import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE
 from everest_ds.units import GIB
 
 RUNS = Path("runs")  # the folder in which jobs are looked up by their number
@@ -130,7 +130,7 @@ def read_progress(run: Path) -> Progress:
     rows = list(_last_rows(run / METRICS_FILE))
     steps = [row for row in rows if "loss" in row]
     validated = [row["val_top1"] for row in rows if "val_top1" in row]
-    tested = _read_json(run / "evaluation.json").get("top1")
+    tested = _read_json(run / EVALUATION_FILE).get("top1")
     top1 = tested if tested is not None else max(validated, default=None)
     if not steps:
         return Progress(top1=top1)

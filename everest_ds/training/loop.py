@@ -248,22 +248,22 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        wish = StopReason(self.world.greatest(stop.wish()))
-        if wish or self._due(self.config.run.save_every_steps):
+        reason = StopReason(self.world.greatest(stop.reason()))
+        if reason or self._due(self.config.run.save_every_steps):
             with self.timer.paused():
                 self.losses.check()
                 self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
                 self.saver.save(self._facts())
         else:
             self.saver.poll()
-        if wish or self.finished:
+        if reason or self.finished:
             self.saver.finish()
-        stop.acknowledge(wish)
-        if wish.stops and not self.finished:
+        stop.acknowledge(reason)
+        if reason.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
                 step=self.step,
-                by=wish.origin,
+                by=reason.origin,
                 fix="run the same command again to resume",
             )
 
