@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import time as clock
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from everest_ds.cli.options import JsonFile
+from everest_ds.console import print_facts, write_json
+from everest_ds.jobs.job_plan import (
+    Hardware,
+    JobKind,
+    JobRequest,
+    QueueSettings,
+    Submission,
+    plan_submission,
+)
+from everest_ds.jobs.local_runner import run_here
+from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all
+from everest_ds.jobs.sbatch import as_shell, split_options
 
-if TYPE_CHECKING:
-    from everest_ds.jobs.job_plan import Submission
-
-Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
 Job = Annotated[
-    Kind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
+    JobKind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
 ]
 Words = Annotated[
     list[str],
@@ -109,12 +117,6 @@ def submit(
              everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
              everest-ds submit sweep my.yaml run.dir=runs/lr --grid batch.micro_batch_size=8,16 ...
     """
-    from everest_ds.console import print_facts, write_json
-    from everest_ds.jobs.job_plan import Hardware, JobRequest, QueueSettings, plan_submission
-    from everest_ds.jobs.local_runner import run_here
-    from everest_ds.jobs.queue import plan_tables, queue_all
-    from everest_ds.jobs.sbatch import split_options
-
     began = clock.perf_counter()
     positional, options = split_options(words)
     hardware = Hardware(nodes, gpus_per_node, ntasks_per_node, gpu)
@@ -135,10 +137,6 @@ def submit(
 
 def _show(submission: Submission, checked_ms: float, json_file: Path | None) -> None:
     """Print the sbatch commands, quoted for a shell."""
-    from everest_ds.console import write_json
-    from everest_ds.jobs.queue import jobs_to_queue
-    from everest_ds.jobs.sbatch import as_shell
-
     rows = jobs_to_queue(submission)
     for row in rows:
         for name, value in row["environment"].items():

@@ -1,4 +1,4 @@
-"""The plan of a job, checked as a whole before the job queues: config, ranks, files and memory."""
+"""The checks of a job before it queues: its config, ranks, files and memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.config.load import load_for_task
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import predict_memory
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -59,16 +60,10 @@ def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment
     """Load the config of a pretrain, finetune or evaluate command.
 
     Raises:
-        UsageError: the recipe is for another task.
+        ConfigError: the config cannot be read.
+        UsageError: the config is for another task.
     """
-    config = load_experiment(source, overrides)
-    task = "finetune" if command == "evaluate" else command
-    if config.task != task:
-        raise UsageError(
-            f"{source}: this recipe is for task {config.task}",
-            fix=f"submit {config.task} {source}, or name a recipe for {task} (everest-ds recipes)",
-        )
-    return config
+    return load_for_task("finetune" if command == "evaluate" else command, source, overrides)
 
 
 def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:

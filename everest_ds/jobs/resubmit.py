@@ -1,13 +1,17 @@
-"""Submission of jobs, with a record in the run folder from which `everest-ds requeue` submits them again."""
+"""The record of a submitted job in its run folder, from which the job can be submitted again."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from everest_ds.errors import RunFolderError
+from everest_ds.jobs.events import JobEvent, append_event
+from everest_ds.jobs.job_table import JobRow
 from everest_ds.jobs.sbatch import BatchJob, JobShape
+from everest_ds.jobs.slurm import submit_job
 
 
 def keep_job(home: Path, command: str, job: BatchJob) -> None:
@@ -47,6 +51,26 @@ def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
         }
     )
     return job, folder
+
+
+def submit_again(row: JobRow, after: str | None = None) -> str:
+    """Submit an ended job again from its record, and return the id of the new job.
+
+    Args:
+        row: the ended job; for a run of a sweep, only its task of the array job is submitted.
+        after: id of a job that the new job waits for.
+
+    Raises:
+        RunFolderError: if the run folder holds no readable record of the job.
+        UsageError: if SLURM rejects the job.
+    """
+    task = row.job_id.partition("_")[2] if row.home != row.run else None
+    job, folder = load_job(row.home, "sweep" if task else row.task)
+    seconds = time.time()  # taken now, because the job may start and log events before sbatch returns
+    job = replace(job, dependency=f"afterok:{after}" if after else None, array=task)
+    job_id = submit_job(job, folder) + (f"_{task}" if task else "")
+    append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=seconds))
+    return job_id
 
 
 def _file(home: Path, command: str) -> Path:

@@ -28,11 +28,10 @@ from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
-from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
 
-RESULT_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"
 
 
@@ -221,5 +220,5 @@ def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
 
 def _write(config: Experiment, result: dict[str, Any], outcome: Evaluation, names: list[str]) -> None:
     folder = RunFolder(config.run.dir)
-    (folder.path / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder.path / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n")
     (folder.path / CONFUSION_FILE).write_bytes(draw_confusion(outcome.confusion(), names))

@@ -43,12 +43,11 @@ from everest_ds.training.observers import (
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
-from everest_ds.training.samples import read_samples, read_training_samples, settle
+from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
 from everest_ds.training.throughput import ClipCost, StepTimer, Waited
 from everest_ds.training.token_packing import Packer
-from everest_ds.training.unreadable import BrokenVideos
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 
@@ -249,22 +248,22 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        wish = StopReason(self.world.greatest(stop.wish()))
-        if wish or self._due(self.config.run.save_every_steps):
+        reason = StopReason(self.world.greatest(stop.reason()))
+        if reason or self._due(self.config.run.save_every_steps):
             with self.timer.paused():
                 self.losses.check()
                 self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
                 self.saver.save(self._facts())
         else:
             self.saver.poll()
-        if wish or self.finished:
+        if reason or self.finished:
             self.saver.finish()
-        stop.acknowledge(wish)
-        if wish.stops and not self.finished:
+        stop.acknowledge(reason)
+        if reason.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
                 step=self.step,
-                by=wish.origin,
+                by=reason.origin,
                 fix="run the same command again to resume",
             )
 

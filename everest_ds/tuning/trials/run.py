@@ -97,8 +97,8 @@ def try_by_slurm(
     }
     rows = _job_rows(setup, list(todo))
     for name, row in rows.items():
-        if row.is_over and row.verdict.state in _OUTCOMES:
-            ending = Ending(_OUTCOMES[row.verdict.state], row.verdict.reason)
+        if row.is_over and row.status.state in _OUTCOMES:
+            ending = Ending(_OUTCOMES[row.status.state], row.status.reason)
             _keep(setup, todo[name], place, ending, row.run)
     waiting = [name for name, row in rows.items() if not row.is_over]
     new = [name for name in todo if name not in rows or _may_go_on(rows[name])]
@@ -165,7 +165,7 @@ def _job_rows(setup: Setup, names: Sequence[str]) -> dict[str, JobRow]:
 
 
 def _may_go_on(row: JobRow) -> bool:
-    return row.is_over and row.verdict.state not in _OUTCOMES
+    return row.is_over and row.status.state not in _OUTCOMES
 
 
 def _submit(setup: Setup, entries: Mapping[str, TrialEntry], array: Array) -> None:
