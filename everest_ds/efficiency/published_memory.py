@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.config.selections import pretrain_counts
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.costs.compute import count_parameters
 from everest_ds.efficiency.autocast_memory import (
     FLOAT16_BYTES,
