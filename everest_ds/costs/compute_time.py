@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 

@@ -10,11 +10,10 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.costs.activation_memory import (
-    FLOAT32_BYTES,
-    VALUE_BYTES,
     BlockMemory,
     Recomputed,
     block_memory,
