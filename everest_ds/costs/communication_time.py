@@ -18,15 +18,14 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from everest_ds.config.batch import BatchPlan
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
-from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
+from everest_ds.config.zero_settings import ALLREDUCE_VALUES, ZeroSettings
 from everest_ds.costs.collectives import Collective, RankGroup, collective, data_group, tensor_group
 from everest_ds.costs.compute_time import BlockTime
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.term import Term
 
-_ALLREDUCE_VALUES = 500_000_000  # values per all-reduce at stage 0
 _FLOAT64_BYTES = 8
 _SUMS_OF_A_BLOCK = 2  # in the forward pass, after attention and after the MLP; as many in the backward pass
 
@@ -114,7 +113,7 @@ def state_terms(
 def _reduction_term(
     plan: BatchPlan, group: RankGroup, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Term:
-    bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
+    bucket = zero.reduce_bucket_values if states.stage else ALLREDUCE_VALUES
     buckets = -(-states.num_parameters // bucket)
     how = "reduce_scatter" if states.stage == 3 else "all_reduce"
     one = collective(how, states.weight_bytes / buckets, group, machine)

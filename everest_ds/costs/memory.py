@@ -19,9 +19,9 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from everest_ds.config.batch import data_parallel_degree
+from everest_ds.config.precision import VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.costs.activation_memory import VALUE_BYTES
 from everest_ds.costs.layer_memory import (
     Layer,
     gathered_bytes,

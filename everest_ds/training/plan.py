@@ -76,7 +76,7 @@ def _clip(config: Experiment) -> str:
 
 def _selection(config: Experiment) -> str:
     tokens = config.tokens
-    by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
+    by = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     return f"{tokens.selection}{by}"
 
 
