@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from everest_ds.config.mesh_shape import check_heads
 from everest_ds.config.selections import SELECTIONS
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def check_sections_agree(config: Experiment) -> None:
     _check_micro_batch(config)
     _check_packing(config)
     _check_precision(config)
-    _check_tensor(config)
+    check_heads(config)
     _check_skipping(config)
     _check_recompute(config)
     _check_compile(config)
@@ -112,21 +113,6 @@ def _check_packing(config: Experiment) -> None:
     if config.data.pack_tokens and config.augment.changes:
         raise ValueError(
             "data.pack_tokens selects tokens before augment changes the clips; turn one of the two off"
-        )
-
-
-def _check_tensor(config: Experiment) -> None:
-    """Check that the tensor-parallel degree divides the attention heads, and thereby every split width."""
-    shape = config.model.shape
-    heads = {"encoder": shape.encoder.heads}
-    if config.task == "pretrain":
-        heads["decoder"] = shape.decoder.heads
-    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
-    if config.parallelism.tensor not in allowed:
-        raise ValueError(
-            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
-            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
-            f" allowed: {', '.join(map(str, allowed))}"
         )
 
 

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
 from everest_ds.config.checks import check_sections_agree
+from everest_ds.config.mesh_shape import TensorDegree
 from everest_ds.config.selections import (
     SCORES,
     SELECTIONS,
@@ -252,7 +253,7 @@ class BatchConfig(ConfigSection):
 class ParallelismConfig(ConfigSection):
     """The distribution of the model and its training states over the ranks."""
 
-    tensor: Literal[1, 2, 4, 8] = Field(
+    tensor: TensorDegree = Field(
         1, description="adjacent ranks of a node that split every layer; the rest is data parallelism"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="selects ds_configs/zero<stage>.json")

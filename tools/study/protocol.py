@@ -46,7 +46,8 @@ class Scale:
         seeds: seeds of the chains.
         pretrain_steps: steps of every pre-training at equal steps, and of EVEREST's at equal compute.
         short_steps: steps of the dense fine-tunings that compare pre-trainings: few, so that these matter.
-        finetune_steps: steps of the fine-tunings that compare kept tokens; the run at equal compute takes more.
+        finetune_steps: steps of the fine-tunings that compare kept tokens; the run at equal compute takes
+            more.
         clips: clips per step.
     """
 
