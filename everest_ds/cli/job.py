@@ -14,15 +14,12 @@ from everest_ds.errors import UsageError
 if TYPE_CHECKING:
     from everest_ds.jobs.requeue import SlurmJob
 
-app = typer.Typer(hidden=True, no_args_is_help=True)
-
 Command = Annotated[
     Literal["pretrain", "finetune", "evaluate"],
     typer.Argument(help="The command that the ranks run; its arguments follow."),
 ]
 
 
-@app.command()
 def begin(
     command: Command, source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None
 ) -> None:
@@ -35,7 +32,6 @@ def begin(
     job.record_start(here, run, newest_step(run))
 
 
-@app.command()
 def end(
     code: int,
     state: str,

@@ -18,7 +18,7 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
     In a SLURM job, the way in which this rank ends is logged in the run's event log, unless `tell_job` is
     false.
     """
-    from everest_ds.cli.job_ending import early_stop, noted_ending
+    from everest_ds.jobs.job_ending import early_stop, noted_ending
     from everest_ds.jobs.requeue import current_job
     from everest_ds.launch.environment import detect_environment
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.errors import EverestError, RunFolderError, UsageError
-from everest_ds.jobs.submission import Stage, Target, check_run
+from everest_ds.jobs.job_checks import Stage, Target, check_run
 from everest_ds.jobs.sweep_file import (
     SWEEP_FILE,
     SweepCandidate,
