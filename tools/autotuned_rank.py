@@ -19,7 +19,7 @@ from everest_ds.parallel.engine import build_engine
 from everest_ds.parallel.world import join_world
 from everest_ds.training.optimization import build_objective, parameter_groups
 
-_MICRO_BATCHES = 1000  # more than the autotuner lets run
+_MICRO_BATCHES = 1000  # more than the autotuner runs before it ends the process
 
 
 def main(source: str, ds_config_base64: str) -> None:
@@ -48,6 +48,6 @@ def random_clips(config: Experiment, count: int) -> ClipBatch:
 
 
 if __name__ == "__main__":
-    # The launcher adds --local_rank=N, which the environment holds too.
+    # The launcher adds --local_rank=N, which is not needed because the environment holds it too.
     recipe, _, encoded = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     main(recipe, encoded)

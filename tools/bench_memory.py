@@ -40,7 +40,7 @@ def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
 
 
 def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
-    """Return a micro-batch of noise that differs for every `share` of the clips."""
+    """Return a micro-batch of noise for the data-parallel rank `share`; every rank gets other clips."""
     g, generator = config.candidate_geometry, torch.Generator().manual_seed(share)
     shape = (size, g.num_frames, g.image_size, g.image_size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)

@@ -114,7 +114,7 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Rate:
-    """An amount of work and the time that it takes alone."""
+    """An amount of work, and the time that it takes when nothing else runs."""
 
     macs: int
     seconds: float
@@ -193,7 +193,10 @@ def _time_attention(attention: Attention, device: torch.device) -> float:
 
 
 def best_time(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of several calls; CUDA times ten calls at once to hide launches."""
+    """Return the seconds of the fastest of several calls.
+
+    On CUDA, ten calls are timed together, because the launches of later calls are then hidden.
+    """
     calls = 10 if device.type == "cuda" else 1
     call()
     _wait(device)
