@@ -16,7 +16,7 @@ from everest_ds.training.stop import StopReason
 
 # Starts from the same step after which a job counts as stuck: two can be bad luck.
 _FRUITLESS_STARTS = 3
-_MAX_RESTARTS = 50
+MAX_RESTARTS = 50
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     return SlurmJob(
         environ["SLURM_JOB_ID"],
         _count(environ, "SLURM_RESTART_COUNT", 0),
-        _count(environ, "EVEREST_MAX_RESTARTS", _MAX_RESTARTS),
+        _count(environ, "EVEREST_MAX_RESTARTS", MAX_RESTARTS),
         environ.get("SLURM_JOB_NODELIST"),
         _count(environ, "EVEREST_SIGNAL_SECONDS", 0) or None,
     )
