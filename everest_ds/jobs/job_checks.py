@@ -11,6 +11,7 @@ from typing import Any
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.config.load import load_for_task
+from everest_ds.config.mesh_shape import check_nodes_of_job
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import predict_memory
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -91,7 +92,7 @@ def plan_profile(source: str, overrides: Sequence[str], target: Target) -> Stage
 def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any]:
     """Check all that can be checked before a run has nodes; return its human-readable plan."""
     shape = target.shape
-    _check_tensor(config, shape)
+    check_nodes_of_job(config, shape.ranks_per_node)
     _check_files(command, config)
     # The shipped DeepSpeed files are known to be valid, and reading DeepSpeed's keys takes seconds.
     if config.parallelism.ds_config is not None:
@@ -104,17 +105,6 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     memory = _check_memory(config, target)
     plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
     return {"run": str(config.run.dir), **plan, "memory": memory}
-
-
-def _check_tensor(config: Experiment, shape: JobShape) -> None:
-    tensor = config.parallelism.tensor
-    if shape.ranks_per_node % tensor:
-        raise ConfigError(
-            "parallelism.tensor: a tensor group would span nodes",
-            given=f"tensor={tensor}, {shape.ranks_per_node} ranks per node",
-            allowed=f"a multiple of {tensor} ranks per node",
-            fix="change --gpus-per-node or parallelism.tensor",
-        )
 
 
 def _check_files(command: str, config: Experiment) -> None:

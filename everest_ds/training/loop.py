@@ -14,6 +14,7 @@ from torch import Tensor
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
@@ -69,7 +70,7 @@ def train(
         EverestError: for any other problem that the user can fix.
     """
     plan = plan_ranks(config, world.size)
-    mesh = form_mesh(world, config.parallelism.tensor)
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
     folder = RunFolder(config.run.dir)
     usable = world.share(lambda: read_training_samples(config, folder.excluded))
     samples = usable.samples
@@ -83,7 +84,7 @@ def train(
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
         with initial_weights(config, init_from) as weights:
-            engine = build_engine(model, groups, config, ds_config, world, weights)
+            engine = build_engine(model, groups, config, ds_config, mesh, weights)
         grace = Grace(signal_s, folder.path / GRACE_FILE if world.is_main else None)
         run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
@@ -283,7 +284,7 @@ class TrainingRun:
             },
             "world": {
                 "ranks": self.world.size,
-                "tensor": self.mesh.tensor_degree,
+                "tensor": self.mesh.degrees.tensor,
                 "zero_stage": config.parallelism.zero_stage,
                 "precision": config.precision,
             },
@@ -341,7 +342,7 @@ class TrainingRun:
             self.samples,
             self.config,
             self.plan,
-            self.mesh.data_rank,
+            self.mesh.coordinates.data,
             steps,
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,
