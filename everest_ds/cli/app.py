@@ -42,7 +42,7 @@ COMMANDS: dict[str, Row] = {
     "cancel": "jobs:cancel",
     "requeue": "jobs:requeue",
     "sweep": "sweep:sweep",
-    "visualize": "visualize:visualize",
+    "visualize": "predict:visualize",
     "recipes": "recipes:recipes",
     "doctor": "preflight:doctor",
     "preflight": "preflight:preflight",
