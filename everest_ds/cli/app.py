@@ -38,10 +38,10 @@ COMMANDS: dict[str, Row] = {
     "report": "report:report",
     "submit": "submit:submit",
     "jobs": "jobs:jobs",
-    "logs": "logs:logs",
+    "logs": "jobs:logs",
     "cancel": "jobs:cancel",
     "requeue": "jobs:requeue",
-    "sweep": "sweep:sweep",
+    "sweep": "jobs:sweep",
     "visualize": "predict:visualize",
     "recipes": "recipes:recipes",
     "doctor": "preflight:doctor",
@@ -67,7 +67,7 @@ COMMANDS: dict[str, Row] = {
     ),
     "job": CommandGroup(
         "Internal commands that the scripts in slurm/ run around a job's ranks.",
-        {"begin": "job:begin", "end": "job:end", "candidate": "sweep:candidate"},
+        {"begin": "job:begin", "end": "job:end", "candidate": "job:candidate"},
         hidden=True,
     ),
 }

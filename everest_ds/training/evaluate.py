@@ -1,4 +1,6 @@
-"""Evaluation of a classifier over all views of all samples, with the same result on any number of ranks.
+"""Evaluation of a classifier over all views of all samples, and the test of a run's best weights.
+
+The result is the same on any number of ranks.
 
 A sample with an unreadable view is left out of every figure and reported by name.
 """
@@ -18,6 +20,7 @@ from torch import nn
 
 from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_class_names
@@ -28,11 +31,10 @@ from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
-from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
 
-RESULT_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"
 
 
@@ -97,49 +99,14 @@ def evaluate_views(
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
-    loader = evaluation_views(
-        clips, config.batch.micro_batch_size, mesh.data_rank, mesh.data_degree, on_gpu, failures.append
-    )
+    share, shares = mesh.coordinates.data, mesh.degrees.data
+    loader = evaluation_views(clips, config.batch.micro_batch_size, share, shares, on_gpu, failures.append)
     mine = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
     by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
     clips.check_complete(by_view, missing)
     return _average(by_view, samples, segments * crops, missing)
-
-
-def _average(
-    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
-) -> Evaluation:
-    present = [index for index in range(len(samples)) if index not in missing]
-    for index, reason in sorted(missing.items()):
-        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
-    if not present:
-        name, reason = samples[0].name, missing[0]
-        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
-    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
-    labels = np.array([samples[index].label for index in present])
-    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
-
-
-def _predict(
-    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    batches = _together(loader, world)
-    for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
-        here = batch.to(world.device)
-        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
-        pairs = zip(batch.item.tolist(), probabilities, strict=True)
-        yield from (pair for pair in pairs if pair[0] != MISSING)
-
-
-def _together(loader: Iterator[ClipBatch], world: World) -> Iterator[ClipBatch]:
-    """Yield this rank's batches; an error of one rank's loader is raised on all ranks.
-
-    All ranks have the same number of batches.
-    """
-    while (batch := world.together(lambda: next(loader, None))) is not None:
-        yield batch
 
 
 def run_test(config: Experiment, world: World) -> dict[str, Any]:
@@ -162,7 +129,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     model.to(world.device)
     set_matmul_precision(config.precision)
     data = config.data
-    mesh = Mesh(world)  # every rank holds the whole model, even if training used tensor parallelism
+    # Every rank holds the whole model, even if training used tensor parallelism.
+    mesh = Mesh(world, MeshShape.over(world.size))
     outcome = evaluate_views(
         model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True
     )
@@ -201,6 +169,32 @@ def class_names(config: Experiment) -> list[str]:
     return names
 
 
+def _average(
+    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
+) -> Evaluation:
+    present = [index for index in range(len(samples)) if index not in missing]
+    for index, reason in sorted(missing.items()):
+        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
+    if not present:
+        name, reason = samples[0].name, missing[0]
+        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
+    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
+    labels = np.array([samples[index].label for index in present])
+    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
+
+
+def _predict(
+    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    # An error of one rank's loader is raised on all ranks, which have the same number of batches.
+    batches = iter(lambda: world.together(lambda: next(loader, None)), None)
+    for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
+        here = batch.to(world.device)
+        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
+        pairs = zip(batch.item.tolist(), probabilities, strict=True)
+        yield from (pair for pair in pairs if pair[0] != MISSING)
+
+
 def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
     confusion = outcome.confusion()
     rows = []
@@ -221,5 +215,5 @@ def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
 
 def _write(config: Experiment, result: dict[str, Any], outcome: Evaluation, names: list[str]) -> None:
     folder = RunFolder(config.run.dir)
-    (folder.path / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder.path / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n")
     (folder.path / CONFUSION_FILE).write_bytes(draw_confusion(outcome.confusion(), names))

@@ -13,6 +13,7 @@ from everest_ds.config import (
     plan_ranks,
     shared_memory_bytes,
 )
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.units import format_bytes, format_count
@@ -47,6 +48,7 @@ def describe_plan(
     """
     plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
+    peak_lr = config.schedule.base_lr * config.schedule.rate_scale(plan.samples_per_step)
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
@@ -55,8 +57,8 @@ def describe_plan(
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan, count_samples(config, planned)),
-        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at the peak",
-        "ranks": _ranks(config, plan),
+        "learning_rate": f"{peak_lr:.3g} at the peak",
+        "ranks": str(MeshShape.of(config, num_ranks)),
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,
@@ -76,7 +78,7 @@ def _clip(config: Experiment) -> str:
 
 def _selection(config: Experiment) -> str:
     tokens = config.tokens
-    by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
+    by = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     return f"{tokens.selection}{by}"
 
 
@@ -84,12 +86,6 @@ def _compile(config: Experiment) -> str:
     """Describe on which devices torch.compile is applied to the blocks (parallel/compile.py)."""
     on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no, because of ZeRO-3"
     return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
-
-
-def _ranks(config: Experiment, plan: BatchPlan) -> str:
-    tensor = config.parallelism.tensor
-    shared = f" x {tensor} tensor-parallel (adjacent ranks of a node)" if tensor > 1 else ""
-    return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
 
 
 def _shared_memory(config: Experiment, ranks_per_node: int) -> str:

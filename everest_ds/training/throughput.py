@@ -1,4 +1,4 @@
-"""Timing of training steps, with the time spent waiting for data."""
+"""The speed of a run: the time of its steps, the time spent waiting for data, and the FLOP/s."""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from everest_ds.config.batch import plan_ranks
 from everest_ds.config.load import flatten
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment, RecomputeConfig
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.costs.hardware.machine import Machine
@@ -39,6 +39,16 @@ class Cluster:
 
     machine: Machine
     num_ranks: int
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The number of ranks on each node."""
+        return min(self.machine.ranks_per_node, self.num_ranks)
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes."""
+        return -(-self.num_ranks // self.ranks_per_node)
 
 
 @dataclass(frozen=True)
@@ -154,7 +164,7 @@ class _Variant(NamedTuple):
 class _Search:
     def __init__(self, config: Experiment, cluster: Cluster, options: Options) -> None:
         self.base, self.options = config, options
-        self.machine, self.num_ranks = cluster.machine, cluster.num_ranks
+        self.cluster, self.machine, self.num_ranks = cluster, cluster.machine, cluster.num_ranks
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
         self.refused: list[tuple[Sharding, str, int | None]] = []  # with the reason; the shortage is None
@@ -170,7 +180,7 @@ class _Search:
         space = Space(
             config=self.config,
             num_ranks=self.num_ranks,
-            ranks_per_node=min(self.machine.ranks_per_node, self.num_ranks),
+            ranks_per_node=self.cluster.ranks_per_node,
             precisions=self._precisions(),
             pinned=self.options.pinned,
             offloads=self.machine.asynchronous,
@@ -241,7 +251,7 @@ class _Search:
             yield _Variant(sharding, RecomputeConfig(mode=mode, every=self.config.recompute.every))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
-        key, degree = _key(config), self.num_ranks // config.parallelism.tensor
+        key, degree = _key(config), MeshShape.of(config, self.num_ranks).degrees.data
         if key not in self.passes:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
@@ -257,10 +267,10 @@ class _Search:
         own_buckets: bool = False,
     ) -> Candidate:
         self.num_times += 1
-        key, plan = _key(config), plan_ranks(config, self.num_ranks)
+        key = _key(config)
         if key not in self.work:
             self.work[key] = predict_work(config, self.machine)
-        step = assemble_step(self.work[key], config, plan, self.machine, zero)
+        step = assemble_step(self.work[key], config, self.num_ranks, self.machine, zero)
         return Candidate(sharding, config, zero, own_buckets, memory, step, self.base)
 
     def _with_best_buckets(self, candidate: Candidate) -> Candidate:

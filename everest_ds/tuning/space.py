@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 
+from everest_ds.config.mesh_shape import TENSOR_DEGREES, MeshShape, check_searched_degree
 from everest_ds.config.schema import Experiment, ParallelismConfig, RecomputeConfig
 from everest_ds.errors import ConfigError
-from everest_ds.tuning.batches import TENSORS, agrees, check_agreement, smallest_micro_batch, with_micro_batch
+from everest_ds.tuning.batches import agrees, check_agreement, smallest_micro_batch, with_micro_batch
 
 STAGES = (0, 1, 2, 3)
 OFFLOADING_STAGES = (2, 3)  # stages whose offload has a shipped DeepSpeed file
@@ -104,7 +105,7 @@ class Space:
         for precision in self.precisions:
             for stage in (parallelism.zero_stage,) if own_file else self._axis("zero_stage", STAGES):
                 offload = (False,) if own_file or not self.offloads else self._offload(stage)
-                for tensor in self._axis("tensor", TENSORS):
+                for tensor in self._axis("tensor", TENSOR_DEGREES):
                     for offloads in offload:
                         yield Sharding(precision, stage, tensor, offloads)
 
@@ -114,19 +115,13 @@ class Space:
         Raises:
             ConfigError: the sharding cannot run on these ranks; the message is the human-readable reason.
         """
-        tensor = sharding.tensor
-        if self.ranks_per_node % tensor:
-            subject = f"parallelism.tensor={tensor} does not divide the ranks of a node"
-            raise ConfigError(subject, given=f"{self.ranks_per_node} ranks per node")
-        if self.num_ranks % tensor:
-            subject = f"parallelism.tensor={tensor} does not divide the ranks of the run"
-            raise ConfigError(subject, given=f"{self.num_ranks} ranks")
+        check_searched_degree(sharding.tensor, self.num_ranks, self.ranks_per_node)
         try:
             parallelism = ParallelismConfig(
                 **{
                     **self.config.parallelism.model_dump(),
                     "zero_stage": sharding.stage,
-                    "tensor": tensor,
+                    "tensor": sharding.tensor,
                     "offload_to_cpu": sharding.offload,
                     "offload_to_nvme": None,
                 }
@@ -142,7 +137,7 @@ class Space:
 
     def micro_batches(self, sharded: Experiment) -> list[int]:
         """Return the micro-batch sizes that keep the global batch, ascending."""
-        share = self._share(sharded.parallelism.tensor)
+        share = self._share(sharded)
         allowed = [m for m in range(1, share + 1) if share % m == 0 and self._keeps_pins(m, share // m)]
         return [m for m in allowed if agrees(with_micro_batch(sharded, m))]
 
@@ -159,20 +154,22 @@ class Space:
         return [one for one in possible if agrees(sharded.model_copy(update={"recompute": one}))]
 
     def _with_micro_batch(self, sharded: Experiment) -> Experiment:
-        tensor, total = sharded.parallelism.tensor, self.config.batch.global_batch_size or 0
-        degree = self.num_ranks // tensor
+        total, degree = self.config.batch.global_batch_size or 0, self._data_degree(sharded)
         if total % degree or total < degree:
             raise ConfigError(f"{total} clips cannot be split evenly over {degree} data-parallel ranks")
         smallest = with_micro_batch(sharded, smallest_micro_batch(self.config))
         check_agreement(smallest)
         if not self.micro_batches(smallest):
-            share = self._share(tensor)
+            share = self._share(sharded)
             raise ConfigError(f"no allowed micro-batch divides the {share} clips of a data-parallel rank")
         return smallest
 
-    def _share(self, tensor: int) -> int:
+    def _share(self, sharded: Experiment) -> int:
         """Return the clips per data-parallel rank and step."""
-        return (self.config.batch.global_batch_size or 0) * tensor // self.num_ranks
+        return (self.config.batch.global_batch_size or 0) // self._data_degree(sharded)
+
+    def _data_degree(self, sharded: Experiment) -> int:
+        return MeshShape.of(sharded, self.num_ranks).degrees.data
 
     def _keeps_pins(self, micro: int, accumulated: int) -> bool:
         batch, pinned = self.config.batch, self.pinned

@@ -118,8 +118,8 @@ def _check_here(cluster: Cluster) -> None:
 
 
 def _array(cluster: Cluster, options: str) -> Array:
-    ranks, a_node = cluster.num_ranks, min(cluster.num_ranks, cluster.machine.ranks_per_node)
-    return Array(-(-ranks // a_node), a_node if cluster.machine.asynchronous else 0, a_node, options)
+    a_node = cluster.ranks_per_node
+    return Array(cluster.nodes, a_node if cluster.machine.asynchronous else 0, a_node, options)
 
 
 def _contender(setup: Setup, cluster: Cluster, candidate: Candidate) -> Contender:
