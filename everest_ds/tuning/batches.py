@@ -55,6 +55,11 @@ def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = No
     return config.model_copy(update={"batch": kept})
 
 
+def clips_per_group(config: Experiment, num_ranks: int) -> int:
+    """Return the clips per step of one data-parallel rank, which is a tensor-parallel group of ranks."""
+    return (config.batch.global_batch_size or 0) * config.parallelism.tensor // num_ranks
+
+
 def nothing_runs(
     config: Experiment, num_ranks: int, ranks_per_node: int, reasons: Sequence[str]
 ) -> UsageError:
