@@ -1,4 +1,4 @@
-# Start with `make demo` or `make test`. Targets create the virtual environment that they need.
+# `make` lists the targets; start with `make demo` or `make test`. They create the virtual environment that they need.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -9,7 +9,10 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 # Number of parallel test processes: three suit two cores, because tests that start ranks spend much time waiting.
 JOBS ?= 3
 
-.PHONY: demo test test-slow test-slurm test-gpu test-nvme lint format clean
+.PHONY: help demo test test-slow test-slurm test-gpu test-nvme lint format hooks clean
+
+help:  ## print this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / {printf "%-12s%s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMP)  ## synthesise data, pre-train, fine-tune, evaluate, report: about 5 minutes on 2 cores
 	$(BIN)/python tools/demo.py
@@ -34,14 +37,18 @@ test-nvme: $(STAMP)  ## run the tests of optimiser states on a disk; needs libai
 	CUDA_VISIBLE_DEVICES= $(BIN)/python -c 'from deepspeed.ops.op_builder import AsyncIOBuilder as B; B().load()'
 	$(BIN)/python -m pytest -q -rs tests/parallel/test_nvme.py
 
-lint: $(STAMP)
+lint: $(STAMP)  ## check style, docstrings, spelling and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
 
-format: $(STAMP)
+format: $(STAMP)  ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+hooks: $(STAMP)  ## install the checks of .pre-commit-config.yaml as git hooks of this clone
+	$(BIN)/pre-commit install
 
 $(STAMP): setup.py constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.10, 3.11 or 3.12 found; install one or set PYTHON=..."; exit 2; }
@@ -50,5 +57,5 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
-clean:
+clean:  ## remove the virtual environment, build/ and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

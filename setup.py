@@ -33,11 +33,14 @@ EXTRAS = {
     "parquet": ["pyarrow>=15"],  # for everest-ds features --out TABLE.parquet
     "mpi": ["mpich"],  # an MPI library for mpi4py, if the system has none
     "dev": [
+        "codespell[toml]>=2.4",
         "fvcore>=0.1.5.post20221221",  # counts MACs independently: cross-checks profiling
         "hypothesis>=6.100",
         "mypy>=1.13",
+        "pre-commit>=4",
         "pyarrow>=15",
         "pytest>=8.3",
+        "pytest-cov>=7",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.8",
@@ -60,7 +63,13 @@ setup(
     packages=[*find_packages(include=["everest_ds", "everest_ds.*"]), *TRAVELLING],
     package_dir=TRAVELLING,
     package_data={
-        "everest_ds": ["efficiency/*.yaml", "recipes/*.yaml", "recipes/common/*.yaml", "reports/templates/*"],
+        "everest_ds": [
+            "py.typed",
+            "efficiency/*.yaml",
+            "recipes/*.yaml",
+            "recipes/common/*.yaml",
+            "reports/templates/*",
+        ],
         "everest_ds.ds_configs": ["*.json"],
         "everest_ds.slurm": ["*.sbatch", "common.sh", "clusters/*.env"],
     },

@@ -4,8 +4,13 @@ The library interface (docs/library.md) is `from everest_ds import load_model, r
 """
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from everest_ds.inference.views import read_clip
+    from everest_ds.interchange.load_model import load_model
+
+__all__ = ["__version__", "load_model", "read_clip"]
 __version__ = "0.1.0"
 
 # Exported name -> module that defines it, imported on first use because importing torch takes seconds.

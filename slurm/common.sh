@@ -50,7 +50,7 @@ everest_once() {
     "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
 }
 
-# Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one per GPU, or one per node.
+# Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one rank per GPU, or one per node.
 everest_sizes() {
     local per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-$((SLURM_CPUS_ON_NODE > per_node ? SLURM_CPUS_ON_NODE / per_node : 1))}}
@@ -98,7 +98,7 @@ everest_requeue() {
         fi
         sleep 5
     done
-    everest_say "could not requeue job $everest_job; the same sbatch line goes on from the last checkpoint"
+    everest_say "could not requeue job $everest_job; the same sbatch line resumes from the last checkpoint"
 }
 
 everest_exclude() {

@@ -13,13 +13,15 @@ import sys
 import torch
 
 from everest_ds.config import Experiment, load_experiment
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import build_engine
+from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import join_world
 from everest_ds.training.optimization import build_objective, parameter_groups
 
-_MICRO_BATCHES = 1000  # more than the autotuner lets run
+_MICRO_BATCHES = 1000  # more than the autotuner runs before it ends the process
 
 
 def main(source: str, ds_config_base64: str) -> None:
@@ -30,7 +32,8 @@ def main(source: str, ds_config_base64: str) -> None:
     world = join_world()
     torch.manual_seed(0)
     model = build_model(config)
-    engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
+    engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
     objective = build_objective(config)
     batch = random_clips(config, engine.train_micro_batch_size_per_gpu()).to(world.device)
     for _ in range(_MICRO_BATCHES):
@@ -48,6 +51,6 @@ def random_clips(config: Experiment, count: int) -> ClipBatch:
 
 
 if __name__ == "__main__":
-    # The launcher adds --local_rank=N, which the environment holds too.
+    # The launcher adds --local_rank=N, which is not needed because the environment holds it too.
     recipe, _, encoded = [word for word in sys.argv[1:] if not word.startswith("--local_rank")]
     main(recipe, encoded)

@@ -1,4 +1,4 @@
-"""Contenders of a step benchmark: our engine, our model in a plain loop, and peers as released.
+"""Contenders of a step benchmark: our engine, our model in a plain loop, and the released systems (peers).
 
 All of them get the same clips. Ours is the engine that a run builds; the plain loop is the same step without
 DeepSpeed; a peer steps as its released script does, with torch's AdamW in its default settings.
@@ -233,7 +233,7 @@ class PeerStep:
         """Run the optimiser step and zero the gradients in place, so that their memory stays.
 
         Returns:
-            Always False: the loss scale shows afterwards, without a wait in the step, if it was skipped.
+            Always False: the loss scale shows after the step, without a wait in it, whether it was skipped.
         """
         if self.scaler is None:
             self._optimizer.step()
@@ -250,9 +250,8 @@ def peer_contenders(peer: Peer, dtypes: list[str], clips: Batch) -> list[Contend
     Half precision is autocast, as in the peers' loops: fp16 with a gradient scaler on CUDA, bf16 on a CPU.
     """
     device = clips.clip.device
-    optimizer = torch.optim.AdamW(
-        peer.model.parameters(), **_ADAMW
-    )  # its states are created where the parameters are
+    # AdamW creates its states at its first step, on the device where the parameters are by then.
+    optimizer = torch.optim.AdamW(peer.model.parameters(), **_ADAMW)
     half = _half(device)
 
     @cache

@@ -6,7 +6,7 @@ Example:
 
 Every cell of the table is measured once per round, one cell after the other, so that other load on the
 machine affects all cells equally. Medians are over rounds; ratios to the peer are taken within a round.
-CPU time covers the rank and its workers, and is a clip's cost even if other programs share the machine.
+CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine.
 """
 
 from __future__ import annotations

@@ -100,8 +100,8 @@ def bench(
     """Count operators and host waits of a step by phase, and time them on one thread of a CPU.
 
     `waits` counts reads of a tensor's value by the host and DeepSpeed's device-wide synchronisations, except
-    those that it omits on CPUs (one after the backward pass with `overlap_comm`). Milliseconds are the median
-    and the fastest of the timed steps; they are reliable on an idle machine only.
+    those that DeepSpeed omits on CPUs (one after the backward pass with `overlap_comm`). Milliseconds are the
+    median and the fastest of the timed steps; they are reliable on an idle machine only.
 
     Example: python tools/bench_host.py l_pretrain l_pretrain_plain --json after.json
     """

@@ -14,6 +14,7 @@ import typer
 
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.costs.memory import predict_memory
 from everest_ds.data.clips import ClipBatch
@@ -32,15 +33,15 @@ WARM_UP_STEPS = 2  # the first step creates the optimiser's states
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**18  # mallopt(3)
 
 
-def set_up(config: Experiment, plan: BatchPlan, world: World) -> Engine:
+def set_up(config: Experiment, plan: BatchPlan, mesh: Mesh) -> Engine:
     """Build the engine of a run from random weights."""
     model, ds_config = outline(config), resolve_ds_config(config, plan)
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
+    return build_engine(model, groups, config, ds_config, mesh, weights=lambda: draw_initial_weights(config))
 
 
 def random_clips(config: Experiment, size: int, share: int) -> ClipBatch:
-    """Return a micro-batch of noise that differs for every `share` of the clips."""
+    """Return a micro-batch of noise for the data-parallel rank `share`; every rank gets other clips."""
     g, generator = config.candidate_geometry, torch.Generator().manual_seed(share)
     shape = (size, g.num_frames, g.image_size, g.image_size, 3)
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
@@ -53,7 +54,7 @@ def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
     world = mesh.world
     load_libraries(config, world)
     plan, objective, engines = plan_ranks(config, world.size), build_objective(config), list[Engine]()
-    batch = random_clips(config, plan.micro_batch_size, mesh.data_rank)
+    batch = random_clips(config, plan.micro_batch_size, mesh.coordinates.data)
 
     def step() -> None:
         for _ in range(plan.grad_accum_steps):
@@ -61,7 +62,7 @@ def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
             engines[0].step()
 
     base_bytes = settled_bytes()
-    set_up_peak = measure_resident_peak(lambda: engines.append(set_up(config, plan, world)))
+    set_up_peak = measure_resident_peak(lambda: engines.append(set_up(config, plan, mesh)))
     for _ in range(WARM_UP_STEPS):
         step()
     between_bytes = settled_bytes()
@@ -88,7 +89,8 @@ def load_libraries(config: Experiment, world: World) -> None:
             "parallelism": {"zero_stage": config.parallelism.zero_stage},
         }
     )
-    engine = set_up(tiny, plan_ranks(tiny, world.size), world)
+    mesh = form_mesh(world, MeshShape.of(tiny, world.size))
+    engine = set_up(tiny, plan_ranks(tiny, world.size), mesh)
     engine.backward(build_objective(tiny)(engine, random_clips(tiny, 1, 0)))
     engine.step()
     engine.destroy()
@@ -130,7 +132,7 @@ def main(
     config = load_experiment(experiment, overrides or [])
     os.environ.update(detect_environment().as_variables())
     world = join_world()
-    rows = world.gather(measure(config, form_mesh(world, config.parallelism.tensor)))
+    rows = world.gather(measure(config, form_mesh(world, MeshShape.of(config, world.size))))
     leave_world()
     if world.is_main:
         spread = config.parallelism

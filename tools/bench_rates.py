@@ -6,7 +6,6 @@ each distinct operation is then timed by itself. The sum is the time of a step t
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,9 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.models.linear import multiply
+from everest_ds.profiling.device_rates import best_time
 
-_MIN_REPEATS = 5
-_MIN_SECONDS = 0.2
 # Index of the first factor among the arguments of each product.
 _PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
 
@@ -114,7 +112,7 @@ class Recorder(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class Rate:
-    """An amount of work and the time that it takes alone."""
+    """An amount of work, and the time that it takes when nothing else runs."""
 
     macs: int
     seconds: float
@@ -190,23 +188,3 @@ def _time_attention(attention: Attention, device: torch.device) -> float:
         torch.autograd.grad(F.scaled_dot_product_attention(q, k, v), (q, k, v), gradient)
 
     return best_time(both_ways, device)
-
-
-def best_time(call: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of the fastest of several calls; CUDA times ten calls at once to hide launches."""
-    calls = 10 if device.type == "cuda" else 1
-    call()
-    _wait(device)
-    seconds: list[float] = []
-    while len(seconds) < _MIN_REPEATS or sum(seconds) < _MIN_SECONDS:
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        _wait(device)
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) / calls
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -174,7 +174,7 @@ def run(plan: Plan, world: World, peers: list[Peer], rates: bool, profile_step: 
 
 
 def _warm_up(contender: Contender, steps: int, device: torch.device) -> None:
-    """Step until `steps` steps have updated the weights, for fp16's loss scale must first fall."""
+    """Step until `steps` steps have updated the weights, because fp16's loss scale must first fall."""
     for _ in range(steps):
         while timed_step(contender, device) is None:
             if contender.skipped >= _MAX_SKIPPED:

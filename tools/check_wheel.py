@@ -26,9 +26,10 @@ def main() -> None:
                 sys.exit(f"error: {' '.join(arguments)}\n{done.stdout}{done.stderr}")
             return done.stdout
 
-        place = run("-c", "import everest_ds; print(everest_ds.__file__)")
+        place = run("-c", "import everest_ds; print(everest_ds.__file__)").strip()
         if not place.startswith(f"{folder}/site"):
-            sys.exit(f"error: imported {place.strip()} instead of the wheel's package")
+            sys.exit(f"error: imported {place} instead of the wheel's package")
+        open(os.path.join(os.path.dirname(place), "py.typed")).close()
         run("-m", "everest_ds", "recipes")
         run("-m", "everest_ds", "pretrain", "k400_pretrain_vit_base", "data.train=null", "--dry-run")
         run("-m", "everest_ds", "submit", "profile", "k400_pretrain_vit_base", "--dry-run")

@@ -118,8 +118,8 @@ def compare(
         recalls = [len(exact & found) / len(exact) for exact, found in zip(kept[0], keep, strict=True)]
         rows.append(
             {
-                "score": config.tokens.score if config.tokens.selection == "rero" else "random",
-                "distance": config.tokens.distance if config.tokens.selection == "rero" else "-",
+                "score": config.tokens.score if config.tokens.rule.scores else "random",
+                "distance": config.tokens.distance if config.tokens.rule.scores else "-",
                 "recall_pct": round(100 * statistics.fmean(recalls), 1),
                 "worst_clip_pct": round(100 * min(recalls), 1),
                 "mmacs_per_clip": round(predict_macs(config).score_macs / 1e6, 1),
@@ -165,7 +165,7 @@ def draw(clip: Tensor, configs: list[Experiment], embedding: PixelMap) -> bytes:
         rows.append(np.concatenate(list(frames.byte().numpy()), axis=1))
     figure, axes = new_figure(12, 1.6 * len(rows))
     axes.imshow(np.concatenate(rows))
-    labels = [f"{c.tokens.score}" if c.tokens.selection == "rero" else "random" for c in configs]
+    labels = [f"{c.tokens.score}" if c.tokens.rule.scores else "random" for c in configs]
     axes.set_yticks([(i + 0.5) * geometry.image_size for i in range(len(rows))], labels)
     axes.set_xticks([])
     return to_png(figure)

@@ -22,7 +22,7 @@ from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS
 from everest_ds.reports.page import Page, PageSection, render_page
 from everest_ds.reports.plots import draw_accuracies, draw_curves
-from everest_ds.training.run_folder import read_metrics
+from everest_ds.training.run_folder import EVALUATION_FILE, read_metrics
 from everest_ds.units import format_count, format_duration
 
 DEMO = Path("runs/demo")
@@ -78,7 +78,7 @@ def summarise(seconds: float) -> dict[str, Any]:
 
 def evaluation(run: str) -> dict[str, Any]:
     """Return the result that `everest-ds evaluate` wrote into a run folder."""
-    result: dict[str, Any] = json.loads((DEMO / run / "evaluation.json").read_text())
+    result: dict[str, Any] = json.loads((DEMO / run / EVALUATION_FILE).read_text())
     return result
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from everest_ds.cli.jobs import in_order, jobs_table
-from everest_ds.jobs.job_table import find_runs, job_rows
+from everest_ds.cli.jobs import jobs_table
+from everest_ds.jobs.job_table import find_runs, in_order, job_rows
 
 WIDTH = 120
 

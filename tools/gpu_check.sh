@@ -74,7 +74,7 @@ set_up() {
     echo "began after $SECONDS s"
 }
 
-# Run every test file in its own process, all at once because the models are tiny, but tests of times alone.
+# Run every test file in its own process. All run at once, because the models are tiny, except the tests of times.
 gpu_tests() {
     local file running=()
     for file in tests/gpu/test_*.py; do

@@ -154,7 +154,7 @@ def _dropped(keep_ratio: float) -> float:
 
 
 def _own_mask_loss(model: nn.Module) -> Callable[[PeerBatch], Tensor]:
-    """Return EVEREST's loss: it builds targets of all tokens, and the model returns which it predicted."""
+    """Return EVEREST's loss: it builds targets of all tokens; the model returns which tokens it predicted."""
 
     def loss(batch: PeerBatch) -> Tensor:
         target_BNP = all_targets(batch.video_BCFHW)
@@ -289,9 +289,9 @@ def their_modules(
 
 
 def _timm_names() -> dict[str, ModuleType]:
-    """Return stand-in timm modules with the four names that the peers import.
+    """Return replacements for timm's modules, with the four names that the peers import.
 
-    The old timm version that they need no longer installs everywhere.
+    The old timm version that the peers need no longer installs everywhere.
     """
     layers, registry = ModuleType("timm.models.layers"), ModuleType("timm.models.registry")
     timm, models = ModuleType("timm"), ModuleType("timm.models")

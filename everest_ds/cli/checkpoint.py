@@ -7,17 +7,10 @@ from typing import Annotated, Literal
 
 import typer
 
-from everest_ds.cli.convert import convert
 from everest_ds.cli.options import JsonFile
 from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.errors import CheckpointError, ExitCode
 
-app = typer.Typer(
-    help="Inspect, verify, export and convert checkpoints. Resuming needs no conversion: a run resumes from"
-    " any of its checkpoints with any number of ranks, ZeRO stage and tensor-parallel degree.",
-    no_args_is_help=True,
-)
-app.command()(convert)
 WeightsArg = Annotated[
     Path,
     typer.Argument(
@@ -27,7 +20,6 @@ WeightsArg = Annotated[
 ]
 
 
-@app.command()
 def inspect(source: WeightsArg, json_file: JsonFile = None) -> None:
     """Print the contents of a checkpoint: step, position in the data, ranks that saved it, and sizes.
 
@@ -55,7 +47,6 @@ def inspect(source: WeightsArg, json_file: JsonFile = None) -> None:
     write_json(json_file, {"checkpoint": str(path), **manifest.model_dump(mode="json")})
 
 
-@app.command()
 def verify(
     source: Annotated[
         Path,
@@ -81,7 +72,6 @@ def verify(
         raise typer.Exit(ExitCode.CHECKPOINT)
 
 
-@app.command()
 def export(
     source: WeightsArg,
     file: Annotated[Path, typer.Argument(help="Name of the .safetensors file to write.")],

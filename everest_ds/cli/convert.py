@@ -76,7 +76,7 @@ def convert(
 def describe(done: Conversion, counts: Counter[str]) -> dict[str, Any]:
     """Return the facts about a conversion as the rows of a table."""
     model, tokens = done.config.model, done.config.tokens
-    kept = f", keep_ratio {tokens.keep_ratio:g}" if tokens.selection in ("rero", "random") else ""
+    kept = f", keep_ratio {tokens.keep_ratio:g}" if tokens.rule.keeps_share else ""
     return {
         "from": done.source,
         "to": done.target,

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from everest_ds.cli.data_index import index
-from everest_ds.cli.data_reencode import reencode
 from everest_ds.cli.options import JsonFile
 from everest_ds.console import print_table, progress_of, write_json
 from everest_ds.errors import ExitCode, UsageError
@@ -17,12 +15,10 @@ from everest_ds.errors import ExitCode, UsageError
 if TYPE_CHECKING:
     from everest_ds.config import DataConfig
 
-app = typer.Typer(help="Create, index, check and re-encode data sets of videos.", no_args_is_help=True)
 Workers = Annotated[int, typer.Option(min=1, help="Number of worker processes.")]
 CORES = os.cpu_count() or 1
 
 
-@app.command()
 def synth(
     folder: Annotated[Path, typer.Argument(help="Folder to write the videos, manifests and class names to.")],
     train: Annotated[int, typer.Option(min=1, help="Number of training videos.")] = 2700,
@@ -60,11 +56,6 @@ def synth(
     write_json(json_file, rows)
 
 
-app.command()(index)
-app.command()(reencode)
-
-
-@app.command()
 def check(
     manifest: Annotated[Path, typer.Argument(help="Text file with one `path label` line per video.")],
     root: Annotated[

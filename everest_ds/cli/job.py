@@ -1,20 +1,20 @@
-"""`everest-ds job begin | end`: internal commands that slurm/common.sh runs around a job's ranks."""
+"""`everest-ds job begin | end | candidate`: internal commands that the scripts in slurm/ run."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
+from everest_ds.checkpoints.names import newest_step
 from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
-from everest_ds.config.load import load_for_task
 from everest_ds.errors import UsageError
-
-if TYPE_CHECKING:
-    from everest_ds.jobs.requeue import SlurmJob
-
-app = typer.Typer(hidden=True, no_args_is_help=True)
+from everest_ds.jobs.job_checks import load_task
+from everest_ds.jobs.requeue import SlurmJob, current_job, record_end, record_start
+from everest_ds.jobs.sweep_file import expand_array, read_candidates
 
 Command = Annotated[
     Literal["pretrain", "finetune", "evaluate"],
@@ -22,20 +22,15 @@ Command = Annotated[
 ]
 
 
-@app.command()
 def begin(
     command: Command, source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None
 ) -> None:
     """Check the config, and refuse to start a job that must not start again."""
-    from everest_ds.checkpoints.names import newest_step
-    from everest_ds.jobs import requeue as job
-
-    here, run = _here(), _run(command, source, overrides)
+    job, run = _own_job(), load_task(command, source, overrides or ()).run.dir
     run.mkdir(parents=True, exist_ok=True)
-    job.record_start(here, run, newest_step(run))
+    record_start(job, run, newest_step(run))
 
 
-@app.command()
 def end(
     code: int,
     state: str,
@@ -45,22 +40,22 @@ def end(
     json_file: JsonFile = None,
 ) -> None:
     """Print `requeue`, followed by any faulty nodes, or `stop`; print the reason on stderr."""
-    from everest_ds.jobs import requeue as job
+    run = load_task(command, source, overrides or ()).run.dir
+    decision = record_end(_own_job(), run, code, state)
+    typer.echo(f"everest-ds: {decision.reason}", err=True)
+    typer.echo(f"requeue {decision.bad_nodes or ''}" if decision.requeue else "stop")
 
-    verdict = job.record_end(_here(), _run(command, source, overrides), code, state)
-    typer.echo(f"everest-ds: {verdict.reason}", err=True)
-    typer.echo(f"requeue {verdict.bad_nodes or ''}" if verdict.requeue else "stop")
+
+def candidate(file: Path, number: int) -> None:
+    """Write the command and the arguments of one candidate, NUL-terminated, for slurm/sweep.sbatch."""
+    swept = read_candidates(file)
+    chosen = swept[expand_array(str(number), len(swept))[0]]
+    for word in (chosen.task, chosen.recipe, *chosen.overrides):
+        sys.stdout.buffer.write(os.fsencode(word) + b"\0")
 
 
-def _here() -> SlurmJob:
-    from everest_ds.jobs.requeue import current_job
-
+def _own_job() -> SlurmJob:
     job = current_job()
     if job is None:
         raise UsageError("not in a SLURM job", fix="this command is for the scripts in slurm/")
     return job
-
-
-def _run(command: str, source: str, overrides: list[str] | None) -> Path:
-    task = "finetune" if command == "evaluate" else command
-    return load_for_task(task, source, overrides or []).run.dir

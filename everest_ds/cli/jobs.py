@@ -1,25 +1,25 @@
-"""`everest-ds jobs | cancel | requeue`: list the jobs of runs, stop them, and start them again."""
+"""`everest-ds jobs | logs | cancel | requeue | sweep`: show the jobs of runs, stop and restart them."""
 
 from __future__ import annotations
 
-import time
+import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.table import Table
 
 from everest_ds.cli.options import JsonFile
-from everest_ds.console import write_json
+from everest_ds.console import print_table, write_csv, write_json
 from everest_ds.errors import UsageError
-from everest_ds.jobs.slurm_state import is_job_id
-
-if TYPE_CHECKING:
-    from rich.console import Group
-
-    from everest_ds.jobs.job_table import JobRow
+from everest_ds.jobs.job_control import restart_jobs, stop_job
+from everest_ds.jobs.job_table import RUNS, JobRow, find_jobs, find_runs, in_order, job_rows
+from everest_ds.jobs.log_tail import LogTail
+from everest_ds.jobs.sweep import sweep_results
 
 Folders = Annotated[
     list[Path] | None,
@@ -28,9 +28,22 @@ Folders = Annotated[
     ),
 ]
 Which = Annotated[list[str], typer.Argument(metavar="RUN|JOB...", help="Run folders or job numbers.")]
+One = Annotated[str, typer.Argument(metavar="RUN|JOB", help="A run folder or a job number.")]
 Now = Annotated[bool, typer.Option("--now", help="End jobs at once; the steps since the last save are lost.")]
+Rank = Annotated[int, typer.Option(min=0, help="The rank whose log is printed.")]
+AllRanks = Annotated[bool, typer.Option("--all", help="Print the logs of all ranks, merged by time.")]
+OfJob = Annotated[
+    bool, typer.Option("--job", help="Print the output of the job instead of the logs of ranks.")
+]
+Follow = Annotated[
+    bool, typer.Option("--follow", "-f", help="Print new lines until the job ends or Ctrl-C is pressed.")
+]
+Lines = Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of last lines to print first.")]
+Sweep = Annotated[
+    Path, typer.Argument(metavar="SWEEP", help="Folder of the sweep: the run.dir that it was submitted with.")
+]
+CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write the rows as CSV.")]
 
-RUNS = Path("runs")
 _STYLES = {
     "running": "green",
     "finished": "bold green",
@@ -50,10 +63,6 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
 
     Example: everest-ds jobs runs/first
     """
-    from rich.console import Console
-
-    from everest_ds.jobs.job_table import find_runs, job_rows
-
     rows = in_order(job_rows(find_runs(_folders(folders))))
     if rows:
         Console().print(jobs_table(rows))
@@ -62,23 +71,38 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     write_json(json_file, [_as_json(row) for row in rows])
 
 
+def logs(
+    which: One,
+    rank: Rank = 0,
+    all_ranks: AllRanks = False,
+    of_job: OfJob = False,
+    follow: Follow = False,
+    lines: Lines = 20,
+) -> None:
+    """Print the end of a run's logs. A restarted run appends to the same logs.
+
+    Example: everest-ds logs runs/first -f
+    """
+    row = find_jobs([which])[0]
+    tail = LogTail.of_job(row) if of_job else LogTail.of_ranks(row, None if all_ranks else rank)
+    shown = tail.last(lines)
+    if not shown and not follow:
+        raise UsageError(
+            f"{tail.folder / tail.pattern}: no log lines yet", fix="wait for them with -f, or try --job"
+        )
+    _print_lines(shown)
+    if follow:
+        for shown in tail.follow(row.job_id):
+            _print_lines(shown)
+
+
 def cancel(which: Which, now: Now = False) -> None:
     """Stop jobs for good: a running job first saves a checkpoint, a waiting job leaves the queue.
 
     Example: everest-ds cancel runs/first
     """
-    from everest_ds.jobs.slurm import call
-    from everest_ds.training.stop import KILL_FILE
-
-    for row in find_rows(which):
-        if row.is_over:
-            typer.echo(f"{row.job_id}: has already ended: {row.verdict.state}")
-        elif row.slurm is not None and row.slurm.runs and row.trains and not now:
-            (row.run / KILL_FILE).touch()
-            typer.echo(f"{row.job_id}: saves at its next step and then stops (--now stops it at once)")
-        else:
-            call(["scancel", row.job_id])
-            typer.echo(f"{row.job_id}: cancelled")
+    for row in find_jobs(which):
+        typer.echo(f"{row.job_id}: {stop_job(row, now)}")
 
 
 def requeue(which: Which) -> None:
@@ -88,39 +112,25 @@ def requeue(which: Which) -> None:
 
     Example: everest-ds requeue runs/first
     """
-    from everest_ds.training.stop import KILL_FILE
-
-    before: dict[Path, str] = {}
-    for row in find_rows(which):
-        (row.run / KILL_FILE).unlink(missing_ok=True)  # left over: the run ended before it saw this file
-        if row.is_over:
-            before[row.run] = _submit_again(row, before.get(row.run))
-            typer.echo(f"{row.job_id}: submitted again as job {before[row.run]}")
-        else:
-            typer.echo(f"{row.job_id}: {_requeue(row)}")
+    for row, how in restart_jobs(find_jobs(which)):
+        typer.echo(f"{row.job_id}: {how}")
 
 
-def find_rows(which: Sequence[str]) -> list[JobRow]:
-    """Return the jobs that each run folder or job number names.
+def sweep(folder: Sweep, json_file: JsonFile = None, csv_file: CsvFile = None) -> None:
+    """Show one row per run of a sweep: its settings, state, loss, accuracy, speed and memory.
 
-    For a run folder these are its live jobs, or else its unfinished jobs, or else its last job.
+    A run that ran out of memory keeps its row, as a result like any other.
 
-    Raises:
-        UsageError: there is no such run or job.
+    Example: everest-ds sweep runs/lr --csv lr.csv
     """
-    return [row for text in which for row in _find(text)]
-
-
-def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
-    """Sort jobs in the order of their submission, those without SLURM first."""
-    return sorted(rows, key=_number)
+    rows = sweep_results(folder)
+    print_table(f"Sweep {folder}", rows)
+    write_json(json_file, rows)
+    write_csv(csv_file, rows)
 
 
 def jobs_table(rows: Sequence[JobRow]) -> Group:
     """Build the table of jobs and, below it, the reason, next action and log of each."""
-    from rich.console import Group
-    from rich.table import Table
-
     table = Table(box=None)
     for name in ("job", "run", "task", "state", "progress"):
         table.add_column(name, overflow="fold", no_wrap=name != "run")
@@ -135,14 +145,12 @@ def jobs_table(rows: Sequence[JobRow]) -> Group:
 
 
 def _cells(row: JobRow) -> list[str]:
-    from rich.markup import escape
-
     state, progress = row.slurm, row.progress
     return [
         row.job_id,
         escape(str(row.run)),
         row.task,
-        _styled(row.verdict.state),
+        _styled(row.status.state),
         _progress(row),
         "" if progress.loss is None else f"{progress.loss:.4f}",
         "" if progress.clips_per_s is None else f"{progress.clips_per_s:.1f}",
@@ -153,12 +161,10 @@ def _cells(row: JobRow) -> list[str]:
 
 
 def _advice(row: JobRow) -> str:
-    from rich.markup import escape
-
     # The table shows only the fault of an error; its given, allowed and fix parts are in the log.
-    reason = row.verdict.reason.partition("; given: ")[0]
-    why = _styled(row.verdict.state) + (f": {escape(reason)}." if reason else ".")
-    return f"{why} [bold]Next:[/bold] {escape(row.verdict.next)}  [dim]{escape(str(row.log))}[/dim]"
+    reason = row.status.reason.partition("; given: ")[0]
+    why = _styled(row.status.state) + (f": {escape(reason)}." if reason else ".")
+    return f"{why} [bold]Next:[/bold] {escape(row.status.next)}  [dim]{escape(str(row.log))}[/dim]"
 
 
 def _styled(state: str) -> str:
@@ -182,9 +188,9 @@ def _as_json(row: JobRow) -> dict[str, Any]:
         "run": str(row.run),
         "job": row.job_id,
         "task": row.task,
-        "state": row.verdict.state,
-        "reason": row.verdict.reason,
-        "next": row.verdict.next,
+        "state": row.status.state,
+        "reason": row.status.reason,
+        "next": row.status.next,
         "restarts": row.restarts,
         "slurm": row.slurm and vars(row.slurm),
         "progress": vars(row.progress),
@@ -206,48 +212,7 @@ def _folders(given: Sequence[Path] | None) -> list[Path]:
     return list(given or [RUNS])
 
 
-def _find(text: str) -> list[JobRow]:
-    from everest_ds.jobs.job_table import find_runs, job_rows
-
-    if Path(text).is_dir():
-        rows = job_rows(find_runs([Path(text)]))
-        live = [row for row in rows if not row.is_over]
-        chosen = live or [row for row in rows if row.verdict.state != "finished"] or rows[-1:]
-    elif is_job_id(text):
-        rows = job_rows(find_runs([RUNS]))
-        chosen = [row for row in rows if row.job_id == text or row.job_id.startswith(f"{text}_")]
-    else:
-        chosen = []
-    if not chosen:
-        raise UsageError("no such run or job", given=repr(text), fix="`everest-ds jobs` lists all jobs")
-    return chosen
-
-
-def _number(row: JobRow) -> tuple[int, ...]:
-    return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
-
-
-def _requeue(row: JobRow) -> str:
-    from everest_ds.jobs.slurm import call
-
-    if row.verdict.state == "held":
-        call(["scontrol", "release", row.job_id])
-        return "released"
-    if row.slurm is None or row.slurm.waits:
-        return "already waits in the queue"
-    call(["scontrol", "requeue", row.job_id])
-    return "requeued"
-
-
-def _submit_again(row: JobRow, after: str | None) -> str:
-    from everest_ds.jobs.events import JobEvent, append_event
-    from everest_ds.jobs.resubmit import load_job
-    from everest_ds.jobs.slurm import submit_job
-
-    number = row.job_id.partition("_")[2] if row.home != row.run else None
-    job, folder = load_job(row.home, "sweep" if number else row.task)
-    asked = time.time()
-    job = replace(job, dependency=f"afterok:{after}" if after else None, array=number)
-    job_id = submit_job(job, folder) + (f"_{number}" if number else "")
-    append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=asked))
-    return job_id
+def _print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
+    sys.stdout.flush()

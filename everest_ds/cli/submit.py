@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import time as clock
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from everest_ds.cli.options import JsonFile
-from everest_ds.jobs.job_plan import job_environment, job_shape, plan_stages
+from everest_ds.console import print_facts, write_json
+from everest_ds.jobs.job_plan import (
+    Hardware,
+    JobKind,
+    JobRequest,
+    QueueSettings,
+    Submission,
+    plan_submission,
+)
+from everest_ds.jobs.local_runner import run_here
+from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all
+from everest_ds.jobs.sbatch import as_shell, split_options
 
-if TYPE_CHECKING:
-    from everest_ds.jobs.queue import Submission
-
-Kind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
 Job = Annotated[
-    Kind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
+    JobKind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
 ]
 Words = Annotated[
     list[str],
@@ -110,35 +117,30 @@ def submit(
              everest-ds submit chain my_pretrain.yaml my_finetune.yaml --gpus-per-node 8
              everest-ds submit sweep my.yaml run.dir=runs/lr --grid batch.micro_batch_size=8,16 ...
     """
-    from everest_ds.jobs.queue import Queueing, Submission, as_jobs, print_plan, queue_all, show
-    from everest_ds.jobs.sbatch import signal_seconds, split_options, with_timely_signal
-    from everest_ds.jobs.submission import Target
-    from everest_ds.launch.slurm_nodelist import hosts_of, place_ranks
-
     began = clock.perf_counter()
     positional, options = split_options(words)
-    options = with_timely_signal(options, time)
-    shape = job_shape(job, nodes, gpus_per_node, ntasks_per_node)
-    target = Target(shape, gpu, inputs_follow=dependency is not None)
-    stages, swept = plan_stages(job, positional, target, grid or [], candidates)
-    environment = job_environment(cluster, max_restarts, signal_seconds(options))
-    queueing = Queueing(time, partition, array, dependency, nodelist, tuple(options), environment)
-    submission = Submission(stages, swept, as_jobs(stages, swept, queueing))
-    ranks = [] if nodelist is None else place_ranks(hosts_of(nodelist, nodes), shape.ranks_per_node)
+    hardware = Hardware(nodes, gpus_per_node, ntasks_per_node, gpu)
+    queue = QueueSettings(time, partition, array, dependency, nodelist, tuple(options), cluster, max_restarts)
+    submission = plan_submission(JobRequest(job, positional, hardware, queue, grid or (), candidates))
     checked_ms = 1000 * (clock.perf_counter() - began)
-    print_plan(submission, ranks)
+    for title, facts in plan_tables(submission):
+        print_facts(title, facts)
     if dry_run:
-        show(submission, ranks, checked_ms, json_file)
+        _show(submission, checked_ms, json_file)
     elif local:
-        _run_here(submission)
+        code = run_here(submission)
+        if code:
+            raise typer.Exit(code)
     else:
-        queue_all(submission, json_file)
+        write_json(json_file, queue_all(submission, typer.echo))
 
 
-def _run_here(submission: Submission) -> None:
-    from everest_ds.jobs.local_runner import run_stages, run_sweep
-
-    stages, swept = submission.stages, submission.swept
-    code = run_sweep(stages[0], swept) if swept else run_stages(stages)
-    if code:
-        raise typer.Exit(code)
+def _show(submission: Submission, checked_ms: float, json_file: Path | None) -> None:
+    """Print the sbatch commands, quoted for a shell."""
+    rows = jobs_to_queue(submission)
+    for row in rows:
+        for name, value in row["environment"].items():
+            typer.echo(f"export {as_shell([f'{name}={value}'])}")
+        typer.echo(f"{as_shell(row['command'])}\n# {row['says']}\n")
+    places = [place._asdict() for place in submission.ranks]
+    write_json(json_file, {"jobs": rows, "ranks": places, "checked_ms": checked_ms})

@@ -30,12 +30,11 @@ _WAITS_PCT = 5  # share of a step spent waiting for data above which a hint is p
 def print_question(config: Experiment, cluster: Cluster) -> None:
     """Print which model is tuned for which machine, and the source of the machine's rates."""
     machine, ranks = cluster.machine, cluster.num_ranks
-    a_node = min(machine.ranks_per_node, ranks)
     facts = {
         "model": f"{config.model.backbone}, {config.task}; {config.token_counts.num_kept} of"
         f" {config.token_counts.num_tokens} tokens kept",
         "global_batch": f"{config.batch.global_batch_size} clips",
-        "ranks": f"{ranks} x {machine.device}, {a_node} per node,"
+        "ranks": f"{ranks} x {machine.device}, {cluster.ranks_per_node} per node,"
         f" {format_bytes(machine.memory_bytes)} usable per rank",
         "rates": machine.source,
     }

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 MLP_RATIO = 4
 LAYER_NORM_EPS = 1e-6
+# Attention logits that are computed at a time in bfloat16 on a CPU: they fit into the caches of a few cores.
+CHUNK_LOGITS = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,3 +38,8 @@ BACKBONES: dict[str, Backbone] = {
     "vit_large": Backbone(TransformerShape(1024, 24, 16), TransformerShape(512, 4, 8)),
     "vit_huge": Backbone(TransformerShape(1280, 32, 16), TransformerShape(640, 4, 8)),
 }
+
+
+def heads_per_chunk(num_tokens: int) -> int:
+    """Return the number of attention heads that are computed at a time in bfloat16 on a CPU, at least two."""
+    return max(2, CHUNK_LOGITS // num_tokens**2)

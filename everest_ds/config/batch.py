@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError
 
@@ -49,26 +50,8 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
         ConfigError: if the tensor-parallel degree does not divide the ranks, or the data-parallel ranks
             do not divide the batch.
     """
-    return replace(
-        plan_batch(config.batch, data_parallel_degree(config, num_ranks)), repeats=config.data.repeats
-    )
-
-
-def data_parallel_degree(config: Experiment, num_ranks: int) -> int:
-    """Return the number of model replicas that `num_ranks` ranks hold.
-
-    Raises:
-        ConfigError: if the tensor-parallel degree does not divide the ranks.
-    """
-    tensor = config.parallelism.tensor
-    if num_ranks % tensor:
-        raise ConfigError(
-            "parallelism.tensor does not divide the number of ranks",
-            given=f"tensor={tensor}, {num_ranks} ranks",
-            allowed=f"a multiple of {tensor} ranks",
-            fix="change the number of ranks or parallelism.tensor",
-        )
-    return num_ranks // tensor
+    shape = MeshShape.of(config, num_ranks)
+    return replace(plan_batch(config.batch, shape.degrees.data), repeats=config.data.repeats)
 
 
 def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:

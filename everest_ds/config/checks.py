@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from everest_ds.config.tokens import RUNNING_CELL_PERIOD
+from everest_ds.config.mesh_shape import check_heads
+from everest_ds.config.selections import SELECTIONS
 
 if TYPE_CHECKING:
     from everest_ds.config.schema import Experiment
@@ -22,17 +23,14 @@ def check_sections_agree(config: Experiment) -> None:
     _check_micro_batch(config)
     _check_packing(config)
     _check_precision(config)
-    _check_tensor(config)
+    check_heads(config)
     _check_skipping(config)
     _check_recompute(config)
     _check_compile(config)
 
 
-_SELECTIONS = {"pretrain": ("rero", "random", "tube", "dual", "none"), "finetune": ("rero", "random", "none")}
-
-
 def _check_task(config: Experiment) -> None:
-    allowed = _SELECTIONS[config.task]
+    allowed = [name for name, rule in SELECTIONS.items() if config.task in rule.tasks]
     if config.tokens.selection not in allowed:
         raise ValueError(
             f"tokens.selection={config.tokens.selection} is not available for task {config.task};"
@@ -44,12 +42,16 @@ def _check_task(config: Experiment) -> None:
 
 def _check_scores(config: Experiment) -> None:
     tokens, num_slots = config.tokens, config.model.geometry.num_slots
-    if tokens.score == "sketch" and tokens.distance == "l1":
+    preserved = tokens.score_kind.distances
+    if tokens.distance not in preserved:
         raise ValueError(
-            "tokens: score=sketch does not preserve distance=l1; use distance=l2, cosine or score=embedding"
+            f"tokens: score={tokens.score} does not preserve distance={tokens.distance}; use"
+            f" distance={', '.join(preserved)} or score=embedding"
         )
-    if tokens.selection == "rero" and num_slots < 2:
-        raise ValueError("tokens.selection=rero compares neighbouring slots, but the clip has only one")
+    if tokens.rule.scores and num_slots < 2:
+        raise ValueError(
+            f"tokens.selection={tokens.selection} compares neighbouring slots, but the clip has only one"
+        )
     if tokens.frame_oversampling > 1 and config.candidate_geometry.num_slots == num_slots:
         raise ValueError(
             f"tokens.frame_oversampling={tokens.frame_oversampling:g} adds no slot to {num_slots};"
@@ -60,10 +62,11 @@ def _check_scores(config: Experiment) -> None:
 def _check_tokens(config: Experiment) -> None:
     _check_scores(config)
     counts, num_slots = config.token_counts, config.model.geometry.num_slots
-    if config.tokens.selection == "dual" and num_slots % RUNNING_CELL_PERIOD:
+    rule = config.tokens.rule
+    if num_slots % rule.slot_multiple:
         raise ValueError(
-            f"tokens.selection=dual needs a multiple of {RUNNING_CELL_PERIOD} slots, so that its running"
-            f" cells predict every place equally often; model.num_frames={config.model.num_frames} at"
+            f"tokens.selection={config.tokens.selection} needs a multiple of {rule.slot_multiple} slots, so"
+            f" that {rule.slot_reason}; model.num_frames={config.model.num_frames} at"
             f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
         )
     where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
@@ -100,30 +103,16 @@ def _check_micro_batch(config: Experiment) -> None:
 
 def _check_packing(config: Experiment) -> None:
     tokens = config.tokens
-    by_pixels = tokens.selection == "rero" and tokens.score == "pixel" and tokens.frame_oversampling == 1
+    by_pixels = tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
     if config.data.pack_tokens and not by_pixels:
+        packing = " or ".join(name for name, rule in SELECTIONS.items() if rule.packs)
         raise ValueError(
             "data.pack_tokens lets data-loading workers select tokens, but they have no model weights to"
-            " score tokens with; use tokens.selection=rero, score=pixel and frame_oversampling=1"
+            f" score tokens with; use tokens.selection={packing}, score=pixel and frame_oversampling=1"
         )
     if config.data.pack_tokens and config.augment.changes:
         raise ValueError(
             "data.pack_tokens selects tokens before augment changes the clips; turn one of the two off"
-        )
-
-
-def _check_tensor(config: Experiment) -> None:
-    """Check that the tensor-parallel degree divides the attention heads, and thereby every split width."""
-    shape = config.model.shape
-    heads = {"encoder": shape.encoder.heads}
-    if config.task == "pretrain":
-        heads["decoder"] = shape.decoder.heads
-    allowed = [degree for degree in (1, 2, 4, 8) if all(h % degree == 0 for h in heads.values())]
-    if config.parallelism.tensor not in allowed:
-        raise ValueError(
-            f"parallelism.tensor={config.parallelism.tensor} does not divide the heads of"
-            f" {config.model.backbone} ({', '.join(f'{name} {h}' for name, h in heads.items())});"
-            f" allowed: {', '.join(map(str, allowed))}"
         )
 
 

@@ -168,13 +168,11 @@ def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experimen
         ConfigError: if the config cannot be read.
         UsageError: if the config is for another task.
     """
-    from everest_ds.config import load_experiment
-
     config = load_experiment(source, overrides)
     if config.task != task:
         raise UsageError(
             f"{source}: this config is for task {config.task}",
-            given=f"everest-ds {task}",
-            fix=f"run everest-ds {config.task} {source}, or choose a {task} recipe (everest-ds recipes)",
+            allowed=f"a config for task {task}",
+            fix=f"use {config.task} instead of {task}, or choose a {task} recipe (everest-ds recipes)",
         )
     return config

@@ -1,6 +1,6 @@
 """The config schema of a run: one section each for model, tokens, data, loss, optimizer, ..., run.
 
-Every section is immutable and rejects unknown keys. Checks that span several sections live in `agreement.py`;
+Every section is immutable and rejects unknown keys. Checks that span several sections live in `checks.py`;
 all checks run before a GPU is used.
 """
 
@@ -14,13 +14,18 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
 from everest_ds.config.checks import check_sections_agree
-from everest_ds.config.tokens import (
-    ClipGeometry,
-    TokenCounts,
+from everest_ds.config.mesh_shape import TensorDegree
+from everest_ds.config.selections import (
+    SCORES,
+    SELECTIONS,
+    ScoreKind,
+    ScoreName,
+    SelectionName,
+    SelectionRule,
     classify_counts,
-    exact_floor,
     pretrain_counts,
 )
+from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 
 Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
 Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -29,6 +34,7 @@ Decoder = Literal["decord", "pyav", "torchcodec"]
 DECODERS: tuple[str, ...] = get_args(Decoder)
 NonNegative = Annotated[float, Field(ge=0.0)]
 Epsilon = Annotated[float, Field(gt=0.0)]
+_SHARING = [name for name, rule in SELECTIONS.items() if rule.keeps_share]
 
 
 class ConfigSection(BaseModel):
@@ -98,17 +104,14 @@ class ModelConfig(ConfigSection):
 
 
 class TokensConfig(ConfigSection):
-    """The token selection of a model.
+    """The token selection of a model; selections.py describes its rules and scores."""
 
-    Selections: `rero` is EVEREST. `random`, the control, keeps the same number of tokens at random. `none`
-    keeps all tokens. `tube` is the mask of VideoMAE and `dual` the mask of VideoMAE v2, both for pre-training
-    only.
-    """
-
-    selection: Literal["rero", "random", "tube", "dual", "none"] = "rero"
-    keep_ratio: Ratio = Field(0.3, description="rho: share of all tokens that is kept (rero, random)")
+    selection: SelectionName = "rero"
+    keep_ratio: Ratio = Field(
+        0.3, description=f"rho: share of all tokens that is kept ({', '.join(_SHARING)})"
+    )
     mask_ratio: Probability = Field(0.9, description="share of all tokens hidden from the encoder")
-    score: Literal["embedding", "sketch", "pixel"] = Field(
+    score: ScoreName = Field(
         "embedding", description="input of ReRo: embeddings (exact), a random projection of them, or pixels"
     )
     distance: Literal["l2", "l1", "cosine"] = Field(
@@ -117,6 +120,21 @@ class TokensConfig(ConfigSection):
     frame_oversampling: Annotated[float, Field(ge=1.0, le=8.0)] = Field(
         1.0, description="alpha of IIFS: decode alpha times the slots, draw those with most motion; 1: off"
     )
+
+    @property
+    def rule(self) -> SelectionRule:
+        """The row of `selection` in the table of rules."""
+        return SELECTIONS[self.selection]
+
+    @property
+    def score_kind(self) -> ScoreKind:
+        """The row of `score` in the table of scores."""
+        return SCORES[self.score]
+
+    @property
+    def scores(self) -> bool:
+        """True if a model scores tokens, for its rule or to draw frames (IIFS)."""
+        return self.rule.scores or self.frame_oversampling > 1
 
 
 class DataConfig(ConfigSection):
@@ -235,7 +253,7 @@ class BatchConfig(ConfigSection):
 class ParallelismConfig(ConfigSection):
     """The distribution of the model and its training states over the ranks."""
 
-    tensor: Literal[1, 2, 4, 8] = Field(
+    tensor: TensorDegree = Field(
         1, description="adjacent ranks of a node that split every layer; the rest is data parallelism"
     )
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="selects ds_configs/zero<stage>.json")

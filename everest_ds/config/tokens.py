@@ -1,4 +1,4 @@
-"""Token counts of each part of a model: fixed numbers that give every tensor a static shape.
+"""The tubelet grid of a clip and the token counts of a model: fixed numbers that give tensors a static shape.
 
 Symbols as in the paper: N tokens, K kept by the selection, V visible to the pre-training encoder.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import lru_cache
 
 
 def exact_floor(ratio: float, count: int) -> int:
@@ -76,45 +75,3 @@ class TokenCounts:
     def num_predicted(self) -> int:
         """The number K - V of tokens that the decoder predicts and the loss covers."""
         return self.num_kept - self.num_visible
-
-
-# In VideoMAE v2, the four places of a 2x2 cell take turns: each is predicted in 2 of 4 consecutive slots.
-RUNNING_CELL_PERIOD = 4
-
-
-@lru_cache  # cached: each part of a memory or time prediction asks for these counts
-def pretrain_counts(
-    geometry: ClipGeometry, selection: str, keep_ratio: float, mask_ratio: float
-) -> TokenCounts:
-    """Return the token counts of pre-training.
-
-    `rero` and `random` keep K = ⌊keep_ratio·N⌋ tokens and `none` keeps all N (paper section 3); of them,
-    ⌊(1 - mask_ratio)·N⌋ are visible. `tube` (VideoMAE) and `dual` (VideoMAE v2) hide the same
-    ⌊mask_ratio·L⌋ places in every slot from the encoder; the decoder predicts all hidden tokens for `tube`
-    and half of them for `dual`.
-    """
-    n, num_slots = geometry.num_tokens, geometry.num_slots
-    if selection in ("tube", "dual"):
-        hidden_places = exact_floor(mask_ratio, geometry.tokens_per_slot)
-        predicted = hidden_places * num_slots // (2 if selection == "dual" else 1)
-        visible = num_slots * (geometry.tokens_per_slot - hidden_places)
-        return TokenCounts(n, visible + predicted, visible)
-    kept = n if selection == "none" else exact_floor(keep_ratio, n)
-    return TokenCounts(n, kept, int((1 - Fraction(repr(mask_ratio))) * n))
-
-
-@lru_cache
-def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
-    """Return the token counts of fine-tuning and inference: the K kept tokens, or all N for `none`."""
-    n = geometry.num_tokens
-    kept = n if selection == "none" else exact_floor(keep_ratio, n)
-    return TokenCounts(n, kept, kept)
-
-
-def sketch_width(width: int) -> int:
-    """Return the size of the sketch of a `width`-wide embedding.
-
-    A sketch has a tenth of the features, rounded down to a multiple of 8 if the tenth is 8 or more.
-    """
-    tenth = max(1, width // 10)
-    return tenth - tenth % 8 if tenth >= 8 else tenth

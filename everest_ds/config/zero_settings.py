@@ -12,6 +12,7 @@ from typing import Any
 from everest_ds.config.schema import Experiment
 from everest_ds.shipped import shipped
 
+ALLREDUCE_VALUES = 500_000_000  # values that stage 0 all-reduces at once; DeepSpeed has no setting for it
 # key of DeepSpeed's JSON -> attribute
 BUCKET_KEYS = {"reduce_bucket_size": "reduce_bucket_values", "allgather_bucket_size": "gather_bucket_values"}
 

@@ -22,12 +22,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.backbones import MLP_RATIO, TransformerShape, heads_per_chunk
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment, RecomputeConfig
-
-FLOAT32_BYTES = 4
-VALUE_BYTES = {"fp32": FLOAT32_BYTES, "tf32": FLOAT32_BYTES, "bf16": 2, "fp16": 2}
-_CHUNK_LOGITS = 2**20  # the same value as in models/attention.py
 
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]
 
@@ -184,7 +181,7 @@ def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
     """
     if config.precision != "bf16":
         return 0
-    at_once = min(heads, max(2, _CHUNK_LOGITS // num_tokens**2))
+    at_once = min(heads, heads_per_chunk(num_tokens))
     return 5 * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
 
 

@@ -13,31 +13,11 @@ Groups that communicate at the same time share the link between nodes, as do the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import ceil, log2
 from typing import NamedTuple
 
+from everest_ds.config.mesh_shape import RankGroup
 from everest_ds.costs.hardware.machine import Link, Machine
-
-
-@dataclass(frozen=True)
-class RankGroup:
-    """The ranks of a collective.
-
-    Attributes:
-        ranks: n, the number of ranks.
-        nodes: m, the number of nodes; each holds equally many ranks.
-        sharing: groups per node that communicate at the same time.
-    """
-
-    ranks: int
-    nodes: int = 1
-    sharing: int = 1
-
-    @property
-    def inside(self) -> int:
-        """Return g, the number of ranks of the group on each node."""
-        return self.ranks // self.nodes
 
 
 class Collective(NamedTuple):
@@ -55,17 +35,6 @@ class Collective(NamedTuple):
 
 
 NOTHING = Collective(0.0, 0.0, "none")
-
-
-def data_group(degree: int, tensor: int, ranks_per_node: int) -> RankGroup:
-    """Return the group of `degree` ranks that share ZeRO's states: every `tensor`-th rank."""
-    nodes = -(-degree * tensor // ranks_per_node)
-    return RankGroup(degree, min(nodes, degree), min(tensor, ranks_per_node))
-
-
-def tensor_group(tensor: int) -> RankGroup:
-    """Return the group of ranks that share every layer: neighbours on one node."""
-    return RankGroup(tensor)
 
 
 def collective(name: str, num_bytes: float, group: RankGroup, machine: Machine) -> Collective:

@@ -18,15 +18,15 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from everest_ds.config.batch import BatchPlan
+from everest_ds.config.mesh_shape import MeshShape, RankGroup
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
-from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.costs.collectives import Collective, RankGroup, collective, data_group, tensor_group
+from everest_ds.config.zero_settings import ALLREDUCE_VALUES, ZeroSettings
+from everest_ds.costs.collectives import Collective, collective
 from everest_ds.costs.compute_time import BlockTime
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.term import Term
 
-_ALLREDUCE_VALUES = 500_000_000  # values per all-reduce at stage 0
 _FLOAT64_BYTES = 8
 _SUMS_OF_A_BLOCK = 2  # in the forward pass, after attention and after the MLP; as many in the backward pass
 
@@ -64,22 +64,22 @@ class _States(NamedTuple):
 def tensor_terms(
     config: Experiment,
     plan: BatchPlan,
+    shape: MeshShape,
     machine: Machine,
     stacks: Sequence[BlockStack],
 ) -> Iterator[Term]:
     """Yield the terms of tensor parallelism's sums, and of partitioned or offloaded block inputs."""
-    mode, tensor = config.recompute.mode, config.parallelism.tensor
+    mode, group = config.recompute.mode, shape.group("tensor")
     again = {"none": 0, "gelu": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
-    group, sums, seconds, sent = tensor_group(tensor), 0, 0.0, 0.0
-    kept = 0.0
+    sums, seconds, sent, kept = 0, 0.0, 0.0, 0.0
     for _, block, depth, recomputing in stacks:
         one = collective("all_reduce", block.tensor_bytes, group, machine)
         count = 2 * _SUMS_OF_A_BLOCK * depth + again * recomputing
         sums, seconds, sent = sums + count, seconds + count * one.seconds, sent + count * one.sent_bytes
         kept += recomputing * block.tensor_bytes
-    if tensor > 1:
+    if group.ranks > 1:
         total_s = plan.grad_accum_steps * seconds
-        numbers = {"sums per micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": tensor}
+        numbers = {"sums per micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": group.ranks}
         formula = "4 sums of B·n·D per block, plus those that recompute repeats; never hidden"
         yield Term("tensor-parallel sums", "communication", total_s, total_s, formula, numbers)
     if config.recompute.partition:
@@ -88,21 +88,25 @@ def tensor_terms(
         formula = "all-gather of the partitioned inputs of recomputed blocks"
         yield Term("gather block inputs", "communication", total_s, total_s, formula, {"MB": kept / 1e6})
     if config.recompute.offload_to_cpu:
-        share = tensor if config.recompute.partition else 1
+        share = group.ranks if config.recompute.partition else 1
         yield _copy_term(
             "block inputs to host and back", 2 * kept / share * plan.grad_accum_steps, machine, 0.0
         )
 
 
 def state_terms(
-    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, passes: PassTime
+    config: Experiment,
+    plan: BatchPlan,
+    shape: MeshShape,
+    machine: Machine,
+    zero: ZeroSettings,
+    passes: PassTime,
 ) -> Iterator[Term]:
     """Yield the terms of ZeRO's work, in the order of a step."""
-    degree, stage = plan.data_parallel_degree, config.parallelism.zero_stage
-    part = -(-passes.num_parameters // degree) if stage else passes.num_parameters
+    group, stage = shape.group("data"), config.parallelism.zero_stage
+    part = -(-passes.num_parameters // group.ranks) if stage else passes.num_parameters
     states = _States(passes.num_parameters, part, VALUE_BYTES[config.precision], stage)
-    if degree > 1:
-        group = data_group(degree, config.parallelism.tensor, machine.ranks_per_node)
+    if group.ranks > 1:
         yield _reduction_term(plan, group, machine, zero, states, passes)
         yield from _gather_terms(plan, group, machine, zero, states, passes)
     if zero.offloads_optimizer:
@@ -114,7 +118,7 @@ def state_terms(
 def _reduction_term(
     plan: BatchPlan, group: RankGroup, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Term:
-    bucket = zero.reduce_bucket_values if states.stage else _ALLREDUCE_VALUES
+    bucket = zero.reduce_bucket_values if states.stage else ALLREDUCE_VALUES
     buckets = -(-states.num_parameters // bucket)
     how = "reduce_scatter" if states.stage == 3 else "all_reduce"
     one = collective(how, states.weight_bytes / buckets, group, machine)

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tokens import sketch_width
+from everest_ds.config.selections import scored_slots
 
 LITERATURE_MACS_PER_NORM_ELEMENT = 5
 FLOPS_PER_MAC = 2  # a multiplication and an addition
@@ -123,19 +123,15 @@ def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
 def _score_macs(config: Experiment) -> int:
     """Return the MACs of token scoring: P MACs per feature for each scored tubelet.
 
-    L2 and L1 distances are computed on the change of the pixels between neighbouring slots, so the first slot
-    is not scored; the cosine distance needs the features of every slot. IIFS scores its candidate slots, then
-    ReRo scores the selected ones. The projection matrix of the sketch is built once per step, not once per
-    clip, and is not counted.
+    IIFS scores its candidate slots; a rule that scores then scores the selected ones. The projection matrix
+    of the sketch is built once per step, not once per clip, and is not counted.
     """
-    tokens, model = config.tokens, config.model
-    width = model.shape.encoder.width
-    features = {"embedding": width, "sketch": sketch_width(width), "pixel": 0}[tokens.score]
-    skipped = 0 if tokens.distance == "cosine" else 1
-    slots = model.geometry.num_slots - skipped if tokens.selection == "rero" else 0
+    tokens, geometry = config.tokens, config.model.geometry
+    slots = scored_slots(geometry.num_slots, tokens.distance) if tokens.rule.scores else 0
     if tokens.frame_oversampling > 1:
-        slots += config.candidate_geometry.num_slots - skipped
-    return slots * model.geometry.tokens_per_slot * model.geometry.tubelet_values * features
+        slots += scored_slots(config.candidate_geometry.num_slots, tokens.distance)
+    each = tokens.score_kind.map_macs(config.model.shape.encoder.width, geometry.tubelet_values)
+    return slots * geometry.tokens_per_slot * each
 
 
 def _head_macs(config: Experiment) -> int:

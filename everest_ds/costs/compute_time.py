@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.costs.activation_memory import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 
@@ -28,6 +28,8 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # products per pass of fused atten
 _UNFUSED_BACKWARD_PRODUCTS = 4
 _UNFUSED_PASSES = 5, 6  # passes over the logits of all heads: scale, softmax, products; and backward
 _DROP_PATH_PASSES = 4
+# Scoring writes each pixel as a number, reads it and its predecessor, and writes and reads their difference.
+_SCORING_PASSES = 5
 
 
 class Work(NamedTuple):
@@ -173,7 +175,7 @@ def selection_time(config: Experiment, rates: Rates) -> Work:
     clips, geometry = config.batch.micro_batch_size, config.candidate_geometry
     macs = clips * predict_macs(config).score_macs
     values = clips * geometry.num_tokens * geometry.tubelet_values
-    scored = 5 * VALUE_BYTES[config.precision] if config.tokens.selection == "rero" else 0
+    scored = _SCORING_PASSES * VALUE_BYTES[config.precision] if config.tokens.rule.scores else 0
     width, rows = config.model.shape.encoder.width, clips * geometry.num_tokens
     rate = rates.products.at(intensity(rows, geometry.tubelet_values, width))
     return total(Work(macs, FLOPS_PER_MAC * macs / rate), rates.moving(2 + scored, values))

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
+from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.costs.hardware.machine import Machine
 
@@ -19,9 +20,6 @@ _DROP_PATH = 2, 2  # per block, forward and backward
 _DROP_PATH_HASH = 42  # once for all blocks, forward
 # Operators outside blocks and selection, forward and backward.
 _OTHERS = {"pretrain": (79, 18), "finetune": (42, 20)}
-_SELECTION = {"random": 29, "tube": 3, "dual": 45, "none": 0}
-# `rero` by score: operators once, and per chunk of tokens that models/selection/rero.py scores at a time.
-_SCORE, CHUNK_TOKENS = {"embedding": (4, 4), "sketch": (40, 4), "pixel": (3, 15)}, 2**15
 _GELU_AGAIN = 1  # per block in every recompute mode but none
 _AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # per recomputing block
 _TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, {"pretrain": 10, "finetune": 6}
@@ -124,12 +122,11 @@ def _num_blocks(config: Experiment) -> int:
 
 
 def _selection_launches(config: Experiment) -> int:
-    tokens = config.tokens
-    if tokens.selection != "rero":
-        return _SELECTION[tokens.selection]
+    rule, kind = config.tokens.rule, config.tokens.score_kind
+    if not rule.scores:
+        return rule.launches
     all_tokens = config.batch.micro_batch_size * config.candidate_geometry.num_tokens
-    once, each = _SCORE[tokens.score]
-    return once + each * -(-all_tokens // CHUNK_TOKENS)
+    return rule.launches + kind.launches + kind.chunk_launches * -(-all_tokens // GPU_CHUNK_TOKENS)
 
 
 def _recompute_launches(config: Experiment) -> int:

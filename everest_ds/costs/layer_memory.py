@@ -10,21 +10,16 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tokens import sketch_width
+from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.costs.activation_memory import (
-    FLOAT32_BYTES,
-    VALUE_BYTES,
     BlockMemory,
     Recomputed,
     block_memory,
     recomputed_of,
 )
 from everest_ds.costs.compute import count_parameters
-
-_SCORED_TOKENS = (
-    2**15
-)  # tokens scored at a time on a GPU (models/selection/rero.py); a CPU scores an eighth of these
 
 
 class Layer(NamedTuple):
@@ -78,18 +73,16 @@ def scoring_bytes(config: Experiment) -> int:
     tokens, geometry = config.tokens, config.candidate_geometry
     num_tokens, values = geometry.num_tokens, geometry.tubelet_values
     cut_up = _clips(config) * num_tokens * values
-    if tokens.selection != "rero" and tokens.frame_oversampling == 1:
+    if not tokens.scores:
         return cut_up
     width, weight_bytes = config.model.shape.encoder.width, VALUE_BYTES[config.precision]
-    sketch = sketch_width(width)
-    features, mapped = {"embedding": (width, width), "sketch": (sketch, 2 * sketch), "pixel": (values, 0)}[
-        tokens.score
-    ]
-    at_once = max(1, min(_clips(config), _SCORED_TOKENS // num_tokens))
+    kind = tokens.score_kind
+    features = kind.features(width, values)
+    at_once = max(1, min(_clips(config), GPU_CHUNK_TOKENS // num_tokens))
     changed = num_tokens - geometry.tokens_per_slot
     numbers = at_once * (num_tokens * values + changed * (values + features))
-    number_bytes = FLOAT32_BYTES if tokens.score == "pixel" else weight_bytes
-    return cut_up + numbers * number_bytes + (width + mapped) * values * weight_bytes
+    number_bytes = weight_bytes if kind.num_maps else FLOAT32_BYTES  # the normalised pixels are float32
+    return cut_up + numbers * number_bytes + (width + kind.num_maps * features) * values * weight_bytes
 
 
 def held_bytes(config: Experiment) -> int:

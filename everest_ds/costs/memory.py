@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from everest_ds.config.batch import data_parallel_degree
+from everest_ds.config.mesh_shape import MeshShape
+from everest_ds.config.precision import VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
-from everest_ds.costs.activation_memory import VALUE_BYTES
 from everest_ds.costs.layer_memory import (
     Layer,
     gathered_bytes,
@@ -121,7 +121,7 @@ def predict_memory(
     Raises:
         ConfigError: parallelism.tensor does not divide the number of ranks.
     """
-    degree = data_parallel_degree(config, num_ranks)
+    degree = MeshShape.of(config, num_ranks).degrees.data
     passes = predict_passes(config)
     return peak_of(passes, state_memory(config, passes.num_parameters, degree, zero))
 

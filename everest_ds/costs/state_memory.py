@@ -33,13 +33,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
-from everest_ds.config.zero_settings import ZeroSettings, zero_settings
-from everest_ds.costs.activation_memory import VALUE_BYTES
+from everest_ds.config.zero_settings import ALLREDUCE_VALUES, ZeroSettings, zero_settings
 
-MASTER_BYTES = 4
-ADAMW_BYTES = 2 * 4  # two moments in float32
-_ALLREDUCE_VALUES = 500_000_000  # values that stage 0 all-reduces at once
+MASTER_BYTES = FLOAT32_BYTES
+ADAMW_BYTES = 2 * FLOAT32_BYTES  # two moments
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,7 @@ class StateMemory:
         Stage 0 reduces a flat copy of all gradients; the other stages average this rank's share.
         """
         if self.stage == 0:
-            return min(self.num_parameters, _ALLREDUCE_VALUES) * self.value_bytes
+            return min(self.num_parameters, ALLREDUCE_VALUES) * self.value_bytes
         if self.offloads_optimizer:
             return 0
         has_share = self.gradient_bytes(self.num_parameters) > 0

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
 from everest_ds.config.batch import BatchPlan, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.costs.communication_time import BlockStack, PassTime, state_terms, tensor_terms
@@ -139,7 +140,7 @@ def predict_step(
         ConfigError: the batch cannot be split over the ranks, the machine has no rates for the precision,
             or states are offloaded to NVMe.
     """
-    return assemble_step(predict_work(config, machine), config, plan_ranks(config, num_ranks), machine, zero)
+    return assemble_step(predict_work(config, machine), config, num_ranks, machine, zero)
 
 
 def predict_work(config: Experiment, machine: Machine) -> StepWork:
@@ -164,23 +165,23 @@ def _again(stack: BlockStack, mode: str) -> Work:
 
 
 def assemble_step(
-    work: StepWork, config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings | None = None
+    work: StepWork, config: Experiment, num_ranks: int, machine: Machine, zero: ZeroSettings | None = None
 ) -> StepPrediction:
     """Predict the step that consists of micro-batches of `work`."""
+    plan, shape = plan_ranks(config, num_ranks), MeshShape.of(config, num_ranks, machine.ranks_per_node)
     count, zero = plan.grad_accum_steps, zero or zero_settings(config)
     host = host_work(config, plan, zero)
     terms = [
         *_compute_terms(work.parts, count),
         _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),
-        *tensor_terms(config, plan, machine, work.stacks),
-        *state_terms(config, plan, machine, zero, work.passes(host, machine)),
+        *tensor_terms(config, plan, shape, machine, work.stacks),
+        *state_terms(config, plan, shape, machine, zero, work.passes(host, machine)),
     ]
     update_s = sum(term.seconds for term in terms if term.group == "optimizer")
     terms += _host_terms(host, work, update_s, count, machine)
     terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
     peak = machine.peak_flops_per_s.get(config.precision)
-    num_ranks = plan.data_parallel_degree * config.parallelism.tensor
     return StepPrediction(tuple(terms), plan.global_batch_size, flops, peak and peak * num_ranks)
 
 

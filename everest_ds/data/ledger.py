@@ -131,9 +131,7 @@ class Ledger:
         sample: Sample,
         reason: str,
         num_frames: int = 0,
-        *,
-        by_run: bool = False,
-        every_frame: bool = False,
+        source: CheckSource = "ends",
     ) -> LedgerEntry:
         """Append an entry about `sample`; several processes may do so at once.
 
@@ -141,14 +139,12 @@ class Ledger:
             sample: the sample that was looked at.
             reason: why the sample is broken; empty if it is not.
             num_frames: number of frames of the sample; 0 if they could not be counted.
-            by_run: the fault was found by a training run and not by a check; a later check looks again.
-            every_frame: all frames were decoded, not just the first and last.
+            source: origin of the entry; a check looks again at a fault that a `run` found.
 
         Raises:
             DataError: the file cannot be written.
         """
         size, changed = stamp(sample.path)
-        source: CheckSource = "run" if by_run else "every_frame" if every_frame else "ends"
         entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)
         try:
             with open(self.path, "ab+") as file:

@@ -22,8 +22,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from everest_ds.config.backbones import TransformerShape
+from everest_ds.config.precision import FLOAT16_BYTES, FLOAT32_BYTES
 
-FLOAT16_BYTES, FLOAT32_BYTES = 2, 4
 _KEPT_PER_VALUE = 2 * FLOAT32_BYTES + (2 + 3 + 1 + 4 + 4) * FLOAT16_BYTES
 _KEPT_PER_LOGIT = FLOAT32_BYTES + FLOAT16_BYTES
 # A frozen block's forward pass holds logits in fp16 and float32, their softmax, two copies of q, k and v, and

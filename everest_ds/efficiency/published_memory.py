@@ -10,12 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
+from everest_ds.config.precision import FLOAT16_BYTES, FLOAT32_BYTES
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.config.selections import pretrain_counts
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.costs.compute import count_parameters
 from everest_ds.efficiency.autocast_memory import (
-    FLOAT16_BYTES,
-    FLOAT32_BYTES,
     AutocastStack,
     kept_bytes,
     working_bytes,

@@ -15,11 +15,10 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.efficiency.arrange import Heading
 from everest_ds.efficiency.tables import ComparisonRow, FigureKind
 from everest_ds.errors import RunFolderError
-from everest_ds.training.run_folder import read_metrics
+from everest_ds.training.run_folder import EVALUATION_FILE, read_metrics
 from everest_ds.units import GIB
 
 TABLE = "runs"
-_EVALUATION_FILE = "evaluation.json"  # repeated from training.testing, because importing it imports DeepSpeed
 HEADING = Heading(
     title="Runs",
     text="Compute of one clip, memory of one rank and throughput of all ranks together, as the median of the"
@@ -95,7 +94,7 @@ def run_rows(run: Run) -> list[ComparisonRow]:
 
 def _read_run(folder: Path, name: str) -> Run:
     metrics = read_metrics(folder)
-    environment, tested = folder / "environment.json", folder / _EVALUATION_FILE
+    environment, tested = folder / "environment.json", folder / EVALUATION_FILE
     if not environment.is_file():
         raise RunFolderError(
             f"{folder}: {environment.name} is missing", fix="give the folder of a run that has trained"

@@ -84,7 +84,7 @@ def extract(
     def note(failure: Failure) -> None:
         failures.append(Problem(missing[failure.sample], failure.reason))
         if failure.damaged:
-            ledger.record(missing[failure.sample], failure.reason, by_run=True)
+            ledger.record(missing[failure.sample], failure.reason, source="run")
 
     def progress(num_views: int) -> None:
         on_progress(settled + num_views // views.num_views)

@@ -170,6 +170,6 @@ def _notes(source: WeightSource, system: str) -> list[str]:
         notes.append(
             f"LayerNorms have epsilon {LAYER_NORM_EPS:g} in {system} and {model.norm_eps:g} in this model"
         )
-    if system != "everest" and tokens.selection in ("rero", "random") and tokens.keep_ratio < 1:
+    if system != "everest" and tokens.rule.keeps_share and tokens.keep_ratio < 1:
         notes.append(f"this model keeps {tokens.keep_ratio:g} of the tokens ({tokens.selection})")
     return notes

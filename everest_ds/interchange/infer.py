@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment, build_experiment
 from everest_ds.config.backbones import BACKBONES
+from everest_ds.config.selections import SELECTIONS
 from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.files import RawWeights
@@ -170,7 +171,7 @@ def _tokens(said: Mapping[str, Any]) -> InferredTree:
     if said.get("mask_type") not in _MASKS:
         return {}
     tokens: InferredTree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
-    if tokens["selection"] == "rero":
+    if SELECTIONS[tokens["selection"]].keeps_share:
         tokens["keep_ratio"] = _kept(said["motion_centric_masking_ratio"])
     return tokens
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from everest_ds.errors import UsageError
-from everest_ds.jobs.submission import Stage, Target, check_run, load_task, without_gpus
+from everest_ds.jobs.job_checks import Stage, Target, check_run, load_task, without_gpus
 
 _STAGES = ("pretrain", "finetune", "evaluate")
 

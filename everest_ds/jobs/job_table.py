@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import load_experiment
-from everest_ds.errors import EverestError
+from everest_ds.errors import EverestError, UsageError
 from everest_ds.jobs.events import EVENTS_FILE, JobEvent, read_events
-from everest_ds.jobs.slurm_state import JobState, query_jobs
+from everest_ds.jobs.slurm_state import JobState, is_job_id, query_jobs
 from everest_ds.jobs.status import JobStatus, job_status
-from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
-from everest_ds.training.run_folder import CONFIG_FILE, METRICS_FILE
+from everest_ds.jobs.sweep_file import SWEEP_FILE
+from everest_ds.training.run_folder import CONFIG_FILE, EVALUATION_FILE, METRICS_FILE
 from everest_ds.units import GIB
 
+RUNS = Path("runs")  # the folder in which jobs are looked up by their number
 # Subfolders of a run that hold many files and never another run: skipping them keeps the search fast.
 _NOT_SEARCHED = frozenset({"checkpoints", "tensorboard", "logs"})
 _DEEPEST = 6
@@ -45,7 +46,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class JobRow:
-    """One job of one run: its SLURM state, its events and its verdict."""
+    """One job of one run: its SLURM state, its events, its progress and its status."""
 
     run: Path
     job_id: str
@@ -53,13 +54,13 @@ class JobRow:
     slurm: JobState | None
     events: tuple[JobEvent, ...]
     progress: Progress
-    verdict: JobStatus
+    status: JobStatus
 
     @property
     def restarts(self) -> int:
         """The number of times that the job was restarted."""
-        told = self.slurm.restarts if self.slurm else None
-        return max([told or 0, *(event.restarts for event in self.events)])
+        known = self.slurm.restarts if self.slurm else None
+        return max([known or 0, *(event.restarts for event in self.events)])
 
     @property
     def is_over(self) -> bool:
@@ -101,10 +102,26 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
     return list(found)
 
 
+def find_jobs(names: Sequence[str]) -> list[JobRow]:
+    """Return the jobs that each run folder or job number names.
+
+    For a run folder these are its live jobs, or else its unfinished jobs, or else its last job.
+
+    Raises:
+        UsageError: there is no such run or job.
+    """
+    return [row for name in names for row in _find(name)]
+
+
+def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
+    """Sort jobs in the order of their submission, those without SLURM first."""
+    return sorted(rows, key=_numbers)
+
+
 def job_rows(runs: Sequence[Path]) -> list[JobRow]:
     """Return the live jobs and the last job of each task, in the order of `runs`."""
     events = {run: sorted(read_events(run), key=lambda event: event.seconds) for run in runs}
-    known = query_jobs(event.job_id for told in events.values() for event in told)
+    known = query_jobs(event.job_id for logged in events.values() for event in logged)
     return [row for run in runs for row in _rows_of(run, events[run], known)]
 
 
@@ -113,7 +130,7 @@ def read_progress(run: Path) -> Progress:
     rows = list(_last_rows(run / METRICS_FILE))
     steps = [row for row in rows if "loss" in row]
     validated = [row["val_top1"] for row in rows if "val_top1" in row]
-    tested = _read_json(run / "evaluation.json").get("top1")
+    tested = _read_json(run / EVALUATION_FILE).get("top1")
     top1 = tested if tested is not None else max(validated, default=None)
     if not steps:
         return Progress(top1=top1)
@@ -128,20 +145,39 @@ def read_progress(run: Path) -> Progress:
     )
 
 
+def _find(name: str) -> list[JobRow]:
+    if Path(name).is_dir():
+        rows = job_rows(find_runs([Path(name)]))
+        live = [row for row in rows if not row.is_over]
+        chosen = live or [row for row in rows if row.status.state != "finished"] or rows[-1:]
+    elif is_job_id(name):
+        rows = job_rows(find_runs([RUNS]))
+        chosen = [row for row in rows if row.job_id == name or row.job_id.startswith(f"{name}_")]
+    else:
+        chosen = []
+    if not chosen:
+        raise UsageError("no such run or job", given=repr(name), fix="`everest-ds jobs` lists all jobs")
+    return chosen
+
+
+def _numbers(row: JobRow) -> tuple[int, ...]:
+    return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
+
+
 def _rows_of(run: Path, events: Sequence[JobEvent], known: dict[str, JobState]) -> Iterator[JobRow]:
     jobs: dict[str, list[JobEvent]] = {}
     for event in events:
         state = known.get(event.job_id)
         jobs.setdefault(state.job_id if state else event.job_id, []).append(event)
-    last_of_task = {_task(told): job_id for job_id, told in jobs.items()}
+    last_of_task = {_task(own_events): job_id for job_id, own_events in jobs.items()}
     progress = read_progress(run)
-    for job_id, told in jobs.items():
-        state, task = known.get(job_id), _task(told)
-        lives = state is not None and not state.is_over
-        if lives or last_of_task[task] == job_id:
+    for job_id, own_events in jobs.items():
+        state, task = known.get(job_id), _task(own_events)
+        is_live = state is not None and not state.is_over
+        if is_live or last_of_task[task] == job_id:
             shown = progress if task in (*_TRAINING, "sweep", "") else Progress(top1=progress.top1)
-            verdict = job_status(shlex.quote(str(run)), job_id, state, told)
-            yield JobRow(run, job_id, task, state, tuple(told), shown, verdict)
+            status = job_status(shlex.quote(str(run)), job_id, state, own_events)
+            yield JobRow(run, job_id, task, state, tuple(own_events), shown, status)
 
 
 def _task(events: Sequence[JobEvent]) -> str:

@@ -1,4 +1,4 @@
-"""`everest-ds submit ... --local`: run the jobs of a submission on this machine, one after another."""
+"""The jobs of a submission run on this machine, one after another and without SLURM."""
 
 from __future__ import annotations
 
@@ -9,25 +9,30 @@ from subprocess import call
 
 from everest_ds.errors import ExitCode
 from everest_ds.jobs.events import Event, JobEvent, append_event
+from everest_ds.jobs.job_checks import Stage
+from everest_ds.jobs.job_plan import Submission
 from everest_ds.jobs.status import LOCAL, explain_exit_code
-from everest_ds.jobs.submission import Stage
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import SweepCandidate
 
 _OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
 
 
-def run_stages(stages: Sequence[Stage]) -> int:
-    """Run the stages one after another until one fails; return the exit code of the last stage that ran."""
-    for stage in stages:
+def run_here(submission: Submission) -> int:
+    """Run the jobs of a submission on this machine, and return the exit code of the last job if it failed.
+
+    A chain ends at the first job that fails. In a sweep, only a stop ends the remaining runs.
+    """
+    if submission.swept:
+        return _run_sweep(submission.stages[0], submission.swept)
+    for stage in submission.stages:
         code = _run(stage.command, stage.arguments, stage.shape.num_ranks, stage.run)
         if code:
             return code
     return ExitCode.OK
 
 
-def run_sweep(stage: Stage, swept: Sequence[SweepCandidate]) -> int:
-    """Run every candidate of a sweep, failures included; only a stop ends the sweep early."""
+def _run_sweep(stage: Stage, swept: Sequence[SweepCandidate]) -> int:
     assert stage.run is not None
     keep_candidates(stage, swept)
     for candidate in swept:

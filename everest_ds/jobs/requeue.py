@@ -11,9 +11,9 @@ from typing import Literal
 
 from everest_ds.errors import ExitCode, RestartError, UsageError
 from everest_ds.jobs.events import JobEvent, append_event, read_events
+from everest_ds.jobs.slurm_state import SIGNAL_CODE
+from everest_ds.training.stop import StopReason
 
-# Stop reason of a run that the user stopped with a file: the job must not be requeued.
-STOPPED_BY_FILE = "RUN/kill"
 # Starts from the same step after which a job counts as stuck: two can be bad luck.
 _FRUITLESS_STARTS = 3
 _MAX_RESTARTS = 50
@@ -126,15 +126,15 @@ def decide_requeue(job: SlurmJob, events: Sequence[JobEvent], code: int, state: 
         code: srun's exit code.
         state: SLURM's state and reason of the job, such as `RUNNING/None`.
     """
-    mine = [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
-    verdict = _by_events(mine, code)
-    if not verdict.requeue:
-        return verdict
+    decision = _decide_by_events(_events_of_start(job, events), code)
+    if not decision.requeue:
+        return decision
     if not may_be_requeued(state):
-        return RequeueDecision(False, f"{verdict.reason}; SLURM reports {state}")
+        return RequeueDecision(False, f"{decision.reason}; SLURM reports {state}")
     if job.restarts >= job.max_restarts:
-        return RequeueDecision(False, f"{verdict.reason}; restarted {job.restarts} times, which is the limit")
-    return verdict
+        limit = f"restarted {job.restarts} times, which is the limit"
+        return RequeueDecision(False, f"{decision.reason}; {limit}")
+    return decision
 
 
 def may_be_requeued(state: str) -> bool:
@@ -146,44 +146,47 @@ def may_be_requeued(state: str) -> bool:
     return name == "RUNNING" or reason == "TimeLimit"
 
 
-def _by_events(mine: Sequence[JobEvent], code: int) -> RequeueDecision:
+def _events_of_start(job: SlurmJob, events: Sequence[JobEvent]) -> list[JobEvent]:
+    return [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
+
+
+def _decide_by_events(events: Sequence[JobEvent], code: int) -> RequeueDecision:
     """Decide from the events that the ranks logged, or from the exit code if there are none."""
-    own = [e for e in mine if e.event == "failed" and e.code not in (None, ExitCode.RANK_LOST)]
-    if own:
-        is_node = own[0].code == ExitCode.BAD_NODE
-        return RequeueDecision(is_node, own[0].reason or "failed", own[0].nodes if is_node else None)
-    last = next((e for e in reversed(mine) if e.event in ("stopped", "finished", "failed")), None)
+    failures = [e for e in events if e.event == "failed" and e.code not in (None, ExitCode.RANK_LOST)]
+    if failures:
+        first, is_node = failures[0], failures[0].code == ExitCode.BAD_NODE
+        return RequeueDecision(is_node, first.reason or "failed", first.nodes if is_node else None)
+    last = next((e for e in reversed(events) if e.event in ("stopped", "finished", "failed")), None)
     if last is not None and last.event == "stopped":
-        return RequeueDecision(last.reason != STOPPED_BY_FILE, f"stopped by {last.reason}")
+        return RequeueDecision(last.reason != StopReason.KILL.origin, f"stopped by {last.reason}")
     if code == ExitCode.OK or (last is not None and last.event == "finished"):
         return RequeueDecision(False, "finished")
     if last is not None:
         return RequeueDecision(True, last.reason or "a rank was lost")
-    return _by_code(code)
+    return _decide_by_code(code)
 
 
-def _by_code(code: int) -> RequeueDecision:
+def _decide_by_code(code: int) -> RequeueDecision:
     if code == ExitCode.STOPPED:
         return RequeueDecision(True, "stopped before the first step")
-    if code > 128:  # a shell reports signal n as 128 + n
-        return RequeueDecision(True, f"a rank was killed by signal {code - 128}")
+    if code > SIGNAL_CODE:
+        return RequeueDecision(True, f"a rank was killed by signal {code - SIGNAL_CODE}")
     return RequeueDecision(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
 
 
 def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
     """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
     events = read_events(run)
-    verdict = decide_requeue(job, events, code, state)
-    told = any(e.job_id == job.job_id and e.restarts == job.restarts and e.event != "started" for e in events)
-    if verdict.requeue:
-        _append(run, job.event("requeued", reason=verdict.reason))
-    elif not told:
+    decision = decide_requeue(job, events, code, state)
+    if decision.requeue:
+        _append(run, job.event("requeued", reason=decision.reason))
+    elif all(event.event == "started" for event in _events_of_start(job, events)):
         kind: JobEventKind = "finished" if code == ExitCode.OK else "failed"
-        _append(run, job.event(kind, reason=verdict.reason, code=code))
-    return verdict
+        _append(run, job.event(kind, reason=decision.reason, code=code))
+    return decision
 
 
-def note(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
+def log_event(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
     """Log an event of this rank, if the rank belongs to a SLURM job.
 
     A log that cannot be written is reported on stderr and does not hide the event that was to be logged.

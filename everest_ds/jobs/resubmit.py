@@ -1,49 +1,31 @@
-"""Submission of jobs, with a record in the run folder from which `everest-ds requeue` submits them again."""
+"""The record of a submitted job in its run folder, from which the job can be submitted again."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from everest_ds.errors import RunFolderError
 from everest_ds.jobs.events import JobEvent, append_event
+from everest_ds.jobs.job_table import JobRow
 from everest_ds.jobs.sbatch import BatchJob, JobShape
 from everest_ds.jobs.slurm import submit_job
 
 
-def queue(job: BatchJob, command: str, runs: Mapping[str, Path], home: Path | None) -> str:
-    """Submit a job, record it in its run folders, and return its id.
-
-    Args:
-        job: arguments of the sbatch call.
-        command: command of the job in the event log, such as pretrain or finetune.
-        runs: suffix of the job's id ("" or "_4") -> run folder that logs the event.
-        home: folder that records the job for `requeue`; None for no record.
+def keep_job(home: Path, command: str, job: BatchJob) -> None:
+    """Record a job in the folder that it is submitted for, so that `load_job` can read it.
 
     Raises:
-        UsageError: if SLURM rejects the job.
-        RunFolderError: if a folder cannot be written.
+        OSError: if the folder cannot be written.
     """
-    try:
-        for folder in [*runs.values(), *([job.logs] if job.logs else [])]:
-            folder.mkdir(parents=True, exist_ok=True)
-        if home is not None:
-            _file(home, command).write_text(_as_json(job))
-    except OSError as error:
-        raise RunFolderError("the run folder cannot be written", given=str(error)) from None
-    asked = time.time()  # taken now, because the job may start and log events before sbatch returns
-    job_id = submit_job(job)
-    for suffix, run in runs.items():
-        event = JobEvent("submitted", f"{job_id}{suffix}", nodes=None, task=command, seconds=asked)
-        append_event(run, event)
-    return job_id
+    row = {**asdict(job), "folder": str(Path.cwd())}
+    _file(home, command).write_text(json.dumps(row, indent=2, default=str) + "\n")
 
 
 def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
-    """Read the job that `queue` recorded, and the folder to which its relative paths refer.
+    """Read the job that `keep_job` recorded, and the folder to which its relative paths refer.
 
     Raises:
         RunFolderError: if the folder holds no readable record of such a job.
@@ -71,9 +53,25 @@ def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
     return job, folder
 
 
+def submit_again(row: JobRow, after: str | None = None) -> str:
+    """Submit an ended job again from its record, and return the id of the new job.
+
+    Args:
+        row: the ended job; for a run of a sweep, only its task of the array job is submitted.
+        after: id of a job that the new job waits for.
+
+    Raises:
+        RunFolderError: if the run folder holds no readable record of the job.
+        UsageError: if SLURM rejects the job.
+    """
+    task = row.job_id.partition("_")[2] if row.home != row.run else None
+    job, folder = load_job(row.home, "sweep" if task else row.task)
+    seconds = time.time()  # taken now, because the job may start and log events before sbatch returns
+    job = replace(job, dependency=f"afterok:{after}" if after else None, array=task)
+    job_id = submit_job(job, folder) + (f"_{task}" if task else "")
+    append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=seconds))
+    return job_id
+
+
 def _file(home: Path, command: str) -> Path:
     return home / f"submit-{command}.json"
-
-
-def _as_json(job: BatchJob) -> str:
-    return json.dumps({**asdict(job), "folder": str(Path.cwd())}, indent=2, default=str) + "\n"

@@ -15,7 +15,7 @@ from everest_ds.jobs.slurm import answer, call, has_slurm
 _SQUEUE = "JobArrayID JobID State exit_code RestartCnt TimeUsed NumNodes NodeList Reason".split()
 _SACCT = "JobID JobIDRaw State ExitCode Elapsed NNodes NodeList Reason".split()
 _JOB_ID = re.compile(r"[0-9]{1,18}(_[0-9]{1,18})?")
-_SIGNAL_CODE = 128
+SIGNAL_CODE = 128  # a shell reports signal n as exit code 128 + n
 # Job ids in one call, because the length of a command line is limited.
 _AT_ONCE = 500
 
@@ -163,9 +163,9 @@ def _add(found: dict[str, JobState], states: Sequence[JobState]) -> None:
 
 def _from_wait_status(status: int) -> int:
     signal = status & 0x7F
-    return _SIGNAL_CODE + signal if signal else status >> 8
+    return SIGNAL_CODE + signal if signal else status >> 8
 
 
 def _from_pair(code: str) -> int:
     exit_code, _, signal = code.partition(":")
-    return _SIGNAL_CODE + int(signal) if signal not in ("", "0") else int(exit_code or 0)
+    return SIGNAL_CODE + int(signal) if signal not in ("", "0") else int(exit_code or 0)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from everest_ds.errors import ExitCode
 from everest_ds.jobs.events import JobEvent
-from everest_ds.jobs.slurm_state import JobState
+from everest_ds.jobs.slurm_state import SIGNAL_CODE, JobState
 
 LOCAL = "local"  # the id of a job that runs without SLURM
-_GO_ON = "`everest-ds requeue {run}` resumes from the newest checkpoint"
+_RESUME = "`everest-ds requeue {run}` resumes from the newest checkpoint"
 _READ_LOGS = "`everest-ds logs {run} --job` shows the cause; correct it, then submit again"
 
 # State -> next action; {run} and {job} are filled in.
@@ -21,15 +21,15 @@ NEXT = {
     "running": "`everest-ds logs {run} -f`",
     "ending": "nothing: SLURM is releasing the job's nodes",
     "finished": "`everest-ds report {run}`",
-    "stopped": _GO_ON,
-    "preempted": _GO_ON,
-    "node failure": f"{_GO_ON}; add --exclude=NODE to submit if a node fails again",
-    "time limit": f"{_GO_ON}; if nothing was saved, submit with --signal=USR1@600",
-    "cancelled": _GO_ON,
-    "rank lost": f"{_GO_ON}; `everest-ds logs {{run}} --job` names the rank",
+    "stopped": _RESUME,
+    "preempted": _RESUME,
+    "node failure": f"{_RESUME}; add --exclude=NODE to submit if a node fails again",
+    "time limit": f"{_RESUME}; if nothing was saved, submit with --signal=USR1@600",
+    "cancelled": _RESUME,
+    "rank lost": f"{_RESUME}; `everest-ds logs {{run}} --job` names the rank",
     "out of memory": "submit again with a lower batch.micro_batch_size, or with recompute.mode=attention",
     "out of host memory": "submit again with fewer data.num_workers, or with more --mem",
-    "bad node": f"{_GO_ON}; report the node to its administrators, or exclude it with --exclude",
+    "bad node": f"{_RESUME}; report the node to its administrators, or exclude it with --exclude",
     "too many restarts": "remove the cause, then `everest-ds requeue {run}`",
     "diverged": "lower schedule.base_lr or set optimizer.clip_grad_norm, in another run.dir",
     "dependency failed": "correct the job that this one depends on, then submit again",
@@ -37,7 +37,7 @@ NEXT = {
     "forgotten": "SLURM no longer knows the job; `everest-ds requeue {run}` submits it again",
 }
 
-_OF_SLURM = {
+_STATE_OF_SLURM_STATE = {
     "COMPLETED": "finished",
     "PREEMPTED": "preempted",
     "NODE_FAIL": "node failure",
@@ -49,7 +49,7 @@ _OF_SLURM = {
     "SPECIAL_EXIT": "held",
     "COMPLETING": "ending",
 }
-_OF_EXIT_CODE = {
+_STATE_OF_EXIT_CODE = {
     ExitCode.STOPPED: "stopped",
     ExitCode.OUT_OF_MEMORY: "out of memory",
     ExitCode.RANK_LOST: "rank lost",
@@ -57,7 +57,7 @@ _OF_EXIT_CODE = {
     ExitCode.BAD_NODE: "bad node",
     ExitCode.RESTARTS: "too many restarts",
 }
-_MEANING = {
+_EXIT_CODE_MEANING = {
     ExitCode.FAILURE: "a bug or an unforeseen failure",
     ExitCode.USAGE: "the command line or the config is wrong",
     ExitCode.DATA: "a video, a manifest or a label is missing or damaged",
@@ -70,7 +70,7 @@ _MEANING = {
     ExitCode.DIVERGED: "the loss is no longer finite",
     ExitCode.STOPPED: "stopped on request and saved",
 }
-_OF_LAST_EVENT = {"finished": "finished", "failed": "failed", "stopped": "stopped"}
+_ENDS = ("finished", "failed", "stopped")  # the events that end a job, which are also states
 
 
 @dataclass(frozen=True)
@@ -82,67 +82,67 @@ class JobStatus:
     next: str
 
 
-def job_status(run: str, job_id: str, state: JobState | None, events: Sequence[JobEvent]) -> JobStatus:
+def job_status(run: str, job_id: str, record: JobState | None, events: Sequence[JobEvent]) -> JobStatus:
     """Derive the status of a job from SLURM's record and from the job's own events.
 
     Args:
         run: the run folder, quoted for a shell.
         job_id: id of the job.
-        state: SLURM's record of the job; None if SLURM no longer knows the job.
+        record: SLURM's record of the job; None if SLURM no longer knows the job.
         events: events of this job, oldest first.
     """
-    word = _word(state, events)
-    return JobStatus(word, _reason(word, state, events), NEXT[word].format(run=run, job=job_id))
+    state = _state_by_events(events) if record is None else _state_by_record(record, events)
+    return JobStatus(state, _reason(state, record, events), NEXT[state].format(run=run, job=job_id))
 
 
 def explain_exit_code(code: int) -> str:
     """Explain an exit code in words: `7` -> `exit code 7: accelerator memory is full`."""
-    if code > 128:
-        return f"ended by signal {code - 128}"
-    meaning = _MEANING.get(ExitCode(code)) if code in list(ExitCode) else None
+    if code > SIGNAL_CODE:
+        return f"ended by signal {code - SIGNAL_CODE}"
+    meaning = _EXIT_CODE_MEANING.get(ExitCode(code)) if code in list(ExitCode) else None
     return f"exit code {code}: {meaning}" if meaning else f"exit code {code}"
 
 
-def _word(state: JobState | None, events: Sequence[JobEvent]) -> str:
-    if state is None:
-        return _of_events(events)
-    if state.waits:
-        return _waiting(state, events)
-    if state.runs:
-        return _OF_SLURM.get(state.state, "running")
-    if state.state.startswith("CANCELLED"):
-        return "dependency failed" if "Dependency" in state.reason else "cancelled"
-    return _OF_SLURM.get(state.state) or _OF_EXIT_CODE.get(_as_exit_code(state.exit_code), "failed")
-
-
-def _of_events(events: Sequence[JobEvent]) -> str:
-    """Return the state of a job that SLURM no longer knows, or that ran without SLURM, from its events."""
-    ends = [event for event in events if event.event in _OF_LAST_EVENT]
+def _state_by_events(events: Sequence[JobEvent]) -> str:
+    """Return the state of a job that SLURM no longer knows, or that ran without SLURM."""
+    ends = [event for event in events if event.event in _ENDS]
     if not ends or events[-1].event == "started":
         return "running" if events and events[-1].job_id == LOCAL else "forgotten"
-    code = ends[-1].code
-    return _OF_EXIT_CODE.get(_as_exit_code(code), "failed") if code else _OF_LAST_EVENT[ends[-1].event]
+    return _state_by_exit_code(ends[-1].code) if ends[-1].code else ends[-1].event
 
 
-def _waiting(state: JobState, events: Sequence[JobEvent]) -> str:
-    if "NeverSatisfied" in state.reason:
+def _state_by_record(record: JobState, events: Sequence[JobEvent]) -> str:
+    if record.waits:
+        return _state_in_queue(record, events)
+    if record.runs:
+        return _STATE_OF_SLURM_STATE.get(record.state, "running")
+    if record.state.startswith("CANCELLED"):
+        return "dependency failed" if "Dependency" in record.reason else "cancelled"
+    return _STATE_OF_SLURM_STATE.get(record.state) or _state_by_exit_code(record.exit_code)
+
+
+def _state_in_queue(record: JobState, events: Sequence[JobEvent]) -> str:
+    if "NeverSatisfied" in record.reason:
         return "dependency failed"
-    if "Held" in state.reason or state.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
+    if "Held" in record.reason or record.state in ("REQUEUE_HOLD", "SPECIAL_EXIT"):
         return "held"
-    started_before = bool(state.restarts) or any(event.event == "started" for event in events)
+    started_before = bool(record.restarts) or any(event.event == "started" for event in events)
     return "requeued" if started_before else "queued"
 
 
-def _reason(word: str, state: JobState | None, events: Sequence[JobEvent]) -> str:
-    told = [event.reason for event in events if event.reason]
-    if told and word not in ("running", "ending", "finished"):
-        return told[-1]
-    if state is None or word in ("running", "ending", "finished"):
+def _state_by_exit_code(code: int) -> str:
+    known = ExitCode(code) if code in list(ExitCode) else ExitCode.FAILURE
+    return _STATE_OF_EXIT_CODE.get(known, "failed")
+
+
+def _reason(state: str, record: JobState | None, events: Sequence[JobEvent]) -> str:
+    if state in ("running", "ending", "finished"):
         return ""
-    if state.exit_code and state.reason in ("", "NonZeroExitCode"):
-        return explain_exit_code(state.exit_code)
-    return state.reason
-
-
-def _as_exit_code(code: int) -> ExitCode:
-    return ExitCode(code) if code in list(ExitCode) else ExitCode.FAILURE
+    logged = [event.reason for event in events if event.reason]
+    if logged:
+        return logged[-1]
+    if record is None:
+        return ""
+    if record.exit_code and record.reason in ("", "NonZeroExitCode"):
+        return explain_exit_code(record.exit_code)
+    return record.reason

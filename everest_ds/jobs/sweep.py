@@ -1,4 +1,4 @@
-"""The plan of `everest-ds submit sweep`: the runs of one array job, each checked before the job queues."""
+"""The runs of a sweep: their plan as one array job, checked before the job queues, and their results."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.errors import EverestError, RunFolderError, UsageError
-from everest_ds.jobs.submission import Stage, Target, check_run
+from everest_ds.jobs.job_checks import Stage, Target, check_run
+from everest_ds.jobs.job_table import JobRow, Progress, job_rows
 from everest_ds.jobs.sweep_file import (
     SWEEP_FILE,
     SweepCandidate,
@@ -58,6 +60,37 @@ def keep_candidates(stage: Stage, swept: Sequence[SweepCandidate]) -> None:
         write_candidates(stage.run / SWEEP_FILE, swept)
     except OSError as error:
         raise RunFolderError(f"{stage.run}: cannot be written", given=str(error)) from None
+
+
+def sweep_results(folder: Path) -> list[dict[str, Any]]:
+    """Return one row per run of a sweep: its settings, state, loss, accuracy, speed and memory.
+
+    Raises:
+        UsageError: the folder does not hold the candidates of a sweep.
+    """
+    swept = read_candidates(folder / SWEEP_FILE)
+    jobs = {row.run: row for row in job_rows([folder / candidate.name for candidate in swept])}
+    settings = [dict(text.partition("=")[::2] for text in candidate.settings) for candidate in swept]
+    keys = list(dict.fromkeys(key for values in settings for key in values))
+    return [
+        _result(candidate.name, {key: values.get(key, "") for key in keys}, jobs.get(folder / candidate.name))
+        for candidate, values in zip(swept, settings, strict=True)
+    ]
+
+
+def _result(name: str, settings: dict[str, str], job: JobRow | None) -> dict[str, Any]:
+    progress = job.progress if job else Progress()
+    return {
+        "run": name,
+        **settings,
+        "state": job.status.state if job else "not submitted",
+        "step": progress.step,
+        "loss": progress.loss,
+        "top1": progress.top1,
+        "clips_per_s": progress.clips_per_s,
+        "memory_gib": progress.memory_gib,
+        "reason": job.status.reason if job else "",
+    }
 
 
 def _candidate(

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Attention logits per chunk, in values: in bfloat16 they fit into the caches of a few cores.
-_CHUNK_LOGITS = 2**20
+from everest_ds.config.backbones import heads_per_chunk
 
 
 def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ class _ChunkedAttention(torch.autograd.Function):
 
 
 def _chunks(num_heads: int, num_tokens: int) -> Iterator[slice]:
-    """Yield slices over the B·h heads, of at most _CHUNK_LOGITS logits but at least two heads each."""
-    step = max(2, _CHUNK_LOGITS // num_tokens**2)
+    """Yield slices over the B·h heads, each of `heads_per_chunk` heads."""
+    step = heads_per_chunk(num_tokens)
     for first in range(0, num_heads, step):
         yield slice(first, first + step)

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.parallel.world import World
 
 _REPEATS = 5
@@ -50,9 +51,9 @@ def _group_sizes(num_ranks: int) -> list[int]:
 
 
 def _measure_group(world: World, ranks: int, sizes: Sequence[int]) -> Iterator[CollectiveTime]:
-    firsts = range(0, world.size, ranks)
-    groups = [dist.new_group(list(range(first, first + ranks))) for first in firsts]
-    group = groups[world.rank // ranks]
+    shape = MeshShape.over(world.size, tensor=ranks)
+    groups = [dist.new_group(members) for members in shape.groups("tensor")]
+    group = groups[shape.coordinates(world.rank).data]
     for num_bytes in sizes:
         values = torch.zeros(num_bytes // 4 // ranks * ranks, device=world.device)
         for name, call in _calls(values, values[: len(values) // ranks].clone(), group).items():

@@ -14,7 +14,7 @@ from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.models.precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
-from everest_ds.parallel.mesh import form_mesh
+from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.sharded_init import InitialWeights, fill, set_masters
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
@@ -28,7 +28,7 @@ def build_engine(
     groups: Sequence[dict[str, Any]],
     config: Experiment,
     ds_config: dict[str, Any],
-    world: World,
+    mesh: Mesh,
     weights: InitialWeights | None = None,
 ) -> Engine:
     """Parallelise `model` and return its DeepSpeed engine. The order of the seven steps matters.
@@ -38,22 +38,21 @@ def build_engine(
         groups: the optimiser's groups of the model's parameters.
         config: the run config.
         ds_config: from `resolve_ds_config`.
-        world: the ranks of the run.
+        mesh: the ranks of the run, from `form_mesh`.
         weights: the initial weights of a model on the meta device; None if the model has weights.
     """
     import deepspeed  # heavy
 
-    check_precision(config, world)
+    check_precision(config, mesh.world)
     set_matmul_precision(config.precision)
-    mesh = form_mesh(world, config.parallelism.tensor)
     # 1. Tensor parallelism replaces modules, so it comes before everything that changes modules in place.
-    if mesh.tensor_degree > 1:
+    if mesh.degrees.tensor > 1:
         apply_tensor_parallel(model, mesh)
     # 2. Each rank fills in its share of the weights, which the tensor-parallel split has just determined.
     if weights is not None:
         fill(model, weights, config.precision, ds_config, mesh)
     # 3. The blocks are compiled before recomputation wraps them, so that it repeats compiled code.
-    apply_compile(model, config, world)
+    apply_compile(model, config, mesh.world)
     # 4. Recompute wraps modules before ZeRO-3 attaches its hooks to them.
     apply_recompute(model, config.recompute, mesh.mpu)
     # 5. The optimiser receives this rank's parameters before ZeRO replaces them by its partitions.

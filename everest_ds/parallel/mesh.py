@@ -1,13 +1,4 @@
-"""The mesh of data-parallel x tensor-parallel ranks, built on fairscale's process groups.
-
-Ranks 0 .. t-1 hold one copy of the model between them, ranks t .. 2t-1 the next:
-
-    rank    0 1 | 2 3 | 4 5      t = 2: two neighbours form a tensor group, and
-    tensor  0 1 | 0 1 | 0 1      all ranks with the same tensor rank form a data group.
-    data    0 0 | 1 1 | 2 2
-
-Every layer ends in an all-reduce over the tensor group, so the group must lie within one node.
-"""
+"""The process groups of a run, which are fairscale's; `everest_ds.config.mesh_shape` arranges the ranks."""
 
 from __future__ import annotations
 
@@ -18,62 +9,48 @@ from typing import Any
 
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from everest_ds.errors import UsageError
+from everest_ds.config.mesh_shape import MeshShape, PerAxis
 from everest_ds.parallel.world import World
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a world, arranged as data_degree x tensor_degree."""
+    """The ranks of a world, arranged in a shape."""
 
     world: World
-    tensor_degree: int = 1
+    shape: MeshShape
 
     @property
-    def tensor_rank(self) -> int:
-        """The index of this rank within its tensor group, whose ranks share every layer."""
-        return self.world.rank % self.tensor_degree
+    def degrees(self) -> PerAxis:
+        """The number of ranks along each axis."""
+        return self.shape.degrees
 
     @property
-    def data_rank(self) -> int:
-        """The index of the share of clips that this rank reads; the same within a tensor group."""
-        return self.world.rank // self.tensor_degree
+    def coordinates(self) -> PerAxis:
+        """The index of this rank along each axis.
 
-    @property
-    def data_degree(self) -> int:
-        """The number of copies of the model."""
-        return self.world.size // self.tensor_degree
+        Along `data`, the index counts shares of the clips and partitions of ZeRO; along `tensor`, the shards
+        of every layer.
+        """
+        return self.shape.coordinates(self.world.rank)
 
     @property
     def mpu(self) -> Any:
         """The model-parallel unit that DeepSpeed queries for groups; None without tensor parallelism."""
-        return fairscale_groups if self.tensor_degree > 1 else None
+        return fairscale_groups if self.shape.degrees.tensor > 1 else None
 
 
-def form_mesh(world: World, tensor_degree: int) -> Mesh:
-    """Lay out the ranks and join this rank's groups; call on every rank. Existing groups are reused.
+def form_mesh(world: World, shape: MeshShape) -> Mesh:
+    """Join the groups of this rank; call on every rank. Existing groups of the same size are reused.
 
     Raises:
         UsageError: on every rank, if a tensor group would span nodes.
     """
-    mesh = Mesh(world, tensor_degree)
+    tensor_degree = shape.degrees.tensor
     if tensor_degree > 1:
-        world.together(lambda: _check_within_node(mesh))
+        world.together(lambda: shape.check_placement(world.rank, world.local_rank, world.local_size))
         _join_groups(tensor_degree)
-    return mesh
-
-
-def _check_within_node(mesh: Mesh) -> None:
-    """Check that all ranks of this rank's tensor group exist on this node, by the launcher's local ranks."""
-    world = mesh.world
-    first = world.local_rank - mesh.tensor_rank
-    if first < 0 or first + mesh.tensor_degree > world.local_size:
-        raise UsageError(
-            f"parallelism.tensor: rank {world.rank} has ranks of its tensor group on another node",
-            given=f"tensor={mesh.tensor_degree}, rank {world.local_rank} of {world.local_size} on its node",
-            allowed="ranks in order of nodes, and on each node a multiple of the tensor degree",
-            fix="change parallelism.tensor or the ranks per node (--ntasks-per-node, --distribution=block)",
-        )
+    return Mesh(world, shape)
 
 
 def _join_groups(tensor_degree: int) -> None:

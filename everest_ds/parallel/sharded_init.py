@@ -63,7 +63,7 @@ def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
 
 def _shard(parameter: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
     split = split_of(parameter)
-    return whole if split is None else split.take(whole, mesh.tensor_rank, mesh.tensor_degree)
+    return whole if split is None else split.take(whole, mesh.coordinates.tensor, mesh.degrees.tensor)
 
 
 def _materialize(parameter: nn.Parameter, value: Tensor) -> None:

@@ -107,7 +107,7 @@ def merge_shards(parameter: Tensor, shard: Tensor) -> Tensor:
 
 
 def _keep_shard(parameter: nn.Parameter, split: Split, mesh: Mesh) -> None:
-    parameter.data = split.take(parameter.data, mesh.tensor_rank, mesh.tensor_degree)
+    parameter.data = split.take(parameter.data, mesh.coordinates.tensor, mesh.degrees.tensor)
     # DeepSpeed reads `model_parallel`: without this mark, only tensor rank 0 counts a parameter's gradient in
     # the global norm.
     vars(parameter).update(model_parallel=True, shared_by=split)

@@ -81,7 +81,7 @@ def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
     shape = list(getattr(parameter, "ds_shape", parameter.shape))
     split = split_of(parameter)
     if split is not None:
-        shape[split.dim] *= mesh.tensor_degree
+        shape[split.dim] *= mesh.degrees.tensor
     return tuple(shape)
 
 
@@ -91,9 +91,10 @@ def _held(
     shape, split = whole_shape(parameter, mesh), split_of(parameter)
     if split is None:  # equal on every rank of the tensor group, so only the first one saves it
         return LocalShard(
-            name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.tensor_rank == 0
+            name, parameter, shape, WHOLE, start, numel, saved_by_data_rank and mesh.coordinates.tensor == 0
         )
-    cut = Cut(mesh.tensor_rank, mesh.tensor_degree, math.prod(shape[: split.dim]) * split.pieces)
+    outer = math.prod(shape[: split.dim]) * split.pieces
+    cut = Cut(mesh.coordinates.tensor, mesh.degrees.tensor, outer)
     return LocalShard(name, parameter, shape, cut, start, numel, saved_by_data_rank)
 
 
@@ -136,8 +137,9 @@ class _Replicated:
         total = sum(parameter.numel() for _, parameter in parameters)
         before = 0
         for name, parameter in parameters:
-            writer = before * self._mesh.data_degree // total  # ranks write about the same number of bytes
-            yield _held(name, parameter, self._mesh, 0, parameter.numel(), writer == self._mesh.data_rank)
+            writer = before * self._mesh.degrees.data // total  # ranks write about the same number of bytes
+            is_mine = writer == self._mesh.coordinates.data
+            yield _held(name, parameter, self._mesh, 0, parameter.numel(), is_mine)
             before += parameter.numel()
 
     def get(self, held: LocalShard, state: str) -> Tensor:
@@ -209,7 +211,7 @@ class _Partitioned:
         parameter: Any
         for name, parameter in self._module.named_parameters():
             share = parameter.ds_tensor.ds_numel
-            start = self._mesh.data_rank * share
+            start = self._mesh.coordinates.data * share
             numel = min(share, parameter.ds_numel - start)
             if numel > 0:
                 yield _held(name, parameter, self._mesh, start, numel)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
 from everest_ds.models.initial_weights import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -124,13 +125,13 @@ class EngineStep(MeasuredStep):
         Raises:
             ConfigError: if the config does not run on these ranks or this device.
         """
-        plan, mesh = plan_ranks(config, world.size), form_mesh(world, config.parallelism.tensor)
-        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.data_rank)
+        plan, mesh = plan_ranks(config, world.size), form_mesh(world, MeshShape.of(config, world.size))
+        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.coordinates.data)
         model = outline(config)
         groups = parameter_groups(model, config.optimizer)
         weights = weights or noise_weights(config, world.device)
         self.engine: Engine = build_engine(
-            model, groups, config, resolve_ds_config(config, plan), world, weights
+            model, groups, config, resolve_ds_config(config, plan), mesh, weights
         )
         self._trained = self._optimized = self.engine
         self._config, self._world = config, world

@@ -18,6 +18,7 @@ from torch import nn
 
 from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_class_names
@@ -28,11 +29,10 @@ from everest_ds.models.precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
-from everest_ds.training.run_folder import RunFolder
+from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
 
-RESULT_FILE = "evaluation.json"
 CONFUSION_FILE = "confusion.png"
 
 
@@ -97,9 +97,8 @@ def evaluate_views(
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
-    loader = evaluation_views(
-        clips, config.batch.micro_batch_size, mesh.data_rank, mesh.data_degree, on_gpu, failures.append
-    )
+    share, shares = mesh.coordinates.data, mesh.degrees.data
+    loader = evaluation_views(clips, config.batch.micro_batch_size, share, shares, on_gpu, failures.append)
     mine = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
@@ -162,7 +161,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     model.to(world.device)
     set_matmul_precision(config.precision)
     data = config.data
-    mesh = Mesh(world)  # every rank holds the whole model, even if training used tensor parallelism
+    # Every rank holds the whole model, even if training used tensor parallelism.
+    mesh = Mesh(world, MeshShape.over(world.size))
     outcome = evaluate_views(
         model, samples, config, mesh, data.test_segments, data.test_crops, show_progress=True
     )
@@ -221,5 +221,5 @@ def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:
 
 def _write(config: Experiment, result: dict[str, Any], outcome: Evaluation, names: list[str]) -> None:
     folder = RunFolder(config.run.dir)
-    (folder.path / RESULT_FILE).write_text(json.dumps(result, indent=2) + "\n")
+    (folder.path / EVALUATION_FILE).write_text(json.dumps(result, indent=2) + "\n")
     (folder.path / CONFUSION_FILE).write_bytes(draw_confusion(outcome.confusion(), names))

@@ -14,6 +14,7 @@ from torch import Tensor
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import fingerprint, steps_per_epoch
 from everest_ds.data.reading import Failure
@@ -43,12 +44,11 @@ from everest_ds.training.observers import (
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
-from everest_ds.training.samples import read_samples, read_training_samples, settle
+from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, settle
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
 from everest_ds.training.throughput import ClipCost, StepTimer, Waited
 from everest_ds.training.token_packing import Packer
-from everest_ds.training.unreadable import BrokenVideos
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 
@@ -70,7 +70,7 @@ def train(
         EverestError: for any other problem that the user can fix.
     """
     plan = plan_ranks(config, world.size)
-    mesh = form_mesh(world, config.parallelism.tensor)
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
     folder = RunFolder(config.run.dir)
     usable = world.share(lambda: read_training_samples(config, folder.excluded))
     samples = usable.samples
@@ -84,7 +84,7 @@ def train(
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
         with initial_weights(config, init_from) as weights:
-            engine = build_engine(model, groups, config, ds_config, world, weights)
+            engine = build_engine(model, groups, config, ds_config, mesh, weights)
         grace = Grace(signal_s, folder.path / GRACE_FILE if world.is_main else None)
         run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
@@ -249,22 +249,22 @@ class TrainingRun:
             save_model(self.engine.module, file, metadata, self.mesh)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
-        wish = StopReason(self.world.greatest(stop.wish()))
-        if wish or self._due(self.config.run.save_every_steps):
+        reason = StopReason(self.world.greatest(stop.reason()))
+        if reason or self._due(self.config.run.save_every_steps):
             with self.timer.paused():
                 self.losses.check()
                 self.broken.collect(self.step, (self.step - 1) // self.steps_per_epoch)
                 self.saver.save(self._facts())
         else:
             self.saver.poll()
-        if wish or self.finished:
+        if reason or self.finished:
             self.saver.finish()
-        stop.acknowledge(wish)
-        if wish.stops and not self.finished:
+        stop.acknowledge(reason)
+        if reason.stops and not self.finished:
             raise StoppedError(
                 f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
                 step=self.step,
-                by=wish.origin,
+                by=reason.origin,
                 fix="run the same command again to resume",
             )
 
@@ -284,7 +284,7 @@ class TrainingRun:
             },
             "world": {
                 "ranks": self.world.size,
-                "tensor": self.mesh.tensor_degree,
+                "tensor": self.mesh.degrees.tensor,
                 "zero_stage": config.parallelism.zero_stage,
                 "precision": config.precision,
             },
@@ -342,7 +342,7 @@ class TrainingRun:
             self.samples,
             self.config,
             self.plan,
-            self.mesh.data_rank,
+            self.mesh.coordinates.data,
             steps,
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,

@@ -13,6 +13,7 @@ from everest_ds.config import (
     plan_ranks,
     shared_memory_bytes,
 )
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.units import format_bytes, format_count
@@ -56,7 +57,7 @@ def describe_plan(
         "batch": str(plan),
         "steps": _steps(config, plan, count_samples(config, planned)),
         "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at the peak",
-        "ranks": _ranks(config, plan),
+        "ranks": str(MeshShape.of(config, num_ranks)),
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         "recompute": config.recompute.mode,
@@ -76,7 +77,7 @@ def _clip(config: Experiment) -> str:
 
 def _selection(config: Experiment) -> str:
     tokens = config.tokens
-    by = f" by {tokens.score} {tokens.distance}" if tokens.selection == "rero" else ""
+    by = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     return f"{tokens.selection}{by}"
 
 
@@ -84,12 +85,6 @@ def _compile(config: Experiment) -> str:
     """Describe on which devices torch.compile is applied to the blocks (parallel/compile.py)."""
     on_gpus = "on GPUs" if config.parallelism.zero_stage < 3 else "no, because of ZeRO-3"
     return {None: on_gpus, True: "yes", False: "no"}[config.model.compile]
-
-
-def _ranks(config: Experiment, plan: BatchPlan) -> str:
-    tensor = config.parallelism.tensor
-    shared = f" x {tensor} tensor-parallel (adjacent ranks of a node)" if tensor > 1 else ""
-    return f"{plan.data_parallel_degree * tensor} = {plan.data_parallel_degree} data-parallel{shared}"
 
 
 def _shared_memory(config: Experiment, ranks_per_node: int) -> str:

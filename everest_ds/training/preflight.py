@@ -5,20 +5,20 @@ from __future__ import annotations
 import secrets
 import shutil
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from everest_ds.config import Experiment
+from everest_ds.costs.compute import count_parameters
+from everest_ds.costs.state_memory import ADAMW_BYTES, MASTER_BYTES
 from everest_ds.errors import BadNodeError, RunFolderError
+from everest_ds.launch.node_facts import NodeFacts, clock_spread_s, collect_facts, compare_nodes, node_name
 from everest_ds.units import format_bytes
 
 if TYPE_CHECKING:
-    from everest_ds.config import Experiment
-    from everest_ds.launch.node import NodeFacts
     from everest_ds.parallel.world import World
-
-# fp32 weights and the two moments of AdamW; other tensors and the manifest are negligible.
-_CHECKPOINT_BYTES_PER_PARAMETER = 12
 
 
 def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
@@ -35,14 +35,14 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
 
     free_bytes = world.share(lambda: _check_disk(config))
     nodes = _facts_of_nodes(config, world)
-    found = world.share(lambda: _check_alike(nodes))
+    found = world.share(lambda: _check_nodes_agree(nodes))
     _check_digests(world, device_digest(world))
     rate = all_reduce_bytes_per_s(world)
     return {
         "nodes": f"{len(nodes)}, with the same code, packages, data and run folder",
         "gpus": nodes[0].gpus or "none",
         **({"warnings": "; ".join(found)} if found else {}),
-        "clocks": f"within {_clock_spread(nodes):.3f} s",
+        "clocks": f"within {clock_spread_s(nodes):.3f} s",
         "all_reduce": "not measured with one rank"
         if rate is None
         else f"{format_bytes(int(rate))}/s over {world.size} ranks",
@@ -52,12 +52,10 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
 
 def _facts_of_nodes(config: Experiment, world: World) -> list[NodeFacts]:
     """Gather the facts about every node, collected by the first rank of each node."""
-    from everest_ds.launch.node import node_facts
-
     token = world.share(lambda: _write_token(config.run.dir))
     files = world.share(lambda: _needed_files(config))
     world.barrier()
-    here = node_facts(files, token, time.time()) if world.local_rank == 0 else None
+    here = collect_facts(files, token, time.time()) if world.local_rank == 0 else None
     nodes = [facts for facts in world.gather(here) if facts is not None]
     if world.is_main:
         token.unlink(missing_ok=True)
@@ -98,16 +96,13 @@ def _check_disk(config: Experiment) -> int:
 
 
 def _checkpoint_bytes(config: Experiment) -> int:
-    from everest_ds.costs.compute import count_parameters
+    """Return the size of a checkpoint: the float32 weights and the two moments of AdamW."""
+    return (MASTER_BYTES + ADAMW_BYTES) * count_parameters(config)
 
-    return _CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config)
 
-
-def _check_alike(nodes: Sequence[NodeFacts]) -> list[str]:
+def _check_nodes_agree(nodes: Sequence[NodeFacts]) -> list[str]:
     """Return the warnings about nodes, or raise an error that names the unfit nodes."""
-    from everest_ds.launch.node import compare
-
-    found = compare(nodes)
+    found = compare_nodes(nodes)
     bad = [(node, finding) for node, finding in found if finding.status == "missing"]
     if bad:
         names = sorted({node for node, _ in bad})
@@ -121,10 +116,8 @@ def _check_alike(nodes: Sequence[NodeFacts]) -> list[str]:
 
 
 def _check_digests(world: World, digest: str) -> None:
-    from everest_ds.launch.node import node_name
-
     found = world.gather((node_name(), digest))
-    right = max({d for _, d in found}, key=lambda d: sum(other == d for _, other in found))
+    right, _ = Counter(other for _, other in found).most_common(1)[0]
     names = sorted({node for node, other in found if other != right})
     if names:
         raise BadNodeError(
@@ -132,9 +125,3 @@ def _check_digests(world: World, digest: str) -> None:
             fix="exclude the node and report it to its administrators",
             nodes=",".join(names),
         )
-
-
-def _clock_spread(nodes: Sequence[NodeFacts]) -> float:
-    from everest_ds.launch.node import clock_spread_s
-
-    return clock_spread_s(nodes)

@@ -3,6 +3,7 @@
 config.yaml  ds_config.json  environment.json  excluded.json   inputs: resolved settings and versions
 metrics.jsonl  broken.jsonl  tensorboard/  logs/               record of the run
 checkpoints/  best.safetensors                                 trained weights and optimiser states
+evaluation.json  confusion.png                                 result of the test
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from everest_ds.errors import EverestError, RunFolderError
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
+EVALUATION_FILE = "evaluation.json"
 # Settings that may differ when a run is resumed, because they do not change the result. The exception is the
 # global batch size, which is checked against the checkpoint.
 FREE_KEYS = (

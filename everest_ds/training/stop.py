@@ -36,9 +36,8 @@ class StopReason(IntEnum):
     @property
     def origin(self) -> str:
         """The origin of the request, for the job log."""
-        return {StopReason.SAVE: f"RUN/{SAVE_FILE}", StopReason.KILL: f"RUN/{KILL_FILE}"}.get(
-            self, "a signal"
-        )
+        files = {StopReason.SAVE: SAVE_FILE, StopReason.KILL: KILL_FILE}
+        return f"RUN/{files[self]}" if self in files else "a signal"
 
 
 class StopRequest:
@@ -66,17 +65,17 @@ class StopRequest:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def wish(self) -> StopReason:
+    def reason(self) -> StopReason:
         """Return the strongest request that this rank has received so far."""
-        found = [wish for wish, file in self._files.items() if file.exists()]
+        found = [reason for reason, file in self._files.items() if file.exists()]
         if self.received is not None:
             found.append(StopReason.SIGNAL)
         return max(found, default=StopReason.NONE)
 
-    def acknowledge(self, wish: StopReason) -> None:
+    def acknowledge(self, reason: StopReason) -> None:
         """Remove the file behind a request that was carried out, so that it is not repeated."""
-        if wish in self._files:
-            self._files[wish].unlink(missing_ok=True)
+        if reason in self._files:
+            self._files[reason].unlink(missing_ok=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received == signal.SIGINT:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from everest_ds.config.checks import check_sections_agree
+from everest_ds.config.mesh_shape import MeshShape, largest_shape, possible_shapes
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
-
-TENSORS = (1, 2, 4, 8)
 
 
 def with_micro_batch(config: Experiment, micro_batch_size: int) -> Experiment:
@@ -50,14 +49,15 @@ def smallest_micro_batch(config: Experiment) -> int:
 def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = None) -> Experiment:
     """Return the config with a fixed global batch: `total` clips, or its own on `num_ranks` ranks."""
     batch = config.batch
-    own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * num_ranks // config.parallelism.tensor
+    data_degree = largest_shape(config, num_ranks).degrees.data
+    own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * data_degree
     kept = batch.model_copy(update={"global_batch_size": total or batch.global_batch_size or own})
     return config.model_copy(update={"batch": kept})
 
 
 def clips_per_group(config: Experiment, num_ranks: int) -> int:
     """Return the clips per step of one data-parallel rank, which is a tensor-parallel group of ranks."""
-    return (config.batch.global_batch_size or 0) * config.parallelism.tensor // num_ranks
+    return (config.batch.global_batch_size or 0) // MeshShape.of(config, num_ranks).degrees.data
 
 
 def nothing_runs(
@@ -68,11 +68,8 @@ def nothing_runs(
     If no tensor degree can split the global batch, the error names the nearest sizes that can be split.
     """
     total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
-    steps = {
-        num_ranks // tensor * unit
-        for tensor in TENSORS
-        if ranks_per_node % tensor == 0 and num_ranks % tensor == 0 and _splits(config, tensor)
-    }
+    shapes = possible_shapes(config, num_ranks, ranks_per_node)
+    steps = {shape.degrees.data * unit for shape in shapes}
     if any(total % step == 0 for step in steps):
         fix = "leave out some of the given keys"
         return UsageError("no candidate can run", given="; or ".join(reasons), fix=fix)
@@ -85,8 +82,3 @@ def nothing_runs(
         allowed=f"nearest sizes: {' or '.join(map(str, nearest))}",
         fix=f"--global-batch {nearest[-1]}, or another number of ranks",
     )
-
-
-def _splits(config: Experiment, tensor: int) -> bool:
-    parallelism = config.parallelism.model_copy(update={"tensor": tensor})
-    return agrees(config.model_copy(update={"parallelism": parallelism}))

@@ -24,6 +24,11 @@ class Cluster:
         """The number of ranks on a node, within which a tensor-parallel group must lie."""
         return min(self.machine.ranks_per_node, self.num_ranks)
 
+    @property
+    def nodes(self) -> int:
+        """The number of nodes."""
+        return -(-self.num_ranks // self.ranks_per_node)
+
     def needed_bytes(self, memory: MemoryPrediction) -> int:
         """Return the bytes that a rank needs; on a CPU they include the host's, which is the same memory."""
         if self.machine.asynchronous:

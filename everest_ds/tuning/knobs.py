@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Literal, get_args
 
+from everest_ds.config.mesh_shape import TENSOR_DEGREES
 from everest_ds.config.schema import Experiment, ParallelismConfig, RecomputeConfig
 from everest_ds.costs.term import TermGroup
-from everest_ds.tuning.batches import TENSORS, clips_per_group
+from everest_ds.tuning.batches import clips_per_group
 from everest_ds.tuning.cluster import Cluster
 
 Role = Literal["family", "variant", "detail"]
@@ -139,7 +140,7 @@ KNOBS = (
         role="family",
         column="sharding",
         label=", tensor {}",
-        values=lambda config, cluster: TENSORS,
+        values=lambda config, cluster: TENSOR_DEGREES,
         terms=("compute", "communication"),
         plain=(1,),
         trait="tensor degree",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
-from everest_ds.config.batch import plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.costs.memory import MemoryPrediction, PassMemory, peak_of, predict_passes
@@ -185,7 +185,7 @@ class _Search:
         return frozenset().union(*(self.ways[way].fitting for way in faster if way in self.ways))
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
-        key, degree = pass_settings(config), self.cluster.num_ranks // config.parallelism.tensor
+        key, degree = pass_settings(config), MeshShape.of(config, self.cluster.num_ranks).degrees.data
         if key not in self.passes:
             self.passes[key] = predict_passes(config)
         passes = self.passes[key]
@@ -196,14 +196,10 @@ class _Search:
         self, config: Experiment, memory: MemoryPrediction, zero: ZeroSettings, own_buckets: bool = False
     ) -> Candidate:
         self.num_times += 1
-        key, plan, machine = (
-            pass_settings(config),
-            plan_ranks(config, self.cluster.num_ranks),
-            self.cluster.machine,
-        )
+        key, machine = pass_settings(config), self.cluster.machine
         if key not in self.work:
             self.work[key] = predict_work(config, machine)
-        step = assemble_step(self.work[key], config, plan, machine, zero)
+        step = assemble_step(self.work[key], config, self.cluster.num_ranks, machine, zero)
         needed = self.cluster.needed_bytes(memory)
         return Candidate(config, self.base, zero, memory, needed, step, own_buckets)
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from everest_ds.config.batch import plan_ranks
+from everest_ds.config.mesh_shape import MeshShape, check_searched_degree
 from everest_ds.config.schema import Experiment, ParallelismConfig
 from everest_ds.errors import ConfigError
 from everest_ds.tuning.batches import agrees, check_agreement, clips_per_group
@@ -103,18 +104,16 @@ class Space:
         Raises:
             ConfigError: the sharding cannot run on these ranks; the message is the human-readable reason.
         """
-        tensor, num_ranks = sharded.parallelism.tensor, self.cluster.num_ranks
-        if self.cluster.ranks_per_node % tensor:
-            subject = f"parallelism.tensor={tensor} does not divide the ranks of a node"
-            raise ConfigError(subject, given=f"{self.cluster.ranks_per_node} ranks per node")
-        if num_ranks % tensor:
-            subject = f"parallelism.tensor={tensor} does not divide the ranks of the run"
-            raise ConfigError(subject, given=f"{num_ranks} ranks")
+        num_ranks = self.cluster.num_ranks
+        check_searched_degree(sharded.parallelism.tensor, num_ranks, self.cluster.ranks_per_node)
         try:
             ParallelismConfig.model_validate(sharded.parallelism.model_dump())
         except ValidationError as error:
             raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        total, degree = self.config.batch.global_batch_size or 0, num_ranks // tensor
+        total, degree = (
+            self.config.batch.global_batch_size or 0,
+            MeshShape.of(sharded, num_ranks).degrees.data,
+        )
         if total % degree or total < degree:
             raise ConfigError(f"{total} clips cannot be split evenly over {degree} data-parallel ranks")
         check_agreement(_plain(sharded))

@@ -101,9 +101,7 @@ def next_command(task: str, file: Path, cluster: Cluster) -> str:
     """Return the command that queues the winner, or that runs it here if its ranks are on CPUs."""
     if not cluster.machine.asynchronous:
         return f"everest-ds {task} {file} --nproc {cluster.num_ranks}"
-    nodes = -(-cluster.num_ranks // cluster.machine.ranks_per_node)
-    a_node = cluster.num_ranks // nodes
-    return f"everest-ds submit {task} {file} --nodes {nodes} --gpus-per-node {a_node}"
+    return f"everest-ds submit {task} {file} --nodes {cluster.nodes} --gpus-per-node {cluster.ranks_per_node}"
 
 
 def default_folder(source: str) -> Path:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from everest_ds.cli.app import main
+from everest_ds.cli.app import COMMANDS, CommandGroup, LazyGroup, main
 from everest_ds.config import dump_experiment
 from tests.checkpoints.made import make_checkpoint
 from tests.training.runs import experiment, losses
@@ -139,6 +139,17 @@ def test_help_and_import_are_light() -> None:
     script = "import sys, everest_ds.cli.app; print(*{m.split('.')[0] for m in sys.modules})"
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert not heavy & set(loaded.stdout.split())
+
+
+def test_the_list_of_commands_shows_the_docstrings_that_their_own_help_shows() -> None:
+    checked = []
+    for rows in [COMMANDS, *(row.commands for row in COMMANDS.values() if isinstance(row, CommandGroup))]:
+        group = LazyGroup(rows, name="group")
+        for name, listed in group.listing().items():
+            assert listed.help == group.commands[name].help, name
+            assert listed.hidden == group.commands[name].hidden, name
+            checked.append(name)
+    assert len(checked) == 32
 
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(motion_data: Path, tmp_path: Path) -> None:

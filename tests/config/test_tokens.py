@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.config.tokens import ClipGeometry, classify_counts, exact_floor, pretrain_counts
+from everest_ds.config.selections import classify_counts, pretrain_counts
+from everest_ds.config.tokens import ClipGeometry, exact_floor
 
 CLIP = ClipGeometry()  # 16 frames at 224 x 224 pixels: 8 slots of 196 tokens
 

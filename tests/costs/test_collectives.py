@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from everest_ds.costs.collectives import NOTHING, RankGroup, collective, data_group
+from everest_ds.config.mesh_shape import RankGroup
+from everest_ds.costs.collectives import NOTHING, collective
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.costs.hardware.machine import Link, Machine, same_link
@@ -58,9 +59,3 @@ def test_groups_of_one_node_share_its_way_out() -> None:
     alone = collective("all_gather", 64 * MIB, RankGroup(2, nodes=2), machine())
     shared = collective("all_gather", 64 * MIB, RankGroup(2, nodes=2, sharing=4), machine())
     assert shared.seconds - LATENCY > 3.9 * (alone.seconds - 1e-4)
-
-
-def test_data_groups_take_every_tensorth_rank() -> None:
-    assert data_group(4, 2, 8) == RankGroup(4, 1, 2)  # 8 ranks, one node
-    assert data_group(16, 2, 8) == RankGroup(16, 4, 2)  # 32 ranks on 4 nodes, 4 ranks of a group on each
-    assert data_group(2, 8, 8) == RankGroup(2, 2, 8)  # one rank of each group on each node

@@ -12,6 +12,7 @@ from everest_ds.config.backbones import BACKBONES
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.models import build_model
 from everest_ds.models.pretrain import Reconstruction
+from tests.models import TASKS_AND_SELECTIONS
 
 FULL = {"S": "vit_small", "B": "vit_base", "L": "vit_large", "H": "vit_huge"}
 
@@ -150,8 +151,10 @@ def test_parameters_are_those_of_the_built_model(backbone: str, task: str, selec
 @pytest.mark.parametrize(
     "config",
     [
-        *(pretrain("B", selection) for selection in ("rero", "random", "tube", "dual", "none")),
-        *(finetune("B", selection) for selection in ("rero", "random", "none")),
+        *(
+            {"pretrain": pretrain, "finetune": finetune}[task]("B", rule)
+            for task, rule in TASKS_AND_SELECTIONS
+        ),
         pretrain("B", score="pixel"),
         finetune("B", distance="cosine"),
         finetune("B", distance="l1", frame_oversampling=1.5),

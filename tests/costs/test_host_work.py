@@ -11,7 +11,6 @@ import torch
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.costs.host_work import (
-    CHUNK_TOKENS,
     Launches,
     host_work,
     model_launches,
@@ -25,6 +24,7 @@ from everest_ds.profiling.launches import count_launches
 from everest_ds.training.engine_step import EngineStep, MeasuredStep
 from everest_ds.training.optimization import parameter_groups
 from everest_ds.training.plain_step import PlainStep
+from tests.models import TASKS_AND_SELECTIONS
 from tests.ranks import run_ranks
 
 _WARM_UP = 4  # ZeRO-3 learns the order of the parameters in its first steps
@@ -64,8 +64,6 @@ def counted(step: MeasuredStep) -> Launches:
     "sections",
     [
         {},
-        {"tokens": {"selection": "random"}},
-        {"tokens": {"selection": "none"}},
         {"tokens": {"score": "sketch"}},
         {"tokens": {"score": "pixel"}},
         {"recompute": {"mode": "gelu"}},
@@ -82,9 +80,9 @@ def test_operators_of_the_model(task: str, sections: dict[str, Any]) -> None:
     assert model_launches(config) == found[:2]
 
 
-@pytest.mark.parametrize("selection", ["tube", "dual"])
-def test_operators_of_masks(selection: str) -> None:
-    config = experiment(tokens={"selection": selection})
+@pytest.mark.parametrize(("task", "selection"), TASKS_AND_SELECTIONS)
+def test_operators_of_every_selection_rule(task: str, selection: str) -> None:
+    config = experiment(task, tokens={"selection": selection})
     assert model_launches(config) == counted(PlainStep(config, torch.device("cpu")))[:2]
 
 
@@ -96,11 +94,10 @@ def test_operators_of_drop_path() -> None:
 @pytest.mark.parametrize("score", ["embedding", "sketch", "pixel"])
 def test_operators_of_every_chunk_of_scores(monkeypatch: pytest.MonkeyPatch, score: str) -> None:
     """Scoring in chunks, as on a GPU, costs operators for every chunk."""
-    assert rero._CHUNK_TOKENS_ON_GPU == CHUNK_TOKENS
     config = experiment(tokens={"score": score})
     clip_tokens = config.candidate_geometry.num_tokens
-    monkeypatch.setattr(rero, "_CHUNK_TOKENS", clip_tokens)
-    monkeypatch.setattr("everest_ds.costs.host_work.CHUNK_TOKENS", clip_tokens)
+    monkeypatch.setattr(rero, "_CPU_CHUNK_TOKENS", clip_tokens)
+    monkeypatch.setattr("everest_ds.costs.host_work.GPU_CHUNK_TOKENS", clip_tokens)
     assert model_launches(config) == counted(PlainStep(config, torch.device("cpu")))[:2]
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
+from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.costs.compute import count_parameters
 from everest_ds.costs.layer_memory import layers, loss_storage_bytes
 from everest_ds.costs.memory import MemoryPrediction, predict_memory, predict_step_bytes
@@ -32,7 +33,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.fixture(autouse=True)
 def scores_as_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Score tokens in the chunk size of a GPU, which the predictions assume; a CPU uses smaller chunks."""
-    monkeypatch.setattr(rero, "_CHUNK_TOKENS", rero._CHUNK_TOKENS_ON_GPU)
+    monkeypatch.setattr(rero, "_CPU_CHUNK_TOKENS", GPU_CHUNK_TOKENS)
 
 
 def experiment(

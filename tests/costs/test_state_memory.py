@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_batch
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters
 from everest_ds.costs.state_memory import state_memory
 from everest_ds.data.clips import ClipBatch
@@ -19,6 +20,7 @@ from everest_ds.models import build_model
 from everest_ds.models.vit import Block
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate
+from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
 from everest_ds.training.optimization import build_objective, parameter_groups
@@ -73,7 +75,8 @@ def live_bytes() -> int:
 
 def engine_of(model: nn.Module, config: Experiment, world: World) -> Engine:
     ds_config = resolve_ds_config(config, plan_batch(config.batch, world.size))
-    return build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
+    return build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
 
 
 def a_clip() -> ClipBatch:

@@ -105,6 +105,6 @@ def test_damage_between_the_ends_takes_a_check_of_every_frame(synthetic_video: P
 
 def test_what_a_run_failed_on_is_looked_at_again(synthetic_video: Path, tmp_path: Path) -> None:
     sample, ledger = Sample(synthetic_video, None), Ledger.read(tmp_path / "ledger")
-    ledger.record(sample, "the storage was unavailable", by_run=True)
+    ledger.record(sample, "the storage was unavailable", source="run")
     assert ledger.broken(sample)
     assert not run_check([sample], ledger).problems and ledger.broken(sample) is None

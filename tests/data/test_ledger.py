@@ -37,7 +37,7 @@ def test_a_file_that_was_replaced_is_not_known(tmp_path: Path, sample: Sample) -
 
 def test_a_missing_file_is_known_until_it_is_there(tmp_path: Path) -> None:
     ledger, absent = Ledger.read(tmp_path / "ledger"), Sample(tmp_path / "b.mp4", None)
-    ledger.record(absent, "no such video file", by_run=True)
+    ledger.record(absent, "no such video file", source="run")
     assert ledger.broken(absent) == "no such video file"
     absent.path.touch()
     assert ledger.broken(absent) is None

@@ -1,4 +1,4 @@
-"""Tests of every command in README.md and docs/*.md: run if one machine can, else dry-run or parsed."""
+"""Tests of every command in README.md and docs/*.md: each is run, dry-run, or only parsed."""
 
 from __future__ import annotations
 

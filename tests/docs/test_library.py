@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import re
 import shlex
 import shutil
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+import everest_ds
 from tests.cli.test_cli import run_main
 from tests.interchange import systems
 
@@ -64,6 +66,23 @@ def test_the_guide_runs(
     lines = (workplace / "predictions.csv").read_text().splitlines()
     assert len(lines) == 13 and lines[0].startswith("video,class,probability_pct")
     assert (workplace / "clip.kept.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_guide_imports_only_public_names() -> None:
+    imported = [
+        (node.module, alias.name)
+        for kind, text in steps()
+        if kind == "python"
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("everest_ds")
+        for alias in node.names
+    ]
+    assert ("everest_ds", "load_model") in imported
+    assert {module for module, _ in imported} == {"everest_ds"}
+    assert {name for _, name in imported} <= set(everest_ds.__all__)
+    assert all(
+        callable(getattr(everest_ds, name)) for name in everest_ds.__all__ if not name.startswith("__")
+    )
 
 
 def test_three_commands_come_first() -> None:

@@ -72,13 +72,13 @@ def test_a_job_is_queued_again_if_that_can_help(
 ) -> None:
     log = [JobEvent(kind, "7", 1, reason=why, code=number) for kind, why, number in events]  # type: ignore[arg-type]
     earlier = [JobEvent("stopped", "7", 0, reason="a signal"), JobEvent("failed", "6", 1, code=7)]
-    verdict = decide_requeue(job(1), earlier + log, code, state)
-    assert verdict.requeue == requeue and reason in verdict.reason
+    decision = decide_requeue(job(1), earlier + log, code, state)
+    assert decision.requeue == requeue and reason in decision.reason
 
 
 def test_at_the_limit_nothing_is_queued_again() -> None:
-    verdict = decide_requeue(job(5), [], 75, LIVE)
-    assert not verdict.requeue and "restarted 5 times, which is the limit" in verdict.reason
+    decision = decide_requeue(job(5), [], 75, LIVE)
+    assert not decision.requeue and "restarted 5 times, which is the limit" in decision.reason
 
 
 def test_bad_nodes_are_named_for_exclusion() -> None:

@@ -15,7 +15,7 @@ def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> Job
 
 
 @pytest.mark.parametrize(
-    ("state", "word"),
+    ("record", "state"),
     [
         (slurm("PENDING", reason="Priority"), "queued"),
         (slurm("PENDING", restarts=1, reason="BeginTime"), "requeued"),
@@ -41,14 +41,14 @@ def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> Job
         (None, "forgotten"),
     ],
 )
-def test_every_end_has_a_word_and_a_next_step(state: JobState | None, word: str) -> None:
-    verdict = job_status("runs/a", "7", state, [JobEvent("submitted", "7")])
-    assert verdict.state == word and word in NEXT
-    assert "{" not in verdict.next and ("runs/a" in verdict.next) == ("{run}" in NEXT[word])
+def test_every_job_has_a_state_and_a_next_action(record: JobState | None, state: str) -> None:
+    status = job_status("runs/a", "7", record, [JobEvent("submitted", "7")])
+    assert status.state == state and state in NEXT
+    assert "{" not in status.next and ("runs/a" in status.next) == ("{run}" in NEXT[state])
 
 
 @pytest.mark.parametrize(
-    ("job_id", "last", "word"),
+    ("job_id", "last", "state"),
     [
         ("7", JobEvent("finished", "7"), "finished"),
         ("7", JobEvent("stopped", "7", reason="SIGUSR1"), "stopped"),
@@ -58,13 +58,17 @@ def test_every_end_has_a_word_and_a_next_step(state: JobState | None, word: str)
         (LOCAL, JobEvent("started", LOCAL), "running"),
     ],
 )
-def test_of_a_job_that_slurm_has_forgotten_its_own_log_tells(job_id: str, last: JobEvent, word: str) -> None:
-    assert job_status("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == word
+def test_the_log_of_a_job_that_slurm_has_forgotten_gives_its_state(
+    job_id: str, last: JobEvent, state: str
+) -> None:
+    assert job_status("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == state
 
 
-def test_the_jobs_own_reason_goes_before_slurms() -> None:
-    told = [JobEvent("failed", "7", reason="video.mp4: cannot be decoded", code=3)]
-    assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), told).reason == told[0].reason
+def test_the_reason_in_the_job_log_takes_precedence() -> None:
+    logged = [JobEvent("failed", "7", reason="video.mp4: cannot be decoded", code=3)]
+    assert (
+        job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), logged).reason == logged[0].reason
+    )
     assert job_status("r", "7", slurm("FAILED", 3, reason="NonZeroExitCode"), []).reason == explain_exit_code(
         3
     )

@@ -7,19 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
+from everest_ds.config.selections import SELECTIONS
 from everest_ds.models import build_model
 from everest_ds.models.pretrain import Reconstruction
 
-TASKS_AND_SELECTIONS = [
-    ("pretrain", "rero"),
-    ("pretrain", "random"),
-    ("pretrain", "tube"),
-    ("pretrain", "dual"),
-    ("pretrain", "none"),
-    ("finetune", "rero"),
-    ("finetune", "random"),
-    ("finetune", "none"),
-]
+TASKS_AND_SELECTIONS = [(task, name) for name, rule in SELECTIONS.items() for task in rule.tasks]
 
 
 def experiment(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from everest_ds.models import attention
 from everest_ds.models.attention import ATTENTION
 from everest_ds.profiling.launches import count_launches
 
@@ -30,7 +29,7 @@ def formula(qkv_Bn3hd: Tensor) -> Tensor:
 def test_output_and_gradient_are_the_formulas(
     kind: str, dtype: torch.dtype, tolerance: float, chunk_logits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "_CHUNK_LOGITS", chunk_logits)
+    monkeypatch.setattr("everest_ds.config.backbones.CHUNK_LOGITS", chunk_logits)
     generator = torch.Generator().manual_seed(0)
     rounded = torch.randn(2, 9, 3, 3, 8, generator=generator).to(dtype)
     direction = torch.randn(2, 9, 24, generator=generator).to(dtype)

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.config.selections import pretrain_counts
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 
 

@@ -111,7 +111,7 @@ def test_scoring_in_chunks_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     embedding = TubeletEmbedding(config.model.geometry, 16)()
     tubelets = to_tubelets(random_clips(config, 5), config.model.geometry)
     whole = token_importance(tubelets, 4, embedding, "l2")
-    monkeypatch.setattr(rero, "_CHUNK_TOKENS", 2 * 64)
+    monkeypatch.setattr(rero, "_CPU_CHUNK_TOKENS", 2 * 64)
     torch.testing.assert_close(token_importance(tubelets, 4, embedding, "l2"), whole)
 
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import ClipBatch
 from everest_ds.models import build_model, linear
 from everest_ds.models.initial_weights import draw_initial_weights, outline
@@ -143,13 +144,14 @@ def start(world: World, config: Experiment) -> Engine:
     """Return the engine of a run, built as `train` builds it."""
     model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
     groups = parameter_groups(model, config.optimizer)
-    return build_engine(model, groups, config, ds_config, world, weights=lambda: draw_initial_weights(config))
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
+    return build_engine(model, groups, config, ds_config, mesh, weights=lambda: draw_initial_weights(config))
 
 
 def engine_run(world: World, config: Experiment) -> Trajectory:
     """Run the steps of `plain_run` under DeepSpeed; losses are means over all ranks."""
     plan = plan_ranks(config, world.size)
-    mesh, engine = form_mesh(world, config.parallelism.tensor), start(world, config)
+    mesh, engine = form_mesh(world, MeshShape.of(config, world.size)), start(world, config)
     objective = build_objective(config)
     losses, norms = [], []
     for step in range(STEPS):
@@ -157,7 +159,7 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
         micro_losses = []
         for micro in range(plan.grad_accum_steps):
             accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
-            mine = part(accumulated, mesh.data_degree, mesh.data_rank).to(world.device)
+            mine = part(accumulated, mesh.degrees.data, mesh.coordinates.data).to(world.device)
             loss = objective(engine, mine)
             engine.backward(loss)
             engine.step()

@@ -13,6 +13,7 @@ from torch import Tensor
 from everest_ds.checkpoints.folder import verify_checkpoint
 from everest_ds.checkpoints.reader import STATES, CheckpointReader
 from everest_ds.config import plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.models import build_model
 from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -44,16 +45,17 @@ class Trained:
     """The tiny classifier and its engine in one layout."""
 
     def __init__(self, world: World, layout: Layout, precision: str) -> None:
-        self.mesh = form_mesh(world, layout.tensor)
+        self.mesh = form_mesh(world, MeshShape.over(world.size, layout.tensor))
+        self.degrees = self.mesh.degrees
         self.config = experiment(
-            "finetune", layout.stage, self.mesh.data_degree, layout.tensor, precision=precision
+            "finetune", layout.stage, self.degrees.data, layout.tensor, precision=precision
         )
         self.plan = plan_ranks(self.config, world.size)
         torch.manual_seed(0)
         model = build_model(self.config)
         groups = parameter_groups(model, self.config.optimizer)
         ds_config = resolve_ds_config(self.config, self.plan)
-        self.engine: Engine = build_engine(model, groups, self.config, ds_config, world)
+        self.engine: Engine = build_engine(model, groups, self.config, ds_config, self.mesh)
 
     def step(self, number: int) -> float:
         """Run one optimiser step and return its mean loss."""
@@ -61,7 +63,7 @@ class Trained:
         objective, losses = build_objective(self.config), []
         for micro in range(self.plan.grad_accum_steps):
             batch = part(global_batch(number), self.plan.grad_accum_steps, micro)
-            loss = objective(self.engine, part(batch, self.mesh.data_degree, self.mesh.data_rank))
+            loss = objective(self.engine, part(batch, self.degrees.data, self.mesh.coordinates.data))
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())

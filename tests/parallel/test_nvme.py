@@ -13,6 +13,7 @@ import torch
 
 from everest_ds.checkpoints.reader import STATES
 from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint, newest_complete
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -99,7 +100,7 @@ def fill_states(engine: Any, mesh: Mesh) -> None:
 
 def move(world: World, here: Experiment, there: Experiment, folder: Path) -> bool:
     """Save with config `here` and load with `there`; return True if all states are equal."""
-    mesh, engine = form_mesh(world, 1), start(world, here)
+    mesh, engine = form_mesh(world, MeshShape.over(world.size)), start(world, here)
     fill_states(engine, mesh)
     known = facts(0).model_dump(exclude={"optimizer_step", "loss_scale"})
     Saving(engine, folder, known, Keep(1, None), mesh, copies=None).finish()

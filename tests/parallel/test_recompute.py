@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_batch
 from everest_ds.config.backbones import TransformerShape
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.data.clips import ClipBatch
 from everest_ds.errors import ConfigError
@@ -19,6 +20,7 @@ from everest_ds.models import build_model
 from everest_ds.models.vit import Blocks
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import build_engine, full_parameter, set_learning_rate
+from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.world import World
 from everest_ds.profiling.allocations import track_allocations
@@ -106,7 +108,8 @@ def train(world: World, task: str, stage: int, recompute: RecomputeConfig) -> li
     if stage == 3:  # shard even these small weights
         ds_config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     model = fresh_model(config)
-    engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, world)
+    mesh = form_mesh(world, MeshShape.of(config, world.size))
+    engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
     objective = build_objective(config)
     for step in range(2):
         set_learning_rate(engine, 1e-2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.models import build_model
 from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -44,7 +45,8 @@ def starts_as_one_process_would(world: World, cases: list[Case], init_from: Path
         model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
         groups = parameter_groups(model, config.optimizer)
         with initial_weights(config, init_from) as weights:
-            engine = build_engine(model, groups, config, ds_config, world, weights)
+            mesh = form_mesh(world, MeshShape.of(config, world.size))
+            engine = build_engine(model, groups, config, ds_config, mesh, weights)
         for name, parameter in engine.module.named_parameters():
             assert torch.equal(full_parameter(parameter), expected[name]), (stage, tensor, precision, name)
         engine.destroy()
@@ -82,7 +84,7 @@ def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
     from everest_ds.parallel.sharded_init import fill
 
     config = experiment("pretrain", 3, RANKS // tensor, tensor)
-    mesh, model = form_mesh(world, tensor), outline(config)
+    mesh, model = form_mesh(world, MeshShape.over(world.size, tensor)), outline(config)
     if tensor > 1:
         apply_tensor_parallel(model, mesh)
     others, seen = live_bytes(), list[int]()

@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.checkpoints.export import load_weights
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import BACKBONES, TransformerShape
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.errors import UsageError
 from everest_ds.models import build_model
@@ -50,15 +52,29 @@ def test_a_rank_holds_its_heads_of_q_k_and_v() -> None:
 def mesh_over_nodes_of_two(world: World) -> str:
     """Form groups of two and then of four with two ranks per node; return the error of the latter."""
     placed = replace(world, local_rank=world.rank % 2, local_size=2)
-    form_mesh(placed, 2)
+    form_mesh(placed, MeshShape.over(4, 2))
     with pytest.raises(UsageError) as refusal:
-        form_mesh(placed, 4)
+        form_mesh(placed, MeshShape.over(4, 4))
     return str(refusal.value)
 
 
 def test_tensor_groups_stay_within_a_node() -> None:
     for message in run_ranks(mesh_over_nodes_of_two, 4):
         assert "has ranks of its tensor group on another node; given: tensor=4, rank" in message
+
+
+def groups_of_fairscale(world: World) -> tuple[list[int], list[int]]:
+    """Return the ranks of this rank's tensor group and of its data group."""
+    unit = form_mesh(world, MeshShape.over(world.size, 2)).mpu
+    groups = unit.get_model_parallel_group(), unit.get_data_parallel_group()
+    return tuple(dist.get_process_group_ranks(group) for group in groups)
+
+
+def test_fairscale_joins_the_groups_of_the_shape() -> None:
+    shape = MeshShape.over(4, 2)
+    for rank, (tensor_group, data_group) in enumerate(run_ranks(groups_of_fairscale, 4)):
+        assert rank in tensor_group and tensor_group in shape.groups("tensor")
+        assert rank in data_group and data_group in shape.groups("data")
 
 
 def live_tensor_bytes() -> int:
@@ -80,7 +96,7 @@ def kept_by_a_stack(mesh: Mesh, partition: bool) -> float:
 
 
 def kept_whole_and_in_parts(world: World) -> list[float]:
-    mesh = form_mesh(world, 2)
+    mesh = form_mesh(world, MeshShape.over(2, 2))
     return [kept_by_a_stack(mesh, partition) for partition in (False, True)]
 
 
@@ -98,7 +114,7 @@ def share_of_parameters(world: World) -> tuple[float, bool]:
     before = list(model.parameters())
     blocks = [*model.encoder.blocks.parameters(), *model.decoder.parameters()]
     num_before = sum(p.numel() for p in blocks)
-    apply_tensor_parallel(model, form_mesh(world, 2))
+    apply_tensor_parallel(model, form_mesh(world, MeshShape.over(2, 2)))
     whole = sum(p.numel() for p in blocks if split_of(p) is None)
     num_split = sum(p.numel() for p in blocks if split_of(p) is not None)
     same = {id(p) for p in model.parameters()} == {id(p) for p in before}

@@ -14,20 +14,20 @@ from everest_ds.training.stop import Grace, StopReason, StopRequest
 
 def test_files_and_signals_ask_and_the_greatest_wish_counts(tmp_path: Path) -> None:
     with StopRequest(tmp_path) as stop, StopRequest() as other_rank:
-        assert stop.wish() == StopReason.NONE
+        assert stop.reason() == StopReason.NONE
         (tmp_path / "save").touch()
-        assert stop.wish() == StopReason.SAVE and not stop.wish().stops
+        assert stop.reason() == StopReason.SAVE and not stop.reason().stops
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert other_rank.wish() == StopReason.SIGNAL and other_rank.wish().stops
+        assert other_rank.reason() == StopReason.SIGNAL and other_rank.reason().stops
         (tmp_path / "kill").touch()
-        assert stop.wish() == StopReason.KILL
+        assert stop.reason() == StopReason.KILL
 
 
 def test_a_granted_file_does_not_ask_again(tmp_path: Path) -> None:
     stop = StopRequest(tmp_path)
     (tmp_path / "save").touch()
-    stop.acknowledge(stop.wish())
-    assert stop.wish() == StopReason.NONE and list(tmp_path.iterdir()) == []
+    stop.acknowledge(stop.reason())
+    assert stop.reason() == StopReason.NONE and list(tmp_path.iterdir()) == []
 
 
 def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(

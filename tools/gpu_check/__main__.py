@@ -41,7 +41,7 @@ def main(
     record = Record(Session(out, until or time.time() + 600, tiny, peers), part)
     try:
         importlib.import_module(f"gpu_check.{part}").run(record)
-    except Exception as error:  # recorded with the results too
+    except Exception as error:  # the results must show the error too
         record.add(part, {"error": f"{type(error).__name__}: {error}"})
         raise
     finally:

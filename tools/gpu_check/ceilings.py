@@ -29,7 +29,7 @@ _PIXELS = 16 * 224 * 224 * 3  # bytes per clip
 
 
 class _Stack(NamedTuple):
-    """Blocks under load: clips per micro-batch and visible tokens per clip."""
+    """A stack of blocks to measure, with its clips per micro-batch and tokens per clip."""
 
     backbone: str
     part: str

@@ -1,7 +1,7 @@
-"""The gain of each change to the engine: the same step with changes taken back one by one.
+"""The gain of each change to the engine: the same step with changes undone one by one.
 
-Some changes are not an option of a run, since no run should train without them; this module takes them back
-by patching.
+Some changes are not an option of a run, because no run should train without them; this module undoes them by
+patching.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _case(rung: Rung, timed: Path) -> Case:
 
 @contextmanager
 def _only(changes: tuple[str, ...]) -> Iterator[None]:
-    """Take back every change that is not among `changes` and is not a setting of a run."""
+    """Undo every change that is not among `changes` and is not a setting of a run."""
     with ExitStack() as stack:
         for change, undo in _UNDOING.items():
             if change not in changes:

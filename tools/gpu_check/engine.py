@@ -7,7 +7,7 @@ from gpu_check.cases import Case
 from gpu_check.record import Record
 from gpu_check.steps import measure_case
 
-# Cases of the acceptance criteria come first, because time may run out.
+# The most important cases come first, because time may run out.
 CASES = (
     Case("pretrain", "vit_large", 64, trace="pretrain.trace.json.gz"),
     Case("finetune", "vit_large", 16, trace="finetune.trace.json.gz"),

@@ -1,4 +1,4 @@
-"""The memory part: peak of eager steps that save or need most memory, predicted and measured."""
+"""The memory part: peak memory, predicted and measured, of eager steps that save or need the most memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The time of a step that prepares the next batch in line, or during the step as in training."""
+"""The time of a step when the next batch is prepared before the step, or during the step as in training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPS, _WARM_UP = 8, 4
 
 
 def measure_prefetch(config: Experiment, world: World) -> Row:
-    """Return the milliseconds of a step on batches in pinned host memory, like those of a loader."""
+    """Return the milliseconds of both kinds of step, on batches in pinned host memory as from a loader."""
     batch = noise_batch(config, torch.device("cpu"))
     if world.device.type == "cuda":
         batch = batch._replace(**{name: tensor.pin_memory() for name, tensor in batch._asdict().items()})

@@ -28,11 +28,11 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Session:
-    """Settings that all parts of one process share.
+    """The settings of a process that measures one part.
 
     Attributes:
         out: folder of the results.
-        ends_at: Unix time of the end, so that Python's start counts; cases that do not fit are left out.
+        ends_at: Unix time of the end, so that Python's start counts too; cases that do not fit are left out.
         tiny: rehearse with tiny models.
         peers: folder with the files of everest/ and videomae/; None: leave out the released systems.
     """
@@ -76,7 +76,7 @@ class Record:
         Args:
             case: name of the row.
             call: measures the case and returns its row.
-            needs_s: seconds that must be left to try the case; a rehearsal tries it in any case.
+            needs_s: seconds that must be left to try the case; a rehearsal tries every case.
 
         Returns:
             The row as added.

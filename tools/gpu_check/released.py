@@ -1,6 +1,6 @@
 """The comparison of our engine and our plain loop with the released EVEREST and VideoMAE, on one GPU.
 
-All take turns on the same clips. The module runs tools/bench_step.py without its command line;
+All contenders take turns on the same clips. The module runs tools/bench_step.py without its command line;
 tools/bench_contenders.py defines the step of each contender. A contender that runs out of memory gets a row
 with that failure, and the others continue.
 """

@@ -33,7 +33,7 @@ _CASE_S = 15.0  # seconds to build a ViT-L, compile its blocks and run a dozen s
 
 
 class PhaseClock:
-    """A clock between marks, by the host's clock and GPU events; neither makes the device wait."""
+    """A clock that times phases by the host's clock and by GPU events, without making the device wait."""
 
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
@@ -84,7 +84,7 @@ def measure_step(
     steps: int = STEPS,
     warm_up: int = WARM_UP,
 ) -> Row:
-    """Build the engine, step it on noise and describe the step.
+    """Build the engine, train it on noise clips and return the figures of a step.
 
     Args:
         config: a config with one micro-batch per step.

@@ -22,12 +22,12 @@ _VISIBLE = 12  # levels by which a pixel must differ to count as covered by the 
 
 
 def object_shares(study: Study, kind: str, ratios: Sequence[float]) -> dict[float, float]:
-    """Return the per cent of the object's pixels, in time and space, within the tokens ReRo keeps.
+    """Return the percentage of the object's pixels, over all frames, that lie in tokens that ReRo keeps.
 
     ReRo uses the `pixel` score, which needs no weights.
 
     Returns:
-        Keep ratio -> per cent.
+        Keep ratio -> percentage.
     """
     model = study.scale.model
     geometry = ClipGeometry(

@@ -1,4 +1,4 @@
-"""The protocol: the runs of each scale, as configs of the real trainer, without torch.
+"""The protocol of the study: the runs of each scale, as configs of the real trainer.
 
 A *chain* is one pre-training and the fine-tunings that start from it. A seed fixes everything random in a
 chain; all chains on a kind of data see the same videos.
@@ -46,7 +46,8 @@ class Scale:
         seeds: seeds of the chains.
         pretrain_steps: steps of every pre-training at equal steps, and of EVEREST's at equal compute.
         short_steps: steps of the dense fine-tunings that compare pre-trainings: few, so that these matter.
-        finetune_steps: steps of the fine-tunings that compare kept tokens; at equal compute, the dense one's.
+        finetune_steps: steps of the fine-tunings that compare kept tokens; the run at equal compute takes
+            more.
         clips: clips per step.
     """
 

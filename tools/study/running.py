@@ -96,7 +96,7 @@ def run_study(study: Study, jobs: int, on_progress: Progress) -> None:
     """Run everything that has no row yet, `jobs` chains at a time.
 
     Raises:
-        EverestError: the first error of a run; the rows of runs that have ended stay.
+        EverestError: the first error of a run; the rows of runs that have ended are kept.
     """
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(jobs, spawn, _become_rank, (study.out / "study.log",)) as pool:

@@ -21,7 +21,7 @@ A calibration replaces all of these numbers.
 
 from __future__ import annotations
 
-from everest_ds.costs.activation_memory import VALUE_BYTES
+from everest_ds.config.precision import VALUE_BYTES
 from everest_ds.costs.hardware.gpus import Device
 from everest_ds.costs.hardware.links import LINKS, Interconnect, LinkKind, find_interconnect
 from everest_ds.costs.hardware.machine import Link, Machine, RateCurve, level, same_link

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -13,6 +13,7 @@ import torch
 from everest_ds.errors import DataError
 
 FIX = "replace the file, or remove it from the manifest (`everest-ds data check` lists all such files)"
+_AT_ONCE = 32  # pictures that `read_all` decodes per call, which bounds the memory that they take
 
 
 class Size(NamedTuple):
@@ -52,6 +53,11 @@ class Video(ABC):
             allowed = f"0..{self.num_frames - 1}"
             raise DataError(f"{self.path}: no such frame", given=outside or "no index", allowed=allowed)
         return self._read(indices)
+
+    def read_all(self) -> Iterator[torch.Tensor]:
+        """Decode all pictures in order, a few at a time: RGB, uint8 (at most `_AT_ONCE`, H, W, 3)."""
+        for first in range(0, self.num_frames, _AT_ONCE):
+            yield self.read(range(first, min(first + _AT_ONCE, self.num_frames)))
 
     @abstractmethod
     def close(self) -> None:

@@ -13,13 +13,10 @@ from typing import NamedTuple
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.pyav import find_missing_end
-from everest_ds.data.ledger import Ledger, Problem
-from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.ledger import CheckSource, Ledger, Problem
+from everest_ds.data.maintenance.isolation import CHECK_TIMEOUT_S, Lost, map_isolated
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
-
-HANG_S = 120.0
-_AT_ONCE = 32  # frames read per call, which bounds the memory that they take
 
 
 class VideoCheck(NamedTuple):
@@ -55,7 +52,7 @@ def check_manifest(
     workers: int,
     on_progress: Callable[[int], None],
     every_frame: bool = False,
-    timeout_s: float = HANG_S,
+    timeout_s: float = CHECK_TIMEOUT_S,
 ) -> Checked:
     """Open every video, count its frames, decode the first and last one, and record the result in the ledger.
 
@@ -75,6 +72,7 @@ def check_manifest(
         i: entry for i, s in enumerate(samples) if (entry := ledger.known(s)) and entry.settles(every_frame)
     }
     left = [i for i in range(len(samples)) if i not in known]
+    source: CheckSource = "every_frame" if every_frame else "ends"
     entries = dict(known)
     on_progress(len(entries))
     inspect = partial(find_fault, data=data, every_frame=every_frame)
@@ -82,7 +80,7 @@ def check_manifest(
     for place, outcome in outcomes:
         finding = VideoCheck(f"the decoder {outcome.reason}", 0) if isinstance(outcome, Lost) else outcome
         index = left[place]
-        entries[index] = ledger.record(samples[index], *finding, every_frame=every_frame)
+        entries[index] = ledger.record(samples[index], *finding, source)
         on_progress(len(entries))
     faults = [(sample, entries[i].fault(min_frames)) for i, sample in enumerate(samples)]
     problems = [Problem(sample, reason) for sample, reason in faults if reason]
@@ -94,8 +92,9 @@ def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> V
     try:
         with open_sample(sample, data) as video:
             count = video.num_frames
-            for first in range(0, count, _AT_ONCE) if every_frame else ():
-                video.read(range(first, min(first + _AT_ONCE, count)))
+            if every_frame:
+                for _ in video.read_all():
+                    pass
             video.read([0, count - 1])
         fault = find_missing_end(sample.path) if sample.span is None else ""
     except DataError as error:

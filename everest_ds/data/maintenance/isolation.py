@@ -17,6 +17,9 @@ from typing import Any, Generic, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+# Seconds after which an item counts as hung: a check decodes a video, re-encoding decodes and encodes it.
+CHECK_TIMEOUT_S = 120.0
+REENCODE_TIMEOUT_S = 1800.0
 _START_TIMEOUT_S = 120.0  # covers the imports of a worker on a busy machine
 _READY = "ready"
 

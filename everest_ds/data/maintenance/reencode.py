@@ -24,13 +24,11 @@ from everest_ds.data.decoding.pyav import naming, probe
 from everest_ds.data.decoding.video import Video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
-from everest_ds.data.maintenance.isolation import Lost, map_isolated
+from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
-HANG_S = 1800.0
 MIN_PSNR_DB = 20.0  # of the first and last picture; a lower value cannot be due to compression alone
-_AT_ONCE = 32  # frames read per call, which bounds the memory that they take
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def reencode_videos(
     *,
     workers: int,
     on_progress: Callable[[int], None],
-    timeout_s: float = HANG_S,
+    timeout_s: float = REENCODE_TIMEOUT_S,
 ) -> Reencoded:
     """Write the file of every job, verify it, and record in `ledger` (of the new files) that it is intact.
 
@@ -237,9 +235,8 @@ def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
 
 def _pictures(video: Video) -> Iterator[np.ndarray[Any, Any]]:
     """Yield all pictures, cropped to even sides, because 4:2:0 halves the chroma planes."""
-    for first in range(0, video.num_frames, _AT_ONCE):
-        for picture in video.read(range(first, min(first + _AT_ONCE, video.num_frames))):
-            yield _even(picture)
+    for pictures in video.read_all():
+        yield from map(_even, pictures)
 
 
 def _even(picture: torch.Tensor) -> np.ndarray[Any, Any]:

@@ -17,7 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
-from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.config.selections import pretrain_counts
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.efficiency.peers.hog import CELL_SIZE, hog_targets, hog_width
 from everest_ds.efficiency.peers.masked import MaskedDecoder, MaskedEncoder
 from everest_ds.models.linear import Linear

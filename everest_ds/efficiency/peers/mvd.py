@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config.backbones import BACKBONES, TransformerShape
-from everest_ds.config.tokens import ClipGeometry, pretrain_counts
+from everest_ds.config.selections import pretrain_counts
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.efficiency.peers.masked import MaskedDecoder, MaskedEncoder
 from everest_ds.efficiency.peers.teachers import ImageTeacher, VideoTeacher
 from everest_ds.models.linear import Linear

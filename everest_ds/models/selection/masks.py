@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from everest_ds.config.tokens import RUNNING_CELL_PERIOD, ClipGeometry
+from everest_ds.config.selections import RUNNING_CELL_PERIOD
+from everest_ds.config.tokens import ClipGeometry
 from everest_ds.models.sampling import random_bits, random_permutation
 
 # Streams of per-clip randomness (see sampling.random_bits). Drop path uses the streams from 16 on.

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everest_ds.config.tokens import sketch_width
+from everest_ds.config.selections import GPU_CHUNK_TOKENS, sketch_width
 from everest_ds.models.linear import linear
 from everest_ds.models.sampling import random_bits
 from everest_ds.models.tubelets import MIDDLE_GREY, PixelMap, normalization_of_pixels, normalize_pixels
 
-# Tubelets scored at a time: enough to fill a GEMM, few enough that their features never set the memory peak
-# (a quarter of a gigabyte with ViT-L). Small chunks stay in the caches of a CPU; a GPU gets larger chunks,
-# since every kernel launch costs host time.
-_CHUNK_TOKENS, _CHUNK_TOKENS_ON_GPU = 2**12, 2**15
+# Tubelets scored at a time on a CPU, in whose caches these stay. A GPU gets larger chunks, since every kernel
+# launch costs host time.
+_CPU_CHUNK_TOKENS = 2**12
 _SKETCH_KEY, _SKETCH_STREAM = 20240721, 0  # fixed: every run, rank and restart draws the same projection
 
 
@@ -39,7 +38,7 @@ def token_importance(tubelets_BNP: Tensor, num_slots: int, score: PixelMap | Non
         float32 (B, N). Slot 0 has no predecessor and takes the importance of slot 1 (released EVEREST code).
     """
     clips_BTLP = tubelets_BNP.unflatten(1, (num_slots, -1))
-    chunk_tokens = _CHUNK_TOKENS_ON_GPU if tubelets_BNP.is_cuda else _CHUNK_TOKENS
+    chunk_tokens = GPU_CHUNK_TOKENS if tubelets_BNP.is_cuda else _CPU_CHUNK_TOKENS
     step = max(1, chunk_tokens // tubelets_BNP.shape[1])
     if distance == "cosine":
         changes = [_turns(chunk, score) for chunk in clips_BTLP.split(step)]

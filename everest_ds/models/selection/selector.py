@@ -6,19 +6,20 @@ tubelet.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
-from everest_ds.config.tokens import exact_floor
+from everest_ds.config.selections import SELECTIONS
+from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
 from everest_ds.models.tubelets import PixelMap, to_tubelets
-
-_TUBES = {"tube": split_tubes, "dual": split_dual}
 
 
 class KeptTokens(NamedTuple):
@@ -51,6 +52,76 @@ class TokenSplit(NamedTuple):
     predicted_BM: Tensor
 
 
+class Clips(NamedTuple):
+    """A batch of clips as the function of a selection rule sees it.
+
+    Attributes:
+        pixels_BNP: uint8 tubelets.
+        key_B: int64 random keys, one per clip.
+        geometry: tubelet grid of a clip.
+        counts: numbers of tokens to keep and to show.
+        importance: computes the importance (B, N) of the tokens, with the configured score and distance.
+    """
+
+    pixels_BNP: Tensor
+    key_B: Tensor
+    geometry: ClipGeometry
+    counts: TokenCounts
+    importance: Callable[[], Tensor]
+
+
+def keep_most_important(clips: Clips) -> Tensor:
+    """Keep the K tokens that change most."""
+    return select_tokens(clips.importance(), clips.counts.num_kept)
+
+
+def keep_at_random(clips: Clips) -> Tensor:
+    """Keep K tokens at random."""
+    return random_tokens(clips.counts.num_tokens, clips.counts.num_kept, clips.key_B)
+
+
+def keep_all(clips: Clips) -> Tensor:
+    """Keep all N tokens."""
+    return torch.arange(clips.counts.num_tokens, device=clips.key_B.device).expand(len(clips.key_B), -1)
+
+
+def show_at_random(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Show V of the kept tokens at random and predict the others."""
+    return split_kept(keep_BK, clips.counts.num_visible, clips.key_B)
+
+
+def show_tubes(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Show VideoMAE's random tubes and predict the others."""
+    return split_tubes(clips.geometry, clips.counts.num_visible, clips.key_B)
+
+
+def show_tubes_predict_cells(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+    """Show VideoMAE v2's random tubes and predict its running cells."""
+    return split_dual(clips.geometry, clips.counts.num_visible, clips.key_B)
+
+
+class Rule(NamedTuple):
+    """The functions of a selection rule.
+
+    Attributes:
+        keep: returns the indices (B, K) of the kept tokens, ascending.
+        split: splits the kept tokens into visible (B, V) and predicted (B, M) ones, ascending.
+    """
+
+    keep: Callable[[Clips], Tensor] = keep_all
+    split: Callable[[Clips, Tensor], tuple[Tensor, Tensor]] = show_at_random
+
+
+_FUNCTIONS = {
+    "rero": Rule(keep_most_important),
+    "random": Rule(keep_at_random),
+    "tube": Rule(split=show_tubes),
+    "dual": Rule(split=show_tubes_predict_cells),
+    "none": Rule(),
+}
+RULES = {name: _FUNCTIONS[name] for name in SELECTIONS}  # a KeyError here: the rule lacks its function
+
+
 class Selector(nn.Module):
     """Frame and token selection of pre-training and fine-tuning, without weights or gradient.
 
@@ -63,6 +134,7 @@ class Selector(nn.Module):
         self.geometry = config.model.geometry
         self.candidates = config.candidate_geometry
         self.counts = config.token_counts
+        self.rule = RULES[config.tokens.selection]
 
     @torch.no_grad()
     def forward(
@@ -77,10 +149,7 @@ class Selector(nn.Module):
             keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         pixels_BNP, slots_BT, keep_BK = self.kept(clip_BFHWC, embedding, key_B, keep_BK)
-        if self.tokens.selection in _TUBES:
-            split = _TUBES[self.tokens.selection](self.geometry, self.counts.num_visible, key_B)
-        else:
-            split = split_kept(keep_BK, self.counts.num_visible, key_B)
+        split = self.rule.split(self._clips(pixels_BNP, embedding, key_B), keep_BK)
         return TokenSplit(pixels_BNP, slots_BT, *split)
 
     @torch.no_grad()
@@ -97,7 +166,7 @@ class Selector(nn.Module):
         """
         pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
         if keep_BK is None:
-            keep_BK = self._keep(pixels_BNP, embedding, key_B)
+            keep_BK = self.rule.keep(self._clips(pixels_BNP, embedding, key_B))
         return KeptTokens(pixels_BNP, slots_BT, keep_BK)
 
     def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,16 +185,10 @@ class Selector(nn.Module):
         keep_BK = select_tokens(self.importance(candidates_BNP, num_slots, embedding), num_kept)
         return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
-    def _keep(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Tensor:
-        """Return the indices (B, K) of the kept tokens, ascending."""
-        counts = self.counts
-        if self.tokens.selection == "rero":
-            return select_tokens(
-                self.importance(pixels_BNP, self.geometry.num_slots, embedding), counts.num_kept
-            )
-        if self.tokens.selection == "random":
-            return random_tokens(counts.num_tokens, counts.num_kept, key_B)
-        return torch.arange(counts.num_tokens, device=key_B.device).expand(len(key_B), -1)
+    def _clips(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Clips:
+        """Return the clips as the functions of the rule see them."""
+        importance = partial(self.importance, pixels_BNP, self.geometry.num_slots, embedding)
+        return Clips(pixels_BNP, key_B, self.geometry, self.counts, importance)
 
     def importance(self, pixels_BNP: Tensor, num_slots: int, embedding: PixelMap) -> Tensor:
         """Compute the ReRo importance (B, N) with the configured score and distance."""

@@ -146,9 +146,7 @@ def _try(setup: Setup, cluster: Cluster, chosen: Sequence[Candidate], sbatch: st
         return try_here(setup, chosen, place)
     a_node = cluster.ranks_per_node
     gpus = a_node if machine.asynchronous else 0
-    return try_by_slurm(
-        setup, chosen, place, TrialArray(-(-cluster.num_ranks // a_node), gpus, a_node, sbatch)
-    )
+    return try_by_slurm(setup, chosen, place, TrialArray(cluster.nodes, gpus, a_node, sbatch))
 
 
 def _show(setup: Setup, cluster: Cluster, result: SearchResult, results: TrialResults) -> None:

@@ -6,16 +6,20 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from everest_ds.config import Experiment
-from everest_ds.console import progress_of
+from everest_ds.console import print_facts, progress_of
 from everest_ds.errors import RunFolderError
-from everest_ds.jobs.sweep_file import SWEEP_FILE as SWEEP_FILE
+from everest_ds.jobs.job_plan import Hardware, JobRequest, QueueSettings, plan_submission
+from everest_ds.jobs.job_table import JobRow, job_rows
+from everest_ds.jobs.queue import plan_tables, queue_all
+from everest_ds.jobs.sbatch import split_options
+from everest_ds.jobs.sweep_file import SWEEP_FILE
 from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.trials.one_trial import (
     Setup,
@@ -27,9 +31,6 @@ from everest_ds.tuning.trials.one_trial import (
 )
 from everest_ds.tuning.trials.record import Trial, TrialOutcome, append_trial, read_trials, trial_key
 from everest_ds.units import format_bytes
-
-if TYPE_CHECKING:
-    from everest_ds.jobs.job_table import JobRow
 
 # State of a job -> outcome of its trial. Other jobs (stopped, preempted, node lost) have none.
 _OUTCOMES: dict[str, TrialOutcome] = {
@@ -87,11 +88,13 @@ def try_by_slurm(
     }
     rows = _job_rows(setup, list(todo))
     for name, row in rows.items():
-        if row.is_over and row.verdict.state in _OUTCOMES:
-            end = TrialEnd(_OUTCOMES[row.verdict.state], row.verdict.reason)
+        if row.is_over and row.status.state in _OUTCOMES:
+            end = TrialEnd(_OUTCOMES[row.status.state], row.status.reason)
             _record(setup, todo[name], place, end, row.run)
     waiting = [name for name, row in rows.items() if not row.is_over]
-    new = [name for name in todo if name not in rows or _may_go_on(rows[name])]
+    # A job that ended without an outcome of its trial (stopped, preempted, node lost) is submitted again.
+    over = [name for name, row in rows.items() if row.is_over and row.status.state not in _OUTCOMES]
+    new = [name for name in todo if name not in rows or name in over]
     if new:
         _submit(setup, {name: todo[name] for name in new}, array)
     if new or waiting:
@@ -137,25 +140,14 @@ def _record(setup: Setup, candidate: Candidate, place: Mapping[str, Any], end: T
     print(f"{candidate.name}: {text}")
 
 
-def _arrays(setup: Setup) -> Iterator[Path]:
-    yield from sorted(file.parent for file in setup.runs.glob(f"array-*/{SWEEP_FILE}"))
-
-
 def _job_rows(setup: Setup, names: Sequence[str]) -> dict[str, JobRow]:
     """Map the name of each submitted trial to its newest job."""
-    from everest_ds.jobs.job_table import job_rows
-
-    runs = [array / name for array in _arrays(setup) for name in names if (array / name).is_dir()]
+    arrays = sorted(file.parent for file in setup.runs.glob(f"array-*/{SWEEP_FILE}"))
+    runs = [array / name for array in arrays for name in names if (array / name).is_dir()]
     return {row.run.name: row for row in job_rows(runs)}
 
 
-def _may_go_on(row: JobRow) -> bool:
-    return row.is_over and row.verdict.state not in _OUTCOMES
-
-
 def _submit(setup: Setup, trials: Mapping[str, Candidate], array: TrialArray) -> None:
-    from everest_ds.cli.submit import submit
-
     overrides = _prepared(setup, next(iter(trials.values())).config)
     digest = sha256("\n".join(trials).encode()).hexdigest()[:8]
     folder = setup.runs / f"array-{digest}"
@@ -166,12 +158,15 @@ def _submit(setup: Setup, trials: Mapping[str, Candidate], array: TrialArray) ->
     candidates = folder / "candidates.jsonl"
     candidates.write_text("".join(f"{line}\n" for line in lines))
     place = f"run.dir={json.dumps(str(folder))}"
-    submit(
+    words, options = split_options([setup.source, *overrides, place, *shlex.split(array.options)])
+    request = JobRequest(
         "sweep",
-        [setup.source, *overrides, place, *_NO_WARNING, *shlex.split(array.options)],
-        nodes=array.nodes,
-        gpus_per_node=array.gpus_per_node or None,
-        ntasks_per_node=array.ranks_per_node,
+        words,
+        Hardware(array.nodes, array.gpus_per_node or None, array.ranks_per_node),
+        QueueSettings(options=(*_NO_WARNING, *options), max_restarts=0),
         candidates=candidates,
-        max_restarts=0,
     )
+    submission = plan_submission(request)
+    for title, facts in plan_tables(submission):
+        print_facts(title, facts)
+    queue_all(submission, print)

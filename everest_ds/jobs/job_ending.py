@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from everest_ds.checkpoints.names import newest_step
 from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
-from everest_ds.jobs.requeue import SlurmJob, note
+from everest_ds.jobs.requeue import SlurmJob, log_event
 
 
 @contextmanager
@@ -39,27 +40,21 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 @contextmanager
-def noted_ending(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
+def logged_end(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
     """Record in the job log how this rank ended, unless another rank records it; re-raise any error."""
     try:
         yield
     except StoppedError as error:
         if rank == 0:
-            note(job, run, "stopped", step=error.step, reason=error.by)
+            log_event(job, run, "stopped", step=error.step, reason=error.by)
         raise
     except EverestError as error:
         if rank == 0 or not (error.on_every_rank or error.exit_code == ExitCode.RANK_LOST):
             nodes = error.nodes if isinstance(error, BadNodeError) else None
-            note(job, run, "failed", reason=str(error), code=error.exit_code, nodes=nodes)
+            log_event(job, run, "failed", reason=str(error), code=error.exit_code, nodes=nodes)
         raise
     except Exception as error:
-        note(job, run, "failed", reason=f"{type(error).__name__}: {error}", code=ExitCode.FAILURE)
+        log_event(job, run, "failed", reason=f"{type(error).__name__}: {error}", code=ExitCode.FAILURE)
         raise
     if rank == 0:
-        note(job, run, "finished", step=_last_step(run))
-
-
-def _last_step(run: Path) -> int | None:
-    from everest_ds.checkpoints.names import newest_step
-
-    return newest_step(run) or None
+        log_event(job, run, "finished", step=newest_step(run) or None)

@@ -69,7 +69,7 @@ def node_name() -> str:
     return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
-def node_facts(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
+def collect_facts(files: Sequence[Path], token: Path, clock_s: float) -> NodeFacts:
     """Collect the facts about this node.
 
     Args:
@@ -100,14 +100,14 @@ def code_digest() -> str:
     return digest.hexdigest()[:12]
 
 
-def compare(nodes: Sequence[NodeFacts]) -> list[tuple[str, Finding]]:
+def compare_nodes(nodes: Sequence[NodeFacts]) -> list[tuple[str, Finding]]:
     """Return (node, finding) for each fact in which a node differs from the majority, and for each GPU fault.
 
     With two nodes, the first counts as the reference.
     """
-    found = [(n.node, _differs(name, n, nodes)) for name in _MUST_AGREE for n in nodes]
-    found += [(n.node, _gpu_errors(n)) for n in nodes]
-    found += [(n.node, _clock(n, nodes)) for n in nodes]
+    found = [(n.node, _disagreement(name, n, nodes)) for name in _MUST_AGREE for n in nodes]
+    found += [(n.node, _gpu_fault(n)) for n in nodes]
+    found += [(n.node, _clock_fault(n, nodes)) for n in nodes]
     return [(node, finding) for node, finding in found if finding is not None]
 
 
@@ -116,7 +116,7 @@ def clock_spread_s(nodes: Sequence[NodeFacts]) -> float:
     return max(n.clock_s for n in nodes) - min(n.clock_s for n in nodes)
 
 
-def _differs(name: str, node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding | None:
+def _disagreement(name: str, node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding | None:
     usual, _ = Counter(getattr(n, name) for n in nodes).most_common(1)[0]
     here = getattr(node, name)
     if here == usual:
@@ -134,7 +134,7 @@ def _difference(here: str, usual: str) -> str:
     return f"{here or 'none'} (elsewhere {usual or 'none'})"
 
 
-def _gpu_errors(node: NodeFacts) -> Finding | None:
+def _gpu_fault(node: NodeFacts) -> Finding | None:
     if not node.gpu_errors:
         return None
     fix = "exclude the node and report it to its administrators"
@@ -143,7 +143,7 @@ def _gpu_errors(node: NodeFacts) -> Finding | None:
     )
 
 
-def _clock(node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding | None:
+def _clock_fault(node: NodeFacts, nodes: Sequence[NodeFacts]) -> Finding | None:
     middle = sorted(n.clock_s for n in nodes)[len(nodes) // 2]
     if abs(node.clock_s - middle) < _MAX_CLOCK_SECONDS:
         return None

@@ -1,4 +1,4 @@
-"""The plan of a job, checked as a whole before the job queues: config, ranks, files and memory."""
+"""The checks of a job before it queues: its config, ranks, files and memory."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.config.load import load_for_task
+from everest_ds.config.mesh_shape import check_nodes_of_job
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import predict_memory
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
@@ -59,16 +61,10 @@ def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment
     """Load the config of a pretrain, finetune or evaluate command.
 
     Raises:
-        UsageError: the recipe is for another task.
+        ConfigError: the config cannot be read.
+        UsageError: the config is for another task.
     """
-    config = load_experiment(source, overrides)
-    task = "finetune" if command == "evaluate" else command
-    if config.task != task:
-        raise UsageError(
-            f"{source}: this recipe is for task {config.task}",
-            fix=f"submit {config.task} {source}, or name a recipe for {task} (everest-ds recipes)",
-        )
-    return config
+    return load_for_task("finetune" if command == "evaluate" else command, source, overrides)
 
 
 def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:
@@ -96,7 +92,7 @@ def plan_profile(source: str, overrides: Sequence[str], target: Target) -> Stage
 def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any]:
     """Check all that can be checked before a run has nodes; return its human-readable plan."""
     shape = target.shape
-    _check_tensor(config, shape)
+    check_nodes_of_job(config, shape.ranks_per_node)
     _check_files(command, config)
     # The shipped DeepSpeed files are known to be valid, and reading DeepSpeed's keys takes seconds.
     if config.parallelism.ds_config is not None:
@@ -109,17 +105,6 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     memory = _check_memory(config, target)
     plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
     return {"run": str(config.run.dir), **plan, "memory": memory}
-
-
-def _check_tensor(config: Experiment, shape: JobShape) -> None:
-    tensor = config.parallelism.tensor
-    if shape.ranks_per_node % tensor:
-        raise ConfigError(
-            "parallelism.tensor: a tensor group would span nodes",
-            given=f"tensor={tensor}, {shape.ranks_per_node} ranks per node",
-            allowed=f"a multiple of {tensor} ranks per node",
-            fix="change --gpus-per-node or parallelism.tensor",
-        )
 
 
 def _check_files(command: str, config: Experiment) -> None:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.launch.node import compare, node_facts
+from everest_ds.launch.node_facts import collect_facts, compare_nodes
 
 
 def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
     (tmp_path / "list.txt").write_text("a.mp4\n")
     (tmp_path / "token").write_text("seen")
-    facts = node_facts([tmp_path / "list.txt", tmp_path / "none"], tmp_path / "token", 1.0)
+    facts = collect_facts([tmp_path / "list.txt", tmp_path / "none"], tmp_path / "token", 1.0)
     assert facts.run == "seen" and "list.txt=6" in facts.files and "none=-1" in facts.files
-    assert compare([facts, facts, facts]) == []
+    assert compare_nodes([facts, facts, facts]) == []
 
 
 @pytest.mark.parametrize(
@@ -32,13 +32,13 @@ def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
 )
 def test_the_odd_node_is_named(tmp_path: Path, fact: str, value: object, says: str) -> None:
     usual = replace(
-        node_facts([], tmp_path, 1.0),
+        collect_facts([], tmp_path, 1.0),
         node="node1",
         packages="torch=2.13 deepspeed=0.19.8",
         files="/data/a.mp4=5 /data/b.mp4=7",
         gpus="H100",
     )
     odd = replace(usual, node="node9", **{fact: value})
-    ((node, finding),) = compare([usual, odd, replace(usual, node="node2")])
+    ((node, finding),) = compare_nodes([usual, odd, replace(usual, node="node2")])
     assert node == "node9" and says in finding.detail
     assert finding.status == ("warning" if fact == "clock_s" else "missing")

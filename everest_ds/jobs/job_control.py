@@ -1,0 +1,57 @@
+"""Stopping and restarting the jobs of runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from everest_ds.jobs.job_table import JobRow
+from everest_ds.jobs.resubmit import submit_again
+from everest_ds.jobs.slurm import call
+from everest_ds.training.stop import KILL_FILE
+
+
+def stop_job(row: JobRow, now: bool = False) -> str:
+    """Stop a job for good, and describe how it stops.
+
+    A running job that trains saves a checkpoint first, unless `now` is true. A waiting job leaves the queue.
+
+    Raises:
+        UsageError: if SLURM refuses to cancel the job.
+    """
+    if row.is_over:
+        return f"has already ended: {row.status.state}"
+    if row.slurm is not None and row.slurm.runs and row.trains and not now:
+        (row.run / KILL_FILE).touch()
+        return "saves at its next step and then stops (--now stops it at once)"
+    call(["scancel", row.job_id])
+    return "cancelled"
+
+
+def restart_jobs(rows: Sequence[JobRow]) -> Iterator[tuple[JobRow, str]]:
+    """Restart jobs one after another from their newest checkpoints, and describe how each restarts.
+
+    An ended job is submitted again. If several ended jobs belong to one run, each waits for the one before.
+
+    Raises:
+        RunFolderError: if the run folder of an ended job holds no readable record of the job.
+        UsageError: if SLURM refuses to restart a job.
+    """
+    newest: dict[Path, str] = {}
+    for row in rows:
+        (row.run / KILL_FILE).unlink(missing_ok=True)  # left over: the run ended before it saw this file
+        if row.is_over:
+            newest[row.run] = submit_again(row, after=newest.get(row.run))
+            yield row, f"submitted again as job {newest[row.run]}"
+        else:
+            yield row, _requeue(row)
+
+
+def _requeue(row: JobRow) -> str:
+    if row.status.state == "held":
+        call(["scontrol", "release", row.job_id])
+        return "released"
+    if row.slurm is None or row.slurm.waits:
+        return "already waits in the queue"
+    call(["scontrol", "requeue", row.job_id])
+    return "requeued"

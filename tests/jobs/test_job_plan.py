@@ -1,0 +1,57 @@
+"""Tests of jobs as a library: a request becomes checked sbatch jobs without the command line and torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+from everest_ds.jobs.job_plan import Hardware, JobRequest, QueueSettings, plan_submission
+from everest_ds.jobs.sbatch import JobShape
+
+_PLAN_WITHOUT_TORCH = """
+import pkgutil, sys
+from importlib import import_module
+import everest_ds.jobs
+for module in pkgutil.iter_modules(everest_ds.jobs.__path__):
+    import_module(f"everest_ds.jobs.{module.name}")
+from everest_ds.jobs.job_plan import JobRequest, plan_submission
+plan_submission(JobRequest("profile", ["k400_pretrain_vit_base"]))
+print(*sorted({"torch", "deepspeed", "typer"} & set(sys.modules)))
+"""
+
+
+def test_jobs_are_planned_without_torch_and_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-c", _PLAN_WITHOUT_TORCH], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (0, []), done.stderr
+
+
+def test_a_request_becomes_the_jobs_of_sbatch(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("".join(f"{number}.mp4\n" for number in range(64)))
+    words = [
+        "k400_pretrain_vit_base",
+        f"run.dir={tmp_path}/run",
+        f"data.train={tmp_path}/train.txt",
+        "batch.micro_batch_size=2",
+        "batch.global_batch_size=8",
+    ]
+    queue = QueueSettings(time="8", nodelist="n[3-4]", options=["--qos=high"], max_restarts=7)
+    submission = plan_submission(JobRequest("pretrain", words, Hardware(2, gpus_per_node=2), queue))
+    (job,) = submission.jobs
+    assert (job.script.name, job.arguments, job.logs) == (
+        "pretrain.sbatch",
+        tuple(words),
+        tmp_path / "run/logs",
+    )
+    assert job.shape == JobShape(nodes=2, gpus_per_node=2, ranks_per_node=2)
+    # The time limit of 8 minutes is below 20, so the signal comes a quarter of it (120 s) before the end.
+    assert job.options == ("--qos=high", "--signal=USR1@120")
+    assert (job.environment["EVEREST_SIGNAL_SECONDS"], job.environment["EVEREST_MAX_RESTARTS"]) == (
+        "120",
+        "7",
+    )
+    assert [(place.host, place.local_rank) for place in submission.ranks] == [
+        *(("n3", 0), ("n3", 1)),
+        *(("n4", 0), ("n4", 1)),
+    ]
+    assert not (tmp_path / "run").exists()
