@@ -10,6 +10,7 @@ from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_table
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
+from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.candidate_tables import (
     Costs,
     candidate_rows,
@@ -17,8 +18,9 @@ from everest_ds.tuning.candidate_tables import (
     dropped_rows,
     memory_rows,
 )
+from everest_ds.tuning.cluster import Cluster
 from everest_ds.tuning.explain import slower_families, why_slower
-from everest_ds.tuning.search import Candidate, Cluster, SearchResult
+from everest_ds.tuning.search import SearchResult
 from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import format_bytes
 
@@ -69,7 +71,7 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
 
 
 def _to_mind(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
-    calls = close_calls(shown, cluster.machine)
+    calls = close_calls(shown, cluster)
     if calls:
         yield f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}"
     best = ranked[0]
