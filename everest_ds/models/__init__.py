@@ -1,4 +1,4 @@
-"""The model architectures, free of distributed code, environment variables and files.
+"""The model architectures. They use no distributed code and no environment variables.
 
 The inputs of a model are uint8 pixels and one random key per clip.
 """

@@ -33,7 +33,7 @@ def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
 
 
 def unfused_attention(qkv_Bn3hd: Tensor) -> Tensor:
-    """Compute softmax(QKᵀ/√d)V with both n x n matrices in memory, as for the published memory figures."""
+    """Compute softmax(QKᵀ/√d)V and store both n x n matrices, as for the published memory figures."""
     values = qkv_Bn3hd[:, :, 2].transpose(1, 2)
     return (attention_weights(qkv_Bn3hd) @ values).transpose(1, 2).flatten(2)
 
@@ -48,9 +48,10 @@ ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused_attention, "u
 
 
 class _ChunkedAttention(torch.autograd.Function):
-    """Attention a few heads at a time, so that their logits stay in cache; the backward pass recomputes them.
+    """Attention computed for a few heads at a time, so that their logits stay in cache.
 
-    Logits and weights are rounded to the precision of the inputs, as in unfused attention under autocast.
+    The backward pass recomputes the logits. Logits and weights are rounded to the precision of the inputs, as
+    in unfused attention under autocast.
     """
 
     @staticmethod

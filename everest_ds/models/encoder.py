@@ -1,6 +1,6 @@
-"""The encoder, whose pre-trained weights fine-tuning starts from.
+"""The encoder, which all models share: fine-tuning starts from its pre-trained weights.
 
-Shape legend: B clips, N tokens, K any number of them, P values of one tubelet, D width.
+Shape legend: B clips, N tokens, K any number of tokens, P values of one tubelet, D width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Encoder(nn.Module):
 
         Args:
             tubelets_BKP: uint8 tubelets of the tokens to encode.
-            index_BK: their token indices, which select the positions.
+            index_BK: token indices of the tubelets, which select the positions.
             embedding: the result of `embed()` in this step, shared with token selection.
             key_B: int64 random keys, one per clip, for drop path.
         """

@@ -14,11 +14,11 @@ from everest_ds.models.tubelets import gather_tokens
 
 
 class FeatureModel(nn.Module):
-    """Encoder of the kept tokens, followed by their mean and the LayerNorm of the training phase.
+    """An encoder of the kept tokens that returns one vector per clip: their normalised mean.
 
-    A pre-trained model normalises each token before the mean, a classifier normalises the mean: the vector is
-    then the input of its head. No token is masked. The parameters have the names that they have in both
-    models.
+    The LayerNorm is applied as in training: a pre-trained model normalises each token before the mean; a
+    classifier normalises the mean, so the vector is what its head reads. No token is masked. The parameters
+    have the same names as in `PretrainModel` and `Classifier`.
 
     Args:
         config: an experiment of either task; with tube masks (`tube`, `dual`), all tokens are kept.

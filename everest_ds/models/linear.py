@@ -22,7 +22,7 @@ _WORTHWHILE_MACS = 10**8
 
 
 def prefers_onednn(processors: Path = Path("/proc/cpuinfo")) -> bool:
-    """Return whether oneDNN multiplies float32 faster than MKL here, as on all processors but Intel's."""
+    """Return whether oneDNN is available and faster than MKL in float32, as on all but Intel's processors."""
     is_intel = processors.is_file() and "GenuineIntel" in processors.read_text()
     return torch.backends.mkldnn.is_available() and not is_intel
 

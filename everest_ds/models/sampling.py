@@ -1,8 +1,8 @@
 """Random numbers derived from each sample, equal on every rank, on every device and after every restart.
 
-Each clip carries a 64-bit key made of (seed, epoch, sample id). A number is a hash of (key, stream, counter),
-computed in integer tensor arithmetic on the device of the clip: there is no generator state to save and no
-host synchronisation, and tensor-parallel ranks agree without communication.
+Each clip carries an int64 key, a hash of (seed, epoch, sample, repeat). A number is a hash of (key, stream,
+counter), computed in integer tensor arithmetic on the device of the clip: there is no generator state to save
+and no host synchronisation, and tensor-parallel ranks agree without communication.
 
 Shape legend: B clips, n numbers per clip, S streams.
 """
@@ -39,7 +39,7 @@ def random_bits(key_B: Tensor, stream: int, count: int) -> Tensor:
 
     Args:
         key_B: int64 random keys, one per clip.
-        stream: number of the use of randomness; different streams of a clip are independent.
+        stream: number that identifies one use of randomness; the streams of a clip are independent.
         count: number n of integers per clip.
 
     Returns:

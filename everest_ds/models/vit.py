@@ -61,7 +61,7 @@ class Block(nn.Module):
         self.mlp = MLP(width)
 
     def forward(self, x_BnD: Tensor, scales: Scales | None = None) -> Tensor:
-        """Apply the block, (B, n, D) -> (B, n, D), with each branch times its drop-path scale, if any."""
+        """Apply the block, (B, n, D) -> (B, n, D), with each branch multiplied by its scale, if any."""
         of_attention, of_mlp = scales or (None, None)
         x_BnD = add_scaled(x_BnD, self.attention(self.norm1(x_BnD)), of_attention)
         return add_scaled(x_BnD, self.mlp(self.norm2(x_BnD)), of_mlp)

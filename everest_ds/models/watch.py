@@ -28,8 +28,8 @@ class Seen(NamedTuple):
         visible_BThw: bool, True for tokens that are encoded.
         attention_BThw: float32, share of each encoded token in the mean of the encoder's output, by attention
             rollout; 0 for the other tokens; the sum is 1.
-        counts_BS: number of ReRo tokens in each candidate slot, by which IIFS draws. Without IIFS, the number
-            of kept tokens.
+        counts_BS: number of ReRo tokens in each candidate slot, the weights of the draw of IIFS. Without
+            IIFS, the number of kept tokens in each slot.
         slots_BT: indices of the selected slots.
         restored_BFHWC: uint8, the clip with its predicted tokens replaced by the model's predictions; None in
             fine-tuning.

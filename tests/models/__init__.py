@@ -24,7 +24,7 @@ def experiment(
     distance: str = "l2",
     **model: object,
 ) -> Experiment:
-    """Return an experiment with ViT-Tiny on 8 frames at 64 x 64 (4 slots of 16), changed by `model`."""
+    """Return a ViT-Tiny experiment on 8 frames at 64 x 64 (4 slots of 16 tokens), changed by `model`."""
     shape = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 64, **model}
     if task == "finetune":
         shape.setdefault("num_classes", 7)

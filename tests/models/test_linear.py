@@ -27,7 +27,7 @@ class Operators(TorchDispatchMode):
 
 @pytest.fixture
 def not_intel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let linear maps choose their library as on a processor of another maker than Intel."""
+    """Let linear maps choose their library as on a processor that is not Intel's."""
     monkeypatch.setattr(module, "_PREFERS_ONEDNN", torch.backends.mkldnn.is_available())
 
 

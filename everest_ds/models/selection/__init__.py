@@ -1,1 +1,1 @@
-"""Token selection: ReRo, masks, information-intensive frames, and the selector that a config names."""
+"""Token selection: ReRo, masks, information-intensive frames, and the module that applies a config's rule."""

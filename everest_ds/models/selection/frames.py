@@ -1,13 +1,13 @@
-"""Information-intensive frame selection (IIFS): drawing the slots with most motion from a longer clip.
+"""Information-intensive frame selection (IIFS): a draw of slots from a longer clip, weighted by motion.
 
 IIFS is meant for long, uncurated video (EVEREST, ICML 2024, section 3): a clip arrives with alpha·T candidate
 slots; slot i holds c_i of its ReRo tokens; T slots are drawn without replacement with probabilities c_i / Σc
 and stay in temporal order. The released repository does not contain this method.
 
 The drawn slots form the clip: they take the positions 0 .. T - 1, not the positions of their times, because
-the fixed position table has T slots, pre-trained weights know no others, and the frame stride of a plain clip
-also differs between recipes. ReRo compares each drawn slot with the drawn slot before it, as the model sees
-them.
+the fixed position table has T slots, pre-trained weights were trained with these positions only, and the
+frame stride of a plain clip also differs between recipes. ReRo compares each drawn slot with the drawn slot
+before it, as the model sees them.
 
 Shape legend: B clips, S candidate slots, T slots, L places per slot, P values of one tubelet.
 """

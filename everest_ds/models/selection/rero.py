@@ -19,8 +19,8 @@ from everest_ds.models.linear import linear
 from everest_ds.models.sampling import random_bits
 from everest_ds.models.tubelets import MIDDLE_GREY, PixelMap, normalization_of_pixels, normalize_pixels
 
-# Tubelets scored at a time on a CPU, in whose caches these stay. A GPU gets larger chunks, since every kernel
-# launch costs host time.
+# Tubelets scored at a time on a CPU: few enough to stay in its caches. A GPU gets larger chunks, since every
+# kernel launch costs host time.
 _CPU_CHUNK_TOKENS = 2**12
 _SKETCH_KEY, _SKETCH_STREAM = 20240721, 0  # fixed: every run, rank and restart draws the same projection
 

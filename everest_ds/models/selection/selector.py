@@ -53,7 +53,7 @@ class TokenSplit(NamedTuple):
 
 
 class Clips(NamedTuple):
-    """A batch of clips as the function of a selection rule sees it.
+    """A batch of clips, in the form that the functions of a selection rule take.
 
     Attributes:
         pixels_BNP: uint8 tubelets.
@@ -119,7 +119,7 @@ _FUNCTIONS = {
     "dual": Rule(split=show_tubes_predict_cells),
     "none": Rule(),
 }
-RULES = {name: _FUNCTIONS[name] for name in SELECTIONS}  # a KeyError here: the rule lacks its function
+RULES = {name: _FUNCTIONS[name] for name in SELECTIONS}  # a KeyError here means that a rule has no functions
 
 
 class Selector(nn.Module):
@@ -186,7 +186,7 @@ class Selector(nn.Module):
         return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
     def _clips(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Clips:
-        """Return the clips as the functions of the rule see them."""
+        """Return the clips in the form that the functions of the rule take."""
         importance = partial(self.importance, pixels_BNP, self.geometry.num_slots, embedding)
         return Clips(pixels_BNP, key_B, self.geometry, self.counts, importance)
 
