@@ -74,7 +74,7 @@ def _nearest(batch: BatchConfig, degree: int) -> str:
     step = batch.micro_batch_size * degree * (batch.grad_accum_steps or 1)
     below = (batch.global_batch_size or 0) // step * step
     sizes = " or ".join(str(size) for size in (below, below + step) if size)
-    return f"nearest with micro_batch_size={batch.micro_batch_size}: {sizes} (learning rates follow)"
+    return f"nearest with micro_batch_size={batch.micro_batch_size}: {sizes} (learning rates scale with it)"
 
 
 def _does_not_divide(batch: BatchConfig, degree: int) -> ConfigError:

@@ -125,7 +125,8 @@ def _check_precision(config: Experiment) -> None:
     if config.precision == "fp16" and config.parallelism.zero_stage == 0:
         raise ValueError(
             "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19 keeps the"
-            " float32 weights where a checkpoint cannot name them; use zero_stage=1, which needs less memory"
+            " float32 weights in flat tensors without the parameter names that a checkpoint needs; use"
+            " zero_stage=1, which also needs less memory"
         )
 
 

@@ -117,7 +117,7 @@ def _find_base(base: str, path: Path) -> ConfigSource:
 def _apply_override(tree: ConfigTree, text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
-        raise ConfigError("override without `=`", given=repr(text), allowed="key.path=value")
+        raise ConfigError("override without a key or without `=`", given=repr(text), allowed="key.path=value")
     try:
         value = yaml.safe_load(raw)
     except yaml.YAMLError:

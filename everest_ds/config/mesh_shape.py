@@ -8,7 +8,7 @@ that group; it must lie within one node:
     tensor   0 1 | 0 1 | 0 1      a tensor group holds one copy of the model between its ranks
     data     0 0 | 1 1 | 2 2      all ranks with the same tensor coordinate form a data group
 
-A further axis is a field of `PerAxis`, in the order of nesting, and its degree in `MeshShape.over`.
+To add an axis, add a field to `PerAxis`, in the order of nesting, and set its degree in `MeshShape.over`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class RankGroup:
 
     @property
     def inside(self) -> int:
-        """Return g, the number of ranks of the group on each node."""
+        """The number g of ranks of the group on each node."""
         return self.ranks // self.nodes
 
 
@@ -69,7 +69,7 @@ class MeshShape:
 
     @classmethod
     def of(cls, config: Experiment, num_ranks: int, ranks_per_node: int | None = None) -> MeshShape:
-        """Arrange `num_ranks` ranks as the config says.
+        """Arrange `num_ranks` ranks in tensor groups of the configured degree.
 
         Raises:
             ConfigError: if the tensor-parallel degree does not divide the ranks.
@@ -149,7 +149,7 @@ class MeshShape:
 
 
 def largest_shape(config: Experiment, num_ranks: int) -> MeshShape:
-    """Return the largest arrangement of at most `num_ranks` ranks, with one tensor group at least."""
+    """Return the largest arrangement of at most `num_ranks` ranks, with at least one tensor group."""
     tensor = config.parallelism.tensor
     return MeshShape(PerAxis(max(1, num_ranks // tensor), tensor))
 
@@ -193,7 +193,7 @@ def check_nodes_of_job(config: Experiment, ranks_per_node: int) -> None:
 
 
 def check_searched_degree(tensor: int, num_ranks: int, ranks_per_node: int) -> None:
-    """Check that the tuner may try a tensor degree; the message is the reason why a family is left out.
+    """Check that the tuner may try a tensor degree; the message says why candidates are left out.
 
     Raises:
         ConfigError: if the degree does not divide the ranks of a node or of the run.

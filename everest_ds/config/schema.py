@@ -118,7 +118,8 @@ class TokensConfig(ConfigSection):
         "l2", description="distance between neighbouring slots in ReRo"
     )
     frame_oversampling: Annotated[float, Field(ge=1.0, le=8.0)] = Field(
-        1.0, description="alpha of IIFS: decode alpha times the slots, draw those with most motion; 1: off"
+        1.0,
+        description="alpha of IIFS: decode alpha times the slots, draw from them weighted by motion; 1: off",
     )
 
     @property
@@ -185,7 +186,7 @@ class DataConfig(ConfigSection):
 
 
 class AugmentConfig(ConfigSection):
-    """The augmentation of fine-tuning beyond crops and flips, on the device; 0 turns a part off."""
+    """The fine-tuning augmentations besides crops and flips, computed on the device; 0 disables each."""
 
     rand_augment_ops: Annotated[int, Field(ge=0)] = Field(
         0, description="operations drawn per clip; each is applied with probability 0.5"
@@ -245,7 +246,7 @@ class ScheduleConfig(ConfigSection):
     min_lr: NonNegative = 1e-5
 
     def rate_scale(self, samples_per_step: int) -> float:
-        """Return the factor by which the number of samples in a step changes all three rates."""
+        """Return the factor that scales all three rates at this number of samples per optimiser step."""
         return samples_per_step / REFERENCE_BATCH
 
 
@@ -308,7 +309,11 @@ class RecomputeConfig(ConfigSection):
 
 
 class RunConfig(ConfigSection):
-    """The run folder, and how often a run logs, saves and validates. May change when a run is resumed."""
+    """The run folder, the seed, and how often a run logs, saves and validates.
+
+    When a run is resumed, these settings may change, except `seed`, `max_skipped_steps` and
+    `validate_every_epochs`.
+    """
 
     dir: Path = Path("runs/default")
     seed: int = 0
@@ -322,7 +327,7 @@ class RunConfig(ConfigSection):
         None, description="also keep every checkpoint at a multiple of this step"
     )
     hang_timeout_s: PositiveInt = Field(
-        600, description="silence after which a rank counts as lost; ends the run"
+        600, description="time without progress after which a rank counts as lost and the run ends"
     )
     max_skipped_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="consecutive steps that may be skipped for a non-finite loss or gradient"

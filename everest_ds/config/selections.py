@@ -91,8 +91,8 @@ class ScoreKind:
 
     Attributes:
         features: the number of features per token, as a function of D and P.
-        num_maps: linear maps from pixels to features in memory while tokens are scored: the embedding scaled
-            to pixels, or the sketch on both scales; 0 if the features are the pixels themselves.
+        num_maps: copies of the linear map from pixels to features that scoring adds to memory: the embedding
+            rescaled to pixel levels, or the sketch before and after rescaling; 0 if the features are pixels.
         launches: operators that the host launches once per forward pass.
         chunk_launches: operators that the host launches for every chunk of scored tokens.
         distances: values of `tokens.distance` that the features preserve.

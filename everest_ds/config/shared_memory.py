@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from everest_ds.config.schema import Experiment
 
-# Per worker: one batch in work and one queued keep a worker busy. A longer queue would gain nothing and would
-# cost more batches in shared and in pinned memory.
+# Batches per worker: one in progress and one in the queue keep a worker busy. A longer queue would gain
+# nothing and would hold more batches in shared and in pinned memory.
 BATCHES_AHEAD = 2
 # The batches of the current and the next step: on a CPU they stay in the shared memory that a worker filled.
 _BATCHES_HELD = 2
@@ -23,7 +23,7 @@ def batch_bytes(config: Experiment) -> int:
 
 
 def shared_memory_bytes(config: Experiment, num_ranks: int) -> int:
-    """Return the most shared memory that the loaders of `num_ranks` ranks on one node fill, in bytes.
+    """Return the peak shared memory that the loaders of `num_ranks` ranks on one node fill, in bytes.
 
     Pinned copies for a GPU take the same amount again, outside shared memory.
     """

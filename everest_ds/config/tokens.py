@@ -36,7 +36,7 @@ class ClipGeometry:
 
     @property
     def num_slots(self) -> int:
-        """The number T of slots: tubelet rows in time."""
+        """The number T of slots: tubelets along the time axis."""
         return self.num_frames // self.tubelet_size
 
     @property

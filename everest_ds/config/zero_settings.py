@@ -50,15 +50,16 @@ class ZeroSettings:
     def sums_in_float32(self, precision: str, accumulates: bool) -> bool:
         """Return whether half-precision gradients are summed over micro-batches in float32.
 
-        The default is yes for bf16, whose 8 bits lose almost 1 % over 32 micro-batches. If gradients are
-        offloaded, DeepSpeed sums in the precision of training, as a float32 sum would stay on the device.
+        The default is yes for bf16, whose 8 significant bits lose almost 1 % over 32 micro-batches. If
+        gradients are offloaded, DeepSpeed sums in the precision of training, as a float32 sum would stay on
+        the device.
         """
         if self.grad_accum_dtype == "auto":
             return precision == "bf16" and accumulates and not self.offloads_optimizer
         return precision in ("bf16", "fp16") and self.grad_accum_dtype == "fp32"
 
     def shards_nothing(self, stage: int, data_degree: int) -> bool:
-        """Return whether stage 1 or 2 runs on a single data-parallel rank, so that no state is sharded."""
+        """Return whether stage 1 or 2 shards nothing: on one data-parallel rank, without offload."""
         return stage in (1, 2) and data_degree == 1 and not self.offloads_optimizer
 
     def with_buckets(self, num_values: int) -> ZeroSettings:
