@@ -1,4 +1,4 @@
-"""Export of a checkpoint, written by any number of ranks, to one safetensors file, tensor by tensor."""
+"""Export of a checkpoint of any number of ranks into one safetensors file, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from everest_ds.checkpoints.reader import WEIGHT, CheckpointReader
 from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
 
-_NOT_OF_WEIGHTS = ("init_from", "compile")  # keys of section `model` that the weights do not depend on
+_NOT_OF_WEIGHTS = ("init_from", "compile")  # keys of section `model` that no reader of the weights needs
 _CLIP_KEYS = (
     "frame_stride",
     "sampling",

@@ -15,7 +15,7 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List all folders named like a checkpoint, lowest step first; `folder.verify` checks their content."""
+    """List folders named like checkpoints, lowest step first; `verify_checkpoint` checks their content."""
     found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
     return sorted(found, key=step_of)
 

@@ -44,9 +44,9 @@ class _Part(BaseModel):
 class Cut(NamedTuple):
     """A tensor-parallel shard of a parameter: shard `rank` of `degree`.
 
-    The flattened parameter consists of `outer` rows of `degree` equal runs each; a shard is its run of every
-    row, in order. The number of rows thus expresses cuts along rows, along columns, and of the three stacked
-    matrices of q, k and v.
+    The flattened parameter consists of `outer` rows of `degree` equal runs each; a shard joins its run of
+    every row, in order. Different values of `outer` express cuts along rows, along columns, and of each of
+    the three stacked matrices of q, k and v.
     """
 
     rank: int

@@ -1,1 +1,1 @@
-"""Conversion of weights between EVEREST-DS and other systems, with an account of every key."""
+"""Conversion of weights between EVEREST-DS and other systems, with a report on every key."""

@@ -205,5 +205,8 @@ def _notes(source: WeightSource, system: str) -> list[str]:
             f"LayerNorms have epsilon {LAYER_NORM_EPS:g} in {system} and {model.norm_eps:g} in this model"
         )
     if system != "everest" and tokens.rule.keeps_share and tokens.keep_ratio < 1:
-        notes.append(f"this model keeps {tokens.keep_ratio:g} of the tokens ({tokens.selection})")
+        notes.append(
+            f"this model keeps {tokens.keep_ratio:g} of the tokens ({tokens.selection}), which the written"
+            " weights do not record"
+        )
     return notes

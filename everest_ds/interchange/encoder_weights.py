@@ -1,4 +1,4 @@
-"""The encoder weights that a run starts from, read from a run or from the checkpoint of any system."""
+"""The encoder weights that a run starts from, read from an earlier run or a checkpoint of any system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from everest_ds.interchange.tensors import TensorShape
 
 
 class EncoderWeights(NamedTuple):
-    """Weights on the disk that include those of an encoder.
+    """Stored weights that include those of an encoder.
 
     Attributes:
         path: file or folder that is read.

@@ -70,7 +70,7 @@ def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> 
     Args:
         path: file or folder to open.
         entry: entry of a training checkpoint to read, such as `model_ema`; None reads the usual weights.
-        prefer_best: for a run, read the weights of its best validation, if saved, not its newest checkpoint.
+        prefer_best: for a run, read the weights of its best validation, if saved, else its newest checkpoint.
 
     Raises:
         CheckpointError: if `path` holds no readable weights.
@@ -195,9 +195,8 @@ def _find_weights(
     if entry is None and any(isinstance(value, Tensor) for value in content.values()):
         return content, ()
     raise CheckpointError(
-        f"{file}: holds no weights",
-        given=", ".join(map(str, content)) or "nothing",
-        allowed=" or ".join(wanted),
+        f"{file}: holds no weights under {' or '.join(wanted)}",
+        given=f"entries {', '.join(map(str, content)) or '(none)'}",
     )
 
 

@@ -24,7 +24,7 @@ TRANSFORMERS_LAST_EPS = 1e-5
 # Arguments and mask types of the original training scripts -> keys and values of the config.
 _ARGUMENTS = {"num_frames": "num_frames", "input_size": "image_size"}
 _MASKS = {"tube": "tube", "random": "none", "motion-centric": "rero"}
-# Settings that no shape reveals, with the values of all released models.
+# Settings that a file of weights may not define, with the values of all released models.
 _USUAL: InferredTree = {"num_frames": 16, "image_size": 224, "tubelet_size": 2}
 
 

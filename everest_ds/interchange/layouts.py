@@ -18,8 +18,8 @@ from everest_ds.errors import CheckpointError
 
 WeightKind = Literal["pretrain", "finetune", "encoder"]
 Names = tuple[str, ...]
-# Name or prefix in EVEREST-DS -> name in the other system; several names if their tensors are concatenated
-# here.
+# Name or prefix in EVEREST-DS -> name in the other system; several names if EVEREST-DS concatenates their
+# tensors.
 NameTable = Mapping[str, str | Names]
 
 EMBEDDING = "encoder.embed.weight"
@@ -201,9 +201,9 @@ def detect_layout(keys: Iterable[str], file: Path) -> Layout:
 
 
 def layout_of(system: str, kind: WeightKind) -> Layout:
-    """Return a system's layout of one kind of model, or of the encoder only if it has no such model.
+    """Return a system's layout of one kind of model, or its encoder layout if it has no such model.
 
-    Fine-tuned models of MVD and MME have the names of VideoMAE.
+    Fine-tuned models of MVD and MME use the names of VideoMAE.
     """
     systems = ("videomae",) if kind == "finetune" and system in ("mvd", "mme") else (system,)
     fitting = [layout for layout in LAYOUTS if layout.system in systems]

@@ -21,7 +21,7 @@ def load_model(source: str | Path, *overrides: str, features: bool = False, entr
 
     Args:
         source: a run folder (its best weights, else its newest checkpoint), a checkpoint, a `.safetensors`
-            file, an original's `.pth`, or a folder of transformers' VideoMAE.
+            file, a `.pth` file of an original training script, or a folder of transformers' VideoMAE.
         overrides: `key.path=value` settings, such as `tokens.selection=rero tokens.keep_ratio=0.6` to run a
             dense model on selected tokens.
         features: load only the encoder and its LayerNorm, as a `FeatureModel`: one vector per clip.

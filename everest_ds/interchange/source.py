@@ -1,4 +1,4 @@
-"""Weights of any system under the names and shapes of EVEREST-DS, with an account of every key."""
+"""Weights of any system under the names and shapes of EVEREST-DS, with every key accounted for."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def open_source(
 
     Args:
         path: a run, a checkpoint or a safetensors file of EVEREST-DS; a `.pth` file of an original training
-            script; a folder or a safetensors file of transformers' VideoMAE.
+            script; a checkpoint folder of DeepSpeed; a folder or safetensors file of transformers' VideoMAE.
         overrides: `key.path=value` settings that take precedence over inferred settings.
         entry: entry of a training checkpoint to read, such as `model_ema`; None reads the usual weights.
 
@@ -146,7 +146,7 @@ def _unused(raw: RawWeights, layout: Layout, config: Experiment, used: set[str])
 
 
 def _why_no_positions(raw: RawWeights, config: Experiment) -> str:
-    """Check that stored positions equal the fixed table of the model, and return this as the reason."""
+    """Check that stored positions equal the model's fixed table, and return that as the reason."""
     model = config.model
     found = raw.read(_POSITIONS).squeeze(0)
     own = fixed_positions(model.positions, model.geometry, model.shape.encoder.width)

@@ -1,9 +1,9 @@
 """Conversion of parameter shapes between EVEREST-DS and other systems.
 
 Other systems store the patch embedding as a Conv3d, with inputs in (colour, frame, row, column) order;
-EVEREST-DS stores a linear map with inputs in (frame, row, column, colour) order. Their mask token has two
-additional axes of size 1. The projections of q, k and v are a single matrix in EVEREST-DS and may be three
-elsewhere.
+EVEREST-DS stores a linear map with inputs in (frame, row, column, colour) order. The mask token of other
+systems has two additional axes of size 1. The projections of q, k and v are a single matrix in EVEREST-DS and
+may be three elsewhere.
 
 Shape legend: D width, C = 3 colours, t frames and p x p pixels of one tubelet.
 """

@@ -1,4 +1,4 @@
-"""Small models of transformers, and their weights under the original systems' names, written by hand.
+"""Small models of transformers, and their weights under the names of the original systems.
 
 transformers is the independent implementation: a converted model must compute the same outputs.
 """

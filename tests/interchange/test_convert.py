@@ -193,7 +193,7 @@ def renamed(state: State) -> dict[str, Tensor]:
             "matches no known backbone; given: width 128, 5 blocks; allowed: vit_tiny",
         ),
         (renamed, "unknown layout; given: 58 keys, such as trunk.blocks.0.attn.proj.bias"),
-        (lambda state: {"epoch": 3}, "holds no weights; given: epoch; allowed: model or module"),
+        (lambda state: {"epoch": 3}, "or model_state_dict or state_dict; given: entries epoch"),
         (
             lambda state: {"model": state, "run": Path("a")},
             "it holds objects other than weights; given: pathlib",
