@@ -60,7 +60,7 @@ class EverestError(Exception):
 
 
 class UsageError(EverestError):
-    """The error for a command line with an unknown name or with options that exclude each other."""
+    """The error for a command that cannot be carried out as given, such as one with an unknown option."""
 
     exit_code = ExitCode.USAGE
 

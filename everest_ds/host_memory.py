@@ -7,7 +7,7 @@ import resource
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-_RESET_PEAK = "5"  # proc(5): the peak becomes what is resident now
+_RESET_PEAK = "5"  # proc(5): writing 5 sets the peak to the current size
 
 
 def resident_bytes() -> int:
@@ -30,7 +30,7 @@ def peak_bytes() -> int:
 def reset_peak() -> bool:
     """Reset the peak to the current size, and return whether that succeeded.
 
-    Some containers forbid the reset, and systems other than Linux have no such call.
+    Some containers forbid the reset, and systems other than Linux have no such file.
     """
     try:
         _CLEAR_REFS.write_text(_RESET_PEAK)

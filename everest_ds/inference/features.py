@@ -1,7 +1,7 @@
-"""Extraction of one feature vector per video into a table that interrupted runs resume.
+"""Extraction of one feature vector per video into a table; an interrupted extraction can be resumed.
 
 Finished rows are saved every 64 videos in `TABLE.parts/`, next to the table, and merged into the table at the
-end; a stopped run resumes from these parts. Unreadable videos are recorded in the ledger of the table
+end; the next extraction starts from these parts. Unreadable videos are recorded in the ledger of the table
 (`TABLE.ledger.jsonl`), as for a manifest, and are not read again unless the file changes.
 """
 

@@ -1,4 +1,4 @@
-"""The plots of the efficiency report, as SVG: accuracy against compute, memory, time."""
+"""The plots of the efficiency report, as SVG: accuracy against compute, and memory and time."""
 
 from __future__ import annotations
 

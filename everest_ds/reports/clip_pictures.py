@@ -33,7 +33,7 @@ def draw_clip(
 ) -> dict[str, Image]:
     """Return the uint8 pictures of one clip by name, with the names of CAPTIONS.
 
-    The arguments are the records of `models.watch` for one clip. Without `restored_FHWC`, the picture
+    The arguments are the fields of `models.watch.Seen` for one clip. Without `restored_FHWC`, the picture
     `reconstruction` is left out.
     """
     pictures = {

@@ -110,7 +110,7 @@ def draw_front(places: Sequence[Place], limit_gib: float) -> str:
 
 
 def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> str:
-    """Draw the speed of the best candidate with each value of a trait over the number of GPUs.
+    """Draw, for each value of a trait, the speed of the best candidate over the number of GPUs.
 
     Args:
         panels: trait -> value -> (GPUs, per cent of the fastest candidate's speed); one panel per trait.
