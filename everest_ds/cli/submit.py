@@ -18,7 +18,7 @@ from everest_ds.jobs.job_plan import (
     Submission,
     plan_submission,
 )
-from everest_ds.jobs.local_runner import run_here
+from everest_ds.jobs.local_runner import run_locally
 from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all
 from everest_ds.jobs.sbatch import as_shell, split_options
 
@@ -128,7 +128,7 @@ def submit(
     if dry_run:
         _show(submission, checked_ms, json_file)
     elif local:
-        code = run_here(submission)
+        code = run_locally(submission)
         if code:
             raise typer.Exit(code)
     else:

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from everest_ds.errors import ExitCode, RestartError, UsageError
-from everest_ds.jobs.events import JobEvent, append_event, read_events
+from everest_ds.jobs.events import EventKind, JobEvent, append_event, read_events
 from everest_ds.jobs.slurm_state import SIGNAL_CODE
 from everest_ds.training.stop import StopReason
 
@@ -37,12 +36,9 @@ class SlurmJob:
     nodes: str | None
     signal_s: float | None
 
-    def event(self, kind: JobEventKind, **facts: int | str | None) -> JobEvent:
+    def event(self, kind: EventKind, **facts: int | str | None) -> JobEvent:
         """Return a log event of this start of the job."""
         return JobEvent(kind, self.job_id, self.restarts, **facts)  # type: ignore[arg-type]
-
-
-JobEventKind = Literal["started", "stopped", "requeued", "finished", "failed"]
 
 
 def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
@@ -177,12 +173,12 @@ def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecisi
     if decision.requeue:
         _append(run, job.event("requeued", reason=decision.reason))
     elif all(event.event == "started" for event in _events_of_start(job, events)):
-        kind: JobEventKind = "finished" if code == ExitCode.OK else "failed"
+        kind: EventKind = "finished" if code == ExitCode.OK else "failed"
         _append(run, job.event(kind, reason=decision.reason, code=code))
     return decision
 
 
-def log_event(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
+def log_event(job: SlurmJob | None, run: Path, kind: EventKind, **facts: int | str | None) -> None:
     """Log an event of this rank, if the rank belongs to a SLURM job.
 
     A log that cannot be written is reported on stderr and does not hide the event that was to be logged.

@@ -114,8 +114,8 @@ def _check(swept: Sequence[SweepCandidate], target: Target, folder: Path) -> Non
         try:
             check_run(candidate.task, load_experiment(candidate.recipe, candidate.overrides), target)
         except EverestError as error:
-            said = " ".join(candidate.settings)
-            raise type(error)(f"candidate {candidate.name} ({said}): {error}") from None
+            settings = " ".join(candidate.settings)
+            raise type(error)(f"candidate {candidate.name} ({settings}): {error}") from None
     file = folder / SWEEP_FILE
     if file.is_file() and read_candidates(file) != list(swept):
         raise RunFolderError(f"{folder}: this folder holds another sweep", fix="choose another run.dir")
