@@ -41,6 +41,21 @@ class SlurmJob:
         return JobEvent(kind, self.job_id, self.restarts, **facts)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class RequeueDecision:
+    """The decision whether to requeue a job whose ranks have ended.
+
+    Attributes:
+        requeue: True if the job goes back into the queue.
+        reason: reason for the decision.
+        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
+    """
+
+    requeue: bool
+    reason: str
+    bad_nodes: str | None = None
+
+
 def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     """Return the SLURM job that this process belongs to, or None outside SLURM.
 
@@ -94,19 +109,16 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
     return None
 
 
-@dataclass(frozen=True)
-class RequeueDecision:
-    """The decision whether to requeue a job whose ranks have ended.
-
-    Attributes:
-        requeue: True if the job goes back into the queue.
-        reason: reason for the decision.
-        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
-    """
-
-    requeue: bool
-    reason: str
-    bad_nodes: str | None = None
+def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
+    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
+    events = read_events(run)
+    decision = decide_requeue(job, events, code, state)
+    if decision.requeue:
+        _append(run, job.event("requeued", reason=decision.reason))
+    elif all(event.event == "started" for event in _events_of_start(job, events)):
+        kind: EventKind = "finished" if code == ExitCode.OK else "failed"
+        _append(run, job.event(kind, reason=decision.reason, code=code))
+    return decision
 
 
 def decide_requeue(job: SlurmJob, events: Sequence[JobEvent], code: int, state: str) -> RequeueDecision:
@@ -138,6 +150,15 @@ def may_be_requeued(state: str) -> bool:
     return name == "RUNNING" or reason == "TimeLimit"
 
 
+def log_event(job: SlurmJob | None, run: Path, kind: EventKind, **facts: int | str | None) -> None:
+    """Log an event of this rank, if the rank belongs to a SLURM job.
+
+    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
+    """
+    if job is not None:
+        _append(run, job.event(kind, **facts))
+
+
 def _events_of_start(job: SlurmJob, events: Sequence[JobEvent]) -> list[JobEvent]:
     return [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
 
@@ -164,27 +185,6 @@ def _decide_by_code(code: int) -> RequeueDecision:
     if code > SIGNAL_CODE:
         return RequeueDecision(True, f"a rank was killed by signal {code - SIGNAL_CODE}")
     return RequeueDecision(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
-
-
-def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
-    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
-    events = read_events(run)
-    decision = decide_requeue(job, events, code, state)
-    if decision.requeue:
-        _append(run, job.event("requeued", reason=decision.reason))
-    elif all(event.event == "started" for event in _events_of_start(job, events)):
-        kind: EventKind = "finished" if code == ExitCode.OK else "failed"
-        _append(run, job.event(kind, reason=decision.reason, code=code))
-    return decision
-
-
-def log_event(job: SlurmJob | None, run: Path, kind: EventKind, **facts: int | str | None) -> None:
-    """Log an event of this rank, if the rank belongs to a SLURM job.
-
-    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
-    """
-    if job is not None:
-        _append(run, job.event(kind, **facts))
 
 
 def _append(run: Path, event: JobEvent) -> None:
