@@ -22,10 +22,10 @@ ALLOWED: dict[str, set[str]] = {
     "interchange": {"config", "models", "data", "checkpoints"},
     "parallel": {"config", "launch", "models", "checkpoints"},
     "profiling": {"config", "costs", "models"},
-    "inference": {"config", "models", "data", "checkpoints", "interchange"},
+    "inference": {"config", "models", "data", "checkpoints", "interchange", "reports"},
     "training": {
         *{"config", "launch", "reports", "checkpoints", "costs", "models", "data"},
-        *{"interchange", "parallel"},
+        *{"interchange", "parallel", "profiling"},
     },
     "jobs": {"config", "launch", "checkpoints", "costs", "data", "parallel", "training"},
     "efficiency": {"config", "reports", "costs", "models", "profiling", "parallel", "training"},
