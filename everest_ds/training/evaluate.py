@@ -101,10 +101,10 @@ def evaluate_views(
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
     share, shares = mesh.coordinates.data, mesh.degrees.data
     loader = evaluation_views(clips, config.batch.micro_batch_size, share, shares, on_gpu, failures.append)
-    mine = dict(_predict(model, loader, world, show_progress and world.is_main))
+    own = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
-    by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
+    by_view = {item: p for part in world.gather(own) for item, p in part.items()}
     clips.check_complete(by_view, missing)
     return _average(by_view, samples, segments * crops, missing)
 

@@ -129,7 +129,13 @@ class TrainingRun:
         self.step = self._resume()
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
-        self.observers = self._start_observers() if self.world.is_main else []
+        self.observers: list[Observer] = []
+        if self.world.is_main:
+            self.observers = [
+                MetricsFile(folder.metrics),
+                TensorBoard(folder.tensorboard, self.step + 1),
+                ProgressBar(self.schedule.total_steps, self.step),
+            ]
         self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)
         self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
@@ -328,13 +334,6 @@ class TrainingRun:
                 allowed=f"{facts.global_batch_size} clips",
                 fix=f"set batch.global_batch_size={facts.global_batch_size}; accumulation is then adjusted",
             )
-
-    def _start_observers(self) -> list[Observer]:
-        return [
-            MetricsFile(self.folder.metrics),
-            TensorBoard(self.folder.tensorboard, self.step + 1),
-            ProgressBar(self.schedule.total_steps, self.step),
-        ]
 
     def _batches(self) -> Prefetcher:
         steps, noted = range(self.step, self.schedule.total_steps), list[Failure]()
