@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment, RecomputeConfig
 
-Part = Literal["attention", "mlp", "around"]
+BlockPart = Literal["attention", "mlp", "around"]
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]
 
 
@@ -77,7 +77,7 @@ class Operator:
     """
 
     name: str
-    part: Part
+    part: BlockPart
     inputs: int
     outputs: int
     kept: int
@@ -102,7 +102,7 @@ class Operator:
 
 
 def _pointwise(
-    name: str, part: Part, width: int, split: bool = False, weights: tuple[Weight, ...] = ()
+    name: str, part: BlockPart, width: int, split: bool = False, weights: tuple[Weight, ...] = ()
 ) -> Operator:
     """Describe an operator that reads its input, keeps it and writes its output.
 
@@ -124,7 +124,7 @@ def _sum(name: str) -> Operator:
 
 
 def _linear(
-    part: Part,
+    part: BlockPart,
     name: str,
     inputs: int,
     outputs: int,
@@ -178,7 +178,7 @@ OPERATORS: tuple[Operator, ...] = (
     _sum("sum after mlp"),
 )
 # Drop path multiplies both branches by a scale, and their gradients again. Scales take no memory to speak of.
-DROP_PATH = 2 * (Operator("drop path", "around", 1, 1, 0, PerPass(1, 1), PerPass(2, 2)),)
+DROP_PATH_OPERATORS = 2 * (Operator("drop path", "around", 1, 1, 0, PerPass(1, 1), PerPass(2, 2)),)
 # Matrix products within attention: QKᵀ and AV, and the gradients of their four factors. A fused kernel also
 # computes QKᵀ again in the backward pass.
 ATTENTION_PRODUCTS = {"fused": PerPass(2, 5), "unfused": PerPass(2, 4)}

@@ -22,7 +22,7 @@ from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 
 # Passes over whole tensors, over tensors that tensor parallelism splits, and those that drop path adds.
 _WHOLE, _SPLIT = block.moves(block.OPERATORS), block.moves(block.OPERATORS, split=True)
-_DROP_PATH = block.moves(block.DROP_PATH)
+_DROP_PATH = block.moves(block.DROP_PATH_OPERATORS)
 # Scoring writes each pixel as a number, reads it and its predecessor, and writes and reads their difference.
 _SCORING_PASSES = 5
 
