@@ -177,7 +177,7 @@ OPERATORS: tuple[Operator, ...] = (
     FC2,
     _sum("sum after mlp"),
 )
-# Drop path multiplies both branches by a scale, and their gradients again. Scales take no memory to speak of.
+# Drop path multiplies both branches by a scale per clip, and their gradients again.
 DROP_PATH_OPERATORS = 2 * (Operator("drop path", "around", 1, 1, 0, PerPass(1, 1), PerPass(2, 2)),)
 # Matrix products within attention: QKᵀ and AV, and the gradients of their four factors. A fused kernel also
 # computes QKᵀ again in the backward pass.
