@@ -156,23 +156,20 @@ def _linear(
     )
 
 
-QKV = _linear("attention", "qkv", 1, 3, "output", biases={"q_bias": 1, "v_bias": 1})
 # Its backward pass also stacks the gradients of q, k and v. The rate of attention includes what it moves.
 ATTEND = Operator("attention.attend", "attention", 3, 1, 3, PerPass(1, 2), PerPass(0, 0), True, True)
-PROJ = _linear("attention", "proj", 1, 1, "input")
-FC1 = _linear("mlp", "fc1", 1, MLP_RATIO, "output")
 GELU = _pointwise("mlp.gelu", "mlp", MLP_RATIO, split=True)
 FC2 = _linear("mlp", "fc2", MLP_RATIO, 1, "input")
 OPERATORS: tuple[Operator, ...] = (
     _norm("norm1"),
     # k has no bias: zeros are made for it and joined with the biases of q and v.
     Operator("attention.bias", "attention", 0, 0, 0, PerPass(2, 0), PerPass(0, 0)),
-    QKV,
+    _linear("attention", "qkv", 1, 3, "output", biases={"q_bias": 1, "v_bias": 1}),
     ATTEND,
-    PROJ,
+    _linear("attention", "proj", 1, 1, "input"),
     _sum("sum after attention"),
     _norm("norm2"),
-    FC1,
+    _linear("mlp", "fc1", 1, MLP_RATIO, "output"),
     GELU,
     FC2,
     _sum("sum after mlp"),
