@@ -188,8 +188,8 @@ def tune(
     if source is None or calibrate:
         _calibrate(source, calibrate, nproc, calibration)
         return
-    from everest_ds.tuning.answer import print_answer, print_explained, print_question
     from everest_ds.config import load_experiment
+    from everest_ds.tuning.answer import print_answer, print_explained, print_question
     from everest_ds.tuning.batches import keep_global_batch
     from everest_ds.tuning.candidate_tables import Costs
     from everest_ds.tuning.trials.contenders import TrialOptions
