@@ -44,7 +44,7 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     shown = result.ranked[:top]
     title = f"{len(shown)} of {len(result.ranked)} candidates, in ms per step (predicted)"
     print_table(title, candidate_rows(shown, cluster, costs), key="rank")
-    for line in _to_mind(result.ranked, shown, cluster):
+    for line in _warnings(result.ranked, shown, cluster):
         print(line)
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Families left out", dropped_rows(dropped))
@@ -68,7 +68,7 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
         print(f"compared with rank 1: {why_slower(one, ranked[0])}")
 
 
-def _to_mind(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
+def _warnings(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
     calls = close_calls(shown, cluster)
     if calls:
         yield f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}"
