@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
 from everest_ds.errors import UsageError
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
 
 _UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
 
@@ -27,8 +28,6 @@ def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None =
         key: column that identifies a row. Columns that exceed the console's width then move to further tables
             below, each beginning with this column. If None, the text of the columns is wrapped instead.
     """
-    from rich.console import Console
-
     console = Console(width=None)
     names = list(rows[0]) if rows else []
     for number, part in enumerate(_parts_that_fit(rows, names, key, console)):
@@ -51,8 +50,6 @@ def _parts_that_fit(
 
 
 def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
@@ -64,9 +61,6 @@ def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     """Print a table with one name and value per row."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
@@ -77,11 +71,10 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
 
 @contextmanager
 def progress_of(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar, and yield a function that updates it with the number of finished items."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
+    """Show a progress bar on a terminal, and yield a function to call with the number of finished items."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as progress:
+    console = Console()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(what, total=total)
         yield lambda done: progress.update(task, completed=done)
 
@@ -112,8 +105,6 @@ def write_csv(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _cell(value: object) -> str:
-    from rich.markup import escape
-
     if value is None:
         return ""
     return escape(f"{value:.2f}" if isinstance(value, float) else str(value))

@@ -27,9 +27,10 @@ ROOMS: dict[str, set[str]] = {
     "interchange": {"config", "checkpoints", "models", "data"},
     "parallel": {"config", "launch", "checkpoints", "models"},
     "profiling": {"config", "costs", "models"},
-    "inference": {"config", "checkpoints", "models", "data", "interchange"},
+    "inference": {"config", "reports", "checkpoints", "models", "data", "interchange"},
     "training": {
-        *{"config", "launch", "reports", "checkpoints", "costs", "models", "data", "interchange", "parallel"}
+        *{"config", "launch", "reports", "checkpoints", "costs", "models", "data", "interchange"},
+        *{"parallel", "profiling"},
     },
     "jobs": {"config", "launch", "checkpoints", "costs", "parallel", "training"},
     "efficiency": {"config", "reports", "costs", "models", "parallel", "profiling", "training"},
@@ -37,8 +38,8 @@ ROOMS: dict[str, set[str]] = {
         *{"config", "launch", "reports", "costs", "data", "parallel", "profiling", "training", "jobs"},
     },
     "cli": {
-        *{"config", "launch", "reports", "checkpoints", "costs", "data", "interchange", "parallel"},
-        *{"profiling", "inference", "training", "jobs", "efficiency", "tuning"},
+        *{"config", "launch", "checkpoints", "data", "interchange", "parallel", "inference", "training"},
+        *{"jobs", "efficiency", "tuning"},
     },
 }
 # Modules beside the rooms. They import no room, except for the two doors to the package.

@@ -30,8 +30,8 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import EverestError
 from everest_ds.profiling.device import num_gpus
-from everest_ds.tuning.calibration.local_machine import facts_here, machine_here
-from everest_ds.tuning.search import needed_bytes
+from everest_ds.tuning.calibration.local_machine import facts_here
+from everest_ds.tuning.cluster import cluster_here
 from everest_ds.tuning.trials.correction import kendall_tau
 from everest_ds.tuning.trials.one_trial import Setup, read_steps, run_here, trial_overrides
 
@@ -122,9 +122,9 @@ def calibrate(file: Path, num_ranks: int) -> float:
 def check(case: Case, calibration: Path, folder: Path, steps: int) -> dict[str, Any]:
     """Predict and measure a case, and return its row."""
     config = load_experiment(RECIPES[case.task], (*_clips(), *case.overrides))
-    machine = machine_here(case.num_ranks, calibration)
-    predicted_s = predict_step(config, case.num_ranks, machine).step_s
-    predicted_bytes = needed_bytes(predict_memory(config, case.num_ranks), machine)
+    cluster = cluster_here(case.num_ranks, calibration)
+    predicted_s = predict_step(config, case.num_ranks, cluster.machine).step_s
+    predicted_bytes = cluster.needed_bytes(predict_memory(config, case.num_ranks))
     measured = run(case, config, folder, steps)
     clips = plan_ranks(config, case.num_ranks).global_batch_size
     step_s, peak_bytes = measured["step_s"], measured["peak_bytes"]

@@ -42,16 +42,16 @@ COMMANDS: dict[str, Row] = {
     "cancel": "jobs:cancel",
     "requeue": "jobs:requeue",
     "sweep": "jobs:sweep",
-    "visualize": "visualize:visualize",
+    "visualize": "predict:visualize",
     "recipes": "recipes:recipes",
-    "doctor": "doctor:doctor",
+    "doctor": "preflight:doctor",
     "preflight": "preflight:preflight",
     "data": CommandGroup(
         "Create, index, check and re-encode data sets of videos.",
         {
             "synth": "data:synth",
-            "index": "data_index:index",
-            "reencode": "data_reencode:reencode",
+            "index": "data:index",
+            "reencode": "data:reencode",
             "check": "data:check",
         },
     ),
@@ -59,7 +59,7 @@ COMMANDS: dict[str, Row] = {
         "Inspect, verify, export and convert checkpoints. Resuming needs no conversion: a run resumes from"
         " any of its checkpoints with any number of ranks, ZeRO stage and tensor-parallel degree.",
         {
-            "convert": "convert:convert",
+            "convert": "checkpoint:convert",
             "inspect": "checkpoint:inspect",
             "verify": "checkpoint:verify",
             "export": "checkpoint:export",

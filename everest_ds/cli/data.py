@@ -1,22 +1,25 @@
-"""The command `everest-ds data`, which creates, indexes, checks and re-encodes data sets."""
+"""The command `everest-ds data`, which creates, indexes, checks and re-encodes data sets.
+
+Commands that decode videos import the decoders themselves, because those import torch.
+"""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.options import JsonFile
-from everest_ds.console import print_table, progress_of, write_json
+from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, Workers
+from everest_ds.config import DataConfig, load_experiment
+from everest_ds.config.schema import DECODERS
+from everest_ds.console import print_facts, print_table, progress_of, write_json
+from everest_ds.data.ledger import Ledger
+from everest_ds.data.official import DATASETS, find_dataset, index_dataset
+from everest_ds.data.official.write import MISSING_FILE, write_index
+from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
+from everest_ds.data.video_list import index_folder, read_manifest, split_samples, write_manifest
 from everest_ds.errors import ExitCode, UsageError
-
-if TYPE_CHECKING:
-    from everest_ds.config import DataConfig
-
-Workers = Annotated[int, typer.Option(min=1, help="Number of worker processes.")]
-CORES = os.cpu_count() or 1
 
 
 def synth(
@@ -34,15 +37,13 @@ def synth(
             " objects; pauses: the object stands still most of the time."
         ),
     ] = "plain",
-    workers: Workers = CORES,
+    workers: Workers = NUM_CORES,
     json_file: JsonFile = None,
 ) -> None:
     """Create a small labelled data set of H.264 videos, in which the label is the motion of an object.
 
     Example: everest-ds data synth data/busy --kind busy --train 600
     """
-    from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
-
     if kind not in KINDS:
         raise UsageError("--kind is not a known kind of video", given=kind, allowed=", ".join(KINDS))
     counts = {"train": train, "val": val, "test": test}
@@ -56,12 +57,180 @@ def synth(
     write_json(json_file, rows)
 
 
-def check(
-    manifest: Annotated[Path, typer.Argument(help="Text file with one `path label` line per video.")],
-    root: Annotated[
-        Path | None,
-        typer.Option(help="Folder that relative paths start from; default: the folder of the manifest."),
+def index(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A folder with one sub-folder of videos per class, or the name of a known data set: k400,"
+            " ssv2, ucf101, hmdb51 or oscc (needs --annotations and --videos)."
+        ),
+    ],
+    annotations: Annotated[
+        Path | None, typer.Option(help="Known data set: folder of the official annotation files.")
     ] = None,
+    videos: Annotated[
+        Path | None, typer.Option(help="Known data set: folder of the videos, searched recursively.")
+    ] = None,
+    fold: Annotated[
+        int,
+        typer.Option(min=1, help="Known data set: number of the official split (UCF101, HMDB51: 1 to 3)."),
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; default: the path given as source.")
+    ] = None,
+    val: Annotated[
+        float, typer.Option(min=0, max=1, help="Class folders: fraction of the videos for validation.")
+    ] = 0.1,
+    test: Annotated[
+        float, typer.Option(min=0, max=1, help="Class folders: fraction of the videos for the test.")
+    ] = 0.1,
+    seed: Annotated[
+        int, typer.Option(help="Class folders: random seed; the same seed gives the same split.")
+    ] = 0,
+    json_file: JsonFile = None,
+) -> None:
+    """Write the manifests (lists of videos and labels) and class names that training needs.
+
+    For a known data set, also write its configs and the list of missing videos.
+
+    Example: everest-ds data index ucf101 --annotations ucfTrainTestlist --videos UCF-101 --out ucf101
+    """
+    if annotations is None and videos is None:
+        _index_folder(source, out, val, test, seed, json_file)
+    elif annotations is None or videos is None:
+        raise UsageError(
+            "only one of --annotations and --videos was given", fix="give both for a known data set"
+        )
+    else:
+        _index_official(source, annotations, videos, fold, out or Path(source), json_file)
+
+
+def _index_official(
+    name: str, annotations: Path, videos: Path, fold: int, out: Path, json_file: JsonFile
+) -> None:
+    dataset = find_dataset(name)
+    indexed = index_dataset(dataset, annotations, videos, fold)
+    manifests = write_index(dataset, indexed, out)
+    rows = [
+        {
+            "split": split,
+            "videos": len(samples),
+            "missing": len(indexed.missing[split]),
+            "manifest": str(manifests.get(split, "-")),
+        }
+        for split, samples in indexed.splits.items()
+    ]
+    print_table(f"{dataset.title}: {len(indexed.classes)} classes, fold {fold}", rows)
+    recipes = [_recipe(task, recipe) for task, recipe in dataset.recipes.items()]
+    print_table(f"Recipes, used by {out}/pretrain.yaml and {out}/finetune.yaml", recipes)
+    if any(row["missing"] for row in rows):
+        typer.echo(f"warning: some videos are missing; {out / MISSING_FILE} lists them", err=True)
+    if len(indexed.classes) != dataset.num_classes:
+        typer.echo(
+            f"warning: found {len(indexed.classes)} of the {dataset.num_classes} classes of {dataset.title}",
+            err=True,
+        )
+    missing = {split: names for split, names in indexed.missing.items() if names}
+    write_json(json_file, {"splits": rows, "missing": missing, "recipes": recipes})
+
+
+def _recipe(task: str, name: str) -> dict[str, Any]:
+    """Return the settings of a recipe that depend on the data set: sampling, flips and test views."""
+    data = load_experiment(name).data
+    views = f"{data.test_segments} x {data.test_crops}" if task == "finetune" else "-"
+    return {
+        "recipe": name,
+        "sampling": "segments" if data.sampling == "segments" else f"stride {data.frame_stride}",
+        "flip": "yes" if data.horizontal_flip else "no",
+        "test_views": views,
+    }
+
+
+def _index_folder(
+    source: str, out: Path | None, val: float, test: float, seed: int, json_file: JsonFile
+) -> None:
+    folder = Path(source)
+    if source in DATASETS and not folder.is_dir():
+        raise UsageError(
+            f"--annotations and --videos are missing for the data set {source}",
+            fix="give both; see everest-ds data index --help",
+        )
+    samples, classes = index_folder(folder)
+    splits = split_samples(samples, (1 - val - test, val, test), seed)
+    target = out or folder
+    target.mkdir(parents=True, exist_ok=True)
+    (target / "classes.txt").write_text("\n".join(classes) + "\n")
+    rows = []
+    for name, part in zip(("train", "val", "test"), splits, strict=True):
+        write_manifest(target / f"{name}.txt", part, target)
+        rows.append({"split": name, "videos": len(part), "manifest": str(target / f"{name}.txt")})
+    print_table(f"{len(samples)} videos of {len(classes)} classes", rows)
+    write_json(json_file, rows)
+
+
+def reencode(
+    manifest: ManifestArg,
+    out: Annotated[Path, typer.Option(help="Folder to write the videos and their manifest to.")],
+    root: ManifestRoot = None,
+    short_side: Annotated[
+        int,
+        typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged."),
+    ] = 256,
+    gop: Annotated[
+        int, typer.Option(min=1, help="Distance between key frames, in frames; shorter decodes faster.")
+    ] = 8,
+    crf: Annotated[
+        int,
+        typer.Option(min=0, max=51, help="Quality setting of x264; lower means better and larger videos."),
+    ] = 20,
+    preset: Annotated[str, typer.Option(help="Speed preset of x264, from ultrafast to veryslow.")] = "medium",
+    stride: Annotated[
+        int, typer.Option(min=1, help="Frame stride of the clips used to measure the speedup.")
+    ] = 4,
+    frames: Annotated[
+        int, typer.Option(min=1, help="Number of frames in the clips used to measure the speedup.")
+    ] = 16,
+    workers: Workers = NUM_CORES,
+    json_file: JsonFile = None,
+) -> None:
+    """Re-encode videos to a smaller size with frequent key frames, so that clips decode faster.
+
+    Every new file is verified, and the speedup is measured; the exit code is 3 if a video fails. Frame
+    numbers and labels stay the same, and sound is removed. Repeat the command to resume an interrupted run.
+
+    Example: everest-ds data reencode k400/train.txt --out k400_256
+    """
+    from everest_ds.data.maintenance import reencode as work
+
+    samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
+    jobs = work.plan_jobs(samples, root or manifest.parent, out)
+    target, encoding = out / manifest.name, work.Encoding(short_side, gop, crf, preset)
+    out.mkdir(parents=True, exist_ok=True)
+    with progress_of("writing videos", len(jobs)) as on_progress:
+        ledger = Ledger.of_manifest(target)
+        result = work.reencode_videos(jobs, ledger, encoding, workers=workers, on_progress=on_progress)
+    write_manifest(target, result.samples, out)
+    if result.failed:
+        rows = [{"video": sample.name, "problem": reason} for sample, reason in result.failed]
+        print_table(f"{len(rows)} of {len(jobs)} videos were not written", rows)
+    facts: dict[str, Any] = {
+        "manifest": str(target),
+        "videos": len(result.samples),
+        "there_already": result.num_known,
+        "failed": len(result.failed),
+    }
+    pairs = work.pairs_to_time(jobs, result.samples)
+    gain = work.measure_gain(pairs, DataConfig(frame_stride=stride), frames)
+    facts |= {} if gain is None else gain.facts(f"{frames} frames at stride {stride}")
+    print_facts("Re-encoded videos", facts)
+    write_json(json_file, {**facts, "problems": [[s.name, reason] for s, reason in result.failed]})
+    if result.failed:
+        raise typer.Exit(ExitCode.DATA)
+
+
+def check(
+    manifest: ManifestArg,
+    root: ManifestRoot = None,
     min_frames: Annotated[
         int, typer.Option(min=1, help="Number of frames below which a video counts as broken.")
     ] = 1,
@@ -74,7 +243,7 @@ def check(
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds after which an unfinished video counts as broken.")
     ] = 120.0,
-    workers: Workers = CORES,
+    workers: Workers = NUM_CORES,
     json_file: JsonFile = None,
 ) -> None:
     """Open every video of a manifest, decode its first and last frames, and list the broken videos.
@@ -83,9 +252,7 @@ def check(
     (MANIFEST.ledger.jsonl). Repeating the command resumes an interrupted check and skips files that have not
     changed; training excludes the videos that the ledger lists as broken.
     """
-    from everest_ds.data.ledger import Ledger
     from everest_ds.data.maintenance.check import check_manifest
-    from everest_ds.data.video_list import read_manifest
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
     ledger = Ledger.of_manifest(manifest)
@@ -93,7 +260,7 @@ def check(
         checked = check_manifest(
             samples,
             ledger,
-            data_config(decoder),
+            _data_config(decoder),
             min_frames=min_frames,
             workers=workers,
             on_progress=on_progress,
@@ -112,15 +279,13 @@ def check(
         raise typer.Exit(ExitCode.DATA)
 
 
-def data_config(decoder: str) -> DataConfig:
+def _data_config(decoder: str) -> DataConfig:
     """Return a `data` section that reads videos with the given decoder.
 
     Raises:
         UsageError: if the decoder is unknown.
         ConfigError: if the decoder is not installed.
     """
-    from everest_ds.config import DataConfig
-    from everest_ds.config.schema import DECODERS
     from everest_ds.data.decoding.open_video import require_decoder
 
     if decoder not in DECODERS:

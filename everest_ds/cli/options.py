@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
 
 RecipeArg = Annotated[
     str,
@@ -40,14 +38,18 @@ DryRun = Annotated[
         " the predicted memory and time.",
     ),
 ]
-On = Annotated[
-    str | None,
+ManifestArg = Annotated[Path, typer.Argument(help="Text file with one `path label` line per video.")]
+ManifestRoot = Annotated[
+    Path | None,
     typer.Option(
-        metavar="GPUS",
-        help="With --dry-run: GPUs to predict memory and time for, such as 4xH100; default: 8xA100-80GB.",
+        "--root", help="Folder that relative paths start from; default: the folder of the manifest."
     ),
 ]
-
+NUM_CORES = os.cpu_count() or 1
+Workers = Annotated[int, typer.Option(min=1, help="Number of worker processes.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to FILE as JSON.")
+]
+CsvFile = Annotated[
+    Path | None, typer.Option("--csv", metavar="FILE", help="Also write the results to FILE as CSV.")
 ]

@@ -1,26 +1,22 @@
-"""The commands `everest-ds features` and `everest-ds predict`, which apply a trained model to videos."""
+"""The commands `everest-ds features`, `predict` and `visualize`, which apply a model to videos.
+
+The functions import the library themselves, because it imports torch, which their help does not need.
+"""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.options import JsonFile
-from everest_ds.console import (
-    print_facts,
-    print_table,
-    progress_of,
-    write_csv,
-    write_json,
-)
-from everest_ds.errors import ExitCode, UsageError
-
-if TYPE_CHECKING:
-    from everest_ds.data.ledger import Problem
-    from everest_ds.inference.views import Views
+from everest_ds.cli.options import NUM_CORES, CsvFile, JsonFile
+from everest_ds.config import Experiment
+from everest_ds.console import print_facts, print_table, progress_of, write_csv, write_json
+from everest_ds.data.ledger import Problem
+from everest_ds.data.video_list import list_samples
+from everest_ds.errors import ExitCode
 
 Model = Annotated[
     Path,
@@ -30,7 +26,7 @@ Model = Annotated[
         " EVEREST, MVD or MME, or a folder of transformers' VideoMAE.",
     ),
 ]
-Overrides = Annotated[
+ModelOverrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[KEY.PATH=VALUE]...",
@@ -40,12 +36,13 @@ Overrides = Annotated[
 Segments = Annotated[
     int, typer.Option(min=1, help="Number of clips from different times of a video; results are averaged.")
 ]
-Workers = Annotated[int, typer.Option(min=0, help="Number of processes that decode videos.")]
-CORES = min(8, os.cpu_count() or 1)
-_PLACES = ("second", "third", "fourth", "fifth")
 Crops = Annotated[
     int, typer.Option(min=1, help="Number of crops at different positions of a clip; results are averaged.")
 ]
+DecodingWorkers = Annotated[
+    int, typer.Option("--workers", min=0, help="Number of processes that decode videos.")
+]
+_NUM_WORKERS = min(8, NUM_CORES)
 
 
 def features(
@@ -56,10 +53,10 @@ def features(
     out: Annotated[
         Path, typer.Option("--out", help="File to write: .npz, or .parquet if pyarrow is installed.")
     ],
-    overrides: Overrides = None,
+    overrides: ModelOverrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
-    workers: Workers = CORES,
+    workers: DecodingWorkers = _NUM_WORKERS,
     json_file: JsonFile = None,
 ) -> None:
     """Write one feature vector per video: the mean of the encoder's output over the tokens that it keeps.
@@ -70,23 +67,13 @@ def features(
 
     Example: everest-ds features my_videos --model runs/pre --out features.npz
     """
-    from everest_ds.data.video_list import list_samples
-    from everest_ds.inference.feature_table import check_table_file
-    from everest_ds.inference.features import extract
+    from everest_ds.inference import Views, check_table_file, extract, open_trained
 
     check_table_file(out)
-    samples = list_samples(videos)
-    settings = [f"data.num_workers={workers}", *(overrides or [])]
-    network = _load(model, settings, features=True)
+    samples, root = list_samples(videos), videos if videos.is_dir() else videos.parent
+    network = open_trained(model, [f"data.num_workers={workers}", *(overrides or [])], features=True)
     with progress_of("reading videos", len(samples)) as on_progress:
-        done = extract(
-            network,
-            samples,
-            videos if videos.is_dir() else videos.parent,
-            out,
-            _views(segments, crops),
-            on_progress,
-        )
+        done = extract(network, samples, root, out, Views(segments, crops), on_progress)
     facts = {
         "videos": 0 if done.table is None else len(done.table.video),
         "there_already": done.num_known,
@@ -95,9 +82,7 @@ def features(
         "tokens": _tokens(network.config),
     }
     print_facts(f"{out}", facts)
-    problems = _problem_rows(done.problems)
-    write_json(json_file, {**facts, "problems": problems})
-    _end_with(problems, len(samples))
+    _end_with(done.problems, len(samples), facts, json_file)
 
 
 def predict(
@@ -106,7 +91,7 @@ def predict(
         typer.Argument(help="A video, a folder of videos, searched recursively, or a manifest of videos."),
     ],
     model: Model,
-    overrides: Overrides = None,
+    overrides: ModelOverrides = None,
     segments: Segments = 1,
     crops: Crops = 1,
     classes: Annotated[
@@ -120,11 +105,8 @@ def predict(
             " folder."
         ),
     ] = None,
-    workers: Workers = CORES,
-    csv_file: Annotated[
-        Path | None,
-        typer.Option("--csv", metavar="FILE", help="Also write the results to FILE, one line per video."),
-    ] = None,
+    workers: DecodingWorkers = _NUM_WORKERS,
+    csv_file: CsvFile = None,
     json_file: JsonFile = None,
 ) -> None:
     """Predict the five most probable classes of each video; for a single video, also draw the kept tokens.
@@ -133,93 +115,87 @@ def predict(
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
-    from everest_ds.data.video_list import list_samples
-    from everest_ds.inference import predictions as inference
+    from everest_ds.inference import (
+        Views,
+        best_classes,
+        class_names_of,
+        open_trained,
+        predict_videos,
+        prediction_row,
+    )
 
-    samples = list_samples(videos)
+    samples, views = list_samples(videos), Views(segments, crops)
     single = len(samples) == 1
-    network = _load(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
-    names = _class_names(network, classes)
-    views = _views(segments, crops)
+    network = open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
+    names = class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
-        done = inference.predict_videos(network, samples, views, on_progress)
-    best = {samples[index].name: _best(row, names) for index, row in done.probabilities.items()}
+        done = predict_videos(network, samples, views, on_progress)
+    best = {samples[index].name: best_classes(row, names) for index, row in done.probabilities.items()}
+    rows = [prediction_row(video, ranked) for video, ranked in best.items()]
     if single and best:
+        from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
+
         print_table(f"{videos}", next(iter(best.values())))
-        _draw_kept(network, samples[0].path, picture or Path(f"{videos.stem}.kept.png"))
+        file = picture or Path(f"{videos.stem}.kept.png")
+        share = draw_kept_tokens(network, samples[0].path, file)
+        typer.echo(f"{file}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
     elif best:
-        print_table(f"{len(best)} videos of {videos}", [_line(video, rows) for video, rows in best.items()])
-    write_csv(csv_file, [_line(video, rows) for video, rows in best.items()])
-    problems = _problem_rows(done.problems)
-    write_json(json_file, {"videos": best, "problems": problems})
-    _end_with(problems, len(samples))
+        print_table(f"{len(best)} videos of {videos}", rows)
+    write_csv(csv_file, rows)
+    _end_with(done.problems, len(samples), {"videos": best}, json_file)
 
 
-def _best(probabilities: Any, names: list[str]) -> list[dict[str, Any]]:
-    labels = probabilities.argsort()[::-1][:5]
-    return [{"class": names[i], "probability_pct": round(100 * float(probabilities[i]), 2)} for i in labels]
+def visualize(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder, a weights file in any layout that `predict` reads, or a recipe (whose model"
+            " then has its initial weights).",
+        ),
+    ],
+    video: Annotated[Path, typer.Argument(help="Video file to show to the model.")],
+    overrides: ModelOverrides = None,
+    out: Annotated[Path, typer.Option(help="Folder to write the pictures to.")] = Path("pictures"),
+    json_file: JsonFile = None,
+) -> None:
+    """Draw which tokens of a video a model keeps, attends to and reconstructs.
 
+    The clip is from the middle of the video. kept_tokens.png and .mp4 show the tokens that the model computes
+    on, and attention.png the parts of the clip that the encoder's output draws on. slots.png shows the number
+    of tokens in each slot (a row of tokens in time) and the slots chosen by information-intensive frame
+    selection (IIFS). reconstruction.png is the output of a pre-training model.
 
-def _line(video: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "video": video,
-        **rows[0],
-        **{f"{place}": row["class"] for place, row in zip(_PLACES, rows[1:], strict=False)},
+    Example: everest-ds visualize runs/pre clip.mp4 --out pictures
+             everest-ds visualize k400_finetune_vit_base clip.mp4 tokens.keep_ratio=0.3
+    """
+    from everest_ds.inference.open_model import open_model
+    from everest_ds.inference.pictures import watch_video, write_pictures
+
+    model = open_model(source, ["data.num_workers=0", *(overrides or [])])
+    seen = watch_video(model, video)
+    files = write_pictures(seen, out)
+    slots, tokens = seen.slots_BT[0].tolist(), model.config.tokens
+    facts: dict[str, Any] = {
+        "tokens": f"{int(seen.kept_BThw.sum())} kept of {seen.kept_BThw.numel()} ({tokens.selection})",
+        "in_the_encoder": int(seen.visible_BThw.sum()),
+        "slots": f"{len(slots)} of {seen.counts_BS.shape[1]}: {', '.join(map(str, slots))}",
+        "files": ", ".join(str(file) for file in files),
     }
+    print_facts(f"{video}", facts)
+    write_json(json_file, facts)
 
 
-def _draw_kept(network: Any, video: Path, file: Path) -> None:
-    from matplotlib.image import imsave  # imported late, because importing matplotlib is slow
-
-    from everest_ds.inference.predictions import see
-    from everest_ds.reports.kept_tokens import draw_kept
-
-    sight = see(network, video)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        imsave(file, draw_kept(*sight))
-    except OSError as error:
-        raise UsageError(f"{file}: cannot write the picture", given=error.strerror) from None
-    typer.echo(f"{file}: {sight.kept_Thw.mean():.0%} of the tokens are kept ({_tokens(network.config)})")
-
-
-def _problem_rows(problems: list[Problem]) -> list[dict[str, Any]]:
-    return [{"video": problem.sample.name, "problem": problem.reason} for problem in problems]
-
-
-def _end_with(problems: list[dict[str, Any]], num_videos: int) -> None:
-    if problems:
-        print_table(f"{len(problems)} of {num_videos} videos cannot be read", problems)
-        raise typer.Exit(ExitCode.DATA)
-
-
-def _load(model: Path, overrides: list[str], features: bool = False) -> Any:
-    from everest_ds.inference.views import best_device
-    from everest_ds.interchange.load_model import load_model
-
-    return load_model(model, *overrides, features=features).to(best_device())
-
-
-def _views(segments: int, crops: int) -> Views:
-    from everest_ds.inference.views import Views
-
-    return Views(segments, crops)
-
-
-def _tokens(config: Any) -> str:
+def _tokens(config: Experiment) -> str:
     return f"{config.tokens.selection}, {config.token_counts.num_kept} of {config.token_counts.num_tokens}"
 
 
-def _class_names(model: Any, file: Path | None) -> list[str]:
-    """Return the class names from the file, else from the model, else names made of class numbers."""
-    from everest_ds.data.video_list import read_class_names
-
-    count = model.config.model.num_classes or 0
-    names = read_class_names(file) if file else model.class_names or [f"class {i}" for i in range(count)]
-    if len(names) != count:
-        raise UsageError(
-            f"{file}: the number of class names is not the model's number of classes",
-            given=f"{len(names)} names",
-            allowed=count,
-        )
-    return list(names)
+def _end_with(
+    problems: Sequence[Problem], num_videos: int, results: dict[str, Any], json_file: Path | None
+) -> None:
+    """Write the results as JSON, and list the videos that cannot be read; raise an exit if there are any."""
+    rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in problems]
+    write_json(json_file, {**results, "problems": rows})
+    if rows:
+        print_table(f"{len(rows)} of {num_videos} videos cannot be read", rows)
+        raise typer.Exit(ExitCode.DATA)

@@ -1,16 +1,38 @@
-"""The check of a job's nodes, made by `everest-ds preflight` and before each run in a SLURM job."""
+"""The commands `everest-ds doctor` and `preflight`, which check a machine and the nodes of a job."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+
+import typer
 
 from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
-from everest_ds.cli.ranks import in_world
-from everest_ds.console import print_facts, write_json
-from everest_ds.training.preflight import check_nodes
+from everest_ds.cli.ranks import check_nodes_as_rank
+from everest_ds.config import Experiment, load_experiment, shared_memory_bytes
+from everest_ds.console import print_table, write_json
+from everest_ds.errors import ExitCode
+from everest_ds.launch.doctor import examine, main_job_can_run
 
-if TYPE_CHECKING:
-    from everest_ds.parallel.world import World
+
+def doctor(json_file: JsonFile = None) -> None:
+    """Check whether this machine can train: packages, accelerator, communication backend and launchers.
+
+    The table gives a fix for every problem. The exit code is 0 if training can run on this machine.
+    """
+    findings = examine(shared_memory_bytes(Experiment(task="pretrain"), num_ranks=1))
+    print_table(
+        "everest-ds doctor",
+        [{"what": f.name, "status": f.status, "detail": f.detail, "fix": f.fix} for f in findings],
+    )
+    can_run = main_job_can_run(findings)
+    typer.echo(
+        "Training can run on this machine."
+        if can_run
+        else "Training cannot run on this machine: fix the rows with status `missing`."
+    )
+    write_json(json_file, {"can_run": can_run, "findings": [asdict(f) for f in findings]})
+    if not can_run:
+        raise typer.Exit(ExitCode.FAILURE)
 
 
 def preflight(source: RecipeArg, overrides: Overrides = None, json_file: JsonFile = None) -> None:
@@ -21,14 +43,4 @@ def preflight(source: RecipeArg, overrides: Overrides = None, json_file: JsonFil
 
     Example: srun --nodes=4 --ntasks-per-node=8 python -m everest_ds preflight my.yaml
     """
-    from everest_ds.config import load_experiment
-
-    config = load_experiment(source, overrides or [])
-
-    def act(world: World) -> None:
-        facts = check_nodes(config, world)
-        if world.is_main:
-            print_facts("Preflight: these nodes can train the recipe", facts)
-            write_json(json_file, facts)
-
-    in_world(config, act, tell_job=False)
+    check_nodes_as_rank(load_experiment(source, overrides or []), json_file)

@@ -15,8 +15,10 @@ from everest_ds.errors import UsageError
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
+    from everest_ds.tuning.candidate import Candidate
     from everest_ds.tuning.candidate_tables import Costs
-    from everest_ds.tuning.search import Candidate, Cluster, Options, SearchResult
+    from everest_ds.tuning.cluster import Cluster
+    from everest_ds.tuning.search import Options, SearchResult
     from everest_ds.tuning.trials.contenders import TrialOptions
 
 _COST, _TRIALS, _HERE = "Cost and energy", "Trials", "This machine"
@@ -186,8 +188,8 @@ def tune(
     if source is None or calibrate:
         _calibrate(source, calibrate, nproc, calibration)
         return
-    from everest_ds.cli.tune_show import print_answer, print_explained, print_question
     from everest_ds.config import load_experiment
+    from everest_ds.tuning.answer import print_answer, print_explained, print_question
     from everest_ds.tuning.batches import keep_global_batch
     from everest_ds.tuning.candidate_tables import Costs
     from everest_ds.tuning.trials.contenders import TrialOptions
@@ -232,8 +234,8 @@ def _cluster(
 
 
 def _options(global_batch: int | None, any_precision: bool, overrides: Sequence[str]) -> Options:
+    from everest_ds.tuning.knobs import SEARCHED
     from everest_ds.tuning.search import Options
-    from everest_ds.tuning.space import SEARCHED
 
     given = {text.partition("=")[0] for text in overrides}
     return Options(global_batch, any_precision, frozenset(given & SEARCHED))
@@ -258,7 +260,7 @@ def _write_tables(
     write_csv(csv_file, rows)
     found = {
         "cluster": {"ranks": cluster.num_ranks, "machine": cluster.machine.as_json()},
-        "candidates": as_json(rows, result.ranked, cluster.machine),
+        "candidates": as_json(rows, result.ranked),
         "dropped": dropped_rows(result.dropped),
     }
     write_json(json_file, found)
@@ -276,11 +278,11 @@ def _write_best(
     if how is None:
         _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
         return
-    from everest_ds.tuning.trials.contenders import candidate_name, run_trials
+    from everest_ds.tuning.trials.contenders import run_trials
 
     tried = run_trials(source, overrides, cluster, result, folder, how)
     if tried is not None:
-        _write_winner(tried, f"best of the trials, {candidate_name(tried)}", source, cluster, folder)
+        _write_winner(tried, f"best of the trials, {tried.name}", source, cluster, folder)
 
 
 def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
@@ -294,10 +296,10 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
 def _ask_what_if(
     config: Experiment, gpu: str | None, interconnect: str | None, options: Options, gpus: int, folder: Path
 ) -> None:
+    from everest_ds.tuning.scaling import search_numbers
     from everest_ds.tuning.trials.trial_report import what_if_page, write_page
-    from everest_ds.tuning.what_if import ask
 
-    page = what_if_page(*ask(config, gpu, interconnect, options, gpus))
+    page = what_if_page(*search_numbers(config, gpu, interconnect, options, gpus))
     typer.echo(f"what if: {write_page(folder, 'what_if', page)}")
 
 

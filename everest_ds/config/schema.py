@@ -229,10 +229,13 @@ class OptimizerConfig(ConfigSection):
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
 
 
+REFERENCE_BATCH = 256  # samples per optimiser step for which learning rates are configured, as in VideoMAE
+
+
 class ScheduleConfig(ConfigSection):
     """The learning-rate schedule: linear warm-up, then cosine decay.
 
-    All three rates are scaled by samples per optimiser step / 256.
+    All three rates are scaled by `rate_scale`.
     """
 
     epochs: PositiveInt = 800
@@ -240,6 +243,10 @@ class ScheduleConfig(ConfigSection):
     base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
     warmup_lr: NonNegative = 1e-6
     min_lr: NonNegative = 1e-5
+
+    def rate_scale(self, samples_per_step: int) -> float:
+        """Return the factor by which the number of samples in a step changes all three rates."""
+        return samples_per_step / REFERENCE_BATCH
 
 
 class BatchConfig(ConfigSection):

@@ -57,12 +57,14 @@ class ComparisonRow:
     note: str
 
 
-def build_rows(cells: Sequence[Cell], on_cell: Callable[[], None] = lambda: None) -> list[ComparisonRow]:
-    """Return the rows of `cells` in their order, calling `on_cell` after each cell."""
+def build_rows(
+    cells: Sequence[Cell], on_progress: Callable[[int], None] = lambda done: None
+) -> list[ComparisonRow]:
+    """Return the rows of `cells` in their order, calling `on_progress` with the number of cells done."""
     rows = []
-    for cell in cells:
+    for done, cell in enumerate(cells, start=1):
         rows += _rows_of(cell)
-        on_cell()
+        on_progress(done)
     return rows
 
 

@@ -17,11 +17,13 @@ from numpy.typing import NDArray
 from everest_ds.config import Experiment
 from everest_ds.data.ledger import Problem
 from everest_ds.data.reading import Failure
-from everest_ds.data.video_list import Sample
+from everest_ds.data.video_list import Sample, read_class_names
 from everest_ds.errors import UsageError
 from everest_ds.inference.views import Views, over_views, read_clip
 from everest_ds.models.classifier import Classifier
 from everest_ds.models.tubelets import from_tubelets
+
+_PLACES = ("second", "third", "fourth", "fifth")
 
 
 class Sight(NamedTuple):
@@ -78,6 +80,36 @@ def predict_videos(
     softmax = partial(torch.softmax, dim=1)
     found = over_views(model, samples, config, views, note, on_progress, softmax)
     return Predictions({index: row.numpy() for index, row in found}, problems)
+
+
+def class_names_of(model: Any, file: Path | None = None) -> list[str]:
+    """Return the class names from the file, else from the model, else names made of class numbers.
+
+    Raises:
+        DataError: if the file cannot be read.
+        UsageError: if the number of names is not the model's number of classes.
+    """
+    count = model.config.model.num_classes or 0
+    names = read_class_names(file) if file else model.class_names or [f"class {i}" for i in range(count)]
+    if len(names) != count:
+        raise UsageError(
+            f"{file}: the number of class names is not the model's number of classes",
+            given=f"{len(names)} names",
+            allowed=count,
+        )
+    return list(names)
+
+
+def best_classes(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the five most probable classes as the rows of a table, the best first."""
+    labels = probabilities.argsort()[::-1][: 1 + len(_PLACES)]
+    return [{"class": names[i], "probability_pct": round(100 * float(probabilities[i]), 2)} for i in labels]
+
+
+def prediction_row(video: str, best: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the rows of `best_classes` as one row of a table of videos."""
+    others = {place: row["class"] for place, row in zip(_PLACES, best[1:], strict=False)}
+    return {"video": video, **best[0], **others}
 
 
 @torch.no_grad()

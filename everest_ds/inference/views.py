@@ -94,8 +94,3 @@ def over_views(
         for index in [index for index, rows in found.items() if len(rows) == views.num_views]:
             yield index, torch.stack(found.pop(index)).mean(dim=0)
     clips.check_complete(seen, missing)
-
-
-def best_device() -> torch.device:
-    """Return the CUDA device if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

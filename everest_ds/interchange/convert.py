@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +24,8 @@ from everest_ds.interchange.layouts import Layout, layout_of
 from everest_ds.interchange.source import WeightSource, open_source
 from everest_ds.interchange.tensors import to_theirs
 from everest_ds.interchange.transformers_folder import save_folder
+
+_BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 class Key(NamedTuple):
@@ -97,6 +101,36 @@ def convert_weights(
             _account(source, layout),
             _notes(source, system),
         )
+
+
+def conversion_facts(done: Conversion) -> dict[str, str]:
+    """Describe a conversion as the rows of a table."""
+    model, tokens = done.config.model, done.config.tokens
+    kept = f", keep_ratio {tokens.keep_ratio:g}" if tokens.rule.keeps_share else ""
+    counts = Counter(key.status for key in done.keys)
+    return {
+        "from": done.source,
+        "to": done.target,
+        "model": f"{model.backbone}" + (f", {model.num_classes} classes" if model.num_classes else ""),
+        "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size},"
+        f" tubelets of {model.tubelet_size}x{model.patch_size}x{model.patch_size}",
+        "tokens": f"{tokens.selection}{kept}",
+        "assumed": ", ".join(done.assumed) or "nothing",
+        "left_out": ", ".join(done.left_out) or "nothing",
+        "keys": ", ".join(f"{counts[status]} {status}" for status in ("used", "renamed", "unused")),
+    }
+
+
+def key_patterns(keys: Sequence[Key]) -> list[dict[str, Any]]:
+    """Return one row for each group of keys that differ only in the number of their block."""
+    found = Counter(
+        (_BLOCK_NUMBER.sub("n", source), _BLOCK_NUMBER.sub("n", target), why)
+        for source, target, _, why in keys
+    )
+    return [
+        {"key": source, "count": count, "becomes": target or f"unused: {why}"}
+        for (source, target, why), count in found.items()
+    ]
 
 
 def _write(source: WeightSource, layout: Layout, target: Path) -> None:

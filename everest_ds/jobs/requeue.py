@@ -16,7 +16,7 @@ from everest_ds.training.stop import StopReason
 
 # Starts from the same step after which a job counts as stuck: two can be bad luck.
 _FRUITLESS_STARTS = 3
-_MAX_RESTARTS = 50
+MAX_RESTARTS = 50
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     return SlurmJob(
         environ["SLURM_JOB_ID"],
         _count(environ, "SLURM_RESTART_COUNT", 0),
-        _count(environ, "EVEREST_MAX_RESTARTS", _MAX_RESTARTS),
+        _count(environ, "EVEREST_MAX_RESTARTS", MAX_RESTARTS),
         environ.get("SLURM_JOB_NODELIST"),
         _count(environ, "EVEREST_SIGNAL_SECONDS", 0) or None,
     )
@@ -88,18 +88,14 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
     ]
     recent = starts[1 - _FRUITLESS_STARTS :]
     if len(recent) == _FRUITLESS_STARTS - 1 and all(e.step == step for e in recent):
+        ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
         return RestartError(
             f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
             " as did the two starts before it",
-            given=_last_reason(events, job),
+            given=ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed",
             fix="remove the cause, or lower run.save_every_steps; then submit the job again",
         )
     return None
-
-
-def _last_reason(events: Sequence[JobEvent], job: SlurmJob) -> str:
-    ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
-    return ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The sbatch command of a job, computed by pure functions that never call SLURM.
+"""The sbatch command of a job, and the settings of a site that it needs; nothing here calls SLURM.
 
 A command stays a list of arguments all the way to the trainer, so that no shell interprets a user's text.
 """
@@ -11,13 +11,10 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from everest_ds.errors import UsageError, nearest
-
-# The file's name is an argument of bash and not part of the script, so that bash cannot execute the name.
-_PRINT_VARIABLES = 'set -a; source "$1" >&2 && env -0'
-_SECONDS = 30.0
 
 # Options of sbatch without a value, or with one only after `=`. All others take the next word as their value.
 _FLAGS = frozenset(
@@ -37,7 +34,10 @@ _OURS = {
 }
 _SIGNAL = re.compile(r"[= ](?:[RB]+:)?[A-Z0-9]+@([0-9]{1,9})(?: |$)")
 _LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-_SIGNAL_SECONDS = 300  # time before the end of the job at which the scripts in slurm/ request the signal
+SIGNAL_SECONDS = 300  # time before the end of a job at which the scripts in slurm/ request the signal
+# The file's name is an argument of bash and not part of the script, so that bash cannot execute the name.
+_PRINT_VARIABLES = 'set -a; source "$1" >&2 && env -0'
+_BASH_SECONDS = 30.0
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -117,10 +117,15 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-") or word == "-":
             positional.append(word)
             continue
-        _refuse_ours(word)
+        is_long = word.startswith("--")
+        name, has_value = (word.partition("=")[0], "=" in word) if is_long else (word[:2], len(word) > 2)
+        if name in _OURS:
+            raise UsageError(
+                "submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}"
+            )
         options.append(word)
-        if _takes_next(word):
-            options.extend(value for value in [next(rest, None)] if value is not None)
+        if not has_value and word not in _FLAGS:
+            options.extend(islice(rest, 1))
     return positional, options
 
 
@@ -141,7 +146,7 @@ def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[s
     receive it as soon as it starts.
     """
     limit_s, given = limit_seconds(time_limit), any(word.partition("=")[0] == "--signal" for word in options)
-    if given or limit_s is None or limit_s >= 4 * _SIGNAL_SECONDS:
+    if given or limit_s is None or limit_s >= 4 * SIGNAL_SECONDS:
         return list(options)
     return [*options, f"--signal=USR1@{max(1, limit_s // 4)}"]
 
@@ -160,15 +165,39 @@ def limit_seconds(time_limit: str | None) -> int | None:
     return 86400 * int(days or 0) + seconds or None
 
 
-def _takes_next(word: str) -> bool:
-    attached = "=" in word if word.startswith("--") else len(word) > 2
-    return not attached and word not in _FLAGS
+def find_cluster_file(name: str, folder: Path) -> Path:
+    """Find a cluster file by its name in `folder`, or any file by its path.
+
+    Raises:
+        UsageError: if there is no such file.
+    """
+    file = Path(name) if "/" in name else folder / f"{name}.env"
+    if not file.is_file():
+        known = [path.stem for path in folder.glob("*.env")]
+        raise UsageError(
+            "--cluster names no settings file",
+            given=repr(name),
+            allowed=f"{nearest(name, known)} or a file's path",
+        )
+    return file.resolve()
 
 
-def _refuse_ours(word: str) -> None:
-    name = word.partition("=")[0] if word.startswith("--") else word[:2]
-    if name in _OURS:
-        raise UsageError("submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}")
+def read_cluster_file(file: Path) -> dict[str, str]:
+    """Return the variables that matter before a job starts: SBATCH_... and EVEREST_PYTHON.
+
+    Raises:
+        UsageError: if bash cannot read the file.
+    """
+    words = ["bash", "-c", _PRINT_VARIABLES, "bash", str(file)]
+    try:
+        done = subprocess.run(words, capture_output=True, timeout=_BASH_SECONDS, stdin=subprocess.DEVNULL)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise UsageError(f"{file}: bash cannot read it", given=str(error)) from None
+    if done.returncode:
+        reason = " ".join(done.stderr.decode(errors="replace").split())
+        raise UsageError(f"{file}: bash cannot read it", given=reason)
+    pairs = (os.fsdecode(item).partition("=") for item in done.stdout.split(b"\0") if item)
+    return {name: value for name, _, value in pairs if name.startswith("SBATCH_") or name == "EVEREST_PYTHON"}
 
 
 def _named_options(job: BatchJob) -> list[str]:
@@ -198,38 +227,3 @@ def _output_pattern(folder: Path, is_array: bool) -> str:
     if "\\" in path:
         return path.replace("\\", "\\\\") + "/slurm.out"
     return path.replace("%", "%%") + ("/slurm-%A_%a.out" if is_array else "/slurm-%j.out")
-
-
-def find_cluster_file(name: str, folder: Path) -> Path:
-    """Find a cluster file by its name in `folder`, or any file by its path.
-
-    Raises:
-        UsageError: if there is no such file.
-    """
-    file = Path(name) if "/" in name else folder / f"{name}.env"
-    if not file.is_file():
-        known = [path.stem for path in folder.glob("*.env")]
-        raise UsageError(
-            "--cluster names no settings file",
-            given=repr(name),
-            allowed=f"{nearest(name, known)} or a file's path",
-        )
-    return file.resolve()
-
-
-def read_cluster_file(file: Path) -> dict[str, str]:
-    """Return the variables that matter before a job starts: SBATCH_... and EVEREST_PYTHON.
-
-    Raises:
-        UsageError: if bash cannot read the file.
-    """
-    words = ["bash", "-c", _PRINT_VARIABLES, "bash", str(file)]
-    try:
-        done = subprocess.run(words, capture_output=True, timeout=_SECONDS, stdin=subprocess.DEVNULL)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise UsageError(f"{file}: bash cannot read it", given=str(error)) from None
-    if done.returncode:
-        reason = " ".join(done.stderr.decode(errors="replace").split())
-        raise UsageError(f"{file}: bash cannot read it", given=reason)
-    pairs = (os.fsdecode(item).partition("=") for item in done.stdout.split(b"\0") if item)
-    return {name: value for name, _, value in pairs if name.startswith("SBATCH_") or name == "EVEREST_PYTHON"}

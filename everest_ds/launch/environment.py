@@ -108,15 +108,13 @@ def _slurm_rendezvous(environ: Environ, world_size: int, local_world_size: int) 
 
     MASTER_ADDR and MASTER_PORT take precedence if they are set.
     """
-    address = environ.get("MASTER_ADDR") or _slurm_first_host(environ)
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        address = expand_nodelist(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))[0]
     if "MASTER_PORT" in environ:
         return address, _port(environ)
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
     return address, _SLURM_PORTS[(job + _STEP_STRIDE * step) % len(_SLURM_PORTS)]
-
-
-def _slurm_first_host(environ: Environ) -> str:
-    return expand_nodelist(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))[0]
 
 
 def _mpi_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:

@@ -93,12 +93,14 @@ class _Group:
     to_pass_on: list[int] = field(default_factory=list)
 
     def start(self, command: Sequence[str], place: RankEnvironment) -> None:
+        # By default torch uses every core in each rank, and N ranks then slow each other down.
+        threads = threads_per_rank(place.local_world_size)
         # Output is appended, because that of the run being resumed may hold the reason why it ended.
         with open(self.output_file(place.rank) if place.rank else os.devnull, "ab") as output:
             self.output_starts.append(output.tell())
             process = subprocess.Popen(
                 command,
-                env=_rank_variables(place),
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()},
                 stdin=subprocess.DEVNULL,
                 stdout=output if place.rank else None,
                 stderr=output if place.rank else None,
@@ -155,7 +157,9 @@ class _Group:
         self.wait(TERMINATE_SECONDS)
         self.kill()
         if failures:
-            return self.report(_first_cause(failures))
+            # The first failure with a cause of its own, which is not the loss of another rank.
+            own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
+            return self.report((own or failures)[0])
         return max(process.returncode for process in self.ranks)
 
     def report(self, failure: _Failure) -> int:
@@ -172,12 +176,6 @@ class _Group:
         return ExitCode.RANK_LOST
 
 
-def _first_cause(failures: Sequence[_Failure]) -> _Failure:
-    """Return the first failure with a cause of its own, not the loss of another rank."""
-    own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
-    return (own or failures)[0]
-
-
 def _how_it_ended(failure: _Failure) -> str:
     if failure.code > 0:
         return f"rank {failure.rank} failed with exit code {failure.code}"
@@ -191,12 +189,6 @@ def _last_lines(file: Path, start: int) -> list[str]:
     with open(file, "rb") as stream:
         stream.seek(max(start, file.stat().st_size - _TAIL_BYTES))
         return stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-
-
-def _rank_variables(place: RankEnvironment) -> dict[str, str]:
-    # By default torch uses every core in each rank, and N ranks then slow each other down.
-    threads = threads_per_rank(place.local_world_size)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
 def end_with_parent(parent: int) -> Callable[[], None] | None:

@@ -1,4 +1,4 @@
-"""Parsers of SLURM's two compact notations, node lists and task counts, that do not call `scontrol`."""
+"""SLURM's node lists and task counts, read without `scontrol`, and the hosts on which ranks run."""
 
 from __future__ import annotations
 
@@ -37,28 +37,6 @@ def expand_nodelist(nodelist: str) -> list[str]:
     return hosts
 
 
-def _in_slurms_order(pieces: Sequence[str], choices: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
-    """Yield all combinations in SLURM's order: the last bracket varies fastest, then the first, and so on."""
-    last = max((i for i, piece in enumerate(pieces) if piece.startswith("[")), default=0)
-    for before in itertools.product(*reversed(choices[:last])):
-        for after in itertools.product(*choices[last:]):
-            yield (*reversed(before), *after)
-
-
-def _choices(piece: str, nodelist: str) -> Sequence[str]:
-    """Return the texts that one piece expands to: the piece itself, or every number in its brackets."""
-    if not piece.startswith("["):
-        return [piece]
-    numbers: list[str] = []
-    for item in piece[1:-1].split(","):
-        first, _, last = item.partition("-")
-        span = range(int(first), int(last or first) + 1)
-        if not 0 < len(span) <= MAX_HOSTS:
-            raise _malformed(nodelist)
-        numbers.extend(f"{number:0{len(first)}d}" for number in span)
-    return numbers
-
-
 def expand_task_counts(counts: str) -> list[int]:
     """Expand SLURM_TASKS_PER_NODE to the number of tasks on each node: `4(x2),3` -> `[4, 4, 3]`.
 
@@ -75,14 +53,6 @@ def expand_task_counts(counts: str) -> list[int]:
             )
         tasks.extend([int(match[1])] * repeat)
     return tasks
-
-
-def _malformed(nodelist: str) -> UsageError:
-    return UsageError(
-        "the SLURM node list is malformed or too long",
-        given=repr(nodelist),
-        allowed=f"a list such as node[1-3,7],gpu-a[01-10], with at most {MAX_HOSTS} hosts",
-    )
 
 
 class RankPlace(NamedTuple):
@@ -119,3 +89,33 @@ def hosts_of(nodelist: str, num_nodes: int) -> list[str]:
             fix="name as many hosts as --nodes asks for, each once",
         )
     return hosts
+
+
+def _in_slurms_order(pieces: Sequence[str], choices: Sequence[Sequence[str]]) -> Iterator[Sequence[str]]:
+    """Yield all combinations in SLURM's order: the last bracket varies fastest, then the first, and so on."""
+    last = max((i for i, piece in enumerate(pieces) if piece.startswith("[")), default=0)
+    for before in itertools.product(*reversed(choices[:last])):
+        for after in itertools.product(*choices[last:]):
+            yield (*reversed(before), *after)
+
+
+def _choices(piece: str, nodelist: str) -> Sequence[str]:
+    """Return the texts that one piece expands to: the piece itself, or every number in its brackets."""
+    if not piece.startswith("["):
+        return [piece]
+    numbers: list[str] = []
+    for item in piece[1:-1].split(","):
+        first, _, last = item.partition("-")
+        span = range(int(first), int(last or first) + 1)
+        if not 0 < len(span) <= MAX_HOSTS:
+            raise _malformed(nodelist)
+        numbers.extend(f"{number:0{len(first)}d}" for number in span)
+    return numbers
+
+
+def _malformed(nodelist: str) -> UsageError:
+    return UsageError(
+        "the SLURM node list is malformed or too long",
+        given=repr(nodelist),
+        allowed=f"a list such as node[1-3,7],gpu-a[01-10], with at most {MAX_HOSTS} hosts",
+    )

@@ -14,12 +14,14 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.models import build_model
 from everest_ds.profiling.compute_tables import Table
 from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
+from everest_ds.units import format_bytes
 
 MIB = 1024**2
 PEAK = "peak"
 # bfloat16 is traced as float16, which has the same size, because CPUs use an attention path of their own for
 # bfloat16 and GPUs do not.
 _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.float16, "fp16": torch.float16}
+_BARS, _BARS_PER_LINE = " ▁▂▃▄▅▆▇█", 48
 _MOMENTS = 240  # rows of the table over time: about as many as a plot can show
 
 
@@ -83,6 +85,21 @@ def over_time(traced: MemoryTrace) -> Table:
         {"phase": m.phase, "operator": m.operator, **{c: m.live_bytes[c] for c in CATEGORIES}}
         for m in highest
     ]
+
+
+def timeline_bars(timeline: Table) -> Table:
+    """Draw the rows of `over_time` as a line of bars per phase, scaled to the peak of the step."""
+    phases: dict[str, list[int]] = {}
+    for row in timeline:
+        phases.setdefault(row["phase"], []).append(sum(row[category] for category in CATEGORIES))
+    peak = max(max(totals) for totals in phases.values())
+    rows = []
+    for phase, totals in phases.items():
+        stride = -(-len(totals) // _BARS_PER_LINE)  # neighbours that share a bar
+        heights = [max(totals[i : i + stride]) for i in range(0, len(totals), stride)]
+        bars = "".join(_BARS[(len(_BARS) - 1) * height // peak] for height in heights)
+        rows.append({"phase": phase, "live_memory": bars, "highest": format_bytes(max(totals))})
+    return rows
 
 
 def _total(moment: LiveSample) -> int:

@@ -1,4 +1,6 @@
-"""Evaluation of a classifier over all views of all samples, with the same result on any number of ranks.
+"""Evaluation of a classifier over all views of all samples, and the test of a run's best weights.
+
+The result is the same on any number of ranks.
 
 A sample with an unreadable view is left out of every figure and reported by name.
 """
@@ -107,40 +109,6 @@ def evaluate_views(
     return _average(by_view, samples, segments * crops, missing)
 
 
-def _average(
-    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
-) -> Evaluation:
-    present = [index for index in range(len(samples)) if index not in missing]
-    for index, reason in sorted(missing.items()):
-        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
-    if not present:
-        name, reason = samples[0].name, missing[0]
-        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
-    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
-    labels = np.array([samples[index].label for index in present])
-    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
-
-
-def _predict(
-    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
-) -> Iterator[tuple[int, NDArray[np.float32]]]:
-    batches = _together(loader, world)
-    for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
-        here = batch.to(world.device)
-        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
-        pairs = zip(batch.item.tolist(), probabilities, strict=True)
-        yield from (pair for pair in pairs if pair[0] != MISSING)
-
-
-def _together(loader: Iterator[ClipBatch], world: World) -> Iterator[ClipBatch]:
-    """Yield this rank's batches; an error of one rank's loader is raised on all ranks.
-
-    All ranks have the same number of batches.
-    """
-    while (batch := world.together(lambda: next(loader, None))) is not None:
-        yield batch
-
-
 def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
 
@@ -199,6 +167,32 @@ def class_names(config: Experiment) -> list[str]:
             allowed=f"{count} names, one per line",
         )
     return names
+
+
+def _average(
+    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
+) -> Evaluation:
+    present = [index for index in range(len(samples)) if index not in missing]
+    for index, reason in sorted(missing.items()):
+        logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
+    if not present:
+        name, reason = samples[0].name, missing[0]
+        raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
+    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
+    labels = np.array([samples[index].label for index in present])
+    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
+
+
+def _predict(
+    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    # An error of one rank's loader is raised on all ranks, which have the same number of batches.
+    batches = iter(lambda: world.together(lambda: next(loader, None)), None)
+    for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
+        here = batch.to(world.device)
+        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
+        pairs = zip(batch.item.tolist(), probabilities, strict=True)
+        yield from (pair for pair in pairs if pair[0] != MISSING)
 
 
 def _by_class(outcome: Evaluation, names: list[str]) -> list[dict[str, Any]]:

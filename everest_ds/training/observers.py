@@ -1,4 +1,7 @@
-"""Observers that report on a run without affecting it: metrics file, TensorBoard, console. Rank 0 only."""
+"""Observers that report on a run without affecting it, and the pictures that they receive.
+
+Only rank 0 has observers: the metrics file, TensorBoard and the console.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The learning-rate schedule: linear warm-up, then cosine decay to `min_lr`."""
+"""The loss, the parameter groups and the learning-rate schedule that a run optimises with."""
 
 from __future__ import annotations
 
@@ -18,12 +18,23 @@ from everest_ds.data.clips import Batch
 Forward = Callable[..., Any]
 Objective = Callable[[Forward, Batch], Tensor]
 
-REFERENCE_BATCH = 256  # configured rates apply to this many samples per step, as in VideoMAE
+
+def build_objective(config: Experiment) -> Objective:
+    """Return the training loss function of the experiment's task."""
+    if config.task == "pretrain":
+        return lambda forward, batch: forward(*batch.arguments).loss
+    smoothing = config.loss.label_smoothing
+
+    def classification_loss(forward: Forward, batch: Batch) -> Tensor:
+        logits = forward(*batch.arguments)
+        return F.cross_entropy(logits.float(), batch.label, label_smoothing=smoothing)
+
+    return classification_loss
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """Learning rates over a run of `total_steps` optimiser steps."""
+    """Learning rates over a run of `total_steps` optimiser steps: linear warm-up, then cosine decay."""
 
     total_steps: int
     warmup_steps: int
@@ -41,7 +52,7 @@ class Schedule:
 
 def build_schedule(config: ScheduleConfig, steps_per_epoch: int, samples_per_step: int) -> Schedule:
     """Build the schedule: scale the configured rates by the samples per step, and convert epochs to steps."""
-    scale = samples_per_step / REFERENCE_BATCH
+    scale = config.rate_scale(samples_per_step)
     return Schedule(
         total_steps=config.epochs * steps_per_epoch,
         warmup_steps=round(config.warmup_epochs * steps_per_epoch),
@@ -79,16 +90,3 @@ def _layer(name: str, top: int) -> int:
         return 0
     block = re.match(r"encoder\.blocks\.(\d+)\.", name)
     return int(block[1]) + 1 if block else top
-
-
-def build_objective(config: Experiment) -> Objective:
-    """Return the training loss function of the experiment's task."""
-    if config.task == "pretrain":
-        return lambda forward, batch: forward(*batch.arguments).loss
-    smoothing = config.loss.label_smoothing
-
-    def classification_loss(forward: Forward, batch: Batch) -> Tensor:
-        logits = forward(*batch.arguments)
-        return F.cross_entropy(logits.float(), batch.label, label_smoothing=smoothing)
-
-    return classification_loss

@@ -48,6 +48,7 @@ def describe_plan(
     """
     plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
+    peak_lr = config.schedule.base_lr * config.schedule.rate_scale(plan.samples_per_step)
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
@@ -56,7 +57,7 @@ def describe_plan(
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan, count_samples(config, planned)),
-        "learning_rate": f"{config.schedule.base_lr * plan.samples_per_step / 256:.3g} at the peak",
+        "learning_rate": f"{peak_lr:.3g} at the peak",
         "ranks": str(MeshShape.of(config, num_ranks)),
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
@@ -155,10 +156,7 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
     Raises:
         EverestError: if the run cannot start.
     """
-    from everest_ds.config import plan_ranks
     from everest_ds.parallel.ds_config import resolve_ds_config
-
-    pass
 
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, plan_ranks(config, num_ranks))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -112,16 +112,13 @@ class Prefetcher:
         ready, error = None, None
         try:
             batch = next(self._batches)
-            with self._beside():
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 ready = Ready(self._prepare(batch), batch.item)
         except Exception as failure:  # raised by `take`
             error = failure
         noted = self._failures.copy()
         self._failures.clear()
         return _Held(ready, error, noted)
-
-    def _beside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
 
     def _hand_over(self, batch: Batch) -> None:
         """Make the step's stream wait for the batch, and keep its memory until the step has used it."""

@@ -1,4 +1,4 @@
-"""Stopping and saving on request, by signals or files, which the training loop handles after each step."""
+"""Requests to stop or save a run, which the loop handles after each step, and the time that a stop needs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from types import FrameType, TracebackType
 from everest_ds.log import logger
 from everest_ds.units import format_duration
 
-GRACE_FILE = "grace.json"
-# The signal may arrive just after a step began, and a busy file system may be twice as slow as measured.
-_SAFETY = 2
-
 # From Ctrl-C; from schedulers before a job ends; from SLURM, as requested with --signal=USR1.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_FILE, SAVE_FILE = "kill", "save"
+GRACE_FILE = "grace.json"
+# The signal may arrive just after a step began, and a busy file system may be twice as slow as measured.
+_SAFETY = 2
 
 
 class StopReason(IntEnum):

@@ -1,4 +1,4 @@
-"""Timing of training steps, with the time spent waiting for data."""
+"""The speed of a run: the time of its steps, the time spent waiting for data, and the FLOP/s."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import torch
+
+from everest_ds.config.schema import Experiment
+from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
+from everest_ds.costs.hardware.gpus import peak_flops_per_s
+from everest_ds.profiling.step_measurement import compute_dtype, device_name
 
 T = TypeVar("T")
 
@@ -76,7 +81,7 @@ class Waited(Generic[T]):
 
 @dataclass(frozen=True)
 class ClipCost:
-    """The compute cost of a clip and the peak rate of a device; the caller of `train` provides them.
+    """The compute cost of a clip and the peak rate of a device.
 
     Attributes:
         flops: useful floating-point operations per clip in a training step: the masked model's forward and
@@ -96,3 +101,9 @@ class ClipCost:
         if self.peak_flops_per_s is None:
             return None
         return 100 * self.tflops_per_s(clips_per_s, num_ranks) * 1e12 / self.peak_flops_per_s
+
+
+def clip_cost(config: Experiment, device: torch.device) -> ClipCost:
+    """Return the compute cost of a clip of a run, and the peak rate of `device` in the run's precision."""
+    peak = peak_flops_per_s(device_name(device), compute_dtype(config.precision, device))
+    return ClipCost(FLOPS_PER_MAC * predict_macs(config).training_macs, peak)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from everest_ds.config.checks import check_sections_agree
-from everest_ds.config.mesh_shape import largest_shape, possible_shapes
+from everest_ds.config.mesh_shape import MeshShape, largest_shape, possible_shapes
 from everest_ds.config.schema import BatchConfig, Experiment
 from everest_ds.errors import ConfigError, EverestError, UsageError
 
@@ -53,6 +53,11 @@ def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = No
     own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * data_degree
     kept = batch.model_copy(update={"global_batch_size": total or batch.global_batch_size or own})
     return config.model_copy(update={"batch": kept})
+
+
+def clips_per_group(config: Experiment, num_ranks: int) -> int:
+    """Return the clips per step of one data-parallel rank, which is a tensor-parallel group of ranks."""
+    return (config.batch.global_batch_size or 0) // MeshShape.of(config, num_ranks).degrees.data
 
 
 def nothing_runs(

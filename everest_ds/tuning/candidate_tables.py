@@ -9,7 +9,9 @@ from typing import Any
 from everest_ds.config import plan_ranks
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.data.order import steps_per_epoch
-from everest_ds.tuning.search import Candidate, Cluster, describe_recompute, needed_bytes
+from everest_ds.tuning.candidate import Candidate
+from everest_ds.tuning.cluster import Cluster
+from everest_ds.tuning.knobs import columns_of
 from everest_ds.tuning.space import Dropped
 from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import GIB, format_bytes, format_duration
@@ -39,7 +41,8 @@ def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) 
     """Return one row per candidate, in the given order."""
     rows = [
         {"rank": rank, **_settings(one, cluster), **_speed(one), **total_of(one, cluster, costs)}
-        | {**_memory(one, cluster.machine), **_split(one)}
+        | {"GiB": round(one.needed_bytes / GIB, 1), "free_%": round(cluster.free_pct(one.needed_bytes))}
+        | _split(one)
         for rank, one in enumerate(ranked, start=1)
     ]
     unused = [name for name in _MAY_BE_UNUSED if not any(row[name] for row in rows)]
@@ -65,17 +68,21 @@ def total_of(candidate: Candidate, cluster: Cluster, costs: Costs) -> TableRow:
 def memory_rows(candidate: Candidate, machine: Machine) -> list[TableRow]:
     """Return the peak memory per rank of a candidate by category, with the usable memory."""
     parts = candidate.memory.parts()
-    needed = needed_bytes(candidate.memory, machine)
     beside = {"host_memory": candidate.memory.host_bytes} if candidate.memory.host_bytes else {}
     return [
         {"memory": name.replace("_", " "), "per_rank": format_bytes(size)}
-        for name, size in {**parts, "total": needed, "usable": machine.memory_bytes, **beside}.items()
+        for name, size in {
+            **parts,
+            "total": candidate.needed_bytes,
+            "usable": machine.memory_bytes,
+            **beside,
+        }.items()
     ]
 
 
-def close_calls(ranked: Sequence[Candidate], machine: Machine) -> list[str]:
+def close_calls(ranked: Sequence[Candidate], cluster: Cluster) -> list[str]:
     """Describe each candidate that leaves little memory free."""
-    free = [_free_pct(candidate, machine) for candidate in ranked]
+    free = [cluster.free_pct(candidate.needed_bytes) for candidate in ranked]
     return [
         f"rank {rank} leaves {pct:.1f} % free" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT
     ]
@@ -86,16 +93,14 @@ def dropped_rows(dropped: Sequence[Dropped]) -> list[TableRow]:
     return [{"family": one.family, "why_not": one.reason} for one in dropped]
 
 
-def as_json(
-    rows: Sequence[TableRow], ranked: Sequence[Candidate], machine: Machine
-) -> list[Mapping[str, Any]]:
+def as_json(rows: Sequence[TableRow], ranked: Sequence[Candidate]) -> list[Mapping[str, Any]]:
     """Return the rows with the figures that programs need: settings, bytes by category, seconds by group."""
     return [
         row
         | {
             "overrides": list(one.overrides),
             "reduce_bucket_size": one.zero.reduce_bucket_values if one.own_buckets else None,
-            "memory_bytes": one.memory.parts() | {"needed": needed_bytes(one.memory, machine)},
+            "memory_bytes": one.memory.parts() | {"needed": one.needed_bytes},
             "step_s": one.step.step_s,
             "split_s": one.step.split(),
         }
@@ -104,22 +109,14 @@ def as_json(
 
 
 def _settings(candidate: Candidate, cluster: Cluster) -> TableRow:
-    plan = plan_ranks(candidate.config, cluster.num_ranks)
+    accumulated = plan_ranks(candidate.config, cluster.num_ranks).grad_accum_steps
     buckets = f", buckets {candidate.zero.reduce_bucket_values / 1e6:g} M" if candidate.own_buckets else ""
+    row = columns_of(candidate.config)
     return {
-        "sharding": f"{candidate.sharding}{buckets}",
-        "recompute": describe_recompute(candidate.config.recompute),
-        "micro_x_accum": f"{plan.micro_batch_size} x {plan.grad_accum_steps}",
+        **row,
+        "sharding": f"{row['sharding']}{buckets}",
+        "micro_x_accum": f"{row['micro_x_accum']} x {accumulated}",
     }
-
-
-def _memory(candidate: Candidate, machine: Machine) -> TableRow:
-    needed = needed_bytes(candidate.memory, machine)
-    return {"GiB": round(needed / GIB, 1), "free_%": round(_free_pct(candidate, machine))}
-
-
-def _free_pct(candidate: Candidate, machine: Machine) -> float:
-    return 100 * (1 - needed_bytes(candidate.memory, machine) / machine.memory_bytes)
 
 
 def _speed(candidate: Candidate) -> TableRow:

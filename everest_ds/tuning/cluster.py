@@ -1,13 +1,43 @@
-"""The cluster that the options of `everest-ds tune` describe."""
+"""The cluster that a config is tuned for: built from the data sheet of a GPU, or from a calibration."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from everest_ds.costs.hardware.data_sheet import RANKS_PER_NODE, machine_from_sheet
 from everest_ds.costs.hardware.gpus import device_of
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.costs.memory import MemoryPrediction
 from everest_ds.errors import UsageError
-from everest_ds.tuning.search import Cluster
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of `num_ranks` ranks, each a `machine`."""
+
+    machine: Machine
+    num_ranks: int
+
+    @property
+    def ranks_per_node(self) -> int:
+        """The number of ranks on a node, within which a tensor-parallel group must lie."""
+        return min(self.machine.ranks_per_node, self.num_ranks)
+
+    @property
+    def nodes(self) -> int:
+        """The number of nodes."""
+        return -(-self.num_ranks // self.ranks_per_node)
+
+    def needed_bytes(self, memory: MemoryPrediction) -> int:
+        """Return the bytes that a rank needs; on a CPU they include the host's, which is the same memory."""
+        if self.machine.asynchronous:
+            return memory.peak_bytes
+        return self.machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
+
+    def free_pct(self, needed_bytes: float) -> float:
+        """Return the share of a rank's usable memory, in percent, that `needed_bytes` leave free."""
+        return 100 * (1 - needed_bytes / self.machine.memory_bytes)
 
 
 def cluster_of(gpu: str, num_gpus: int, nodes: int | None, interconnect: str | None) -> Cluster:

@@ -1,4 +1,4 @@
-"""Reasons why a candidate is slower than the best: the part of its step that adds the most time."""
+"""The reasons why a candidate is slower than the best, and the changes that make a model fit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.term import TermGroup
 from everest_ds.errors import UsageError
-from everest_ds.tuning.search import Candidate, Cluster, Options, search
+from everest_ds.tuning.candidate import Candidate
+from everest_ds.tuning.cluster import Cluster
+from everest_ds.tuning.knobs import KNOBS
+from everest_ds.tuning.search import Options, search
 from everest_ds.tuning.space import Dropped, by_reason
 from everest_ds.units import format_bytes
 
@@ -26,7 +29,7 @@ _BOUND: dict[TermGroup, str] = {
     "data": "each rank decodes more clips",
     "overhead": "bound by operator launches and DeepSpeed's hooks",
 }
-_NOTHING_TO_SPEAK_OF = 1.005
+_NOTICEABLE = 1.005  # a candidate that takes less than this times the best step counts as equally fast
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
@@ -34,8 +37,10 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
     own, theirs = candidate.step.split(), best.step.split()
     group = max(own, key=lambda name: own[name] - theirs[name])
     times = candidate.step.step_s / best.step.step_s
-    much = f"{times:.2f} x the best step" if times >= _NOTHING_TO_SPEAK_OF else "about as fast as the best"
-    return f"{much}: {_bound(group, candidate, best)}"
+    much = f"{times:.2f} x the best step" if times >= _NOTICEABLE else "about as fast as the best"
+    differing = [knob for knob in KNOBS if knob.of(candidate.config) != knob.of(best.config)]
+    reasons = [k.reason.format(k.of(candidate.config)) for k in differing if k.reason and group in k.terms]
+    return f"{much}: {next(iter(reasons), _BOUND[group])}"
 
 
 def slower_families(ranked: Sequence[Candidate], shown: int) -> Iterator[Dropped]:
@@ -44,12 +49,6 @@ def slower_families(ranked: Sequence[Candidate], shown: int) -> Iterator[Dropped
     first = {one.sharding: one for one in reversed(ranked[shown:]) if one.sharding not in seen}
     ordered = sorted(first.values(), key=lambda candidate: candidate.order)
     return by_reason((one.sharding, why_slower(one, ranked[0]), None) for one in ordered)
-
-
-def _bound(group: TermGroup, candidate: Candidate, best: Candidate) -> str:
-    if group == "compute" and candidate.sharding.precision != best.sharding.precision:
-        return f"products in {candidate.sharding.precision} are slower"
-    return _BOUND[group]
 
 
 def fits_nowhere(

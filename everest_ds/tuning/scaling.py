@@ -1,39 +1,31 @@
-"""The number of GPUs from which each choice pays: the best candidate of every choice, by number of GPUs.
+"""The effect of more or fewer GPUs: the search repeated for 1 to 1,024 of them, and where each choice pays.
 
-Waiting for data is left out: if video decoding limits the step, all choices would look alike.
+A choice is a value of a knob that `tune --what-if` compares. Waiting for data is left out: if video decoding
+limits the step, all choices would look alike.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, get_args
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from everest_ds.config import Experiment
-from everest_ds.config.schema import RecomputeConfig
+from everest_ds.console import progress_of
 from everest_ds.costs.step_time import StepPrediction
-from everest_ds.tuning.trials.correction import traits_of
+from everest_ds.errors import EverestError, UsageError
+from everest_ds.tuning.batches import keep_global_batch
+from everest_ds.tuning.candidate import Candidate
+from everest_ds.tuning.cluster import cluster_of
+from everest_ds.tuning.knobs import SCALING_TRAITS, value_order
+from everest_ds.tuning.search import Options, search
 
-TRAITS = ("ZeRO stage", "tensor degree", "recompute")
-_MODES = get_args(RecomputeConfig.model_fields["mode"].annotation)
+NUMBERS = tuple(2**power for power in range(11))
 # A choice pays if no other is faster by more than this share: smaller differences count as ties.
 _TIE_SHARE = 0.005
 
 
-class Predicted(Protocol):
-    """The part of a search candidate that this module needs."""
-
-    @property
-    def config(self) -> Experiment:
-        """Return the config of the candidate."""
-
-    @property
-    def step(self) -> StepPrediction:
-        """Return the predicted step of the candidate."""
-
-
 @dataclass(frozen=True)
-class WhatIf:
+class ScalingRow:
     """The predictions for one number of GPUs.
 
     Attributes:
@@ -52,60 +44,73 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
-class Pays:
+class Payoff:
     """A choice, with the numbers of GPUs on which it fits and those on which no other choice is faster."""
 
     trait: str
     value: str
-    fits: tuple[int, ...]
-    pays: tuple[int, ...]
+    fits_on: tuple[int, ...]
+    pays_on: tuple[int, ...]
 
 
-def ask_what_if(ranked: Callable[[int], Sequence[Predicted]], numbers: Sequence[int]) -> list[WhatIf]:
-    """Return a row for each number of GPUs that has a candidate.
+def search_numbers(
+    config: Experiment, gpu: str | None, interconnect: str | None, options: Options, num_gpus: int
+) -> tuple[str, list[ScalingRow]]:
+    """Search every number of GPUs with the same global batch, that of `num_gpus`.
 
-    Args:
-        ranked: maps a number of GPUs to the candidates that fit, best first; empty if nothing fits.
-        numbers: numbers of GPUs to ask for.
+    Returns:
+        A human-readable subject of the search, and its results.
+
+    Raises:
+        UsageError: no GPU type is given, or no candidate fits on any number of GPUs.
     """
-    found = ((gpus, ranked(gpus)) for gpus in numbers)
-    return [_summarise(gpus, candidates) for gpus, candidates in found if candidates]
+    if gpu is None:
+        raise UsageError("--what-if was given without --gpu", fix="name a GPU type, such as --gpu h100-80gb")
+    config = keep_global_batch(config, num_gpus, options.global_batch)
+    everything = replace(options, global_batch=None, exhaustive=True)
+    rows = []
+    with progress_of("what if", len(NUMBERS)) as on_progress:
+        for done, number in enumerate(NUMBERS, 1):
+            try:
+                ranked = search(config, cluster_of(gpu, number, None, interconnect), everything).ranked
+            except EverestError:  # the global batch cannot be split over so many ranks
+                ranked = []
+            if ranked:
+                rows.append(summarise_number(number, ranked))
+            on_progress(done)
+    if not rows:
+        raise UsageError("--what-if: no candidate fits on any of 1 to 1,024 GPUs", given=gpu)
+    batch = config.batch.global_batch_size
+    return f"{config.model.backbone}, {config.task}, {batch} clips per step, on {gpu}", rows
 
 
-def where_it_pays(rows: Sequence[WhatIf]) -> list[Pays]:
-    """Return every choice of every trait, with the numbers of GPUs on which it fits and pays."""
-    return [
-        Pays(
-            trait,
-            value,
-            tuple(row.gpus for row in rows if value in row.by_choice[trait]),
-            tuple(row.gpus for row in rows if _is_best(row, trait, value)),
-        )
-        for trait in TRAITS
-        for value in values_of(rows, trait)
-    ]
-
-
-def values_of(rows: Sequence[WhatIf], trait: str) -> list[str]:
-    """Return the values of a trait among all candidates; recompute modes from the least to the most."""
-    values = {value for row in rows for value in row.by_choice[trait]}
-    return sorted(values, key=lambda value: (_MODES.index(value) if value in _MODES else 0, value))
-
-
-def _is_best(row: WhatIf, trait: str, value: str) -> bool:
-    return row.by_choice[trait].get(value, 0.0) >= (1 - _TIE_SHARE) * row.clips_per_s
-
-
-def _summarise(gpus: int, candidates: Sequence[Predicted]) -> WhatIf:
-    by_choice: dict[str, dict[str, float]] = {trait: {} for trait in TRAITS}
+def summarise_number(gpus: int, candidates: Sequence[Candidate]) -> ScalingRow:
+    """Return the row of a number of GPUs on which these candidates fit."""
+    by_choice: dict[str, dict[str, float]] = {trait: {} for trait in SCALING_TRAITS}
     for candidate in candidates:
-        traits, rate = traits_of(candidate.config), _fed_clips_per_s(candidate.step)
-        for trait in TRAITS:
-            by_choice[trait][traits[trait]] = max(rate, by_choice[trait].get(traits[trait], 0.0))
+        traits, rate = candidate.traits, _fed_clips_per_s(candidate.step)
+        for trait, choices in by_choice.items():
+            choices[traits[trait]] = max(rate, choices.get(traits[trait], 0.0))
     best = max(candidates, key=lambda candidate: _fed_clips_per_s(candidate.step))
-    traits, waits = traits_of(best.config), 100 * best.step.split()["data"] / best.step.step_s
-    rate = _fed_clips_per_s(best.step)
-    return WhatIf(gpus, rate, waits, by_choice, {trait: traits[trait] for trait in TRAITS})
+    waits = 100 * best.step.split()["data"] / best.step.step_s
+    choice = {trait: best.traits[trait] for trait in SCALING_TRAITS}
+    return ScalingRow(gpus, _fed_clips_per_s(best.step), waits, by_choice, choice)
+
+
+def payoffs(rows: Sequence[ScalingRow]) -> list[Payoff]:
+    """Return every choice of every trait, with the numbers of GPUs on which it fits and pays."""
+    found = []
+    for trait in SCALING_TRAITS:
+        for value in values_of(rows, trait):
+            fits = [row for row in rows if value in row.by_choice[trait]]
+            pays = [row for row in fits if row.by_choice[trait][value] >= (1 - _TIE_SHARE) * row.clips_per_s]
+            found.append(Payoff(trait, value, tuple(r.gpus for r in fits), tuple(r.gpus for r in pays)))
+    return found
+
+
+def values_of(rows: Sequence[ScalingRow], trait: str) -> list[str]:
+    """Return the values of a trait among all candidates, in the order that the config's schema lists them."""
+    return sorted({value for row in rows for value in row.by_choice[trait]}, key=value_order(trait))
 
 
 def _fed_clips_per_s(step: StepPrediction) -> float:

@@ -18,7 +18,8 @@ from everest_ds.config.zero_settings import BUCKET_KEYS, ds_config_path
 from everest_ds.errors import UsageError
 from everest_ds.parallel.ds_config import check_by_deepspeed, resolve_ds_config
 from everest_ds.training.plan import check_plan
-from everest_ds.tuning.search import Candidate, Cluster
+from everest_ds.tuning.candidate import Candidate
+from everest_ds.tuning.cluster import Cluster
 
 CONFIG_NAME, DEEPSPEED_NAME = "winner.yaml", "deepspeed.json"
 

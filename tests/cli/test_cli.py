@@ -59,6 +59,15 @@ def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: d
             ["pretrain", "demo_pretrain", "--dry-run", "--nproc", "3", "batch.global_batch_size=64"],
             "3 data-parallel ranks",
         ),
+        (
+            ["pretrain", "demo_pretrain", "--dry-run", "--on", "4xH100", "--nproc", "2"],
+            "error: the GPU's name matches several products; given: 'H100'; allowed: H100 SXM, H100 PCIe",
+        ),
+        (
+            ["pretrain", "demo_pretrain", "--dry-run", "--on", "4xH100-SXM", "--nproc", "2"],
+            "--on and --nproc name different numbers of GPUs: 4 and 2",
+        ),
+        (["pretrain", "demo_pretrain", "--on", "4xH100"], "--on was given without --dry-run"),
         (["data", "check", "no-such-list.txt"], "no-such-list.txt"),
     ],
 )

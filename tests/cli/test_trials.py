@@ -11,12 +11,12 @@ import yaml
 
 from everest_ds.config import dump_experiment, load_experiment
 from everest_ds.errors import ExitCode
-from everest_ds.tuning.trials.correction import traits_of
-from everest_ds.tuning.trials.one_trial import Setup, judge_exit, run_here, trial_overrides
-from everest_ds.tuning.trials.ranking import Tried
+from everest_ds.tuning.candidate import Candidate
+from everest_ds.tuning.trials.one_trial import Setup, classify_exit, run_here, trial_overrides
 from everest_ds.tuning.trials.record import WARM_UP_STEPS
-from everest_ds.tuning.trials.run import TrialEntry, run_name, try_here, with_trials
+from everest_ds.tuning.trials.run import run_name, try_here, with_trials
 from tests.training.runs import experiment
+from tests.tuning.invented import invented_candidate
 
 PLACE = {"device": "test"}
 
@@ -30,23 +30,26 @@ def setup(tmp_path: Path) -> Setup:
     return Setup("pretrain", str(recipe), ("data.train=null",), 1, tmp_path / "tuned", WARM_UP_STEPS + 2, 120)
 
 
-def entry(setup: Setup, name: str, *overrides: str) -> TrialEntry:
+def candidate(setup: Setup, *overrides: str) -> Candidate:
+    base = load_experiment(setup.source, setup.overrides)
     config = load_experiment(setup.source, [*setup.overrides, *overrides])
-    return TrialEntry(Tried(name, overrides, traits_of(config), 8, 1.0, 10**9), config)
+    found = replace(invented_candidate(base, 1.0, 10**9, clips=8), config=config)
+    assert load_experiment(setup.source, [*setup.overrides, *found.overrides]) == config
+    return found
 
 
-def outcomes(entries: Sequence[TrialEntry]) -> list[str]:
-    return [one.tried.trial.outcome for one in entries if one.tried.trial]
+def outcomes(candidates: Sequence[Candidate]) -> list[str]:
+    return [one.trial.outcome for one in candidates if one.trial]
 
 
 def test_trials_are_measured_or_say_why_not_and_run_once(
     setup: Setup, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    good = entry(setup, "good", "parallelism.zero_stage=2")
-    bad = entry(setup, "bad", "parallelism.zero_stage=3", "parallelism.offload_to_nvme=/nowhere/at/all")
+    good = candidate(setup, "parallelism.zero_stage=2")
+    bad = candidate(setup, "parallelism.zero_stage=3", "parallelism.offload_to_nvme=/nowhere/at/all")
     done = try_here(setup, [good, bad], PLACE)
     assert outcomes(done) == ["measured", "crash"]
-    trial, crash = (one.tried.trial for one in done)
+    trial, crash = (one.trial for one in done)
     assert trial and trial.step_s and 0.001 < trial.step_s < 60
     assert trial.peak_bytes and 10**8 < trial.peak_bytes < 10**10
     assert crash and "/nowhere" in crash.reason
@@ -60,19 +63,19 @@ def test_trials_are_measured_or_say_why_not_and_run_once(
     assert try_here(setup, [good, bad], PLACE) == done
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before
     elsewhere = with_trials(setup, [good], {"device": "another"})
-    assert elsewhere[0].tried.trial is None
+    assert elsewhere[0].trial is None
 
 
 def test_a_trial_that_takes_too_long_is_a_timeout(setup: Setup) -> None:
     hurried = replace(setup, timeout_s=0.5)
-    [late] = try_here(hurried, [entry(setup, "late")], PLACE)
-    assert late.tried.trial and late.tried.trial.outcome == "timeout"
-    assert late.tried.trial.reason == "not finished after 0.5 s"
+    [late] = try_here(hurried, [candidate(setup)], PLACE)
+    assert late.trial and late.trial.outcome == "timeout"
+    assert late.trial.reason == "not finished after 0.5 s"
 
 
 def test_the_users_own_videos_are_taken_as_often_as_a_trial_needs(setup: Setup, motion_data: Path) -> None:
     own = replace(setup, overrides=(f"data.train={motion_data / 'train.txt'}",))
-    words = trial_overrides(own, entry(own, "own").config)
+    words = trial_overrides(own, candidate(own).config)
     text = [word for word in words if word.startswith("data.train=")][-1]
     lines = Path(yaml.safe_load(text.partition("=")[2])).read_text().splitlines()
     assert len(lines) == own.steps * 8
@@ -90,9 +93,9 @@ def test_the_users_own_videos_are_taken_as_often_as_a_trial_needs(setup: Setup, 
     ],
 )
 def test_how_a_run_ends_is_told_apart(code: int, output: str, outcome: str) -> None:
-    ending = judge_exit(code, output)
-    assert ending.outcome == outcome
-    assert ending.reason and ending.reason in output
+    end = classify_exit(code, output)
+    assert end.outcome == outcome
+    assert end.reason and end.reason in output
 
 
 @pytest.mark.slow
@@ -103,8 +106,8 @@ def test_running_out_of_memory_for_real_is_an_outcome(setup: Setup, tmp_path: Pa
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, before[1]))
     try:
         large = ("model.backbone=vit_huge", "model.patch_size=4", "tokens.mask_ratio=0.6")
-        config = entry(setup, "large", *large).config
-        ending = run_here(setup, (*trial_overrides(setup, config), *large), tmp_path / "trial")
+        config = candidate(setup, *large).config
+        end = run_here(setup, (*trial_overrides(setup, config), *large), tmp_path / "trial")
     finally:
         resource.setrlimit(resource.RLIMIT_AS, before)
-    assert ending.outcome == "oom", ending
+    assert end.outcome == "oom", end

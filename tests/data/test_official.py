@@ -241,7 +241,7 @@ def test_the_command_writes_manifests_missing_files_and_configs_that_load(
     assert (finetune.data.test, finetune.model.num_classes) == (out / "val.txt", 2)
     printed = capsys.readouterr()
     assert "5 x 3" in printed.out and "stride 4" in printed.out
-    assert "all of Kinetics-400 has 400" in printed.err
+    assert "found 2 of the 400 classes of Kinetics-400" in printed.err
 
 
 # (pre-training stride, fine-tuning stride, temporal views, spatial views, flips); stride None: segments

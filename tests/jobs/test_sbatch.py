@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.errors import UsageError
+from everest_ds.errors import ExitCode, UsageError
+from everest_ds.jobs.requeue import MAX_RESTARTS
 from everest_ds.jobs.sbatch import (
-    _SIGNAL_SECONDS,
+    SIGNAL_SECONDS,
     BatchJob,
     JobShape,
     as_shell,
@@ -134,7 +136,13 @@ def test_a_short_job_is_not_told_to_stop_as_it_starts(
     assert with_timely_signal(given, time) == lead
 
 
-def test_the_scripts_ask_for_the_signal_that_short_limits_are_held_against() -> None:
+def test_the_scripts_use_the_numbers_that_python_owns() -> None:
     asked = [line for file in shipped("slurm").glob("*.sbatch") for line in file.read_text().splitlines()]
     signals = {line for line in asked if "--signal" in line}
-    assert signals == {f"#SBATCH --signal=USR1@{_SIGNAL_SECONDS}"}
+    assert signals == {f"#SBATCH --signal=USR1@{SIGNAL_SECONDS}"}
+    common = (shipped("slurm") / "common.sh").read_text()
+    assert (
+        re.findall(r"(?:exit |everest_code=)([0-9]{2,})$", common, re.M) == [str(ExitCode.STOPPED.value)] * 2
+    )
+    assert re.findall(r"EVEREST_SIGNAL_SECONDS:-([0-9]+)", common) == [str(SIGNAL_SECONDS)]
+    assert re.findall(r"requeued \(default: ([0-9]+)\)", common) == [str(MAX_RESTARTS)]

@@ -1,15 +1,19 @@
-"""Tests of SLURM's notations: every valid list is expanded exactly, and every malformed one is rejected."""
+"""Tests of SLURM's node lists and task counts, and of the hosts on which ranks run, also against scontrol."""
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everest_ds.errors import UsageError
-from everest_ds.launch.slurm_nodelist import expand_nodelist, expand_task_counts
+from everest_ds.launch.slurm_nodelist import expand_nodelist, expand_task_counts, hosts_of, place_ranks
+
+Element = list[str | list[tuple[int, int, int]]]  # of a node list; a range is (first, more, width)
 
 
 @pytest.mark.parametrize(
@@ -52,7 +56,7 @@ RANGES = st.tuples(st.integers(0, 120), st.integers(0, 5), st.integers(1, 4))
 ELEMENTS = st.lists(st.one_of(NAMES, st.lists(RANGES, min_size=1, max_size=3)), min_size=1, max_size=4)
 
 
-def compress(element: list[str | list[tuple[int, int, int]]]) -> str:
+def compress(element: Element) -> str:
     parts = []
     for piece in element:
         if isinstance(piece, str):
@@ -66,7 +70,7 @@ def compress(element: list[str | list[tuple[int, int, int]]]) -> str:
     return "".join(parts)
 
 
-def _naive_hosts(element: list[str | list[tuple[int, int, int]]]) -> list[str]:
+def _naive_hosts(element: Element) -> list[str]:
     hosts = [""]
     for piece in element:
         if isinstance(piece, str):
@@ -81,10 +85,10 @@ def _naive_hosts(element: list[str | list[tuple[int, int, int]]]) -> list[str]:
 
 @given(st.lists(ELEMENTS, min_size=1, max_size=4))
 def test_compressed_lists_expand_to_the_hosts_they_were_made_from(
-    elements: list[list[str | list[tuple[int, int, int]]]],
+    elements: list[Element],
 ) -> None:
     nodelist = ",".join(map(compress, elements))
-    # The order of several brackets is checked against SLURM itself in test_rank_table.py.
+    # The order of several brackets is checked against SLURM itself, below.
     assert Counter(expand_nodelist(nodelist)) == Counter(
         host for element in elements for host in _naive_hosts(element)
     )
@@ -107,3 +111,52 @@ def test_task_counts_repeat_per_node() -> None:
 def test_malformed_task_counts_are_refused(counts: str) -> None:
     with pytest.raises(UsageError, match="task counts"):
         expand_task_counts(counts)
+
+
+def test_a_hosts_ranks_are_neighbours() -> None:
+    assert [tuple(place) for place in place_ranks(["a", "b"], 2)] == [
+        (0, "a", 0),
+        (1, "a", 1),
+        (2, "b", 0),
+        (3, "b", 1),
+    ]
+
+
+@pytest.mark.parametrize(("nodelist", "nodes"), [("a[1-2]", 3), ("a[1-4]", 2), ("a1,a1", 2)])
+def test_a_node_list_that_is_not_the_nodes_asked_for_is_refused(nodelist: str, nodes: int) -> None:
+    with pytest.raises(UsageError, match="--nodelist and --nodes disagree"):
+        hosts_of(nodelist, nodes)
+
+
+@pytest.fixture(scope="module")
+def scontrol(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Return the command `scontrol show hostnames`, with the configuration file that scontrol needs."""
+    if shutil.which("scontrol") is None:
+        pytest.skip("scontrol is missing: apt-get install slurm-client")
+    conf = tmp_path_factory.mktemp("slurm") / "slurm.conf"
+    conf.write_text("ClusterName=none\nSlurmctldHost=localhost\n")
+    return ["env", f"SLURM_CONF={conf}", "scontrol", "show", "hostnames"]
+
+
+def _nodelist(elements: list[Element]) -> str:
+    """Compress elements, with a leading letter and nothing after the last bracket, as scontrol requires."""
+    return ",".join("n" + compress(_cut(element)) for element in elements)
+
+
+def _cut(element: Element) -> Element:
+    last = max((i for i, piece in enumerate(element) if not isinstance(piece, str)), default=len(element) - 1)
+    return element[: last + 1]
+
+
+@pytest.mark.slurm
+@settings(max_examples=60)
+@given(nodelist=st.lists(ELEMENTS, min_size=1, max_size=3).map(_nodelist))
+def test_every_rank_sits_where_slurm_would_put_it(scontrol: list[str], nodelist: str) -> None:
+    said = subprocess.run([*scontrol, nodelist], capture_output=True, text=True, check=True).stdout.split()
+    if len(set(said)) != len(said):
+        with pytest.raises(UsageError):
+            hosts_of(nodelist, len(said))
+        return
+    table = place_ranks(hosts_of(nodelist, len(said)), 8)
+    assert [place.host for place in table[::8]] == said
+    assert [place.rank for place in table] == list(range(8 * len(said)))

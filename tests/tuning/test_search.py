@@ -9,15 +9,19 @@ from itertools import product
 import pytest
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
+from everest_ds.config.load import flatten
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import ConfigError, EverestError, UsageError
+from everest_ds.tuning.batches import keep_global_batch
+from everest_ds.tuning.cluster import Cluster
 from everest_ds.tuning.explain import fits_nowhere, slower_families, why_slower
-from everest_ds.tuning.search import BUCKETS, Cluster, Options, SearchResult, needed_bytes, search
-from everest_ds.tuning.space import Sharding, Space
+from everest_ds.tuning.knobs import KNOBS, SEARCHED, bucket_sizes
+from everest_ds.tuning.search import Options, SearchResult, search
+from everest_ds.tuning.space import Space
 from everest_ds.units import format_bytes
 
 MIB = 2**20
@@ -68,6 +72,11 @@ def everything(config: Experiment) -> Iterator[Experiment]:
         yield one
 
 
+def family_of(config: Experiment) -> tuple[object, ...]:
+    parallelism = config.parallelism
+    return config.precision, parallelism.zero_stage, parallelism.tensor, parallelism.offload_to_cpu
+
+
 @pytest.mark.parametrize("memory_mib", [900, 1400, 40_000])
 def test_the_search_finds_what_a_search_of_everything_finds(memory_mib: int) -> None:
     """The memory sizes call for offload, for recompute, and for neither."""
@@ -79,10 +88,8 @@ def test_the_search_finds_what_a_search_of_everything_finds(memory_mib: int) -> 
     best_s = min(predict_step(one, EIGHT_RANKS, on).step_s for one in fitting)
     found = find(config, on=on)
     assert found.ranked[0].step.step_s == pytest.approx(best_s, rel=0.02)
-    assert {one.sharding for one in find(config, on=on, exhaustive=True).ranked} == {
-        ("bf16", one.parallelism.zero_stage, one.parallelism.tensor, one.parallelism.offload_to_cpu)
-        for one in fitting
-    }
+    ranked = find(config, on=on, exhaustive=True).ranked
+    assert {family_of(one.config) for one in ranked} == {family_of(one) for one in fitting}
 
 
 @pytest.mark.parametrize("ranks", [1, 8, 64, 1024])
@@ -93,7 +100,7 @@ def test_every_candidate_can_run_fits_and_keeps_the_batch(ranks: int) -> None:
     for one in result.ranked:
         assert Experiment.model_validate(one.config.model_dump()) == one.config
         assert plan_ranks(one.config, ranks).global_batch_size == 2048
-        assert needed_bytes(one.memory, on) <= on.memory_bytes
+        assert one.needed_bytes == one.memory.peak_bytes <= on.memory_bytes
         assert one.memory == predict_memory(one.config, ranks, one.zero)
         assert (
             load_experiment("k400_pretrain_vit_base", ["model.backbone=vit_huge", *one.overrides])
@@ -108,13 +115,33 @@ def test_the_full_search_is_small() -> None:
     assert sum(find(config, 1024, global_batch=8192).evaluations) < 800
 
 
-def test_a_key_that_was_given_is_not_searched() -> None:
-    config = recipe("parallelism.tensor=2", "recompute.mode=full", "batch.micro_batch_size=8")
-    pinned = frozenset(("parallelism.tensor", "recompute.mode", "batch.micro_batch_size"))
-    for one in find(config, pinned=pinned).ranked:
-        assert one.config.parallelism.tensor == 2
-        assert one.config.recompute.mode == "full"
-        assert one.config.batch.micro_batch_size == 8
+@pytest.mark.parametrize(
+    "given",
+    [
+        "parallelism.tensor=2 recompute.mode=full batch.micro_batch_size=8",
+        "parallelism.zero_stage=3 parallelism.offload_to_cpu=true",
+        "recompute.mode=blocks recompute.every=6",  # an interval that the search does not try by itself
+        "recompute.mode=full recompute.offload_to_cpu=true recompute.partition=true parallelism.tensor=2",
+        "batch.grad_accum_steps=2 precision=fp16",
+    ],
+)
+def test_a_key_that_was_given_is_not_searched(given: str) -> None:
+    words = given.split()
+    keys = frozenset(word.partition("=")[0] for word in words)
+    assert keys <= SEARCHED
+    ranked = find(recipe(*words), pinned=keys).ranked
+    assert ranked
+    for one in ranked:
+        assert load_experiment("k400_pretrain_vit_base", [*one.overrides, *words]) == one.config
+        assert plan_ranks(one.config, EIGHT_RANKS).global_batch_size == 256
+
+
+def test_every_knob_changes_its_own_key_alone() -> None:
+    config, cluster = keep_global_batch(recipe(), EIGHT_RANKS), Cluster(machine(), EIGHT_RANKS)
+    before = dict(flatten(config.model_dump()))
+    for knob in KNOBS:
+        value = list(knob.values(config, cluster))[-1]
+        assert dict(flatten(knob.chosen(config, value).model_dump())) == before | {knob.key: value}
 
 
 def test_own_buckets_are_recommended_only_where_they_pay() -> None:
@@ -122,7 +149,7 @@ def test_own_buckets_are_recommended_only_where_they_pay() -> None:
     slow = machine_from_sheet("H100 SXM", DEVICES["H100 SXM"], "ethernet-10")
     result = find(recipe("data.num_workers=14"), 64, slow, global_batch=1024)
     for one in result.ranked:
-        assert one.zero.reduce_bucket_values in BUCKETS if one.own_buckets else (12_500_000,)
+        assert one.zero.reduce_bucket_values in bucket_sizes(one.config) if one.own_buckets else (12_500_000,)
     assert not any(one.own_buckets for one in find(recipe(), 8).ranked)
 
 
@@ -180,9 +207,10 @@ def test_keys_with_which_nothing_runs_are_said(given: str, said: str) -> None:
 def test_a_tensor_degree_that_does_not_divide_names_what_it_does_not_divide(
     num_ranks: int, ranks_per_node: int, said: str
 ) -> None:
-    space = Space(recipe(), num_ranks, ranks_per_node, ("bf16",))
+    config = recipe("model.backbone=vit_huge", "parallelism.tensor=8")
+    space = Space(config, Cluster(replace(machine(), ranks_per_node=ranks_per_node), num_ranks), free=())
     with pytest.raises(ConfigError, match=f"parallelism.tensor=8 does not divide {said}"):
-        space.sharded(Sharding("bf16", stage=1, tensor=8, offload=False))
+        space.check_sharded(config)
 
 
 def test_a_precision_that_was_given_is_not_replaced() -> None:
@@ -192,9 +220,9 @@ def test_a_precision_that_was_given_is_not_replaced() -> None:
 
 def test_a_precision_that_the_device_lacks_is_replaced_and_said() -> None:
     result = find(recipe(), on=machine("V100 SXM 32GB"))
-    assert {one.sharding.precision for one in result.ranked} == {"fp32", "fp16"}
+    assert {one.config.precision for one in result.ranked} == {"fp32", "fp16"}
     assert any(one.family == "bf16" and "no fast bf16" in one.reason for one in result.dropped)
-    assert {one.sharding.precision for one in find(recipe()).ranked} == {"bf16"}
+    assert {one.config.precision for one in find(recipe()).ranked} == {"bf16"}
 
 
 def test_families_that_are_refused_quote_the_check_that_refuses_them() -> None:
@@ -211,7 +239,7 @@ def test_what_is_slower_says_which_part_of_the_step_makes_it_so() -> None:
     on = machine_from_sheet("L40S", DEVICES["L40S"], ranks_per_node=8)
     result = find(recipe("model.backbone=vit_huge", "data.num_workers=14"), 8, on)
     best = result.ranked[0]
-    tensor = next(one for one in result.ranked if one.sharding.tensor == 8)
+    tensor = next(one for one in result.ranked if one.config.parallelism.tensor == 8)
     assert "communication-bound" in why_slower(tensor, best)
     families = [one.family for one in slower_families(result.ranked, 1)]
     assert str(best.sharding) not in families and len(families) == len(set(families))

@@ -10,39 +10,51 @@ import pytest
 
 from everest_ds.config import load_experiment
 from everest_ds.errors import RunFolderError
+from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.trials.baselines import natural_baselines
 from everest_ds.tuning.trials.correction import Observed, fit_correction, kendall_tau
-from everest_ds.tuning.trials.ranking import Tried, pareto_front, weigh
+from everest_ds.tuning.trials.ranking import TrialResults, pareto_front, rank_candidates
 from everest_ds.tuning.trials.record import (
     TRIALS_FILE,
     Trial,
     TrialOutcome,
-    keep_trial,
+    append_trial,
     read_trials,
     summarise_steps,
     trial_key,
 )
+from tests.tuning.invented import invented_candidate
 
 RECIPE = "k400_pretrain_vit_base"
 GB = 10**9
 
 
 def tried(
-    name: str, predicted_s: float, gigabytes: float, outcome: TrialOutcome | None = None, *measured: float
-) -> Tried:
-    """Return a candidate; `measured` holds the seconds and gigabytes of its trial."""
+    name: str,
+    predicted_s: float,
+    gigabytes: float,
+    outcome: TrialOutcome | None = None,
+    *measured: float,
+    stage: str = "2",
+) -> Candidate:
+    """Return a candidate with a name as its note; `measured` holds the seconds and gigabytes of its trial."""
     trial = None
     if outcome:
         step_s, peak = (measured[0], int(GB * measured[1])) if measured else (None, None)
         trial = Trial(name, name, (), outcome, step_s, peak, 0.0, "" if measured else "said so")
-    return Tried(name, (), {"ZeRO stage": "2"}, 64, predicted_s, int(GB * gigabytes), trial)
+    config = load_experiment(RECIPE, [f"parallelism.zero_stage={stage}"])
+    return replace(invented_candidate(config, predicted_s, int(GB * gigabytes)), trial=trial, note=name)
+
+
+def names(results: TrialResults) -> list[str]:
+    return [one.candidate.note for one in results.ranked]
 
 
 def test_trials_are_read_as_they_were_kept_without_the_line_that_was_cut_off(tmp_path: Path) -> None:
     first = Trial("k1", "a", ("x=1",), "measured", 0.5, 10**9, 3.0)
     again = replace(first, step_s=0.4)
     for trial in (first, Trial("k2", "b", (), "oom", reason="no memory"), again):
-        keep_trial(tmp_path, trial)
+        append_trial(tmp_path, trial)
     with open(tmp_path / TRIALS_FILE, "a") as stream:
         stream.write('{"key": "k3", "na')
     assert read_trials(tmp_path) == {"k1": again, "k2": Trial("k2", "b", (), "oom", reason="no memory")}
@@ -113,28 +125,25 @@ def test_what_ran_out_of_memory_is_never_recommended_nor_what_needs_as_much() ->
         tried("unseen", 1.5, 30),
         tried("beyond", 0.5, 45),
     ]
-    result = weigh(candidates, 80 * GB)
-    order = [standing.tried.name for standing in result.standings]
-    assert order[:3] == ["unseen", "good", "slower"]
-    assert result.recommended and result.recommended.tried.name == "good"
-    assert "close" in result.recommended.note
-    assert [standing.tried.name for standing in pareto_front(result.standings)] == ["slower", "unseen"]
-    refused = {standing.tried.name: standing.refused for standing in result.standings if standing.refused}
+    result = rank_candidates(candidates, 80 * GB)
+    assert names(result)[:3] == ["unseen", "good", "slower"]
+    assert result.recommended and result.recommended.candidate.note == "good"
+    assert "close" in result.recommended.remarks
+    assert [one.candidate.note for one in pareto_front(result.ranked)] == ["slower", "unseen"]
+    refused = {one.candidate.note: one.refused for one in result.ranked if one.refused}
     assert refused.keys() == {"fastest", "larger", "beyond"}
     assert refused["fastest"].startswith("oom") and "corrected by the trials" in refused["beyond"]
-    assert weigh(candidates[:2], 80 * GB).recommended is None
+    assert rank_candidates(candidates[:2], 80 * GB).recommended is None
 
 
 def test_a_corrected_model_changes_the_order_of_what_has_not_run() -> None:
-    def staged(name: str, stage: str, predicted: float, measured: float | None = None) -> Tried:
-        one = tried(name, predicted, 1, "measured", measured, 1) if measured else tried(name, predicted, 1)
-        return replace(one, traits={"ZeRO stage": stage})
-
     ran = [
-        staged(f"{stage}{n}", stage, n, n * (2 if stage == "3" else 1)) for stage in "23" for n in (4, 5, 6)
+        tried(f"{stage}{n}", n, 1, "measured", n * (2 if stage == "3" else 1), 1, stage=stage)
+        for stage in "23"
+        for n in (4, 5, 6)
     ]
-    result = weigh([*ran, staged("two", "2", 3.5), staged("three", "3", 3.0)], 10 * GB)
-    assert [standing.tried.name for standing in result.standings][0] == "two"
+    result = rank_candidates([*ran, tried("two", 3.5, 1), tried("three", 3.0, 1, stage="3")], 10 * GB)
+    assert names(result)[0] == "two"
     assert result.time.trait == "ZeRO stage"
     assert result.tau is not None and result.tau > 0
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everest_ds.config import Experiment
+from everest_ds.config.schema import REFERENCE_BATCH
 from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
-from everest_ds.training.optimization import REFERENCE_BATCH
 
 Tokens = dict[str, Any]  # the section of a config
 Budget = Literal["steps", "compute"]  # the quantity that is equal for all arms of a comparison

@@ -205,12 +205,10 @@ def find_product(name: str) -> str:
     ]
     if not called:
         fix = "use the vendor's product name, or a YAML file that describes the device"
-        raise UsageError(
-            "--gpu: unknown device", given=repr(name), allowed=nearest(name.upper(), DEVICES), fix=fix
-        )
+        raise UsageError("unknown GPU", given=repr(name), allowed=nearest(name.upper(), DEVICES), fix=fix)
     if len({DEVICES[known].memory_gib for known in called}) > 1:
         raise UsageError(
-            "--gpu: the name matches several products", given=repr(name), allowed=", ".join(called)
+            "the GPU's name matches several products", given=repr(name), allowed=", ".join(called)
         )
     return called[0]
 

@@ -53,12 +53,9 @@ def _listed(
         raise DataError(f"{file}: an entry has no id", given=str(entry)[:80])
     number = str(entry["id"])
     template = entry.get("template") or answers.get(number)
-    label = None if template is None else label_of(_plain(template), numbers, file)
+    plain = template and template.replace("[", "").replace("]", "")
+    label = None if plain is None else label_of(plain, numbers, file)
     return AnnotatedVideo((number,), label)
-
-
-def _plain(template: str) -> str:
-    return template.replace("[", "").replace("]", "")
 
 
 def _answers(folder: Path) -> dict[str, str]:

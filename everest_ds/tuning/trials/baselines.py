@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ConfigError
-
-_WHOLE_BATCHES = "batch.grad_accum_steps=null"
-# Plain: no state is sharded, offloaded to the host or computed twice.
-_PLAIN = (
-    "parallelism.tensor=1",
-    "parallelism.offload_to_cpu=false",
-    "parallelism.offload_to_nvme=null",
-    "parallelism.ds_config=null",
-    "recompute.mode=none",
-    "recompute.offload_to_cpu=false",
-    "recompute.partition=false",
-)
+from everest_ds.tuning.batches import check_agreement, keep_global_batch, with_micro_batch
+from everest_ds.tuning.knobs import ZERO_STAGE, plain_settings
 
 Load = Callable[[Sequence[str]], Experiment]
+_SHIPPED_FILE = {"parallelism.ds_config": None}
 
 
 @dataclass(frozen=True)
@@ -28,7 +21,6 @@ class Baseline:
     """A config for comparison; `note` says how it differs from what its name promises."""
 
     name: str
-    overrides: tuple[str, ...]
     config: Experiment
     note: str = ""
 
@@ -41,36 +33,36 @@ def natural_baselines(load: Load, num_ranks: int, global_batch: int) -> list[Bas
         num_ranks: number of ranks.
         global_batch: clips per step of all ranks.
     """
-    plain, reason = _first_of(load, [(f"parallelism.zero_stage={stage}", *_PLAIN) for stage in (0, 1)])
-    zero2, _ = _first_of(load, [("parallelism.zero_stage=2", "parallelism.ds_config=null")])
-    named = (("plain data parallelism", plain, reason), ("ZeRO-2", zero2, ""))
-    found = (_with_batch(load, name, way, num_ranks, global_batch, why) for name, way, why in named if way)
-    return [baseline for baseline in found if baseline]
+    plain = [{**one, "parallelism.offload_to_nvme": None, **_SHIPPED_FILE} for one in plain_settings()]
+    zero2: list[dict[str, Any]] = [{ZERO_STAGE.key: 2, **_SHIPPED_FILE}]
+    found = []
+    for name, choices in (("plain data parallelism", plain), ("ZeRO-2", zero2)):
+        config, note = _first_valid(load, choices)
+        split = config and _split(config, num_ranks, global_batch)
+        if split:
+            found.append(Baseline(name, split, note))
+    return found
 
 
-def _first_of(load: Load, ways: Sequence[tuple[str, ...]]) -> tuple[tuple[str, ...] | None, str]:
-    """Return the first valid set of overrides, and why the set before it is invalid."""
+def _first_valid(load: Load, choices: Sequence[Mapping[str, Any]]) -> tuple[Experiment | None, str]:
+    """Return the config of the first valid choice, and why the choice before it is invalid."""
     reason = ""
-    for way in ways:
+    for choice in choices:
         try:
-            load(way)
+            return load([f"{key}={json.dumps(value)}" for key, value in choice.items()]), reason
         except ConfigError as error:
             reason = str(error).partition("config: ")[2] or str(error)
-        else:
-            return way, reason
     return None, reason
 
 
-def _with_batch(
-    load: Load, name: str, overrides: tuple[str, ...], num_ranks: int, global_batch: int, note: str
-) -> Baseline | None:
-    """Return a baseline with the largest micro-batch, up to the recipe's, that divides the global batch."""
-    for micro in range(load(overrides).batch.micro_batch_size, 0, -1):
-        batch = (f"batch.micro_batch_size={micro}", f"batch.global_batch_size={global_batch}", _WHOLE_BATCHES)
+def _split(config: Experiment, num_ranks: int, global_batch: int) -> Experiment | None:
+    """Return the config with the largest micro-batch, up to its own, that divides the global batch."""
+    for micro in range(config.batch.micro_batch_size, 0, -1):
+        one = with_micro_batch(keep_global_batch(config, num_ranks, global_batch), micro)
         try:
-            config = load((*overrides, *batch))
-            plan_ranks(config, num_ranks)
+            check_agreement(one)
+            plan_ranks(one, num_ranks)
         except ConfigError:
             continue
-        return Baseline(name, (*overrides, *batch), config, note)
+        return one
     return None

@@ -13,8 +13,6 @@ from itertools import combinations
 from math import exp, log
 from statistics import fmean, median
 
-from everest_ds.config import Experiment
-
 # With fewer trials of a trait's value, its factor would be noise.
 _FEWEST = 2
 _WORTH_A_FACTOR = 0.9  # the error must fall below this share: by chance, some trait always seems to matter
@@ -22,7 +20,7 @@ _WORTH_A_FACTOR = 0.9  # the error must fall below this share: by chance, some t
 
 @dataclass(frozen=True)
 class Observed:
-    """A quantity of one trial, predicted and measured in any unit, with the traits of its candidate."""
+    """A figure of one trial, predicted and measured in any unit, with the traits of its candidate."""
 
     traits: Mapping[str, str]
     predicted: float
@@ -59,20 +57,6 @@ class Correction:
             return f"x {self.common:.2f}" if self.common != 1 else "none"
         each = ", ".join(f"{value} x {factor:.2f}" for value, factor in sorted(self.factors.items()))
         return f"by {self.trait}: {each}, others x {self.common:.2f}"
-
-
-def traits_of(config: Experiment) -> dict[str, str]:
-    """Return the traits of a config that may each need a correction factor."""
-    spread, recompute = config.parallelism, config.recompute
-    offloads = (spread.offload_to_cpu, spread.offload_to_nvme is not None, recompute.offload_to_cpu)
-    return {
-        "ZeRO stage": str(spread.zero_stage),
-        "tensor degree": str(spread.tensor),
-        "recompute": recompute.mode,
-        "offload": "yes" if any(offloads) else "no",
-        "precision": config.precision,
-        "micro-batch": str(config.batch.micro_batch_size),
-    }
 
 
 def fit_correction(observed: Sequence[Observed]) -> Correction:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import cycle, islice
@@ -56,7 +57,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Ending:
+class TrialEnd:
     """The outcome of a run, with its reason if it failed."""
 
     outcome: TrialOutcome
@@ -107,7 +108,7 @@ def write_manifest_for(setup: Setup, config: Experiment) -> Path:
     return manifest.absolute()
 
 
-def run_here(setup: Setup, overrides: Sequence[str], run: Path) -> Ending:
+def run_here(setup: Setup, overrides: Sequence[str], run: Path) -> TrialEnd:
     """Run a trial on this machine, in a fresh run folder.
 
     Raises:
@@ -120,21 +121,21 @@ def run_here(setup: Setup, overrides: Sequence[str], run: Path) -> Ending:
     code = _call([sys.executable, "-m", "everest_ds", *words], run / OUTPUT_FILE, setup.timeout_s)
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
     if code is None:
-        return Ending("timeout", f"not finished after {setup.timeout_s:g} s")
+        return TrialEnd("timeout", f"not finished after {setup.timeout_s:g} s")
     if code == ExitCode.STOPPED:
         raise StoppedError("a trial was stopped", fix="run the same command again to continue")
-    return judge_exit(code, (run / OUTPUT_FILE).read_text(errors="replace"))
+    return classify_exit(code, (run / OUTPUT_FILE).read_text(errors="replace"))
 
 
-def judge_exit(code: int, output: str) -> Ending:
+def classify_exit(code: int, output: str) -> TrialEnd:
     """Classify the end of a run from its exit code and its output."""
     if code == ExitCode.OK:
-        return Ending("measured")
-    said = [line.strip() for line in output.splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("error: ")] or said[-1:]
+        return TrialEnd("measured")
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error: ")] or lines[-1:]
     reason = (errors[0] if errors else explain_exit_code(code))[:_REASON_LENGTH]
     no_memory = code == ExitCode.OUT_OF_MEMORY or any(sign in output for sign in _NO_MEMORY)
-    return Ending("oom" if no_memory else "crash", reason)
+    return TrialEnd("oom" if no_memory else "crash", reason)
 
 
 def read_steps(run: Path, clips: int) -> dict[str, Any]:
@@ -177,12 +178,6 @@ def _call(command: Sequence[str], output: Path, timeout_s: float) -> int | None:
         except subprocess.TimeoutExpired:
             return None
         finally:
-            _end(process)
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
-        os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()

@@ -53,9 +53,9 @@ def trial_key(config: Experiment, num_ranks: int, place: Mapping[str, Any]) -> s
         num_ranks: number of ranks.
         place: the machine and the versions, as a JSON tree.
     """
-    what = config.model_dump(mode="json", exclude={"run", "schedule", "batch"})
+    settings = config.model_dump(mode="json", exclude={"run", "schedule", "batch"})
     batch = asdict(plan_ranks(config, num_ranks))
-    text = json.dumps([what, batch, num_ranks, place], sort_keys=True)
+    text = json.dumps([settings, batch, num_ranks, place], sort_keys=True)
     return sha256(text.encode()).hexdigest()[:12]
 
 
@@ -77,8 +77,8 @@ def summarise_steps(rows: Sequence[Mapping[str, Any]], clips: int) -> dict[str, 
     }
 
 
-def keep_trial(folder: Path, trial: Trial) -> None:
-    """Append one line to the trials of the folder.
+def append_trial(folder: Path, trial: Trial) -> None:
+    """Append a trial to the record in a folder.
 
     Raises:
         RunFolderError: the file cannot be written.
@@ -100,13 +100,10 @@ def read_trials(folder: Path) -> dict[str, Trial]:
     file = folder / TRIALS_FILE
     try:
         lines = file.read_text().split("\n")[:-1] if file.is_file() else []
-        trials = [_trial(json.loads(line)) for line in lines]
+        rows = [json.loads(line) for line in lines]
+        trials = [Trial(**{**row, "overrides": tuple(row["overrides"])}) for row in rows]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise RunFolderError(
             f"{file}: damaged", given=str(error), fix="remove the file; the trials then run again"
         ) from None
     return {trial.key: trial for trial in trials}
-
-
-def _trial(row: dict[str, Any]) -> Trial:
-    return Trial(**{**row, "overrides": tuple(row["overrides"])})

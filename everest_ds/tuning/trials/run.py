@@ -1,4 +1,4 @@
-"""`everest-ds tune --trials K`: run candidates and baselines for a few steps, here or as an array job."""
+"""The runs of the trials: candidates and baselines for a few steps each, here or as an array job."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
@@ -20,16 +20,16 @@ from everest_ds.jobs.job_table import JobRow, job_rows
 from everest_ds.jobs.queue import plan_tables, queue_all
 from everest_ds.jobs.sbatch import split_options
 from everest_ds.jobs.sweep_file import SWEEP_FILE
+from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.trials.one_trial import (
-    Ending,
     Setup,
+    TrialEnd,
     read_steps,
     reads_synthetic_clips,
     run_here,
     trial_overrides,
 )
-from everest_ds.tuning.trials.ranking import Tried
-from everest_ds.tuning.trials.record import Trial, TrialOutcome, keep_trial, read_trials, trial_key
+from everest_ds.tuning.trials.record import Trial, TrialOutcome, append_trial, read_trials, trial_key
 from everest_ds.units import format_bytes
 
 # State of a job -> outcome of its trial. Other jobs (stopped, preempted, node lost) have none.
@@ -48,15 +48,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9]+")
 
 
 @dataclass(frozen=True)
-class TrialEntry:
-    """One candidate of the trials, with the config that it gives the recipe."""
-
-    tried: Tried
-    config: Experiment
-
-
-@dataclass(frozen=True)
-class Array:
+class TrialArray:
     """The array job of the trials: `gpus_per_node` 0 means ranks on CPUs; `options` go to sbatch."""
 
     nodes: int
@@ -65,43 +57,44 @@ class Array:
     options: str
 
 
-def with_trials(setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any]) -> list[TrialEntry]:
-    """Return the entries with the trials that earlier commands recorded."""
+def with_trials(setup: Setup, candidates: Sequence[Candidate], place: Mapping[str, Any]) -> list[Candidate]:
+    """Return the candidates with the trials that earlier commands recorded."""
     known = read_trials(setup.folder)
-    keys = [trial_key(entry.config, setup.num_ranks, place) for entry in entries]
-    return [_known(entry, known.get(key)) for entry, key in zip(entries, keys, strict=True)]
+    return [
+        replace(one, trial=known.get(trial_key(one.config, setup.num_ranks, place))) for one in candidates
+    ]
 
 
-def try_here(setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any]) -> list[TrialEntry]:
-    """Run the entries without a trial on this machine, one at a time, and record each as soon as it ends."""
-    todo = [entry for entry in with_trials(setup, entries, place) if entry.tried.trial is None]
+def try_here(setup: Setup, candidates: Sequence[Candidate], place: Mapping[str, Any]) -> list[Candidate]:
+    """Run the candidates without a trial on this machine, one at a time; record each as soon as it ends."""
+    todo = [one for one in with_trials(setup, candidates, place) if one.trial is None]
     if todo:
         overrides = _prepared(setup, todo[0].config)
         with progress_of("trials", len(todo)) as on_progress:
-            for number, entry in enumerate(todo, 1):
-                run = setup.runs / run_name(setup, entry, place)
-                ending = run_here(setup, (*overrides, *entry.tried.overrides), run)
-                _keep(setup, entry, place, ending, run)
+            for number, one in enumerate(todo, 1):
+                run = setup.runs / run_name(setup, one, place)
+                end = run_here(setup, (*overrides, *one.overrides), run)
+                _record(setup, one, place, end, run)
                 on_progress(number)
-    return with_trials(setup, entries, place)
+    return with_trials(setup, candidates, place)
 
 
 def try_by_slurm(
-    setup: Setup, entries: Sequence[TrialEntry], place: Mapping[str, Any], array: Array
-) -> list[TrialEntry]:
+    setup: Setup, candidates: Sequence[Candidate], place: Mapping[str, Any], array: TrialArray
+) -> list[Candidate]:
     """Record the trials that array jobs have finished and submit those not yet submitted, without waiting."""
     todo = {
-        run_name(setup, entry, place): entry
-        for entry in with_trials(setup, entries, place)
-        if entry.tried.trial is None
+        run_name(setup, one, place): one for one in with_trials(setup, candidates, place) if one.trial is None
     }
     rows = _job_rows(setup, list(todo))
     for name, row in rows.items():
         if row.is_over and row.status.state in _OUTCOMES:
-            ending = Ending(_OUTCOMES[row.status.state], row.status.reason)
-            _keep(setup, todo[name], place, ending, row.run)
+            end = TrialEnd(_OUTCOMES[row.status.state], row.status.reason)
+            _record(setup, todo[name], place, end, row.run)
     waiting = [name for name, row in rows.items() if not row.is_over]
-    new = [name for name in todo if name not in rows or _may_go_on(rows[name])]
+    # A job that ended without an outcome of its trial (stopped, preempted, node lost) is submitted again.
+    over = [name for name, row in rows.items() if row.is_over and row.status.state not in _OUTCOMES]
+    new = [name for name in todo if name not in rows or name in over]
     if new:
         _submit(setup, {name: todo[name] for name in new}, array)
     if new or waiting:
@@ -109,17 +102,13 @@ def try_by_slurm(
             f"trials in the queue: {len(new) + len(waiting)};"
             " run the same command again to read their results"
         )
-    return with_trials(setup, entries, place)
+    return with_trials(setup, candidates, place)
 
 
-def run_name(setup: Setup, entry: TrialEntry, place: Mapping[str, Any]) -> str:
-    """Return the name of an entry's run folder: its candidate's name and its unique trial key."""
-    name = _NOT_IN_A_NAME.sub("-", entry.tried.name)
-    return f"{name}-{trial_key(entry.config, setup.num_ranks, place)}"
-
-
-def _known(entry: TrialEntry, trial: Trial | None) -> TrialEntry:
-    return replace(entry, tried=replace(entry.tried, trial=trial))
+def run_name(setup: Setup, candidate: Candidate, place: Mapping[str, Any]) -> str:
+    """Return the name of a candidate's run folder: its own name and its unique trial key."""
+    name = _NOT_IN_A_NAME.sub("-", candidate.name)
+    return f"{name}-{trial_key(candidate.config, setup.num_ranks, place)}"
 
 
 def _prepared(setup: Setup, config: Experiment) -> tuple[str, ...]:
@@ -131,54 +120,41 @@ def _prepared(setup: Setup, config: Experiment) -> tuple[str, ...]:
     return trial_overrides(setup, config)
 
 
-def _keep(setup: Setup, entry: TrialEntry, place: Mapping[str, Any], ending: Ending, run: Path) -> None:
+def _record(setup: Setup, candidate: Candidate, place: Mapping[str, Any], end: TrialEnd, run: Path) -> None:
+    """Append the trial of a candidate to the record, and print its figures beside the predictions."""
     figures: dict[str, Any] = {}
-    if ending.outcome == "measured":
+    if end.outcome == "measured":
         try:
-            figures = read_steps(run, entry.tried.clips)
+            figures = read_steps(run, candidate.step.clips)
         except RunFolderError as error:
-            ending = Ending("crash", str(error))
-    key = trial_key(entry.config, setup.num_ranks, place)
-    tried = entry.tried
-    trial = Trial(key, tried.name, tried.overrides, ending.outcome, **figures, reason=ending.reason)
-    keep_trial(setup.folder, trial)
-    print(f"{tried.name}: {_told(tried, trial)}")
-
-
-def _told(tried: Tried, trial: Trial) -> str:
-    if trial.step_s is None or trial.peak_bytes is None:
-        return f"{trial.outcome}: {trial.reason}"
-    return (
-        f"{trial.step_s:.3g} s per step (predicted {tried.predicted_s:.3g}),"
-        f" {format_bytes(trial.peak_bytes)} (predicted {format_bytes(tried.predicted_bytes)})"
-    )
-
-
-def _arrays(setup: Setup) -> Iterator[Path]:
-    yield from sorted(file.parent for file in setup.runs.glob(f"array-*/{SWEEP_FILE}"))
+            end = TrialEnd("crash", str(error))
+    key = trial_key(candidate.config, setup.num_ranks, place)
+    trial = Trial(key, candidate.name, candidate.overrides, end.outcome, **figures, reason=end.reason)
+    append_trial(setup.folder, trial)
+    text = f"{trial.outcome}: {trial.reason}"
+    if trial.step_s is not None and trial.peak_bytes is not None:
+        text = (
+            f"{trial.step_s:.3g} s per step (predicted {candidate.step.step_s:.3g}),"
+            f" {format_bytes(trial.peak_bytes)} (predicted {format_bytes(candidate.needed_bytes)})"
+        )
+    print(f"{candidate.name}: {text}")
 
 
 def _job_rows(setup: Setup, names: Sequence[str]) -> dict[str, JobRow]:
     """Map the name of each submitted trial to its newest job."""
-    runs = [array / name for array in _arrays(setup) for name in names if (array / name).is_dir()]
+    arrays = sorted(file.parent for file in setup.runs.glob(f"array-*/{SWEEP_FILE}"))
+    runs = [array / name for array in arrays for name in names if (array / name).is_dir()]
     return {row.run.name: row for row in job_rows(runs)}
 
 
-def _may_go_on(row: JobRow) -> bool:
-    return row.is_over and row.status.state not in _OUTCOMES
-
-
-def _submit(setup: Setup, entries: Mapping[str, TrialEntry], array: Array) -> None:
-    overrides = _prepared(setup, next(iter(entries.values())).config)
-    digest = sha256("\n".join(entries).encode()).hexdigest()[:8]
+def _submit(setup: Setup, trials: Mapping[str, Candidate], array: TrialArray) -> None:
+    overrides = _prepared(setup, next(iter(trials.values())).config)
+    digest = sha256("\n".join(trials).encode()).hexdigest()[:8]
     folder = setup.runs / f"array-{digest}"
     folder.mkdir(parents=True, exist_ok=True)
-    for name in entries:  # left over: an earlier job was stopped
+    for name in trials:  # left over: an earlier job was stopped
         shutil.rmtree(folder / name, ignore_errors=True)
-    lines = [
-        json.dumps({"name": name, "overrides": list(entry.tried.overrides)})
-        for name, entry in entries.items()
-    ]
+    lines = [json.dumps({"name": name, "overrides": list(one.overrides)}) for name, one in trials.items()]
     candidates = folder / "candidates.jsonl"
     candidates.write_text("".join(f"{line}\n" for line in lines))
     place = f"run.dir={json.dumps(str(folder))}"

@@ -11,8 +11,9 @@ from everest_ds.errors import UsageError
 from everest_ds.reports.page import Page, PageSection, Plot, render_page
 from everest_ds.reports.page_markdown import render_page_markdown
 from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
-from everest_ds.tuning.scaling import TRAITS, WhatIf, values_of, where_it_pays
-from everest_ds.tuning.trials.ranking import Standing, TrialResults, pareto_front
+from everest_ds.tuning.knobs import SCALING_TRAITS, ZERO_STAGE
+from everest_ds.tuning.scaling import ScalingRow, payoffs, values_of
+from everest_ds.tuning.trials.ranking import RankedCandidate, TrialResults, pareto_front
 from everest_ds.units import GIB
 
 
@@ -29,7 +30,7 @@ def trials_page(
         baseline: name of the baseline that the winner is compared with.
     """
     sections = [
-        PageSection("Ranking", _ranking_text(result), rows=ranking_rows(result.standings, memory_bytes)),
+        PageSection("Ranking", _ranking_text(result), rows=ranking_rows(result.ranked, memory_bytes)),
         _agreement_section(result),
         _front_section(result, memory_bytes),
         PageSection("Families left out", rows=dropped) if dropped else None,
@@ -42,7 +43,7 @@ def trials_page(
     return Page("Tuning: trials", lead, _headline(result, baseline), shown)
 
 
-def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
+def what_if_page(subject: str, rows: Sequence[ScalingRow]) -> Page:
     """Build the page that shows which choices pay off with how many GPUs, from predictions only."""
     panels = {
         trait: {
@@ -53,7 +54,7 @@ def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
             ]
             for value in values_of(rows, trait)
         }
-        for trait in TRAITS
+        for trait in SCALING_TRAITS
     }
     caption = (
         "Speed of the fastest candidate with each choice, in % of the fastest candidate with the same number"
@@ -69,7 +70,9 @@ def what_if_page(subject: str, rows: Sequence[WhatIf]) -> Page:
         lead,
         {},
         [
-            PageSection("Numbers of GPUs for which each choice pays off", plots=[plot], rows=pays_rows(rows)),
+            PageSection(
+                "Numbers of GPUs for which each choice pays off", plots=[plot], rows=payoff_rows(rows)
+            ),
             PageSection("Fastest candidate for each number of GPUs", rows=what_if_rows(rows)),
         ],
     )
@@ -92,37 +95,37 @@ def write_page(folder: Path, name: str, page: Page) -> Path:
     return folder / f"{name}.html"
 
 
-def ranking_rows(standings: Sequence[Standing], memory_bytes: int) -> list[dict[str, Any]]:
+def ranking_rows(ranked: Sequence[RankedCandidate], memory_bytes: int) -> list[dict[str, Any]]:
     """Return one human-readable row per candidate, best first."""
     return [
         {
             "rank": number,
-            "candidate": one.tried.name,
+            "candidate": one.candidate.name,
             "clips/s": _short(one.clips_per_s),
             "step, s": _short(one.step_s),
             "memory, GiB": _short(one.peak_bytes / GIB),
             "free, %": round(100 * (1 - one.peak_bytes / memory_bytes)),
-            "source": "measured" if one.tried.measured else "predicted",
-            "remarks": "; ".join(text for text in (one.refused, one.note) if text),
+            "source": "measured" if one.candidate.measured else "predicted",
+            "remarks": "; ".join(text for text in (one.refused, one.remarks) if text),
         }
-        for number, one in enumerate(standings, 1)
+        for number, one in enumerate(ranked, 1)
     ]
 
 
-def pays_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
+def payoff_rows(rows: Sequence[ScalingRow]) -> list[dict[str, Any]]:
     """Return one row per choice: the numbers of GPUs on which it fits, and on which it pays off."""
     return [
         {
-            "choice": pays.trait,
-            "value": pays.value,
-            "fits": _numbers(pays.fits),
-            "pays off": _numbers(pays.pays),
+            "choice": one.trait,
+            "value": one.value,
+            "fits": _numbers(one.fits_on),
+            "pays off": _numbers(one.pays_on),
         }
-        for pays in where_it_pays(rows)
+        for one in payoffs(rows)
     ]
 
 
-def what_if_rows(rows: Sequence[WhatIf]) -> list[dict[str, Any]]:
+def what_if_rows(rows: Sequence[ScalingRow]) -> list[dict[str, Any]]:
     """Return one row per number of GPUs: its fastest candidate."""
     alone = rows[0].clips_per_s / rows[0].gpus
     return [
@@ -142,9 +145,9 @@ def _headline(result: TrialResults, baseline: str) -> dict[str, str]:
     winner = result.recommended
     if winner is None:
         return {"recommended": "none: no trial could be measured"}
-    figures = {"recommended": winner.tried.name, "measured": f"{winner.clips_per_s:.4g} clips/s"}
-    for one in result.standings:
-        if one.tried.baseline == baseline and one.tried.measured and one is not winner:
+    figures = {"recommended": winner.candidate.name, "measured": f"{winner.clips_per_s:.4g} clips/s"}
+    for one in result.ranked:
+        if one.candidate.baseline == baseline and one.candidate.measured and one is not winner:
             figures[f"speed relative to {baseline}"] = f"{winner.clips_per_s / one.clips_per_s:.2f} x"
     figures["median error of predicted time"] = f"{median(map(abs, result.time_errors_pct)):.0f} %"
     figures["median error of predicted memory"] = f"{median(map(abs, result.memory_errors_pct)):.0f} %"
@@ -154,24 +157,26 @@ def _headline(result: TrialResults, baseline: str) -> dict[str, str]:
 
 
 def _ranking_text(result: TrialResults) -> str:
-    first = result.standings[0] if result.standings else None
+    first = result.ranked[0] if result.ranked else None
     text = f"Predictions are corrected with the trials: time {result.time}; memory {result.memory}."
-    if first and not first.refused and not first.tried.measured and result.recommended:
-        text += f" {first.tried.name} may be faster than the candidates that ran; more trials would show it."
+    if first and not first.refused and not first.candidate.measured and result.recommended:
+        text += (
+            f" {first.candidate.name} may be faster than the candidates that ran; more trials would show it."
+        )
     return text
 
 
 def _agreement_section(result: TrialResults) -> PageSection | None:
-    ran = [one.tried for one in result.standings if one.tried.measured]
+    ran = [one.candidate for one in result.ranked if one.candidate.measured]
     if not ran:
         return None
     rows, times, peaks = [], [], []
-    for one in sorted(ran, key=lambda tried: tried.predicted_s):
+    for one in sorted(ran, key=lambda candidate: candidate.step.step_s):
         trial = one.measured
         assert trial and trial.step_s and trial.peak_bytes
-        group = f"ZeRO-{one.traits['ZeRO stage']}"
-        times.append(Pair(group, one.predicted_s, trial.step_s))
-        peaks.append(Pair(group, one.predicted_bytes / GIB, trial.peak_bytes / GIB))
+        group = ZERO_STAGE.text(ZERO_STAGE.of(one.config))
+        times.append(Pair(group, one.step.step_s, trial.step_s))
+        peaks.append(Pair(group, one.needed_bytes / GIB, trial.peak_bytes / GIB))
         rows.append(
             {
                 "candidate": one.name,
@@ -208,12 +213,18 @@ def _short(value: float) -> float:
 
 
 def _front_section(result: TrialResults, memory_bytes: int) -> PageSection | None:
-    front = pareto_front(result.standings)
+    front = pareto_front(result.ranked)
     if not front:
         return None
     places = [
-        Place(one.tried.name, one.peak_bytes / GIB, one.clips_per_s, bool(one.tried.measured), one in front)
-        for one in result.standings
+        Place(
+            one.candidate.name,
+            one.peak_bytes / GIB,
+            one.clips_per_s,
+            bool(one.candidate.measured),
+            one in front,
+        )
+        for one in result.ranked
         if not one.refused
     ]
     caption = "Speed over memory, with corrected predictions. No candidate beats those on the line in both."

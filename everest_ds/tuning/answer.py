@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import typer
-
 from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_table
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
+from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.candidate_tables import (
     Costs,
     candidate_rows,
@@ -17,8 +16,9 @@ from everest_ds.tuning.candidate_tables import (
     dropped_rows,
     memory_rows,
 )
+from everest_ds.tuning.cluster import Cluster
 from everest_ds.tuning.explain import slower_families, why_slower
-from everest_ds.tuning.search import Candidate, Cluster, SearchResult
+from everest_ds.tuning.search import SearchResult
 from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import format_bytes
 
@@ -45,11 +45,11 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     title = f"{len(shown)} of {len(result.ranked)} candidates, in ms per step (predicted)"
     print_table(title, candidate_rows(shown, cluster, costs), key="rank")
     for line in _to_mind(result.ranked, shown, cluster):
-        typer.echo(line)
+        print(line)
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Families left out", dropped_rows(dropped))
     sized, timed = result.evaluations
-    typer.echo(f"search took {seconds:.2f} s: predicted memory of {sized} candidates, step time of {timed}")
+    print(f"search took {seconds:.2f} s: predicted memory of {sized} candidates, step time of {timed}")
 
 
 def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> None:
@@ -65,11 +65,11 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
     terms = [term.row() for term in one.step.terms]
     print_table(f"Rank {rank}: step time, {1e3 * one.step.step_s:.1f} ms", terms)
     if rank > 1:
-        typer.echo(f"compared with rank 1: {why_slower(one, ranked[0])}")
+        print(f"compared with rank 1: {why_slower(one, ranked[0])}")
 
 
 def _to_mind(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
-    calls = close_calls(shown, cluster.machine)
+    calls = close_calls(shown, cluster)
     if calls:
         yield f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}"
     best = ranked[0]

@@ -1,4 +1,4 @@
-"""Recording of a model's forward pass on one clip, with trained weights or a recipe's initial weights."""
+"""Opening of a model for inference, from trained weights or with a recipe's initial weights."""
 
 from __future__ import annotations
 
@@ -10,15 +10,18 @@ import torch
 
 from everest_ds.config import load_experiment
 from everest_ds.errors import UsageError
-from everest_ds.inference.views import read_clip
 from everest_ds.interchange.load_model import load_model
 from everest_ds.models import build_model
 from everest_ds.models.feature_model import FeatureModel
-from everest_ds.models.watch import Seen, Watch
+
+
+def open_trained(path: Path, overrides: Sequence[str] = (), features: bool = False) -> Any:
+    """Load the model at `path` (see `load_model`) onto the GPU, or onto the CPU if there is no GPU."""
+    return load_model(path, *overrides, features=features).to(_best_device())
 
 
 def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
-    """Load the model at `source` in evaluation mode, or build a recipe's model with its initial weights.
+    """Load the model at `source` like `open_trained`, or build a recipe's model with its initial weights.
 
     Raises:
         EverestError: if `load_model` or `load_experiment` fails.
@@ -30,21 +33,12 @@ def open_model(source: str, overrides: Sequence[str] = ()) -> Any:
         torch.manual_seed(config.run.seed)
         model: Any = build_model(config).eval()
         model.config = config
-        return model
-    model = load_model(path, *overrides)
+        return model.to(_best_device())
+    model = open_trained(path, overrides)
     if isinstance(model, FeatureModel):
         raise UsageError(f"{source}: holds an encoder only", allowed="a pre-trained model or a classifier")
     return model
 
 
-@torch.no_grad()
-def watch_video(model: Any, video: Path) -> Seen:
-    """Run `model` on the middle clip of a video, and return the recorded tokens and attention.
-
-    Raises:
-        DataError: if the video cannot be read or is too short.
-    """
-    batch = read_clip(video, model.config).to(next(model.parameters()).device)
-    with Watch(model) as watched:
-        output = model(*batch.arguments)
-    return watched.seen(output)
+def _best_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
