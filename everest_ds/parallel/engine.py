@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
-from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.models.matmul_precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.recompute import apply_recompute

@@ -27,7 +27,7 @@ from everest_ds.data.video_list import Sample, read_class_names
 from everest_ds.errors import ConfigError, DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
-from everest_ds.models.precision import set_matmul_precision
+from everest_ds.models.matmul_precision import set_matmul_precision
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion

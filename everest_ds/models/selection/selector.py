@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
-from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
+from everest_ds.models.selection.slots import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.tubelets import PixelMap, to_tubelets
 
 
