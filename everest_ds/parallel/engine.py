@@ -14,11 +14,19 @@ from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
 from everest_ds.models.precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
+from everest_ds.parallel.deepspeed_internals import (
+    check_engine,
+    check_modules,
+    forget_mpu,
+    found_overflow,
+    set_clipping,
+)
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.sharded_init import InitialWeights, fill, set_masters
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
 from everest_ds.parallel.world import World
+
 
 Engine = Any  # deepspeed.DeepSpeedEngine, which has no type annotations
 
@@ -43,6 +51,7 @@ def build_engine(
     """
     import deepspeed  # heavy
 
+    check_modules()
     check_precision(config, mesh.world)
     set_matmul_precision(config.precision)
     # 1. Tensor parallelism replaces modules, so it comes before everything that changes modules in place.
@@ -66,7 +75,7 @@ def build_engine(
     # 6. The engine casts the model to the training precision, moves it to the device and shards it over
     #    the data-parallel group.
     lean_stage = 0 if zero_settings(config).offloads_optimizer else config.parallelism.zero_stage
-    deepspeed.utils.groups.mpu = None  # initialize() would otherwise keep the previous engine's
+    forget_mpu()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -96,11 +105,12 @@ def _replace_updates(engine: Engine, ds_config: dict[str, Any], lean_stage: int)
     """Replace DeepSpeed 0.19.8's per-tensor update by batched operators, which keep a GPU from idling."""
     from everest_ds.parallel.lean_update import clip_gradients, make_lean, make_norm_lean  # heavy
 
+    check_engine(engine, lean_stage)
     if lean_stage in (1, 2):
         make_lean(engine.optimizer, ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
     elif lean_stage == 3:
         make_norm_lean(engine.optimizer)
-    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # DeepSpeed calls it at stage 0 only
+    set_clipping(engine, partial(clip_gradients, engine))
 
 
 def check_precision(config: Experiment, world: World) -> None:
@@ -130,7 +140,7 @@ def step_skipped(engine: Engine) -> bool:
 
     Always False at stage 0, which does not check the gradients.
     """
-    return bool(getattr(engine.optimizer, "overflow", False))
+    return found_overflow(engine)
 
 
 def set_learning_rate(engine: Engine, lr: float) -> None:
