@@ -154,7 +154,7 @@ class Space:
         return [one for one in possible if agrees(sharded.model_copy(update={"recompute": one}))]
 
     def _with_micro_batch(self, sharded: Experiment) -> Experiment:
-        total, degree = self.config.batch.global_batch_size or 0, self._data_degree(sharded)
+        total, degree = self.config.batch.global_batch_size or 0, self._num_shares(sharded)
         if total % degree or total < degree:
             raise ConfigError(f"{total} clips cannot be split evenly over {degree} data-parallel ranks")
         smallest = with_micro_batch(sharded, smallest_micro_batch(self.config))
@@ -166,10 +166,10 @@ class Space:
 
     def _share(self, sharded: Experiment) -> int:
         """Return the clips per data-parallel rank and step."""
-        return (self.config.batch.global_batch_size or 0) // self._data_degree(sharded)
+        return (self.config.batch.global_batch_size or 0) // self._num_shares(sharded)
 
-    def _data_degree(self, sharded: Experiment) -> int:
-        return MeshShape.of(sharded, self.num_ranks).degrees.data
+    def _num_shares(self, sharded: Experiment) -> int:
+        return MeshShape.of(sharded, self.num_ranks).num_shares
 
     def _keeps_pins(self, micro: int, accumulated: int) -> bool:
         batch, pinned = self.config.batch, self.pinned
