@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from everest_ds.config.mesh_shape import check_heads
+from everest_ds.config.mesh_shape import check_degrees
 from everest_ds.config.selections import SELECTIONS
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def check_sections_agree(config: Experiment) -> None:
     _check_micro_batch(config)
     _check_packing(config)
     _check_zero_stage(config)
-    check_heads(config)
+    check_degrees(config)
     _check_recompute(config)
 
 
