@@ -14,7 +14,7 @@ from everest_ds.efficiency.measured import measured_rows, read_measured
 from everest_ds.efficiency.published import Cell, published_tables
 from everest_ds.efficiency.report_page import render_efficiency_page
 from everest_ds.efficiency.report_plots import draw_plots
-from everest_ds.efficiency.runs import HEADING, TABLE, read_runs, run_rows
+from everest_ds.efficiency.runs import RUNS_HEADING, RUNS_TABLE, read_runs, run_rows
 from everest_ds.efficiency.tables import OURS, ComparisonRow, build_rows
 from everest_ds.errors import UsageError
 from everest_ds.reports.page import Plot
@@ -77,7 +77,7 @@ def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> d
     """Write the files of the report, and return its headline figures."""
     written = [asdict(row) for row in rows]
     grids, summary, lead = arrange(written, _headings()), summarise(written), _LEAD
-    if all(row["table"] == TABLE for row in written):
+    if all(row["table"] == RUNS_TABLE for row in written):
         lead = _LEAD_OF_RUNS
     files = {f"{grid.name}.csv": to_csv([r for r in written if r["table"] == grid.name]) for grid in grids}
     files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
@@ -101,7 +101,7 @@ def _headings() -> dict[str, Heading]:
         name: Heading(table.title, f"{table.text} Source: {table.source}.", table.columns)
         for name, table in published_tables().items()
     }
-    return {**published, TABLE: HEADING}
+    return {**published, RUNS_TABLE: RUNS_HEADING}
 
 
 def _provenance() -> str:

@@ -21,7 +21,7 @@ from everest_ds.costs import block
 from everest_ds.costs.compute import FLOPS_PER_MAC
 from everest_ds.models.attention import fused_attention
 from everest_ds.models.linear import multiply
-from everest_ds.models.precision import set_matmul_precision
+from everest_ds.models.matmul_precision import set_matmul_precision
 from everest_ds.models.vit import Block
 from everest_ds.profiling.launches import count_launches
 
