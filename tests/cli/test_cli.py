@@ -8,12 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import yaml
 
-from everest_ds.cli.app import COMMANDS, CommandGroup, LazyGroup, main
+from everest_ds.cli.app import COMMANDS, CommandGroup, LazyGroup, Row, main
 from everest_ds.config import dump_experiment
 from tests.checkpoints.made import make_checkpoint
 from tests.training.runs import experiment, losses
@@ -152,7 +153,9 @@ def test_help_and_import_are_light() -> None:
 
 def test_the_list_of_commands_shows_the_docstrings_that_their_own_help_shows() -> None:
     checked = []
-    for rows in [COMMANDS, *(row.commands for row in COMMANDS.values() if isinstance(row, CommandGroup))]:
+    groups: list[Mapping[str, Row]] = [COMMANDS]
+    groups += [row.commands for row in COMMANDS.values() if isinstance(row, CommandGroup)]
+    for rows in groups:
         group = LazyGroup(rows, name="group")
         for name, listed in group.listing().items():
             assert listed.help == group.commands[name].help, name

@@ -126,7 +126,7 @@ def test_evaluation_says_how_many_videos_are_missing(motion_data: Path, tmp_path
     config = experiment(motion_data, tmp_path / "run", "finetune", data={"test": str(test)}, augment=augment)
     results = run_ranks(train_and_test, 2, config)
     assert results[0] == results[1] and results[0]["num_clips"] == 11 and results[0]["num_missing"] == 1
-    assert list(results[0]["missing"]) == [str(tmp_path / "empty.mp4")]  # type: ignore[call-overload]
+    assert list(results[0]["missing"]) == [str(tmp_path / "empty.mp4")]
 
 
 def test_the_next_run_leaves_out_what_this_one_found_broken(motion_data: Path, tmp_path: Path) -> None:
