@@ -34,7 +34,7 @@ from typing import Literal, NamedTuple
 from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.schema import Experiment, RecomputeConfig
 
-Part = Literal["attention", "mlp", "around"]
+BlockPart = Literal["attention", "mlp", "around"]
 Recomputed = Literal["nothing", "attention", "mlp", "everything"]
 
 
@@ -77,7 +77,7 @@ class Operator:
     """
 
     name: str
-    part: Part
+    part: BlockPart
     inputs: int
     outputs: int
     kept: int
@@ -102,7 +102,7 @@ class Operator:
 
 
 def _pointwise(
-    name: str, part: Part, width: int, split: bool = False, weights: tuple[Weight, ...] = ()
+    name: str, part: BlockPart, width: int, split: bool = False, weights: tuple[Weight, ...] = ()
 ) -> Operator:
     """Describe an operator that reads its input, keeps it and writes its output.
 
@@ -124,7 +124,7 @@ def _sum(name: str) -> Operator:
 
 
 def _linear(
-    part: Part,
+    part: BlockPart,
     name: str,
     inputs: int,
     outputs: int,
@@ -156,29 +156,26 @@ def _linear(
     )
 
 
-QKV = _linear("attention", "qkv", 1, 3, "output", biases={"q_bias": 1, "v_bias": 1})
 # Its backward pass also stacks the gradients of q, k and v. The rate of attention includes what it moves.
 ATTEND = Operator("attention.attend", "attention", 3, 1, 3, PerPass(1, 2), PerPass(0, 0), True, True)
-PROJ = _linear("attention", "proj", 1, 1, "input")
-FC1 = _linear("mlp", "fc1", 1, MLP_RATIO, "output")
 GELU = _pointwise("mlp.gelu", "mlp", MLP_RATIO, split=True)
 FC2 = _linear("mlp", "fc2", MLP_RATIO, 1, "input")
 OPERATORS: tuple[Operator, ...] = (
     _norm("norm1"),
     # k has no bias: zeros are made for it and joined with the biases of q and v.
     Operator("attention.bias", "attention", 0, 0, 0, PerPass(2, 0), PerPass(0, 0)),
-    QKV,
+    _linear("attention", "qkv", 1, 3, "output", biases={"q_bias": 1, "v_bias": 1}),
     ATTEND,
-    PROJ,
+    _linear("attention", "proj", 1, 1, "input"),
     _sum("sum after attention"),
     _norm("norm2"),
-    FC1,
+    _linear("mlp", "fc1", 1, MLP_RATIO, "output"),
     GELU,
     FC2,
     _sum("sum after mlp"),
 )
-# Drop path multiplies both branches by a scale, and their gradients again. Scales take no memory to speak of.
-DROP_PATH = 2 * (Operator("drop path", "around", 1, 1, 0, PerPass(1, 1), PerPass(2, 2)),)
+# Drop path multiplies both branches by a scale per clip, and their gradients again.
+DROP_PATH_OPERATORS = 2 * (Operator("drop path", "around", 1, 1, 0, PerPass(1, 1), PerPass(2, 2)),)
 # Matrix products within attention: QKᵀ and AV, and the gradients of their four factors. A fused kernel also
 # computes QKᵀ again in the backward pass.
 ATTENTION_PRODUCTS = {"fused": PerPass(2, 5), "unfused": PerPass(2, 4)}

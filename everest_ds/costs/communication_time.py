@@ -24,7 +24,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ALLREDUCE_VALUES, ZeroSettings
 from everest_ds.costs.block import OPERATORS, RECOMPUTED, num_sums, repeated
 from everest_ds.costs.collectives import Collective, collective
-from everest_ds.costs.compute_time import BlockTime
+from everest_ds.costs.compute_time import NO_WORK, BlockTime, Work, total
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.term import Term
 
@@ -50,6 +50,12 @@ class BlockStack(NamedTuple):
     block: BlockTime
     depth: int
     recomputing: int
+
+    def again(self, mode: str) -> Work:
+        """Return the work that recompute repeats: GELU of every block, and more of some blocks."""
+        if mode == "none":
+            return NO_WORK
+        return total(self.block.gelu.times(self.depth), self.block.again(mode).times(self.recomputing))
 
 
 class _States(NamedTuple):

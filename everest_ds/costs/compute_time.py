@@ -20,9 +20,14 @@ from everest_ds.costs import block
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 
+# The linear maps of both branches of a block.
+_PROJECTIONS, _IN_MLP = (
+    tuple(operator for operator in block.repeated(branch) if operator.is_linear)
+    for branch in ("attention", "mlp")
+)
 # Passes over whole tensors, over tensors that tensor parallelism splits, and those that drop path adds.
 _WHOLE, _SPLIT = block.moves(block.OPERATORS), block.moves(block.OPERATORS, split=True)
-_DROP_PATH = block.moves(block.DROP_PATH)
+_DROP_PATH = block.moves(block.DROP_PATH_OPERATORS)
 # Scoring writes each pixel as a number, reads it and its predecessor, and writes and reads their difference.
 _SCORING_PASSES = 5
 
@@ -120,8 +125,10 @@ def block_time(config: Experiment, stack: block.Stack, rates: Rates) -> BlockTim
     t, width = config.parallelism.tensor, stack.shape.width
     rows = config.batch.micro_batch_size * stack.num_tokens
     one_tensor = rows * width * VALUE_BYTES[config.precision]
-    projections = total(*(rates.linear(rows, *map_.widths(width, t)) for map_ in (block.QKV, block.PROJ)))
-    in_mlp = total(*(rates.linear(rows, *map_.widths(width, t)) for map_ in (block.FC1, block.FC2)))
+    projections, in_mlp = (
+        total(*(rates.linear(rows, *each.widths(width, t)) for each in maps))
+        for maps in (_PROJECTIONS, _IN_MLP)
+    )
     attending, attending_back = _attending(config, stack, rates)
     gelu = rates.moving(block.GELU.moves.forward / t, one_tensor)
     dropping, dropping_back = _DROP_PATH if stack.drops else (0, 0)

@@ -16,7 +16,7 @@ from everest_ds.config.zero_settings import ZeroSettings
 from everest_ds.costs import block
 from everest_ds.costs.hardware.machine import Machine
 
-_BLOCK, _DROP_PATH = block.launches(block.OPERATORS), block.launches(block.DROP_PATH)
+_BLOCK, _DROP_PATH = block.launches(block.OPERATORS), block.launches(block.DROP_PATH_OPERATORS)
 _AGAIN = {mode: block.launches(block.repeated(part)).forward for mode, part in block.RECOMPUTED.items()}
 _DROP_PATH_HASH = 42  # operators that draw the scales of all blocks, forward
 # Operators outside blocks and selection, forward and backward.
@@ -70,7 +70,8 @@ def host_work(config: Experiment, plan: BatchPlan, zero: ZeroSettings) -> HostWo
 
 def num_tensors(config: Experiment) -> int:
     """Return the number of parameter tensors of the model."""
-    return _num_blocks(config) * len(block.WEIGHTS) + _OTHER_TENSORS[config.task]
+    num_blocks = sum(stack.shape.depth for stack in block.stacks(config))
+    return num_blocks * len(block.WEIGHTS) + _OTHER_TENSORS[config.task]
 
 
 def num_groups(config: Experiment) -> int:
@@ -117,10 +118,6 @@ def engine_launches(config: Experiment, data_degree: int, zero: ZeroSettings) ->
         case _:
             copied = (1 + 1 / data_degree) * tensors
             return Launches(0, copied + 1.5 * groups + 10, 3 * groups + 10)
-
-
-def _num_blocks(config: Experiment) -> int:
-    return sum(stack.shape.depth for stack in block.stacks(config))
 
 
 def _selection_launches(config: Experiment) -> int:

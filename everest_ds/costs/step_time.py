@@ -20,7 +20,6 @@ from everest_ds.costs.block import num_recomputing, stacks
 from everest_ds.costs.communication_time import BlockStack, PassTime, state_terms, tensor_terms
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.compute_time import (
-    NO_WORK,
     Rates,
     Work,
     block_time,
@@ -153,16 +152,8 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
     _check(config, machine)
     rates = Rates(machine, config.precision)
     timed, mode = tuple(_stacks(config, rates)), config.recompute.mode
-    again = total(*(_again(stack, mode) for stack in timed))
+    again = total(*(stack.again(mode) for stack in timed))
     return StepWork(tuple(_parts(config, rates)), timed, again, rank_parameters(config))
-
-
-def _again(stack: BlockStack, mode: str) -> Work:
-    """Return the work that recompute repeats for a stack: GELU of every block, the rest of some blocks."""
-    if mode == "none":
-        return NO_WORK
-    gelu = stack.block.gelu.times(stack.depth)
-    return total(gelu, stack.block.again(mode).times(stack.recomputing))
 
 
 def assemble_step(

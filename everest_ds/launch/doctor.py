@@ -176,26 +176,20 @@ def _accelerator(probe: ProbeOutput) -> list[Finding]:
             )
         ]
     found: dict[str, Any] = json.loads(probe.line)
-    return [_devices(found), _backend(found), _bf16(found)]
-
-
-def _devices(found: Mapping[str, Any]) -> Finding:
+    device = Finding(
+        "accelerator",
+        "warning",
+        f"torch {found['version']} finds no CUDA device: training runs on the CPU",
+        "on a machine with a GPU: install its driver and torch's CUDA build",
+    )
     if found["devices"]:
-        return Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
-    detail = f"torch {found['version']} finds no CUDA device: training runs on the CPU"
-    return Finding(
-        "accelerator", "warning", detail, "on a machine with a GPU: install its driver and torch's CUDA build"
-    )
-
-
-def _backend(found: Mapping[str, Any]) -> Finding:
+        device = Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
     wanted = "nccl" if found["devices"] else "gloo"
-    if wanted in found["backends"]:
-        return Finding("collective backend", "ok", wanted, required=True)
-    detail = f"the installed torch is built without {wanted}"
-    return Finding(
-        "collective backend", "missing", detail, "install an official build of torch", required=True
-    )
+    backend = Finding("collective backend", "ok", wanted, required=True)
+    if wanted not in found["backends"]:
+        detail, fix = f"the installed torch is built without {wanted}", "install an official build of torch"
+        backend = Finding("collective backend", "missing", detail, fix, required=True)
+    return [device, backend, _bf16(found)]
 
 
 def _bf16(found: Mapping[str, Any]) -> Finding:

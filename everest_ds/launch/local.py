@@ -89,7 +89,7 @@ class _Group:
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
     output_starts: list[int] = field(default_factory=list)
     failures: list[_Failure] = field(default_factory=list)
-    asked: set[int] = field(default_factory=set)
+    received: set[int] = field(default_factory=set)
     to_pass_on: list[int] = field(default_factory=list)
 
     def start(self, command: Sequence[str], place: RankEnvironment) -> None:
@@ -113,7 +113,7 @@ class _Group:
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """Record a received signal; `poll` acts on it later, so that the handler itself does nothing else."""
-        self.asked.add(number)
+        self.received.add(number)
         if number != signal.SIGINT:
             self.to_pass_on.append(number)
 
@@ -164,7 +164,7 @@ class _Group:
 
     def report(self, failure: _Failure) -> int:
         """Print the reason of a failure unless rank 0 has done so, and return the launcher's exit code."""
-        if -failure.code in self.asked:
+        if -failure.code in self.received:
             return ExitCode.STOPPED  # the rank had not installed its signal handler, so had nothing to save
         if failure.rank > 0:
             tail = _last_lines(self.output_file(failure.rank), self.output_starts[failure.rank])

@@ -134,8 +134,8 @@ def test_passes_over_memory() -> None:
 def test_drop_path_adds_launches_and_passes() -> None:
     scales = (torch.ones(CLIPS, 1, 1), torch.ones(CLIPS, 1, 1))
     for measure, added in (
-        (launched, block.launches(block.DROP_PATH)),
-        (moved, block.moves(block.DROP_PATH)),
+        (launched, block.launches(block.DROP_PATH_OPERATORS)),
+        (moved, block.moves(block.DROP_PATH_OPERATORS)),
     ):
         assert both_passes(measure, scales) == plus(both_passes(measure), added)
 
