@@ -17,7 +17,7 @@ from everest_ds.cli.options import CsvFile, JsonFile
 from everest_ds.console import print_table, write_csv, write_json
 from everest_ds.errors import UsageError
 from everest_ds.jobs.job_control import restart_jobs, stop_job
-from everest_ds.jobs.job_table import RUNS, JobRow, find_jobs, find_runs, in_order, job_rows
+from everest_ds.jobs.job_table import RUNS, JobRow, find_jobs, find_runs, in_submission_order, job_rows
 from everest_ds.jobs.log_tail import LogTail
 from everest_ds.jobs.sweep import sweep_results
 
@@ -62,7 +62,7 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
 
     Example: everest-ds jobs runs/first
     """
-    rows = in_order(job_rows(find_runs(_folders(folders))))
+    rows = in_submission_order(job_rows(find_runs(_folders(folders))))
     if rows:
         Console().print(jobs_table(rows))
     else:
@@ -111,8 +111,7 @@ def requeue(which: Which) -> None:
 
     Example: everest-ds requeue runs/first
     """
-    for row, how in restart_jobs(find_jobs(which)):
-        typer.echo(f"{row.job_id}: {how}")
+    restart_jobs(find_jobs(which), typer.echo)
 
 
 def sweep(folder: Sweep, json_file: JsonFile = None, csv_file: CsvFile = None) -> None:

@@ -24,22 +24,14 @@ def run_app(app: typer.Typer) -> None:
     try:
         app()
     except EverestError as error:
-        _say(error)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or not error.on_every_rank:
+            label = "stopped" if error.exit_code == ExitCode.STOPPED else "error"
+            origin = "" if rank == "0" else f"[rank {rank}] "
+            print(f"{origin}{label}: {error}", file=sys.stderr)
         _leave(error.exit_code)
     except KeyboardInterrupt:
         _leave(128 + 2)
-
-
-def _say(error: EverestError) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank == "0":
-        print(f"{_label(error)}: {error}", file=sys.stderr)
-    elif not error.on_every_rank:
-        print(f"[rank {rank}] {_label(error)}: {error}", file=sys.stderr)
-
-
-def _label(error: EverestError) -> str:
-    return "stopped" if error.exit_code == ExitCode.STOPPED else "error"
 
 
 def _leave(code: int) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from everest_ds.cli.options import CsvFile, JsonFile, Overrides
-from everest_ds.config import Experiment, load_experiment
+from everest_ds.config import load_experiment
 from everest_ds.errors import UsageError
 from everest_ds.training.plan import count_samples
 from everest_ds.tuning.answer import print_answer, print_explained, print_question, write_tables
@@ -196,7 +196,8 @@ def tune(
     cluster = cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
     given = {text.partition("=")[0] for text in settings}
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
-    costs = Costs(_num_samples(config, clips), gpu_hour, kwh)
+    epoch = None if clips else count_samples(config, planned=True)
+    costs = Costs(epoch.num_samples if epoch else clips, gpu_hour, kwh)
     print_question(keep_global_batch(config, cluster.num_ranks, global_batch), cluster)
     began = clock.process_time()
     result = search(config, cluster, options)
@@ -245,9 +246,3 @@ def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, 
     file = write_winner(winner, source, cluster, folder)
     typer.echo(f"{title}: {file}, checked by DeepSpeed and by a dry run. Next:")
     typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
-
-
-def _num_samples(config: Experiment, clips: int | None) -> int | None:
-    """Return the videos per epoch: those given, or those of the manifest or the official data set."""
-    epoch = count_samples(config, planned=True) if clips is None else None
-    return epoch.num_samples if epoch else clips

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from everest_ds.efficiency.arrange import Heading, arrange, summarise, to_csv
 from everest_ds.efficiency.markdown import render_markdown
@@ -21,6 +21,11 @@ from everest_ds.reports.page import Plot
 from everest_ds.training.run_folder import describe_environment
 
 _TITLE = "Efficiency report"
+_LEAD = (
+    "Every published figure is listed beside ours. GFLOPs follow the convention of the literature:"
+    " a multiply-accumulate counts 1 and LayerNorm 5 per element, for the forward pass of one clip."
+)
+_LEAD_OF_RUNS = "A comparison of runs: predicted compute and memory, and the figures that the runs measured."
 
 
 class WrittenReport(NamedTuple):
@@ -71,7 +76,9 @@ def write_report(
 def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> dict[str, str]:
     """Write the files of the report, and return its headline figures."""
     written = [asdict(row) for row in rows]
-    grids, summary, lead = arrange(written, _headings()), summarise(written), _lead(written)
+    grids, summary, lead = arrange(written, _headings()), summarise(written), _LEAD
+    if all(row["table"] == RUNS_TABLE for row in written):
+        lead = _LEAD_OF_RUNS
     files = {f"{grid.name}.csv": to_csv([r for r in written if r["table"] == grid.name]) for grid in grids}
     files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
     files["report.json"] = json.dumps(written, indent=1) + "\n"
@@ -95,16 +102,6 @@ def _headings() -> dict[str, Heading]:
         for name, table in published_tables().items()
     }
     return {**published, RUNS_TABLE: RUNS_HEADING}
-
-
-def _lead(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return the introduction of the report."""
-    if all(row["table"] == RUNS_TABLE for row in rows):
-        return "A comparison of runs: predicted compute and memory, and the figures that the runs measured."
-    return (
-        "Every published figure is listed beside ours. GFLOPs follow the convention of the literature:"
-        " a multiply-accumulate counts 1 and LayerNorm 5 per element, for the forward pass of one clip."
-    )
 
 
 def _provenance() -> str:

@@ -210,16 +210,12 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _with_older_names(raw: RawWeights) -> RawWeights:
     """Undo the renaming of two biases in state dicts of transformers 5, so that names match its files."""
-    names = {_older(name): name for name in raw.shapes}
+    names = {}
+    for name in raw.shapes:
+        ending = next((ending for ending in TRANSFORMERS_RENAMED if name.endswith(ending)), "")
+        names[name.removesuffix(ending) + TRANSFORMERS_RENAMED.get(ending, "")] = name
     shapes = {older: raw.shapes[name] for older, name in names.items()}
     return replace(raw, shapes=shapes, read=lambda older: raw.read(names[older]))
-
-
-def _older(name: str) -> str:
-    for new, old in TRANSFORMERS_RENAMED.items():
-        if name.endswith(new):
-            return name.removesuffix(new) + old
-    return name
 
 
 def _read_json(file: Path) -> dict[str, Any]:

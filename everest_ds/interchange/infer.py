@@ -87,7 +87,11 @@ def _shape(layout: Layout, raw: RawWeights) -> InferredTree:
         )
     depth = _depth(layout, raw, "encoder.blocks")
     backbone = _backbone(raw.path, shape[0], depth)
-    tree: InferredTree = {"backbone": backbone, **_tubelet(shape)}
+    tree: InferredTree = {"backbone": backbone}
+    if len(shape) == 5:
+        tree |= {"tubelet_size": shape[2], "patch_size": shape[3]}
+    else:
+        tree["patch_size"] = math.isqrt(shape[1] // (3 * _USUAL["tubelet_size"]))
     if layout.kind == "pretrain":
         decoder_depth = _depth(layout, raw, "decoder")
         if decoder_depth != BACKBONES[backbone].decoder.depth:
@@ -101,12 +105,6 @@ def _depth(layout: Layout, raw: RawWeights, stack: str) -> int:
     (first,) = layout.theirs(f"{stack}.0.norm1.weight")
     pattern = re.escape(first).replace(r"\.0\.", r"\.(\d+)\.")
     return sum(re.fullmatch(pattern, name) is not None for name in raw.shapes)
-
-
-def _tubelet(shape: tuple[int, ...]) -> InferredTree:
-    if len(shape) == 5:
-        return {"tubelet_size": shape[2], "patch_size": shape[3]}
-    return {"patch_size": math.isqrt(shape[1] // (3 * _USUAL["tubelet_size"]))}
 
 
 def _backbone(path: Path, width: int, depth: int) -> str:

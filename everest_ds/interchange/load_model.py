@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from everest_ds.interchange.source import open_source, outline_of
 from everest_ds.log import logger
@@ -41,17 +40,12 @@ def load_model(source: str | Path, *overrides: str, features: bool = False, entr
             )
         model: Any = outline_of(stored.config, "encoder" if features else stored.layout.kind)
         model.to_empty(device="cpu")
-        _compute_buffers(model)
+        with torch.random.fork_rng(devices=[]):  # resetting also draws weights, which are overwritten
+            for module in model.modules():
+                if any(True for _ in module.buffers(recurse=False)):
+                    module.reset_parameters()
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(stored.read(name))
         model.config, model.class_names = stored.config, stored.class_names
     return model.eval()
-
-
-def _compute_buffers(model: nn.Module) -> None:
-    with torch.random.fork_rng(devices=[]):  # resetting also draws weights, which are overwritten
-        for module in model.modules():
-            if any(True for _ in module.buffers(recurse=False)):
-                reset: Any = module.reset_parameters
-                reset()

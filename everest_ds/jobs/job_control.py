@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from everest_ds.jobs.job_table import JobRow
@@ -28,10 +28,14 @@ def stop_job(row: JobRow, now: bool = False) -> str:
     return "cancelled"
 
 
-def restart_jobs(rows: Sequence[JobRow]) -> Iterator[tuple[JobRow, str]]:
-    """Restart jobs one after another from their newest checkpoints, and describe how each restarts.
+def restart_jobs(rows: Sequence[JobRow], report: Callable[[str], None]) -> None:
+    """Restart jobs one after another from their newest checkpoints.
 
     An ended job is submitted again. If several ended jobs belong to one run, each waits for the one before.
+
+    Args:
+        rows: the jobs.
+        report: receives one line for each job, which says how the job restarts.
 
     Raises:
         RunFolderError: if the run folder of an ended job holds no readable record of the job.
@@ -51,4 +55,4 @@ def restart_jobs(rows: Sequence[JobRow]) -> Iterator[tuple[JobRow, str]]:
         else:
             call(["scontrol", "requeue", row.job_id])
             how = "requeued"
-        yield row, how
+        report(f"{row.job_id}: {how}")

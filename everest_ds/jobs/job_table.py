@@ -113,7 +113,7 @@ def find_jobs(names: Sequence[str]) -> list[JobRow]:
     return [row for name in names for row in _find(name)]
 
 
-def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
+def in_submission_order(rows: Sequence[JobRow]) -> list[JobRow]:
     """Sort jobs in the order of their submission, those without SLURM first."""
     return sorted(rows, key=lambda row: [int(part) for part in row.job_id.split("_") if part.isdecimal()])
 

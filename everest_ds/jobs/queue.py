@@ -1,4 +1,4 @@
-"""The way of a checked submission into SLURM's queue, or into the words that a dry run prints."""
+"""Queueing of a checked submission with SLURM, and the descriptions of its jobs that are printed."""
 
 from __future__ import annotations
 

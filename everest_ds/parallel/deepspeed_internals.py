@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everest_ds.errors import EverestError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
 
 _VERSIONS = "0.19.8 or a later 0.19"  # as setup.py requires
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from everest_ds.reports.figure import new_figure, to_svg
-from everest_ds.units import GIB
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -131,23 +130,6 @@ def draw_stacks(stacks: Mapping[str, Mapping[str, float]], xlabel: str) -> str:
     axes.margins(x=0.09)
     axes.set_xlabel(xlabel)
     finish(axes, grid="x")
-    return to_svg(figure)
-
-
-def draw_memory_over_time(timeline: Mapping[str, Sequence[float]]) -> str:
-    """Draw live memory over one training step, stacked by category.
-
-    Args:
-        timeline: category -> live bytes after each event.
-    """
-    figure, axes = new_figure(*_SIZE)
-    events = range(len(next(iter(timeline.values()))))
-    in_gib = [[size / GIB for size in sizes] for sizes in timeline.values()]
-    axes.stackplot(events, in_gib, labels=list(timeline), colors=_shades(len(timeline)))
-    axes.set_xlim(0, len(events) - 1)
-    axes.set_xlabel("operators of one training step, in order")
-    axes.set_ylabel("live memory, GiB (counted)")
-    finish(axes)
     return to_svg(figure)
 
 

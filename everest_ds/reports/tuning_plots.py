@@ -9,6 +9,7 @@ from everest_ds.reports.charts import INK, LINE, SOFT, finish, group_colors
 from everest_ds.reports.figure import new_figure, new_panels, to_svg
 
 _SQUARE, _WIDE = (5.8, 4.4), (11.8, 4.6)  # inches: half and full page width
+_MOST_LABELS = 8  # candidates on the front that are labelled, spread evenly
 _BAND = 0.2  # relative error up to which a prediction counts as good
 _MARKERS = "osD^vP*X"
 # Tick positions within a decade, from coarse to fine.
@@ -86,7 +87,8 @@ def draw_front(places: Sequence[Place], limit_gib: float) -> str:
     front = sorted((place for place in places if place.on_front), key=lambda place: place.memory_gib)
     xs, ys = [place.memory_gib for place in front], [place.clips_per_s for place in front]
     axes.step(xs, ys, where="post", color="#2a6f97", linewidth=1.4, label="front")
-    for place in _labelled(front):
+    stride = max(1, -(-len(front) // _MOST_LABELS))
+    for place in front[::-1][::stride]:  # the fastest candidate always has a label
         axes.annotate(
             place.label,
             (place.memory_gib, place.clips_per_s),
@@ -142,9 +144,3 @@ def _ticks(low: float, high: float) -> list[float]:
         if len(ticks) >= 4:
             break
     return ticks
-
-
-def _labelled(front: Sequence[Place], most: int = 8) -> Sequence[Place]:
-    """Return at most `most` candidates spread evenly over the front, including the fastest."""
-    step = max(1, -(-len(front) // most))
-    return front[::-1][::step]

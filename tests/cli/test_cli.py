@@ -150,10 +150,21 @@ def test_help_and_import_are_light() -> None:
     assert not heavy & set(loaded.stdout.split())
 
 
+def test_the_help_of_no_command_loads_what_only_its_work_needs() -> None:
+    heavy = {"torch", "deepspeed", "av", "decord", "matplotlib", "tensorboard"}
+    targets = [row for row in COMMANDS.values() if isinstance(row, str)]
+    for group in COMMANDS.values():
+        targets += group.commands.values() if isinstance(group, CommandGroup) else ()
+    modules = {f"everest_ds.cli.{target.partition(':')[0]}" for target in targets}
+    script = f"import sys, {', '.join(sorted(modules))}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert modules <= set(loaded.stdout.split()) and not heavy & set(loaded.stdout.split())
+
+
 def test_the_list_of_commands_shows_the_docstrings_that_their_own_help_shows() -> None:
     checked = []
-    for rows in [COMMANDS, *(row.commands for row in COMMANDS.values() if isinstance(row, CommandGroup))]:
-        group = LazyGroup(rows, name="group")
+    groups = [row for row in COMMANDS.values() if isinstance(row, CommandGroup)]
+    for group in [LazyGroup(), *(LazyGroup(row.commands) for row in groups)]:
         for name, listed in group.listing().items():
             assert listed.help == group.commands[name].help, name
             assert listed.hidden == group.commands[name].hidden, name

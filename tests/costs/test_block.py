@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -121,7 +122,7 @@ def test_launches_of_both_passes() -> None:
 def test_launches_of_the_parts_that_recomputation_repeats() -> None:
     module, x = Block(WIDTH, HEADS), torch.randn(CLIPS, TOKENS, WIDTH)
     for part in ("attention", "mlp"):
-        found = launched(lambda part=part: getattr(module, part)(x))
+        found = launched(partial(getattr(module, part), x))
         assert found == block.launches(block.repeated(part)).forward
 
 

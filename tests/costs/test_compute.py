@@ -152,7 +152,7 @@ def test_parameters_are_those_of_the_built_model(backbone: str, task: str, selec
     "config",
     [
         *(
-            {"pretrain": pretrain, "finetune": finetune}[task]("B", rule)
+            pretrain("B", rule) if task == "pretrain" else finetune("B", rule)
             for task, rule in TASKS_AND_SELECTIONS
         ),
         pretrain("B", score="pixel"),

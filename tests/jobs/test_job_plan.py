@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from everest_ds.errors import UsageError
 from everest_ds.jobs.job_plan import Hardware, JobRequest, QueueSettings, plan_submission
 from everest_ds.jobs.sbatch import JobShape
 
@@ -55,3 +59,21 @@ def test_a_request_becomes_the_jobs_of_sbatch(tmp_path: Path) -> None:
         *(("n4", 0), ("n4", 1)),
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_code_of_the_guide_plans_its_job_and_asks_for_slurm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guide = (Path(__file__).parents[2] / "docs" / "submit.md").read_text()
+    (code,) = re.findall(r"^```python\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
+    (tmp_path / "train.txt").write_text("".join(f"{number}.mp4\n" for number in range(2048)))
+    (tmp_path / "my.yaml").write_text(
+        "base: k400_pretrain_vit_base\ndata: {train: train.txt}\nbatch: {micro_batch_size: 8}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    names: dict[str, object] = {}
+    with pytest.raises(UsageError, match="SLURM is not installed here"):
+        exec(compile(code, "docs/submit.md", "exec"), names)
+    (job,) = names["submission"].jobs  # type: ignore[attr-defined]
+    assert job.shape == JobShape(nodes=4, gpus_per_node=8, ranks_per_node=8) and job.time == "1-00:00:00"

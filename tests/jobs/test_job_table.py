@@ -40,5 +40,7 @@ def test_a_running_job_is_stopped_by_a_file_that_its_restart_removes(tmp_path: P
     assert stop_job(replace(ended, slurm=JobState("7", "7", "RUNNING"))).startswith("saves at its next step")
     assert (run / "kill").exists()
     waiting = replace(ended, slurm=JobState("7", "7", "PENDING"))
-    assert [how for _, how in restart_jobs([waiting])] == ["already waits in the queue"]
+    said: list[str] = []
+    restart_jobs([waiting], said.append)
+    assert said == ["7: already waits in the queue"]
     assert not (run / "kill").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,7 +23,8 @@ def test_every_rule_of_the_table_has_a_function_and_every_function_a_rule() -> N
 def test_a_rule_selects_as_many_tokens_as_its_row_counts(task: str, selection: str) -> None:
     config = experiment(task, selection)
     counts, rule = config.token_counts, config.tokens.rule
-    clips, embedding = random_clips(config, 3), built(config).encoder.embed()
+    model: Any = built(config)
+    clips, embedding = random_clips(config, 3), model.encoder.embed()
     split = Selector(config)(clips, embedding, KEYS)
     assert split.visible_BV.shape == (3, counts.num_visible)
     assert split.predicted_BM.shape == (3, counts.num_predicted)

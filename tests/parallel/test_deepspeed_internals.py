@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,12 @@ COMMON = set("device dtype logger loss_scale mpu numel optimizer start step zero
 
 
 def listed() -> set[str]:
-    tables = [internals.MODULES, internals.OPTIMIZERS, internals.UPDATES, internals.PARAMETERS]
+    tables: list[Mapping[Any, str]] = [
+        internals.MODULES,
+        internals.OPTIMIZERS,
+        internals.UPDATES,
+        internals.PARAMETERS,
+    ]
     rows = [row for table in tables for row in table.values()] + list(internals.ON_DEMAND.values())
     rows += [internals.ENGINE, internals.FRAGMENT, internals.ADDRESS, internals.SHARE]
     return set(" ".join(rows).split())

@@ -67,8 +67,8 @@ def test_tensor_groups_stay_within_a_node() -> None:
 def groups_of_fairscale(world: World) -> tuple[list[int], list[int]]:
     """Return the ranks of this rank's tensor group and of its data group."""
     unit = form_mesh(world, MeshShape.over(world.size, 2)).mpu
-    groups = unit.get_model_parallel_group(), unit.get_data_parallel_group()
-    return tuple(dist.get_process_group_ranks(group) for group in groups)
+    tensor_group, data_group = unit.get_model_parallel_group(), unit.get_data_parallel_group()
+    return dist.get_process_group_ranks(tensor_group), dist.get_process_group_ranks(data_group)
 
 
 def test_fairscale_joins_the_groups_of_the_shape() -> None:
