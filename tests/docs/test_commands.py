@@ -21,7 +21,7 @@ OTHERS = [command for command in documented() if command not in EVEREST]
 RUN_ELSEWHERE = {"docs/library.md", "docs/tune.md", "docs/study.md"}
 # Commands that are only parsed, with the reason or with the test that runs them.
 ONLY_PARSED = {
-    "data index k400": "needs Kinetics; tests/data/test_official.py has the authors' files",
+    "data index k400": "needs Kinetics; tests/data/official/test_official.py has the authors' files",
     "data synth": "makes a whole data set; tests/data/test_synthetic.py, make demo",
     "checkpoint convert": "tests/docs/test_library.py",
     "predict": "tests/docs/test_library.py",
