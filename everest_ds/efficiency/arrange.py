@@ -148,7 +148,8 @@ def _arrange_table(name: str, heading: Heading, rows: Sequence[FigureRow]) -> Re
     for column, label in heading.columns.items():
         mine = [row for row in rows if row["column"] == column]
         if mine:
-            shared = notes.number(_shared_note(mine))
+            texts = {row["note"] for row in mine}
+            shared = notes.number(texts.pop()) if len(mine) > 1 and len(texts) == 1 else 0
             columns.append(Column(column, label, _parts(mine, annotated=not shared), shared))
     annotated = {column.name for column in columns if column.note}
     lines: dict[tuple[str, str], SystemLine] = {}
@@ -167,12 +168,6 @@ def _parts(rows: Sequence[FigureRow], *, annotated: bool) -> tuple[str, ...]:
         "gap": any(level_of(row) or (annotated and row["note"]) for row in rows),
     }
     return tuple(part for part, there in shown.items() if there)
-
-
-def _shared_note(rows: Sequence[FigureRow]) -> str:
-    """Return the note that all rows share; "" if they differ or there is only one row."""
-    notes = {row["note"] for row in rows}
-    return notes.pop() if len(rows) > 1 and len(notes) == 1 else ""
 
 
 class _Footnotes:
@@ -194,16 +189,13 @@ def _entry(row: FigureRow, note: int) -> TableEntry:
     level = level_of(row)
     unit = "pt" if _holds_percentages(row) else "%"
     gap = "" if not level else "✓" if level == "exact" else f"{row['gap_pct']:+.1f} {unit}"
-    return TableEntry(_printed(row["published"]), _value(row), row["kind"], gap, level, note)
+    published = "" if row["published"] is None else str(row["published"])
+    return TableEntry(published, _value(row), row["kind"], gap, level, note)
 
 
 def _holds_percentages(row: FigureRow) -> bool:
     """Return whether the row's figures are percentages, whose gaps are in percentage points."""
     return str(row["table"]).endswith("_pct")
-
-
-def _printed(published: float | str | None) -> str:
-    return "" if published is None else str(published)
 
 
 def _value(row: FigureRow) -> str:

@@ -19,7 +19,8 @@ def render_markdown(
     """Render a document of all tables, followed by the plots given as (caption, file)."""
     parts = [f"# {title}", lead, LEGEND]
     for grid in grids:
-        parts += [f"## {grid.heading.title}", grid.heading.text, _table(grid), _notes(grid)]
+        notes = "\n".join(f"{number}. {note}" for number, note in enumerate(grid.notes, 1))
+        parts += [f"## {grid.heading.title}", grid.heading.text, _table(grid), notes]
     parts += [f"![{caption}]({file})" for caption, file in plots]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -42,10 +43,6 @@ def _cell(entry: TableEntry) -> str:
 
 def _note(number: int) -> str:
     return f" [{number}]" if number else ""
-
-
-def _notes(grid: ReportTable) -> str:
-    return "\n".join(f"{number}. {note}" for number, note in enumerate(grid.notes, 1))
 
 
 def _join(cells: Sequence[str]) -> str:

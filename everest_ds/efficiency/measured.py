@@ -22,7 +22,7 @@ from everest_ds.profiling.step_measurement import measure_step
 from everest_ds.profiling.step_phases import TrainingStep
 from everest_ds.units import format_bytes, format_duration
 
-FORMAT = "everest-ds profile, format 2"  # the number increases when the meaning of a key changes
+PROFILE_FORMAT = "everest-ds profile, format 2"  # the number increases when the meaning of a key changes
 _K400_CLIPS = 240_000  # clips per epoch in the published tables
 _NODE_GPUS = 8
 # (table, column) -> training phase that the column's figures describe
@@ -166,11 +166,11 @@ def read_measured(file: Path) -> Measured:
         raise UsageError(f"{file}: cannot be read as JSON", given=str(error)) from None
     again = "run everest-ds profile SUBJECT --measure --json FILE"
     found = content.get("format") if isinstance(content, dict) else None
-    if found != FORMAT:
+    if found != PROFILE_FORMAT:
         raise UsageError(
             f"{file}: not a measurement in this version's format",
             given=f"format {found!r}",
-            allowed=repr(FORMAT),
+            allowed=repr(PROFILE_FORMAT),
             fix=again,
         )
     if content["measured"] is None:
@@ -200,17 +200,13 @@ def _rows(cell: Cell, one: Measured) -> list[ComparisonRow]:
     clips = one.config.batch.micro_batch_size
     note = f"{_NODE_GPUS} x one {one.where}; {clips} clips per GPU, {one.config.model.attention} attention"
     if cell.column == "pt_time":
-        return [_epoch_row(cell, one, note)]
+        epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
+        how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s per GPU, without data wait"
+        # No gap: the published device is another one.
+        return [replace(make_row(cell, None, how), value=epoch, kind="measured")]
     if one.peak_memory_bytes is None:
         return []
     return [make_row(cell, Figure(_NODE_GPUS * one.peak_memory_bytes / 1e9, "measured", note))]
-
-
-def _epoch_row(cell: Cell, one: Measured, note: str) -> ComparisonRow:
-    """Return the row of an epoch's time, without a gap because the published device is another one."""
-    epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
-    how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s per GPU, without data wait"
-    return replace(make_row(cell, None, how), value=epoch, kind="measured")
 
 
 def _is_about(config: Experiment, cell: Cell, phase: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 
 from everest_ds import __version__
 from everest_ds.config import Experiment, find_config, load_experiment, recipe_names
-from everest_ds.efficiency.measured import FORMAT, Measured
+from everest_ds.efficiency.measured import PROFILE_FORMAT, Measured
 from everest_ds.efficiency.peer_counts import find_peer, peer_names
 from everest_ds.efficiency.peer_profile import memory_of_peer, profile_peer
 from everest_ds.errors import ConfigError, UsageError, nearest
@@ -47,7 +47,7 @@ class Profile:
             plain: measurement of the plain loop's step; None if it was not measured.
         """
         return {
-            "format": FORMAT,
+            "format": PROFILE_FORMAT,
             "everest_ds": __version__,
             "subject": self.subject,
             "config": self.config and self.config.model_dump(mode="json"),

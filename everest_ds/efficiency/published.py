@@ -75,7 +75,9 @@ def select_cells(tables: Sequence[str] = (), models: Sequence[str] = ()) -> list
         UsageError: a name is in no table (the nearest names are listed), or no cell matches.
     """
     known = published_tables()
-    _check_names("table", tables, known)
+    for name in tables:
+        if name not in known:
+            raise UsageError("no such table", given=repr(name), allowed=nearest(name, known))
     everything = [cell for table in known.values() for cell in table.cells]
     wanted = [_find_name(model, {name for cell in everything for name in cell.names}) for model in models]
     cells = [cell for cell in everything if not tables or cell.table in tables]
@@ -93,12 +95,6 @@ def _read_table(name: str, table: dict[str, Any]) -> PublishedTable:
         if column in row
     )
     return PublishedTable(name, table["title"], table["text"], table["source"], table["columns"], cells)
-
-
-def _check_names(what: str, given: Sequence[str], known: dict[str, PublishedTable]) -> None:
-    for name in given:
-        if name not in known:
-            raise UsageError(f"no such {what}", given=repr(name), allowed=nearest(name, known))
 
 
 def _find_name(given: str, known: set[str]) -> str:

@@ -14,7 +14,7 @@ from everest_ds.efficiency.measured import measured_rows, read_measured
 from everest_ds.efficiency.published import Cell, published_tables
 from everest_ds.efficiency.report_page import render_efficiency_page
 from everest_ds.efficiency.report_plots import draw_plots
-from everest_ds.efficiency.runs import HEADING, TABLE, read_runs, run_rows
+from everest_ds.efficiency.runs import RUNS_HEADING, RUNS_TABLE, read_runs, run_rows
 from everest_ds.efficiency.tables import OURS, ComparisonRow, build_rows
 from everest_ds.errors import UsageError
 from everest_ds.reports.page import Plot
@@ -94,12 +94,12 @@ def _headings() -> dict[str, Heading]:
         name: Heading(table.title, f"{table.text} Source: {table.source}.", table.columns)
         for name, table in published_tables().items()
     }
-    return {**published, TABLE: HEADING}
+    return {**published, RUNS_TABLE: RUNS_HEADING}
 
 
 def _lead(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the introduction of the report."""
-    if all(row["table"] == TABLE for row in rows):
+    if all(row["table"] == RUNS_TABLE for row in rows):
         return "A comparison of runs: predicted compute and memory, and the figures that the runs measured."
     return (
         "Every published figure is listed beside ours. GFLOPs follow the convention of the literature:"

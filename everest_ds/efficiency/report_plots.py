@@ -48,7 +48,7 @@ def _accuracy(rows: Sequence[ComparisonRow]) -> Iterator[Plot]:
             backbone,
             float(values[method, backbone, "ft_gflops"].value or 0),
             float(values[method, backbone, "top1"].published or 0),
-            _parameters_m(method, backbone),
+            model.parameters().value / 1e6 if (model := SYSTEMS[method, backbone].finetune) else 0.0,
         )
         for method, backbone in systems
     }
@@ -63,11 +63,6 @@ def _accuracy(rows: Sequence[ComparisonRow]) -> Iterator[Plot]:
             " parameters; an arrow leads from VideoMAE to EVEREST."
         )
         yield Plot("accuracy_over_gflops", caption, draw_bubbles(list(bubbles.values()), links), wide=True)
-
-
-def _parameters_m(method: str, backbone: str) -> float:
-    model = SYSTEMS[method, backbone].finetune
-    return model.parameters().value / 1e6 if model else 0.0
 
 
 def _memory(rows: Sequence[ComparisonRow]) -> Iterator[Plot]:

@@ -18,8 +18,8 @@ from everest_ds.errors import RunFolderError
 from everest_ds.training.run_folder import EVALUATION_FILE, read_metrics
 from everest_ds.units import GIB
 
-TABLE = "runs"
-HEADING = Heading(
+RUNS_TABLE = "runs"
+RUNS_HEADING = Heading(
     title="Runs",
     text="Compute of one clip, memory of one rank and throughput of all ranks together, as the median of the"
     " logged steps. Predicted memory is allocated memory; a run on a CPU measures resident memory.",
@@ -84,11 +84,16 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
 
 
 def run_rows(run: Run) -> list[ComparisonRow]:
-    """Return a run's rows of table `runs`: predicted and measured figures, in the units of `HEADING`."""
+    """Return a run's rows of table `runs`: predicted and measured figures, in the units of `RUNS_HEADING`."""
     world_size, versions = run.environment["world_size"], run.environment["packages"]
     commit = (run.environment["git"] or {}).get("commit", "unknown")[:7]
     ran = f"{world_size} ranks, torch {versions['torch']}, commit {commit}"
-    rows = [_row(run, *figure, "predicted", "") for figure in _predicted(run.config, world_size)]
+    predicted = {
+        "parameters_m": count_parameters(run.config) / 1e6,
+        "training_gmacs": predict_macs(run.config).training_macs / 1e9,
+        "memory_gib": predict_memory(run.config, num_ranks=world_size).peak_bytes / GIB,
+    }
+    rows = [_row(run, *figure, "predicted", "") for figure in predicted.items()]
     return rows + [_row(run, *figure, "measured", ran) for figure in _measured(run)]
 
 
@@ -109,20 +114,13 @@ def _read_run(folder: Path, name: str) -> Run:
     return run
 
 
-def _predicted(config: Experiment, world_size: int) -> list[tuple[str, float]]:
-    return [
-        ("parameters_m", count_parameters(config) / 1e6),
-        ("training_gmacs", predict_macs(config).training_macs / 1e9),
-        ("memory_gib", predict_memory(config, num_ranks=world_size).peak_bytes / GIB),
-    ]
-
-
 def _measured(run: Run) -> list[tuple[str, float]]:
     steady = run.steps[1:] or run.steps  # the first logged steps are warm-up
+    known_mfu = [row["mfu_pct"] for row in steady if row.get("mfu_pct") is not None]
     figures = {
         "memory_gib": max(row["memory_bytes"] for row in run.steps) / GIB,
         "clips_per_s": median(row["clips_per_s"] for row in steady),
-        "mfu_pct": _median_of_known([row.get("mfu_pct") for row in steady]),
+        "mfu_pct": median(known_mfu) if known_mfu else None,
         "data_wait_pct": median(row["data_wait_pct"] for row in steady),
         "loss": run.steps[-1]["loss"],
         "top1": run.top1,
@@ -130,11 +128,6 @@ def _measured(run: Run) -> list[tuple[str, float]]:
     return [(column, value) for column, value in figures.items() if value is not None]
 
 
-def _median_of_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return median(known) if known else None
-
-
 def _row(run: Run, column: str, value: float, kind: FigureKind, note: str) -> ComparisonRow:
     backbone = run.config.model.backbone
-    return ComparisonRow(TABLE, run.name, backbone, column, None, round(value, 3), kind, None, note)
+    return ComparisonRow(RUNS_TABLE, run.name, backbone, column, None, round(value, 3), kind, None, note)

@@ -23,10 +23,11 @@ from everest_ds.efficiency.systems import (
     System,
     memory_at,
 )
-from everest_ds.profiling.mac_counter import ExperimentCount, count_experiment, macs_by_part
+from everest_ds.profiling.mac_counter import count_experiment, macs_by_part
 
 OURS = "EVEREST-DS"  # the method of rows about our own sparse path
 _GIGA = 1e9
+_count_once = cache(count_experiment)
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def _rows_of(cell: Cell) -> list[ComparisonRow]:
         figure = _reduction(cell)
         points = round(figure.value - float(cell.published or 0), 2)
         return [replace(make_row(cell, figure), gap_pct=points)]
-    rows = [make_row(cell, _FIGURES[cell.column](cell), _why_nothing(cell))]
+    why = _NO_FIGURE.get(cell.column) or _system(cell).pretrain_note
+    rows = [make_row(cell, _FIGURES[cell.column](cell), why)]
     if cell.method == "EVEREST" and cell.column in _SPARSE_FIGURES:
         ours = replace(cell, method=OURS, published=None)
         rows.append(make_row(ours, _SPARSE_FIGURES[cell.column](cell)))
@@ -109,18 +111,6 @@ def _reduction(cell: Cell) -> Figure:
     return Figure(100 * (1 - after.value / before.value), after.kind, "the gap is in percentage points")
 
 
-def _nothing(_: Cell) -> None:
-    return None
-
-
-def _pretraining_gflops(cell: Cell) -> Figure | None:
-    return _in_giga(_system(cell).pretrain)
-
-
-def _finetuning_gflops(cell: Cell) -> Figure | None:
-    return _in_giga(_system(cell).finetune)
-
-
 def _memory_gb(cell: Cell) -> Figure:
     value, note = predict_published_memory(cell.table, cell.method, cell.backbone)
     return Figure(value, "predicted", note)
@@ -134,32 +124,21 @@ def _parameters_m(cell: Cell) -> Figure | None:
     return Figure(figure.value / 1e6, figure.kind, figure.note)
 
 
+# column -> our figure for a cell, from the model of that training phase
 _FIGURES: dict[str, Callable[[Cell], Figure | None]] = {
-    "pt_gflops": _pretraining_gflops,
-    "ft_gflops": _finetuning_gflops,
-    "gflops": _finetuning_gflops,
+    "pt_gflops": lambda cell: _in_giga(_system(cell).pretrain),
+    "ft_gflops": lambda cell: _in_giga(_system(cell).finetune),
+    "gflops": lambda cell: _in_giga(_system(cell).finetune),
     "memory_gb": _memory_gb,
     "parameters_m": _parameters_m,
-    "pt_time": _nothing,
-    "top1": _nothing,
+    "pt_time": lambda cell: None,
+    "top1": lambda cell: None,
 }
-
-
-def _why_nothing(cell: Cell) -> str:
-    """Return the reason why a cell has no figure of ours; "" if none is known."""
-    notes = {
-        "pt_time": "wall-clock time needs a measurement: see --measured",
-        "top1": "accuracy needs a trained model",
-    }
-    return notes.get(cell.column) or _system(cell).pretrain_note
-
-
-def _sparse_pretraining_gflops(cell: Cell) -> Figure:
-    return _sparse_gflops(_own_config(_system(cell).pretrain))
-
-
-def _sparse_finetuning_gflops(cell: Cell) -> Figure:
-    return _sparse_gflops(_own_config(_system(cell).finetune))
+# column -> why its cells have no figure of ours
+_NO_FIGURE = {
+    "pt_time": "wall-clock time needs a measurement: see --measured",
+    "top1": "accuracy needs a trained model",
+}
 
 
 def _sparse_memory_gb(cell: Cell) -> Figure:
@@ -171,23 +150,18 @@ def _sparse_memory_gb(cell: Cell) -> Figure:
 
 
 _SPARSE_FIGURES: dict[str, Callable[[Cell], Figure]] = {
-    "pt_gflops": _sparse_pretraining_gflops,
-    "ft_gflops": _sparse_finetuning_gflops,
+    "pt_gflops": lambda cell: _sparse_gflops(_own_config(_system(cell).pretrain)),
+    "ft_gflops": lambda cell: _sparse_gflops(_own_config(_system(cell).finetune)),
     "memory_gb": _sparse_memory_gb,
 }
 
 
 def _sparse_gflops(config: Experiment) -> Figure:
     """Count the compute of our sparse path, which scores all tokens but embeds only the kept ones."""
-    forward = _count(config).forward
+    forward = _count_once(config).forward
     score = macs_by_part(forward)["score"] / _GIGA
     note = f"our sparse path: scoring all tokens takes {score:.1f}, and only kept tokens are embedded"
     return Figure(forward.literature_macs / _GIGA, "counted", note)
-
-
-@cache
-def _count(config: Experiment) -> ExperimentCount:
-    return count_experiment(config)
 
 
 def _own_config(subject: object) -> Experiment:

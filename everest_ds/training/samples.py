@@ -76,7 +76,7 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     )
 
 
-def settle(usable: Usable, settled: Path) -> None:
+def record_excluded(usable: Usable, settled: Path) -> None:
     """Record the excluded samples of `usable` for the rest of the run, as `{name: reason}`."""
     if not settled.is_file():
         reasons = {problem.sample.name: problem.reason for problem in usable.excluded}

@@ -18,8 +18,8 @@ from everest_ds.units import GIB, format_bytes, format_duration
 
 TableRow = dict[str, Any]
 _HOUR_S, _JOULES_PER_KWH = 3600, 3.6e6
-_BESIDES = ("optimizer", "overhead")
-_HEADINGS = {"communication": "comm.", "recompute": "again"}  # short headings for narrow columns of numbers
+_OTHER_GROUPS = ("optimizer", "overhead")
+_SHORT_HEADINGS = {"communication": "comm.", "recompute": "again"}  # for narrow columns of numbers
 _MAY_BE_UNUSED = ("again", "comm.", "offload", "data")
 
 
@@ -40,7 +40,10 @@ class Costs:
 def candidate_rows(ranked: Sequence[Candidate], cluster: Cluster, costs: Costs) -> list[TableRow]:
     """Return one row per candidate, in the given order."""
     rows = [
-        {"rank": rank, **_settings(one, cluster), **_speed(one), **total_of(one, cluster, costs)}
+        {"rank": rank, **_settings(one, cluster)}
+        | {"step_ms": round(1e3 * one.step.step_s, 1), "clips/s": round(one.step.clips_per_s, 1)}
+        | {"MFU_%": None if one.step.mfu_pct is None else round(one.step.mfu_pct, 1)}
+        | total_of(one, cluster, costs)
         | {"GiB": round(one.needed_bytes / GIB, 1), "free_%": round(cluster.free_pct(one.needed_bytes))}
         | _split(one)
         for rank, one in enumerate(ranked, start=1)
@@ -119,18 +122,9 @@ def _settings(candidate: Candidate, cluster: Cluster) -> TableRow:
     }
 
 
-def _speed(candidate: Candidate) -> TableRow:
-    step, mfu = candidate.step, candidate.step.mfu_pct
-    return {
-        "step_ms": round(1e3 * step.step_s, 1),
-        "clips/s": round(step.clips_per_s, 1),
-        "MFU_%": None if mfu is None else round(mfu, 1),
-    }
-
-
 def _split(candidate: Candidate) -> TableRow:
     """Return the parts of a step in ms: compute, recompute, exposed communication and so on."""
     split = candidate.step.split()
-    seconds: dict[str, float] = {_HEADINGS.get(group, group): split[group] for group in split}
-    seconds["other"] = sum(seconds.pop(group) for group in _BESIDES)
+    seconds: dict[str, float] = {_SHORT_HEADINGS.get(group, group): split[group] for group in split}
+    seconds["other"] = sum(seconds.pop(group) for group in _OTHER_GROUPS)
     return {name: round(1e3 * value, 1) for name, value in seconds.items()}

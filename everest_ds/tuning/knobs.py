@@ -85,24 +85,11 @@ class Knob:
         return self.label.format(value) if value or "{}" in self.label else ""
 
 
-def _stages(config: Experiment, cluster: Cluster) -> Sequence[int]:
-    own = config.parallelism  # a DeepSpeed file of the user's own fixes the stage
-    return _STAGES if own.ds_config is None else (own.zero_stage,)
-
-
 def _host_states(config: Experiment, cluster: Cluster) -> Sequence[bool]:
-    own, host = config.parallelism, cluster.machine.asynchronous
-    return (
-        (False, True) if host and own.ds_config is None and own.zero_stage in _OFFLOADING_STAGES else (False,)
-    )
-
-
-def _host_activations(config: Experiment, cluster: Cluster) -> Sequence[bool]:
-    return (False, True) if cluster.machine.asynchronous else (False,)  # a CPU has no other memory
-
-
-def _block_intervals(config: Experiment, cluster: Cluster) -> Sequence[int]:
-    return [every for every in _EVERY if every <= config.model.shape.encoder.depth]
+    """Return whether states may be in host memory: beside a GPU, with a shipped DeepSpeed file."""
+    own, has_host = config.parallelism, cluster.machine.asynchronous
+    shipped = own.ds_config is None and own.zero_stage in _OFFLOADING_STAGES
+    return (False, True) if has_host and shipped else (False,)
 
 
 def _micro_batches(config: Experiment, cluster: Cluster) -> Sequence[int]:
@@ -116,7 +103,10 @@ ZERO_STAGE = Knob(
     role="family",
     column="sharding",
     label="ZeRO-{}",
-    values=_stages,
+    # A DeepSpeed file of the user's own fixes the stage.
+    values=lambda config, cluster: (
+        _STAGES if config.parallelism.ds_config is None else (config.parallelism.zero_stage,)
+    ),
     terms=("communication", "optimizer"),
     plain=(0, 1),
     trait="ZeRO stage",
@@ -163,7 +153,7 @@ KNOBS = (
         role="variant",
         column="recompute",
         label="/{}",
-        values=_block_intervals,
+        values=lambda config, cluster: [n for n in _EVERY if n <= config.model.shape.encoder.depth],
         terms=("recompute",),
         applies=lambda config: config.recompute.mode == "blocks",
     ),
@@ -172,7 +162,7 @@ KNOBS = (
         role="variant",
         column="recompute",
         label=" + offload",
-        values=_host_activations,
+        values=lambda config, cluster: (False, True) if cluster.machine.asynchronous else (False,),
         terms=("recompute", "offload"),
         plain=(False,),
         faster={True: (False,)},

@@ -75,7 +75,9 @@ def write_winner(candidate: Candidate, source: str, cluster: Cluster, folder: Pa
     """
     recipe, ds_file = load_experiment(source), folder / DEEPSPEED_NAME
     note = f"everest-ds tune {source}: {candidate.sharding} on {cluster.num_ranks} x {cluster.machine.device}"
-    text = run_config(candidate, recipe, _base(source, folder), ds_file, note)
+    origin = find_config(source).path  # a recipe is named; any other source is given by its relative path
+    base = source if origin.parent == RECIPES else os.path.relpath(origin, folder)
+    text = run_config(candidate, recipe, base, ds_file, note)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ds_file.write_text(deepspeed_file(candidate))
@@ -107,9 +109,3 @@ def next_command(task: str, file: Path, cluster: Cluster) -> str:
 def default_folder(source: str) -> Path:
     """Return the default output folder: `tuned/` and the name of the recipe, file or run folder."""
     return Path("tuned") / Path(source).stem
-
-
-def _base(source: str, folder: Path) -> str:
-    """Return `base` for a config in `folder`: a recipe's name, or the relative path of any other source."""
-    found = find_config(source)
-    return source if found.path.parent == RECIPES else os.path.relpath(found.path, folder)

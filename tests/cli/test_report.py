@@ -99,11 +99,11 @@ def test_a_mistake_gets_one_line_and_a_code(
     code: int,
     says: str,
 ) -> None:
-    from everest_ds.efficiency.measured import FORMAT
+    from everest_ds.efficiency.measured import PROFILE_FORMAT
 
     monkeypatch.chdir(tmp_path)
     Path("other.json").write_text(json.dumps({"format": "everest-ds profile, format 0"}))
-    Path("empty.json").write_text(json.dumps({"format": FORMAT, "measured": None}))
+    Path("empty.json").write_text(json.dumps({"format": PROFILE_FORMAT, "measured": None}))
     write_run(tmp_path / "silent", [])
     assert run_main(monkeypatch, "report", *arguments) == code
     error = capsys.readouterr().err

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import load_experiment
-from everest_ds.efficiency.measured import FORMAT, Measured, measured_rows, read_measured
+from everest_ds.efficiency.measured import PROFILE_FORMAT, Measured, measured_rows, read_measured
 from everest_ds.efficiency.published import select_cells
 from everest_ds.errors import UsageError
 
@@ -31,7 +31,7 @@ MEASURED = Measured(
 
 def test_a_measurement_reads_back_as_it_was_written(tmp_path: Path) -> None:
     file = tmp_path / "p.json"
-    file.write_text(json.dumps({"format": FORMAT, "measured": MEASURED.as_json()}))
+    file.write_text(json.dumps({"format": PROFILE_FORMAT, "measured": MEASURED.as_json()}))
     assert asdict(read_measured(file)) == asdict(MEASURED)
 
 
@@ -39,7 +39,7 @@ def test_a_config_of_another_version_is_refused(tmp_path: Path) -> None:
     written = MEASURED.as_json()
     written["config"]["tokens"]["gone"] = 1
     file = tmp_path / "p.json"
-    file.write_text(json.dumps({"format": FORMAT, "measured": written}))
+    file.write_text(json.dumps({"format": PROFILE_FORMAT, "measured": written}))
     with pytest.raises(UsageError, match="written by another version"):
         read_measured(file)
 

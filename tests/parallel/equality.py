@@ -160,7 +160,7 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
         micro_losses = []
         for micro in range(plan.grad_accum_steps):
             accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
-            mine = part(accumulated, mesh.degrees.data, mesh.coordinates.data).to(world.device)
+            mine = part(accumulated, mesh.shape.num_shares, mesh.share).to(world.device)
             loss = objective(engine, mine)
             engine.backward(loss)
             engine.step()

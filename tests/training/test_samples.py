@@ -15,7 +15,7 @@ from everest_ds.errors import DataError
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
-from everest_ds.training.samples import read_samples, read_training_samples, settle
+from everest_ds.training.samples import read_samples, read_training_samples, record_excluded
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, metrics, train_rank
 from tests.training.test_resume import stop_and_resume
@@ -49,7 +49,7 @@ def test_what_a_run_leaves_out_stays_whatever_the_ledger_learns(data: Path, tmp_
     config, settled = experiment(data, tmp_path / "run"), tmp_path / "excluded.json"
     break_video(data, "train", 3)
     first = read_training_samples(config, settled)
-    settle(first, settled)
+    record_excluded(first, settled)
     break_video(data, "train", 9)
     again = read_training_samples(config, settled)
     assert again == first

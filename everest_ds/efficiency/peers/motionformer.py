@@ -14,6 +14,8 @@ d width of a head.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -26,7 +28,7 @@ from everest_ds.efficiency.peers.layers import blocks_with
 from everest_ds.efficiency.peers.patches import AllPatches, PatchClassifier, PatchEmbedding, SequenceBody
 from everest_ds.models.linear import Linear
 
-DROP_PATH = 0.2
+_DROP_PATH = 0.2
 
 
 class TrajectoryAttention(nn.Module):
@@ -88,7 +90,8 @@ def build_motionformer(
             as in the release of K-centered sampling.
     """
     patches, width = sampler or AllPatches(geometry), shape.width
-    blocks = blocks_with(lambda: TrajectoryAttention(width, shape.heads, patches.num_slots), shape, DROP_PATH)
+    attention = partial(TrajectoryAttention, width, shape.heads, patches.num_slots)
+    blocks = blocks_with(attention, shape, _DROP_PATH)
     head: nn.Module = nn.Linear(width, num_classes)
     if sampler is None:
         head = nn.Sequential(nn.Linear(width, width), nn.Tanh(), head)

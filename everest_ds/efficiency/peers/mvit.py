@@ -35,7 +35,7 @@ from everest_ds.models.tubelets import normalize_pixels
 from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
 
 Pooling = Literal["conv", "max"]
-DROP_PATH, DROPOUT = 0.2, 0.5
+_DROP_PATH, _DROPOUT = 0.2, 0.5
 
 
 class GridPool(nn.Module):
@@ -136,10 +136,10 @@ class MViT(VideoClassifier):
         self.class_position = table(shape.width)
         self.places = table(side**2, shape.width)
         self.times = table(plans[0].grid[0], shape.width)
-        rates = drop_path_rates(len(plans), DROP_PATH)
+        rates = drop_path_rates(len(plans), _DROP_PATH)
         self.blocks = nn.ModuleList(PoolingBlock(plan, pooling, rates[i], i) for i, plan in enumerate(plans))
         self.norm = nn.LayerNorm(plans[-1].out_width, eps=LAYER_NORM_EPS)
-        self.drop = Drop(DROPOUT, DROPOUT_STREAM, plans[-1].out_width)
+        self.drop = Drop(_DROPOUT, DROPOUT_STREAM, plans[-1].out_width)
         self.head = nn.Linear(plans[-1].out_width, num_classes)
         self.apply(init_peer_weights)
 

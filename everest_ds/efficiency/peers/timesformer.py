@@ -23,7 +23,7 @@ from everest_ds.models.mlp import MLP
 from everest_ds.models.vit import DROP_PATH_STREAM, LAYER_NORM_EPS
 
 EIGHT_FRAMES = ClipGeometry(num_frames=8, tubelet_size=1)
-DROP_PATH = 0.1
+_DROP_PATH = 0.1
 
 
 class DividedBlock(nn.Module):
@@ -94,7 +94,7 @@ def build_timesformer(
         sampler: selects the patches; None uses all patches.
     """
     patches = sampler or AllPatches(geometry)
-    rates = drop_path_rates(shape.depth, DROP_PATH)
+    rates = drop_path_rates(shape.depth, _DROP_PATH)
     blocks = [DividedBlock(shape.width, shape.heads, patches.num_slots, r, i) for i, r in enumerate(rates)]
     body = SequenceBody(DividedBlocks(blocks), shape.width, nn.Linear(shape.width, num_classes))
     model = PatchClassifier(geometry, patches, PatchEmbedding(geometry, shape.width), body)

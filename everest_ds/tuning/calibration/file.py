@@ -11,7 +11,8 @@ from typing import Any
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.errors import UsageError
 
-FORMAT = "everest-ds calibration, format 1"  # the number is raised when the meaning of a key changes
+# The number increases when the meaning of a key changes.
+CALIBRATION_FORMAT = "everest-ds calibration, format 1"
 _FIX = "everest-ds tune --calibrate"
 
 
@@ -53,7 +54,12 @@ class Calibration:
             UsageError: the file cannot be written.
         """
         machines = {str(n): machine.as_json() for n, machine in self.machines.items()}
-        tree = {"format": FORMAT, "facts": dict(self.facts), "date": self.date, "machines": machines}
+        tree = {
+            "format": CALIBRATION_FORMAT,
+            "facts": dict(self.facts),
+            "date": self.date,
+            "machines": machines,
+        }
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(tree, indent=1) + "\n")
@@ -90,8 +96,11 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise UsageError(f"{file}: cannot be read", given=str(error), fix=_FIX) from None
     found = tree.get("format") if isinstance(tree, dict) else None
-    if found != FORMAT:
+    if found != CALIBRATION_FORMAT:
         raise UsageError(
-            f"{file}: not a calibration of this version", given=repr(found), allowed=repr(FORMAT), fix=_FIX
+            f"{file}: not a calibration of this version",
+            given=repr(found),
+            allowed=repr(CALIBRATION_FORMAT),
+            fix=_FIX,
         )
     return tree

@@ -75,7 +75,7 @@ def fit_machine(found: Measurements, peak_flops_per_s: Mapping[str, float], sour
         peak_flops_per_s: peak of the device by precision, as far as a data sheet states it.
         source: human-readable origin of the numbers.
     """
-    decode_s, decode_pixels_per_s = _line(found.clips)
+    decode_s, decode_pixels_per_s = _decoding_rate(found.clips)
     machine = Machine(
         device=found.device,
         memory_bytes=found.memory_bytes,
@@ -144,7 +144,7 @@ def _relative_least_squares(rows: Sequence[tuple[float, float]]) -> tuple[float,
     return (0.0, b / bb) if x <= 0 else (a / aa, 1e-15)
 
 
-def _line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+def _decoding_rate(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
     """Return seconds of an empty clip and pixels per second, from the smallest and the largest clip."""
     (few, fast), (many, slow) = min(points), max(points)
     pixels_per_s = (many - few) / max(slow - fast, 1e-9)

@@ -1,4 +1,4 @@
-"""The part of a calibration that each rank runs. All ranks measure at once; their means are kept."""
+"""The measurements of a calibration, which all ranks take at the same time; their means are kept."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def measure_machine(world: World) -> Measurements:
     # Ranks with more threads than there are cores take turns: this is the share of time that each rank gets.
     turn = 1.0 if on_gpu else min(1.0, available_cores() / (world.local_size * threads))
 
-    def usual(rate: float) -> float:
+    def mean(rate: float) -> float:
         return turn * fmean(world.gather(rate))
 
-    copy, adam = usual(rates.copy_bytes_per_s(device)), usual(rates.adam_values_per_s(device))
+    copy, adam = mean(rates.copy_bytes_per_s(device)), mean(rates.adam_values_per_s(device))
     linear = {name: rates.linear_rates(device, name, shapes.rows, shapes.widths) for name in precisions}
     attention = {name: rates.attention_rates(device, name, shapes.tokens) for name in precisions}
     moving = {name: rates.moving_rates(device, name, shapes.rows, shapes.widths[-1:]) for name in precisions}
@@ -77,19 +77,19 @@ def measure_machine(world: World) -> Measurements:
         asynchronous=on_gpu,
         num_ranks=world.size,
         threads=threads,
-        products={name: [(r.shape, usual(r.rate)) for r in found] for name, found in linear.items()},
+        products={name: [(r.shape, mean(r.rate)) for r in found] for name, found in linear.items()},
         attention={
-            name: [(float(r.shape[0]), usual(r.rate)) for r in found] for name, found in attention.items()
+            name: [(float(r.shape[0]), mean(r.rate)) for r in found] for name, found in attention.items()
         },
-        moving={name: [(float(r.shape[0]), usual(r.rate)) for r in found] for name, found in moving.items()},
+        moving={name: [(float(r.shape[0]), mean(r.rate)) for r in found] for name, found in moving.items()},
         copy_bytes_per_s=copy,
-        fresh_bytes_per_s=usual(rates.fresh_bytes_per_s(device)),
+        fresh_bytes_per_s=mean(rates.fresh_bytes_per_s(device)),
         adam_values_per_s=adam,
-        launch_s=1 / usual(1 / rates.launch_seconds(device)),
-        host_bytes_per_s=usual(rates.host_bytes_per_s(device)) if on_gpu else copy / 2,
-        host_adam_values_per_s=usual(rates.adam_values_per_s(HOST)) if on_gpu else adam,
+        launch_s=1 / mean(1 / rates.launch_seconds(device)),
+        host_bytes_per_s=mean(rates.host_bytes_per_s(device)) if on_gpu else copy / 2,
+        host_adam_values_per_s=mean(rates.adam_values_per_s(HOST)) if on_gpu else adam,
         collectives=[CollectiveSample(*row) for row in measure_collectives(world, shapes.sizes)],
-        clips=[(pixels, 1 / usual(1 / seconds)) for pixels, seconds in clips],
+        clips=[(pixels, 1 / mean(1 / seconds)) for pixels, seconds in clips],
         steps=steps,
         spare_cores=max(0.0, available_cores() / world.local_size - (1 if on_gpu else threads)),
         # The largest difference comes from the stage whose predicted buffers the tiny model fills. The other
@@ -112,7 +112,7 @@ def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], dict[int
     world.share(lambda: synthesize(folder, counts, spec, workers=1))
     steps, baseline = [], {}
     for stage in (0, 1, 2, 3):
-        config = _tiny(folder, stage)
+        config = _tiny_config(folder, stage)
         train(config, world)
         rows = world.share(partial(read_metrics, config.run.dir))
         seconds = [(1 - row["data_wait_pct"] / 100) * world.size / row["clips_per_s"] for row in rows]
@@ -121,7 +121,7 @@ def _train_tiny(world: World, folder: Path) -> tuple[list[TrainedStep], dict[int
     return steps, baseline
 
 
-def _tiny(folder: Path, stage: int) -> Experiment:
+def _tiny_config(folder: Path, stage: int) -> Experiment:
     return load_experiment(
         "demo_pretrain",
         [

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everest_ds.models import PretrainModel, build_model
-from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
+from everest_ds.models.selection.slots import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from tests.models import experiment, random_clips
 
