@@ -16,8 +16,7 @@ from everest_ds.config.schema import DECODERS
 from everest_ds.data.decoding.open_video import open_sample, open_video, require_decoder
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
-
-from .conftest import all_frames, lay_down, noisy_pictures, write_video
+from tests.data.conftest import all_frames, lay_down, noisy_pictures, write_video
 
 UNEVEN = [0, 1, 2, 7, 8, 9, 30, 31, 50, 51, 52, 100, 101, 102, 110, 111, 130, 131, 132, 133]
 REAL = (

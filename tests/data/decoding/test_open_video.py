@@ -16,8 +16,7 @@ from torch.utils.data import DataLoader
 
 from everest_ds.data.decoding.open_video import open_video
 from everest_ds.errors import DataError
-
-from .conftest import all_frames, lay_down, noisy_pictures, write_video
+from tests.data.conftest import all_frames, lay_down, noisy_pictures, write_video
 
 REAL = (
     "Effet_force_magnetique.ogv",

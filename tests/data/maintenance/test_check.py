@@ -11,8 +11,7 @@ from everest_ds.config import DataConfig
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.check import Checked, check_manifest
 from everest_ds.data.video_list import Sample
-
-from .conftest import noisy_pictures, write_video
+from tests.data.conftest import noisy_pictures, write_video
 
 
 def run_check(samples: Sequence[Sample], ledger: Ledger, **options: object) -> Checked:

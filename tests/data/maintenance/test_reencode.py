@@ -14,8 +14,7 @@ from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.maintenance.reencode import plan_jobs
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
-
-from .conftest import lay_down, noisy_pictures, write_video
+from tests.data.conftest import lay_down, noisy_pictures, write_video
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: object) -> int:
