@@ -155,11 +155,10 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
     Raises:
         EverestError: if the run cannot start.
     """
-    from everest_ds.config import plan_ranks
     from everest_ds.parallel.ds_config import resolve_ds_config
 
     pass
 
     facts = describe_plan(config, num_ranks, planned)
-    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    resolve_ds_config(config, num_ranks)
     return facts
