@@ -105,7 +105,7 @@ def _theirs(recipe: Path, config: Experiment, gpus: int, folder: Path) -> dict[s
 
 def _for_autotuner(config: Experiment, gpus: int) -> dict[str, Any]:
     """Return our DeepSpeed config without the settings that the autotuner is to find."""
-    resolved = resolve_ds_config(config, plan_ranks(config, gpus))
+    resolved = resolve_ds_config(config, gpus)
     kept = {key: value for key, value in resolved.items() if not key.startswith(("train_", "gradient_acc"))}
     tuning = {"enabled": True, "max_train_batch_size": config.batch.global_batch_size}
     return kept | {

@@ -13,7 +13,7 @@ import torch
 import typer
 
 from everest_ds.cli.program import run_program
-from everest_ds.config import BatchPlan, Experiment, load_experiment, plan_ranks
+from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.costs.memory import predict_memory
@@ -33,9 +33,9 @@ WARM_UP_STEPS = 2  # the first step creates the optimiser's states
 _M_MMAP_THRESHOLD, _MMAP_THRESHOLD_BYTES = -3, 2**18  # mallopt(3)
 
 
-def set_up(config: Experiment, plan: BatchPlan, mesh: Mesh) -> Engine:
+def set_up(config: Experiment, mesh: Mesh) -> Engine:
     """Build the engine of a run from random weights."""
-    model, ds_config = outline(config), resolve_ds_config(config, plan)
+    model, ds_config = outline(config), resolve_ds_config(config, mesh.world.size)
     groups = parameter_groups(model, config.optimizer)
     return build_engine(model, groups, config, ds_config, mesh, weights=lambda: draw_initial_weights(config))
 
@@ -62,7 +62,7 @@ def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
             engines[0].step()
 
     base_bytes = settled_bytes()
-    set_up_peak = measure_resident_peak(lambda: engines.append(set_up(config, plan, mesh)))
+    set_up_peak = measure_resident_peak(lambda: engines.append(set_up(config, mesh)))
     for _ in range(WARM_UP_STEPS):
         step()
     between_bytes = settled_bytes()
@@ -90,7 +90,7 @@ def load_libraries(config: Experiment, world: World) -> None:
         }
     )
     mesh = form_mesh(world, MeshShape.of(tiny, world.size))
-    engine = set_up(tiny, plan_ranks(tiny, world.size), mesh)
+    engine = set_up(tiny, mesh)
     engine.backward(build_objective(tiny)(engine, random_clips(tiny, 1, 0)))
     engine.step()
     engine.destroy()

@@ -95,7 +95,7 @@ class MeshShape:
 
     @property
     def num_shares(self) -> int:
-        """The number of shares into which the clips of a step are divided; a tensor group has one share."""
+        """The number of shares into which the clips of a step are divided; a tensor group reads one share."""
         return self.degrees.data
 
     def share_of(self, rank: int) -> int:

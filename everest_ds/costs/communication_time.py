@@ -120,7 +120,7 @@ def state_terms(
         yield from _gather_terms(plan, group, machine, zero, states, passes)
     if zero.offloads_optimizer:
         yield from _offload_terms(plan, machine, zero, states, passes)
-    yield _gradient_term(config, plan, machine, zero, states)
+    yield _gradient_term(config, plan, group.ranks, machine, zero, states)
     yield _update_term(config, plan, machine, zero, states)
 
 
@@ -192,12 +192,12 @@ def _copy_term(name: str, num_bytes: float, machine: Machine, behind_s: float) -
 
 
 def _gradient_term(
-    config: Experiment, plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States
+    config: Experiment, plan: BatchPlan, degree: int, machine: Machine, zero: ZeroSettings, states: _States
 ) -> Term:
     """Return the term of gradients: written by each backward pass, added up, and copied through buckets."""
     times, each = plan.grad_accum_steps, states.weight_bytes
-    reduces = states.stage > 0 and not zero.shards_nothing(states.stage, plan.data_parallel_degree)
-    bucketed = (times if states.stage >= 2 else 1) if reduces or plan.data_parallel_degree > 1 else 0
+    reduces = states.stage > 0 and not zero.shards_nothing(states.stage, degree)
+    bucketed = (times if states.stage >= 2 else 1) if reduces or degree > 1 else 0
     summed = 3 * each * (times - 1)
     if zero.sums_in_float32(config.precision, times > 1):
         values = states.part if states.stage >= 2 else states.num_parameters

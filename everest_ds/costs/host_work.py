@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from everest_ds.config.batch import BatchPlan
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.config.zero_settings import ZeroSettings
@@ -59,11 +59,11 @@ class HostWork(NamedTuple):
         return Launches(forward, backward, update + machine.step_s)
 
 
-def host_work(config: Experiment, plan: BatchPlan, zero: ZeroSettings) -> HostWork:
+def host_work(config: Experiment, shape: MeshShape, zero: ZeroSettings) -> HostWork:
     """Count the operators and parameter tensors that the host of one rank handles for `config`."""
     forward, backward = model_launches(config)
     tensors, stage = num_tensors(config), config.parallelism.zero_stage
-    engine = engine_launches(config, plan.data_parallel_degree, zero)
+    engine = engine_launches(config, shape.degrees.data, zero)
     launches = Launches(forward + engine.forward, backward + engine.backward, engine.update)
     return HostWork(launches, tensors, stage)
 

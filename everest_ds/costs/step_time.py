@@ -162,7 +162,7 @@ def assemble_step(
     """Predict the step that consists of micro-batches of `work`."""
     plan, shape = plan_ranks(config, num_ranks), MeshShape.of(config, num_ranks, machine.ranks_per_node)
     count, zero = plan.grad_accum_steps, zero or zero_settings(config)
-    host = host_work(config, plan, zero)
+    host = host_work(config, shape, zero)
     terms = [
         *_compute_terms(work.parts, count),
         _work_term("recompute", "recompute", f"mode {config.recompute.mode}", work.again, count),

@@ -96,7 +96,7 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     _check_files(command, config)
     # The shipped DeepSpeed files are known to be valid, and reading DeepSpeed's keys takes seconds.
     if config.parallelism.ds_config is not None:
-        resolve_ds_config(config, plan_ranks(config, shape.num_ranks))
+        resolve_ds_config(config, shape.num_ranks)
     _check_weights(command, config, target.inputs_follow)
     if command == "evaluate":
         return {"run": str(config.run.dir), "ranks": str(shape.num_ranks)}

@@ -11,7 +11,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config import BatchPlan, Experiment
+from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.zero_settings import ds_config_path, zero_settings
 from everest_ds.errors import ConfigError, nearest
 from everest_ds.parallel.deepspeed_internals import validate, zero_optimization_keys
@@ -31,13 +32,14 @@ _KNOWN_KEYS = frozenset(
 _UNREDUCED = {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
 
 
-def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
-    """Read the DeepSpeed file that the config names and fill in its `"auto"` values.
+def resolve_ds_config(config: Experiment, num_ranks: int) -> dict[str, Any]:
+    """Read the DeepSpeed file that the config names and fill in its `"auto"` values for `num_ranks` ranks.
 
     Raises:
         ConfigError: if the file has unknown keys, another ZeRO stage or another value for a setting of the
             run config, or if this machine does not support the offload.
     """
+    plan = plan_ranks(config, num_ranks)
     check_nvme(config)
     path = ds_config_path(config)
     tree = _read(path)
@@ -54,7 +56,7 @@ def resolve_ds_config(config: Experiment, plan: BatchPlan) -> dict[str, Any]:
     _fill(tree, "gradient_clipping", config.optimizer.clip_grad_norm or 0.0, path)
     _fill_swap_folder(tree["zero_optimization"], config, path)
     _fill_accumulation(tree, config, plan, path)
-    if zero_settings(config).shards_nothing(stage, plan.data_parallel_degree):
+    if zero_settings(config).shards_nothing(stage, MeshShape.of(config, num_ranks).degrees.data):
         tree["zero_optimization"] |= _UNREDUCED
     for precision in ("bf16", "fp16"):
         if precision == config.precision or precision in tree:

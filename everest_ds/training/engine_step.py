@@ -130,7 +130,7 @@ class EngineStep(MeasuredStep):
         groups = parameter_groups(model, config.optimizer)
         weights = weights or noise_weights(config, world.device)
         self.engine: Engine = build_engine(
-            model, groups, config, resolve_ds_config(config, plan), mesh, weights
+            model, groups, config, resolve_ds_config(config, world.size), mesh, weights
         )
         self._trained = self._optimized = self.engine
         self._config, self._world = config, world

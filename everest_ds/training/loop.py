@@ -75,7 +75,7 @@ def train(
     usable = world.share(lambda: read_training_samples(config, folder.excluded))
     samples = usable.samples
     steps_per_epoch(len(samples), plan)
-    ds_config = world.share(lambda: resolve_ds_config(config, plan))
+    ds_config = world.share(lambda: resolve_ds_config(config, world.size))
     world.share(lambda: folder.open(config, ds_config, world.size))
     world.share(lambda: record_excluded(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)

@@ -146,5 +146,5 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
         EverestError: if the run cannot start.
     """
     facts = describe_plan(config, num_ranks, planned)
-    resolve_ds_config(config, plan_ranks(config, num_ranks))
+    resolve_ds_config(config, num_ranks)
     return facts

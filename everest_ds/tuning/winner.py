@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from everest_ds.config import find_config, load_experiment, plan_ranks
+from everest_ds.config import find_config, load_experiment
 from everest_ds.config.load import flatten
 from everest_ds.config.recipes import RECIPES
 from everest_ds.config.schema import Experiment
@@ -95,7 +95,7 @@ def check_written(file: Path, num_ranks: int) -> None:
         ConfigError: a check fails.
     """
     config = load_experiment(file)
-    check_by_deepspeed(resolve_ds_config(config, plan_ranks(config, num_ranks)))
+    check_by_deepspeed(resolve_ds_config(config, num_ranks))
     check_plan(config, num_ranks, planned=True)  # planned: the data may be missing on the machine that tunes
 
 

@@ -8,7 +8,7 @@ from functools import cache
 import pytest
 from torch import nn
 
-from everest_ds.config import load_experiment, plan_ranks, recipe_names
+from everest_ds.config import load_experiment, recipe_names
 from everest_ds.costs.compute import count_parameters
 from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -44,7 +44,7 @@ def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     config, gpus = load_experiment(name), parse_gpus(REFERENCE)
     epoch = count_samples(config, planned=True)
     facts = describe_plan(config, gpus.count, planned=True)
-    resolve_ds_config(config, plan_ranks(config, gpus.count))
+    resolve_ds_config(config, gpus.count)
     predicted = describe_prediction(config, gpus, epoch and epoch.num_samples)
     assert " per epoch x " in facts["steps"] and facts["steps"].endswith("does not exist)")
     assert "of a GPU's 80 GB" in predicted["memory"]

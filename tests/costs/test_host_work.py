@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config import Experiment
+from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.costs.host_work import (
     Launches,
@@ -130,7 +131,7 @@ def counted_on_engine(world: World, config: Experiment) -> Launches:
 def test_operators_of_the_engine(num_ranks: int, stage: int, task: str, layer_decay: float) -> None:
     """The mean over the ranks matches the prediction; ranks differ by a few gradients of their own."""
     config = experiment(task, optimizer={"layer_decay": layer_decay}, parallelism={"zero_stage": stage})
-    expected = host_work(config, plan_ranks(config, num_ranks), zero_settings(config)).launches
+    expected = host_work(config, MeshShape.of(config, num_ranks), zero_settings(config)).launches
     ranks = run_ranks(counted_on_engine, num_ranks, config)
     assert [fmean(column) for column in zip(*ranks, strict=True)] == pytest.approx(
         list(expected), abs=_TOLERANCE
@@ -141,6 +142,6 @@ def test_operators_of_the_engine(num_ranks: int, stage: int, task: str, layer_de
 def test_operators_of_an_engine_that_offloads(stage: int) -> None:
     """The prediction is within a tenth; the exact count depends on the sizes of the tensors."""
     config = experiment(parallelism={"offload_to_cpu": True, "zero_stage": stage})
-    expected = host_work(config, plan_ranks(config, 1), zero_settings(config)).launches
+    expected = host_work(config, MeshShape.of(config, 1), zero_settings(config)).launches
     (found,) = run_ranks(counted_on_engine, 1, config)
     assert list(found) == pytest.approx(list(expected), rel=0.1)

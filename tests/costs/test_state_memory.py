@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from everest_ds.config import Experiment, plan_batch
+from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters
 from everest_ds.costs.state_memory import state_memory
@@ -74,7 +74,7 @@ def live_bytes() -> int:
 
 
 def engine_of(model: nn.Module, config: Experiment, world: World) -> Engine:
-    ds_config = resolve_ds_config(config, plan_batch(config.batch, world.size))
+    ds_config = resolve_ds_config(config, world.size)
     mesh = form_mesh(world, MeshShape.of(config, world.size))
     return build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
 

@@ -143,7 +143,7 @@ def plain_run(task: str, device: torch.device = torch.device("cpu"), micro_batch
 
 def start(world: World, config: Experiment) -> Engine:
     """Return the engine of a run, built as `train` builds it."""
-    model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
+    model, ds_config = outline(config), resolve_ds_config(config, world.size)
     groups = parameter_groups(model, config.optimizer)
     mesh = form_mesh(world, MeshShape.of(config, world.size))
     return build_engine(model, groups, config, ds_config, mesh, weights=lambda: draw_initial_weights(config))

@@ -53,7 +53,7 @@ class Trained:
         torch.manual_seed(0)
         model = build_model(self.config)
         groups = parameter_groups(model, self.config.optimizer)
-        ds_config = resolve_ds_config(self.config, self.plan)
+        ds_config = resolve_ds_config(self.config, world.size)
         self.engine: Engine = build_engine(model, groups, self.config, ds_config, self.mesh)
 
     def step(self, number: int) -> float:

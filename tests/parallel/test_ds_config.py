@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from everest_ds.config import plan_ranks
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.ds_config import check_by_deepspeed, resolve_ds_config
 from everest_ds.shipped import shipped
@@ -17,7 +16,7 @@ from tests.parallel.equality import experiment
 
 def resolved(stage: int, ranks: int, **kwargs: Any) -> dict[str, Any]:
     config = experiment("pretrain", stage, ranks, **kwargs)
-    return resolve_ds_config(config, plan_ranks(config, ranks))
+    return resolve_ds_config(config, ranks)
 
 
 def own_file(folder: Path, stage: int, **changes: Any) -> Path:

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from everest_ds.checkpoints.reader import STATES
-from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.errors import ConfigError
 from everest_ds.parallel.checkpointing import Keep, Saving, load_checkpoint, newest_complete
@@ -65,7 +65,7 @@ def test_nvme_in_a_file_of_ones_own_is_refused(tmp_path: Path) -> None:
     (tmp_path / "own.json").write_text(json.dumps(tree))
     config = experiment("pretrain", 3, data_degree=2, ds_config=tmp_path / "own.json")
     with pytest.raises(ConfigError, match="only the run config may set.*set parallelism.offload_to_nvme"):
-        resolve_ds_config(config, plan_ranks(config, 2))
+        resolve_ds_config(config, 2)
 
 
 @pytest.fixture

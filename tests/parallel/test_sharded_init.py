@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
-from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.models import build_model
 from everest_ds.models.initial_weights import NamedTensor, draw_initial_weights, outline
@@ -42,7 +42,7 @@ def starts_as_one_process_would(world: World, cases: list[Case], init_from: Path
         config = experiment("finetune", stage, RANKS // tensor, tensor, precision=precision)
         expected: dict[str, Tensor] = dict(dense(config).named_parameters())
         expected |= dict(encoder_of_another(config))
-        model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
+        model, ds_config = outline(config), resolve_ds_config(config, world.size)
         groups = parameter_groups(model, config.optimizer)
         with initial_weights(config, init_from) as weights:
             mesh = form_mesh(world, MeshShape.of(config, world.size))
@@ -88,7 +88,7 @@ def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
     if tensor > 1:
         apply_tensor_parallel(model, mesh)
     others, seen = live_bytes(), list[int]()
-    ds_config = resolve_ds_config(config, plan_ranks(config, world.size))
+    ds_config = resolve_ds_config(config, world.size)
     weights: InitialWeights = partial(watched, lambda: draw_initial_weights(config), seen)
     fill(model, weights, "fp32", ds_config, mesh)
     share = live_bytes() - others
