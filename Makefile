@@ -8,6 +8,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.10 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 # Number of parallel test processes: three suit two cores, because tests that start ranks spend much time waiting.
 JOBS ?= 3
+# Branch coverage of the slow tests and of the ranks that they start; `make test-slow COVERAGE=` leaves it out.
+COVERAGE ?= --cov --cov-report=term --cov-report=html
 
 .PHONY: help demo test test-slow test-slurm test-gpu test-nvme lint format hooks clean
 
@@ -21,8 +23,8 @@ test: $(STAMP) lint  ## run lint, type checks and fast tests, which must pass be
 	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "not slow and not gpu and not slurm"
 
 test-slow: JOBS = 2
-test-slow: $(STAMP)  ## run the slow tests, which take more memory
-	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm"
+test-slow: $(STAMP)  ## run the slow tests, which take more memory; their branch coverage goes to build/coverage
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist worksteal -m "slow and not gpu and not slurm" $(COVERAGE)
 
 test-slurm: $(STAMP)  ## run real jobs on a SLURM cluster that the tests start; needs root, on Linux
 	$(BIN)/python -m pytest -q -rs -m slurm --slurm-report build/slurm-faults.md

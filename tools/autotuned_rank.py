@@ -9,6 +9,7 @@ import base64
 import json
 import os
 import sys
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ def main(source: str, ds_config_base64: str) -> None:
     torch.manual_seed(0)
     model = build_model(config)
     mesh = form_mesh(world, MeshShape.of(config, world.size))
-    engine = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
+    engine: Any = build_engine(model, parameter_groups(model, config.optimizer), config, ds_config, mesh)
     objective = build_objective(config)
     batch = random_clips(config, engine.train_micro_batch_size_per_gpu()).to(world.device)
     for _ in range(_MICRO_BATCHES):

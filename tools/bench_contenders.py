@@ -165,7 +165,7 @@ def engine_contender(config: Experiment, world: World) -> Contender:
 
     def make() -> Contender:
         step = EngineStep(config, world)
-        optimizer = getattr(step.engine.optimizer, "optimizer", step.engine.optimizer)
+        optimizer: Any = getattr(step.engine.optimizer, "optimizer", step.engine.optimizer)
         return _of_ours("ours", config, step, lambda: _held(step.engine.module, optimizer))
 
     return build(f"ours {config.precision}", config.precision, make)

@@ -54,7 +54,7 @@ def measure(config: Experiment, mesh: Mesh) -> dict[str, Any]:
     world = mesh.world
     load_libraries(config, world)
     plan, objective, engines = plan_ranks(config, world.size), build_objective(config), list[Engine]()
-    batch = random_clips(config, plan.micro_batch_size, mesh.coordinates.data)
+    batch = random_clips(config, plan.micro_batch_size, mesh.share)
 
     def step() -> None:
         for _ in range(plan.grad_accum_steps):

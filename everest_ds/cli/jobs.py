@@ -13,7 +13,7 @@ from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 
-from everest_ds.cli.options import JsonFile
+from everest_ds.cli.options import CsvFile, JsonFile
 from everest_ds.console import print_table, write_csv, write_json
 from everest_ds.errors import UsageError
 from everest_ds.jobs.job_control import restart_jobs, stop_job
@@ -42,7 +42,6 @@ Lines = Annotated[int, typer.Option("--lines", "-n", min=0, help="Number of last
 Sweep = Annotated[
     Path, typer.Argument(metavar="SWEEP", help="Folder of the sweep: the run.dir that it was submitted with.")
 ]
-CsvFile = Annotated[Path | None, typer.Option("--csv", metavar="FILE", help="Also write the rows as CSV.")]
 
 _STYLES = {
     "running": "green",

@@ -8,22 +8,21 @@ from typing import Annotated, Any
 import typer
 
 from everest_ds.cli.options import JsonFile
+from everest_ds.config import load_experiment, recipe_names
 from everest_ds.console import print_table, write_json
 from everest_ds.errors import UsageError, nearest
 
-Words = Annotated[
+NameParts = Annotated[
     list[str] | None,
     typer.Argument(metavar="[WORD]...", help="List only the recipes whose names contain all these words."),
 ]
 
 
-def recipes(words: Words = None, json_file: JsonFile = None) -> None:
+def recipes(words: NameParts = None, json_file: JsonFile = None) -> None:
     """List the recipes, the ready-made configs shipped with the package, by data set and task.
 
     Example: everest-ds recipes k400 vit_base
     """
-    from everest_ds.config import recipe_names
-
     wanted, every = words or [], recipe_names()
     names = [name for name in every if all(word in name for word in wanted)]
     if not names:
@@ -36,8 +35,6 @@ def recipes(words: Words = None, json_file: JsonFile = None) -> None:
 
 
 def _row(name: str) -> dict[str, Any]:
-    from everest_ds.config import load_experiment
-
     config = load_experiment(name)
     return {
         "recipe": name,

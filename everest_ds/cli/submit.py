@@ -18,14 +18,14 @@ from everest_ds.jobs.job_plan import (
     Submission,
     plan_submission,
 )
-from everest_ds.jobs.local_runner import run_here
+from everest_ds.jobs.local_runner import run_locally
 from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all
 from everest_ds.jobs.sbatch import as_shell, split_options
 
 Job = Annotated[
     JobKind, typer.Argument(metavar="JOB", help="The command to run, or a chain or a sweep of runs.")
 ]
-Words = Annotated[
+RecipeWords = Annotated[
     list[str],
     typer.Argument(
         metavar="RECIPE [KEY.PATH=VALUE]... [SBATCH OPTION]...",
@@ -33,7 +33,7 @@ Words = Annotated[
         " Options that are not listed below go to sbatch unchanged.",
     ),
 ]
-Nodes = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
+NumNodes = Annotated[int, typer.Option(min=1, help="Number of nodes.")]
 GpusPerNode = Annotated[int | None, typer.Option(min=1, help="GPUs per node; one rank runs on each GPU.")]
 TasksPerNode = Annotated[int | None, typer.Option(min=1, help="Ranks per node, on nodes without GPUs.")]
 Time = Annotated[str | None, typer.Option(help="Time limit of each job, such as 1-00:00:00 (one day).")]
@@ -56,10 +56,10 @@ Nodelist = Annotated[
         help="Nodes to run on, such as gpu[01-04]; the plan then shows on which hosts the ranks run."
     ),
 ]
-Gpu = Annotated[
+CheckedGpu = Annotated[
     str | None, typer.Option(help="Check the predicted memory against this GPU, such as 'A100 80GB'.")
 ]
-Cluster = Annotated[
+SiteSettings = Annotated[
     str | None,
     typer.Option(
         help="Settings of your site: a name in slurm/clusters, or a file. Default: $EVEREST_CLUSTER."
@@ -81,7 +81,7 @@ Grid = Annotated[
 Candidates = Annotated[
     Path | None, typer.Option(help='Sweep: a file with one run per line, as {"overrides": ["key=value"]}.')
 ]
-DryRun = Annotated[
+PrintOnly = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the sbatch commands and the expected start time; queue nothing."),
 ]
@@ -90,8 +90,8 @@ Local = Annotated[bool, typer.Option("--local", help="Run the jobs on this machi
 
 def submit(
     job: Job,
-    words: Words,
-    nodes: Nodes = 1,
+    words: RecipeWords,
+    nodes: NumNodes = 1,
     gpus_per_node: GpusPerNode = None,
     ntasks_per_node: TasksPerNode = None,
     time: Time = None,
@@ -99,12 +99,12 @@ def submit(
     array: Array = None,
     dependency: Dependency = None,
     nodelist: Nodelist = None,
-    gpu: Gpu = None,
-    cluster: Cluster = None,
+    gpu: CheckedGpu = None,
+    cluster: SiteSettings = None,
     max_restarts: MaxRestarts = None,
     grid: Grid = None,
     candidates: Candidates = None,
-    dry_run: DryRun = False,
+    dry_run: PrintOnly = False,
     local: Local = False,
     json_file: JsonFile = None,
 ) -> None:
@@ -128,7 +128,7 @@ def submit(
     if dry_run:
         _show(submission, checked_ms, json_file)
     elif local:
-        code = run_here(submission)
+        code = run_locally(submission)
         if code:
             raise typer.Exit(code)
     else:

@@ -50,8 +50,8 @@ def plan_ranks(config: Experiment, num_ranks: int) -> BatchPlan:
         ConfigError: if the tensor-parallel degree does not divide the ranks, or the data-parallel ranks
             do not divide the batch.
     """
-    shape = MeshShape.of(config, num_ranks)
-    return replace(plan_batch(config.batch, shape.degrees.data), repeats=config.data.repeats)
+    plan = plan_batch(config.batch, MeshShape.of(config, num_ranks).num_shares)
+    return replace(plan, repeats=config.data.repeats)
 
 
 def plan_batch(batch: BatchConfig, data_parallel_degree: int) -> BatchPlan:

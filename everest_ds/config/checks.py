@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from everest_ds.config.mesh_shape import check_heads
+from everest_ds.config.mesh_shape import check_degrees
 from everest_ds.config.selections import SELECTIONS
 
 if TYPE_CHECKING:
@@ -22,11 +22,9 @@ def check_sections_agree(config: Experiment) -> None:
     _check_schedule(config)
     _check_micro_batch(config)
     _check_packing(config)
-    _check_precision(config)
-    check_heads(config)
-    _check_skipping(config)
+    _check_zero_stage(config)
+    check_degrees(config)
     _check_recompute(config)
-    _check_compile(config)
 
 
 def _check_task(config: Experiment) -> None:
@@ -116,32 +114,11 @@ def _check_packing(config: Experiment) -> None:
         )
 
 
-def _check_precision(config: Experiment) -> None:
-    if config.precision == "bf16" and config.parallelism.zero_stage == 0:
-        raise ValueError(
-            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
-            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
-        )
-    if config.precision == "fp16" and config.parallelism.zero_stage == 0:
-        raise ValueError(
-            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19 keeps the"
-            " float32 weights where a checkpoint cannot name them; use zero_stage=1, which needs less memory"
-        )
-
-
 def _check_schedule(config: Experiment) -> None:
     if config.schedule.warmup_epochs >= config.schedule.epochs:
         raise ValueError(
             f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} leaves no epoch after the"
             f" warm-up: schedule.epochs={config.schedule.epochs}"
-        )
-
-
-def _check_skipping(config: Experiment) -> None:
-    if config.run.max_skipped_steps and config.parallelism.zero_stage == 0:
-        raise ValueError(
-            "run.max_skipped_steps is set at parallelism.zero_stage=0, but DeepSpeed 0.19 never skips a step"
-            " at stage 0; use zero_stage 1, 2 or 3, or max_skipped_steps=0"
         )
 
 
@@ -159,8 +136,25 @@ def _check_recompute(config: Experiment) -> None:
         )
 
 
-def _check_compile(config: Experiment) -> None:
-    if config.model.compile and config.parallelism.zero_stage == 3:
+def _check_zero_stage(config: Experiment) -> None:
+    """Check that DeepSpeed supports the other settings at the ZeRO stage."""
+    stage = config.parallelism.zero_stage
+    if config.precision == "bf16" and stage == 0:
+        raise ValueError(
+            "precision=bf16 needs parallelism.zero_stage 1, 2 or 3: DeepSpeed 0.19 takes a hidden first step"
+            " in bf16 at stage 0; use zero_stage=1 or precision=fp32"
+        )
+    if config.precision == "fp16" and stage == 0:
+        raise ValueError(
+            "precision=fp16 needs parallelism.zero_stage 1, 2 or 3: at stage 0, DeepSpeed 0.19 keeps the"
+            " float32 weights where a checkpoint cannot name them; use zero_stage=1, which needs less memory"
+        )
+    if config.run.max_skipped_steps and stage == 0:
+        raise ValueError(
+            "run.max_skipped_steps is set at parallelism.zero_stage=0, but DeepSpeed 0.19 never skips a step"
+            " at stage 0; use zero_stage 1, 2 or 3, or max_skipped_steps=0"
+        )
+    if config.model.compile and stage == 3:
         raise ValueError(
             "model.compile=true does not work with parallelism.zero_stage=3: its hooks gather weights inside"
             " a block, so each block would be a separate graph; use zero_stage 0 to 2 or model.compile=false"

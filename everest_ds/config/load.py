@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
@@ -142,11 +141,7 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
         )
     if first["type"] == "missing":
         return ConfigError(f"{path}: config key `{key}` is missing{more}", fix=f"add `{key}:`")
-    return _explain_value(first, key, f"{path}: {key or 'config'}{more}")
-
-
-def _explain_value(first: ErrorDetails, key: str, subject: str) -> ConfigError:
-    message = first["msg"].removeprefix("Value error, ")
+    subject, message = f"{path}: {key or 'config'}{more}", first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return ConfigError(f"{subject}: {message}")
     return ConfigError(subject, given=repr(first["input"]), allowed=message.removeprefix("Input should be "))

@@ -94,6 +94,15 @@ class MeshShape:
         return cls(PerAxis(data, tensor), ranks_per_node)
 
     @property
+    def num_shares(self) -> int:
+        """The number of shares into which the clips of a step are divided; a tensor group has one share."""
+        return self.degrees.data
+
+    def share_of(self, rank: int) -> int:
+        """Return the index of the share of clips that `rank` reads."""
+        return self.coordinates(rank).data
+
+    @property
     def num_ranks(self) -> int:
         """The number of all ranks."""
         return prod(self.degrees)
@@ -160,7 +169,7 @@ def possible_shapes(config: Experiment, num_ranks: int, ranks_per_node: int) -> 
         yield MeshShape.over(num_ranks, tensor, ranks_per_node)
 
 
-def check_heads(config: Experiment) -> None:
+def check_degrees(config: Experiment) -> None:
     """Check that the tensor-parallel degree divides the attention heads, and thereby every split width.
 
     Raises:

@@ -1,32 +1,24 @@
-"""Predicted activation memory of a stack of blocks, in closed form, without torch.
+"""Predicted activation memory of one block on one rank, in closed form, without torch.
 
-Sizes are multiples of one tensor of n tokens x D width: A = B·n·D·(bytes per value). A block of models/vit.py
-keeps for its backward pass:
-
-    A    input of the first norm, which is the input of the block
-    A    output of the first norm, the input of the qkv projection
-    3A   q, k and v
-    A    output of attention, the input of the output projection
-    S    unfused attention only: the softmax of every pair of tokens, B·h·n² values
-    A    input of the second norm
-    A    output of the second norm, the input of the MLP
-    4A   the hidden layer before GELU
-    4A   the hidden layer after GELU, unless it is recomputed (models/mlp.py)
-
-Tensor parallelism splits the heads and the hidden layer over its ranks, and with them everything between the
-projections.
+Sizes are multiples of one tensor of n tokens x D width: A = B·n·D·(bytes per value). costs/block.py lists
+what a block keeps for its backward pass: the input of every operator but the sums. Two sizes depend on the
+config: the output of GELU, 4A, may be recomputed (models/mlp.py), and unfused attention also keeps S, the
+softmax of every pair of tokens, B·h·n² values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape, heads_per_chunk
+from everest_ds.config.backbones import heads_per_chunk
 from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
-from everest_ds.config.schema import Experiment, RecomputeConfig
+from everest_ds.config.schema import Experiment
+from everest_ds.costs import block
 
-Recomputed = Literal["nothing", "attention", "mlp", "everything"]
+_WHOLE = block.kept(block.OPERATORS) - block.OPERATORS[0].kept  # tensors that a block keeps besides its input
+_IN_ATTENTION = block.kept(block.repeated("attention"), split=True)  # q, k, v and the output of attention
+_NORM_STATISTICS = 2  # mean and deviation of every token, in float32
+_CHUNK_TENSORS = 5  # softmax, its gradient, the gradient of the logits, and two intermediate results
 
 
 @dataclass(frozen=True)
@@ -51,7 +43,7 @@ class BlockMemory:
         weight_bytes: gradient of one of the MLP's matrices, before it is accumulated.
     """
 
-    recomputed: Recomputed
+    recomputed: block.Recomputed
     input_bytes: int
     host_bytes: int
     drops: bool
@@ -135,15 +127,13 @@ class BlockMemory:
     def _inner_bytes(self) -> int:
         """Bytes that a block keeps without recomputation, excluding its input."""
         in_mlp = self.hidden_bytes + self.gelu_bytes
-        return 3 * self.tensor_bytes + self.norm_bytes + self.attention_bytes + in_mlp
+        return _WHOLE * self.tensor_bytes + self.norm_bytes + self.attention_bytes + in_mlp
 
 
-def block_memory(
-    config: Experiment, shape: TransformerShape, num_tokens: int, recomputed: Recomputed, drops: bool
-) -> BlockMemory:
-    """Predict the memory of one block on one rank, for `num_tokens` tokens per clip of a micro-batch."""
+def block_memory(config: Experiment, stack: block.Stack, recomputed: block.Recomputed) -> BlockMemory:
+    """Predict the memory of one block of `stack` on one rank, for a micro-batch."""
     value, clips = VALUE_BYTES[config.precision], config.batch.micro_batch_size
-    tensor = config.parallelism.tensor
+    shape, num_tokens, tensor = stack.shape, stack.num_tokens, config.parallelism.tensor
     heads, tokens = shape.heads // tensor, clips * num_tokens
     full = tokens * shape.width * value
     split = full // tensor
@@ -152,45 +142,34 @@ def block_memory(
     # For several clips, unfused attention copies k and v for the matrix products, keeps the scaled q and
     # releases the original q, k and v. For a single clip, k and v are used without a copy, so all three
     # originals stay in memory next to the scaled q.
-    tensors = 5 if unfused and clips == 1 else 4
+    tensors = _IN_ATTENTION + (1 if unfused and clips == 1 else 0)
     part = split if config.recompute.partition else full
+    fused = block.ATTEND.inputs * split + _chunk_bytes(config, num_tokens, clips * heads)
     offloaded = config.recompute.offload_to_cpu and recomputed != "nothing"
     return BlockMemory(
         recomputed=recomputed,
         input_bytes=0 if offloaded else part,
         host_bytes=part if offloaded else 0,
-        drops=drops,
+        drops=stack.drops,
         tensor_bytes=full,
         split_bytes=split,
         attention_bytes=tensors * split + (logits or tokens * heads * FLOAT32_BYTES),
-        hidden_bytes=MLP_RATIO * split,
-        gelu_bytes=MLP_RATIO * split if config.recompute.mode == "none" else 0,
-        norm_bytes=2 * 2 * tokens * FLOAT32_BYTES,
+        hidden_bytes=block.GELU.kept * split,
+        gelu_bytes=block.FC2.kept * split if config.recompute.mode == "none" else 0,
+        norm_bytes=block.NUM_NORMS * _NORM_STATISTICS * tokens * FLOAT32_BYTES,
         logits_bytes=logits,
-        fused_bytes=0 if unfused else 3 * split + _chunk_bytes(config, num_tokens, clips * heads),
-        weight_bytes=MLP_RATIO * shape.width**2 * value // tensor,
+        fused_bytes=0 if unfused else fused,
+        weight_bytes=block.largest_matrix(shape.width) * value // tensor,
     )
 
 
 def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
     """Return the bytes of logits for the heads processed at once in bfloat16 on a CPU (models/attention.py).
 
-    Five tensors of that size are live: the softmax, its gradient, the gradient of the logits, and two
-    intermediate results. GPU kernels hold none of them, so there the prediction is a few megabytes too high
-    if this moment is the peak.
+    GPU kernels hold none of these tensors, so there the prediction is a few megabytes too high if this moment
+    is the peak.
     """
     if config.precision != "bf16":
         return 0
     at_once = min(heads, heads_per_chunk(num_tokens))
-    return 5 * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
-
-
-def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
-    """Return the recomputed part of block `index`; mode `blocks` recomputes the first of every n blocks.
-
-    This mirrors parallel/recompute.py.
-    """
-    if config.mode in ("attention", "mlp"):
-        return "attention" if config.mode == "attention" else "mlp"
-    every = {"none": 0, "gelu": 0, "blocks": config.every, "full": 1}[config.mode]
-    return "everything" if every and index % every == 0 else "nothing"
+    return _CHUNK_TENSORS * at_once * num_tokens**2 * VALUE_BYTES["bf16"]

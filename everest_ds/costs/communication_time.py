@@ -22,13 +22,17 @@ from everest_ds.config.mesh_shape import MeshShape, RankGroup
 from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ALLREDUCE_VALUES, ZeroSettings
+from everest_ds.costs.block import OPERATORS, RECOMPUTED, num_sums, repeated
 from everest_ds.costs.collectives import Collective, collective
-from everest_ds.costs.compute_time import BlockTime
+from everest_ds.costs.compute_time import NO_WORK, BlockTime, Work, total
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.term import Term
 
 _FLOAT64_BYTES = 8
-_SUMS_OF_A_BLOCK = 2  # in the forward pass, after attention and after the MLP; as many in the backward pass
+# Sums over the ranks per block: of the outputs of both branches in the forward pass, of the gradients of
+# their inputs in the backward pass, and of recomputed outputs.
+_SUMS = 2 * num_sums(OPERATORS)
+_SUMS_AGAIN = {mode: num_sums(repeated(part)) for mode, part in RECOMPUTED.items()}
 
 
 class PassTime(NamedTuple):
@@ -46,6 +50,12 @@ class BlockStack(NamedTuple):
     block: BlockTime
     depth: int
     recomputing: int
+
+    def again(self, mode: str) -> Work:
+        """Return the work that recompute repeats: GELU of every block, and more of some blocks."""
+        if mode == "none":
+            return NO_WORK
+        return total(self.block.gelu.times(self.depth), self.block.again(mode).times(self.recomputing))
 
 
 class _States(NamedTuple):
@@ -70,11 +80,10 @@ def tensor_terms(
 ) -> Iterator[Term]:
     """Yield the terms of tensor parallelism's sums, and of partitioned or offloaded block inputs."""
     mode, group = config.recompute.mode, shape.group("tensor")
-    again = {"none": 0, "gelu": 0, "attention": 1, "mlp": 1}.get(mode, _SUMS_OF_A_BLOCK)
     sums, seconds, sent, kept = 0, 0.0, 0.0, 0.0
     for _, block, depth, recomputing in stacks:
         one = collective("all_reduce", block.tensor_bytes, group, machine)
-        count = 2 * _SUMS_OF_A_BLOCK * depth + again * recomputing
+        count = _SUMS * depth + _SUMS_AGAIN[mode] * recomputing
         sums, seconds, sent = sums + count, seconds + count * one.seconds, sent + count * one.sent_bytes
         kept += recomputing * block.tensor_bytes
     if group.ranks > 1:

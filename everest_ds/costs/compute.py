@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape
+from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import scored_slots
+from everest_ds.costs import block
 
 LITERATURE_MACS_PER_NORM_ELEMENT = 5
 FLOPS_PER_MAC = 2  # a multiplication and an addition
@@ -98,25 +99,20 @@ def count_parameters(config: Experiment) -> int:
     """Return the number of trainable parameters of the experiment's model, without the fixed positions."""
     values, shape = config.model.geometry.tubelet_values, config.model.shape
     width, narrow = shape.encoder.width, shape.decoder.width
-    encoder = _linear(values, width) + _blocks_parameters(shape.encoder)
+    encoder = _linear(values, width) + shape.encoder.depth * block.parameters(width)
     norm = 2 * width  # gain and bias, before the decoder's projection or the classifier's head
     if config.task == "finetune":
         return encoder + norm + _linear(width, config.model.num_classes or 0)
     projection = width * narrow  # no bias
     mask_token, decoder_norm = narrow, 2 * narrow
-    decoder = mask_token + _blocks_parameters(shape.decoder) + decoder_norm + _linear(narrow, values)
-    return encoder + norm + projection + decoder
+    blocks = shape.decoder.depth * block.parameters(narrow)
+    return encoder + norm + projection + mask_token + blocks + decoder_norm + _linear(narrow, values)
 
 
 def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
-    """Return the forward MACs of a stack of blocks on one sequence of n tokens.
-
-    This is depth · (12·n·D² + 2·n²·D) at MLP ratio 4. Each token costs D² for each of q, k, v and the output
-    projection, and MLP_RATIO·D² for each of the MLP's two linear maps; each pair of tokens costs D for QKᵀ
-    and D for AV, summed over the heads.
-    """
-    linears = num_tokens * (4 + 2 * MLP_RATIO) * shape.width**2
-    attention = 2 * num_tokens**2 * shape.width
+    """Return the forward MACs of a stack of blocks on n tokens: depth · (12·n·D² + 2·n²·D) at MLP ratio 4."""
+    linears = num_tokens * block.token_macs(shape.width)
+    attention = num_tokens**2 * block.pair_macs(shape.width)
     return shape.depth * (linears + attention)
 
 
@@ -145,23 +141,17 @@ def _head_macs(config: Experiment) -> int:
 def _layer_norm_elements(config: Experiment) -> int:
     """Return the input elements of all LayerNorms.
 
-    Each block has two norms. Pre-training adds one norm on the visible and one on the predicted tokens;
-    fine-tuning adds one on the mean of the tokens.
+    Besides those of the blocks, pre-training has one norm on the visible and one on the predicted
+    tokens, and fine-tuning has one on the mean of the tokens.
     """
     counts, encoder, decoder = config.token_counts, config.model.shape.encoder, config.model.shape.decoder
-    in_encoder = 2 * encoder.depth * counts.num_visible * encoder.width
+    in_blocks = sum(
+        block.NUM_NORMS * shape.depth * num_tokens * shape.width
+        for _, shape, num_tokens, _ in block.stacks(config)
+    )
     if config.task == "finetune":
-        return in_encoder + encoder.width
-    in_decoder = 2 * decoder.depth * counts.num_kept * decoder.width
-    return in_encoder + counts.num_visible * encoder.width + in_decoder + counts.num_predicted * decoder.width
-
-
-def _blocks_parameters(shape: TransformerShape) -> int:
-    """Return the parameters of a stack of blocks: depth · (12·D² + 12·D) at MLP ratio 4."""
-    width, hidden = shape.width, MLP_RATIO * shape.width
-    attention = 3 * width**2 + 2 * width + _linear(width, width)  # biases of q and v; k has none
-    norms = 2 * 2 * width
-    return shape.depth * (attention + norms + _linear(width, hidden) + _linear(hidden, width))
+        return in_blocks + encoder.width
+    return in_blocks + counts.num_visible * encoder.width + counts.num_predicted * decoder.width
 
 
 def _linear(num_inputs: int, num_outputs: int) -> int:

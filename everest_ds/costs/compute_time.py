@@ -4,12 +4,8 @@ Symbols as in costs/compute.py: B clips per micro-batch, n tokens per clip, P va
 width of a stack, t tensor-parallel ranks, e bytes per value; A = B·n·D·e, the bytes of one tensor of a block.
 
 A linear map is one product forward and two backward, all three with the same multiply-accumulates and the
-same intensity. Fused attention is two products forward and five backward, for QKᵀ is computed again. Passes
-over memory per block, in tensors of A bytes that are read or written:
-
-    forward    norms 2·2, sums 2·3; GELU 8/t; drop path 2·2
-    backward   norms 2·3, their gradients added 2·3, biases 2; GELU's gradient, biases 19/t; drop path 2·2
-    recompute  GELU 8/t, in every recompute mode but none
+same intensity. costs/block.py counts the products within attention, and the passes of every operator of a
+block over memory, in tensors of A bytes that are read or written.
 """
 
 from __future__ import annotations
@@ -17,17 +13,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.tokens import ClipGeometry
+from everest_ds.costs import block
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.machine import Machine, RateCurve, intensity
 
-_FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # products per pass of fused attention
-_UNFUSED_BACKWARD_PRODUCTS = 4
-_UNFUSED_PASSES = 5, 6  # passes over the logits of all heads: scale, softmax, products; and backward
-_DROP_PATH_PASSES = 4
+# The linear maps of both branches of a block.
+_PROJECTIONS, _IN_MLP = (
+    tuple(operator for operator in block.repeated(branch) if operator.is_linear)
+    for branch in ("attention", "mlp")
+)
+# Passes over whole tensors, over tensors that tensor parallelism splits, and those that drop path adds.
+_WHOLE, _SPLIT = block.moves(block.OPERATORS), block.moves(block.OPERATORS, split=True)
+_DROP_PATH = block.moves(block.DROP_PATH_OPERATORS)
 # Scoring writes each pixel as a number, reads it and its predecessor, and writes and reads their difference.
 _SCORING_PASSES = 5
 
@@ -116,54 +116,52 @@ class BlockTime:
 
     def again(self, mode: str) -> Work:
         """Return the work that recompute repeats for one block in `mode`, besides its GELU."""
-        nothing = {"none": NO_WORK, "gelu": NO_WORK}
-        return {**nothing, "attention": self.attention, "mlp": self.mlp}.get(mode, self.forward)
+        work = {"nothing": NO_WORK, "attention": self.attention, "mlp": self.mlp, "everything": self.forward}
+        return work[block.RECOMPUTED[mode]]
 
 
-def block_time(
-    config: Experiment, shape: TransformerShape, num_tokens: int, rates: Rates, drops: bool
-) -> BlockTime:
-    """Return the work of one block on `num_tokens` tokens of each clip of a micro-batch."""
-    clips, t, width = config.batch.micro_batch_size, config.parallelism.tensor, shape.width
-    rows, hidden = clips * num_tokens, MLP_RATIO * shape.width
+def block_time(config: Experiment, stack: block.Stack, rates: Rates) -> BlockTime:
+    """Return the work of one block of `stack` on a micro-batch."""
+    t, width = config.parallelism.tensor, stack.shape.width
+    rows = config.batch.micro_batch_size * stack.num_tokens
     one_tensor = rows * width * VALUE_BYTES[config.precision]
-    projections = total(rates.linear(rows, width, 3 * width / t), rates.linear(rows, width / t, width))
-    in_mlp = total(rates.linear(rows, width, hidden / t), rates.linear(rows, hidden / t, width))
-    attending, attending_back = _attending(config, shape, num_tokens, rates)
-    gelu = rates.moving(2 * MLP_RATIO / t, one_tensor)
-    passes = _DROP_PATH_PASSES if drops else 0
+    projections, in_mlp = (
+        total(*(rates.linear(rows, *each.widths(width, t)) for each in maps))
+        for maps in (_PROJECTIONS, _IN_MLP)
+    )
+    attending, attending_back = _attending(config, stack, rates)
+    gelu = rates.moving(block.GELU.moves.forward / t, one_tensor)
+    dropping, dropping_back = _DROP_PATH if stack.drops else (0, 0)
     return BlockTime(
         attention=total(projections, attending),
         mlp=total(in_mlp, gelu),
         gelu=gelu,
-        rest=rates.moving(10 + passes, one_tensor),
+        rest=rates.moving(_WHOLE.forward + dropping, one_tensor),
         backward=total(
             projections.times(2),
             in_mlp.times(2),
             attending_back,
-            rates.moving(14 + passes + 19 / t, one_tensor),
+            rates.moving(_WHOLE.backward + dropping_back + _SPLIT.backward / t, one_tensor),
         ),
         tensor_bytes=one_tensor,
     )
 
 
-def _attending(
-    config: Experiment, shape: TransformerShape, num_tokens: int, rates: Rates
-) -> tuple[Work, Work]:
+def _attending(config: Experiment, stack: block.Stack, rates: Rates) -> tuple[Work, Work]:
     """Return the work of softmax attention between the projections, forward and backward."""
     clips, t = config.batch.micro_batch_size, config.parallelism.tensor
-    macs = clips * num_tokens**2 * shape.width / t  # per product of attention
+    _, shape, num_tokens, _ = stack
+    products, products_back = block.ATTENTION_PRODUCTS[config.model.attention]
     if config.model.attention == "fused":
-        return rates.attend(_FORWARD_PRODUCTS * macs, num_tokens), rates.attend(
-            _BACKWARD_PRODUCTS * macs, num_tokens
-        )
+        macs = clips * num_tokens**2 * shape.width / t  # per product
+        return rates.attend(products * macs, num_tokens), rates.attend(products_back * macs, num_tokens)
     batch = clips * shape.heads / t
     logits = batch * num_tokens**2 * VALUE_BYTES[config.precision]
     product = rates.linear(num_tokens, shape.width / shape.heads, num_tokens).times(batch)
-    passes, passes_back = _UNFUSED_PASSES
+    passes, passes_back = block.LOGIT_PASSES
     return (
-        total(product.times(_FORWARD_PRODUCTS), rates.moving(passes, logits)),
-        total(product.times(_UNFUSED_BACKWARD_PRODUCTS), rates.moving(passes_back, logits)),
+        total(product.times(products), rates.moving(passes, logits)),
+        total(product.times(products_back), rates.moving(passes_back, logits)),
     )
 
 

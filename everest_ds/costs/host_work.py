@@ -13,16 +13,15 @@ from everest_ds.config.batch import BatchPlan
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import GPU_CHUNK_TOKENS
 from everest_ds.config.zero_settings import ZeroSettings
+from everest_ds.costs import block
 from everest_ds.costs.hardware.machine import Machine
 
-_BLOCK = 12, 19  # operators per block, forward and backward
-_DROP_PATH = 2, 2  # per block, forward and backward
-_DROP_PATH_HASH = 42  # once for all blocks, forward
+_BLOCK, _DROP_PATH = block.launches(block.OPERATORS), block.launches(block.DROP_PATH_OPERATORS)
+_AGAIN = {mode: block.launches(block.repeated(part)).forward for mode, part in block.RECOMPUTED.items()}
+_DROP_PATH_HASH = 42  # operators that draw the scales of all blocks, forward
 # Operators outside blocks and selection, forward and backward.
 _OTHERS = {"pretrain": (79, 18), "finetune": (42, 20)}
-_GELU_AGAIN = 1  # per block in every recompute mode but none
-_AGAIN = {"none": 0, "gelu": 0, "attention": 5, "mlp": 3, "blocks": 12, "full": 12}  # per recomputing block
-_TENSORS_OF_A_BLOCK, _OTHER_TENSORS = 13, {"pretrain": 10, "finetune": 6}
+_OTHER_TENSORS = {"pretrain": 10, "finetune": 6}  # parameter tensors outside blocks
 # Shares of `Machine.parameter_s` in forward pass, backward pass and update, by ZeRO stage, as in the
 # measurements of costs/hardware/data_sheet.py.
 _SHARES = {0: (0.0, 0.0, 1.0), 1: (0.0, 0.55, 0.45), 2: (0.0, 0.55, 0.45), 3: (0.53, 0.41, 0.06)}
@@ -71,7 +70,8 @@ def host_work(config: Experiment, plan: BatchPlan, zero: ZeroSettings) -> HostWo
 
 def num_tensors(config: Experiment) -> int:
     """Return the number of parameter tensors of the model."""
-    return _num_blocks(config) * _TENSORS_OF_A_BLOCK + _OTHER_TENSORS[config.task]
+    num_blocks = sum(stack.shape.depth for stack in block.stacks(config))
+    return num_blocks * len(block.WEIGHTS) + _OTHER_TENSORS[config.task]
 
 
 def num_groups(config: Experiment) -> int:
@@ -82,14 +82,18 @@ def num_groups(config: Experiment) -> int:
 
 def model_launches(config: Experiment) -> tuple[int, int]:
     """Return the operators of the model and its loss per micro-batch, forward and backward."""
-    blocks, dropping = _num_blocks(config), config.model.drop_path > 0
-    (others, others_back), (block, block_back) = _OTHERS[config.task], _BLOCK
-    forward = others + blocks * block + _selection_launches(config)
-    backward = others_back + blocks * block_back + _recompute_launches(config)
-    if dropping:
-        depth, (branches, branches_back) = config.model.shape.encoder.depth, _DROP_PATH
-        forward += depth * branches + _DROP_PATH_HASH
-        backward += depth * branches_back
+    forward, backward = _OTHERS[config.task]
+    forward += _selection_launches(config)
+    recompute = config.recompute
+    for stack in block.stacks(config):
+        depth = stack.shape.depth
+        forward += depth * _BLOCK.forward
+        backward += depth * _BLOCK.backward + _AGAIN[recompute.mode] * block.num_recomputing(recompute, depth)
+        if stack.drops:
+            forward += depth * _DROP_PATH.forward + _DROP_PATH_HASH
+            backward += depth * _DROP_PATH.backward
+        if recompute.mode != "none":  # every block computes GELU again
+            backward += depth * block.GELU.launches.forward
     return forward, backward
 
 
@@ -116,24 +120,9 @@ def engine_launches(config: Experiment, data_degree: int, zero: ZeroSettings) ->
             return Launches(0, copied + 1.5 * groups + 10, 3 * groups + 10)
 
 
-def _num_blocks(config: Experiment) -> int:
-    shape = config.model.shape
-    return shape.encoder.depth + (shape.decoder.depth if config.task == "pretrain" else 0)
-
-
 def _selection_launches(config: Experiment) -> int:
     rule, kind = config.tokens.rule, config.tokens.score_kind
     if not rule.scores:
         return rule.launches
     all_tokens = config.batch.micro_batch_size * config.candidate_geometry.num_tokens
     return rule.launches + kind.launches + kind.chunk_launches * -(-all_tokens // GPU_CHUNK_TOKENS)
-
-
-def _recompute_launches(config: Experiment) -> int:
-    mode, blocks = config.recompute.mode, _num_blocks(config)
-    if mode == "none":
-        return 0
-    shape, every = config.model.shape, config.recompute.every if mode == "blocks" else 1
-    stacks = [shape.encoder, *([shape.decoder] if config.task == "pretrain" else [])]
-    recomputing = sum(-(-stack.depth // every) for stack in stacks)
-    return _GELU_AGAIN * blocks + _AGAIN[mode] * recomputing

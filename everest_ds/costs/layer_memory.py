@@ -9,16 +9,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from everest_ds.config.backbones import MLP_RATIO, TransformerShape
 from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import GPU_CHUNK_TOKENS
-from everest_ds.costs.activation_memory import (
-    BlockMemory,
-    Recomputed,
-    block_memory,
-    recomputed_of,
-)
+from everest_ds.costs import block
+from everest_ds.costs.activation_memory import BlockMemory, block_memory
 from everest_ds.costs.compute import count_parameters
 
 
@@ -44,20 +39,18 @@ class Layer(NamedTuple):
 
 def layers(config: Experiment) -> list[Layer]:
     """Return one rank's share of the model's layers, in the order of the forward pass."""
-    counts, shape = config.token_counts, config.model.shape
-    in_encoder = _blocks("encoder", config, shape.encoder, counts.num_visible)
+    in_encoder, *in_decoder = (_blocks(config, stack) for stack in block.stacks(config))
     if config.task == "finetune":
         return [_embedding(config), *in_encoder, _classifier_head(config)]
-    in_decoder = _blocks("decoder", config, shape.decoder, counts.num_kept)
-    return [_embedding(config), *in_encoder, _projection(config), *in_decoder, _pixel_head(config)]
+    return [_embedding(config), *in_encoder, _projection(config), *in_decoder[0], _pixel_head(config)]
 
 
 def rank_parameters(config: Experiment) -> int:
     """Return the number of parameters on one rank; tensor parallelism splits those of the blocks."""
-    shape, tensor = config.model.shape, config.parallelism.tensor
-    stacks = [shape.encoder] if config.task == "finetune" else [shape.encoder, shape.decoder]
+    tensor = config.parallelism.tensor
     elsewhere = (
-        stack.depth * (_block_parameters(stack, 1) - _block_parameters(stack, tensor)) for stack in stacks
+        shape.depth * (block.parameters(shape.width) - block.parameters(shape.width, tensor))
+        for _, shape, _, _ in block.stacks(config)
     )
     return count_parameters(config) - sum(elsewhere)
 
@@ -138,23 +131,22 @@ def _predicted_values(config: Experiment) -> int:
     return _clips(config) * config.token_counts.num_predicted * config.model.geometry.tubelet_values
 
 
-def _blocks(name: str, config: Experiment, shape: TransformerShape, num_tokens: int) -> Iterator[Layer]:
+def _blocks(config: Experiment, stack: block.Stack) -> Iterator[Layer]:
     """Yield the layers of a stack; blocks that recompute the same part share one `BlockMemory`."""
-    tensor, drops = config.parallelism.tensor, name == "encoder" and config.model.drop_path > 0
-    num_parameters = _block_parameters(shape, tensor)
-    kinds: dict[Recomputed, BlockMemory] = {}
-    for index in range(shape.depth):
-        recomputed = recomputed_of(config.recompute, index)
+    num_parameters = block.parameters(stack.shape.width, config.parallelism.tensor)
+    kinds: dict[block.Recomputed, BlockMemory] = {}
+    for index in range(stack.shape.depth):
+        recomputed = block.recomputed_of(config.recompute, index)
         if recomputed not in kinds:
-            kinds[recomputed] = block_memory(config, shape, num_tokens, recomputed, drops)
-        block = kinds[recomputed]
+            kinds[recomputed] = block_memory(config, stack, recomputed)
+        memory = kinds[recomputed]
         yield Layer(
-            f"{name} block {index + 1}",
-            block.kept_bytes,
-            block.backward_bytes,
+            f"{stack.name} block {index + 1}",
+            memory.kept_bytes,
+            memory.backward_bytes,
             num_parameters,
-            block.forward_bytes,
-            block.host_bytes,
+            memory.forward_bytes,
+            memory.host_bytes,
         )
 
 
@@ -202,19 +194,6 @@ def _classifier_head(config: Experiment) -> Layer:
     width, classes = config.model.shape.encoder.width, config.model.num_classes or 0
     kept = _clips(config) * (2 * width + classes) * FLOAT32_BYTES
     return Layer("head", kept, 0, 2 * width + width * classes + classes)
-
-
-def _block_parameters(shape: TransformerShape, tensor_parallel: int) -> int:
-    """Return one rank's parameters of a block.
-
-    Tensor parallelism splits the matrices and the biases of q, v and the hidden layer. Norms and the biases
-    added after a sum over ranks are not split.
-    """
-    width, hidden = shape.width, MLP_RATIO * shape.width
-    matrices = 4 * width**2 + 2 * width * hidden
-    split_biases = 2 * width + hidden  # biases of q, v and the hidden layer
-    whole = 2 * width + 2 * 2 * width  # biases after the two sums over ranks, and both norms
-    return (matrices + split_biases) // tensor_parallel + whole
 
 
 def _clips(config: Experiment) -> int:

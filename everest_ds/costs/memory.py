@@ -22,6 +22,7 @@ from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.precision import VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings
+from everest_ds.costs.block import stacks
 from everest_ds.costs.layer_memory import (
     Layer,
     gathered_bytes,
@@ -96,7 +97,7 @@ class PassMemory:
     Attributes:
         moments: moments of both passes that may be the peak.
         num_parameters: parameters of this rank's share under tensor parallelism.
-        position_bytes: size of the fixed position tables.
+        position_bytes: size of the fixed sine-cosine tables over all N tokens, which every rank holds.
         input_bytes: size of the clips.
         host_bytes: activations offloaded to host memory.
     """
@@ -133,12 +134,14 @@ def predict_step_bytes(config: Experiment) -> int:
 
 def predict_passes(config: Experiment) -> PassMemory:
     """Predict the part of a config's memory that does not depend on ZeRO's stage, ranks and settings."""
-    stack = layers(config)
+    stack, clip = layers(config), config.candidate_geometry
+    position_values = config.model.geometry.num_tokens * sum(each.shape.width for each in stacks(config))
+    clip_bytes = clip.num_frames * clip.image_size**2 * 3 + 2 * 8  # RGB in uint8; a key and a label
     return PassMemory(
         moments=tuple(_moments(stack, config)),
         num_parameters=rank_parameters(config),
-        position_bytes=_position_bytes(config),
-        input_bytes=_input_bytes(config),
+        position_bytes=position_values * VALUE_BYTES[config.precision],
+        input_bytes=config.batch.micro_batch_size * clip_bytes,
         host_bytes=sum(layer.host_bytes for layer in stack),
     )
 
@@ -198,17 +201,3 @@ def _buffer_bytes(states: StateMemory, moment: PeakCandidate) -> int:
     finished = moment.finished_parameters
     buffers = states.buffer_bytes(finished, moment.in_backward)
     return buffers + (states.scatter_bytes(finished) if moment.in_backward else 0)
-
-
-def _position_bytes(config: Experiment) -> int:
-    """Return the bytes of the fixed sine-cosine tables over all N tokens, which every rank holds."""
-    shape, num_tokens = config.model.shape, config.model.geometry.num_tokens
-    widths = shape.encoder.width + (shape.decoder.width if config.task == "pretrain" else 0)
-    return num_tokens * widths * VALUE_BYTES[config.precision]
-
-
-def _input_bytes(config: Experiment) -> int:
-    """Return the bytes of a micro-batch: uint8 RGB pixels, and a key and a label of 8 bytes each per clip."""
-    clip = config.candidate_geometry
-    pixels = clip.num_frames * clip.image_size**2 * 3
-    return config.batch.micro_batch_size * (pixels + 2 * 8)

@@ -16,10 +16,10 @@ from everest_ds.config.batch import BatchPlan, plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
+from everest_ds.costs.block import num_recomputing, stacks
 from everest_ds.costs.communication_time import BlockStack, PassTime, state_terms, tensor_terms
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.compute_time import (
-    NO_WORK,
     Rates,
     Work,
     block_time,
@@ -151,17 +151,9 @@ def predict_work(config: Experiment, machine: Machine) -> StepWork:
     """
     _check(config, machine)
     rates = Rates(machine, config.precision)
-    parts, stacks, mode = tuple(_parts(config, rates)), tuple(_stacks(config, rates)), config.recompute.mode
-    again = total(*(_again(stack, mode) for stack in stacks))
-    return StepWork(parts, stacks, again, rank_parameters(config))
-
-
-def _again(stack: BlockStack, mode: str) -> Work:
-    """Return the work that recompute repeats for a stack: GELU of every block, the rest of some blocks."""
-    if mode == "none":
-        return NO_WORK
-    gelu = stack.block.gelu.times(stack.depth)
-    return total(gelu, stack.block.again(mode).times(stack.recomputing))
+    timed, mode = tuple(_stacks(config, rates)), config.recompute.mode
+    again = total(*(stack.again(mode) for stack in timed))
+    return StepWork(tuple(_parts(config, rates)), timed, again, rank_parameters(config))
 
 
 def assemble_step(
@@ -217,19 +209,10 @@ def _parts(config: Experiment, rates: Rates) -> Iterator[Part]:
 
 
 def _stacks(config: Experiment, rates: Rates) -> Iterator[BlockStack]:
-    counts, shape = config.token_counts, config.model.shape
-    encoder = block_time(config, shape.encoder, counts.num_visible, rates, drops=config.model.drop_path > 0)
-    yield BlockStack("encoder", encoder, shape.encoder.depth, _recomputing(config, shape.encoder.depth))
-    if config.task == "pretrain":
-        decoder = block_time(config, shape.decoder, counts.num_kept, rates, drops=False)
-        yield BlockStack("decoder", decoder, shape.decoder.depth, _recomputing(config, shape.decoder.depth))
-
-
-def _recomputing(config: Experiment, depth: int) -> int:
-    """Count the blocks of a stack that recompute more than GELU (parallel/recompute.py)."""
-    return {"none": 0, "gelu": 0, "blocks": -(-depth // config.recompute.every)}.get(
-        config.recompute.mode, depth
-    )
+    for stack in stacks(config):
+        depth = stack.shape.depth
+        recomputing = num_recomputing(config.recompute, depth)
+        yield BlockStack(stack.name, block_time(config, stack, rates), depth, recomputing)
 
 
 def _compute_terms(parts: Sequence[Part], micro_batches: int) -> list[Term]:

@@ -195,11 +195,18 @@ class EvaluationClips:
         """Return views of one sample; it is opened once, and frames that crops share are decoded once."""
         views = [self.views[item] for item in items]
         sample, segments = views[0].sample, sorted({view.segment for view in views})
+
+        def choose(video_frames: int) -> list[int]:
+            of_segments = (self.frames.for_view(video_frames, each, self.segments) for each in segments)
+            return list(chain.from_iterable(of_segments))
+
         try:
-            frames = self.reader.read(sample, partial(self._choose, segments))
+            frames = self.reader.read(sample, choose)
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
-            return LoadedItem([self._missing(item) for item in items], [failure])
+            side = self.geometry.image_size
+            black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
+            return LoadedItem([self._single(black, item, MISSING) for item in items], [failure])
         by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
         return LoadedItem([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
 
@@ -222,18 +229,9 @@ class EvaluationClips:
                 fix="run the same command again; if it repeats, report it with the logs",
             )
 
-    def _choose(self, segments: Sequence[int], video_frames: int) -> list[int]:
-        views = [self.frames.for_view(video_frames, segment, self.segments) for segment in segments]
-        return list(chain.from_iterable(views))
-
     def _clip(self, frames: Tensor, item: int) -> ClipBatch:
         box = view_box(frames.shape[1], frames.shape[2], self.views[item].crop, self.crops)
         return self._single(crop_resize(frames, box, self.geometry.image_size), item, item)
-
-    def _missing(self, item: int) -> ClipBatch:
-        side = self.geometry.image_size
-        black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
-        return self._single(black, item, MISSING)
 
     def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
         label = self.samples[self.views[view].sample].label

@@ -48,6 +48,11 @@ class LedgerEntry:
             return self.reason
         return f"too short; given: {self.num_frames} frames; allowed: {min_frames} or more"
 
+    @property
+    def is_intact(self) -> bool:
+        """True if the video was found without a fault, and its frames could be counted."""
+        return not self.reason and self.num_frames > 0
+
     def settles(self, every_frame: bool) -> bool:
         """Return whether this entry makes another check, of every frame or of the two ends, unnecessary."""
         return self.source == "every_frame" or (

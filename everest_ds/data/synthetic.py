@@ -148,16 +148,13 @@ def synthesize(
             for done, _ in enumerate(pool.map(_write_one, jobs, chunksize=8), start=1):
                 on_progress(done)
         (folder / "classes.txt").write_text("\n".join(MOTIONS) + "\n")
-        return [_write_split(folder, split, count) for split, count in counts.items()]
+        manifests = {folder / f"{split}.txt": (split, count) for split, count in counts.items()}
+        for manifest, (split, count) in manifests.items():
+            labels = [(folder / _relative_path(split, i), i % len(MOTIONS)) for i in range(count)]
+            write_manifest(manifest, [Sample(path, label) for path, label in labels], folder)
+        return list(manifests)
     except OSError as error:
         raise DataError(f"{folder}: cannot write the data set", given=str(error)) from None
-
-
-def _write_split(folder: Path, split: str, count: int) -> Path:
-    manifest = folder / f"{split}.txt"
-    samples = [Sample(folder / _relative_path(split, i), i % len(MOTIONS)) for i in range(count)]
-    write_manifest(manifest, samples, folder)
-    return manifest
 
 
 def _relative_path(split: str, index: int) -> str:

@@ -29,7 +29,8 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
             fix="name a pretrain and a finetune recipe",
         )
     sources, given = dict(zip(("pretrain", "finetune"), words[:2], strict=True)), words[2:]
-    overrides = {stage: _for_stage(stage, given) for stage in _STAGES}
+    common = [text for text in given if text.partition(".")[0] not in _STAGES]
+    overrides = {stage: [*common, *_own(stage, given)] for stage in _STAGES}
     before = load_task("pretrain", sources["pretrain"], overrides["pretrain"])
     overrides["finetune"].append(f"model.init_from={json.dumps(str(before.run.dir))}")
     after = load_task("finetune", sources["finetune"], overrides["finetune"])
@@ -63,12 +64,6 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
             without_gpus(target).shape,
         ),
     ]
-
-
-def _for_stage(stage: str, given: Sequence[str]) -> list[str]:
-    """Return the overrides for one stage: first those for all stages, then its own."""
-    common = [text for text in given if text.partition(".")[0] not in _STAGES]
-    return common + _own(stage, given)
 
 
 def _own(stage: str, given: Sequence[str]) -> list[str]:

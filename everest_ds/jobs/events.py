@@ -15,7 +15,7 @@ from typing import Literal
 
 EVENTS_FILE = "jobs.jsonl"
 
-Event = Literal["submitted", "started", "stopped", "requeued", "finished", "failed"]
+EventKind = Literal["submitted", "started", "stopped", "requeued", "finished", "failed"]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class JobEvent:
         seconds: time of the event, in seconds since the Unix epoch.
     """
 
-    event: Event
+    event: EventKind
     job_id: str
     restarts: int = 0
     step: int | None = None

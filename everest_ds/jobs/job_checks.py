@@ -156,7 +156,11 @@ def _check_memory(config: Experiment, target: Target) -> str:
 
 def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
     """Suggest the largest micro-batch with which a step fits, or else the least recomputation."""
-    smaller = [_with_clips(config, clips) for clips in range(1, config.batch.micro_batch_size)]
+    batches = [
+        config.batch.model_copy(update={"micro_batch_size": clips})
+        for clips in range(1, config.batch.micro_batch_size)
+    ]
+    smaller = [config.model_copy(update={"batch": batch}) for batch in batches]
     possible = [one for one in smaller if _runs(one, num_ranks)]
     num_fitting = bisect(possible, False, key=lambda one: not _fits(one, num_ranks, memory_bytes))
     if num_fitting:
@@ -167,10 +171,6 @@ def _what_fits(config: Experiment, num_ranks: int, memory_bytes: int) -> str:
         if _fits(config.model_copy(update={"recompute": recompute}), num_ranks, memory_bytes):
             return f"recompute.mode={mode}"
     return "parallelism.zero_stage=3, parallelism.tensor, more ranks, or a larger GPU"
-
-
-def _with_clips(config: Experiment, clips: int) -> Experiment:
-    return config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": clips})})
 
 
 def _runs(config: Experiment, num_ranks: int) -> bool:

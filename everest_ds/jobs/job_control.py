@@ -42,16 +42,13 @@ def restart_jobs(rows: Sequence[JobRow]) -> Iterator[tuple[JobRow, str]]:
         (row.run / KILL_FILE).unlink(missing_ok=True)  # left over: the run ended before it saw this file
         if row.is_over:
             newest[row.run] = submit_again(row, after=newest.get(row.run))
-            yield row, f"submitted again as job {newest[row.run]}"
+            how = f"submitted again as job {newest[row.run]}"
+        elif row.status.state == "held":
+            call(["scontrol", "release", row.job_id])
+            how = "released"
+        elif row.slurm is None or row.slurm.waits:
+            how = "already waits in the queue"
         else:
-            yield row, _requeue(row)
-
-
-def _requeue(row: JobRow) -> str:
-    if row.status.state == "held":
-        call(["scontrol", "release", row.job_id])
-        return "released"
-    if row.slurm is None or row.slurm.waits:
-        return "already waits in the queue"
-    call(["scontrol", "requeue", row.job_id])
-    return "requeued"
+            call(["scontrol", "requeue", row.job_id])
+            how = "requeued"
+        yield row, how

@@ -115,7 +115,7 @@ def find_jobs(names: Sequence[str]) -> list[JobRow]:
 
 def in_order(rows: Sequence[JobRow]) -> list[JobRow]:
     """Sort jobs in the order of their submission, those without SLURM first."""
-    return sorted(rows, key=_numbers)
+    return sorted(rows, key=lambda row: [int(part) for part in row.job_id.split("_") if part.isdecimal()])
 
 
 def job_rows(runs: Sequence[Path]) -> list[JobRow]:
@@ -158,10 +158,6 @@ def _find(name: str) -> list[JobRow]:
     if not chosen:
         raise UsageError("no such run or job", given=repr(name), fix="`everest-ds jobs` lists all jobs")
     return chosen
-
-
-def _numbers(row: JobRow) -> tuple[int, ...]:
-    return tuple(int(part) for part in row.job_id.split("_")) if is_job_id(row.job_id) else ()
 
 
 def _rows_of(run: Path, events: Sequence[JobEvent], known: dict[str, JobState]) -> Iterator[JobRow]:

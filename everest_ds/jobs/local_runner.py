@@ -8,17 +8,17 @@ from pathlib import Path
 from subprocess import call
 
 from everest_ds.errors import ExitCode
-from everest_ds.jobs.events import Event, JobEvent, append_event
+from everest_ds.jobs.events import EventKind, JobEvent, append_event
 from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.job_plan import Submission
 from everest_ds.jobs.status import LOCAL, explain_exit_code
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import SweepCandidate
 
-_OUTCOME: dict[int, Event] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
+_OUTCOME: dict[int, EventKind] = {ExitCode.OK: "finished", ExitCode.STOPPED: "stopped"}
 
 
-def run_here(submission: Submission) -> int:
+def run_locally(submission: Submission) -> int:
     """Run the jobs of a submission on this machine, and return the exit code of the last job if it failed.
 
     A chain ends at the first job that fails. In a sweep, only a stop ends the remaining runs.

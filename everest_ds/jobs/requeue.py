@@ -7,10 +7,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from everest_ds.errors import ExitCode, RestartError, UsageError
-from everest_ds.jobs.events import JobEvent, append_event, read_events
+from everest_ds.jobs.events import EventKind, JobEvent, append_event, read_events
 from everest_ds.jobs.slurm_state import SIGNAL_CODE
 from everest_ds.training.stop import StopReason
 
@@ -37,12 +36,24 @@ class SlurmJob:
     nodes: str | None
     signal_s: float | None
 
-    def event(self, kind: JobEventKind, **facts: int | str | None) -> JobEvent:
+    def event(self, kind: EventKind, **facts: int | str | None) -> JobEvent:
         """Return a log event of this start of the job."""
         return JobEvent(kind, self.job_id, self.restarts, **facts)  # type: ignore[arg-type]
 
 
-JobEventKind = Literal["started", "stopped", "requeued", "finished", "failed"]
+@dataclass(frozen=True)
+class RequeueDecision:
+    """The decision whether to requeue a job whose ranks have ended.
+
+    Attributes:
+        requeue: True if the job goes back into the queue.
+        reason: reason for the decision.
+        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
+    """
+
+    requeue: bool
+    reason: str
+    bad_nodes: str | None = None
 
 
 def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
@@ -88,33 +99,26 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
     ]
     recent = starts[1 - _FRUITLESS_STARTS :]
     if len(recent) == _FRUITLESS_STARTS - 1 and all(e.step == step for e in recent):
+        ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
         return RestartError(
             f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
             " as did the two starts before it",
-            given=_last_reason(events, job),
+            given=ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed",
             fix="remove the cause, or lower run.save_every_steps; then submit the job again",
         )
     return None
 
 
-def _last_reason(events: Sequence[JobEvent], job: SlurmJob) -> str:
-    ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
-    return ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed"
-
-
-@dataclass(frozen=True)
-class RequeueDecision:
-    """The decision whether to requeue a job whose ranks have ended.
-
-    Attributes:
-        requeue: True if the job goes back into the queue.
-        reason: reason for the decision.
-        bad_nodes: nodes at fault, in SLURM's node-list notation; the next start excludes them.
-    """
-
-    requeue: bool
-    reason: str
-    bad_nodes: str | None = None
+def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
+    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
+    events = read_events(run)
+    decision = decide_requeue(job, events, code, state)
+    if decision.requeue:
+        _append(run, job.event("requeued", reason=decision.reason))
+    elif all(event.event == "started" for event in _events_of_start(job, events)):
+        kind: EventKind = "finished" if code == ExitCode.OK else "failed"
+        _append(run, job.event(kind, reason=decision.reason, code=code))
+    return decision
 
 
 def decide_requeue(job: SlurmJob, events: Sequence[JobEvent], code: int, state: str) -> RequeueDecision:
@@ -146,6 +150,15 @@ def may_be_requeued(state: str) -> bool:
     return name == "RUNNING" or reason == "TimeLimit"
 
 
+def log_event(job: SlurmJob | None, run: Path, kind: EventKind, **facts: int | str | None) -> None:
+    """Log an event of this rank, if the rank belongs to a SLURM job.
+
+    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
+    """
+    if job is not None:
+        _append(run, job.event(kind, **facts))
+
+
 def _events_of_start(job: SlurmJob, events: Sequence[JobEvent]) -> list[JobEvent]:
     return [e for e in events if e.job_id == job.job_id and e.restarts == job.restarts]
 
@@ -172,27 +185,6 @@ def _decide_by_code(code: int) -> RequeueDecision:
     if code > SIGNAL_CODE:
         return RequeueDecision(True, f"a rank was killed by signal {code - SIGNAL_CODE}")
     return RequeueDecision(code == ExitCode.RANK_LOST, f"failed with exit code {code}")
-
-
-def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
-    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
-    events = read_events(run)
-    decision = decide_requeue(job, events, code, state)
-    if decision.requeue:
-        _append(run, job.event("requeued", reason=decision.reason))
-    elif all(event.event == "started" for event in _events_of_start(job, events)):
-        kind: JobEventKind = "finished" if code == ExitCode.OK else "failed"
-        _append(run, job.event(kind, reason=decision.reason, code=code))
-    return decision
-
-
-def log_event(job: SlurmJob | None, run: Path, kind: JobEventKind, **facts: int | str | None) -> None:
-    """Log an event of this rank, if the rank belongs to a SLURM job.
-
-    A log that cannot be written is reported on stderr and does not hide the event that was to be logged.
-    """
-    if job is not None:
-        _append(run, job.event(kind, **facts))
 
 
 def _append(run: Path, event: JobEvent) -> None:

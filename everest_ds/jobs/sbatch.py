@@ -11,6 +11,7 @@ import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 from everest_ds.errors import UsageError, nearest
@@ -116,10 +117,15 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-") or word == "-":
             positional.append(word)
             continue
-        _refuse_ours(word)
+        is_long = word.startswith("--")
+        name, has_value = (word.partition("=")[0], "=" in word) if is_long else (word[:2], len(word) > 2)
+        if name in _OURS:
+            raise UsageError(
+                "submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}"
+            )
         options.append(word)
-        if _takes_next(word):
-            options.extend(value for value in [next(rest, None)] if value is not None)
+        if not has_value and word not in _FLAGS:
+            options.extend(islice(rest, 1))
     return positional, options
 
 
@@ -192,17 +198,6 @@ def read_cluster_file(file: Path) -> dict[str, str]:
         raise UsageError(f"{file}: bash cannot read it", given=reason)
     pairs = (os.fsdecode(item).partition("=") for item in done.stdout.split(b"\0") if item)
     return {name: value for name, _, value in pairs if name.startswith("SBATCH_") or name == "EVEREST_PYTHON"}
-
-
-def _takes_next(word: str) -> bool:
-    attached = "=" in word if word.startswith("--") else len(word) > 2
-    return not attached and word not in _FLAGS
-
-
-def _refuse_ours(word: str) -> None:
-    name = word.partition("=")[0] if word.startswith("--") else word[:2]
-    if name in _OURS:
-        raise UsageError("submit does not accept this sbatch option", given=word, fix=f"use {_OURS[name]}")
 
 
 def _named_options(job: BatchJob) -> list[str]:

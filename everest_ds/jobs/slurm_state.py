@@ -81,7 +81,9 @@ def query_jobs(job_ids: Iterable[str]) -> dict[str, JobState]:
         _add(found, _ask_squeue(wanted[first : first + _AT_ONCE]))
     missing = [job_id for job_id in wanted if job_id not in found]
     for first in range(0, len(missing), _AT_ONCE):
-        _add(found, _ask_sacct(missing[first : first + _AT_ONCE]))
+        asked = f"--jobs={','.join(missing[first : first + _AT_ONCE])}"
+        words = ["sacct", "-n", "-P", "-X", asked, f"--format={','.join(_SACCT)}"]
+        _add(found, parse_sacct(answer(words) or ""))
     return found
 
 
@@ -92,17 +94,17 @@ def parse_squeue(text: str) -> list[JobState]:
         fields = line.split("|", len(_SQUEUE) - 1)
         if len(fields) == len(_SQUEUE):
             job_id, raw, state, code, restarts, elapsed, count, nodes, reason = (f.strip() for f in fields)
-            seen = None if state == "PENDING" else nodes
+            status = int(code or 0)  # as waitpid reports it
             states.append(
                 JobState(
                     job_id,
                     raw,
                     state,
-                    _from_wait_status(int(code or 0)),
+                    _exit_code(status >> 8, status & 0x7F),
                     int(restarts or 0),
                     elapsed,
                     int(count or 0),
-                    seen or "",
+                    "" if state == "PENDING" else nodes,
                     "" if reason == "None" else reason,
                 )
             )
@@ -119,12 +121,13 @@ def parse_sacct(text: str) -> list[JobState]:
         fields = line.split("|", len(_SACCT) - 1)
         if len(fields) == len(_SACCT):
             job_id, raw, state, code, elapsed, count, nodes, reason = (f.strip() for f in fields)
+            exit_code, _, signal = code.partition(":")
             states.append(
                 JobState(
                     job_id,
                     raw,
                     state.split(" ")[0],  # sacct appends the user: "CANCELLED by 1000"
-                    _from_pair(code),
+                    _exit_code(int(exit_code or 0), int(signal or 0)),
                     None,
                     elapsed,
                     int(count or 0),
@@ -148,11 +151,6 @@ def _ask_squeue(job_ids: Sequence[str]) -> list[JobState]:
         raise
 
 
-def _ask_sacct(job_ids: Sequence[str]) -> list[JobState]:
-    words = ["sacct", "-n", "-P", "-X", f"--jobs={','.join(job_ids)}", f"--format={','.join(_SACCT)}"]
-    return parse_sacct(answer(words) or "")
-
-
 def _add(found: dict[str, JobState], states: Sequence[JobState]) -> None:
     for state in states:
         found[state.job_id] = state
@@ -161,11 +159,5 @@ def _add(found: dict[str, JobState], states: Sequence[JobState]) -> None:
         found.setdefault(state.raw_id, state)
 
 
-def _from_wait_status(status: int) -> int:
-    signal = status & 0x7F
-    return SIGNAL_CODE + signal if signal else status >> 8
-
-
-def _from_pair(code: str) -> int:
-    exit_code, _, signal = code.partition(":")
-    return SIGNAL_CODE + int(signal) if signal not in ("", "0") else int(exit_code or 0)
+def _exit_code(code: int, signal: int) -> int:
+    return SIGNAL_CODE + signal if signal else code

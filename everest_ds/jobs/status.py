@@ -91,7 +91,7 @@ def job_status(run: str, job_id: str, record: JobState | None, events: Sequence[
         record: SLURM's record of the job; None if SLURM no longer knows the job.
         events: events of this job, oldest first.
     """
-    state = _state_by_events(events) if record is None else _state_by_record(record, events)
+    state = _state(record, events)
     return JobStatus(state, _reason(state, record, events), NEXT[state].format(run=run, job=job_id))
 
 
@@ -103,15 +103,9 @@ def explain_exit_code(code: int) -> str:
     return f"exit code {code}: {meaning}" if meaning else f"exit code {code}"
 
 
-def _state_by_events(events: Sequence[JobEvent]) -> str:
-    """Return the state of a job that SLURM no longer knows, or that ran without SLURM."""
-    ends = [event for event in events if event.event in _ENDS]
-    if not ends or events[-1].event == "started":
-        return "running" if events and events[-1].job_id == LOCAL else "forgotten"
-    return _state_by_exit_code(ends[-1].code) if ends[-1].code else ends[-1].event
-
-
-def _state_by_record(record: JobState, events: Sequence[JobEvent]) -> str:
+def _state(record: JobState | None, events: Sequence[JobEvent]) -> str:
+    if record is None:
+        return _state_by_events(events)
     if record.waits:
         return _state_in_queue(record, events)
     if record.runs:
@@ -119,6 +113,14 @@ def _state_by_record(record: JobState, events: Sequence[JobEvent]) -> str:
     if record.state.startswith("CANCELLED"):
         return "dependency failed" if "Dependency" in record.reason else "cancelled"
     return _STATE_OF_SLURM_STATE.get(record.state) or _state_by_exit_code(record.exit_code)
+
+
+def _state_by_events(events: Sequence[JobEvent]) -> str:
+    """Return the state of a job that SLURM no longer knows, or that ran without SLURM."""
+    ends = [event for event in events if event.event in _ENDS]
+    if not ends or events[-1].event == "started":
+        return "running" if events and events[-1].job_id == LOCAL else "forgotten"
+    return _state_by_exit_code(ends[-1].code) if ends[-1].code else ends[-1].event
 
 
 def _state_in_queue(record: JobState, events: Sequence[JobEvent]) -> str:

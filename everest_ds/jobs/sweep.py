@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config import Experiment, load_experiment
+from everest_ds.config import load_experiment
 from everest_ds.errors import EverestError, RunFolderError, UsageError
 from everest_ds.jobs.job_checks import Stage, Target, check_run
 from everest_ds.jobs.job_table import JobRow, Progress, job_rows
@@ -39,10 +39,11 @@ def plan_sweep(
     base = load_experiment(source, overrides)
     folder = base.run.dir
     settings = read_settings(candidates) if candidates else [(None, texts) for texts in expand_grid(grid)]
-    swept = [
-        _candidate(base, source, overrides, name or f"{number:03d}", texts)
-        for number, (name, texts) in enumerate(settings)
-    ]
+    swept = []
+    for number, (given_name, texts) in enumerate(settings):
+        name = given_name or f"{number:03d}"
+        place = f"run.dir={json.dumps(str(folder / name))}"
+        swept.append(SweepCandidate(name, base.task, source, texts, (*overrides, *texts, place)))
     _check(swept, replace(target, gpu=None), folder)
     facts = {"sweep": str(folder), "runs": len(swept), "each": f"{target.shape.num_ranks} ranks"}
     return [Stage("sweep", (str(folder / SWEEP_FILE),), folder, target.shape, facts)], swept
@@ -93,13 +94,6 @@ def _result(name: str, settings: dict[str, str], job: JobRow | None) -> dict[str
     }
 
 
-def _candidate(
-    base: Experiment, source: str, overrides: Sequence[str], name: str, settings: tuple[str, ...]
-) -> SweepCandidate:
-    place = f"run.dir={json.dumps(str(base.run.dir / name))}"
-    return SweepCandidate(name, base.task, source, settings, (*overrides, *settings, place))
-
-
 def _check(swept: Sequence[SweepCandidate], target: Target, folder: Path) -> None:
     names = [candidate.name for candidate in swept]
     twice = sorted({name for name in names if names.count(name) > 1})
@@ -114,8 +108,8 @@ def _check(swept: Sequence[SweepCandidate], target: Target, folder: Path) -> Non
         try:
             check_run(candidate.task, load_experiment(candidate.recipe, candidate.overrides), target)
         except EverestError as error:
-            said = " ".join(candidate.settings)
-            raise type(error)(f"candidate {candidate.name} ({said}): {error}") from None
+            settings = " ".join(candidate.settings)
+            raise type(error)(f"candidate {candidate.name} ({settings}): {error}") from None
     file = folder / SWEEP_FILE
     if file.is_file() and read_candidates(file) != list(swept):
         raise RunFolderError(f"{folder}: this folder holds another sweep", fix="choose another run.dir")

@@ -86,24 +86,39 @@ def examine(shared_bytes_per_rank: int) -> list[Finding]:
         torch = pool.submit(run_probe, [sys.executable, "-c", _TORCH_PROBE])
         mpi = pool.submit(run_probe, [sys.executable, "-c", _MPI_PROBE])
         slurm = pool.submit(_slurm)
+        probe = torch.result()
+        num_devices = len(json.loads(probe.line)["devices"]) if probe.succeeded else 0
         return [
             _python(sys.version_info[:2]),
             *map(_package, PACKAGES),
-            *_accelerator(torch.result()),
+            *_accelerator(probe),
             _mpi_library(mpi.result()),
-            _cores(),
-            _memory(),
+            Finding("CPU cores", "ok", f"{available_cores()} of {os.cpu_count()} available to this process"),
+            Finding("memory", "ok", format_bytes(_memory_bytes())),
             _disk(Path.cwd()),
-            check_shared_memory(shared_bytes_per_rank * max(1, _num_devices(torch.result()))),
+            check_shared_memory(shared_bytes_per_rank * max(1, num_devices)),
             slurm.result(),
-            _mpirun(),
-            _compiler(os.environ),
+            _tool("mpirun", ["mpirun", "mpiexec"], "to start ranks with MPI", "pip install mpich"),
+            _tool(
+                "C++ compiler",
+                [os.environ.get("CXX", "c++"), "g++", "clang++"],
+                "for the operations that DeepSpeed compiles, such as CPU Adam",
+                "install g++ and ninja",
+            ),
         ]
 
 
 def main_job_can_run(findings: Sequence[Finding]) -> bool:
     """Return whether training can start on this machine, with no required item missing."""
     return not any(finding.required and finding.status == "missing" for finding in findings)
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 @dataclass(frozen=True)
@@ -142,10 +157,10 @@ def _python(version: tuple[int, int]) -> Finding:
 
 
 def _package(name: str) -> Finding:
-    try:
-        return Finding(name, "ok", metadata.version(name), required=True)
-    except metadata.PackageNotFoundError:
+    version = installed_version(name)
+    if version is None:
         return Finding(name, "missing", "not installed", f"pip install {name}", required=True)
+    return Finding(name, "ok", version, required=True)
 
 
 def _accelerator(probe: ProbeOutput) -> list[Finding]:
@@ -161,30 +176,20 @@ def _accelerator(probe: ProbeOutput) -> list[Finding]:
             )
         ]
     found: dict[str, Any] = json.loads(probe.line)
-    return [_devices(found), _backend(found), _bf16(found)]
-
-
-def _num_devices(probe: ProbeOutput) -> int:
-    return len(json.loads(probe.line)["devices"]) if probe.succeeded else 0
-
-
-def _devices(found: Mapping[str, Any]) -> Finding:
+    device = Finding(
+        "accelerator",
+        "warning",
+        f"torch {found['version']} finds no CUDA device: training runs on the CPU",
+        "on a machine with a GPU: install its driver and torch's CUDA build",
+    )
     if found["devices"]:
-        return Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
-    detail = f"torch {found['version']} finds no CUDA device: training runs on the CPU"
-    return Finding(
-        "accelerator", "warning", detail, "on a machine with a GPU: install its driver and torch's CUDA build"
-    )
-
-
-def _backend(found: Mapping[str, Any]) -> Finding:
+        device = Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
     wanted = "nccl" if found["devices"] else "gloo"
-    if wanted in found["backends"]:
-        return Finding("collective backend", "ok", wanted, required=True)
-    detail = f"the installed torch is built without {wanted}"
-    return Finding(
-        "collective backend", "missing", detail, "install an official build of torch", required=True
-    )
+    backend = Finding("collective backend", "ok", wanted, required=True)
+    if wanted not in found["backends"]:
+        detail, fix = f"the installed torch is built without {wanted}", "install an official build of torch"
+        backend = Finding("collective backend", "missing", detail, fix, required=True)
+    return [device, backend, _bf16(found)]
 
 
 def _bf16(found: Mapping[str, Any]) -> Finding:
@@ -204,14 +209,6 @@ def _mpi_library(probe: ProbeOutput) -> Finding:
         return Finding("MPI library", "ok", probe.line)
     detail = f"needed only to start ranks with MPI: {probe.line}"
     return Finding("MPI library", "warning", detail, "pip install mpi4py mpich")
-
-
-def _cores() -> Finding:
-    return Finding("CPU cores", "ok", f"{available_cores()} of {os.cpu_count()} available to this process")
-
-
-def _memory() -> Finding:
-    return Finding("memory", "ok", format_bytes(_memory_bytes()))
 
 
 def _memory_bytes() -> int:
@@ -264,21 +261,9 @@ def _slurm() -> Finding:
     return Finding("SLURM", "ok", f"{version.line} at {path}")
 
 
-def _mpirun() -> Finding:
-    path = _first_on_path("mpirun", "mpiexec")
+def _tool(name: str, commands: Sequence[str], purpose: str, fix: str) -> Finding:
+    """Look for an optional program, under any of several names."""
+    path = next(filter(None, map(shutil.which, commands)), None)
     if path is None:
-        detail = "mpirun is not on PATH: needed only to start ranks with MPI"
-        return Finding("mpirun", "warning", detail, "pip install mpich")
-    return Finding("mpirun", "ok", path)
-
-
-def _compiler(environ: Mapping[str, str]) -> Finding:
-    path = _first_on_path(environ.get("CXX", "c++"), "g++", "clang++")
-    if path is None:
-        detail = "no compiler found: needed only for the operations that DeepSpeed compiles, such as CPU Adam"
-        return Finding("C++ compiler", "warning", detail, "install g++ and ninja")
-    return Finding("C++ compiler", "ok", path)
-
-
-def _first_on_path(*commands: str) -> str | None:
-    return next(filter(None, map(shutil.which, commands)), None)
+        return Finding(name, "warning", f"{commands[0]} is not on PATH: needed only {purpose}", fix)
+    return Finding(name, "ok", path)

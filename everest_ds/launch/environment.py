@@ -61,11 +61,16 @@ def detect_environment(environ: Environ = os.environ) -> RankEnvironment:
     Raises:
         UsageError: if a variable is missing, not an integer or out of range, or mpi4py finds no MPI library.
     """
-    for launcher in _LAUNCHERS:
-        if launcher.started(environ):
-            return _read(launcher, environ)
-    _refuse_strays(environ)
-    return RankEnvironment("plain", 0, 1, 0, 1, LOCALHOST, free_port())
+    launcher = next((each for each in _LAUNCHERS if each.started(environ)), None)
+    if launcher is None:
+        _refuse_strays(environ)
+        return RankEnvironment("plain", 0, 1, 0, 1, LOCALHOST, free_port())
+    world_size = _integer(environ, launcher.world_size)
+    local_world_size = _local_world_size(launcher, environ)
+    rank = _below(environ, launcher.rank, world_size)
+    local_rank = _below(environ, launcher.local_rank, local_world_size)
+    address, port = launcher.rendezvous(environ, world_size, local_world_size)
+    return RankEnvironment(launcher.name, rank, world_size, local_rank, local_world_size, address, port)
 
 
 def free_port() -> int:
@@ -108,15 +113,13 @@ def _slurm_rendezvous(environ: Environ, world_size: int, local_world_size: int) 
 
     MASTER_ADDR and MASTER_PORT take precedence if they are set.
     """
-    address = environ.get("MASTER_ADDR") or _slurm_first_host(environ)
+    address = environ.get("MASTER_ADDR")
+    if not address:
+        address = expand_nodelist(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))[0]
     if "MASTER_PORT" in environ:
         return address, _port(environ)
     job, step = _integer(environ, "SLURM_JOB_ID"), _integer(environ, "SLURM_STEP_ID")
     return address, _SLURM_PORTS[(job + _STEP_STRIDE * step) % len(_SLURM_PORTS)]
-
-
-def _slurm_first_host(environ: Environ) -> str:
-    return expand_nodelist(_text(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST"))[0]
 
 
 def _mpi_rendezvous(environ: Environ, world_size: int, local_world_size: int) -> tuple[str, int]:
@@ -218,15 +221,6 @@ def _refuse_strays(environ: Environ) -> None:
                 given=f"{size}={environ[size]}",
                 fix=f"start with torchrun, mpirun or srun, or unset {size}",
             )
-
-
-def _read(launcher: _Launcher, environ: Environ) -> RankEnvironment:
-    world_size = _integer(environ, launcher.world_size)
-    local_world_size = _local_world_size(launcher, environ)
-    rank = _below(environ, launcher.rank, world_size)
-    local_rank = _below(environ, launcher.local_rank, local_world_size)
-    address, port = launcher.rendezvous(environ, world_size, local_world_size)
-    return RankEnvironment(launcher.name, rank, world_size, local_rank, local_world_size, address, port)
 
 
 def _local_world_size(launcher: _Launcher, environ: Environ) -> int:

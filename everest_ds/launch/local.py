@@ -89,16 +89,18 @@ class _Group:
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
     output_starts: list[int] = field(default_factory=list)
     failures: list[_Failure] = field(default_factory=list)
-    asked: set[int] = field(default_factory=set)
+    received: set[int] = field(default_factory=set)
     to_pass_on: list[int] = field(default_factory=list)
 
     def start(self, command: Sequence[str], place: RankEnvironment) -> None:
+        # By default torch uses every core in each rank, and N ranks then slow each other down.
+        threads = threads_per_rank(place.local_world_size)
         # Output is appended, because that of the run being resumed may hold the reason why it ended.
         with open(self.output_file(place.rank) if place.rank else os.devnull, "ab") as output:
             self.output_starts.append(output.tell())
             process = subprocess.Popen(
                 command,
-                env=_rank_variables(place),
+                env={**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()},
                 stdin=subprocess.DEVNULL,
                 stdout=output if place.rank else None,
                 stderr=output if place.rank else None,
@@ -111,7 +113,7 @@ class _Group:
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """Record a received signal; `poll` acts on it later, so that the handler itself does nothing else."""
-        self.asked.add(number)
+        self.received.add(number)
         if number != signal.SIGINT:
             self.to_pass_on.append(number)
 
@@ -155,12 +157,14 @@ class _Group:
         self.wait(TERMINATE_SECONDS)
         self.kill()
         if failures:
-            return self.report(_first_cause(failures))
+            # The first failure with a cause of its own, which is not the loss of another rank.
+            own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
+            return self.report((own or failures)[0])
         return max(process.returncode for process in self.ranks)
 
     def report(self, failure: _Failure) -> int:
         """Print the reason of a failure unless rank 0 has done so, and return the launcher's exit code."""
-        if -failure.code in self.asked:
+        if -failure.code in self.received:
             return ExitCode.STOPPED  # the rank had not installed its signal handler, so had nothing to save
         if failure.rank > 0:
             tail = _last_lines(self.output_file(failure.rank), self.output_starts[failure.rank])
@@ -170,12 +174,6 @@ class _Group:
         fix = "look for the out-of-memory killer in dmesg" if failure.code == -signal.SIGKILL else None
         _say(str(RankLostError(_how_it_ended(failure), fix=fix)))
         return ExitCode.RANK_LOST
-
-
-def _first_cause(failures: Sequence[_Failure]) -> _Failure:
-    """Return the first failure with a cause of its own, not the loss of another rank."""
-    own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
-    return (own or failures)[0]
 
 
 def _how_it_ended(failure: _Failure) -> str:
@@ -191,12 +189,6 @@ def _last_lines(file: Path, start: int) -> list[str]:
     with open(file, "rb") as stream:
         stream.seek(max(start, file.stat().st_size - _TAIL_BYTES))
         return stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-
-
-def _rank_variables(place: RankEnvironment) -> dict[str, str]:
-    # By default torch uses every core in each rank, and N ranks then slow each other down.
-    threads = threads_per_rank(place.local_world_size)
-    return {**os.environ, "OMP_NUM_THREADS": str(threads), **place.as_variables()}
 
 
 def end_with_parent(parent: int) -> Callable[[], None] | None:

@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
 from pathlib import Path
 
-from everest_ds.launch.doctor import PACKAGES, Finding, run_probe
+from everest_ds.launch.doctor import PACKAGES, Finding, installed_version, run_probe
 
 # With clocks further apart, log times of several nodes cannot be compared, and some file systems misbehave.
 _MAX_CLOCK_SECONDS = 2.0
@@ -82,7 +81,7 @@ def collect_facts(files: Sequence[Path], token: Path, clock_s: float) -> NodeFac
         node=node_name(),
         python=platform.python_version(),
         code=code_digest(),
-        packages=" ".join(f"{name}={_version(name)}" for name in PACKAGES),
+        packages=" ".join(f"{name}={installed_version(name) or 'none'}" for name in PACKAGES),
         files=" ".join(f"{file}={_size(file)}" for file in files),
         run=_read(token),
         clock_s=clock_s,
@@ -165,13 +164,6 @@ def _gpus() -> tuple[str, str]:
         if count.isdigit() and int(count) > 0
     ]
     return "; ".join(name for name, _ in rows), ", ".join(errors)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "none"
 
 
 def _size(file: Path) -> int:

@@ -45,12 +45,10 @@ class Classifier(nn.Module):
         embedding = self.encoder.embed()
         pixels_BNP, _, keep_BK, _ = self.selector(clip_BFHWC, embedding, key_B, keep_BK)
         x_BKD = self.encoder(gather_tokens(pixels_BNP, keep_BK), keep_BK, embedding, key_B)
-        return self.head(self._drop(self.norm(x_BKD.mean(dim=1)), key_B))
-
-    def _drop(self, x_BD: Tensor, key_B: Tensor) -> Tensor:
-        if not self.training or self.head_drop == 0.0:
-            return x_BD
-        return x_BD * drop_scale(key_B, HEAD_DROP_STREAM, x_BD.shape[1], self.head_drop).to(x_BD.dtype)
+        x_BD = self.norm(x_BKD.mean(dim=1))
+        if self.training and self.head_drop > 0.0:
+            x_BD = x_BD * drop_scale(key_B, HEAD_DROP_STREAM, x_BD.shape[1], self.head_drop).to(x_BD.dtype)
+        return self.head(x_BD)
 
 
 class _Head(nn.Linear):

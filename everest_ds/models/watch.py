@@ -119,10 +119,17 @@ class Watch:
         return record
 
     def _restore(self, prediction_BMP: Tensor) -> Tensor:
+        """Replace the predicted tubelets by the predictions, as uint8 (B, N, P).
+
+        Predictions of normalised pixels are first scaled by the true mean and deviation of their tubelet, as
+        VideoMAE does.
+        """
         pixels_BNP, index_BM = self._selection.pixels_BNP, self._selection.predicted_BM
         guess = prediction_BMP[: self._num_clips].detach().float()
         if self._normalized:
-            guess = _denormalize(guess, gather_tokens(pixels_BNP, index_BM).float() / 255)
+            truth = gather_tokens(pixels_BNP, index_BM).unflatten(-1, (-1, 3)).float() / 255
+            mean, std = truth.mean(dim=-2, keepdim=True), truth.std(dim=-2, keepdim=True) + 1e-6
+            guess = (guess.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)
         levels = (guess.clamp(0, 1) * 255).round().to(torch.uint8)
         return pixels_BNP.scatter(1, index_BM[:, :, None].expand_as(levels), levels)
 
@@ -150,10 +157,3 @@ def _rollout(weights_Bnn: list[Tensor]) -> Tensor:
     for weights in reversed(weights_Bnn):
         share_Bn = (share_Bn + (share_Bn[:, None] @ weights)[:, 0]) / 2
     return share_Bn
-
-
-def _denormalize(guess_BMP: Tensor, truth_BMP: Tensor) -> Tensor:
-    """Scale predicted normalised pixels by the true mean and deviation of their tubelet, as VideoMAE does."""
-    truth = truth_BMP.unflatten(-1, (-1, 3))
-    mean, std = truth.mean(dim=-2, keepdim=True), truth.std(dim=-2, keepdim=True) + 1e-6
-    return (guess_BMP.unflatten(-1, (-1, 3)) * std + mean).flatten(-2)

@@ -1,4 +1,4 @@
-"""Saving of a checkpoint by all ranks together, in the background on request.
+"""Saving and restoring of a checkpoint by all ranks together; saving may continue in the background.
 
 Every rank writes the elements that it holds. The checkpoint does not depend on the ranks that wrote it (see
 `everest_ds.checkpoints`): any number of ranks at any ZeRO stage can resume from it.
@@ -32,6 +32,7 @@ from everest_ds.checkpoints.sealed_manifest import (
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, publish_tensors, write_tensors
 from everest_ds.errors import CheckpointError
 from everest_ds.log import logger
+from everest_ds.parallel.deepspeed_internals import loss_scale, set_loss_scale
 from everest_ds.parallel.engine import Engine, full_parameter
 from everest_ds.parallel.host_copies import HostCopies
 from everest_ds.parallel.mesh import Mesh
@@ -39,9 +40,7 @@ from everest_ds.parallel.world import World
 from everest_ds.parallel.zero_states import (
     LocalShard,
     ZeroStates,
-    loss_scale,
     optimizer_step,
-    set_loss_scale,
     set_optimizer_step,
     states_of_engine,
     whole_shape,
@@ -53,23 +52,6 @@ class Keep(NamedTuple):
 
     last: int
     every_steps: int | None
-
-
-class _Saved(NamedTuple):
-    """The part of a parameter that one rank saved."""
-
-    name: str
-    shape: tuple[int, ...]
-    cut: Cut
-    piece: Piece
-
-
-class _Written(NamedTuple):
-    """The file that one rank wrote, and the pieces of parameters in it."""
-
-    file: str
-    seal: FileSeal
-    saved: list[_Saved]
 
 
 class Saving:
@@ -112,12 +94,13 @@ class Saving:
         except OSError as error:
             raise not_saved(folder, error) from None
         write = _writer(states, self._path, self._world.rank, copies)
-        self._part = _done(write) if copies is None else _in_thread(write)
         self.seconds = 0.0  # how long this rank took to write; set when it has finished
-        self._part.add_done_callback(lambda _: self._note(time.perf_counter() - started))
 
-    def _note(self, seconds: float) -> None:
-        self.seconds = seconds
+        def note_seconds(_: object) -> None:
+            self.seconds = time.perf_counter() - started
+
+        self._part = _start(write, in_background=copies is not None)
+        self._part.add_done_callback(note_seconds)
 
     def written(self) -> bool:
         """Return True if all ranks have finished writing, successfully or not. Call on every rank."""
@@ -139,83 +122,6 @@ class Saving:
                 abandon_saving(self._path)
             raise not_saved(self._folder, error) from None
         return path
-
-
-def not_saved(path: Path, error: OSError) -> CheckpointError:
-    """Turn an OSError raised while saving `path` into a CheckpointError."""
-    return CheckpointError(
-        f"{path}: saving failed",
-        given=error.strerror or str(error),
-        fix="free disk space and run the same command again",
-    )
-
-
-def _done(write: Callable[[], _Written]) -> Future[_Written]:
-    future: Future[_Written] = Future()
-    try:
-        future.set_result(write())
-    except Exception as error:  # raised in `finish`, when the other ranks have written too
-        future.set_exception(error)
-    return future
-
-
-def _in_thread(write: Callable[[], _Written]) -> Future[_Written]:
-    """Run `write` in a daemon thread.
-
-    An executor's threads are no daemons: with a hanging disk, they would keep the process from ending.
-    """
-    future: Future[_Written] = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(write())
-        except BaseException as error:
-            future.set_exception(error)
-
-    Thread(target=run, name="checkpoint", daemon=True).start()
-    return future
-
-
-def _writer(states: ZeroStates, saving: Path, rank: int, copies: HostCopies | None) -> Callable[[], _Written]:
-    """Return a function that writes this rank's file, weights first, so that an export reads one range.
-
-    With `copies`, the file holds the states at the time of this call; without, those at the time of writing.
-    """
-    mine = [held for held in states.held() if held.saved_here]
-    file = f"rank-{rank:05d}.safetensors"
-    specs = {
-        entry(state, held.name): TensorSpec(torch.float32, (held.numel,)) for state in STATES for held in mine
-    }
-    tensors: Iterable[Tensor] = (states.get(held, state) for state in STATES for held in mine)
-    if copies is None:
-        tensors = (tensor.cpu() for tensor in tensors)
-    else:
-        tensors = copies.take([math.prod(spec.shape) for spec in specs.values()], tensors)
-    saved = [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
-
-    def write() -> _Written:
-        if copies is not None:
-            copies.wait()
-        return _Written(file, write_tensors(saving / file, specs, tensors, {}), saved)
-
-    return write
-
-
-def _manifest(facts: Facts, written: list[_Written]) -> Manifest:
-    by_name: dict[str, list[_Saved]] = {}
-    for saved in chain.from_iterable(part.saved for part in written):
-        by_name.setdefault(saved.name, []).append(saved)
-    return Manifest(
-        facts=facts,
-        files={part.file: part.seal for part in written},
-        parameters={name: _parameter(saved) for name, saved in by_name.items()},
-    )
-
-
-def _parameter(saved: list[_Saved]) -> Parameter:
-    first = saved[0]
-    pieces = sorted((each.piece for each in saved), key=lambda piece: (piece.shard, piece.start))
-    return Parameter(shape=first.shape, degree=first.cut.degree, outer=first.cut.outer, pieces=tuple(pieces))
 
 
 def newest_complete(folder: Path, world: World) -> tuple[Path, Manifest] | None:
@@ -278,18 +184,104 @@ def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: 
         raise not_saved(file, error) from None
 
 
+def not_saved(path: Path, error: OSError) -> CheckpointError:
+    """Turn an OSError raised while saving `path` into a CheckpointError."""
+    return CheckpointError(
+        f"{path}: saving failed",
+        given=error.strerror or str(error),
+        fix="free disk space and run the same command again",
+    )
+
+
+class _Saved(NamedTuple):
+    """The part of a parameter that one rank saved."""
+
+    name: str
+    shape: tuple[int, ...]
+    cut: Cut
+    piece: Piece
+
+
+class _Written(NamedTuple):
+    """The file that one rank wrote, and the pieces of parameters in it."""
+
+    file: str
+    seal: FileSeal
+    saved: list[_Saved]
+
+
+def _start(write: Callable[[], _Written], in_background: bool) -> Future[_Written]:
+    """Call `write`, in a daemon thread on request; its error is raised when the result is read.
+
+    An executor's threads are no daemons: with a hanging disk, they would keep the process from ending.
+    """
+    future: Future[_Written] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(write())
+        except BaseException as error:
+            future.set_exception(error)
+
+    if in_background:
+        Thread(target=run, name="checkpoint", daemon=True).start()
+    else:
+        run()
+    return future
+
+
+def _writer(states: ZeroStates, saving: Path, rank: int, copies: HostCopies | None) -> Callable[[], _Written]:
+    """Return a function that writes this rank's file, weights first, so that an export reads one range.
+
+    With `copies`, the file holds the states at the time of this call; without, those at the time of writing.
+    """
+    mine = [shard for shard in states.shards() if shard.saved_here]
+    file = f"rank-{rank:05d}.safetensors"
+    specs = {
+        entry(state, shard.name): TensorSpec(torch.float32, (shard.numel,))
+        for state in STATES
+        for shard in mine
+    }
+    tensors: Iterable[Tensor] = (states.get(shard, state) for state in STATES for shard in mine)
+    if copies is None:
+        tensors = (tensor.cpu() for tensor in tensors)
+    else:
+        tensors = copies.take([math.prod(spec.shape) for spec in specs.values()], tensors)
+    saved = [_Saved(h.name, h.shape, h.cut, Piece(file, h.cut.rank, h.start, h.numel)) for h in mine]
+
+    def write() -> _Written:
+        if copies is not None:
+            copies.wait()
+        return _Written(file, write_tensors(saving / file, specs, tensors, {}), saved)
+
+    return write
+
+
+def _manifest(facts: Facts, written: list[_Written]) -> Manifest:
+    by_name: dict[str, list[_Saved]] = {}
+    for saved in chain.from_iterable(part.saved for part in written):
+        by_name.setdefault(saved.name, []).append(saved)
+    parameters = {}
+    for name, (first, *others) in by_name.items():
+        pieces = sorted((s.piece for s in (first, *others)), key=lambda piece: (piece.shard, piece.start))
+        shape, cut = first.shape, first.cut
+        parameters[name] = Parameter(shape=shape, degree=cut.degree, outer=cut.outer, pieces=tuple(pieces))
+    files = {part.file: part.seal for part in written}
+    return Manifest(facts=facts, files=files, parameters=parameters)
+
+
 def _read_part(states: ZeroStates, path: Path, manifest: Manifest) -> None:
     set_optimizer_step(states, manifest.facts.optimizer_step)
-    held = list(states.held())
-    _check_same_model(held, path, manifest)
+    shards = list(states.shards())
+    _check_same_model(shards, path, manifest)
     with CheckpointReader(path, manifest) as reader:
-        for each in held:
+        for each in shards:
             for state in STATES:
                 states.put(each, state, reader.read(state, each.name, each.start, each.numel, each.cut))
 
 
-def _check_same_model(held: list[LocalShard], path: Path, manifest: Manifest) -> None:
-    for each in held:
+def _check_same_model(shards: list[LocalShard], path: Path, manifest: Manifest) -> None:
+    for each in shards:
         saved = manifest.parameters.get(each.name)
         if saved is None or saved.shape != each.shape:
             raise CheckpointError(

@@ -54,7 +54,9 @@ def apply_compile(model: nn.Module, config: Experiment, world: World) -> None:
     possible = config.parallelism.zero_stage < 3
     if not (possible and world.device.type == "cuda" if asked is None else asked):
         return
-    _keep_results()
+    with contextlib.suppress(RuntimeError):  # without a home folder, PyTorch's default in /tmp remains
+        # Later jobs, on any node, find the compiler's results in this folder.
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
     try:
         world.together(lambda: _check_compiler(world.device))
     except ConfigError as error:
@@ -105,12 +107,6 @@ def _add_and_normalize(
 @cache
 def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, dynamic=False)
-
-
-def _keep_results() -> None:
-    """Point the compiler's cache at a folder in which later jobs, on any node, find its results."""
-    with contextlib.suppress(RuntimeError):  # without a home folder, PyTorch's default in /tmp remains
-        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
 
 
 def _check_compiler(device: torch.device) -> None:

@@ -8,13 +8,13 @@ reduced, so the file's settings for reduction are replaced.
 from __future__ import annotations
 
 import json
-from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.config.zero_settings import ds_config_path, zero_settings
 from everest_ds.errors import ConfigError, nearest
+from everest_ds.parallel.deepspeed_internals import validate, zero_optimization_keys
 from everest_ds.parallel.nvme import check_nvme, swap_folder
 
 AUTO = "auto"
@@ -69,10 +69,8 @@ def check_by_deepspeed(resolved: dict[str, Any]) -> None:
         ConfigError: with DeepSpeed's message, if DeepSpeed refuses it.
     """
     _tell_device()
-    from deepspeed.runtime.config import DeepSpeedConfig  # heavy
-
     try:
-        DeepSpeedConfig(deepcopy(resolved))  # a copy, because DeepSpeed modifies its argument
+        validate(resolved)
     except (AssertionError, ValueError, TypeError, KeyError) as error:  # pydantic raises ValueErrors
         raise ConfigError("DeepSpeed refuses the config", given=" ".join(str(error).split())) from None
 
@@ -100,11 +98,7 @@ def _tell_device() -> None:
 
 def _check_keys(tree: dict[str, Any], path: Path) -> None:
     _tell_device()
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig  # heavy
-
-    fields = DeepSpeedZeroConfig.model_fields
-    zero_keys = {*fields, *(field.alias for field in fields.values() if field.alias)}
-    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", zero_keys)):
+    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", zero_optimization_keys())):
         for key in tree[section] if section else tree:
             if key not in known:
                 name = f"{section}.{key}" if section else key
@@ -115,7 +109,8 @@ def _fill_swap_folder(zero: dict[str, Any], config: Experiment, path: Path) -> N
     folder = swap_folder(config)
     if folder is not None:
         _fill(zero["offload_optimizer"], "nvme_path", str(folder), path)
-    elif any(_device(zero, key) == "nvme" for key in ("offload_optimizer", "offload_param")):
+    offloads = [zero.get(key) for key in ("offload_optimizer", "offload_param")]
+    if folder is None and any(isinstance(one, dict) and one.get("device") == "nvme" for one in offloads):
         raise ConfigError(
             f"{path}: the file asks for offload to nvme, which only the run config may set",
             fix="remove it and set parallelism.offload_to_nvme; weights offload to host memory at most",
@@ -135,11 +130,6 @@ def _fill_accumulation(tree: dict[str, Any], config: Experiment, plan: BatchPlan
         )
     if given != AUTO or zero_settings(config).sums_in_float32(config.precision, accumulates):
         tree["data_types"] = {**types, key: "fp32" if given == AUTO else given}
-
-
-def _device(zero: dict[str, Any], key: str) -> object:
-    section = zero.get(key)
-    return section.get("device") if isinstance(section, dict) else None
 
 
 def _fill(tree: dict[str, Any], key: str, value: object, path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +12,70 @@ from torch import Tensor, nn
 from everest_ds.config import Experiment
 from everest_ds.config.zero_settings import zero_settings
 from everest_ds.errors import ConfigError
-from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.models.matmul_precision import has_tf32, set_matmul_precision
 from everest_ds.parallel.compile import apply_compile
+from everest_ds.parallel.deepspeed_internals import (
+    check_engine,
+    check_modules,
+    forget_mpu,
+    found_overflow,
+    set_clipping,
+)
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.recompute import apply_recompute
 from everest_ds.parallel.sharded_init import InitialWeights, fill, set_masters
 from everest_ds.parallel.tensor_parallel import apply_tensor_parallel, merge_shards
 from everest_ds.parallel.world import World
 
-Engine = Any  # deepspeed.DeepSpeedEngine, which has no type annotations
+
+class Optimizer(Protocol):
+    """The part of an optimiser that the schedule uses."""
+
+    param_groups: list[dict[str, Any]]
+
+
+class HasOptimizer(Protocol):
+    """An object whose optimiser has a learning rate to be set."""
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimiser of the model's parameters."""
+
+
+class Engine(HasOptimizer, Protocol):
+    """The calls with which the training loop uses an engine; DeepSpeed's engine provides them.
+
+    Attributes:
+        module: the model, whose parameters may be sharded.
+        training: True in training mode, False in evaluation mode.
+    """
+
+    module: nn.Module
+    training: bool
+
+    def __call__(self, *inputs: Any) -> Any:
+        """Run the forward pass of the model."""
+
+    def train(self, mode: bool = True) -> Any:
+        """Set the training mode of the model."""
+
+    def eval(self) -> Any:
+        """Set the evaluation mode of the model."""
+
+    def backward(self, loss: Tensor) -> Any:
+        """Compute the gradients of a micro-batch and add them to those of earlier micro-batches."""
+
+    def step(self) -> Any:
+        """Update the weights after the last micro-batch of a step; do nothing after the others."""
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Return True if the current micro-batch is the last one of its step."""
+
+    def get_global_grad_norm(self) -> Any:
+        """Return the gradient norm of the last step before clipping; None if it is not known."""
+
+    def destroy(self) -> None:
+        """Free the memory of the engine."""
 
 
 def build_engine(
@@ -43,6 +98,7 @@ def build_engine(
     """
     import deepspeed  # heavy
 
+    check_modules()
     check_precision(config, mesh.world)
     set_matmul_precision(config.precision)
     # 1. Tensor parallelism replaces modules, so it comes before everything that changes modules in place.
@@ -66,7 +122,7 @@ def build_engine(
     # 6. The engine casts the model to the training precision, moves it to the device and shards it over
     #    the data-parallel group.
     lean_stage = 0 if zero_settings(config).offloads_optimizer else config.parallelism.zero_stage
-    deepspeed.utils.groups.mpu = None  # initialize() would otherwise keep the previous engine's
+    forget_mpu()
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,
@@ -78,7 +134,7 @@ def build_engine(
     # 7. The optimiser's float32 weights are set last: the engine derived them from rounded weights.
     if weights is not None and config.in_half_precision:
         set_masters(engine, weights, mesh)
-    return engine
+    return cast(Engine, engine)
 
 
 def _as_deepspeed_reads_it(ds_config: dict[str, Any], lean_stage: int) -> dict[str, Any]:
@@ -92,15 +148,16 @@ def _as_deepspeed_reads_it(ds_config: dict[str, Any], lean_stage: int) -> dict[s
     return {**ds_config, "data_types": types}
 
 
-def _replace_updates(engine: Engine, ds_config: dict[str, Any], lean_stage: int) -> None:
+def _replace_updates(engine: Any, ds_config: dict[str, Any], lean_stage: int) -> None:
     """Replace DeepSpeed 0.19.8's per-tensor update by batched operators, which keep a GPU from idling."""
     from everest_ds.parallel.lean_update import clip_gradients, make_lean, make_norm_lean  # heavy
 
+    check_engine(engine, lean_stage)
     if lean_stage in (1, 2):
         make_lean(engine.optimizer, ds_config.get("data_types", {}).get("grad_accum_dtype") == "fp32")
     elif lean_stage == 3:
         make_norm_lean(engine.optimizer)
-    engine.clip_fp32_gradients = partial(clip_gradients, engine)  # DeepSpeed calls it at stage 0 only
+    set_clipping(engine, partial(clip_gradients, engine))
 
 
 def check_precision(config: Experiment, world: World) -> None:
@@ -130,10 +187,10 @@ def step_skipped(engine: Engine) -> bool:
 
     Always False at stage 0, which does not check the gradients.
     """
-    return bool(getattr(engine.optimizer, "overflow", False))
+    return found_overflow(engine)
 
 
-def set_learning_rate(engine: Engine, lr: float) -> None:
+def set_learning_rate(engine: HasOptimizer, lr: float) -> None:
     """Set the learning rate of every parameter group to `lr` times the group's `lr_scale`."""
     for group in engine.optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -22,7 +22,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from deepspeed import __version__ as deepspeed_version
 from deepspeed import comm as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.utils import all_gather_dp_groups, is_model_parallel_parameter
@@ -31,18 +30,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID, DeepSpee
 from torch import Tensor
 from torch._utils import _unflatten_dense_tensors
 
-from everest_ds.errors import EverestError
-
-# Methods of DeepSpeed's optimiser that are replaced below, and methods that the replacements call.
-_REPLACED = (
-    "step reduce_gradients backward_epilogue independent_gradient_partition_epilogue"
-    " _fill_param_grad_accum_attribute _add_to_grad_partition_buffer"
-)
-_USED = (
-    "reduce_ipg_grads get_flat_partition get_all_grad_tensors zero_grad _clear_param_grad_only _update_scale"
-    " _release_ipg_buffers _clear_previous_reduced_grads _use_compact_grad_partition_buffer"
-    " _get_compact_grad_partition_buffer _model_parallel_all_reduce _lazy_init_hp_params_optimizer_state"
-)
+from everest_ds.parallel.deepspeed_internals import check_type
 
 
 def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
@@ -53,9 +41,9 @@ def make_lean(optimizer: Any, sums_in_float32: bool) -> None:
         sums_in_float32: True to sum micro-batch gradients in float32 rather than the training precision.
 
     Raises:
-        EverestError: if this version of DeepSpeed has another optimiser, or lacks a method needed here.
+        EverestError: if this version of DeepSpeed has another optimiser.
     """
-    _check(optimizer, DeepSpeedZeroOptimizer, f"{_REPLACED} {_USED}")
+    check_type(optimizer, DeepSpeedZeroOptimizer)
     optimizer.__class__ = LeanZeroOptimizer
     dtype = torch.float32 if sums_in_float32 else optimizer.dtype
     optimizer.gradient_accumulation_dtype = dtype
@@ -70,22 +58,10 @@ def make_norm_lean(optimizer: Any) -> None:
         optimizer: DeepSpeed's optimiser of an engine without offload.
 
     Raises:
-        EverestError: if this version of DeepSpeed has another optimiser, or lacks a method needed here.
+        EverestError: if this version of DeepSpeed has another optimiser.
     """
-    _check(optimizer, DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups _model_parallel_all_reduce")
+    check_type(optimizer, DeepSpeedZeroOptimizer_Stage3)
     optimizer.__class__ = LeanZero3Optimizer
-
-
-def _check(optimizer: Any, expected: type, names: str) -> None:
-    missing = [name for name in names.split() if not hasattr(expected, name)]
-    if type(optimizer) is not expected or missing:
-        found = f"without {', '.join(missing)}" if missing else f"with a {type(optimizer).__name__}"
-        raise EverestError(
-            "this version of DeepSpeed does not fit EVEREST-DS's ZeRO update",
-            given=f"{deepspeed_version}, {found}",
-            allowed="0.19.8",
-            fix="pip install deepspeed==0.19.8",
-        )
 
 
 def clip_gradients(engine: Any) -> None:

@@ -27,12 +27,13 @@ class Mesh:
 
     @property
     def coordinates(self) -> PerAxis:
-        """The index of this rank along each axis.
-
-        Along `data`, the index counts shares of the clips and partitions of ZeRO; along `tensor`, the shards
-        of every layer.
-        """
+        """The index of this rank along each axis: of ZeRO's partition, and of the shard of every layer."""
         return self.shape.coordinates(self.world.rank)
+
+    @property
+    def share(self) -> int:
+        """The index of the share of clips that this rank reads."""
+        return self.shape.share_of(self.world.rank)
 
     @property
     def mpu(self) -> Any:
@@ -46,17 +47,14 @@ def form_mesh(world: World, shape: MeshShape) -> Mesh:
     Raises:
         UsageError: on every rank, if a tensor group would span nodes.
     """
-    tensor_degree = shape.degrees.tensor
-    if tensor_degree > 1:
+    degree = shape.degrees.tensor
+    if degree > 1:
         world.together(lambda: shape.check_placement(world.rank, world.local_rank, world.local_size))
-        _join_groups(tensor_degree)
+        joined = fairscale_groups.model_parallel_is_initialized()
+        if joined and fairscale_groups.get_model_parallel_world_size() != degree:
+            fairscale_groups.destroy_model_parallel()
+            joined = False
+        if not joined:
+            with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its layout of the ranks
+                fairscale_groups.initialize_model_parallel(degree)
     return Mesh(world, shape)
-
-
-def _join_groups(tensor_degree: int) -> None:
-    if fairscale_groups.model_parallel_is_initialized():
-        if fairscale_groups.get_model_parallel_world_size() == tensor_degree:
-            return
-        fairscale_groups.destroy_model_parallel()
-    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints its layout of the ranks
-        fairscale_groups.initialize_model_parallel(tensor_degree)

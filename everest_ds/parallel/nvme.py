@@ -11,6 +11,7 @@ from pathlib import Path
 
 from everest_ds.config import Experiment
 from everest_ds.errors import ConfigError
+from everest_ds.parallel.deepspeed_internals import can_build_async_io, swap_folder_of_rank
 
 _COMPILED = ("pin_memory", "async_io")  # extensions that DeepSpeed compiles, one after the other
 # A compilation that writes no file for this long was killed: compiling one file takes a minute or two.
@@ -32,9 +33,7 @@ def check_nvme(config: Experiment) -> None:
             given=str(folder),
             fix="name a folder on a local disk of every node",
         )
-    from deepspeed.ops.op_builder import AsyncIOBuilder  # heavy
-
-    if shutil.which("g++") is None or shutil.which("ninja") is None or not AsyncIOBuilder().is_compatible():
+    if shutil.which("g++") is None or shutil.which("ninja") is None or not can_build_async_io():
         raise ConfigError(
             "parallelism.offload_to_nvme: DeepSpeed's async_io cannot be built on this machine",
             fix="install libaio with its headers, a C++ compiler and ninja"
@@ -82,4 +81,4 @@ def remove_swap_files(config: Experiment, rank: int) -> None:
     """Remove the offloaded states of `rank` from the disk when it ends; checkpoints hold the states."""
     folder = swap_folder(config)
     if folder is not None:
-        shutil.rmtree(folder / "zero_stage_3" / "optimizer" / f"rank{rank}", ignore_errors=True)
+        shutil.rmtree(swap_folder_of_rank(folder, rank), ignore_errors=True)

@@ -60,19 +60,16 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) 
     if config.mode == "full":
         _configure_deepspeed(config, mpu)
     for stack in stacks:
-        _forget_earlier(stack)
+        for module in stack.modules():
+            vars(module).pop("forward", None)  # both libraries set `forward` on the instance
         for mlp in (module for module in stack.modules() if isinstance(module, MLP)):
             mlp.recomputes_gelu = config.mode != "none"
         for part in _parts(stack, config):
             if config.mode == "full":
-                _recompute_by_deepspeed(part)
+                # A weak reference, as in fairscale: the cycle of a strong one would delay freeing the part.
+                part.forward = partial(_checkpointed_forward, type(part).forward, weakref.ref(part))
             else:
                 _recompute_by_fairscale(part, config.offload_to_cpu)
-
-
-def _forget_earlier(stack: Blocks) -> None:
-    for module in stack.modules():
-        vars(module).pop("forward", None)  # both libraries set `forward` on the instance
 
 
 def _parts(stack: Blocks, config: RecomputeConfig) -> list[nn.Module]:
@@ -128,12 +125,6 @@ def _configure_deepspeed(config: RecomputeConfig, mpu: Any) -> None:
             partition_activations=config.partition or (offload and on_cpu),
             checkpoint_in_cpu=offload,
         )
-
-
-def _recompute_by_deepspeed(block: nn.Module) -> None:
-    # A weak reference, as in fairscale: with a strong one, a reference cycle would delay freeing the block.
-    forward = partial(_checkpointed_forward, type(block).forward, weakref.ref(block))
-    block.forward = forward
 
 
 def _checkpointed_forward(

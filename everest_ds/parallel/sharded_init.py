@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from everest_ds.checkpoints.reader import WEIGHT
+from everest_ds.parallel.deepspeed_internals import shard_by
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.tensor_parallel import split_of
 from everest_ds.parallel.zero_states import states_of_engine
@@ -41,21 +43,24 @@ def fill(
     parameters, share = dict(model.named_parameters()), _sharing(ds_config, mesh)
     for name, whole in weights():
         if name not in parameters:
-            _set_buffer(model, name, whole.to(mesh.world.device))
+            path, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(path), leaf, whole.to(mesh.world.device))
             continue
         parameter = parameters[name]
         shard = _shard(parameter, whole, mesh).to(mesh.world.device, DTYPES[precision])
-        _materialize(parameter, shard)
+        marks = dict(vars(parameter))  # swap_tensors swaps attributes too, so they are put back afterwards
+        torch.utils.swap_tensors(parameter, nn.Parameter(shard, requires_grad=parameter.requires_grad))
+        vars(parameter).update(marks)
         share(parameter)
 
 
 def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
     """Set the optimiser's float32 weights to `weights`; DeepSpeed derived them from rounded values."""
     states = states_of_engine(engine, mesh)
-    held = {each.name: each for each in states.held()}
+    shards = {each.name: each for each in states.shards()}
     for name, whole in weights():
-        if name in held:
-            mine = held[name]
+        if name in shards:
+            mine = shards[name]
             shard = _shard(mine.parameter, whole, mesh).flatten()
             states.put(mine, WEIGHT, shard[mine.start : mine.start + mine.numel])
     states.refresh()
@@ -64,17 +69,6 @@ def set_masters(engine: Any, weights: InitialWeights, mesh: Mesh) -> None:
 def _shard(parameter: Tensor, whole: Tensor, mesh: Mesh) -> Tensor:
     split = split_of(parameter)
     return whole if split is None else split.take(whole, mesh.coordinates.tensor, mesh.degrees.tensor)
-
-
-def _materialize(parameter: nn.Parameter, value: Tensor) -> None:
-    marks = dict(vars(parameter))  # swap_tensors swaps attributes too, so they are put back afterwards
-    torch.utils.swap_tensors(parameter, nn.Parameter(value, requires_grad=parameter.requires_grad))
-    vars(parameter).update(marks)
-
-
-def _set_buffer(model: nn.Module, name: str, value: Tensor) -> None:
-    path, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(path), leaf, value)
 
 
 def _sharing(ds_config: dict[str, Any], mesh: Mesh) -> Callable[[nn.Parameter], None]:
@@ -89,4 +83,4 @@ def _sharing(ds_config: dict[str, Any], mesh: Mesh) -> Callable[[nn.Parameter], 
         config_dict_or_path=copy.deepcopy(ds_config),
         mpu=mesh.mpu,
     )
-    return lambda parameter: zero._convert_to_zero_parameters([parameter])
+    return partial(shard_by, zero)

@@ -77,7 +77,11 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh) -> None:
     """
     for block in [module for module in model.modules() if isinstance(module, Block)]:
         for name, split in SPLITS.items():
-            _keep_shard(block.get_parameter(name), split, mesh)
+            parameter = block.get_parameter(name)
+            parameter.data = split.take(parameter.data, mesh.coordinates.tensor, mesh.degrees.tensor)
+            # DeepSpeed reads `model_parallel`: without this mark, only tensor rank 0 counts the gradient in
+            # the global norm.
+            vars(parameter).update(model_parallel=True, shared_by=split)
         attention, mlp = block.attention, block.mlp
         attention.qkv = _QKV(attention.qkv)
         attention.proj = _Row(attention.proj)
@@ -104,13 +108,6 @@ def merge_shards(parameter: Tensor, shard: Tensor) -> Tensor:
     shards = [torch.empty_like(shard) for _ in range(dist.get_world_size(group))]
     dist.all_gather(shards, shard.detach().contiguous(), group=group)
     return split.merge(shards)
-
-
-def _keep_shard(parameter: nn.Parameter, split: Split, mesh: Mesh) -> None:
-    parameter.data = split.take(parameter.data, mesh.coordinates.tensor, mesh.degrees.tensor)
-    # DeepSpeed reads `model_parallel`: without this mark, only tensor rank 0 counts a parameter's gradient in
-    # the global norm.
-    vars(parameter).update(model_parallel=True, shared_by=split)
 
 
 class _Column(ColumnParallelLinear):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, RunFolderError, UsageError
+from everest_ds.parallel.deepspeed_internals import silence, skip_shared_memory_collectives
 
 T = TypeVar("T")
 
@@ -159,7 +160,9 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank, local_size)
     prepare_deepspeed(device)
-    _default_timeouts(timeout)
+    # DeepSpeed and fairscale create groups without a timeout, and torch's own default is up to half an hour.
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(dist.distributed_c10d, name, timeout)
     try:
         store, *_ = next(dist.rendezvous("env://", timeout=timeout))
         if device.type == "cuda":
@@ -268,15 +271,6 @@ def _tell_deepspeed_index(index: int) -> None:
             os.environ[name] = str(index)
 
 
-def _default_timeouts(timeout: timedelta) -> None:
-    """Set torch's default timeout, for groups that DeepSpeed and fairscale create without a timeout.
-
-    Torch's own default is up to half an hour.
-    """
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(dist.distributed_c10d, name, timeout)
-
-
 def prepare_deepspeed(device: torch.device) -> None:
     """Import DeepSpeed for `device`, and apply the settings that it reads on import or initialisation."""
     os.environ["DS_ACCELERATOR"] = device.type
@@ -284,9 +278,6 @@ def prepare_deepspeed(device: torch.device) -> None:
         _tell_deepspeed_index(device.index)
     # DeepSpeed 0.19 uses names of collectives that torch 2.13 deprecates; users cannot act on the warning.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    import deepspeed
-
-    deepspeed.utils.logging.logger.setLevel("ERROR")
+    silence()
     if device.type == "cpu":
-        # DeepSpeed's shared-memory collectives compile for 35 s at first use and change no result.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_shared_memory_collectives()

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from everest_ds.checkpoints.reader import STATES, WEIGHT
 from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut
+from everest_ds.parallel import deepspeed_internals as internals
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.tensor_parallel import split_of
 
 _MOMENTS = tuple(state for state in STATES if state != WEIGHT)
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class LocalShard:
     """
 
     name: str
-    parameter: Any  # nn.Parameter, with the attributes that DeepSpeed adds
+    parameter: nn.Parameter
     shape: tuple[int, ...]
     cut: Cut
     start: int
@@ -50,14 +50,14 @@ class LocalShard:
 class ZeroStates(Protocol):
     """Interface to the states of a model (weights and AdamW's moments), one implementation per sharding."""
 
-    def held(self) -> Iterator[LocalShard]:
+    def shards(self) -> Iterator[LocalShard]:
         """Yield the ranges that this rank holds, in the order of the parameters."""
 
-    def get(self, held: LocalShard, state: str) -> Tensor:
-        """Return the elements of `state` in the range `held`, float32 and flat; a view if possible."""
+    def get(self, shard: LocalShard, state: str) -> Tensor:
+        """Return the elements of `state` in the range of `shard`, float32 and flat; a view if possible."""
 
-    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
-        """Set the elements of `state` in the range `held`. Call `refresh` after the last `put`."""
+    def put(self, shard: LocalShard, state: str, values: Tensor) -> None:
+        """Set the elements of `state` in the range of `shard`. Call `refresh` after the last `put`."""
 
     def refresh(self) -> None:
         """Update the weights of the forward pass from the float32 weights. Call on every rank."""
@@ -68,24 +68,26 @@ class ZeroStates(Protocol):
 
 def states_of_engine(engine: Any, mesh: Mesh) -> ZeroStates:
     """Return the implementation of `ZeroStates` for the engine's ZeRO stage and offload."""
-    stage = engine.zero_optimization_stage()
+    stage = internals.zero_stage(engine)
     if stage == 0:
         return _Replicated(engine, mesh)
     if stage < 3:
         return _Flattened(engine, mesh)
-    return _Swapped(engine, mesh) if engine.optimizer.swap_optimizer else _Partitioned(engine, mesh)
+    return (
+        _Swapped(engine, mesh) if internals.offloads_to_disk(engine.optimizer) else _Partitioned(engine, mesh)
+    )
 
 
 def whole_shape(parameter: Any, mesh: Mesh) -> tuple[int, ...]:
     """Return the shape of a parameter before ZeRO or tensor parallelism sharded it."""
-    shape = list(getattr(parameter, "ds_shape", parameter.shape))
+    shape = list(internals.unsharded_shape(parameter))
     split = split_of(parameter)
     if split is not None:
         shape[split.dim] *= mesh.degrees.tensor
     return tuple(shape)
 
 
-def _held(
+def _shard(
     name: str, parameter: Any, mesh: Mesh, start: int, numel: int, saved_by_data_rank: bool = True
 ) -> LocalShard:
     shape, split = whole_shape(parameter, mesh), split_of(parameter)
@@ -109,21 +111,6 @@ def set_optimizer_step(states: ZeroStates, step: int) -> None:
         slot["step"].fill_(step)
 
 
-def loss_scale(engine: Any) -> dict[str, int | float] | None:
-    """Return the state of the fp16 loss scaler; None in other precisions."""
-    if not engine.fp16_enabled():
-        return None
-    scaler = engine.optimizer.loss_scaler
-    return {name: getattr(scaler, name) for name in _LOSS_SCALE if hasattr(scaler, name)}
-
-
-def set_loss_scale(engine: Any, saved: dict[str, int | float] | None) -> None:
-    """Restore a saved state of the fp16 loss scaler; None keeps DeepSpeed's initial state."""
-    if saved is not None and engine.fp16_enabled():
-        for name, value in saved.items():
-            setattr(engine.optimizer.loss_scaler, name, value)
-
-
 class _Replicated:
     """The states at stage 0: torch's AdamW over whole parameters, the same on every rank."""
 
@@ -132,22 +119,22 @@ class _Replicated:
         self._optimizer: torch.optim.AdamW = engine.optimizer
         self._mesh = mesh
 
-    def held(self) -> Iterator[LocalShard]:
+    def shards(self) -> Iterator[LocalShard]:
         parameters = list(self._module.named_parameters())
         total = sum(parameter.numel() for _, parameter in parameters)
         before = 0
         for name, parameter in parameters:
             writer = before * self._mesh.degrees.data // total  # ranks write about the same number of bytes
             is_mine = writer == self._mesh.coordinates.data
-            yield _held(name, parameter, self._mesh, 0, parameter.numel(), is_mine)
+            yield _shard(name, parameter, self._mesh, 0, parameter.numel(), is_mine)
             before += parameter.numel()
 
-    def get(self, held: LocalShard, state: str) -> Tensor:
-        return self._tensor(held.parameter, state).detach().view(-1)
+    def get(self, shard: LocalShard, state: str) -> Tensor:
+        return self._tensor(shard.parameter, state).detach().view(-1)
 
     @torch.no_grad()
-    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
-        self._tensor(held.parameter, state).copy_(values.view_as(held.parameter))
+    def put(self, shard: LocalShard, state: str, values: Tensor) -> None:
+        self._tensor(shard.parameter, state).copy_(values.view_as(shard.parameter))
 
     def refresh(self) -> None:
         pass  # the forward pass uses the float32 weights themselves
@@ -169,34 +156,33 @@ class _Flattened:
         self._module: nn.Module = engine.module
         self._mesh = mesh
         self._zero = engine.optimizer
-        self._optimizer: torch.optim.AdamW = engine.optimizer.optimizer
+        self._optimizer = internals.inner_optimizer(engine.optimizer)
         self._parts: list[Tensor] = [group["params"][0] for group in self._optimizer.param_groups]
 
-    def held(self) -> Iterator[LocalShard]:
-        parameter: Any
+    def shards(self) -> Iterator[LocalShard]:
         for name, parameter in self._module.named_parameters():
-            mapping = parameter._hp_mapping  # None if no element falls into this rank's part
-            if mapping is not None:
-                address = mapping.lp_fragment_address
-                yield _held(name, parameter, self._mesh, address.start, address.numel)
+            fragment = internals.fragment_of(parameter)
+            if fragment is not None:
+                yield _shard(name, parameter, self._mesh, fragment.start, fragment.numel)
 
-    def get(self, held: LocalShard, state: str) -> Tensor:
-        return self._elements(held, state).detach()
+    def get(self, shard: LocalShard, state: str) -> Tensor:
+        return self._elements(shard, state).detach()
 
-    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
-        self._elements(held, state).copy_(values)
+    def put(self, shard: LocalShard, state: str, values: Tensor) -> None:
+        self._elements(shard, state).copy_(values)
 
     def refresh(self) -> None:
-        self._zero.update_lp_params()
+        internals.publish_masters(self._zero)
 
     def slots(self) -> list[dict[str, Any]]:
         return _slots(self._optimizer, self._parts)
 
-    def _elements(self, held: LocalShard, state: str) -> Tensor:
-        mapping = held.parameter._hp_mapping
-        part = self._parts[mapping.param_group_index]
+    def _elements(self, shard: LocalShard, state: str) -> Tensor:
+        fragment = internals.fragment_of(shard.parameter)
+        assert fragment is not None, shard.name  # `shards` yields no parameter without a fragment here
+        part = self._parts[fragment.group]
         source: Tensor = part.detach() if state == WEIGHT else self._optimizer.state[part][state]
-        return source.narrow(0, mapping.hp_fragment_address.start, held.numel)
+        return source.narrow(0, fragment.offset, shard.numel)
 
 
 class _Partitioned:
@@ -205,44 +191,42 @@ class _Partitioned:
     def __init__(self, engine: Any, mesh: Mesh) -> None:
         self._module: nn.Module = engine.module
         self._zero = engine.optimizer
+        self._optimizer = internals.inner_optimizer(engine.optimizer)
         self._mesh = mesh
 
-    def held(self) -> Iterator[LocalShard]:
-        parameter: Any
+    def shards(self) -> Iterator[LocalShard]:
         for name, parameter in self._module.named_parameters():
-            share = parameter.ds_tensor.ds_numel
+            share = internals.share_numel(parameter)
             start = self._mesh.coordinates.data * share
-            numel = min(share, parameter.ds_numel - start)
+            numel = min(share, internals.numel_of_all_shares(parameter) - start)
             if numel > 0:
-                yield _held(name, parameter, self._mesh, start, numel)
+                yield _shard(name, parameter, self._mesh, start, numel)
 
-    def get(self, held: LocalShard, state: str) -> Tensor:
+    def get(self, shard: LocalShard, state: str) -> Tensor:
         from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state  # heavy
 
         if state == WEIGHT:
-            share: Tensor = safe_get_local_fp32_param(held.parameter)
+            share: Tensor = safe_get_local_fp32_param(shard.parameter)
         else:
-            share = safe_get_local_optimizer_state(held.parameter, state)
-        return share.detach()[: held.numel]
+            share = safe_get_local_optimizer_state(shard.parameter, state)
+        return share.detach()[: shard.numel]
 
-    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
+    def put(self, shard: LocalShard, state: str, values: Tensor) -> None:
         from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state  # heavy
 
-        share = torch.zeros(held.parameter.ds_tensor.ds_numel)
-        share[: held.numel] = values
+        share = torch.zeros(internals.share_numel(shard.parameter))
+        share[: shard.numel] = values
         if state == WEIGHT:
-            safe_set_local_fp32_param(held.parameter, share)
-            held.parameter.ds_tensor.data.copy_(share)
+            safe_set_local_fp32_param(shard.parameter, share)
+            internals.set_share(shard.parameter, share)
         else:
-            safe_set_local_optimizer_state(held.parameter, share, state)
+            safe_set_local_optimizer_state(shard.parameter, share, state)
 
     def refresh(self) -> None:
-        # Small parameters stay gathered between steps: release them, then gather the new shares again.
-        self._zero.checkpoint_event_prologue()
-        self._zero.checkpoint_event_epilogue()
+        internals.regather(self._zero)
 
     def slots(self) -> list[dict[str, Any]]:
-        return _slots(self._zero.optimizer, self._zero.fp32_partitioned_groups_flat)
+        return _slots(self._optimizer, internals.flat_groups(self._zero))
 
 
 class _Swapped(_Partitioned):
@@ -257,27 +241,27 @@ class _Swapped(_Partitioned):
         self._copied: tuple[int, str] | None = None  # the group and state that `_copy` holds
         self._copy: Tensor
 
-    def get(self, held: LocalShard, state: str) -> Tensor:
+    def get(self, shard: LocalShard, state: str) -> Tensor:
         # A view of a host copy, because the fetched states themselves go back to the disk.
-        group, start, _ = self._place(held)
+        group, start, _ = internals.place_in_groups(self._zero, shard.parameter)
         if self._copied != (group, state):
             self._send_back()
             self._fetch(group)
             self._copied, self._copy = (group, state), self._flat(group, state).detach().cpu().clone()
             self._send_back()
-        return self._copy.narrow(0, start, held.numel)
+        return self._copy.narrow(0, start, shard.numel)
 
-    def put(self, held: LocalShard, state: str, values: Tensor) -> None:
-        group, start, share = self._place(held)
+    def put(self, shard: LocalShard, state: str, values: Tensor) -> None:
+        group, start, share = internals.place_in_groups(self._zero, shard.parameter)
         if group != self._fetched:
             self._send_back()
             self._fetch(group)
         self._copied = None
         elements = self._flat(group, state).detach().narrow(0, start, share)
         elements.zero_()
-        elements[: held.numel].copy_(values)
+        elements[: shard.numel].copy_(values)
         if state == WEIGHT:
-            held.parameter.ds_tensor.data.copy_(elements)
+            internals.set_share(shard.parameter, elements)
 
     def refresh(self) -> None:
         self._send_back()
@@ -285,30 +269,28 @@ class _Swapped(_Partitioned):
 
     def slots(self) -> list[dict[str, Any]]:
         self._send_back()
-        for group, flat in enumerate(self._zero.fp32_partitioned_groups_flat):
-            if not self._zero.optimizer.state[flat]:
+        groups = internals.flat_groups(self._zero)
+        for group, flat in enumerate(groups):
+            if not self._optimizer.state[flat]:
                 self._fetch(group)
-                _slots(self._zero.optimizer, [flat])
+                _slots(self._optimizer, [flat])
                 self._send_back()
-        return [self._zero.optimizer.state[flat] for flat in self._zero.fp32_partitioned_groups_flat]
-
-    def _place(self, held: LocalShard) -> tuple[int, int, int]:
-        """Return the parameter's group, and the start and length of this rank's share in it."""
-        place: tuple[int, int, int] = self._zero.grad_position[self._zero.get_param_id(held.parameter)]
-        return place
+        return [self._optimizer.state[flat] for flat in groups]
 
     def _flat(self, group: int, state: str) -> Tensor:
-        flat: Tensor = self._zero.fp32_partitioned_groups_flat[group]
-        return flat if state == WEIGHT else self._zero.optimizer.state[flat][state]
+        flat = internals.flat_groups(self._zero)[group]
+        if state == WEIGHT:
+            return flat
+        moment: Tensor = self._optimizer.state[flat][state]
+        return moment
 
     def _fetch(self, group: int) -> None:
-        if self._zero._swappable_optimizer_subgroup(group):  # small groups always stay in memory
-            self._zero._optimizer_states_and_gradient_swap_in(group)
+        internals.fetch_states(self._zero, group)
         self._fetched = group
 
     def _send_back(self) -> None:
-        if self._fetched is not None and self._zero._swappable_optimizer_subgroup(self._fetched):
-            self._zero._optimizer_states_and_gradient_swap_out(self._fetched)
+        if self._fetched is not None:
+            internals.send_back_states(self._zero, self._fetched)
         self._fetched = None
 
 

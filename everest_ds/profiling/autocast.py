@@ -54,9 +54,6 @@ class _Float32Operators(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _IN_FLOAT32:
-            args, kwargs = tree_map_only(Tensor, _widen, (args, kwargs))
+            inputs = (args, kwargs)
+            args, kwargs = tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs)
         return func(*args, **kwargs)
-
-
-def _widen(tensor: Tensor) -> Tensor:
-    return tensor.float() if tensor.is_floating_point() else tensor

@@ -59,9 +59,12 @@ def _figures(num_parameters: int, forward: int, norms: int, training: int) -> di
 
 def count_details(forward: ComputeCount, training: ComputeCount) -> dict[str, Table]:
     """Return tables of counted compute by module and by operator, and of calls that are not counted."""
+    norms = _merge_blocks(forward.layer_norm_elements_by_module)
     by_module = {
         "forward_gmacs": _giga(_merge_blocks(forward.macs_by_module)),
-        "layer_norm_gmacs": _giga(_norms(forward)),
+        "layer_norm_gmacs": _giga(
+            {path: LITERATURE_MACS_PER_NORM_ELEMENT * elements for path, elements in norms.items()}
+        ),
         "training_gmacs": _giga(_merge_blocks(training.macs_by_module)),
     }
     by_operator = {
@@ -82,11 +85,6 @@ def _merge_blocks(by_module: Mapping[str, int]) -> dict[str, int]:
     for path, value in by_module.items():
         merged[re.sub(r"\.\d+(?=\.|$)", ".*", path) or "(the model itself)"] += value
     return dict(merged)
-
-
-def _norms(count: ComputeCount) -> dict[str, int]:
-    merged = _merge_blocks(count.layer_norm_elements_by_module)
-    return {path: LITERATURE_MACS_PER_NORM_ELEMENT * elements for path, elements in merged.items()}
 
 
 def _giga(values: Mapping[str, int]) -> dict[str, float]:

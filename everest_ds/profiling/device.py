@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from everest_ds.models.precision import has_tf32
+from everest_ds.models.matmul_precision import has_tf32
 
 HOST = torch.device("cpu")
 

@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from everest_ds.config.backbones import MLP_RATIO
+from everest_ds.costs import block
 from everest_ds.costs.compute import FLOPS_PER_MAC
 from everest_ds.models.attention import fused_attention
 from everest_ds.models.linear import multiply
-from everest_ds.models.precision import set_matmul_precision
+from everest_ds.models.matmul_precision import set_matmul_precision
 from everest_ds.models.vit import Block
 from everest_ds.profiling.launches import count_launches
 
@@ -92,7 +93,8 @@ def _attention_rate(device: torch.device, precision: str, n: int) -> Rate:
     qkv = _noise((clips, n, 3, heads, _HEAD_WIDTH), device, precision).requires_grad_()
     gradient = _noise((clips, n, heads * _HEAD_WIDTH), device, precision)
     seconds = best_time(lambda: torch.autograd.grad(fused_attention(qkv), qkv, gradient), device)
-    return Rate((n,), 7 * FLOPS_PER_MAC * clips * heads * n * n * _HEAD_WIDTH / seconds)
+    products = sum(block.ATTENTION_PRODUCTS["fused"])
+    return Rate((n,), products * FLOPS_PER_MAC * clips * heads * n * n * _HEAD_WIDTH / seconds)
 
 
 def moving_rates(
@@ -100,8 +102,8 @@ def moving_rates(
 ) -> list[Rate]:
     """Measure the rate of a block's memory-bound operators in bytes per second, by the size of a tensor.
 
-    These are norms, residual sums, GELU and its gradient, and sums over rows: 51 passes over (rows, width) in
-    forward and backward pass, as costs/compute_time.py counts them.
+    These are norms, residual sums, GELU and its gradient, and sums over rows, in the forward and the backward
+    pass, as often as costs/block.py counts them.
     """
     return [_moving_rate(device, precision, n, width) for width in widths for n in rows]
 
@@ -121,16 +123,17 @@ def _moving_rate(device: torch.device, precision: str, rows: int, width: int) ->
         (wide.sum(dim=0), wide[:, : 3 * width].sum(dim=0))
 
     tensor_bytes = rows * width * x.element_size()
-    return Rate((tensor_bytes,), (10 + 8 + 14 + 19) * tensor_bytes / best_time(passes, device))
+    num_passes = sum((*block.moves(block.OPERATORS), *block.moves(block.OPERATORS, split=True)))
+    return Rate((tensor_bytes,), num_passes * tensor_bytes / best_time(passes, device))
 
 
 def launch_seconds(device: torch.device) -> float:
     """Return the host's seconds per operator launch, measured on a block too small to load the device."""
-    block = Block(_HEAD_WIDTH, 1).to(device)
+    module = Block(_HEAD_WIDTH, 1).to(device)
     x = torch.zeros(1, 2, _HEAD_WIDTH, device=device)
 
     def both_ways() -> None:
-        block(x).sum().backward()
+        module(x).sum().backward()
 
     return best_time(both_ways, device) / count_launches(both_ways).total
 

@@ -128,6 +128,8 @@ def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount
         model = build_model(config)
         clip_BFHWC = torch.empty(batch_size, geometry.num_frames, side, side, 3, dtype=torch.uint8)
         key_B, label_B = (torch.empty(batch_size, dtype=torch.int64) for _ in range(2))
+        embed = TubeletEmbedding(config.model.geometry, config.model.shape.encoder.width)
+        tubelets_BNP = torch.empty(batch_size, config.model.geometry.num_tokens, embed.in_features).byte()
 
     def loss() -> Tensor:
         output = model(clip_BFHWC, key_B)
@@ -138,16 +140,8 @@ def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount
         num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
         forward=count_forward(model, clip_BFHWC, key_B),
         training_step=count_training_step(loss, model),
-        embed_all_macs=_count_embed_all(config, batch_size).macs,
+        embed_all_macs=_count(lambda: embed()(tubelets_BNP), embed).macs,
     )
-
-
-def _count_embed_all(config: Experiment, batch_size: int) -> ComputeCount:
-    geometry, width = config.model.geometry, config.model.shape.encoder.width
-    with torch.device("meta"):
-        embed = TubeletEmbedding(geometry, width)
-        tubelets_BNP = torch.empty(batch_size, geometry.num_tokens, geometry.tubelet_values).byte()
-    return _count(lambda: embed()(tubelets_BNP), embed)
 
 
 # Module path -> part of `compute.ComputePrediction`; the longest matching path decides.
@@ -168,12 +162,9 @@ def macs_by_part(count: ComputeCount) -> dict[str, int]:
     """
     macs = dict.fromkeys(_PARTS.values(), 0)
     for module, done in count.macs_by_module.items():
-        macs[_PARTS[max((path for path in _PARTS if _lies_in(module, path)), key=len)]] += done
+        containing = [path for path in _PARTS if f"{module}.".startswith(f"{path}.")]
+        macs[_PARTS[max(containing, key=len)]] += done
     return macs
-
-
-def _lies_in(module: str, path: str) -> bool:
-    return module == path or module.startswith(path + ".")
 
 
 @contextmanager

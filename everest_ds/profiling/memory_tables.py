@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from operator import attrgetter
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from everest_ds.config.schema import Experiment
 from everest_ds.costs.memory import predict_memory
 from everest_ds.models import build_model
 from everest_ds.profiling.compute_tables import Table
-from everest_ds.profiling.memory_trace import CATEGORIES, LiveSample, MemoryTrace, trace_memory
+from everest_ds.profiling.memory_trace import CATEGORIES, MemoryTrace, trace_memory
 from everest_ds.units import format_bytes
 
 MIB = 1024**2
@@ -73,14 +73,25 @@ def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object])
         prepare(model)
         return model
 
-    return trace_memory(build, partial(_blank_batch, config), partial(_loss, config))
+    def blank_batch() -> Sequence[Tensor]:
+        clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
+        key_B, label_B = (torch.empty(num_clips, dtype=torch.int64) for _ in range(2))
+        size = (num_clips, clip.num_frames, clip.image_size, clip.image_size, 3)
+        return torch.empty(size, dtype=torch.uint8), key_B, label_B
+
+    def loss(model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
+        output = model(clip_BFHWC, key_B)
+        return output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
+
+    return trace_memory(build, blank_batch, loss)
 
 
 def over_time(traced: MemoryTrace) -> Table:
     """Return at most `_MOMENTS` rows of live bytes by category, each the highest moment of an interval."""
     timeline = traced.timeline
     stride = -(-len(timeline) // _MOMENTS)
-    highest = [max(timeline[i : i + stride], key=_total) for i in range(0, len(timeline), stride)]
+    intervals = (timeline[start : start + stride] for start in range(0, len(timeline), stride))
+    highest = [max(interval, key=attrgetter("total_bytes")) for interval in intervals]
     return [
         {"phase": m.phase, "operator": m.operator, **{c: m.live_bytes[c] for c in CATEGORIES}}
         for m in highest
@@ -100,26 +111,6 @@ def timeline_bars(timeline: Table) -> Table:
         bars = "".join(_BARS[(len(_BARS) - 1) * height // peak] for height in heights)
         rows.append({"phase": phase, "live_memory": bars, "highest": format_bytes(max(totals))})
     return rows
-
-
-def _total(moment: LiveSample) -> int:
-    return moment.total_bytes
-
-
-def _blank_batch(config: Experiment) -> Sequence[Tensor]:
-    """Return empty uint8 clips (B, F, H, W, 3), keys (B,) and labels (B,)."""
-    clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
-    return (
-        torch.empty(num_clips, clip.num_frames, clip.image_size, clip.image_size, 3, dtype=torch.uint8),
-        torch.empty(num_clips, dtype=torch.int64),
-        torch.empty(num_clips, dtype=torch.int64),
-    )
-
-
-def _loss(config: Experiment, model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
-    output = model(clip_BFHWC, key_B)
-    loss: Tensor = output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
-    return loss
 
 
 def sum_of_tensors(model: nn.Module, *inputs: Tensor) -> Tensor:

@@ -38,6 +38,12 @@ class Spread:
     quartile_1_s: float
     quartile_3_s: float
 
+    @classmethod
+    def of(cls, seconds: Sequence[float]) -> Spread:
+        """Return the spread of at least two measurements."""
+        low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
+        return cls(middle, low, high)
+
 
 @dataclass(frozen=True)
 class PhaseTimes:
@@ -62,7 +68,7 @@ def measure_phases(step: TrainingStep, device: torch.device, *, warmup: int, rep
     for _ in range(warmup):
         _time_once(step, device)
     rows = [_time_once(step, device) for _ in range(repeats)]
-    return PhaseTimes(*(_spread(column) for column in zip(*rows, strict=True)))
+    return PhaseTimes(*(Spread.of(column) for column in zip(*rows, strict=True)))
 
 
 def _time_once(step: TrainingStep, device: torch.device) -> tuple[float, float, float, float, float]:
@@ -121,8 +127,3 @@ class _EventClock:
         self._marks[-1].synchronize()
         pairs = zip(self._marks, self._marks[1:], strict=False)
         return [start.elapsed_time(end) / 1e3 for start, end in pairs]
-
-
-def _spread(seconds: Sequence[float]) -> Spread:
-    low, middle, high = statistics.quantiles(seconds, n=4, method="inclusive")
-    return Spread(middle, low, high)

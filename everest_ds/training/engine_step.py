@@ -8,7 +8,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,12 @@ from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
 from everest_ds.models.initial_weights import NamedTensor, outline
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.parallel.engine import Engine, build_engine, set_learning_rate, step_skipped
+from everest_ds.parallel.engine import Engine, HasOptimizer, build_engine, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
-from everest_ds.training.optimization import build_objective, parameter_groups
+from everest_ds.training.optimization import Forward, build_objective, parameter_groups
 from everest_ds.training.prefetch import Preparation
 from everest_ds.training.token_packing import Packer
 
@@ -49,9 +48,9 @@ class MeasuredStep(ABC):
         self._prepare = Preparation(config, device)
         self._noise = noise_batch(config, device, share)
         self._changes_clips = config.augment.changes
-        # Set by the subclasses: the callable model, and the object that has the `optimizer`.
-        self._trained: Any = None
-        self._optimized: Any = None
+        # Set by the subclasses.
+        self._trained: Forward
+        self._optimized: HasOptimizer
 
     def load(self) -> Batch:
         """Return a micro-batch of noise on the device, the same at every call, not yet augmented."""
@@ -126,7 +125,7 @@ class EngineStep(MeasuredStep):
             ConfigError: if the config does not run on these ranks or this device.
         """
         plan, mesh = plan_ranks(config, world.size), form_mesh(world, MeshShape.of(config, world.size))
-        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.coordinates.data)
+        super().__init__(config, world.device, plan.grad_accum_steps, learning_rate, mesh.share)
         model = outline(config)
         groups = parameter_groups(model, config.optimizer)
         weights = weights or noise_weights(config, world.device)

@@ -27,7 +27,8 @@ from everest_ds.data.video_list import Sample, read_class_names
 from everest_ds.errors import ConfigError, DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
-from everest_ds.models.precision import set_matmul_precision
+from everest_ds.models.matmul_precision import set_matmul_precision
+from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
@@ -72,7 +73,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate_views(
-    model: nn.Module,
+    model: nn.Module | Engine,
     samples: Sequence[Sample],
     config: Experiment,
     mesh: Mesh,
@@ -99,12 +100,12 @@ def evaluate_views(
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
-    share, shares = mesh.coordinates.data, mesh.degrees.data
+    share, shares = mesh.share, mesh.shape.num_shares
     loader = evaluation_views(clips, config.batch.micro_batch_size, share, shares, on_gpu, failures.append)
-    mine = dict(_predict(model, loader, world, show_progress and world.is_main))
+    own = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
-    by_view = {item: p for part in world.gather(mine) for item, p in part.items()}
+    by_view = {item: p for part in world.gather(own) for item, p in part.items()}
     clips.check_complete(by_view, missing)
     return _average(by_view, samples, segments * crops, missing)
 
@@ -184,7 +185,7 @@ def _average(
 
 
 def _predict(
-    model: nn.Module, loader: Iterator[ClipBatch], world: World, show: bool
+    model: nn.Module | Engine, loader: Iterator[ClipBatch], world: World, show: bool
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     # An error of one rank's loader is raised on all ranks, which have the same number of batches.
     batches = iter(lambda: world.together(lambda: next(loader, None)), None)

@@ -44,7 +44,7 @@ from everest_ds.training.observers import (
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
-from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, settle
+from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, record_excluded
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
 from everest_ds.training.throughput import ClipCost, StepTimer, Waited
@@ -77,7 +77,7 @@ def train(
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, plan))
     world.share(lambda: folder.open(config, ds_config, world.size))
-    world.share(lambda: settle(usable, folder.excluded))
+    world.share(lambda: record_excluded(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)
     try:
         model = outline(config)  # on the meta device: no rank needs memory for more than its share
@@ -129,7 +129,13 @@ class TrainingRun:
         self.step = self._resume()
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
-        self.observers = self._start_observers() if self.world.is_main else []
+        self.observers: list[Observer] = []
+        if self.world.is_main:
+            self.observers = [
+                MetricsFile(folder.metrics),
+                TensorBoard(folder.tensorboard, self.step + 1),
+                ProgressBar(self.schedule.total_steps, self.step),
+            ]
         self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)
         self.saver = Saver(engine, folder.checkpoints, config, mesh, grace)
@@ -216,7 +222,7 @@ class TrainingRun:
         if not self._due(self.config.run.image_every_steps):
             return
         with self.timer.paused(), torch.no_grad():
-            seen = watch(self.engine, self.engine.module, self.batch)
+            seen = watch(self.engine, self.batch)
             pictures = draw_pictures(seen) if self.observers else {}
             for observer in self.observers:
                 for name, picture in pictures.items():
@@ -329,20 +335,13 @@ class TrainingRun:
                 fix=f"set batch.global_batch_size={facts.global_batch_size}; accumulation is then adjusted",
             )
 
-    def _start_observers(self) -> list[Observer]:
-        return [
-            MetricsFile(self.folder.metrics),
-            TensorBoard(self.folder.tensorboard, self.step + 1),
-            ProgressBar(self.schedule.total_steps, self.step),
-        ]
-
     def _batches(self) -> Prefetcher:
         steps, noted = range(self.step, self.schedule.total_steps), list[Failure]()
         batches = training_batches(
             self.samples,
             self.config,
             self.plan,
-            self.mesh.coordinates.data,
+            self.mesh.share,
             steps,
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,

@@ -81,7 +81,13 @@ class LossWatch:
         first = self._skipped.start if self._skipped.stop == step else step
         self._skipped = range(first, step + 1)
         if len(self._skipped) > self._allowed:
-            raise self._error(found) if found else _no_gradient(step)
+            raise (
+                self._error(found)
+                if found
+                else DivergedError(
+                    f"a gradient is not finite at step {step}", given="finite losses on all ranks", fix=_FIX
+                )
+            )
         logger.warning(
             "step %d skipped: a loss or gradient is not finite (%d in a row)", step, len(self._skipped)
         )
@@ -111,9 +117,3 @@ class LossWatch:
             given=f"samples {', '.join(paths)}{more}",
             fix=_FIX,
         )
-
-
-def _no_gradient(step: int) -> DivergedError:
-    return DivergedError(
-        f"a gradient is not finite at step {step}", given="finite losses on all ranks", fix=_FIX
-    )

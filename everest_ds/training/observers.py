@@ -18,6 +18,7 @@ from torch import Tensor
 from everest_ds.data.clips import Batch
 from everest_ds.log import logger
 from everest_ds.models.watch import Seen, Watch
+from everest_ds.parallel.engine import Engine
 from everest_ds.reports.clip_pictures import draw_clip
 from everest_ds.units import format_bytes
 
@@ -197,18 +198,17 @@ class ProgressBar:
         self._bar.stop()
 
 
-def watch(engine: Any, model: Any, batch: Batch) -> Seen:
+def watch(engine: Engine, batch: Batch) -> Seen:
     """Run a batch through the engine again and record the tensors of its first clip.
 
     Call on every rank, because the weights may be sharded.
 
     Args:
-        engine: the engine that runs the batch.
-        model: the engine's module, on which the recording hooks are set.
+        engine: the engine that runs the batch, on whose module the recording hooks are set.
         batch: a prepared batch on the device.
     """
     # Eager, because compiled blocks would not call the hooks that record.
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"), Watch(model) as watched:
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), Watch(engine.module) as watched:
         output = engine(*batch.arguments)
     return watched.seen(output)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class PlainStep(MeasuredStep):
         self._weights: list[Tensor] = [weight for group in groups for weight in group["params"]]
         self._half = config.in_half_precision
         if self._half:
-            groups = [_of_masters(group) for group in groups]
+            groups = [{**group, "params": [w.detach().clone() for w in group["params"]]} for group in groups]
             self.model.to(DTYPES[config.precision])
         self._masters: list[Tensor] = [master for group in groups for master in group["params"]]
         betas, eps = config.optimizer.betas, config.optimizer.eps
@@ -78,11 +77,6 @@ def _copy_weights(model: nn.Module, weights: InitialWeights) -> None:
     with torch.no_grad():
         for name, whole in weights():
             tensors[name].copy_(whole)
-
-
-def _of_masters(group: dict[str, Any]) -> dict[str, Any]:
-    """Return the group with float32 copies of its parameters."""
-    return {**group, "params": [weight.detach().clone() for weight in group["params"]]}
 
 
 def _give_gradients(masters: Sequence[Tensor], weights: Sequence[Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everest_ds.config import (
@@ -15,7 +14,11 @@ from everest_ds.config import (
 )
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters, predict_macs
+from everest_ds.data.official.registry import DATASETS
+from everest_ds.data.order import steps_per_epoch
+from everest_ds.data.video_list import read_manifest
 from everest_ds.launch.doctor import check_shared_memory
+from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -49,11 +52,13 @@ def describe_plan(
     plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
     peak_lr = config.schedule.base_lr * config.schedule.rate_scale(plan.samples_per_step)
+    tokens = config.tokens
+    scored = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
         "clip": _clip(config),
-        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({_selection(config)}),"
+        "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}{scored}),"
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),
         "steps": _steps(config, plan, count_samples(config, planned)),
@@ -74,12 +79,6 @@ def _clip(config: Experiment) -> str:
     model, candidates = config.model, config.candidate_geometry
     drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
     return f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}"
-
-
-def _selection(config: Experiment) -> str:
-    tokens = config.tokens
-    by = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
-    return f"{tokens.selection}{by}"
 
 
 def _compile(config: Experiment) -> str:
@@ -105,8 +104,6 @@ def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
 def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
     if epoch is None:
         return "unknown, because there is no manifest"
-    from everest_ds.data.order import steps_per_epoch
-
     steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
     return f"{steps * epochs} = {steps} per epoch x {epochs} epochs{epoch.source}"
 
@@ -128,9 +125,11 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
     if manifest is None:
         return None
     if planned and not manifest.is_file():
-        return _official_epoch(manifest)
-    from everest_ds.data.video_list import read_manifest
-
+        dataset = DATASETS.get(manifest.parent.name)
+        if dataset is None:
+            return None
+        published = f"{dataset.num_train:,} samples, the published number, because {manifest} does not exist"
+        return Epoch(dataset.num_train, f" ({published})")
     samples = read_manifest(
         manifest,
         root=config.data.root,
@@ -140,27 +139,12 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
     return Epoch(len(samples))
 
 
-def _official_epoch(manifest: Path) -> Epoch | None:
-    from everest_ds.data.official.registry import DATASETS
-
-    dataset = DATASETS.get(manifest.parent.name)
-    if dataset is None:
-        return None
-    source = f" ({dataset.num_train:,} samples, the published number, because {manifest} does not exist)"
-    return Epoch(dataset.num_train, source)
-
-
 def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
     """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
 
     Raises:
         EverestError: if the run cannot start.
     """
-    from everest_ds.config import plan_ranks
-    from everest_ds.parallel.ds_config import resolve_ds_config
-
-    pass
-
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, plan_ranks(config, num_ranks))
     return facts

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config import Experiment, plan_ranks
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import MemoryPrediction, predict_memory
@@ -61,11 +61,19 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
     fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
     machine = machine_from_sheet(gpus.product, device)
     step = predict_step(config, gpus.count, machine)
+    run = {}
+    if num_samples is not None:
+        steps, epochs = num_samples // plan.samples_per_step, config.schedule.epochs
+        run = {
+            "epoch": f"{format_duration(steps * step.step_s)} in {steps} steps",
+            "training": f"{format_duration(steps * step.step_s * epochs)} in {epochs} epochs,"
+            " without validation",
+        }
     return {
         "on": f"{gpus}: {machine.source}",
         "memory": f"{memory_text(needed)}, {fits}",
         "step": _step(step),
-        **_run(config, plan, step.step_s, num_samples),
+        **run,
     }
 
 
@@ -73,13 +81,3 @@ def _step(step: StepPrediction) -> str:
     parts = [f"{name} {1000 * seconds:.0f}" for name, seconds in step.split().items() if seconds >= 5e-4]
     mfu = "" if step.mfu_pct is None else f", MFU {step.mfu_pct:.0f} %"
     return f"{1000 * step.step_s:.0f} ms ({', '.join(parts)}), {step.clips_per_s:.0f} clips/s{mfu}"
-
-
-def _run(config: Experiment, plan: BatchPlan, step_s: float, num_samples: int | None) -> dict[str, str]:
-    if num_samples is None:
-        return {}
-    steps, epochs = num_samples // plan.samples_per_step, config.schedule.epochs
-    return {
-        "epoch": f"{format_duration(steps * step_s)} in {steps} steps",
-        "training": f"{format_duration(steps * step_s * epochs)} in {epochs} epochs, without validation",
-    }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Ready(NamedTuple):
     items: Tensor
 
 
-class _Held(NamedTuple):
+class _Prepared(NamedTuple):
     """A prepared batch or the error that prevented it, and the samples that could not be read for it."""
 
     ready: Ready | None
@@ -85,12 +85,12 @@ class Prefetcher:
         self._on_failure = on_failure
         self._prepare = prepare
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._held: _Held | None = None
+        self._prepared: _Prepared | None = None
 
     def fetch(self) -> None:
         """Prepare the next batch, if any; on a GPU, call this once most of a step has been launched."""
         if self._num_left:
-            self._held = self._next()
+            self._prepared = self._next()
 
     def take(self) -> Ready:
         """Return the next batch.
@@ -98,30 +98,27 @@ class Prefetcher:
         Raises:
             DataError: if its clips could not be read. Any other error of its preparation is raised unchanged.
         """
-        held, self._held = self._held or self._next(), None
-        for failure in held.failures:
+        prepared, self._prepared = self._prepared or self._next(), None
+        for failure in prepared.failures:
             self._on_failure(failure)
-        if held.ready is None:
-            assert held.error is not None
-            raise held.error
-        self._hand_over(held.ready.batch)
-        return held.ready
+        if prepared.ready is None:
+            assert prepared.error is not None
+            raise prepared.error
+        self._hand_over(prepared.ready.batch)
+        return prepared.ready
 
-    def _next(self) -> _Held:
+    def _next(self) -> _Prepared:
         self._num_left -= 1
         ready, error = None, None
         try:
             batch = next(self._batches)
-            with self._beside():
+            with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
                 ready = Ready(self._prepare(batch), batch.item)
         except Exception as failure:  # raised by `take`
             error = failure
         noted = self._failures.copy()
         self._failures.clear()
-        return _Held(ready, error, noted)
-
-    def _beside(self) -> AbstractContextManager[object]:
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+        return _Prepared(ready, error, noted)
 
     def _hand_over(self, batch: Batch) -> None:
         """Make the step's stream wait for the batch, and keep its memory until the step has used it."""

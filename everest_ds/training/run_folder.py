@@ -16,13 +16,13 @@ import socket
 import subprocess
 import sys
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
 from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE
 from everest_ds.config import Experiment, dump_experiment, flatten, load_experiment
 from everest_ds.errors import EverestError, RunFolderError
+from everest_ds.launch.doctor import installed_version
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
@@ -152,11 +152,12 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: belongs to a run whose config this version cannot read", given=str(error)
             ) from None
-        changed = _differences(before, config)
+        old, new = (dict(flatten(c.model_dump(mode="json"))) for c in (before, config))
+        changed = [key for key in new if not key.startswith(FREE_KEYS) and old.get(key) != new[key]]
         if changed:
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
-                given=", ".join(f"{key}={new} (in the folder: {old})" for key, old, new in changed[:4]),
+                given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
                 allowed="the same config (parallelism, batch, recompute, model.compile and run.* may differ)",
                 fix="choose another run.dir, or remove the folder to start over",
             )
@@ -194,20 +195,7 @@ def describe_environment(world_size: int) -> dict[str, Any]:
 
 def package_versions() -> dict[str, str | None]:
     """Return the versions of the packages that affect results; None for a package that is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
-
-
-def _differences(before: Experiment, now: Experiment) -> list[tuple[str, Any, Any]]:
-    old, new = (dict(flatten(c.model_dump(mode="json"))) for c in (before, now))
-    keys = [key for key in new if not key.startswith(FREE_KEYS)]
-    return [(key, old.get(key), new[key]) for key in keys if old.get(key) != new[key]]
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    return {name: installed_version(name) for name in _PACKAGES}
 
 
 def _git_state() -> dict[str, Any] | None:

@@ -76,7 +76,7 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     )
 
 
-def settle(usable: Usable, settled: Path) -> None:
+def record_excluded(usable: Usable, settled: Path) -> None:
     """Record the excluded samples of `usable` for the rest of the run, as `{name: reason}`."""
     if not settled.is_file():
         reasons = {problem.sample.name: problem.reason for problem in usable.excluded}
@@ -142,14 +142,13 @@ class BrokenVideos:
                 name = self._samples[failure.sample].name
                 logger.warning("epoch %d: cannot read %s: %s", failure.epoch, name, failure.reason)
                 file.write(json.dumps({"step": step, **failure._asdict(), "video": name}) + "\n")
-        if self._manifest is not None:
-            self._tell(Ledger.of_manifest(self._manifest), [f for f in failures if f.damaged])
-
-    def _tell(self, ledger: Ledger, damaged: list[Failure]) -> None:
+        if self._manifest is None:
+            return
+        ledger = Ledger.of_manifest(self._manifest)
         try:
-            for failure in damaged:
+            for failure in failures:
                 sample = self._samples[failure.sample]
-                if ledger.broken(sample) is None:
+                if failure.damaged and ledger.broken(sample) is None:
                     ledger.record(sample, failure.reason, source="run")
         except DataError as error:  # data sets are often read-only, and the run has its own record
             logger.warning("%s", error)

@@ -1,16 +1,17 @@
-"""The output of `everest-ds tune`: its question, its answer, the warnings and the terms of one candidate."""
+"""The output of `everest-ds tune`: its question, the ranked candidates with warnings, and their files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 
 from everest_ds.config import Experiment
-from everest_ds.console import print_facts, print_table
+from everest_ds.console import print_facts, print_table, write_csv, write_json
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
 from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.candidate_tables import (
     Costs,
+    as_json,
     candidate_rows,
     close_calls,
     dropped_rows,
@@ -44,8 +45,12 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     shown = result.ranked[:top]
     title = f"{len(shown)} of {len(result.ranked)} candidates, in ms per step (predicted)"
     print_table(title, candidate_rows(shown, cluster, costs), key="rank")
-    for line in _warnings(result.ranked, shown, cluster):
-        print(line)
+    calls, best = close_calls(shown, cluster), result.ranked[0]
+    if calls:
+        print(f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}")
+    waits = 100 * best.step.split()["data"] / best.step.step_s
+    if waits > _WAITS_PCT:
+        print(_hint_about_data(best, cluster, waits))
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Families left out", dropped_rows(dropped))
     sized, timed = result.evaluations
@@ -68,17 +73,21 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
         print(f"compared with rank 1: {why_slower(one, ranked[0])}")
 
 
-def _warnings(ranked: list[Candidate], shown: list[Candidate], cluster: Cluster) -> Iterator[str]:
-    calls = close_calls(shown, cluster)
-    if calls:
-        yield f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}"
-    best = ranked[0]
-    waits = 100 * best.step.split()["data"] / best.step.step_s
-    if waits > _WAITS_PCT:
-        yield _about_data(best, cluster, waits)
+def write_tables(
+    result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
+) -> None:
+    """Write all candidates and the families left out as CSV and JSON, to the files that are not None."""
+    rows = candidate_rows(result.ranked, cluster, costs)
+    write_csv(csv_file, rows)
+    found = {
+        "cluster": {"ranks": cluster.num_ranks, "machine": cluster.machine.as_json()},
+        "candidates": as_json(rows, result.ranked),
+        "dropped": dropped_rows(result.dropped),
+    }
+    write_json(json_file, found)
 
 
-def _about_data(best: Candidate, cluster: Cluster, waits_pct: float) -> str:
+def _hint_about_data(best: Candidate, cluster: Cluster, waits_pct: float) -> str:
     """Describe the wait for data of the best candidate, and its step time with a worker per spare core."""
     said = f"rank 1 waits for decoded clips for {waits_pct:.0f} % of its step"
     cores, data = int(cluster.machine.spare_cores), best.config.data

@@ -49,15 +49,15 @@ def smallest_micro_batch(config: Experiment) -> int:
 def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = None) -> Experiment:
     """Return the config with a fixed global batch: `total` clips, or its own on `num_ranks` ranks."""
     batch = config.batch
-    data_degree = largest_shape(config, num_ranks).degrees.data
-    own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * data_degree
+    shares = largest_shape(config, num_ranks).num_shares
+    own = batch.micro_batch_size * (batch.grad_accum_steps or 1) * shares
     kept = batch.model_copy(update={"global_batch_size": total or batch.global_batch_size or own})
     return config.model_copy(update={"batch": kept})
 
 
 def clips_per_group(config: Experiment, num_ranks: int) -> int:
     """Return the clips per step of one data-parallel rank, which is a tensor-parallel group of ranks."""
-    return (config.batch.global_batch_size or 0) // MeshShape.of(config, num_ranks).degrees.data
+    return (config.batch.global_batch_size or 0) // MeshShape.of(config, num_ranks).num_shares
 
 
 def nothing_runs(
@@ -69,7 +69,7 @@ def nothing_runs(
     """
     total, unit = config.batch.global_batch_size or 0, smallest_micro_batch(config)
     shapes = possible_shapes(config, num_ranks, ranks_per_node)
-    steps = {shape.degrees.data * unit for shape in shapes}
+    steps = {shape.num_shares * unit for shape in shapes}
     if any(total % step == 0 for step in steps):
         fix = "leave out some of the given keys"
         return UsageError("no candidate can run", given="; or ".join(reasons), fix=fix)

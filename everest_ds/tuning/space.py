@@ -110,10 +110,8 @@ class Space:
             ParallelismConfig.model_validate(sharded.parallelism.model_dump())
         except ValidationError as error:
             raise ConfigError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        total, degree = (
-            self.config.batch.global_batch_size or 0,
-            MeshShape.of(sharded, num_ranks).degrees.data,
-        )
+        total = self.config.batch.global_batch_size or 0
+        degree = MeshShape.of(sharded, num_ranks).num_shares
         if total % degree or total < degree:
             raise ConfigError(f"{total} clips cannot be split evenly over {degree} data-parallel ranks")
         check_agreement(_plain(sharded))

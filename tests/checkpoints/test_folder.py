@@ -37,6 +37,11 @@ def flip(file: Path, place: float) -> None:
     file.write_bytes(content)
 
 
+def make_folder(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "removed": lambda file: file.unlink(),
     "emptied": lambda file: file.write_bytes(b""),
@@ -45,7 +50,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped at the start": lambda file: flip(file, 0),
     "flipped in the middle": lambda file: flip(file, 0.5),
     "flipped at the end": lambda file: flip(file, 1),
-    "made a folder": lambda file: (file.unlink(), file.mkdir()),
+    "made a folder": make_folder,
 }
 
 

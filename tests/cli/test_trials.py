@@ -57,7 +57,8 @@ def test_trials_are_measured_or_say_why_not_and_run_once(
     assert "data.train is not set: trials read synthetic clips" in said
 
     run = setup.runs / run_name(setup, good, PLACE)
-    assert load_experiment(run).data.train.is_file() and not (run / "checkpoints").exists()
+    videos = load_experiment(run).data.train
+    assert videos is not None and videos.is_file() and not (run / "checkpoints").exists()
     before = (run / "metrics.jsonl").stat().st_mtime_ns
     assert try_here(setup, [good, bad], PLACE) == done
     assert (run / "metrics.jsonl").stat().st_mtime_ns == before

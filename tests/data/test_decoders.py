@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import random
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -47,7 +48,7 @@ def uneven_webm(folder: Path) -> Path:
 
 
 def open_gop_h264(folder: Path) -> Path:
-    options = {"g": "6", "bf": "2", "x264-params": "open-gop=1"}
+    options: dict[str, Any] = {"g": "6", "bf": "2", "x264-params": "open-gop=1"}
     return write_video(folder / "open.mp4", noisy_pictures(20), **options)
 
 

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -236,11 +237,12 @@ def test_resuming_decodes_nothing_that_was_seen(
 ) -> None:
     opened: list[Path] = []
     open_sample = reading.open_sample
-    monkeypatch.setattr(
-        reading,
-        "open_sample",
-        lambda sample, data: (opened.append(sample.path), open_sample(sample, data))[1],
-    )
+
+    def open_and_note(sample: Sample, data: DataConfig) -> Any:
+        opened.append(sample.path)
+        return open_sample(sample, data)
+
+    monkeypatch.setattr(reading, "open_sample", open_and_note)
     config = experiment(motion_data, tmp_path, data={"num_workers": 0})
     load_all(samples, config, 1, range(1000, 1001))
     order = epoch_order(0, 333, 24)

@@ -193,7 +193,12 @@ def test_a_worker_that_ends_is_no_end_of_the_data(monkeypatch: pytest.MonkeyPatc
 
 def test_sigbus_is_shared_memory_and_never_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader, "_POLL_S", 0.3)
-    source = Numbers(lambda item: item == 5 and os.kill(os.getpid(), signal.SIGBUS))
+
+    def fill(item: int) -> None:
+        if item == 5:
+            os.kill(os.getpid(), signal.SIGBUS)
+
+    source = Numbers(fill)
     came, error = delivered(source, [[i] for i in range(9)], workers=2)
     assert len(came) <= 5 and not source.reader.given_up
     assert error.startswith("/dev/shm is full") and "given: a worker ended with SIGBUS" in error

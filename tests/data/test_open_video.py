@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import deque
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from everest_ds.data.decoding.open_video import open_video
@@ -84,7 +86,7 @@ def test_a_first_read_at_the_end_of_a_444_clip_equals_sequential_decoding(real_v
 def test_random_reads_equal_sequential_decoding_in_every_container(
     tmp_path: Path, suffix: str, codec: str, reordered: bool
 ) -> None:
-    options = {"bf": "2"} if reordered else {}
+    options: dict[str, Any] = {"bf": "2"} if reordered else {}
     path = write_video(tmp_path / f"clip.{suffix}", noisy_pictures(40), codec, g="6", **options)
     expected = all_frames(path)
     rng = random.Random(0)
@@ -225,7 +227,8 @@ def frame_7(paths: list[Path]) -> torch.Tensor:
 def test_workers_of_a_loader_read_the_same_frames(synthetic_video: Path, start: str) -> None:
     with open_video(synthetic_video) as video:  # the parent uses the decoder before it forks
         expected = video.read([7])
-        loader = DataLoader(
-            [synthetic_video] * 3, 1, num_workers=2, collate_fn=frame_7, multiprocessing_context=start
+        files: Any = [synthetic_video] * 3
+        loader: DataLoader[Tensor] = DataLoader(
+            files, 1, num_workers=2, collate_fn=frame_7, multiprocessing_context=start
         )
         assert all(torch.equal(frame, expected) for frame in loader)

@@ -81,4 +81,4 @@ def test_every_flag_of_theirs_is_there_and_no_other(variable: str, phase: str) -
 def flags_of(script: Path) -> set[str]:
     calls = (node for node in ast.walk(ast.parse(script.read_text())) if isinstance(node, ast.Call))
     added = (call for call in calls if getattr(call.func, "attr", "") == "add_argument")
-    return {arg.value for call in added for arg in call.args if isinstance(arg, ast.Constant)}
+    return {str(arg.value) for call in added for arg in call.args if isinstance(arg, ast.Constant)}

@@ -65,5 +65,6 @@ def test_loss_and_gradients_are_those_of_a_cpu(task: str, dtype: torch.dtype, bo
     loss.backward()
     assert float(loss) == pytest.approx(float(expected), rel=bound)
     for (name, ours), cpu in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert ours.grad is not None and cpu.grad is not None, name
         difference = (ours.grad.cpu().float() - cpu.grad).norm() / cpu.grad.norm()
         assert difference < 3 * bound, name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.models.matmul_precision import has_tf32, set_matmul_precision
 from tests.gpu import ON_CUDA
 
 pytestmark = ON_CUDA

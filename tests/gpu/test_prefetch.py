@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clips import Batch, ClipBatch
 from everest_ds.training.prefetch import Prefetcher
 from tests.gpu import ON_CUDA
 
@@ -23,7 +23,7 @@ def pinned_batches() -> Iterator[ClipBatch]:
         yield ClipBatch(clip.pin_memory(), *(torch.tensor([number]).pin_memory() for _ in range(3)))
 
 
-def prepare(batch: ClipBatch) -> ClipBatch:
+def prepare(batch: Batch) -> Batch:
     """Copy a batch to the device, and change it in place after a delay on the stream."""
     here = batch.to(torch.device("cuda"))
     torch.cuda._sleep(_LONG_CYCLES)
@@ -53,7 +53,7 @@ def test_a_gpu_prepares_a_batch_beside_the_step() -> None:
     device, main = torch.device("cuda"), torch.cuda.current_stream()
     streams, started = [], []
 
-    def prepare(batch: ClipBatch) -> ClipBatch:
+    def prepare(batch: Batch) -> Batch:
         streams.append(torch.cuda.current_stream())
         here = batch.to(device)
         started.append(torch.cuda.current_stream().record_event())

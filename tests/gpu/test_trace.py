@@ -6,7 +6,6 @@ import gzip
 import json
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests.gpu import ON_CUDA
@@ -15,10 +14,7 @@ from tests.models import built, experiment, loss_of, random_clips
 pytestmark = ON_CUDA
 
 
-def test_kernels_of_a_step_are_in_the_table_and_in_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "tools")
+def test_kernels_of_a_step_are_in_the_table_and_in_the_file(tmp_path: Path) -> None:
     from gpu_check.trace import trace_steps
 
     config = experiment("pretrain", "rero")

@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peers import REPOSITORIES, load_peer, their_modules, to_video
 from torch import Tensor, nn
 
 from everest_ds import load_model
 from everest_ds.interchange.convert import convert_weights
 from tests.interchange.systems import assert_same
 from tests.models.test_released_parity import KEY, clip_for, full_size, hidden, randomize
-from tools.peers import REPOSITORIES, load_peer, their_modules, to_video
 
 pytestmark = pytest.mark.slow
 

@@ -87,8 +87,8 @@ def test_a_probe_that_hangs_or_cannot_start_is_a_finding(monkeypatch: pytest.Mon
 
 def test_an_empty_path_is_survived_and_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    found = [doctor._slurm(), doctor._mpirun(), doctor._compiler({})]
-    assert [finding.status for finding in found] == ["warning"] * 3
+    found = [doctor._slurm(), doctor._tool("mpirun", ["mpirun", "mpiexec"], "to start ranks", "install it")]
+    assert [finding.status for finding in found] == ["warning"] * 2
 
 
 def test_too_little_shared_memory_is_reported_with_both_figures(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +31,7 @@ def test_this_node_agrees_with_itself(tmp_path: Path) -> None:
         ("clock_s", 9.0, "+8.0 s off"),
     ],
 )
-def test_the_odd_node_is_named(tmp_path: Path, fact: str, value: object, says: str) -> None:
+def test_the_odd_node_is_named(tmp_path: Path, fact: str, value: Any, says: str) -> None:
     usual = replace(
         collect_facts([], tmp_path, 1.0),
         node="node1",

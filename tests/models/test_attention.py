@@ -39,6 +39,7 @@ def test_output_and_gradient_are_the_formulas(
     expected.backward(direction.double())
     assert output.dtype == dtype
     torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+    assert ours.grad is not None
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=tolerance, atol=2 * tolerance)
 
 
@@ -47,7 +48,12 @@ def test_fused_attention_keeps_no_matrix_of_tokens_by_tokens(dtype: torch.dtype)
     num_tokens = 64
     qkv = torch.randn(1, num_tokens, 3, 2, 8).to(dtype).requires_grad_()
     kept: list[tuple[int, ...]] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         ATTENTION["fused"](qkv)
     assert kept and not any(shape.count(num_tokens) > 1 for shape in kept)
 

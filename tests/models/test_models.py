@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -135,7 +136,7 @@ def test_finetuning_shapes_at_full_size(backbone: str, selection: str, kept: int
     ],
 )
 @pytest.mark.parametrize("task", ["pretrain", "finetune"])
-def test_any_number_of_frames_tubelet_and_resolution(task: str, geometry: dict[str, int]) -> None:
+def test_any_number_of_frames_tubelet_and_resolution(task: str, geometry: dict[str, Any]) -> None:
     config = experiment(task, "rero", 0.5, **geometry)
     output = built(config)(random_clips(config, 1), KEYS[:1])
     assert torch.isfinite(loss_of(output))
@@ -159,7 +160,7 @@ CLIPS = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=30)
 @given(CLIPS, st.sampled_from(TASKS_AND_SELECTIONS), st.sampled_from([0.05, 0.12, 0.3, 0.6, 1.0]))
 def test_any_geometry_computes_on_its_counts_or_is_refused_with_a_reason(
-    clip: dict[str, int], mode: tuple[str, str], keep_ratio: float
+    clip: dict[str, Any], mode: tuple[str, str], keep_ratio: float
 ) -> None:
     try:
         config = experiment(*mode, keep_ratio, **clip)
@@ -243,7 +244,8 @@ def stack_of(*branches: float, drop_path: float) -> Blocks:
     stack = Blocks(TransformerShape(8, len(branches) // 2, 1), drop_path)
     for parameter in stack.parameters():
         nn.init.zeros_(parameter)
-    for block, of_attention, of_mlp in zip(stack, branches[::2], branches[1::2], strict=True):
+    blocks: Iterable[Any] = stack
+    for block, of_attention, of_mlp in zip(blocks, branches[::2], branches[1::2], strict=True):
         nn.init.constant_(block.attention.proj.bias, of_attention)
         nn.init.constant_(block.mlp.fc2.bias, of_mlp)
     return stack
@@ -293,7 +295,8 @@ def test_one_hash_for_all_branches_is_one_for_each_bit_for_bit(dtype: torch.dtyp
 
 def dropped_one_by_one(stack: Blocks, rate: float, x: Tensor, keys: Tensor) -> Tensor:
     """Apply the blocks with one random draw per branch that can be dropped."""
-    for i, block in enumerate(stack):
+    blocks: Iterable[Any] = stack
+    for i, block in enumerate(blocks):
         own_rate = rate * i / (len(stack) - 1)
         for j, (norm, branch) in enumerate(((block.norm1, block.attention), (block.norm2, block.mlp))):
             out = branch(norm(x))

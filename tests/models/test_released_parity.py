@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peers import REPOSITORIES, Peer, copy_weights, in_our_layout, load_peer, their_name, to_video
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.models import build_model
 from tests.models import experiment, random_clips
-from tools.peers import REPOSITORIES, Peer, copy_weights, in_our_layout, load_peer, their_name, to_video
 
 VIDEOS = Path(__file__).parents[3] / "shared" / "data" / "videos"
 BACKBONES = ("vit_small", "vit_base")
@@ -45,8 +45,9 @@ def clone_of(name: str) -> Path:
 
 
 def full_size(task: str, selection: str, backbone: str) -> Experiment:
-    shape = {"backbone": backbone, "num_frames": 16, "image_size": 224}
-    return experiment(task, selection, keep_ratio=KEEP[task], **shape)
+    return experiment(
+        task, selection, keep_ratio=KEEP[task], backbone=backbone, num_frames=16, image_size=224
+    )
 
 
 def clip_for(config: Experiment) -> Tensor:
@@ -131,6 +132,7 @@ def test_pretraining_outputs_loss_and_gradients(
     if name == "everest":
         monkeypatch.setattr(peer.model.encoder, "mcm_step", lambda *_: masks)
     else:
+        assert batch.hidden_BN is not None
         batch.hidden_BN.copy_(masks[0])
     theirs: list[Any] = []
     capture(theirs, peer.model.get_submodule("decoder"))
@@ -195,7 +197,12 @@ def test_released_selection_keeps_the_same_tokens(task: str, backbone: str) -> N
     masks: list[Any] = []
     chooser: Any = peer.model.encoder if task == "pretrain" else peer.model
     released = chooser.mcm_step
-    chooser.mcm_step = lambda *args: masks.append(released(*args)) or masks[0]
+
+    def choose(*args: Any) -> Any:
+        masks.append(released(*args))
+        return masks[0]
+
+    chooser.mcm_step = choose
     with torch.no_grad():
         peer.loss(peer.prepare(clip, LABEL))
         output = ours(clip, KEY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
 KEYS = torch.tensor([5, 6])
 
 
-def watched(task: str, selection: str, **more: float) -> tuple[Seen, Tensor]:
+def watched(task: str, selection: str, **more: Any) -> tuple[Seen, Tensor]:
     config = experiment(task, selection, **more)
     torch.manual_seed(0)
     model, clip = build_model(config).eval(), random_clips(config, 2)

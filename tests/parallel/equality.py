@@ -69,7 +69,7 @@ def experiment(
 
     Layer decay and drop path apply to fine-tuning only.
     """
-    spread = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload}
+    spread: dict[str, Any] = {"zero_stage": stage, "tensor": tensor, "offload_to_cpu": offload}
     spread |= {"offload_to_nvme": nvme, "ds_config": ds_config}
     model: dict[str, Any] = {"backbone": "vit_tiny", "image_size": 32, "patch_size": 8, "num_frames": 4}
     model["compile"] = False  # tests/parallel/test_compile.py turns it on
@@ -123,7 +123,8 @@ def plain_run(task: str, device: torch.device = torch.device("cpu"), micro_batch
         parameter_groups(model, config.optimizer), betas=config.optimizer.betas, eps=config.optimizer.eps
     )
     objective = build_objective(config)
-    losses, norms = [], []
+    losses: list[float] = []
+    norms: list[float | None] = []
     for step in range(STEPS):
         for group in optimizer.param_groups:
             group["lr"] = _learning_rate(step) * group["lr_scale"]
@@ -159,7 +160,7 @@ def engine_run(world: World, config: Experiment) -> Trajectory:
         micro_losses = []
         for micro in range(plan.grad_accum_steps):
             accumulated = part(global_batch(step), plan.grad_accum_steps, micro)
-            mine = part(accumulated, mesh.degrees.data, mesh.coordinates.data).to(world.device)
+            mine = part(accumulated, mesh.shape.num_shares, mesh.share).to(world.device)
             loss = objective(engine, mine)
             engine.backward(loss)
             engine.step()

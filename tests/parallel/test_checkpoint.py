@@ -46,9 +46,8 @@ class Trained:
 
     def __init__(self, world: World, layout: Layout, precision: str) -> None:
         self.mesh = form_mesh(world, MeshShape.over(world.size, layout.tensor))
-        self.degrees = self.mesh.degrees
         self.config = experiment(
-            "finetune", layout.stage, self.degrees.data, layout.tensor, precision=precision
+            "finetune", layout.stage, self.mesh.degrees.data, layout.tensor, precision=precision
         )
         self.plan = plan_ranks(self.config, world.size)
         torch.manual_seed(0)
@@ -63,7 +62,7 @@ class Trained:
         objective, losses = build_objective(self.config), []
         for micro in range(self.plan.grad_accum_steps):
             batch = part(global_batch(number), self.plan.grad_accum_steps, micro)
-            loss = objective(self.engine, part(batch, self.degrees.data, self.mesh.coordinates.data))
+            loss = objective(self.engine, part(batch, self.mesh.shape.num_shares, self.mesh.share))
             self.engine.backward(loss)
             self.engine.step()
             losses.append(loss.detach())

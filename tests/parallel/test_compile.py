@@ -143,7 +143,7 @@ def graphs_of_a_run_with_pictures_and_validation(world: World) -> tuple[int, int
         arguments = global_batch(0).arguments
         engine.backward(engine(*arguments).sum())
         first = counters["stats"]["unique_graphs"]
-        seen = watch(engine, engine.module, global_batch(0))
+        seen = watch(engine, global_batch(0))
         engine.eval()
         for clips in range(1, GLOBAL_BATCH):
             with torch.no_grad():

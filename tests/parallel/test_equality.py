@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,7 +25,7 @@ from tests.parallel.equality import (
 )
 from tests.ranks import run_ranks
 
-RECOMPUTE = [
+RECOMPUTE: list[dict[str, Any]] = [
     {"mode": "attention"},
     {"mode": "mlp", "offload_to_cpu": True},
     {"mode": "blocks"},

@@ -83,7 +83,7 @@ def disk(tmp_path: Path) -> Path:
 
 def states_of(engine: Any, mesh: Mesh) -> list[list[float]]:
     view = states_of_engine(engine, mesh)
-    held = list(view.held())
+    held = list(view.shards())
     return [view.get(each, state).tolist() for state in STATES for each in held]
 
 
@@ -92,7 +92,7 @@ def fill_states(engine: Any, mesh: Mesh) -> None:
     view = states_of_engine(engine, mesh)
     view.slots()
     generator = torch.Generator().manual_seed(mesh.world.rank)
-    for each in list(view.held()):
+    for each in list(view.shards()):
         for state in STATES:
             view.put(each, state, torch.rand(each.numel, generator=generator))
     view.refresh()

@@ -40,7 +40,7 @@ def dense(config: Experiment) -> nn.Module:
 def starts_as_one_process_would(world: World, cases: list[Case], init_from: Path) -> None:
     for stage, tensor, precision in cases:
         config = experiment("finetune", stage, RANKS // tensor, tensor, precision=precision)
-        expected = dict(dense(config).named_parameters())
+        expected: dict[str, Tensor] = dict(dense(config).named_parameters())
         expected |= dict(encoder_of_another(config))
         model, ds_config = outline(config), resolve_ds_config(config, plan_ranks(config, world.size))
         groups = parameter_groups(model, config.optimizer)

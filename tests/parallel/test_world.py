@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
@@ -57,7 +58,7 @@ def time_with_a_late_rank(world: World) -> tuple[float, float]:
     """Return the measured seconds of an all-reduce that rank 1 enters late, and of the whole measurement."""
     all_reduce, values = dist.all_reduce, torch.zeros(1024)
 
-    def late(tensor: torch.Tensor, *args: object, **more: object) -> object:
+    def late(tensor: torch.Tensor, *args: Any, **more: Any) -> Any:
         if world.rank == 1 and len(tensor) == 1:
             time.sleep(_LATE_S)
         return all_reduce(tensor, *args, **more)

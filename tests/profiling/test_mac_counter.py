@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,7 +22,7 @@ from everest_ds.profiling.mac_counter import (
 )
 from tests.models import TASKS_AND_SELECTIONS, experiment, random_clips
 
-PUBLISHED_SIZE = {"num_frames": 16, "image_size": 224}
+PUBLISHED_SIZE: dict[str, Any] = {"num_frames": 16, "image_size": 224}
 NO_GRADIENT, OF_WEIGHTS_ONLY, OF_BOTH = 1, 2, 3  # cost of a training step in forward passes
 TRAINING_FACTOR = {"score": NO_GRADIENT, "embed": OF_WEIGHTS_ONLY}
 
@@ -63,7 +65,7 @@ def test_counted_is_predicted_for_every_published_size(backbone: str, task: str,
         {"num_frames": 12, "image_size": 96, "tubelet_size": 3},
     ],
 )
-def test_counted_is_predicted_for_every_arm(task: str, arm: dict[str, object]) -> None:
+def test_counted_is_predicted_for_every_arm(task: str, arm: dict[str, Any]) -> None:
     assert_counted_as_predicted(experiment(task, "rero", **arm))
 
 

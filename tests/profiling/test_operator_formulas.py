@@ -38,7 +38,7 @@ def flops_by_torch(call: Call) -> int:
 def convolve(*weight: int, transposed: bool = False, **geometry: object) -> Call:
     """Return a call of a convolution on 2 samples of 6 channels; a weight of 5 dimensions makes it 3D."""
     sides = (8, 9, 10)[: len(weight) - 2]
-    functions = {
+    functions: dict[tuple[int, bool], Callable[..., Tensor]] = {
         (4, False): F.conv2d,
         (4, True): F.conv_transpose2d,
         (5, False): F.conv3d,

@@ -21,18 +21,16 @@ TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+def bench() -> Any:
     """Import tools/bench_step.py, which imports its neighbours."""
-    monkeypatch.syspath_prepend(TOOLS)
     import bench_step
 
     return bench_step
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Any:
+def rates() -> Any:
     """Import tools/bench_rates.py."""
-    monkeypatch.syspath_prepend(TOOLS)
     import bench_rates
 
     return bench_rates

@@ -19,11 +19,6 @@ from everest_ds.errors import RunFolderError
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
-@pytest.fixture(autouse=True)
-def tools_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(TOOLS)
-
-
 def runs(scale: str, out: Path) -> list[Any]:
     protocol = import_module("study.protocol")
     return [run for chain in protocol.Study(protocol.SCALES[scale], out).chains() for run in chain]

@@ -64,7 +64,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
 def evaluate_with_a_failing_rank(world: World, config: Experiment) -> str:
     """Evaluate with a failing loader on rank 1, and return the error that ends the evaluation here."""
     if world.rank == 1:
-        EvaluationClips.__getitem__ = fail
+        EvaluationClips.__getitem__ = fail  # type: ignore[method-assign]
     try:
         run_test(config, world)
     except EverestError as error:

@@ -99,12 +99,16 @@ def test_a_rank_killed_while_it_saves(
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+def hurt_newest(hurt: Callable[[Path], object], folder: Path, file: str) -> None:
+    hurt(list_checkpoints(folder)[-1] / file)
+
+
 def damage_and_resume(world: World, config: Experiment, file: str) -> list[str]:
     """Damage `file` of the newest checkpoint in every way, and resume for one step after each damage."""
     folder, said = config.run.dir / "checkpoints", []
     stop_at(world, config, 3)
     for step, hurt in enumerate(DAMAGES.values(), 4):
-        world.share(lambda hurt=hurt: hurt(list_checkpoints(folder)[-1] / file))
+        world.share(partial(hurt_newest, hurt, folder, file))
         said.append(stop_at(world, config, step))
     return said
 

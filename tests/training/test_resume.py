@@ -31,7 +31,7 @@ class _Signalling:
             if run.step == self.step:
                 os.kill(os.getpid(), self.number)
 
-        TrainingRun._report = report_and_signal  # type: ignore[method-assign]
+        TrainingRun._report = report_and_signal  # type: ignore[assignment, method-assign]
 
     def __exit__(self, *_: object) -> None:
         TrainingRun._report = self.report  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from everest_ds.errors import DataError
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
-from everest_ds.training.samples import read_samples, read_training_samples, settle
+from everest_ds.training.samples import read_samples, read_training_samples, record_excluded
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, metrics, train_rank
 from tests.training.test_resume import stop_and_resume
@@ -49,7 +49,7 @@ def test_what_a_run_leaves_out_stays_whatever_the_ledger_learns(data: Path, tmp_
     config, settled = experiment(data, tmp_path / "run"), tmp_path / "excluded.json"
     break_video(data, "train", 3)
     first = read_training_samples(config, settled)
-    settle(first, settled)
+    record_excluded(first, settled)
     break_video(data, "train", 9)
     again = read_training_samples(config, settled)
     assert again == first
@@ -126,7 +126,7 @@ def test_evaluation_says_how_many_videos_are_missing(motion_data: Path, tmp_path
     config = experiment(motion_data, tmp_path / "run", "finetune", data={"test": str(test)}, augment=augment)
     results = run_ranks(train_and_test, 2, config)
     assert results[0] == results[1] and results[0]["num_clips"] == 11 and results[0]["num_missing"] == 1
-    assert list(results[0]["missing"]) == [str(tmp_path / "empty.mp4")]  # type: ignore[call-overload]
+    assert list(results[0]["missing"]) == [str(tmp_path / "empty.mp4")]
 
 
 def test_the_next_run_leaves_out_what_this_one_found_broken(motion_data: Path, tmp_path: Path) -> None:

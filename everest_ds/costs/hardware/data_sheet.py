@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from everest_ds.config.precision import VALUE_BYTES
 from everest_ds.costs.hardware.gpus import Device
-from everest_ds.costs.hardware.links import LINKS, Interconnect, LinkKind, find_interconnect
+from everest_ds.costs.hardware.links import LINKS, LinkKind, find_interconnect
 from everest_ds.costs.hardware.machine import Link, Machine, RateCurve, level, same_link
 from everest_ds.units import GIB
 
@@ -96,7 +96,7 @@ def machine_from_sheet(
         host_adam_values_per_s=_HOST_ADAMW_PER_S / ranks_per_node,
         ranks_per_node=ranks_per_node,
         inside=same_link(_link(LINKS[device.link])),
-        between=_between(network),
+        between=Link(network.kind.latency_s, network.bytes_per_s),
         decode_s=_DECODE_S,
         decode_pixels_per_s=_DECODE_PIXELS_PER_S,
         spare_cores=_CORES,
@@ -121,7 +121,3 @@ def _attention(device: Device, peak: float) -> RateCurve:
 
 def _link(kind: LinkKind) -> Link:
     return Link(kind.latency_s, kind.bytes_per_s)
-
-
-def _between(network: Interconnect) -> Link:
-    return Link(network.kind.latency_s, network.bytes_per_s)

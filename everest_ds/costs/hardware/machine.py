@@ -6,7 +6,7 @@ They come from data sheets or from a calibration of the machine itself.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from math import exp, log
 from typing import Any
@@ -148,7 +148,10 @@ class Machine:
         """
         values = {each.name: tree[each.name] for each in fields(cls)}
         for name in ("products", "attention", "moving"):
-            values[name] = {key: _curve(curve) for key, curve in values[name].items()}
+            values[name] = {
+                key: RateCurve(tuple(curve["sizes"]), tuple(curve["rates"]))
+                for key, curve in values[name].items()
+            }
         values["inside"] = {name: Link(**link) for name, link in values["inside"].items()}
         values["parameter_s"] = {int(stage): value for stage, value in values["parameter_s"].items()}
         for name in ("host_link", "between"):
@@ -164,7 +167,3 @@ def level(rate: float) -> RateCurve:
 def same_link(link: Link) -> dict[str, Link]:
     """Return the same link for every collective."""
     return dict.fromkeys(COLLECTIVES, link)
-
-
-def _curve(tree: Mapping[str, Sequence[float]]) -> RateCurve:
-    return RateCurve(tuple(tree["sizes"]), tuple(tree["rates"]))

@@ -54,12 +54,9 @@ class DecordVideo(Video):
             if len(reader):
                 reader.get_batch([0])
         except (RuntimeError, decord.DECORDError) as error:
-            raise self._unreadable(error) from None
+            reason = " ".join(str(error).split("\n")[0].split())[:160]
+            raise DataError(f"{self.path}: not a readable video", given=reason, fix=FIX) from None
         return reader
-
-    def _unreadable(self, error: Exception) -> DataError:
-        reason = " ".join(str(error).split("\n")[0].split())[:160]
-        return DataError(f"{self.path}: not a readable video", given=reason, fix=FIX)
 
 
 def _import_decord() -> Any:

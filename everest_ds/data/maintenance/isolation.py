@@ -110,19 +110,17 @@ def _turn(
             yield _lost(worker, timeout_s)
         elif message is not None:
             if worker.index is not None:
-                yield worker.index, _result(message)
-            if not _given(worker, next(pending, None), timeout_s):
-                crew.pop(place)
-
-
-def _given(worker: _Worker[Item, Result], job: tuple[int, Item] | None, timeout_s: float) -> bool:
-    """Send the worker its next item and return True; if there is none, end the worker and return False."""
-    if job is None:
-        worker.pipe.close()
-        worker.process.join()
-        return False
-    worker.give(*job, timeout_s)
-    return True
+                succeeded, value = message
+                if not succeeded:
+                    raise value
+                yield worker.index, value
+            following = next(pending, None)
+            if following is not None:
+                worker.give(*following, timeout_s)
+                continue
+            worker.pipe.close()  # ends the worker's loop
+            worker.process.join()
+            crew.pop(place)
 
 
 def _lost(worker: _Worker[Item, Result], timeout_s: float) -> tuple[int, Lost]:
@@ -131,13 +129,6 @@ def _lost(worker: _Worker[Item, Result], timeout_s: float) -> tuple[int, Lost]:
     if worker.index is None:
         raise ChildProcessError(f"worker processes cannot start on this machine: a worker {how}")
     return worker.index, Lost(f"hung for more than {timeout_s:g} s" if hung else how)
-
-
-def _result(message: tuple[bool, Any]) -> Any:
-    succeeded, value = message
-    if not succeeded:
-        raise value
-    return value
 
 
 def _serve(function: Callable[[Any], Any], pipe: Connection) -> None:

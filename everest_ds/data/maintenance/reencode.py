@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,6 @@ import torch
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.pyav import naming, probe
-from everest_ds.data.decoding.video import Video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated
@@ -142,7 +141,7 @@ def reencode_videos(
         timeout_s: a file that takes longer counts as failed.
     """
     made = [Sample(job.target, job.sample.label) for job in jobs]
-    reasons = {i: "" for i, sample in enumerate(made) if _is_whole(sample, ledger)}
+    reasons = {i: "" for i, sample in enumerate(made) if (entry := ledger.known(sample)) and entry.is_intact}
     num_known = len(reasons)
     left = [i for i in range(len(jobs)) if i not in reasons]
     on_progress(num_known)
@@ -217,11 +216,6 @@ def measure_gain(
     return Gain(len(times[1]), before, after, *sizes)
 
 
-def _is_whole(sample: Sample, ledger: Ledger) -> bool:
-    entry = ledger.known(sample)
-    return entry is not None and not entry.reason and entry.num_frames > 0
-
-
 def _reading(encoding: Encoding) -> DataConfig:
     """Return the data config to read sources with: PyAV, as it is exact for every file and can shrink."""
     return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
@@ -240,7 +234,7 @@ def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
         stream.gop_size = encoding.gop
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        for number, picture in enumerate(_pictures(video)):
+        for number, picture in enumerate(_even(picture) for part in video.read_all() for picture in part):
             if number == 0:
                 stream.height, stream.width = picture.shape[:2]
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
@@ -251,13 +245,8 @@ def _write(sample: Sample, target: Path, encoding: Encoding) -> int:
         return video.num_frames
 
 
-def _pictures(video: Video) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield all pictures, cropped to even sides, because 4:2:0 halves the chroma planes."""
-    for pictures in video.read_all():
-        yield from map(_even, pictures)
-
-
 def _even(picture: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Crop a picture to even sides, because 4:2:0 halves the chroma planes."""
     height, width = (max(2, side - side % 2) for side in picture.shape[:2])
     return picture[:height, :width].contiguous().numpy()
 

@@ -38,7 +38,11 @@ def read_kinetics400(folder: Path, fold: int) -> Annotations:
     clips = {split: list(_clips(file)) for split, file in files.items() if file is not None}
     names = sorted({clip.label for part in clips.values() for clip in part if clip.label})
     numbers = {name: number for number, name in enumerate(names)}
-    splits = {split: [_listed(clip, numbers, needed) for clip in part] for split, part in clips.items()}
+    splits: dict[str, list[AnnotatedVideo]] = {split: [] for split in clips}
+    for split, clip in ((split, clip) for split, part in clips.items() for clip in part):
+        cut = f"{clip.video}_{int(float(clip.start_s)):06d}_{int(float(clip.end_s)):06d}"
+        label = label_of(clip.label, numbers, needed) if clip.label else None
+        splits[split].append(AnnotatedVideo((cut, clip.video), label))
     return Annotations(names, splits)
 
 
@@ -49,12 +53,6 @@ def _names(split: str) -> list[str]:
         for prefix in ("", "kinetics_", "kinetics400_", "kinetics_400_")
         for name in _SPLITS[split]
     ]
-
-
-def _listed(clip: _Clip, numbers: dict[str, int], file: Path) -> AnnotatedVideo:
-    times = (f"{int(float(time)):06d}" for time in (clip.start_s, clip.end_s))
-    cut = "_".join((clip.video, *times))
-    return AnnotatedVideo((cut, clip.video), label_of(clip.label, numbers, file) if clip.label else None)
 
 
 def _clips(file: Path) -> Iterator[_Clip]:

@@ -24,11 +24,11 @@ def read_oscc(folder: Path, fold: int) -> Annotations:
     """Read the annotation in `folder`; the data set has one fold."""
     need_file(folder, *_FILES["train"])
     files = {split: find_file(folder, *names) for split, names in _FILES.items()}
-    splits = {split: _listed(file) for split, file in files.items() if file is not None}
+    splits = {split: _read_clips(file) for split, file in files.items() if file is not None}
     return Annotations(_CLASSES, splits)
 
 
-def _listed(file: Path) -> list[AnnotatedVideo]:
+def _read_clips(file: Path) -> list[AnnotatedVideo]:
     content = read_json(file)
     clips = content["clips"] if isinstance(content, dict) and "clips" in content else content
     if not isinstance(clips, list):

@@ -21,7 +21,7 @@ class OfficialDataset:
         read: reads the annotation for a fold from a folder.
         num_classes: number of classes of the whole data set.
         num_folds: number of official divisions into training and test.
-        judged_on: the labelled split on which results are published.
+        evaluated_on: the labelled split on which results are published.
         num_train: number of training samples as published; for Kinetics, as in VideoMAE's list.
         recipes: the recipes that it is trained with, which set stride, sampling, test views and flips.
     """
@@ -31,7 +31,7 @@ class OfficialDataset:
     read: Callable[[Path, int], Annotations]
     num_classes: int
     num_folds: int
-    judged_on: str
+    evaluated_on: str
     num_train: int
 
     @property

@@ -33,9 +33,11 @@ def read_ssv2(folder: Path, fold: int) -> Annotations:
         raise DataError(f"{file}: the label numbers are not 0..{len(numbers) - 1}")
     files = {split: find_file(folder, *_either(name)) for split, name in _FILES.items()}
     files["train"] = need_file(folder, *_either(_FILES["train"]))
-    answers = _answers(folder)
+    answers_file = find_file(folder, *_either(_ANSWERS))
+    lines = [] if answers_file is None else read_text(answers_file).splitlines()
+    answers = {number: template for number, _, template in (line.partition(";") for line in lines if line)}
     splits = {
-        split: [_listed(entry, numbers, answers, file) for entry in read_json(file)]
+        split: [_annotated(entry, numbers, answers, file) for entry in read_json(file)]
         for split, file in files.items()
         if file is not None
     }
@@ -46,22 +48,13 @@ def _either(name: str) -> tuple[str, str]:
     return _PREFIX + name, name
 
 
-def _listed(
+def _annotated(
     entry: dict[str, Any], numbers: dict[str, int], answers: dict[str, str], file: Path
 ) -> AnnotatedVideo:
     if "id" not in entry:
         raise DataError(f"{file}: an entry has no id", given=str(entry)[:80])
     number = str(entry["id"])
     template = entry.get("template") or answers.get(number)
-    label = None if template is None else label_of(_plain(template), numbers, file)
+    plain = template and template.replace("[", "").replace("]", "")
+    label = None if plain is None else label_of(plain, numbers, file)
     return AnnotatedVideo((number,), label)
-
-
-def _plain(template: str) -> str:
-    return template.replace("[", "").replace("]", "")
-
-
-def _answers(folder: Path) -> dict[str, str]:
-    file = find_file(folder, *_either(_ANSWERS))
-    lines = [] if file is None else read_text(file).splitlines()
-    return {number: template for number, _, template in (line.partition(";") for line in lines if line)}

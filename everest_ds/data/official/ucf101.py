@@ -17,10 +17,10 @@ def read_ucf101(folder: Path, fold: int) -> Annotations:
     names = [line[-1] for line in lines]
     numbers = {name: number for number, name in enumerate(names)}
     lists = {split: need_file(folder, f"{split}list{fold:02d}.txt") for split in ("train", "test")}
-    return Annotations(names, {split: _listed(lists[split], numbers) for split in lists})
+    return Annotations(names, {split: _read_list(lists[split], numbers) for split in lists})
 
 
-def _listed(file: Path, numbers: dict[str, int]) -> list[AnnotatedVideo]:
+def _read_list(file: Path, numbers: dict[str, int]) -> list[AnnotatedVideo]:
     """Read a list of `CLASS/VIDEO.avi`; the class number after it in training lists repeats the folder."""
     paths = [PurePosixPath(line.split()[0]) for line in read_text(file).splitlines() if line.strip()]
     return [

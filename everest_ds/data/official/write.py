@@ -46,9 +46,9 @@ def _configs(
     dataset: OfficialDataset, indexed: Indexed, out: Path, manifests: Mapping[str, Path]
 ) -> dict[str, dict[str, Any]]:
     train = str(out / "train.txt") if "train" in manifests else None
-    judged = str(out / f"{dataset.judged_on}.txt") if dataset.judged_on in manifests else None
+    evaluated = str(out / f"{dataset.evaluated_on}.txt") if dataset.evaluated_on in manifests else None
     names = str(out / "classes.txt")
-    finetune = {"train": train, "val": judged, "test": judged, "class_names": names}
+    finetune = {"train": train, "val": evaluated, "test": evaluated, "class_names": names}
     return {
         "pretrain": {"base": dataset.recipes["pretrain"], "data": {"train": train}},
         "finetune": {

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
-from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
 from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
+from everest_ds.models.selection.slots import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.tubelets import PixelMap, to_tubelets
 
 
@@ -52,7 +52,7 @@ class TokenSplit(NamedTuple):
     predicted_BM: Tensor
 
 
-class Clips(NamedTuple):
+class RuleInput(NamedTuple):
     """A batch of clips as the function of a selection rule sees it.
 
     Attributes:
@@ -70,32 +70,32 @@ class Clips(NamedTuple):
     importance: Callable[[], Tensor]
 
 
-def keep_most_important(clips: Clips) -> Tensor:
+def keep_most_important(clips: RuleInput) -> Tensor:
     """Keep the K tokens that change most."""
     return select_tokens(clips.importance(), clips.counts.num_kept)
 
 
-def keep_at_random(clips: Clips) -> Tensor:
+def keep_at_random(clips: RuleInput) -> Tensor:
     """Keep K tokens at random."""
     return random_tokens(clips.counts.num_tokens, clips.counts.num_kept, clips.key_B)
 
 
-def keep_all(clips: Clips) -> Tensor:
+def keep_all(clips: RuleInput) -> Tensor:
     """Keep all N tokens."""
     return torch.arange(clips.counts.num_tokens, device=clips.key_B.device).expand(len(clips.key_B), -1)
 
 
-def show_at_random(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+def show_at_random(clips: RuleInput, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Show V of the kept tokens at random and predict the others."""
     return split_kept(keep_BK, clips.counts.num_visible, clips.key_B)
 
 
-def show_tubes(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+def show_tubes(clips: RuleInput, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Show VideoMAE's random tubes and predict the others."""
     return split_tubes(clips.geometry, clips.counts.num_visible, clips.key_B)
 
 
-def show_tubes_predict_cells(clips: Clips, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
+def show_tubes_predict_cells(clips: RuleInput, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Show VideoMAE v2's random tubes and predict its running cells."""
     return split_dual(clips.geometry, clips.counts.num_visible, clips.key_B)
 
@@ -108,8 +108,8 @@ class Rule(NamedTuple):
         split: splits the kept tokens into visible (B, V) and predicted (B, M) ones, ascending.
     """
 
-    keep: Callable[[Clips], Tensor] = keep_all
-    split: Callable[[Clips, Tensor], tuple[Tensor, Tensor]] = show_at_random
+    keep: Callable[[RuleInput], Tensor] = keep_all
+    split: Callable[[RuleInput, Tensor], tuple[Tensor, Tensor]] = show_at_random
 
 
 _FUNCTIONS = {
@@ -149,7 +149,7 @@ class Selector(nn.Module):
             keep_BK: indices of the kept tokens, if the loader has already chosen them.
         """
         pixels_BNP, slots_BT, keep_BK = self.kept(clip_BFHWC, embedding, key_B, keep_BK)
-        split = self.rule.split(self._clips(pixels_BNP, embedding, key_B), keep_BK)
+        split = self.rule.split(self._rule_input(pixels_BNP, embedding, key_B), keep_BK)
         return TokenSplit(pixels_BNP, slots_BT, *split)
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class Selector(nn.Module):
         """
         pixels_BNP, slots_BT = self._choose_slots(clip_BFHWC, embedding, key_B)
         if keep_BK is None:
-            keep_BK = self.rule.keep(self._clips(pixels_BNP, embedding, key_B))
+            keep_BK = self.rule.keep(self._rule_input(pixels_BNP, embedding, key_B))
         return KeptTokens(pixels_BNP, slots_BT, keep_BK)
 
     def _choose_slots(self, clip_BFHWC: Tensor, embedding: PixelMap, key_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,10 +185,10 @@ class Selector(nn.Module):
         keep_BK = select_tokens(self.importance(candidates_BNP, num_slots, embedding), num_kept)
         return tokens_per_slot(keep_BK, num_slots, self.geometry.tokens_per_slot)
 
-    def _clips(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> Clips:
+    def _rule_input(self, pixels_BNP: Tensor, embedding: PixelMap, key_B: Tensor) -> RuleInput:
         """Return the clips as the functions of the rule see them."""
         importance = partial(self.importance, pixels_BNP, self.geometry.num_slots, embedding)
-        return Clips(pixels_BNP, key_B, self.geometry, self.counts, importance)
+        return RuleInput(pixels_BNP, key_B, self.geometry, self.counts, importance)
 
     def importance(self, pixels_BNP: Tensor, num_slots: int, embedding: PixelMap) -> Tensor:
         """Compute the ReRo importance (B, N) with the configured score and distance."""

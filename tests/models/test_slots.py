@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from everest_ds.models import PretrainModel, build_model
-from everest_ds.models.selection.frames import draw_slots, gather_slots, tokens_per_slot
+from everest_ds.models.selection.slots import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.tubelets import from_tubelets, to_tubelets
 from tests.models import experiment, random_clips
 
@@ -82,7 +83,8 @@ def test_a_model_on_candidates_is_the_model_on_the_drawn_frames(task: str) -> No
     plain = experiment(task, "rero")
     iifs = experiment(task, "rero", frame_oversampling=1.5)
     torch.manual_seed(0)
-    model, chosen = build_model(plain).eval(), build_model(iifs).eval()
+    model: Any = build_model(plain).eval()
+    chosen: Any = build_model(iifs).eval()
     chosen.load_state_dict(model.state_dict())
     clips, keys = random_clips(iifs, 3), torch.tensor([4, 5, 6])
     assert clips.shape[1] == 12
@@ -99,7 +101,7 @@ def test_busy_slots_are_drawn_and_still_ones_are_not() -> None:
     config = experiment("finetune", "rero", 0.2, frame_oversampling=2.0)
     clip = random_clips(config, 1)
     clip[:, 6:] = clip[:, 6:7]  # slots 3 to 7 show one picture; only slot 3 differs from its predecessor
-    model = build_model(config)
+    model: Any = build_model(config)
     for key in range(20):
         slots = model.selector(clip, model.encoder.embed(), torch.tensor([key])).slots_BT
         assert set(slots[0].tolist()) == {0, 1, 2, 3}

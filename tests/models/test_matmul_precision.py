@@ -14,7 +14,7 @@ from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES
 from everest_ds.costs.memory import predict_memory
 from everest_ds.costs.step_time import StepPrediction, predict_step
-from everest_ds.models.precision import has_tf32, set_matmul_precision
+from everest_ds.models.matmul_precision import has_tf32, set_matmul_precision
 from everest_ds.profiling.step_measurement import compute_dtype
 from tests.ranks import run_ranks
 from tests.training.faults import outcome
