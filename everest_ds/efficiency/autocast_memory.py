@@ -12,7 +12,7 @@ block keeps for its backward pass:
     8nD   the hidden layer before GELU
     8nD   the hidden layer after GELU, the input of the second linear map
 
-Plain modules keep more than this project's blocks do (memory_blocks.py), and autocast keeps more than
+Plain modules keep more than this project's blocks do (costs/activation_memory.py), and autocast keeps more than
 half-precision weights do.
 """
 

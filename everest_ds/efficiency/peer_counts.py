@@ -38,7 +38,7 @@ def find_peer(name: str) -> Peer:
 
 @cache
 def count_peer(name: str) -> PeerCount:
-    """Build a system of models/peers/ at its published size, without weights, and count its compute."""
+    """Build a system of peers/ at its published size, without weights, and count its compute."""
     peer = PEERS[name]
     with torch.device("meta"):
         model = peer.build()

@@ -1,6 +1,6 @@
-"""The systems of the published tables: one entry per row, naming the models behind its figures.
+"""The systems of the published tables: the models behind each row, and their memory over batch sizes.
 
-To add a system, write a module under models/peers/, and add an entry to that registry and to `SYSTEMS`.
+To add a system, write a module under peers/, and add an entry to that registry and to `SYSTEMS`.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class OwnModel:
 
 @dataclass(frozen=True)
 class PeerModel:
-    """A peer system of models/peers/, whose figures are counted on the meta device.
+    """A peer system of peers/, whose figures are counted on the meta device.
 
     Attributes:
-        name: key in the registry of models/peers/.
+        name: key in the registry of peers/.
         note: remark on its compute.
         parameters_note: remark on its parameters.
     """

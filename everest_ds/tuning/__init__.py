@@ -1,1 +1,1 @@
-"""The tuner: a pure cost model of a training step, a search over it, and trials that correct it."""
+"""The tuner: a search for the fastest settings by predicted time, and trials that correct the predictions."""

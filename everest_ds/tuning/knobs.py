@@ -38,7 +38,8 @@ class Knob:
         label: text of a value in its column, with `{}` for the value; a switch has none and is shown if on.
         values: returns the values to try, given the config with the values of the rows above, and the
             cluster.
-        terms: groups of cost terms that the key changes.
+        terms: groups of cost terms that the key changes. Candidates that agree in all keys of `compute` and
+            `recompute` share one prediction of their passes, in time and in memory.
         plain: values in plain data parallelism, which shards, offloads and recomputes nothing, the best one
             first; tables show them only at the start of a column. Empty if plain data parallelism leaves
             the value open.
