@@ -97,7 +97,11 @@ def load(
     while True:
         for loaded in _pass(source, undelivered, data, pin_memory):
             if isinstance(loaded, _Lost):
-                _note_crash(source.reader, crashes, loaded)
+                sample, reader = loaded.sample, source.reader
+                logger.warning("%s: %s; restarting the workers", reader.samples[sample].name, loaded.reason)
+                crashes[sample] += 1
+                if crashes[sample] == _CRASHES:
+                    reader.given_up[sample] = loaded.reason
                 break
             if isinstance(loaded, Failed):
                 loaded.reraise()
@@ -119,14 +123,6 @@ class _Lost(NamedTuple):
 
     sample: int
     reason: str
-
-
-def _note_crash(reader: SampleReader, crashes: Counter[int], lost: _Lost) -> None:
-    name = reader.samples[lost.sample].name
-    logger.warning("%s: %s; restarting the workers", name, lost.reason)
-    crashes[lost.sample] += 1
-    if crashes[lost.sample] == _CRASHES:
-        reader.given_up[lost.sample] = lost.reason
 
 
 class _Undelivered:

@@ -247,7 +247,9 @@ class TrainingRun:
             val_top5=result.top(5),
             val_missing=len(usable.excluded) + len(result.missing),
         )
-        best = self.world.share(lambda: _best_top1(self.folder.path))
+        best = self.world.share(
+            lambda: max((row.get("val_top1", -1.0) for row in read_metrics(self.folder.path)), default=-1.0)
+        )
         for observer in self.observers:
             observer.on_validation(report)
         if report.val_top1 > best:
@@ -366,7 +368,3 @@ def _take_peak_memory_bytes(device: torch.device) -> int:
     peak = peak_bytes()
     reset_peak()
     return peak
-
-
-def _best_top1(run: Path) -> float:
-    return max((row["val_top1"] for row in read_metrics(run) if "val_top1" in row), default=-1.0)

@@ -52,12 +52,13 @@ def describe_plan(
     plan = plan_ranks(config, num_ranks)
     counts, macs = config.token_counts, predict_macs(config)
     peak_lr = config.schedule.base_lr * config.schedule.rate_scale(plan.samples_per_step)
-    tokens = config.tokens
+    tokens, model, candidates = config.tokens, config.model, config.candidate_geometry
+    drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
     scored = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
-        "clip": _clip(config),
+        "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}",
         "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}{scored}),"
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),
@@ -73,12 +74,6 @@ def describe_plan(
         "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
         "training_flops_per_step": f"{format_count(step_flops)}FLOP (2 per MAC)",
     }
-
-
-def _clip(config: Experiment) -> str:
-    model, candidates = config.model, config.candidate_geometry
-    drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
-    return f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}"
 
 
 def _compile(config: Experiment) -> str:
