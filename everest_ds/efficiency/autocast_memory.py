@@ -12,8 +12,8 @@ block keeps for its backward pass:
     8nD   the hidden layer before GELU
     8nD   the hidden layer after GELU, the input of the second linear map
 
-Plain modules keep more than this project's blocks do (costs/activation_memory.py), and autocast keeps more than
-half-precision weights do.
+Plain modules keep more than this project's blocks do (costs/activation_memory.py), and autocast keeps more
+than half-precision weights do.
 """
 
 from __future__ import annotations
