@@ -175,7 +175,13 @@ def read_measured(file: Path) -> Measured:
         )
     if content["measured"] is None:
         raise UsageError(f"{file}: holds no measurement", fix=again)
-    return _from_json(content["measured"], file)
+    stored = content["measured"]
+    try:
+        config = Experiment.model_validate(stored["config"])
+    except ValidationError as error:
+        reason = error.errors()[0]["msg"]
+        raise UsageError(f"{file}: its config was written by another version", given=reason) from None
+    return Measured(**{**stored, "config": config, "step_ms": tuple(stored["step_ms"])})
 
 
 def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> list[ComparisonRow]:
@@ -183,20 +189,14 @@ def measured_rows(cells: Sequence[Cell], measurements: Sequence[Measured]) -> li
     return [row for cell in cells for one in measurements for row in _rows(cell, one)]
 
 
-def _from_json(content: dict[str, Any], file: Path) -> Measured:
-    try:
-        config = Experiment.model_validate(content["config"])
-    except ValidationError as error:
-        reason = error.errors()[0]["msg"]
-        raise UsageError(f"{file}: its config was written by another version", given=reason) from None
-    return Measured(**{**content, "config": config, "step_ms": tuple(content["step_ms"])})
-
-
 def _rows(cell: Cell, one: Measured) -> list[ComparisonRow]:
     """Return the rows that compare a measurement with a published cell; none if they do not correspond."""
     phase = _PHASES.get((cell.table, cell.column))
-    if phase is None or not _is_about(one.config, cell, phase):
+    if phase is None:
         return []
+    model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
+    if not isinstance(model, OwnModel) or _identity(one.config) != _identity(model.config):
+        return []  # another computation than the one behind the published figure
     clips = one.config.batch.micro_batch_size
     note = f"{_NODE_GPUS} x one {one.where}; {clips} clips per GPU, {one.config.model.attention} attention"
     if cell.column == "pt_time":
@@ -207,12 +207,6 @@ def _rows(cell: Cell, one: Measured) -> list[ComparisonRow]:
     if one.peak_memory_bytes is None:
         return []
     return [make_row(cell, Figure(_NODE_GPUS * one.peak_memory_bytes / 1e9, "measured", note))]
-
-
-def _is_about(config: Experiment, cell: Cell, phase: str) -> bool:
-    """Return whether a config does the computation behind a published cell in a training phase."""
-    model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
-    return isinstance(model, OwnModel) and _identity(config) == _identity(model.config)
 
 
 def _identity(config: Experiment) -> tuple[object, ...]:
