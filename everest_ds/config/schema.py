@@ -1,6 +1,6 @@
 """The config schema of a run: one section each for model, tokens, data, loss, optimizer, ..., run.
 
-Every section is immutable and rejects unknown keys. Checks that span several sections live in `agreement.py`;
+Every section is immutable and rejects unknown keys. Checks that span several sections live in `checks.py`;
 all checks run before a GPU is used.
 """
 
