@@ -31,7 +31,7 @@ _AUGMENT = {
 }
 
 
-_PARTS = {"save": Saver, "evaluate": loop, "draw": loop, "mean": World}
+_PARTS = {"save": Saver, "evaluate_views": loop, "draw_pictures": loop, "mean": World}
 
 
 def train_slowly(world: World, config: Experiment, *slow: str) -> None:
@@ -60,7 +60,7 @@ def test_saving_validation_and_pictures_are_no_steps(motion_data: Path, tmp_path
         batch={"micro_batch_size": 8, "global_batch_size": 24},
         run={"save_every_steps": 1, "image_every_steps": 1},
     )
-    run_ranks(train_slowly, 1, config, "save", "evaluate", "draw")
+    run_ranks(train_slowly, 1, config, "save", "evaluate_views", "draw_pictures")
     seconds = seconds_of_steps(config, tmp_path)
     assert len(seconds) == 3 and max(seconds.values()) < _SLOW_S
 
