@@ -12,7 +12,7 @@ import pytest
 from everest_ds.training.stop import Grace, StopReason, StopRequest
 
 
-def test_files_and_signals_ask_and_the_greatest_wish_counts(tmp_path: Path) -> None:
+def test_files_and_signals_ask_and_the_strongest_request_counts(tmp_path: Path) -> None:
     with StopRequest(tmp_path) as stop, StopRequest() as other_rank:
         assert stop.reason() == StopReason.NONE
         (tmp_path / "save").touch()
@@ -23,14 +23,14 @@ def test_files_and_signals_ask_and_the_greatest_wish_counts(tmp_path: Path) -> N
         assert stop.reason() == StopReason.KILL
 
 
-def test_a_granted_file_does_not_ask_again(tmp_path: Path) -> None:
+def test_an_acknowledged_file_does_not_ask_again(tmp_path: Path) -> None:
     stop = StopRequest(tmp_path)
     (tmp_path / "save").touch()
     stop.acknowledge(stop.reason())
     assert stop.reason() == StopReason.NONE and list(tmp_path.iterdir()) == []
 
 
-def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(
+def test_too_short_a_grace_time_is_logged_once_and_at_the_next_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(logging.getLogger("everest_ds"), "propagate", True)
@@ -40,7 +40,7 @@ def test_too_short_a_grace_time_is_told_once_and_at_the_next_start(
     assert grace.needed_s == 20.0 and not caplog.records
     for _ in range(2):
         grace.note_save(16.0)
-    (told,) = caplog.records
-    assert "take 40s, but --signal leaves 30s; fix: sbatch --signal=USR1@41" in told.getMessage()
+    (logged,) = caplog.records
+    assert "take 40s, but --signal leaves 30s; fix: sbatch --signal=USR1@41" in logged.getMessage()
     Grace(30.0, tmp_path / "grace.json")
     assert len(caplog.records) == 2
