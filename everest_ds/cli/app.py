@@ -71,7 +71,8 @@ COMMANDS: dict[str, Row] = {
         hidden=True,
     ),
 }
-_PASSES_ON_OPTIONS = {"submit"}  # to sbatch: an option that the command does not define is no error
+# Commands that pass options that they do not define on to sbatch, instead of refusing them.
+_PASSES_ON_OPTIONS = {"submit"}
 
 
 class LazyGroup(TyperGroup):

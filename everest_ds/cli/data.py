@@ -177,7 +177,8 @@ def reencode(
         typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged."),
     ] = 256,
     gop: Annotated[
-        int, typer.Option(min=1, help="Distance between key frames, in frames; shorter decodes faster.")
+        int,
+        typer.Option(min=1, help="Distance between key frames, in frames; a shorter one decodes faster."),
     ] = 8,
     crf: Annotated[
         int,

@@ -163,8 +163,8 @@ def visualize(
 
     The clip is from the middle of the video. kept_tokens.png and .mp4 show the tokens that the model computes
     on, and attention.png the parts of the clip that the encoder's output draws on. slots.png shows the number
-    of tokens in each slot (a row of tokens in time) and the slots chosen by information-intensive frame
-    selection (IIFS). reconstruction.png is the output of a pre-training model.
+    of tokens in each slot (a position in time) and the slots chosen by information-intensive frame selection
+    (IIFS). reconstruction.png is the output of a pre-training model.
 
     Example: everest-ds visualize runs/pre clip.mp4 --out pictures
              everest-ds visualize k400_finetune_vit_base clip.mp4 tokens.keep_ratio=0.3

@@ -50,7 +50,7 @@ def profile(
 ) -> None:
     """Count the parameters, compute and memory of a model without running it.
 
-    With --measure, also run training steps and report their time and MFU (model FLOPs utilization).
+    With --measure, also run training steps and report their time and MFU (model FLOPs utilisation).
 
     Example: everest-ds profile k400_pretrain_vit_base model.backbone=vit_huge --ranks 8
     """

@@ -1,7 +1,7 @@
-"""The commands as one rank of the world that a launcher started.
+"""The commands that run as one rank of the world that a launcher started.
 
 Everything that imports torch is imported within `in_world`, after the handlers of stop signals are set: the
-import takes seconds, and a signal in that time must already end the rank in order.
+import takes seconds, and a signal in that time must already end the rank in an orderly way.
 """
 
 from __future__ import annotations

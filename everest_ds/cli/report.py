@@ -1,4 +1,4 @@
-"""The command `everest-ds report`, which compares published figures with ours, and runs with each other."""
+"""The command `everest-ds report`, which compares efficiency with published figures, and between runs."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def report(
     models: ModelNames = "",
     measured: MeasuredFiles = None,
 ) -> None:
-    """Write a report that compares published figures with ours, or runs with each other.
+    """Write a report that compares published efficiency figures with ours, or runs with each other.
 
     The report is written as HTML, Markdown, CSV and JSON with plots. No GPU is needed.
 

@@ -47,7 +47,7 @@ Array = Annotated[
 Dependency = Annotated[
     str | None,
     typer.Option(
-        help="Start after another job, such as afterok:123; that job may still have to write the weights."
+        help="Start after another job, such as afterok:123; the weights that it writes need not exist yet."
     ),
 ]
 Nodelist = Annotated[

@@ -41,9 +41,7 @@ GpuType = Annotated[
 ]
 GpuNodes = Annotated[
     int | None,
-    typer.Option(
-        min=1, help="Nodes that hold the GPUs. Default: as few as possible, with at most 8 GPUs each."
-    ),
+    typer.Option(min=1, help="Number of nodes. Default: as few as possible, with at most 8 GPUs each."),
 ]
 GlobalBatchSize = Annotated[
     int | None,
@@ -69,7 +67,8 @@ ExplainRank = Annotated[
     typer.Option(
         min=1,
         metavar="RANK",
-        help="Show every term of the candidate with this rank in the table, with its formula.",
+        help="Explain the candidate with this rank: its memory by category, and each part of its step with"
+        " the formula.",
     ),
 ]
 WinnerFolder = Annotated[
@@ -110,7 +109,8 @@ NumTrials = Annotated[
 ]
 TrialSteps = Annotated[int, typer.Option(min=5, help="Steps per trial.", rich_help_panel=_TRIALS)]
 TrialSeconds = Annotated[
-    float, typer.Option(min=1, help="Time limit of a trial on this machine.", rich_help_panel=_TRIALS)
+    float,
+    typer.Option(min=1, help="Time limit of a trial on this machine, in seconds.", rich_help_panel=_TRIALS),
 ]
 TrialSbatch = Annotated[
     str | None,
@@ -129,7 +129,7 @@ Calibrates = Annotated[
     bool,
     typer.Option(
         "--calibrate",
-        help="Measure this machine once, in about two minutes, for all later tunings. Takes no RECIPE."
+        help="Measure this machine once, in about two minutes, for all later uses of tune. Takes no RECIPE."
         " Under srun, it measures the ranks that srun started.",
         rich_help_panel=_HERE,
     ),

@@ -196,13 +196,13 @@ def _rows(cell: Cell, one: Measured) -> list[ComparisonRow]:
         return []
     model = getattr(SYSTEMS[cell.method, cell.backbone], phase)
     if not isinstance(model, OwnModel) or _identity(one.config) != _identity(model.config):
-        return []  # another computation than the one behind the published figure
+        return []  # not the computation behind the published figure
     clips = one.config.batch.micro_batch_size
     note = f"{_NODE_GPUS} x one {one.where}; {clips} clips per GPU, {one.config.model.attention} attention"
     if cell.column == "pt_time":
         epoch = format_duration(_K400_CLIPS / (_NODE_GPUS * one.clips_per_s))
         how = f"{note}; {_K400_CLIPS:,} clips at {one.clips_per_s:.0f}/s per GPU, without data wait"
-        # No gap: the published device is another one.
+        # No gap is given, because the published time was measured on another device.
         return [replace(make_row(cell, None, how), value=epoch, kind="measured")]
     if one.peak_memory_bytes is None:
         return []

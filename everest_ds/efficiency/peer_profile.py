@@ -1,4 +1,4 @@
-"""The compute and memory of another system at its published size, counted on its traced model."""
+"""The compute and memory of a peer system at its published size, counted on its traced model."""
 
 from __future__ import annotations
 

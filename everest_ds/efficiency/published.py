@@ -36,7 +36,7 @@ class Cell:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names that select this cell: the method, the parts of one such as `MVD + EVEREST`, the backbone."""
+        """Names that select this cell: the method, its parts if joined (`MVD + EVEREST`), the backbone."""
         parts = [part for part in self.method.split(" + ") if part != FULL_TOKEN]
         return (self.method, *parts, self.backbone)
 

@@ -1,4 +1,6 @@
-"""Rows that compare the published tables with our figures: one per cell, and one for our own sparse path.
+"""Rows that compare the published tables with our figures: one per cell, plus those of our own sparse path.
+
+The sparse path scores all tokens of a clip but embeds only the kept ones.
 
 The rows are written to report.json with these keys: table, method, backbone, column, published, value, kind,
 gap_pct, note.

@@ -1,4 +1,4 @@
-"""The output of `everest-ds tune`: its question, the ranked candidates with warnings, and their files."""
+"""The output of `everest-ds tune`: the model and machine, the ranked candidates with warnings, and files."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def print_question(config: Experiment, cluster: Cluster) -> None:
         f" {format_bytes(machine.memory_bytes)} usable per rank",
         "rates": machine.source,
     }
-    print_facts("Tuning (nothing is run)", facts)
+    print_facts("Tuning by prediction", facts)
 
 
 def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int, seconds: float) -> None:
@@ -54,7 +54,10 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Families left out", dropped_rows(dropped))
     sized, timed = result.evaluations
-    print(f"search took {seconds:.2f} s: predicted memory of {sized} candidates, step time of {timed}")
+    print(
+        f"search took {seconds:.2f} s and predicted the memory of {sized} candidates"
+        f" and the step time of {timed}"
+    )
 
 
 def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> None:
@@ -76,7 +79,7 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
 def write_tables(
     result: SearchResult, cluster: Cluster, costs: Costs, json_file: Path | None, csv_file: Path | None
 ) -> None:
-    """Write all candidates and the families left out as CSV and JSON, to the files that are not None."""
+    """Write all candidates as CSV and, with the families left out, as JSON; no file is written for None."""
     rows = candidate_rows(result.ranked, cluster, costs)
     write_csv(csv_file, rows)
     found = {

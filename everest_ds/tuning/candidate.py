@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def sharding(self) -> Sharding:
-        """The family of the candidate."""
+        """The sharding of the candidate, which is its family in the tables."""
         return Sharding.of(self.config)
 
     @property
@@ -82,7 +82,7 @@ class Candidate:
         """The sort key: fastest step first; among equals, the shortest step without data first."""
         seconds = self.step.step_s
         without_data = seconds - self.step.split()["data"]
-        # rounded: sums in another order count as ties
+        # Rounded, so that equal terms summed in another order count as a tie.
         return float(f"{seconds:.4g}"), float(f"{without_data:.6g}")
 
 

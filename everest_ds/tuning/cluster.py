@@ -14,7 +14,7 @@ from everest_ds.errors import UsageError
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster of `num_ranks` ranks, each a `machine`."""
+    """A cluster of `num_ranks` equal ranks, each described by `machine`."""
 
     machine: Machine
     num_ranks: int
@@ -30,7 +30,7 @@ class Cluster:
         return -(-self.num_ranks // self.ranks_per_node)
 
     def needed_bytes(self, memory: MemoryPrediction) -> int:
-        """Return the bytes that a rank needs; on a CPU they include the host's, which is the same memory."""
+        """Return the bytes that a rank needs; on a CPU they include host memory, which is the same memory."""
         if self.machine.asynchronous:
             return memory.peak_bytes
         return self.machine.baseline_bytes + memory.peak_bytes + memory.host_bytes

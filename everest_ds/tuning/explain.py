@@ -62,14 +62,14 @@ def fits_nowhere(
     if config.model.attention == "unfused":
         ways.append("model.attention=fused")
     return UsageError(
-        f"fits nowhere on {cluster.num_ranks} x {machine.device}",
+        f"the model does not fit on {cluster.num_ranks} x {machine.device}",
         given=f"{format_bytes(machine.memory_bytes)} usable; {best.family}: {best.reason}",
         fix=", ".join(ways) or "a smaller model.backbone, model.num_frames or tokens.keep_ratio",
     )
 
 
 def _more_ranks(config: Experiment, cluster: Cluster, options: Options) -> Iterator[str]:
-    """Yield the option with the fewest ranks, by doubling, on which the model fits."""
+    """Yield `--gpus N` for the first doubling of the ranks on which the model fits, if there is one."""
     machine, ranks = cluster.machine, 2 * cluster.num_ranks
     while machine.asynchronous and ranks <= MOST_RANKS:
         more = replace(machine, ranks_per_node=max(machine.ranks_per_node, min(8, ranks)))
@@ -80,7 +80,7 @@ def _more_ranks(config: Experiment, cluster: Cluster, options: Options) -> Itera
 
 
 def _larger_devices(config: Experiment, cluster: Cluster, options: Options) -> Iterator[str]:
-    """Yield the option with the device of least memory on which the model fits."""
+    """Yield `--gpu NAME` for the device with the least memory on which the model fits, if there is one."""
     machine = cluster.machine
     larger = [(d.memory_gib, name) for name, d in DEVICES.items() if d.memory_bytes > machine.memory_bytes]
     for _, name in sorted(larger):

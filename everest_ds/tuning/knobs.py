@@ -87,7 +87,7 @@ class Knob:
 
 
 def _host_states(config: Experiment, cluster: Cluster) -> Sequence[bool]:
-    """Return whether states may be in host memory: beside a GPU, with a shipped DeepSpeed file."""
+    """Return the values to try for state offload: on a GPU with a shipped DeepSpeed file, also True."""
     own, has_host = config.parallelism, cluster.machine.asynchronous
     shipped = own.ds_config is None and own.zero_stage in _OFFLOADING_STAGES
     return (False, True) if has_host and shipped else (False,)
@@ -121,7 +121,7 @@ PRECISION = Knob(
     values=lambda config, cluster: cluster.machine.precisions,
     terms=("compute",),
     trait="precision",
-    reason="products in {} are slower",
+    reason="matrix products in {} are slower",
     searched=False,
 )
 KNOBS = (

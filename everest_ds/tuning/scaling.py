@@ -1,4 +1,4 @@
-"""The effect of more or fewer GPUs: the search repeated for 1 to 1,024 of them, and where each choice pays.
+"""The effect of more or fewer GPUs: the search repeated for 1 to 1,024, and where each choice pays off.
 
 A choice is a value of a knob that `tune --what-if` compares. Waiting for data is left out: if video decoding
 limits the step, all choices would look alike.
@@ -20,7 +20,7 @@ from everest_ds.tuning.knobs import SCALING_TRAITS, value_order
 from everest_ds.tuning.search import Options, search
 
 NUMBERS = tuple(2**power for power in range(11))
-# A choice pays if no other is faster by more than this share: smaller differences count as ties.
+# A choice pays off if no other is faster by more than this share: smaller differences count as ties.
 _TIE_SHARE = 0.005
 
 
@@ -98,7 +98,7 @@ def summarise_number(gpus: int, candidates: Sequence[Candidate]) -> ScalingRow:
 
 
 def payoffs(rows: Sequence[ScalingRow]) -> list[Payoff]:
-    """Return every choice of every trait, with the numbers of GPUs on which it fits and pays."""
+    """Return every choice of every trait, with the numbers of GPUs on which it fits and pays off."""
     found = []
     for trait in SCALING_TRAITS:
         for value in values_of(rows, trait):

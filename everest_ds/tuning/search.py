@@ -36,7 +36,8 @@ from everest_ds.tuning.knobs import (
 from everest_ds.tuning.space import Dropped, Sharding, Space, by_reason
 from everest_ds.units import format_bytes
 
-_WORTH_A_FILE = 0.99  # other buckets need a DeepSpeed file of their own: too much for less than 1 %
+# Other bucket sizes need a DeepSpeed file of their own, which a gain of less than 1 % does not justify.
+_WORTH_A_FILE = 0.99
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,11 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
 
 @dataclass(frozen=True)
 class _Way:
-    """The result for a variant of a sharding.
+    """The search result for one variant of a sharding.
 
     Attributes:
         config: the config of the variant.
-        fitting: settings of the details that fit, in this way or in a faster one.
+        fitting: settings of the details that fit with this variant or with a faster one.
         shortage_bytes: least shortage of memory, if none fits.
         shortest: the config with that shortage.
     """
@@ -110,7 +111,7 @@ class _Search:
         self.base, self.cluster, self.options = config, cluster, options
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
-        self.refused: list[tuple[Sharding, str, int | None]] = []  # with the reason; the shortage is None
+        self.refused: list[tuple[Sharding, str, int | None]] = []  # sharding, reason, None
         self.ways: dict[Settings, _Way] = {}  # by the settings of family and variant
         self.passes: dict[Settings, PassMemory] = {}
         self.work: dict[Settings, StepWork] = {}
@@ -142,7 +143,7 @@ class _Search:
         if PRECISION.key in pinned:
             fault = f"{PRECISION.key}: {device} has no fast {own}"
             raise UsageError(fault, given=own, allowed=", ".join(possible))
-        reason = f"{device} has no fast {own}; the others are tried, which round differently"
+        reason = f"{device} has no fast {own}; the other precisions are tried, which round differently"
         self.dropped.append(Dropped(own, reason))
         return free | {PRECISION.key}
 
@@ -173,7 +174,7 @@ class _Search:
         return self.cluster.needed_bytes(memory) - self.cluster.machine.memory_bytes
 
     def _fits_faster(self, variant: Experiment) -> frozenset[Settings]:
-        """Return the details that already fit in a way that needs less time for the same step."""
+        """Return the details that already fit with settings that need less time for the same step."""
         if self.options.exhaustive:
             return frozenset()
         knobs = (*FAMILY, *VARIANT)
@@ -235,9 +236,9 @@ class _Search:
 
 
 def _why_unused(ways: Sequence[_Way]) -> tuple[str, int | None]:
-    """Return why none of several ways has a candidate, and the bytes short if it is memory."""
+    """Return why none of several variants has a candidate, and the bytes short if memory is the reason."""
     if any(way.fitting for way in ways):
-        # Details that also fit with a faster way are skipped.
+        # Details that also fit with faster settings are skipped, so these variants have no candidate.
         return "gains nothing: every micro-batch that fits with it also fits without it", None
     short = [
         (way.shortage_bytes, settings_of(way.shortest, DETAIL), way.shortest) for way in ways if way.shortest

@@ -42,7 +42,7 @@ def test_the_winner_is_written_as_a_config_that_runs(
     assert tree["zero_optimization"]["stage"] == config.parallelism.zero_stage
     said = capsys.readouterr().out
     assert f"everest-ds submit pretrain {file} --nodes 1 --gpus-per-node 8" in said.replace("\n", "")
-    for heading in ("Tuning (nothing is run)", "Families left out", "encoder forward", "depth · (12·n·D²"):
+    for heading in ("Tuning by prediction", "Families left out", "encoder forward", "depth · (12·n·D²"):
         assert heading in said
     assert "waits for decoded clips" in said and "data.num_workers=14" in said
 

@@ -163,7 +163,7 @@ def test_what_does_not_fit_says_by_how_much_and_what_would() -> None:
     assert not result.ranked
     best = min(one.shortage_bytes for one in result.dropped if one.shortage_bytes)
     said = str(fits_nowhere(config, cluster, options, result.dropped))
-    assert "fits nowhere on 2 x A10" in said and f"out of memory by {format_bytes(best)} at best" in said
+    assert "does not fit on 2 x A10" in said and f"out of memory by {format_bytes(best)} at best" in said
     assert "fix: --gpus 4, --gpu" in said and "model.attention=fused" in said
 
 

@@ -77,7 +77,7 @@ def read_calibration(file: Path, facts: Mapping[str, str]) -> Calibration:
     for name, here in facts.items():
         if tree["facts"].get(name) != here:
             raise UsageError(
-                f"{file}: calibrated with another {name}",
+                f"{file}: the calibration differs from this machine in {name}",
                 given=f"{tree['facts'].get(name)} in the file, {here} on this machine",
                 fix=_FIX,
             )

@@ -1,4 +1,4 @@
-"""Fit a `Machine` to what ranks measured while they worked at the same time."""
+"""Fit of a `Machine` to the measurements of ranks that worked at the same time."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def facts_here() -> dict[str, str]:
 
 
 def calibrate(nproc: int | None, file: Path | None) -> int:
-    """Measure this machine and write its calibration; ranks that a launcher started measure themselves.
+    """Measure this machine and write its calibration; under a launcher, do so as one of its ranks.
 
     Args:
         nproc: the highest number of ranks; default: one per GPU, or one per core. CPU ranks share the

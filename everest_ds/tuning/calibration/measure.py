@@ -28,7 +28,8 @@ from everest_ds.training.loop import train
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.calibration.fit import CollectiveSample, Measurements, TrainedStep
 
-_STEPS, _WARM_UP = 6, 4  # clips per rank, each seen twice; the first steps still create optimizer states
+# Clips per rank, each seen twice, and first steps that do not count, because they create optimizer states.
+_STEPS, _WARM_UP = 6, 4
 _CLIP_SIZES = (64, 224)
 # A rank fits if its predicted peak is at most this share of its memory: in 24 configurations on a CPU, the
 # real peak was at most 12 % above the prediction, with ZeRO-3 (docs/tune.md).

@@ -94,7 +94,7 @@ def _check_here(cluster: Cluster) -> None:
 
 
 def _with_own_file(setup: Setup, candidate: Candidate) -> Candidate:
-    """Return the candidate as trials run it: bucket sizes of its own need a DeepSpeed file, written here."""
+    """Return the candidate as trials run it, after writing a DeepSpeed file for bucket sizes of its own."""
     if not candidate.own_buckets:
         return candidate
     stem, bucket = ds_config_path(candidate.config).stem, candidate.zero.reduce_bucket_values

@@ -20,7 +20,7 @@ _WORTH_A_FACTOR = 0.9  # the error must fall below this share: by chance, some t
 
 @dataclass(frozen=True)
 class Observed:
-    """A figure of one trial, predicted and measured in any unit, with the traits of its candidate."""
+    """A figure of one trial, predicted and measured in the same unit, with the traits of its candidate."""
 
     traits: Mapping[str, str]
     predicted: float

@@ -27,17 +27,17 @@ OUTPUT_FILE = "trial.out"
 _VIDEOS = 8  # number of synthetic videos, which the samples of a trial use in turn
 _STORED = 256 / 224  # videos are stored a little larger than the crops taken from them
 _REASON_LENGTH = 300
-# Traces of a process that ran out of memory without an error of ours.
+# Signs in the output that a process ran out of memory before the trainer could report it.
 _NO_MEMORY = ("DefaultCPUAllocator: ", "std::bad_alloc", "MemoryError", "SIGKILL")
 
 
 @dataclass(frozen=True)
 class Setup:
-    """The settings that all trials of a tuning share.
+    """The settings that all trials of a tuning run share.
 
     Attributes:
         source, overrides: the recipe, and the user's changes to it.
-        folder: the folder of the tuning; trials are in `folder/trials`.
+        folder: the folder of the tuning run; trials are in `folder/trials`.
         steps: steps per trial, warm-up included.
         timeout_s: time limit of a trial on this machine.
     """
@@ -163,7 +163,7 @@ def _synthetic_videos(setup: Setup, config: Experiment) -> Path:
 
 
 def _call(command: Sequence[str], output: Path, timeout_s: float) -> int | None:
-    """Run a command and return its exit code, or None after a timeout; no process of it outlives the call."""
+    """Run a command and return its exit code, or None after a timeout; its processes end with the call."""
     with open(output, "wb") as stream:
         process = subprocess.Popen(
             command,

@@ -1,4 +1,4 @@
-"""The runs of the trials: candidates and baselines for a few steps each, here or as an array job."""
+"""The runs of the trials: candidates and baselines, on this machine or as a SLURM array job."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from everest_ds.units import GIB
 def trials_page(
     subject: str, result: TrialResults, memory_bytes: int, dropped: Sequence[Mapping[str, str]], baseline: str
 ) -> Page:
-    """Build the page on the trials of a tuning: ranking, prediction errors and the speed-memory front.
+    """Build the page on the trials of a tuning run: ranking, prediction errors and the speed-memory front.
 
     Args:
         subject: recipe, ranks and machine, for the lead.
@@ -227,7 +227,9 @@ def _front_section(result: TrialResults, memory_bytes: int) -> PageSection | Non
         for one in result.ranked
         if not one.refused
     ]
-    caption = "Speed over memory, with corrected predictions. No candidate beats those on the line in both."
+    caption = (
+        "Speed over memory, with corrected predictions. No candidate beats those on the line in both figures."
+    )
     plot = Plot("front", caption, draw_front(places, memory_bytes / GIB), wide=True)
     return PageSection("Memory and speed", plots=[plot])
 
