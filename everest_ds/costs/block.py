@@ -2,8 +2,8 @@
 
 `OPERATORS` lists the operators of a block in the order of its forward pass. A size is a multiple of D, the
 width of the block, for one token: the hidden layer of the MLP has MLP_RATIO of them. One tensor of all tokens
-and the width D has A = B·n·D·(bytes per value) bytes. tests/costs/test_block.py checks every entry against
-the real block, so a change of models/vit.py fails there.
+and the width D has A = B·n·D·(bytes per value) bytes. tests/costs/test_block.py checks the
+table against the real block, so a change of models/vit.py fails there.
 
     operator     kept   launches        passes over memory     parameters
                         forward, back   forward, back

@@ -44,7 +44,7 @@ class ComparisonRow:
         published: the figure as printed; None if none was published.
         value: our figure, in the column's unit; None if there is none.
         kind: origin of `value`; `published` if there is no value.
-        gap_pct: difference of `value` from `published`, in per cent (in the table of reductions, in
+        gap_pct: difference of `value` from `published`, in percent (in the table of reductions, in
             percentage points).
         note: remark on the figure.
     """
@@ -82,7 +82,7 @@ def make_row(cell: Cell, figure: Figure | None, why: str = "") -> ComparisonRow:
 
 
 def gap_pct(published: float | str | None, value: float) -> float | None:
-    """Return how far `value` lies above the published number, in per cent; None if that is not a number."""
+    """Return how far `value` lies above the published number, in percent; None if that is not a number."""
     if published is None or isinstance(published, str):
         return None
     return round(100 * (value - published) / published, 2)

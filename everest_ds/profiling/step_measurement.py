@@ -54,7 +54,7 @@ class StepMeasurement:
 
     @property
     def mfu_pct(self) -> float | None:
-        """Model FLOPs utilisation (PaLM, 2022, appendix B): useful over peak rate, in per cent, or None."""
+        """Model FLOPs utilisation (PaLM, 2022, appendix B): useful over peak rate, in percent, or None."""
         return None if self.peak_flops_per_s is None else 100 * self.flops_per_s / self.peak_flops_per_s
 
     def epoch_s(self, num_clips: int, num_ranks: int = 1) -> float:

@@ -26,7 +26,7 @@ class Bubble:
         group: name of the group of systems that share a colour.
         label: text next to the bubble.
         gflops: compute of one clip, in GFLOPs.
-        top1: accuracy in per cent.
+        top1: accuracy in percent.
         parameters_m: millions of parameters, drawn as the area.
     """
 

@@ -25,7 +25,7 @@ def draw_curves(runs: Mapping[str, Rows], column: str, ylabel: str) -> bytes:
 
 
 def draw_accuracies(bars: Mapping[str, float], chance: float) -> bytes:
-    """Draw top-1 accuracies in per cent as bars, with a line at chance level."""
+    """Draw top-1 accuracies in percent as bars, with a line at chance level."""
     figure, axes = new_figure(6, 3.4)
     drawn = axes.bar(list(bars), list(bars.values()), width=0.5, color=["#2a6f97", "#a9bcd0", "#d8dee4"])
     axes.bar_label(drawn, fmt="%.1f %%")

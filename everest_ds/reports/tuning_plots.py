@@ -115,7 +115,7 @@ def draw_what_if(panels: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
     """Draw, for each value of a trait, the speed of the best candidate over the number of GPUs.
 
     Args:
-        panels: trait -> value -> (GPUs, per cent of the fastest candidate's speed); one panel per trait.
+        panels: trait -> value -> (GPUs, percent of the fastest candidate's speed); one panel per trait.
     """
     figure, all_axes = new_panels(11.8, 4.4, len(panels))
     gpus = sorted({count for lines in panels.values() for points in lines.values() for count, _ in points})

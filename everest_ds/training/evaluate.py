@@ -114,7 +114,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
 
     Returns:
-        Top-1 and top-5 accuracy in per cent, and one row per class. They are also written to
+        Top-1 and top-5 accuracy in percent, and one row per class. They are also written to
         `evaluation.json`, next to a picture of the confusion matrix.
 
     Raises:

@@ -38,7 +38,7 @@ class StepReport:
         replaced_videos: unreadable videos of this epoch so far, each replaced by another one.
         memory_bytes: peak of this rank since the last report: allocated on a GPU, resident on a CPU.
         tflops_per_s: useful TFLOP/s per rank, waiting time included; None if the cost of a clip is unknown.
-        mfu_pct: `tflops_per_s` in per cent of the device's peak rate; None for an unknown device.
+        mfu_pct: `tflops_per_s` in percent of the device's peak rate; None for an unknown device.
     """
 
     step: int
@@ -62,8 +62,8 @@ class ValidationReport:
         step: optimiser steps done so far.
         epoch: epochs done so far, as a fraction.
         val_loss: mean loss.
-        val_top1: top-1 accuracy in per cent.
-        val_top5: top-5 accuracy in per cent.
+        val_top1: top-1 accuracy in percent.
+        val_top5: top-5 accuracy in percent.
         val_missing: number of unreadable videos, which are not replaced.
     """
 

@@ -97,7 +97,7 @@ class ClipCost:
         return self.flops * clips_per_s / num_ranks / 1e12
 
     def mfu_pct(self, clips_per_s: float, num_ranks: int) -> float | None:
-        """Return the model FLOPs utilisation in per cent of the peak rate; None for an unknown device."""
+        """Return the model FLOPs utilisation in percent of the peak rate; None for an unknown device."""
         if self.peak_flops_per_s is None:
             return None
         return 100 * self.tflops_per_s(clips_per_s, num_ranks) * 1e12 / self.peak_flops_per_s

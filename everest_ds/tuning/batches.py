@@ -42,8 +42,8 @@ def agrees(config: Experiment) -> bool:
 
 def smallest_micro_batch(config: Experiment) -> int:
     """Return the smallest micro-batch size that the config's other sections allow."""
-    some = config.batch.micro_batch_size  # is allowed, so the search below always finds a size
-    return next(clips for clips in range(1, some + 1) if agrees(with_micro_batch(config, clips)))
+    own = config.batch.micro_batch_size  # is allowed, so the search below always finds a size
+    return next(clips for clips in range(1, own + 1) if agrees(with_micro_batch(config, clips)))
 
 
 def keep_global_batch(config: Experiment, num_ranks: int, total: int | None = None) -> Experiment:

@@ -82,7 +82,7 @@ def search(config: Experiment, cluster: Cluster, options: Options | None = None)
 
 
 @dataclass(frozen=True)
-class _Way:
+class _VariantResult:
     """The search result for one variant of a sharding.
 
     Attributes:
@@ -112,7 +112,7 @@ class _Search:
         self.config = keep_global_batch(config, cluster.num_ranks, options.global_batch)
         self.dropped: list[Dropped] = []
         self.refused: list[tuple[Sharding, str, int | None]] = []  # sharding, reason, None
-        self.ways: dict[Settings, _Way] = {}  # by the settings of family and variant
+        self.results: dict[Settings, _VariantResult] = {}  # by the settings of family and variant
         self.passes: dict[Settings, PassMemory] = {}
         self.work: dict[Settings, StepWork] = {}
         self.num_memories = self.num_times = 0
@@ -120,7 +120,7 @@ class _Search:
     def run(self) -> SearchResult:
         cluster, space = self.cluster, Space(self.config, self.cluster, self._free())
         found = [one for sharded in space.shardings() for one in self._of_sharding(space, sharded)]
-        if not self.ways:
+        if not self.results:
             reasons = dict.fromkeys(reason for _, reason, _ in self.refused)
             raise nothing_runs(self.config, cluster.num_ranks, cluster.ranks_per_node, list(reasons))
         ranked = sorted(found, key=lambda candidate: candidate.order)
@@ -161,11 +161,11 @@ class _Search:
             needed = [(one, self._memory(one, zero)) for one in configs]
             fitting = [(one, memory) for one, memory in needed if self._shortage(memory) <= 0]
             fits = done.union(settings_of(one, DETAIL) for one, _ in fitting)
-            way = _Way(variant, fits)
+            result = _VariantResult(variant, fits)
             if not fits:
                 shortest, memory = min(needed, key=lambda pair: self._shortage(pair[1]))
-                way = _Way(variant, fits, self._shortage(memory), shortest)
-            self.ways[settings_of(variant, (*FAMILY, *VARIANT))] = way
+                result = _VariantResult(variant, fits, self._shortage(memory), shortest)
+            self.results[settings_of(variant, (*FAMILY, *VARIANT))] = result
             tried = [self._candidate(one, memory, zero) for one, memory in fitting]
             if tried:
                 yield self._with_best_buckets(min(tried, key=lambda candidate: candidate.order))
@@ -183,7 +183,9 @@ class _Search:
             for knob in knobs
             for value in knob.faster.get(knob.of(variant), ())
         )
-        return frozenset().union(*(self.ways[way].fitting for way in faster if way in self.ways))
+        return frozenset().union(
+            *(self.results[result].fitting for result in faster if result in self.results)
+        )
 
     def _memory(self, config: Experiment, zero: ZeroSettings) -> MemoryPrediction:
         key, degree = pass_settings(config), MeshShape.of(config, self.cluster.num_ranks).degrees.data
@@ -216,18 +218,18 @@ class _Search:
         return best if best.step.step_s < _WORTH_A_FILE * candidate.step.step_s else candidate
 
     def _all_dropped(self, found: Sequence[Candidate]) -> list[Dropped]:
-        families: dict[Sharding, list[_Way]] = {}
-        variants: dict[Settings, list[_Way]] = {}
-        for way in self.ways.values():
-            families.setdefault(way.sharding, []).append(way)
-            variants.setdefault(way.variant, []).append(way)
+        families: dict[Sharding, list[_VariantResult]] = {}
+        variants: dict[Settings, list[_VariantResult]] = {}
+        for result in self.results.values():
+            families.setdefault(result.sharding, []).append(result)
+            variants.setdefault(result.variant, []).append(result)
         for one in found:
             families.pop(one.sharding, None)
             variants.pop(settings_of(one.config, VARIANT), None)
-        unused = [(sharding, *_why_unused(ways)) for sharding, ways in families.items()]
+        unused = [(sharding, *_why_unused(results)) for sharding, results in families.items()]
         names: dict[str, list[Experiment]] = {}
-        for ways in variants.values():
-            names.setdefault(_why_unused(ways)[0], []).append(ways[0].config)
+        for results in variants.values():
+            names.setdefault(_why_unused(results)[0], []).append(results[0].config)
         return [
             *self.dropped,
             *by_reason([*self.refused, *unused]),
@@ -235,13 +237,15 @@ class _Search:
         ]
 
 
-def _why_unused(ways: Sequence[_Way]) -> tuple[str, int | None]:
+def _why_unused(results: Sequence[_VariantResult]) -> tuple[str, int | None]:
     """Return why none of several variants has a candidate, and the bytes short if memory is the reason."""
-    if any(way.fitting for way in ways):
+    if any(result.fitting for result in results):
         # Details that also fit with faster settings are skipped, so these variants have no candidate.
         return "gains nothing: every micro-batch that fits with it also fits without it", None
     short = [
-        (way.shortage_bytes, settings_of(way.shortest, DETAIL), way.shortest) for way in ways if way.shortest
+        (result.shortage_bytes, settings_of(result.shortest, DETAIL), result.shortest)
+        for result in results
+        if result.shortest
     ]
     shortage, _, config = min(short, key=lambda one: one[:2])
     where = ", ".join([*detail_names(config), _variant_names([config])])

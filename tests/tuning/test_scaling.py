@@ -28,6 +28,6 @@ def test_a_choice_pays_where_its_best_candidate_is_the_best_of_all_without_waiti
     assert values_of(rows, "recompute") == ["none", "mlp", "full"]
     pays = {(one.trait, one.value): (one.fits_on, one.pays_on) for one in payoffs(rows)}
     assert pays["ZeRO stage", "3"] == ((1, 4), (1,))
-    assert pays["ZeRO stage", "2"] == ((4, 8), (4, 8))  # on 8 GPUs, within half a per cent of stage 1
+    assert pays["ZeRO stage", "2"] == ((4, 8), (4, 8))  # on 8 GPUs, within half a percent of stage 1
     assert pays["ZeRO stage", "1"] == ((8,), (8,))
     assert pays["recompute", "mlp"] == ((8,), ())

@@ -24,7 +24,7 @@ _ITERATIONS = 200
 
 
 def probe(config: Experiment, pretrained: Path, device: torch.device) -> float:
-    """Return test top-1, in per cent, of a linear probe on the mean of all tokens of an encoder.
+    """Return test top-1, in percent, of a linear probe on the mean of all tokens of an encoder.
 
     Args:
         config: a dense fine-tuning, whose training videos fit the classifier.

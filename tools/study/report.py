@@ -43,7 +43,7 @@ _NAMES = {
 
 
 class Scores(NamedTuple):
-    """The values of a figure by seed, in per cent or points."""
+    """The values of a figure by seed, in percent or points."""
 
     by_seed: Mapping[int, float]
 
@@ -83,7 +83,7 @@ def render(rows: Rows, num_runs: int, shares: Shares) -> str:
     Args:
         rows: rows of the runs that have ended.
         num_runs: number of runs of the whole study.
-        shares: per cent of the moving object that ReRo keeps, by kind of data and keep ratio.
+        shares: percent of the moving object that ReRo keeps, by kind of data and keep ratio.
     """
     kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
     lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]

@@ -225,7 +225,7 @@ class Header(NamedTuple):
 
 
 def probe(path: Path) -> Header:
-    """Read a file's header and packets, which takes a few per cent of the time needed to read a clip.
+    """Read a file's header and packets, which takes a few percent of the time needed to read a clip.
 
     Raises:
         DataError: the file is not a readable video.
