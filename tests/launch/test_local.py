@@ -1,4 +1,4 @@
-"""The local launcher: ranks start and end together, with the reason and exit code of the first failure."""
+"""Tests of the local launcher: ranks start and end together, and the first failure gives the exit code."""
 
 from __future__ import annotations
 
