@@ -22,7 +22,7 @@ from everest_ds.units import GIB
 RUNS = Path("runs")  # the folder in which jobs are looked up by their number
 # Subfolders of a run that hold many files and never another run: skipping them keeps the search fast.
 _NOT_SEARCHED = frozenset({"checkpoints", "tensorboard", "logs"})
-_DEEPEST = 6
+_DEEPEST = 6  # levels of subfolders that are searched for runs
 _TAIL_BYTES = 256 * 1024
 _TRAINING = ("pretrain", "finetune")
 
