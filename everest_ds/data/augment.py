@@ -1,8 +1,8 @@
 """Augmentation for fine-tuning beyond crops and flips: RandAugment, random erasing, mixup and cutmix.
 
-Every augmentation works in place on uint8 batches on the device. Its random numbers are drawn on the host
-from the clips' keys, and so from (seed, epoch, sample): they are the same on any number of ranks and workers,
-and after a restart. Mixing pairs neighbours of the epoch's order, which always share a micro-batch.
+Every augmentation works in place on uint8 batches on the device. Its random numbers are derived from the
+clips' keys, and so from (seed, epoch, sample): they are the same on any number of ranks and workers, and
+after a restart. Mixing pairs neighbours of the epoch's order, which always share a micro-batch.
 
 Shape legend: B clips, F frames, H x W pixels.
 """

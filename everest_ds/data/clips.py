@@ -103,7 +103,7 @@ class View(NamedTuple):
 
 
 class TrainingClips:
-    """A data set of random clips, `data.repeats` per sample, that are a function of (seed, epoch, sample)."""
+    """A data set of random clips, `data.repeats` per sample, determined by (seed, epoch, sample)."""
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
         self.reader = SampleReader(samples, config.data)
@@ -118,7 +118,7 @@ class TrainingClips:
         """Return the clips of a visit, from its sample or else from the first replacement that can be read.
 
         Raises:
-            DataError: neither the sample nor any replacement can be read.
+            DataError: if neither the sample nor any replacement can be read.
         """
         failures: list[Failure] = []
         others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
@@ -218,7 +218,7 @@ class EvaluationClips:
             missing: the samples that could not be read.
 
         Raises:
-            DataError: some samples have views that were not evaluated, although they could be read.
+            DataError: if some samples have views that were not evaluated, although they could be read.
         """
         unseen = {view.sample for item, view in enumerate(self.views) if item not in seen}
         lost = sorted(unseen - set(missing))
@@ -226,7 +226,7 @@ class EvaluationClips:
             raise DataError(
                 "views of some readable videos were not evaluated",
                 given=f"{len(lost)} of {len(self.samples)} videos, the first {self.samples[lost[0]].name}",
-                fix="run the same command again; if it repeats, report it with the logs",
+                fix="run the same command again; if the error recurs, report it with the logs",
             )
 
     def _clip(self, frames: Tensor, item: int) -> ClipBatch:

@@ -24,7 +24,7 @@ class ClipFrames:
         num_frames: frames per clip.
         stride: distance between consecutive frames of a clip if `sampling` is `stride`, in video frames.
         sampling: `stride` takes frames `stride` apart; `segments` takes one frame from each of `num_frames`
-            equal parts of the video (TSN's sampling, as VideoMAE does on SSv2).
+            equal parts of the video (TSN's sampling, which VideoMAE uses on SSv2).
         hold_last_frame: repeat the last frame of a video that is too short, as VideoMAE's loader does;
             otherwise the video is refused.
     """
@@ -50,7 +50,7 @@ class ClipFrames:
         """Draw the frames of a random clip: from a uniform random start, or one random frame per segment.
 
         Raises:
-            TooShortError: the video has fewer frames than are `needed`.
+            TooShortError: if the video has fewer than `needed` frames.
         """
         self._check(video_frames)
         if self.sampling == "segments":
@@ -61,7 +61,7 @@ class ClipFrames:
         """Return the frames of temporal view `view` of `num_views` spread evenly; a single view is centred.
 
         Raises:
-            TooShortError: the video has fewer frames than are `needed`.
+            TooShortError: if the video has fewer than `needed` frames.
         """
         self._check(video_frames)
         if self.sampling == "segments":

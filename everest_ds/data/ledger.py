@@ -30,7 +30,7 @@ class LedgerEntry:
         video: the sample, as `Sample.name`.
         reason: why the video is broken; empty if it is not.
         num_frames: number of frames of the sample; 0 if they could not be counted.
-        num_bytes, changed_ns: size and modification time of the file at that time.
+        num_bytes, changed_ns: size and modification time of the file when it was checked or read.
         source: origin of the entry: `ends`, a check of the first and last frame; `every_frame`, a check of
             all frames; or `run`, a training run that failed to read the video.
     """
@@ -103,7 +103,7 @@ class Ledger:
         """Read the ledger in the file `path`; return an empty ledger if there is no such file.
 
         Raises:
-            DataError: the file cannot be read, or is not a ledger.
+            DataError: if the file cannot be read, or is not a ledger.
         """
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
@@ -141,13 +141,13 @@ class Ledger:
         """Append an entry about `sample`; several processes may do so at once.
 
         Args:
-            sample: the sample that was looked at.
+            sample: the sample that was checked or read.
             reason: why the sample is broken; empty if it is not.
             num_frames: number of frames of the sample; 0 if they could not be counted.
-            source: origin of the entry; a check looks again at a fault that a `run` found.
+            source: origin of the entry; a fault that a `run` found is checked again.
 
         Raises:
-            DataError: the file cannot be written.
+            DataError: if the file cannot be written.
         """
         size, changed = stamp(sample.path)
         entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)

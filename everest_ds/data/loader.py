@@ -89,8 +89,8 @@ def load(
         on_failure: called for each sample that could not be read, when its batch is delivered.
 
     Raises:
-        DataError: `source` raises it or fails otherwise, shared memory is full, a worker was killed from
-            outside, or some batches were not delivered.
+        DataError: if `source` fails, shared memory is full, a worker was killed from outside, or some batches
+            were not delivered.
     """
     undelivered = _Undelivered(batches)
     crashes: Counter[int] = Counter()
@@ -146,14 +146,14 @@ class _Undelivered:
         """Raise an error if the workers ended before every batch was delivered.
 
         Raises:
-            DataError: some batches were handed out but not delivered, or never handed out.
+            DataError: if some batches were handed out but not delivered, or never handed out.
         """
         num_left = len(self._handed_out) + sum(1 for _ in self._rest)
         if num_left:
             raise DataError(
                 "the loader's workers ended before the last batch",
                 given=f"{num_left} batches were not delivered",
-                fix="run the same command again; if it repeats, report it with this rank's log",
+                fix="run the same command again; if the error recurs, report it with this rank's log",
             )
 
 
@@ -217,7 +217,7 @@ def _pass(
     notes = _Notes(data.num_workers)
 
     def start(worker: int) -> None:
-        # A worker inherits the rank's signal handlers, but must not save a checkpoint when it gets a signal.
+        # A worker inherits the rank's signal handlers, but a signal must not make it save a checkpoint.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -284,10 +284,10 @@ class _Crew:
         return iterator
 
     def _judge(self, error: Exception) -> _Lost | None:
-        """Return the video that a worker was lost to, or None if the loader only timed out.
+        """Return a lost worker's sample and the reason, or None if the loader only timed out.
 
         Raises:
-            DataError: any other failure, after which a batch would be missing.
+            DataError: for any other failure, after which a batch would be missing.
         """
         timed_out = isinstance(error, RuntimeError) and str(error).startswith(_TIMED_OUT)
         if isinstance(error, (OSError, EOFError)) or (timed_out and self._pinning_ended):

@@ -41,7 +41,7 @@ class Failed(NamedTuple):
 
 
 def failed_item(name: str, error: Exception) -> Failed:
-    """Return the message of a worker that failed at the sample `name`; call it while `error` is handled."""
+    """Return the message of a worker that failed at the sample `name`; call this in the `except` block."""
     return _failed(f"{name}: a loader worker failed", error)
 
 

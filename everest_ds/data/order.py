@@ -28,7 +28,7 @@ class Visit(NamedTuple):
 
 
 def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
-    """Return the 63-bit random key of a clip, from which everything random about the clip follows."""
+    """Return the 63-bit random key of a clip, which determines all random choices about the clip."""
     name = f"{seed}/{epoch}/{index}" + (f"/{repeat}" if repeat else "")
     return _hash(name) >> 1
 
@@ -58,7 +58,7 @@ def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:
     """Return the number of whole optimiser steps in an epoch.
 
     Raises:
-        DataError: the data set is smaller than one global batch.
+        DataError: if the data set is smaller than one global batch.
     """
     steps = num_samples // plan.samples_per_step
     if steps == 0:

@@ -68,7 +68,7 @@ class SampleReader:
             choose: maps the video's number of frames to the wanted indices; called once per attempt.
 
         Raises:
-            DataError: the sample cannot be read or is too short; the message does not repeat the file name.
+            DataError: if the sample cannot be read or is too short; the message does not name the file.
         """
         if index in self.given_up:
             raise DataError(self.given_up[index])

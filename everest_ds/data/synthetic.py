@@ -138,7 +138,7 @@ def synthesize(
         The manifests, in the order of `counts`.
 
     Raises:
-        DataError: the folder cannot be written, or no H.264 encoder is installed.
+        DataError: if the folder cannot be written, or no H.264 encoder is installed.
     """
     jobs = [(folder, split, index, spec) for split, count in counts.items() for index in range(count)]
     try:

@@ -52,7 +52,7 @@ def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor
         cut = cut.flip(2)
     if cut.shape[1:3] == (size, size):
         return cut.contiguous()
-    frames = cut.permute(0, 3, 1, 2)  # stays channels-last in memory, the fastest for uint8
+    frames = cut.permute(0, 3, 1, 2)  # stays channels-last in memory, the fastest layout for uint8
     resized = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous()
 

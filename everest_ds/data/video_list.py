@@ -18,8 +18,8 @@ from pathlib import Path
 from everest_ds.errors import DataError, UsageError
 
 VIDEO_SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".ogv", ".mpg", ".mpeg")
-_LAYOUT = "FOLDER/CLASS/VIDEO, the video's suffix being one of " + " ".join(VIDEO_SUFFIXES)
-_FORM = "`path label`, the label a whole number from 0, the separator a space, tab, comma or semicolon"
+_LAYOUT = "FOLDER/CLASS/VIDEO, where the video's suffix is one of " + " ".join(VIDEO_SUFFIXES)
+_FORM = "`path label` with a whole number from 0 as label, separated by a space, tab, comma or semicolon"
 _SEPARATOR = r"(?:[ \t]*[,;][ \t]*|[ \t]+)"
 _LABEL = r"(?P<label>-?[0-9]{1,18})"
 _SPAN = r"(?:#(?P<first>[0-9]{1,12})-(?P<stop>[0-9]{1,12}))?"
@@ -55,11 +55,12 @@ def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, lab
     Args:
         file: the manifest.
         root: folder that paths are relative to; None for the manifest's own folder.
-        num_classes: number of classes, which every label must lie below; None for no limit.
+        num_classes: number of classes; every label must be below this number. None for no limit.
         labelled: require a label on every line; otherwise a line may consist of a path alone.
 
     Raises:
-        DataError: the file is not a readable manifest or holds no sample; a label is missing or out of range.
+        DataError: if the file is not a readable manifest or holds no sample, or a label is missing or out of
+            range.
     """
     folder = file.parent if root is None else root
     samples = []
@@ -90,7 +91,7 @@ def write_manifest(file: Path, samples: Iterable[Sample], root: Path) -> None:
     Paths below `root` are written relative to it, others as absolute paths.
 
     Raises:
-        DataError: a path cannot be written as a line of UTF-8 text.
+        DataError: if a path cannot be written as a line of UTF-8 text.
     """
     text = "".join(f"{_line(sample, root)}\n" for sample in samples)
     file.write_text(text, encoding="utf-8", newline="\n")
@@ -100,7 +101,7 @@ def read_class_names(file: Path) -> list[str]:
     """Read the class names of a file with one name per line, in label order.
 
     Raises:
-        DataError: the file is not readable text, holds no name, or repeats a name.
+        DataError: if the file is not readable text, holds no name, or repeats a name.
     """
     names = [line for line in _lines(file, "list of class names") if line]
     if not names:
@@ -118,7 +119,7 @@ def index_folder(folder: Path) -> tuple[list[Sample], list[str]]:
     not videos are ignored.
 
     Raises:
-        DataError: the folder does not exist or has no class folders, a class has no video, or a video lies
+        DataError: if the folder does not exist or has no class folders, a class has no video, or a video lies
             outside the class folders.
     """
     if not folder.is_dir():
@@ -141,11 +142,11 @@ def split_samples(
     The order of `samples` does not matter; each split is sorted by label and path.
 
     Raises:
-        UsageError: a fraction is negative, or the fractions do not sum to 1.
+        UsageError: if a fraction is negative, or the fractions do not sum to 1.
     """
     if min(fractions) < 0 or not math.isclose(sum(fractions), 1):
         raise UsageError(
-            "invalid split fractions", given=fractions, allowed="three fractions from 0 up that sum to 1"
+            "invalid split fractions", given=fractions, allowed="three fractions, 0 or more, that sum to 1"
         )
     parts: tuple[list[Sample], list[Sample], list[Sample]] = ([], [], [])
     shuffled = sorted(samples, key=_order)
@@ -164,7 +165,7 @@ def list_samples(source: Path) -> list[Sample]:
     """Return the samples of `source`: a folder (at any depth, without labels), a video file, or a manifest.
 
     Raises:
-        DataError: the file or folder does not exist, or holds no video.
+        DataError: if the file or folder does not exist, or holds no video.
     """
     if source.is_dir():
         return [Sample(path, None) for path in _videos(source, "this folder")]

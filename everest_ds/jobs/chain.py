@@ -1,4 +1,4 @@
-"""`everest-ds submit chain`: pretrain, finetune, evaluate and report, each after the job before it."""
+"""`everest-ds submit chain`: pretrain, finetune, evaluate and report, one job after the other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
         target: the hardware of the jobs.
 
     Raises:
-        EverestError: one of the jobs would fail at its start.
+        EverestError: if one of the jobs would fail at its start.
     """
     if len(words) < 2:
         raise UsageError(

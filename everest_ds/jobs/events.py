@@ -24,7 +24,7 @@ class JobEvent:
 
     Attributes:
         restarts: starts of the job before this one (SLURM_RESTART_COUNT).
-        step: last completed optimizer step.
+        step: last completed optimiser step.
         nodes: all nodes of the job when it started; the nodes at fault when it failed.
         code: exit code of the rank that failed.
         task: command of the job, such as pretrain; a run can have jobs of several commands.

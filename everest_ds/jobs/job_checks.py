@@ -32,7 +32,7 @@ class Stage:
 
     Attributes:
         arguments: the arguments of the command.
-        run: the run folder that keeps the job's log; None if the job has none.
+        run: the run folder, which holds the job's event log; None if the job has none.
         facts: the checked plan, in human-readable form.
     """
 
@@ -61,8 +61,8 @@ def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment
     """Load the config of a pretrain, finetune or evaluate command.
 
     Raises:
-        ConfigError: the config cannot be read.
-        UsageError: the config is for another task.
+        ConfigError: if the config cannot be read.
+        UsageError: if the config is for another task.
     """
     return load_for_task("finetune" if command == "evaluate" else command, source, overrides)
 
@@ -71,7 +71,7 @@ def plan_command(command: str, source: str, overrides: Sequence[str], target: Ta
     """Plan a job of one run: pretrain, finetune or evaluate.
 
     Raises:
-        EverestError: the job would fail at its start, or would run out of memory.
+        EverestError: if the job would fail at its start, or would run out of memory.
     """
     config = load_task(command, source, overrides)
     facts = check_run(command, config, target)

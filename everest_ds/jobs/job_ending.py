@@ -1,4 +1,4 @@
-"""The end of a rank of a SLURM job: recorded in the job log, or an early exit before training starts."""
+"""The end of a rank of a SLURM job: recorded in the event log, or an early exit before training starts."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from everest_ds.jobs.requeue import SlurmJob, log_event
 
 @contextmanager
 def early_stop(job: SlurmJob | None) -> Iterator[None]:
-    """Exit at once, to be requeued, on a stop signal that arrives before training has its own handler."""
+    """Exit at once on a stop signal before training has its own handler, so that the job is requeued."""
     if job is None:
         yield
         return
@@ -41,7 +41,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def logged_end(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
-    """Record in the job log how this rank ended, unless another rank records it; re-raise any error."""
+    """Record in the event log how this rank ended, unless another rank records it; re-raise any error."""
     try:
         yield
     except StoppedError as error:

@@ -112,7 +112,7 @@ def plan_submission(request: JobRequest) -> Submission:
     """Check a request as a whole and return its jobs; nothing is queued or written.
 
     Raises:
-        EverestError: one of the jobs could not run.
+        EverestError: if one of the jobs could not run.
     """
     hardware, queue = request.hardware, request.queue
     shape = _shape(request.kind, hardware)

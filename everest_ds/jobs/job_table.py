@@ -22,7 +22,7 @@ from everest_ds.units import GIB
 RUNS = Path("runs")  # the folder in which jobs are looked up by their number
 # Subfolders of a run that hold many files and never another run: skipping them keeps the search fast.
 _NOT_SEARCHED = frozenset({"checkpoints", "tensorboard", "logs"})
-_DEEPEST = 6
+_DEEPEST = 6  # levels of subfolders that are searched for runs
 _TAIL_BYTES = 256 * 1024
 _TRAINING = ("pretrain", "finetune")
 
@@ -91,7 +91,7 @@ class JobRow:
 
 
 def find_runs(folders: Iterable[Path]) -> list[Path]:
-    """Find the run folders with a job log, at or below `folders`."""
+    """Find the run folders with an event log, at or below `folders`."""
     found: dict[Path, None] = {}
     for folder in folders:
         for place, below, files in os.walk(folder):
@@ -103,12 +103,12 @@ def find_runs(folders: Iterable[Path]) -> list[Path]:
 
 
 def find_jobs(names: Sequence[str]) -> list[JobRow]:
-    """Return the jobs that each run folder or job number names.
+    """Return the jobs of the given run folders or job numbers.
 
-    For a run folder these are its live jobs, or else its unfinished jobs, or else its last job.
+    For a run folder, these are its live jobs, or else its unfinished jobs, or else its last job.
 
     Raises:
-        UsageError: there is no such run or job.
+        UsageError: if there is no such run or job.
     """
     return [row for name in names for row in _find(name)]
 
@@ -190,7 +190,7 @@ def _total_steps(run: Path, last: dict[str, Any]) -> int | None:
 
 
 def _last_rows(file: Path) -> Iterator[dict[str, Any]]:
-    """Read the last rows of a metrics file; a run of days makes the whole file long."""
+    """Read only the last rows of a metrics file, because the file of a long run is large."""
     try:
         with open(file, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)

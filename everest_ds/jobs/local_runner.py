@@ -19,9 +19,10 @@ _OUTCOME: dict[int, EventKind] = {ExitCode.OK: "finished", ExitCode.STOPPED: "st
 
 
 def run_locally(submission: Submission) -> int:
-    """Run the jobs of a submission on this machine, and return the exit code of the last job if it failed.
+    """Run the jobs of a submission on this machine, and return an exit code for all of them.
 
-    A chain ends at the first job that fails. In a sweep, only a stop ends the remaining runs.
+    A chain ends at the first job that fails, and the exit code of that job is returned. A sweep continues
+    after a run that fails, and 0 is returned; a stop skips the remaining runs, and its code is returned.
     """
     if submission.swept:
         return _run_sweep(submission.stages[0], submission.swept)

@@ -40,7 +40,7 @@ class LogTail:
         return lines[-count:] if count else []
 
     def new(self) -> list[str]:
-        """Return the complete lines since the last call by time, labelled if there are several files."""
+        """Return the complete lines since the last call, sorted by time; label the lines of several files."""
         files = sorted(self.folder.glob(self.pattern))
         label = len(files) > 1
         stamped = [

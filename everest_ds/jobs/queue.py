@@ -54,8 +54,8 @@ def queue_all(submission: Submission, report: Callable[[str], None]) -> list[dic
         The id, the command and the run folder of each job.
 
     Raises:
-        UsageError: SLURM is not installed, or refuses a job.
-        RunFolderError: a run folder cannot be written.
+        UsageError: if SLURM is not installed, or refuses a job.
+        RunFolderError: if a run folder cannot be written.
     """
     if not has_slurm():
         raise UsageError("SLURM is not installed here", fix="add --local to run the job on this machine")

@@ -13,7 +13,7 @@ from everest_ds.jobs.events import EventKind, JobEvent, append_event, read_event
 from everest_ds.jobs.slurm_state import SIGNAL_CODE
 from everest_ds.training.stop import StopReason
 
-# Starts from the same step after which a job counts as stuck: two can be bad luck.
+# A job counts as stuck after this many starts from the same step; two starts can be bad luck.
 _FRUITLESS_STARTS = 3
 MAX_RESTARTS = 50
 
@@ -110,7 +110,7 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
 
 
 def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
-    """Decide whether to requeue the job, and log the decision or, if no rank has, the outcome."""
+    """Decide whether to requeue the job; log a requeue, or the job's outcome if no rank has logged it."""
     events = read_events(run)
     decision = decide_requeue(job, events, code, state)
     if decision.requeue:

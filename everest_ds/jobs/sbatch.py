@@ -108,7 +108,7 @@ def split_options(words: Sequence[str]) -> tuple[list[str], list[str]]:
         The positional words, and the options with their values.
 
     Raises:
-        UsageError: for an option that `submit` rejects; names the option to use instead.
+        UsageError: if `submit` rejects an option; the error names the option to use instead.
     """
     positional: list[str] = []
     options: list[str] = []
@@ -175,7 +175,7 @@ def find_cluster_file(name: str, folder: Path) -> Path:
     if not file.is_file():
         known = [path.stem for path in folder.glob("*.env")]
         raise UsageError(
-            "--cluster names no settings file",
+            "--cluster: no such settings file",
             given=repr(name),
             allowed=f"{nearest(name, known)} or a file's path",
         )

@@ -44,7 +44,7 @@ def call(
     """Run one command and return its standard output.
 
     Raises:
-        UsageError: if the command is not installed, fails or does not answer; quotes the command's message.
+        UsageError: if the command is not installed, fails or does not answer; the error quotes its message.
     """
     done = _run(words, environment or {}, folder)
     if done.returncode:

@@ -48,17 +48,17 @@ class JobState:
 
     @property
     def waits(self) -> bool:
-        """Return whether the job is in the queue, for its first start or for a restart."""
+        """True if the job is in the queue, for its first start or for a restart."""
         return self.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT")
 
     @property
     def runs(self) -> bool:
-        """Return whether the job occupies nodes."""
+        """True if the job occupies nodes."""
         return self.state in ("RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING")
 
     @property
     def is_over(self) -> bool:
-        """Return whether the job has ended and will not restart by itself."""
+        """True if the job has ended and SLURM will not start it again."""
         return not (self.waits or self.runs)
 
 

@@ -30,7 +30,7 @@ def plan_sweep(
     Memory is not checked: for a sweep, a run that is out of memory is a result.
 
     Raises:
-        EverestError: a candidate cannot run; the message names it.
+        EverestError: if a candidate cannot run; the message names it.
     """
     if grid and candidates is not None:
         raise UsageError("sweep: --grid and --candidates were both given", fix="leave one of them out")
@@ -53,7 +53,7 @@ def keep_candidates(stage: Stage, swept: Sequence[SweepCandidate]) -> None:
     """Write the candidates to the sweep's folder: task N of the array runs line N.
 
     Raises:
-        RunFolderError: the sweep's folder cannot be written.
+        RunFolderError: if the sweep's folder cannot be written.
     """
     assert stage.run is not None
     try:
@@ -67,7 +67,7 @@ def sweep_results(folder: Path) -> list[dict[str, Any]]:
     """Return one row per run of a sweep: its settings, state, loss, accuracy, speed and memory.
 
     Raises:
-        UsageError: the folder does not hold the candidates of a sweep.
+        UsageError: if the folder does not hold the candidates of a sweep.
     """
     swept = read_candidates(folder / SWEEP_FILE)
     jobs = {row.run: row for row in job_rows([folder / candidate.name for candidate in swept])}

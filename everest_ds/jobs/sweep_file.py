@@ -62,7 +62,7 @@ def read_settings(file: Path) -> list[tuple[str | None, tuple[str, ...]]]:
         The name (None if not given) and the overrides of each candidate.
 
     Raises:
-        UsageError: if a line is not a candidate; names that line.
+        UsageError: if a line is not a candidate; the error names the line.
     """
     try:
         lines = file.read_text(encoding="utf-8").split("\n")

@@ -99,7 +99,8 @@ class _Launcher:
 def _is_srun_task(environ: Environ) -> bool:
     """Return whether srun started this process.
 
-    SLURM_PROCID does not tell: a batch script has it too, but no step id. A salloc shell has a reserved one.
+    SLURM_PROCID proves nothing, because a batch script has it too. A batch script has no step id, and a
+    salloc shell has a reserved one.
     """
     return "SLURM_STEP_ID" in environ and _integer(environ, "SLURM_STEP_ID") < _FIRST_PSEUDO_STEP
 
@@ -133,7 +134,7 @@ def _mpi_rendezvous(environ: Environ, world_size: int, local_world_size: int) ->
     return environ.get("MASTER_ADDR", address), _port(environ) if "MASTER_PORT" in environ else port
 
 
-@cache  # MPI cannot be initialized again after MPI.Finalize, so a second detect() reuses the first answer
+@cache  # MPI cannot be initialized again after MPI.Finalize, so a second call reuses the first answer
 def _broadcast_address(world_size: int, one_host: bool) -> tuple[str, int]:
     """Broadcast rank 0's address and a free port of its host over MPI, then shut MPI down."""
     try:

@@ -165,7 +165,7 @@ class _Group:
     def report(self, failure: _Failure) -> int:
         """Print the reason of a failure unless rank 0 has done so, and return the launcher's exit code."""
         if -failure.code in self.received:
-            return ExitCode.STOPPED  # the rank had not installed its signal handler, so had nothing to save
+            return ExitCode.STOPPED  # the rank had no signal handler yet, and so nothing to save
         if failure.rank > 0:
             tail = _last_lines(self.output_file(failure.rank), self.output_starts[failure.rank])
             _say("\n".join(f"[rank {failure.rank}] {line}" for line in tail))

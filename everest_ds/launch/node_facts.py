@@ -100,7 +100,7 @@ def code_digest() -> str:
 
 
 def compare_nodes(nodes: Sequence[NodeFacts]) -> list[tuple[str, Finding]]:
-    """Return (node, finding) for each fact in which a node differs from the majority, and for each GPU fault.
+    """Return (node, finding) for each difference of a node from the majority, and each GPU or clock fault.
 
     With two nodes, the first counts as the reference.
     """

@@ -91,7 +91,8 @@ class MeasuredStep(ABC):
 class EngineStep(MeasuredStep):
     """One optimiser step of the engine that `train` builds for an experiment. Use it on every rank.
 
-    DeepSpeed, tensor parallelism, recompute, augmentation, drop path and label smoothing follow the config.
+    DeepSpeed, tensor parallelism, recomputation, augmentation, drop path and label smoothing follow the
+    config.
     The loader, the observers and the message by which ranks report unreadable videos are not included.
     A step consists of `micro_batches` rounds of all phases; the weights change in the last round:
 

@@ -157,7 +157,7 @@ class TrainingRun:
                 self._validate()
                 self.grace.note_step(time.perf_counter() - started)
                 self._save_or_stop(stop)
-        except DivergedError:  # raised on every rank; an earlier checkpoint may still be being written
+        except DivergedError:  # raised on every rank, possibly while an earlier checkpoint is being written
             self.saver.finish()
             raise
         finally:
@@ -316,10 +316,10 @@ class TrainingRun:
         return step
 
     def _check_continues(self, path: Path, facts: Facts) -> None:
-        """Check that a checkpoint has this run's samples and global batch; the ranks may differ.
+        """Check that a checkpoint has this run's samples and global batch size, on any number of ranks.
 
         Raises:
-            CheckpointError: if the samples or the global batch differ.
+            CheckpointError: if the samples or the global batch size differ.
         """
         here = self.plan.global_batch_size
         if facts.position.get("fingerprint", self.data_fingerprint) != self.data_fingerprint:

@@ -1,7 +1,7 @@
 """Detection of losses and gradients that are not finite, on every rank and step, without delaying the device.
 
 Losses stay on the device until they are checked: when a step is logged, before a checkpoint is saved (so that
-weights are never saved after a loss of NaN), and when DeepSpeed skipped a step. At ZeRO stages 1 to 3,
+weights are never saved after a NaN loss), and when DeepSpeed skipped a step. At ZeRO stages 1 to 3,
 DeepSpeed skips a step on all ranks if the norm of the gradients, which it computes anyway, is not finite.
 """
 

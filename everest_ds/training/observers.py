@@ -120,7 +120,7 @@ class TensorBoard:
     """An observer that writes TensorBoard events, and the latest picture of each name as a PNG file."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # heavy
+        from torch.utils.tensorboard import SummaryWriter  # imported here because it is slow to import
 
         self._folder = folder
         self._writer = SummaryWriter(str(folder), purge_step=first_step)
@@ -135,7 +135,7 @@ class TensorBoard:
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Write the picture as an event and as a PNG file."""
-        from matplotlib.image import imsave  # heavy
+        from matplotlib.image import imsave  # imported here because it is slow to import
 
         self._writer.add_image(name, picture.numpy(), step, dataformats="HWC")
         imsave(self._folder / f"{name}.png", picture.numpy())

@@ -1,4 +1,4 @@
-"""Checks of the nodes of a run, before it trains."""
+"""Checks of the nodes of a run, made before training starts."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ if TYPE_CHECKING:
 
 
 def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
-    """Compare the nodes, measure an all-reduce and check the disk space. Every rank must make this call.
+    """Compare the nodes, measure an all-reduce and check the disk space. Call on every rank.
 
     Returns:
         The results as the rows of a table.
 
     Raises:
-        BadNodeError: if a node differs from the others or has a faulty GPU; names the node.
+        BadNodeError: if a node differs from the others or has a faulty GPU; the error names the node.
         RunFolderError: if the disk has too little space for a checkpoint.
     """
     from everest_ds.parallel.self_test import all_reduce_bytes_per_s, device_digest

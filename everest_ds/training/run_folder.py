@@ -1,6 +1,6 @@
 """The folder of a run: all files needed to understand, resume or repeat it, and a lock while it is active.
 
-config.yaml  ds_config.json  environment.json  excluded.json   inputs: resolved settings and versions
+config.yaml  ds_config.json  environment.json  excluded.json   inputs: settings, versions, excluded samples
 metrics.jsonl  broken.jsonl  tensorboard/  logs/               record of the run
 checkpoints/  best.safetensors                                 trained weights and optimiser states
 evaluation.json  confusion.png                                 result of the test
@@ -27,8 +27,8 @@ from everest_ds.launch.doctor import installed_version
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
-# Settings that may differ when a run is resumed, because they do not change the result. The exception is the
-# global batch size, which is checked against the checkpoint.
+# Prefixes of the settings that may differ when a run is resumed, because they do not change the result. The
+# exception is the global batch size, which is checked against the checkpoint.
 FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
@@ -158,8 +158,11 @@ class RunFolder:
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
                 given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
-                allowed="the same config (parallelism, batch, recompute, model.compile and run.* may differ)",
-                fix="choose another run.dir, or remove the folder to start over",
+                allowed="the same config, except for parallelism.*, recompute.*, batch.* (with the same"
+                " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
+                " data.read_timeout_s, data.max_broken_pct, and run.* other than run.seed,"
+                " run.max_skipped_steps and run.validate_every_epochs",
+                fix="undo the change, choose another run.dir, or remove the folder to start over",
             )
 
 
@@ -171,7 +174,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """
     file = run / METRICS_FILE
     if not file.is_file():
-        raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="name the folder of a run that has trained")
+        raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="give the folder of a run that has trained")
     lines = file.read_text().split("\n")
     complete = lines[:-1]
     try:

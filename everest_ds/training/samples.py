@@ -68,7 +68,9 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     gone = set(reasons) - {sample.name for sample in everything}
     if gone:
         raise DataError(
-            f"{config.data.train}: the manifest has changed since the run began", given=f"no {min(gone)}"
+            f"{config.data.train}: the manifest has changed since the run began",
+            given=f"{min(gone)} is no longer listed",
+            fix="restore the manifest, or start over in another run.dir",
         )
     return Usable(
         [sample for sample in everything if sample.name not in reasons],

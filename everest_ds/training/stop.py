@@ -11,7 +11,7 @@ from types import FrameType, TracebackType
 from everest_ds.log import logger
 from everest_ds.units import format_duration
 
-# From Ctrl-C; from schedulers before a job ends; from SLURM, as requested with --signal=USR1.
+# Ctrl-C sends SIGINT, schedulers send SIGTERM before a job ends, and SLURM sends SIGUSR1 on --signal=USR1.
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_FILE, SAVE_FILE = "kill", "save"
 GRACE_FILE = "grace.json"
@@ -34,7 +34,7 @@ class StopReason(IntEnum):
 
     @property
     def origin(self) -> str:
-        """The origin of the request, for the job log."""
+        """The origin of the request, for the event log."""
         files = {StopReason.SAVE: SAVE_FILE, StopReason.KILL: KILL_FILE}
         return f"RUN/{files[self]}" if self in files else "a signal"
 

@@ -85,7 +85,7 @@ class ClipCost:
 
     Attributes:
         flops: useful floating-point operations per clip in a training step: the masked model's forward and
-            backward pass, without the work that recompute repeats.
+            backward pass, without the work that recomputation repeats.
         peak_flops_per_s: peak rate of one rank's device in the run's precision; None if unknown.
     """
 

@@ -1,4 +1,4 @@
-"""ReRo token selection in the loader's workers, so that only kept tubelets are copied to rank and device.
+"""ReRo token selection in the loader's workers, so that only kept tubelets reach the rank and its device.
 
 Packing is possible only for the score that needs no weights (`tokens.score=pixel`). The selection is the
 model's own function, so on a CPU training computes exactly the same with and without packing. A GPU sums

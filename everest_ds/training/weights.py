@@ -68,7 +68,7 @@ def copy_tensors(model: nn.Module, tensors: dict[str, Tensor], file: Path, prefi
     """Copy `tensors` into all parameters of `model` that start with `prefix`.
 
     Raises:
-        CheckpointError: names the first parameter that is missing, unexpected or of another shape.
+        CheckpointError: if a parameter is missing, unexpected or of another shape; the error names it.
     """
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters() if name.startswith(prefix)}
     _check_same_shapes(wanted, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, file)

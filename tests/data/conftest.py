@@ -84,6 +84,6 @@ def real_videos() -> Path:
 
 @pytest.fixture
 def synthetic_video(tmp_path: Path) -> Path:
-    """An H.264 file with reordered pictures and a key frame every 8: 24 frames of 64x64, frame i gray 10i."""
+    """An H.264 file of 24 reordered 64x64 frames: key frames every 8 frames, grey level 10 * i in frame i."""
     pictures = [np.full((64, 64, 3), 10 * i, np.uint8) for i in range(24)]
     return write_video(tmp_path / "gray.mp4", pictures, g="8", bf="2")

@@ -1,4 +1,4 @@
-"""The doctor: it names every missing item with a fix, and does not import torch into its own process."""
+"""Tests of the doctor: it names every missing item with a fix, and does not itself import torch."""
 
 from __future__ import annotations
 

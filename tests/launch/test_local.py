@@ -1,4 +1,4 @@
-"""The local launcher: ranks start and end together, with the reason and exit code of the first failure."""
+"""Tests of the local launcher: ranks start and end together, and the first failure gives the exit code."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_stop_before_the_ranks_listen_is_a_stop_too(tmp_path: Path) -> None:
     assert launcher.wait(20) == ExitCode.STOPPED
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has the parent-death signal")
 def test_no_rank_survives_a_killed_launcher(tmp_path: Path) -> None:
     launcher = _start_launcher(tmp_path, "READY; time.sleep(60)")
     pids = [int((tmp_path / f"{rank}.pid").read_text()) for rank in range(2)]

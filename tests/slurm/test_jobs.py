@@ -122,7 +122,7 @@ def test_a_full_disk_ends_the_job_and_the_next_one_goes_on(
     again = cluster.submit(PRETRAIN, *arguments)
     run.steps_beyond(again, 0, 3)
     (run.path / "kill").touch()
-    again.wait("FAILED")  # exit code 75: stopped as asked
+    again.wait("FAILED")  # exit code 75: stopped on request
     done = losses(run.path)
     assert min(done) == 1 and done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
 

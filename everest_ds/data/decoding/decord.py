@@ -19,7 +19,7 @@ from everest_ds.errors import DataError
 
 
 class DecordVideo(Video):
-    """A video file opened with decord; see `decode.open_video`."""
+    """A video file opened with decord; see `decoding.open_video`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -49,8 +49,9 @@ class DecordVideo(Video):
         try:
             reader = decord.VideoReader(str(self.path.absolute()), num_threads=1)
             # x264 writes its version into the first packet only, and FFmpeg needs it for 4:4:4 files of older
-            # versions: a first read further on would return garbage. The frame is read as a batch, because
-            # only batches fail for sizes that decord does not support (such as a width of 48 pixels).
+            # versions: if the first read began further on, it would return garbage. The frame is read as a
+            # batch, because only batches fail for sizes that decord does not support (such as a width of 48
+            # pixels).
             if len(reader):
                 reader.get_batch([0])
         except (RuntimeError, decord.DECORDError) as error:

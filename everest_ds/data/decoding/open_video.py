@@ -40,8 +40,8 @@ def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | Non
         short_side: shrink larger pictures to this short side as they are decoded, in pixels.
 
     Raises:
-        DataError: the file is missing, empty, not a video, cut off, or holds no picture.
-        ConfigError: the decoder is not installed.
+        DataError: if the file is missing, empty, not a video, cut off, or holds no picture.
+        ConfigError: if the decoder is not installed.
     """
     _check_file(path)
     if next(_opened) % _TRIM_EVERY == 0:
@@ -62,7 +62,7 @@ def require_decoder(decoder: str) -> None:
     """Check, before any video is opened, that a decoder is installed.
 
     Raises:
-        ConfigError: it is not; the message names the packages to install.
+        ConfigError: if the decoder is not installed; the error names the packages to install.
     """
     if decoder != "torchcodec":
         return  # the other decoders are dependencies of this package

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from everest_ds.data.decoding.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
-# An intact file may be shorter than its header states, by a share and by a last frame without a duration.
+# An intact file may be a little shorter than its header states. It has at least this share of the stated
+# length, less the duration of the last frame, which some files do not state.
 _LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
 Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
@@ -35,7 +36,7 @@ class _Packet(NamedTuple):
 
 
 class PyAVVideo(Video):
-    """A video file opened with PyAV; see `decode.open_video`."""
+    """A video file opened with PyAV; see `decoding.open_video`."""
 
     def __init__(self, path: Path, short_side: int | None = None) -> None:
         self.path = path
@@ -106,7 +107,7 @@ class PyAVVideo(Video):
         return self._collect(self._from_start(set(wanted)), wanted)
 
     def _collect(self, decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
-        """Collect the undamaged ones among the pictures `wanted` (ascending) from the decoded pictures."""
+        """Collect the pictures `wanted` (ascending numbers) that were decoded without damage."""
         found: dict[int, Picture] = {}
         numbers = set(wanted)
         for number, frame in decoded:
@@ -228,7 +229,7 @@ def probe(path: Path) -> Header:
     """Read a file's header and packets, which takes a few percent of the time needed to read a clip.
 
     Raises:
-        DataError: the file is not a readable video.
+        DataError: if the file is not a readable video.
     """
     container, stream = _open(path)
     with container, naming(path):
@@ -246,7 +247,7 @@ def find_missing_end(path: Path) -> str:
     FFmpeg itself reports no error for a truncated Matroska file: it treats the cut as the end.
 
     Raises:
-        DataError: the file is not a readable video.
+        DataError: if the file is not a readable video.
     """
     container, _ = _open(path)
     with container, naming(path):

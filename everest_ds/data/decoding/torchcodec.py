@@ -20,7 +20,7 @@ _ERRORS = (RuntimeError, ValueError, IndexError, StopIteration)
 
 
 class TorchcodecVideo(Video):
-    """A video file opened with torchcodec; see `decode.open_video`."""
+    """A video file opened with torchcodec; see `decoding.open_video`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,7 +43,7 @@ class TorchcodecVideo(Video):
         try:
             pictures: torch.Tensor = self._decoder.get_frames_at(list(indices)).data
             return pictures
-        except _ERRORS:  # PyAV decodes the rest, and its errors name the damaged frames
+        except _ERRORS:  # PyAV decodes them instead, and its errors name the damaged frames
             with PyAVVideo(self.path) as video:
                 return video.read(indices)
 
@@ -52,7 +52,7 @@ def import_torchcodec() -> Any:
     """Import and return torchcodec.
 
     Raises:
-        ImportError, OSError, RuntimeError: torchcodec is not installed, or does not find FFmpeg.
+        ImportError, OSError, RuntimeError: if torchcodec is not installed, or does not find FFmpeg.
     """
     import torchcodec.decoders
 

@@ -46,7 +46,7 @@ class Video(ABC):
         """Decode the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
 
         Raises:
-            DataError: an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
+            DataError: if an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
         """
         outside = [i for i in indices if not 0 <= i < self.num_frames]
         if outside or not len(indices):

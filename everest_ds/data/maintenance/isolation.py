@@ -83,7 +83,7 @@ def map_isolated(
         timeout_s: an item that takes longer is `Lost`, and its process is killed.
 
     Raises:
-        ChildProcessError: worker processes cannot be started.
+        ChildProcessError: if worker processes cannot be started.
     """
     pending = iter(enumerate(items))
     crew: list[_Worker[Item, Result]] = []

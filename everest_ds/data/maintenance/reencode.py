@@ -99,7 +99,7 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Reencode
     """Map each sample to an MP4 file below `out`, at the same relative path as below `root`.
 
     Raises:
-        DataError: two samples would be written to the same file, or a source file would be overwritten.
+        DataError: if two samples would be written to the same file, or a source file would be overwritten.
     """
     jobs: dict[Path, ReencodeTask] = {}
     for sample in samples:
@@ -217,7 +217,7 @@ def measure_gain(
 
 
 def _reading(encoding: Encoding) -> DataConfig:
-    """Return the data config to read sources with: PyAV, as it is exact for every file and can shrink."""
+    """Return the data config for reading sources: PyAV is exact for every file and can shrink pictures."""
     return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
 
 
@@ -255,7 +255,7 @@ def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> Non
     """Check that the new file has the source's number of frames and matches its first and last picture.
 
     Raises:
-        DataError: the number of frames or a picture differs.
+        DataError: if the number of frames or a picture differs.
     """
     with (
         open_sample(sample, _reading(encoding)) as source,

@@ -50,7 +50,7 @@ def need_file(folder: Path, *names: str) -> Path:
     """Return the first of `names` that is a file in `folder`.
 
     Raises:
-        DataError: none of them is.
+        DataError: if `folder` holds none of these files.
     """
     file = find_file(folder, *names)
     if file is None:
@@ -62,7 +62,7 @@ def read_text(file: Path) -> str:
     """Read the text of an annotation file.
 
     Raises:
-        DataError: the file cannot be read as UTF-8.
+        DataError: if the file cannot be read as UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8-sig")
@@ -74,7 +74,7 @@ def read_json(file: Path) -> Any:
     """Parse a JSON file.
 
     Raises:
-        DataError: the file is not JSON.
+        DataError: if the file is not JSON.
     """
     try:
         return json.loads(read_text(file))
@@ -86,7 +86,7 @@ def read_rows(file: Path, *columns: str) -> Iterator[dict[str, str]]:
     """Yield the rows of a CSV file with a header.
 
     Raises:
-        DataError: the file, or one of its rows, lacks one of `columns`.
+        DataError: if the file, or one of its rows, lacks one of `columns`.
     """
     rows = csv.DictReader(read_text(file).splitlines())
     for row in rows:
@@ -103,7 +103,7 @@ def label_of(name: str, classes: dict[str, int], file: Path) -> int:
     """Return the label of class `name`.
 
     Raises:
-        DataError: there is no such class.
+        DataError: if there is no such class.
     """
     if name not in classes:
         raise DataError(f"{file}: no such class", given=repr(name), allowed=nearest(name, classes))

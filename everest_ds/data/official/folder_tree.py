@@ -39,8 +39,8 @@ def index_dataset(dataset: OfficialDataset, annotations: Path, videos: Path, fol
         fold: number of the official division into training and test, from 1.
 
     Raises:
-        UsageError: the data set has no such fold.
-        DataError: a folder or annotation file is missing or invalid, or no listed video exists.
+        UsageError: if the data set has no such fold.
+        DataError: if a folder or annotation file is missing or invalid, or no listed video exists.
     """
     if not 1 <= fold <= dataset.num_folds:
         raise UsageError(f"{dataset.title}: no such split", given=fold, allowed=f"1..{dataset.num_folds}")
@@ -85,7 +85,7 @@ class VideoTree:
         """Return the file called `name` (`VIDEO` or `FOLDER/VIDEO`, without suffix), or None.
 
         Raises:
-            DataError: several files match.
+            DataError: if several files match.
         """
         wanted = PurePosixPath(name)
         found = self._by_stem.get(wanted.name, [])

@@ -56,7 +56,7 @@ def find_dataset(name: str) -> OfficialDataset:
     """Return the data set called `name`.
 
     Raises:
-        UsageError: there is no such data set.
+        UsageError: if there is no such data set.
     """
     if name not in DATASETS:
         raise UsageError("no such data set", given=repr(name), allowed=nearest(name, DATASETS))

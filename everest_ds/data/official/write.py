@@ -25,7 +25,7 @@ def write_index(dataset: OfficialDataset, indexed: Indexed, out: Path) -> dict[s
         The manifests, by split.
 
     Raises:
-        DataError: `out` cannot be written.
+        DataError: if `out` cannot be written.
     """
     manifests = {split: out / f"{split}.txt" for split, samples in indexed.splits.items() if samples}
     lines = [f"{split} {name}\n" for split, names in indexed.missing.items() for name in names]
