@@ -1,4 +1,4 @@
-"""Predicted peak memory of a training step on one rank and its parts, in closed form, without torch.
+"""Predicted peak memory of a training step on one rank, by category, in closed form, without torch.
 
 The peak of a step can occur at one of a few moments: during token scoring, when only the clips are in memory;
 while reconstruction targets are made, next to all activations; in the backward pass of any layer, which needs

@@ -47,7 +47,7 @@ class StepPrediction:
     Attributes:
         terms: terms in the order of a step.
         clips: clips of all ranks.
-        useful_flops: FLOPs of all ranks, without those that recompute repeats.
+        useful_flops: FLOPs of all ranks, without those that recomputation repeats.
         peak_flops_per_s: peak of all ranks; None if the device's is unknown.
     """
 
@@ -81,7 +81,7 @@ class StepPrediction:
         return seconds
 
     def term(self, name: str) -> Term:
-        """Return the term with a name."""
+        """Return the term that is called `name`."""
         return next(term for term in self.terms if term.name == name)
 
 
@@ -100,7 +100,7 @@ class StepWork(NamedTuple):
     Attributes:
         parts: parts of the model, in the order of a forward pass.
         stacks: encoder, and decoder if the task has one.
-        again: work that recompute repeats.
+        again: work that recomputation repeats.
         num_parameters: parameters of this rank's share under tensor parallelism.
     """
 
@@ -186,7 +186,8 @@ def _check(config: Experiment, machine: Machine) -> None:
         )
     if config.parallelism.offload_to_nvme is not None:
         raise ConfigError(
-            "parallelism.offload_to_nvme: NVMe offload is not in the cost model", fix="leave it out"
+            "parallelism.offload_to_nvme: NVMe offload is not in the cost model",
+            fix="set parallelism.offload_to_nvme=null to predict the step without it",
         )
 
 
