@@ -1,8 +1,8 @@
 """Counted compute: multiply-accumulates (MACs) of a real model, traced operator by operator.
 
 Tracing needs shapes only: on the meta device a ViT-H is counted in seconds, without its weights in memory.
-The counts equal the closed-form predictions of `compute.py` exactly (the tests compare them). Operators that
-compute but have no formula are listed, never dropped.
+The counts equal the closed-form predictions of costs/compute.py exactly (the tests compare them). Operators
+that compute but have no formula are listed, never dropped.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount
     )
 
 
-# Module path -> part of `compute.ComputePrediction`; the longest matching path decides.
+# Module path -> part of `ComputePrediction` (costs/compute.py); the longest matching path decides.
 _PARTS = {
     "selector": "score",
     "encoder": "embed",
@@ -156,7 +156,7 @@ _PARTS = {
 
 
 def macs_by_part(count: ComputeCount) -> dict[str, int]:
-    """Return MACs by the parts of `compute.ComputePrediction`: score, embed, encoder, ..., head.
+    """Return MACs by the parts of costs/compute.py's `ComputePrediction`: score, embed, encoder, ..., head.
 
     The encoder's operators outside of its blocks count as embedding.
     """
