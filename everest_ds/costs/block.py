@@ -93,7 +93,7 @@ class Operator:
         return any(len(weight.shape) == 2 for weight in self.weights)
 
     def widths(self, width: int, tensor_parallel: int) -> tuple[float, float]:
-        """Return the inputs and outputs of one rank's share, in values."""
+        """Return the widths of one rank's share of the input and of the output, in values."""
         inputs, outputs = self.inputs * width, self.outputs * width
         return (
             inputs / tensor_parallel if self.splits_input else inputs,
@@ -217,7 +217,7 @@ def kept(operators: Sequence[Operator], split: bool = False) -> int:
 
 
 def num_sums(operators: Sequence[Operator]) -> int:
-    """Return the sums over tensor-parallel ranks in a forward pass: one per map whose input is split."""
+    """Return the number of sums over tensor-parallel ranks per forward pass, one per map of a split input."""
     return sum(operator.is_linear and operator.splits_input for operator in operators)
 
 
@@ -234,7 +234,7 @@ def pair_macs(width: int) -> int:
 
 @lru_cache
 def parameters(width: int, tensor_parallel: int = 1) -> int:
-    """Return one rank's parameters of a block: 12·D² + 12·D at MLP_RATIO 4 without tensor parallelism."""
+    """Return the number of a block's parameters on one rank: 12·D² + 12·D without tensor parallelism."""
     split, whole = (
         sum(prod(size * width for size in weight.shape) for weight in WEIGHTS if weight.split == is_split)
         for is_split in (True, False)
@@ -272,7 +272,7 @@ def stacks(config: Experiment) -> Iterator[Stack]:
 
 
 def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
-    """Return the recomputed part of block `index`, as parallel/recompute.py applies it.
+    """Return the part of block `index` that parallel/recompute.py recomputes.
 
     Mode `blocks` recomputes the first of every n blocks; the other modes treat all blocks alike.
     """

@@ -38,7 +38,7 @@ _SUMS_AGAIN = {mode: num_sums(repeated(part)) for mode, part in RECOMPUTED.items
 
 
 class PassTime(NamedTuple):
-    """Times of one micro-batch's passes, which can hide communication, and Ψ, the parameters of this rank."""
+    """Times of one micro-batch's passes, which can hide communication, and this rank's parameter count."""
 
     forward_s: float
     backward_s: float
@@ -177,7 +177,7 @@ def _hidden_term(
 def _offload_terms(
     plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Iterator[Term]:
-    """Yield the copies of offload: gradients to the host in each backward pass, and weights back."""
+    """Yield the terms of offload's copies: gradients to the host in each backward pass, and weights back."""
     share, times = states.part * states.value_bytes, plan.grad_accum_steps
     yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
     if zero.offloads_parameters:

@@ -36,7 +36,7 @@ from everest_ds.costs.term import Term, TermGroup
 from everest_ds.errors import ConfigError
 
 GROUPS: tuple[TermGroup, ...] = get_args(TermGroup)
-# Stored videos are a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
+# Stored videos are assumed to be a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
 _STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
 
 
@@ -68,7 +68,7 @@ class StepPrediction:
 
     @property
     def mfu_pct(self) -> float | None:
-        """Return the model FLOPs utilisation in percent, or None for a device whose peak is unknown."""
+        """Return the model FLOPs utilisation in per cent, or None for a device whose peak is unknown."""
         if self.peak_flops_per_s is None:
             return None
         return 100 * self.useful_flops / self.step_s / self.peak_flops_per_s

@@ -162,7 +162,7 @@ def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) 
 
 
 def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: Mesh) -> None:
-    """Write the full float32 weights of a sharded model to `file`, gathered one by one. Call on every rank.
+    """Write the full float32 weights of a sharded model to `file`, one tensor at a time. Call on every rank.
 
     Raises:
         CheckpointError: on every rank, if rank 0 could not write; `file` is left unchanged.

@@ -184,7 +184,7 @@ def can_build_async_io() -> bool:
 
 
 def swap_folder_of_rank(folder: Path, rank: int) -> Path:
-    """Return where DeepSpeed puts the optimiser states of `rank`, given the `nvme_path` of the offload."""
+    """Return the folder of the optimiser states of `rank`, given the `nvme_path` of the offload."""
     return folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
 
 

@@ -15,7 +15,7 @@ from everest_ds.parallel.world import World
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a world, arranged in a shape."""
+    """The ranks of a world, arranged along the axes of a `MeshShape`."""
 
     world: World
     shape: MeshShape

@@ -96,13 +96,13 @@ class ExperimentCount:
 
 
 def count_forward(model: nn.Module, *inputs: Any) -> ComputeCount:
-    """Count one forward pass of `model` in evaluation mode, without gradient, on any device."""
+    """Count the compute of a forward pass of `model` in evaluation mode, without gradients, on any device."""
     with _in_evaluation(model), torch.no_grad():
         return _count(lambda: model(*inputs), model)
 
 
 def count_training_step(call: Callable[[], Tensor], model: nn.Module) -> ComputeCount:
-    """Count one forward and backward pass.
+    """Count the compute of one forward and backward pass.
 
     Args:
         call: a function that runs the forward pass and returns the loss.

@@ -16,7 +16,7 @@ COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # used in a traini
 
 @dataclass(frozen=True)
 class RateCurve:
-    """The attained rate over problem size, interpolated linearly with both axes logarithmic.
+    """The attained rate as a function of problem size, interpolated linearly on logarithmic axes.
 
     Outside its points the curve is level: it extrapolates no gain that was not measured.
 
