@@ -1,1 +1,1 @@
-"""Closed forms of the compute, memory, time and communication of a training step."""
+"""The cost model: closed formulas for the compute, memory, time and communication of a training step."""

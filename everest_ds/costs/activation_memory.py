@@ -166,8 +166,8 @@ def block_memory(config: Experiment, stack: block.Stack, recomputed: block.Recom
 def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
     """Return the bytes of logits for the heads processed at once in bfloat16 on a CPU (models/attention.py).
 
-    GPU kernels hold none of these tensors, so there the prediction is a few megabytes too high if this moment
-    is the peak.
+    GPU kernels hold none of these tensors, so on a GPU the prediction is a few megabytes too high if the peak
+    is in attention.
     """
     if config.precision != "bf16":
         return 0

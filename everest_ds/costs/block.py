@@ -1,9 +1,9 @@
 """One transformer block of models/vit.py, described once: all predictions of this package derive from it.
 
 `OPERATORS` lists the operators of a block in the order of its forward pass. A size is a multiple of D, the
-width of the block, for one token: the hidden layer of the MLP has MLP_RATIO of them. One tensor of all tokens
-and the width D has A = B·n·D·(bytes per value) bytes. tests/costs/test_block.py checks the
-table against the real block, so a change of models/vit.py fails there.
+width of the block, for one token: the MLP's hidden layer has size MLP_RATIO. One tensor of all tokens and
+the width D has A = B·n·D·(bytes per value) bytes. tests/costs/test_block.py checks the table against the real
+block, so a change of models/vit.py fails there.
 
     operator     kept   launches        passes over memory     parameters
                         forward, back   forward, back
@@ -64,7 +64,7 @@ class Operator:
     """One operator of a block; widths are multiples of D.
 
     Attributes:
-        name: human-readable name; that of the module in models/vit.py's Block if it is one.
+        name: human-readable name; for a module of models/vit.py's Block, the name of that module.
         part: the module of the block that contains it, or `around` both modules.
         inputs: width of its input.
         outputs: width of its output.
@@ -93,7 +93,7 @@ class Operator:
         return any(len(weight.shape) == 2 for weight in self.weights)
 
     def widths(self, width: int, tensor_parallel: int) -> tuple[float, float]:
-        """Return the inputs and outputs of one rank's share, in values."""
+        """Return the widths of one rank's share of the input and of the output, in values."""
         inputs, outputs = self.inputs * width, self.outputs * width
         return (
             inputs / tensor_parallel if self.splits_input else inputs,
@@ -156,7 +156,7 @@ def _linear(
     )
 
 
-# Its backward pass also stacks the gradients of q, k and v. The rate of attention includes what it moves.
+# The backward pass also stacks the gradients of q, k and v. The rate of attention covers its memory traffic.
 ATTEND = Operator("attention.attend", "attention", 3, 1, 3, PerPass(1, 2), PerPass(0, 0), True, True)
 GELU = _pointwise("mlp.gelu", "mlp", MLP_RATIO, split=True)
 FC2 = _linear("mlp", "fc2", MLP_RATIO, 1, "input")
@@ -184,7 +184,7 @@ LOGIT_PASSES = PerPass(5, 6)
 
 WEIGHTS = tuple(weight for operator in OPERATORS for weight in operator.weights)
 NUM_NORMS = sum(bool(operator.weights) and not operator.is_linear for operator in OPERATORS)
-# The part of a block that a recomputing block repeats, by `recompute.mode`. All modes but none repeat GELU.
+# The part of a block that a recomputing block repeats, by `recompute.mode`. All modes but `none` repeat GELU.
 RECOMPUTED: dict[str, Recomputed] = {
     "none": "nothing",
     "gelu": "nothing",
@@ -217,7 +217,7 @@ def kept(operators: Sequence[Operator], split: bool = False) -> int:
 
 
 def num_sums(operators: Sequence[Operator]) -> int:
-    """Return the sums over tensor-parallel ranks in a forward pass: one per map whose input is split."""
+    """Return the number of sums over tensor-parallel ranks per forward pass, one per map of a split input."""
     return sum(operator.is_linear and operator.splits_input for operator in operators)
 
 
@@ -234,7 +234,7 @@ def pair_macs(width: int) -> int:
 
 @lru_cache
 def parameters(width: int, tensor_parallel: int = 1) -> int:
-    """Return one rank's parameters of a block: 12·D² + 12·D at MLP_RATIO 4 without tensor parallelism."""
+    """Return the number of a block's parameters on one rank: 12·D² + 12·D without tensor parallelism."""
     split, whole = (
         sum(prod(size * width for size in weight.shape) for weight in WEIGHTS if weight.split == is_split)
         for is_split in (True, False)
@@ -243,7 +243,7 @@ def parameters(width: int, tensor_parallel: int = 1) -> int:
 
 
 def largest_matrix(width: int) -> int:
-    """Return the values of the largest matrix of a block."""
+    """Return the number of values of the largest matrix of a block."""
     return max(prod(weight.shape) for weight in WEIGHTS if len(weight.shape) == 2) * width**2
 
 
@@ -272,9 +272,9 @@ def stacks(config: Experiment) -> Iterator[Stack]:
 
 
 def recomputed_of(config: RecomputeConfig, index: int) -> Recomputed:
-    """Return the recomputed part of block `index`, as parallel/recompute.py applies it.
+    """Return the part of block `index` that parallel/recompute.py recomputes.
 
-    Mode `blocks` recomputes the first of every n blocks, the other modes treat all blocks alike.
+    Mode `blocks` recomputes the first of every n blocks; the other modes treat all blocks alike.
     """
     return RECOMPUTED[config.mode] if index % _period(config) == 0 else "nothing"
 

@@ -38,7 +38,7 @@ NOTHING = Collective(0.0, 0.0, "none")
 
 
 def collective(name: str, num_bytes: float, group: RankGroup, machine: Machine) -> Collective:
-    """Predict the collective `name` (one of COLLECTIVES) over a whole tensor of `num_bytes`."""
+    """Predict the cost of the collective `name` (one of COLLECTIVES) on a whole tensor of `num_bytes`."""
     if group.ranks == 1:
         return NOTHING
     inside = machine.inside[name]

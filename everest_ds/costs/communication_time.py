@@ -1,6 +1,7 @@
-"""Time spent on model states: sums, gathers, copies and the optimiser's step.
+"""Predicted time of communication, of copies to and from the host, and of the optimiser's step.
 
-DeepSpeed 0.19.8 sends this for Ψ parameters of e bytes, over N data-parallel ranks, in `a` micro-batches:
+DeepSpeed 0.19.8 sends the following for Ψ parameters of e bytes, over N data-parallel ranks, in `a`
+micro-batches:
 
     stage   gradients                                weights
     0       all-reduce eΨ, after the last backward   -
@@ -8,7 +9,8 @@ DeepSpeed 0.19.8 sends this for Ψ parameters of e bytes, over N data-parallel r
     2       a · all-reduce eΨ, in each backward      all-gather eΨ, after the update
     3       a · reduce-scatter eΨ, in each backward  a · 2 all-gathers eΨ, one in each pass
 
-Stages 1 and 2 reduce whole buckets on all ranks (`use_multi_rank_bucket_allreduce`); each keeps its part.
+Stages 1 and 2 reduce whole buckets on all ranks (`use_multi_rank_bucket_allreduce`), and each rank keeps its
+part.
 At stage 3 one all-gather suffices if the whole model may stay gathered (`stage3_max_reuse_distance`).
 """
 
@@ -36,7 +38,7 @@ _SUMS_AGAIN = {mode: num_sums(repeated(part)) for mode, part in RECOMPUTED.items
 
 
 class PassTime(NamedTuple):
-    """Times of one micro-batch's passes, which can hide communication, and Ψ, the parameters of this rank."""
+    """Times of one micro-batch's passes, which can hide communication, and this rank's parameter count."""
 
     forward_s: float
     backward_s: float
@@ -52,7 +54,7 @@ class BlockStack(NamedTuple):
     recomputing: int
 
     def again(self, mode: str) -> Work:
-        """Return the work that recompute repeats: GELU of every block, and more of some blocks."""
+        """Return the work that recomputation repeats: GELU of every block, and more of some blocks."""
         if mode == "none":
             return NO_WORK
         return total(self.block.gelu.times(self.depth), self.block.again(mode).times(self.recomputing))
@@ -89,7 +91,7 @@ def tensor_terms(
     if group.ranks > 1:
         total_s = plan.grad_accum_steps * seconds
         numbers = {"sums per micro-batch": sums, "sent MB each": sent / sums / 1e6, "ranks": group.ranks}
-        formula = "4 sums of B·n·D per block, plus those that recompute repeats; never hidden"
+        formula = "4 sums of B·n·D per block, plus those that recomputation repeats; never hidden"
         yield Term("tensor-parallel sums", "communication", total_s, total_s, formula, numbers)
     if config.recompute.partition:
         one = collective("all_gather", kept, group, machine)
@@ -175,7 +177,7 @@ def _hidden_term(
 def _offload_terms(
     plan: BatchPlan, machine: Machine, zero: ZeroSettings, states: _States, passes: PassTime
 ) -> Iterator[Term]:
-    """Yield the copies of offload: gradients to the host in each backward pass, and weights back."""
+    """Yield the terms of offload's copies: gradients to the host in each backward pass, and weights back."""
     share, times = states.part * states.value_bytes, plan.grad_accum_steps
     yield _copy_term("gradients to host", times * share, machine, times * passes.backward_s)
     if zero.offloads_parameters:
@@ -205,7 +207,7 @@ def _gradient_term(
     copied = summed + 4 * each * bucketed
     seconds = times * each / machine.fresh_bytes_per_s + copied / machine.copy_bytes_per_s
     numbers = {"new MB": times * each / 1e6, "copied MB": copied / 1e6}
-    formula = "eΨ new in each pass; 3eΨ (float32: e + 8 per value) to add one, 4eΨ through a bucket"
+    formula = "eΨ new per pass; 3eΨ (float32: e + 8 per value) per addition, 4eΨ through a bucket"
     return Term("gradients", "optimizer", seconds, seconds, formula, numbers)
 
 

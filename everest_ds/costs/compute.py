@@ -119,8 +119,9 @@ def blocks_macs(shape: TransformerShape, num_tokens: int) -> int:
 def _score_macs(config: Experiment) -> int:
     """Return the MACs of token scoring: P MACs per feature for each scored tubelet.
 
-    IIFS scores its candidate slots; a rule that scores then scores the selected ones. The projection matrix
-    of the sketch is built once per step, not once per clip, and is not counted.
+    Frame selection (IIFS) scores all candidate slots; a selection rule that uses scores then scores the slots
+    that were selected. The projection matrix of the sketch is built once per step, not once per clip, and is
+    not counted.
     """
     tokens, geometry = config.tokens, config.model.geometry
     slots = scored_slots(geometry.num_slots, tokens.distance) if tokens.rule.scores else 0
@@ -139,7 +140,7 @@ def _head_macs(config: Experiment) -> int:
 
 
 def _layer_norm_elements(config: Experiment) -> int:
-    """Return the input elements of all LayerNorms.
+    """Return the number of input elements of all LayerNorms.
 
     Besides those of the blocks, pre-training has one norm on the visible and one on the predicted
     tokens, and fine-tuning has one on the mean of the tokens.
@@ -155,5 +156,5 @@ def _layer_norm_elements(config: Experiment) -> int:
 
 
 def _linear(num_inputs: int, num_outputs: int) -> int:
-    """Return the parameters of a linear map with bias."""
+    """Return the number of parameters of a linear map with bias."""
     return num_inputs * num_outputs + num_outputs

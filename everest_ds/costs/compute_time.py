@@ -1,4 +1,4 @@
-"""Time of the parts of our models on one rank: products, attention, and operators that only move memory.
+"""Predicted time of a model's parts on one rank: products, attention, and operators that only move memory.
 
 Symbols as in costs/compute.py: B clips per micro-batch, n tokens per clip, P values per tubelet, D the
 width of a stack, t tensor-parallel ranks, e bytes per value; A = B·n·D·e, the bytes of one tensor of a block.
@@ -49,7 +49,7 @@ class Work(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Return the time on the device."""
+        """Return the time that the work takes on the device."""
         return self.product_s + self.moving_s
 
     def times(self, factor: float) -> Work:
@@ -115,7 +115,7 @@ class BlockTime:
         return total(self.attention, self.mlp, self.rest)
 
     def again(self, mode: str) -> Work:
-        """Return the work that recompute repeats for one block in `mode`, besides its GELU."""
+        """Return the work that recomputation repeats for one block in `mode`, besides its GELU."""
         work = {"nothing": NO_WORK, "attention": self.attention, "mlp": self.mlp, "everything": self.forward}
         return work[block.RECOMPUTED[mode]]
 

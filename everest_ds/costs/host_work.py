@@ -28,7 +28,7 @@ _SHARES = {0: (0.0, 0.0, 1.0), 1: (0.0, 0.55, 0.45), 2: (0.0, 0.55, 0.45), 3: (0
 
 
 class Launches(NamedTuple):
-    """Operators (or their seconds) by phase: forward and backward per micro-batch, update per step."""
+    """Numbers of operators, or seconds, by phase: forward and backward per micro-batch, update per step."""
 
     forward: float
     backward: float

@@ -1,4 +1,4 @@
-"""Predicted peak memory of a training step on one rank and its parts, in closed form, without torch.
+"""Predicted peak memory of a training step on one rank, by category, in closed form, without torch.
 
 The peak of a step can occur at one of a few moments: during token scoring, when only the clips are in memory;
 while reconstruction targets are made, next to all activations; in the backward pass of any layer, which needs
@@ -81,7 +81,7 @@ class MemoryPrediction:
 
 
 class PeakCandidate(NamedTuple):
-    """A moment of a training step that may be its peak; bytes in addition to states and clips."""
+    """A moment of a training step that may be its memory peak; bytes in addition to states and clips."""
 
     name: str
     activations: int
@@ -147,7 +147,7 @@ def predict_passes(config: Experiment) -> PassMemory:
 
 
 def peak_of(passes: PassMemory, states: StateMemory) -> MemoryPrediction:
-    """Return the memory at the largest moment of a step, including ZeRO's states."""
+    """Return the memory at the moment of a step that needs most, including ZeRO's states."""
     finished = states.num_parameters
     after = (
         PeakCandidate("reduction of gradients", 0, states.reduction_bytes, finished, in_backward=True),

@@ -25,8 +25,8 @@ gradients (in bf16 4 by default, otherwise e):
     files of ds_configs/ set both to a few blocks.
 
 Offload moves this rank's share of masters, AdamW states and float32 gradients to the host and, at stage 3,
-its weights. At stage 2 the new values of the weights are staged there as well. This was read in DeepSpeed's
-code and has not been checked on a GPU.
+its weights. At stage 2 the new values of the weights are staged there as well. The rules for offload follow
+DeepSpeed's code and have not been checked on a GPU.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ from everest_ds.costs.term import Term, TermGroup
 from everest_ds.errors import ConfigError
 
 GROUPS: tuple[TermGroup, ...] = get_args(TermGroup)
-# Stored videos are a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
+# Stored videos are assumed to be a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
 _STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
 
 
@@ -47,7 +47,7 @@ class StepPrediction:
     Attributes:
         terms: terms in the order of a step.
         clips: clips of all ranks.
-        useful_flops: FLOPs of all ranks, without those that recompute repeats.
+        useful_flops: FLOPs of all ranks, without those that recomputation repeats.
         peak_flops_per_s: peak of all ranks; None if the device's is unknown.
     """
 
@@ -68,7 +68,7 @@ class StepPrediction:
 
     @property
     def mfu_pct(self) -> float | None:
-        """Return the model FLOPs utilisation in percent, or None for a device whose peak is unknown."""
+        """Return the model FLOPs utilisation in per cent, or None for a device whose peak is unknown."""
         if self.peak_flops_per_s is None:
             return None
         return 100 * self.useful_flops / self.step_s / self.peak_flops_per_s
@@ -81,7 +81,7 @@ class StepPrediction:
         return seconds
 
     def term(self, name: str) -> Term:
-        """Return the term with a name."""
+        """Return the term that is called `name`."""
         return next(term for term in self.terms if term.name == name)
 
 
@@ -100,7 +100,7 @@ class StepWork(NamedTuple):
     Attributes:
         parts: parts of the model, in the order of a forward pass.
         stacks: encoder, and decoder if the task has one.
-        again: work that recompute repeats.
+        again: work that recomputation repeats.
         num_parameters: parameters of this rank's share under tensor parallelism.
     """
 
@@ -186,7 +186,8 @@ def _check(config: Experiment, machine: Machine) -> None:
         )
     if config.parallelism.offload_to_nvme is not None:
         raise ConfigError(
-            "parallelism.offload_to_nvme: NVMe offload is not in the cost model", fix="leave it out"
+            "parallelism.offload_to_nvme: NVMe offload is not in the cost model",
+            fix="set parallelism.offload_to_nvme=null to predict the step without it",
         )
 
 

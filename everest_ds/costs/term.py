@@ -19,7 +19,7 @@ class Term:
         seconds: time that it adds to the step.
         busy_s: duration, including the time hidden behind other work.
         formula: human-readable formula.
-        numbers: values of the formula's variables; units in names.
+        numbers: values of the formula's variables, by name with unit.
     """
 
     name: str

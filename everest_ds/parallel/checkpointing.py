@@ -1,4 +1,4 @@
-"""Saving and restoring of a checkpoint by all ranks together; saving may continue in the background.
+"""Saving and restoring checkpoints by all ranks together; saving may continue in the background.
 
 Every rank writes the elements that it holds. The checkpoint does not depend on the ranks that wrote it (see
 `everest_ds.checkpoints`): any number of ranks at any ZeRO stage can resume from it.
@@ -57,8 +57,8 @@ class Keep(NamedTuple):
 class Saving:
     """A checkpoint that is being written; it appears under its final name only when `finish` returns.
 
-    With `copies`, a thread writes from a copy on the host and the next steps need not wait. Without, the
-    constructor returns only after the states have been written.
+    With `copies`, a thread writes from a copy on the host, and the next steps need not wait. Without
+    `copies`, the constructor returns only after the states have been written.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ def load_checkpoint(engine: Engine, path: Path, manifest: Manifest, mesh: Mesh) 
 
 
 def save_model(model: nn.Module, file: Path, metadata: Mapping[str, str], mesh: Mesh) -> None:
-    """Write the full float32 weights of a sharded model to `file`, gathered one by one. Call on every rank.
+    """Write the full float32 weights of a sharded model to `file`, one tensor at a time. Call on every rank.
 
     Raises:
         CheckpointError: on every rank, if rank 0 could not write; `file` is left unchanged.
@@ -213,7 +213,7 @@ class _Written(NamedTuple):
 def _start(write: Callable[[], _Written], in_background: bool) -> Future[_Written]:
     """Call `write`, in a daemon thread on request; its error is raised when the result is read.
 
-    An executor's threads are no daemons: with a hanging disk, they would keep the process from ending.
+    An executor's threads are not daemons: if the disk hung, they would keep the process from ending.
     """
     future: Future[_Written] = Future()
 

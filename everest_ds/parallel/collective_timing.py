@@ -21,7 +21,7 @@ class CollectiveTime(NamedTuple):
 
     Attributes:
         name: `all_reduce`, `reduce_scatter` or `all_gather`.
-        ranks: ranks per group; with more ranks than that, several groups run at the same time.
+        ranks: ranks per group; if the run has more ranks, several groups run at the same time.
         num_bytes: size of the whole tensor.
         seconds: duration on the slowest rank.
     """

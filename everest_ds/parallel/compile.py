@@ -10,7 +10,7 @@ not change. The recompute mode decides what is compiled together:
                                the residual sum and the norm between them form a third
 
 If recomputation first runs a module without gradients, one more graph is compiled for that pass. Everything
-but training runs eagerly: evaluation, whose batches have other sizes, and the pictures of a run.
+but training runs eagerly: evaluation, whose batches have other sizes, and passes that record pictures.
 
 The compiler decides which cheap operators, such as GELU, it repeats in the backward pass. The activations
 that parallel/recompute.py lists for a block are therefore an upper bound.

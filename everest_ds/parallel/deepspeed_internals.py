@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _VERSIONS = "0.19.8 or a later 0.19"  # as setup.py requires
 
-# Modules of DeepSpeed, or classes of modules after a colon.
+# Names that this package uses, by module of DeepSpeed or, after a colon, by class of a module.
 MODULES = {
     "deepspeed.ops.op_builder": "AsyncIOBuilder",
     "deepspeed.runtime.config": "DeepSpeedConfig",
@@ -66,13 +66,14 @@ PARAMETERS = {1: "_hp_mapping", 2: "_hp_mapping", 3: "ds_numel ds_shape ds_tenso
 FRAGMENT = "hp_fragment_address lp_fragment_address param_group_index"
 ADDRESS = "numel start"
 SHARE = "ds_numel"
-# Names that no new engine has yet: the operators that compile here are found on first access, which takes
-# seconds, and the others are set on gradients during a step. A test finds them in DeepSpeed's source.
+# Names that no new engine has yet. DeepSpeed finds out on first access, which takes seconds, which operators
+# compile on this machine; it sets the other names on gradients during a step. A test finds all of them in
+# DeepSpeed's source.
 ON_DEMAND = {
     "deepspeed.ops": "__compatible_ops__",
     "deepspeed.runtime.zero.stage_1_and_2": "_zero_padding flat_partition grad_accum",
 }
-_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # static scales lack some
+_LOSS_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # static scalers lack some
 
 
 def check_modules() -> None:
@@ -183,7 +184,7 @@ def can_build_async_io() -> bool:
 
 
 def swap_folder_of_rank(folder: Path, rank: int) -> Path:
-    """Return where DeepSpeed puts the optimiser states of `rank`, given the `nvme_path` of the offload."""
+    """Return the folder of the optimiser states of `rank`, given the `nvme_path` of the offload."""
     return folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
 
 
@@ -218,7 +219,7 @@ def set_clipping(engine: Any, clip: Callable[[], None]) -> None:
 
 
 def found_overflow(engine: Any) -> bool:
-    """Return whether the last step of the optimiser found an infinite gradient; False at stage 0."""
+    """Return whether the optimiser's last step found a gradient that is not finite; False at stage 0."""
     return bool(getattr(engine.optimizer, "overflow", False))
 
 
@@ -279,12 +280,12 @@ def publish_masters(optimizer: Any) -> None:
 
 
 def share_numel(parameter: Any) -> int:
-    """Return the elements of a parameter in every rank's share at stage 3, padding included."""
+    """Return the number of elements in each rank's share of a parameter at stage 3, padding included."""
     return int(parameter.ds_tensor.ds_numel)
 
 
 def numel_of_all_shares(parameter: Any) -> int:
-    """Return the elements of a parameter before stage 3 sharded it."""
+    """Return the number of elements that a parameter had before stage 3 sharded it."""
     return int(parameter.ds_numel)
 
 

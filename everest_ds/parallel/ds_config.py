@@ -1,8 +1,8 @@
 """The DeepSpeed JSON of a run: a file of ds_configs/ whose `"auto"` values are filled in from the run config.
 
 The DeepSpeed file says how to shard. Batch sizes, clipping and precision belong to the run config alone: a
-DeepSpeed file that sets one of them to another value is refused. With one data-parallel rank nothing is
-reduced, so the file's settings for reduction are replaced.
+DeepSpeed file that sets one of them to another value is refused. On one data-parallel rank, stages 1 and 2
+without offload have no gradients to reduce, so the file's settings for the reduction are replaced.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from everest_ds.parallel.deepspeed_internals import validate, zero_optimization_
 from everest_ds.parallel.nvme import check_nvme, swap_folder
 
 AUTO = "auto"
-# Top-level keys of DeepSpeed's JSON that affect training with a client optimiser. Others, such as
-# "optimizer" or "scheduler", would compete with settings of the run config.
+# Top-level keys of DeepSpeed's JSON that affect training with an optimiser that the caller builds. Others,
+# such as "optimizer" or "scheduler", would compete with settings of the run config.
 _KNOWN_KEYS = frozenset(
     "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
     "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization aio "
@@ -28,7 +28,7 @@ _KNOWN_KEYS = frozenset(
     "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print timers".split()
 )
 
-# With one data-parallel rank, stage 2 equals stage 1: there is no bucket to fill and no stream to wait for.
+# On one data-parallel rank, stage 2 equals stage 1: there is no bucket to fill and no stream to wait for.
 _UNREDUCED = {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
 
 

@@ -1,4 +1,4 @@
-"""Parallelisation of a model: tensor parallelism, compilation, recompute and DeepSpeed's engine."""
+"""Parallelisation of a model: tensor parallelism, compilation, recomputation and DeepSpeed's engine."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from everest_ds.parallel.world import World
 
 
 class Optimizer(Protocol):
-    """The part of an optimiser that the schedule uses."""
+    """The part of an optimiser that the learning-rate schedule uses."""
 
     param_groups: list[dict[str, Any]]
 
 
 class HasOptimizer(Protocol):
-    """An object whose optimiser has a learning rate to be set."""
+    """An object with an optimiser whose learning rate can be set."""
 
     @property
     def optimizer(self) -> Optimizer:
@@ -43,7 +43,7 @@ class HasOptimizer(Protocol):
 
 
 class Engine(HasOptimizer, Protocol):
-    """The calls with which the training loop uses an engine; DeepSpeed's engine provides them.
+    """The interface through which the training loop uses an engine; DeepSpeed's engine implements it.
 
     Attributes:
         module: the model, whose parameters may be sharded.
@@ -107,9 +107,9 @@ def build_engine(
     # 2. Each rank fills in its share of the weights, which the tensor-parallel split has just determined.
     if weights is not None:
         fill(model, weights, config.precision, ds_config, mesh)
-    # 3. The blocks are compiled before recomputation wraps them, so that it repeats compiled code.
+    # 3. The blocks are compiled before recomputation wraps them, so that it runs compiled code.
     apply_compile(model, config, mesh.world)
-    # 4. Recompute wraps modules before ZeRO-3 attaches its hooks to them.
+    # 4. Recomputation wraps modules before ZeRO-3 attaches its hooks to them.
     apply_recompute(model, config.recompute, mesh.mpu)
     # 5. The optimiser receives this rank's parameters before ZeRO replaces them by its partitions.
     optimizer = torch.optim.AdamW(

@@ -29,7 +29,7 @@ class HostCopies:
         """
         on_gpu, total = self._device.type == "cuda", sum(sizes)
         if self._memory.numel() < total:
-            self._memory = torch.empty(0)  # freed before the larger one is made
+            self._memory = torch.empty(0)  # freed before the larger buffer is allocated
             self._memory = torch.empty(total, pin_memory=on_gpu)
         copies = list(self._memory[:total].split(list(sizes)))
         for copy, source in zip(copies, sources, strict=True):

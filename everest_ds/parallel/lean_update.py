@@ -6,8 +6,8 @@ of squares shows whether all gradients are finite and how much to clip, and is t
 reads. If one rank holds the whole model, nothing is reduced. At stage 3 only the norm is replaced.
 
 The gradients of several bf16 micro-batches are summed in float32 at stages 1 and 2. At stage 1 DeepSpeed
-would switch to another optimiser for this, which does not check for overflow and counts weights that every
-tensor-parallel rank holds whole several times in the norm.
+would switch to another optimiser for this. That optimiser does not check for overflow, and its norm counts
+once per rank the weights that every tensor-parallel rank holds whole.
 
 The layout, the bucketed reduction and the addresses that checkpoints use remain DeepSpeed's.
 tests/parallel/test_lean_update.py compares the weights with those of DeepSpeed's own update: bit-identical

@@ -1,4 +1,4 @@
-"""The process groups of a run, which are fairscale's; `everest_ds.config.mesh_shape` arranges the ranks."""
+"""The process groups of a run, created by fairscale; `everest_ds.config.mesh_shape` arranges the ranks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from everest_ds.parallel.world import World
 
 @dataclass(frozen=True)
 class Mesh:
-    """The ranks of a world, arranged in a shape."""
+    """The ranks of a world, arranged along the axes of a `MeshShape`."""
 
     world: World
     shape: MeshShape
@@ -27,7 +27,7 @@ class Mesh:
 
     @property
     def coordinates(self) -> PerAxis:
-        """The index of this rank along each axis: of ZeRO's partition, and of the shard of every layer."""
+        """The index of this rank along each axis: its partition under ZeRO, and its shard of every layer."""
         return self.shape.coordinates(self.world.rank)
 
     @property

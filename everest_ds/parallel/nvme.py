@@ -78,7 +78,7 @@ def swap_folder(config: Experiment) -> Path | None:
 
 
 def remove_swap_files(config: Experiment, rank: int) -> None:
-    """Remove the offloaded states of `rank` from the disk when it ends; checkpoints hold the states."""
+    """Remove the offloaded states of `rank` from the disk at the end of a run; checkpoints keep them."""
     folder = swap_folder(config)
     if folder is not None:
         shutil.rmtree(swap_folder_of_rank(folder, rank), ignore_errors=True)

@@ -1,6 +1,6 @@
-"""Activation checkpointing: blocks drop activations and recompute them in the backward pass.
+"""Recomputation (activation checkpointing): blocks drop activations and restore them in the backward pass.
 
-Activations that one block keeps between forward and backward, counted in tensors of N tokens x D width (fused
+Activations that one block keeps for its backward pass, counted in tensors of N tokens x D width (fused
 attention, no drop path, gradients of all parameters):
 
     none       16
@@ -66,7 +66,7 @@ def apply_recompute(model: nn.Module, config: RecomputeConfig, mpu: Any = None) 
             mlp.recomputes_gelu = config.mode != "none"
         for part in _parts(stack, config):
             if config.mode == "full":
-                # A weak reference, as in fairscale: the cycle of a strong one would delay freeing the part.
+                # A weak reference, as in fairscale: a strong one forms a cycle and delays freeing the part.
                 part.forward = partial(_checkpointed_forward, type(part).forward, weakref.ref(part))
             else:
                 _recompute_by_fairscale(part, config.offload_to_cpu)

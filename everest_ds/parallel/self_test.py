@@ -9,7 +9,7 @@ from everest_ds.errors import RankLostError
 from everest_ds.parallel.collective_timing import seconds_of
 from everest_ds.parallel.world import World
 
-# Large enough for links to reach their full rate: 0.5 to 1 ms within a node, 54 ms at 10 GB/s.
+# Large enough for links to reach their full rate: a call takes 0.5 to 1 ms within a node, 54 ms at 10 GB/s.
 _CUDA_BYTES, _CPU_BYTES = 256 * 2**20, 4 * 2**20
 _MATRIX = 2048
 
@@ -17,7 +17,7 @@ _MATRIX = 2048
 def all_reduce_bytes_per_s(world: World) -> float | None:
     """Measure the bus bandwidth of an all-reduce over all ranks, in bytes per second; None for one rank.
 
-    A link carries 2 (n - 1) / n of the tensor's bytes for n ranks, by the convention of nccl-tests.
+    By the convention of nccl-tests, a link carries 2 (n - 1) / n times the tensor's bytes for n ranks.
 
     Raises:
         RankLostError: if the all-reduce returns a wrong sum.

@@ -37,7 +37,7 @@ def fill(
         model: on the meta device, already split over the tensor group.
         weights: the whole weights, by name.
         precision: the training precision, to which parameters are cast; buffers stay float32.
-        ds_config: its ZeRO stage decides whether data-parallel ranks share the weights.
+        ds_config: its ZeRO stage decides whether the weights are sharded over the data-parallel ranks.
         mesh: the ranks of the run.
     """
     parameters, share = dict(model.named_parameters()), _sharing(ds_config, mesh)

@@ -72,7 +72,7 @@ def apply_tensor_parallel(model: nn.Module, mesh: Mesh) -> None:
     """Split the blocks of a dense `model`, in place, over the tensor groups of `mesh`.
 
     Args:
-        model: has the same weights on every rank, and a number of heads that the tensor degree divides.
+        model: with the same weights on every rank, and a number of heads that the tensor degree divides.
         mesh: the ranks of the run.
     """
     for block in [module for module in model.modules() if isinstance(module, Block)]:
@@ -95,11 +95,11 @@ def split_of(parameter: Tensor) -> Split | None:
 
 
 def merge_shards(parameter: Tensor, shard: Tensor) -> Tensor:
-    """Gather the whole tensor of which `shard` is this rank's shard. Call on every rank of the tensor group.
+    """Gather all shards of a tensor and merge them into the whole. Call on every rank of the tensor group.
 
     Args:
         parameter: the parameter whose rule applies to `shard`.
-        shard: the parameter's value, or an optimiser state of it.
+        shard: this rank's shard of the parameter's value, or of an optimiser state of it.
     """
     split = split_of(parameter)
     if split is None:

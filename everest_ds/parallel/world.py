@@ -21,7 +21,7 @@ from everest_ds.parallel.deepspeed_internals import silence, skip_shared_memory_
 
 T = TypeVar("T")
 
-# Parts of the messages that the back ends raise when a connection to another rank breaks.
+# Parts of the error messages of NCCL and gloo when a connection to another rank breaks.
 _LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -32,8 +32,8 @@ _LOST_PEER = (
 # Default time after which a silent rank counts as lost. Longer than the slowest regular step, which is the
 # first one on a cold file system.
 COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-# Time for the remaining ranks to answer after a failure. All of them notice it at about the same time, and a
-# launcher leaves the ranks that did not fail first more time than this.
+# Time for the remaining ranks to answer after a failure. All of them notice the failure at about the same
+# time, and a launcher waits longer than this before it ends the remaining ranks.
 _ROLL_CALL_SECONDS = 5.0
 
 
@@ -146,11 +146,11 @@ def _attempt(act: Callable[[], Any]) -> _Outcome:
 def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group that the launcher's environment variables describe.
 
-    They are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The back end is
-    NCCL on GPUs and gloo otherwise.
+    The variables are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The back
+    end is NCCL on GPUs and gloo otherwise.
 
     Args:
-        timeout: how long a rank waits for another one before that one counts as lost.
+        timeout: how long a rank waits for another rank before it counts that rank as lost.
 
     Raises:
         UsageError: if a node has fewer GPUs than ranks, or two ranks were given the same GPU.
@@ -248,7 +248,7 @@ def _device(local_rank: int, local_size: int) -> torch.device:
 def claim_gpu(store: dist.Store, uuid: str, rank: int) -> None:
     """Claim a GPU, identified by its UUID, for this rank.
 
-    Ranks that each see one GPU cannot otherwise notice that it is the same one.
+    Ranks that each see only one GPU cannot otherwise notice that they share it.
 
     Raises:
         UsageError: if another rank has claimed it.

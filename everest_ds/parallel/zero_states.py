@@ -1,4 +1,4 @@
-"""Access to the float32 weights and AdamW's moments of a DeepSpeed engine, the same for all ZeRO stages.
+"""Access to the float32 weights and AdamW's moments of a DeepSpeed engine: one interface for all ZeRO stages.
 
 A rank holds at most one contiguous range of each parameter (or of its tensor-parallel shard): all elements at
 stage 0, those that fall into its part of a flattened group at stages 1 and 2, an equal share at stage 3.
@@ -26,7 +26,7 @@ _MOMENTS = tuple(state for state in STATES if state != WEIGHT)
 
 @dataclass(frozen=True)
 class LocalShard:
-    """The range `start` .. `start + numel` of a flattened parameter, or of its shard, held by this rank.
+    """The range of a flattened parameter, or of its tensor-parallel shard, that this rank holds.
 
     Attributes:
         name: the parameter's name.
@@ -63,7 +63,7 @@ class ZeroStates(Protocol):
         """Update the weights of the forward pass from the float32 weights. Call on every rank."""
 
     def slots(self) -> list[dict[str, Any]]:
-        """Return AdamW's records on this rank (a step count and moments each); create missing ones."""
+        """Return AdamW's state per tensor on this rank (step count and moments); create missing states."""
 
 
 def states_of_engine(engine: Any, mesh: Mesh) -> ZeroStates:
@@ -295,9 +295,9 @@ class _Swapped(_Partitioned):
 
 
 def _slots(optimizer: torch.optim.AdamW, tensors: list[Tensor]) -> list[dict[str, Any]]:
-    """Return AdamW's records of `tensors`, creating missing ones.
+    """Return AdamW's state (step count and moments) of each of `tensors`; create missing states.
 
-    AdamW itself creates a record at the first step, which is too late for a resumed run.
+    AdamW itself creates a tensor's state at the first step, which is too late for a resumed run.
     """
     for tensor in tensors:
         slot = optimizer.state[tensor]

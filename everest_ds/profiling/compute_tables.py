@@ -1,4 +1,4 @@
-"""Tables of one model's compute, without running it: to print, to save and to compare.
+"""Tables of a model's compute, made without running the model: to print, to save and to compare.
 
 All figures are per clip (one view). Predicted figures come from a closed formula, counted figures from a
 trace of the real model.

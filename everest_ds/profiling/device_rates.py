@@ -1,4 +1,4 @@
-"""Measured rates of this machine's device over the shapes of this project's models, for a calibration.
+"""Measured rates of this machine's device for the shapes of this project's models, for a calibration.
 
 Call these functions on all ranks at the same time, because the ranks of a CPU share its caches and memory.
 They cannot detect ranks that share cores, since the fastest call is the one that ran uninterrupted; the

@@ -1,8 +1,8 @@
 """Counted compute: multiply-accumulates (MACs) of a real model, traced operator by operator.
 
 Tracing needs shapes only: on the meta device a ViT-H is counted in seconds, without its weights in memory.
-The counts equal the closed-form predictions of `compute.py` exactly (the tests compare them). Operators that
-compute but have no formula are listed, never dropped.
+The counts equal the closed-form predictions of costs/compute.py exactly (the tests compare them). Operators
+that compute but have no formula are listed, never dropped.
 """
 
 from __future__ import annotations
@@ -96,13 +96,13 @@ class ExperimentCount:
 
 
 def count_forward(model: nn.Module, *inputs: Any) -> ComputeCount:
-    """Count one forward pass of `model` in evaluation mode, without gradient, on any device."""
+    """Count the compute of a forward pass of `model` in evaluation mode, without gradients, on any device."""
     with _in_evaluation(model), torch.no_grad():
         return _count(lambda: model(*inputs), model)
 
 
 def count_training_step(call: Callable[[], Tensor], model: nn.Module) -> ComputeCount:
-    """Count one forward and backward pass.
+    """Count the compute of one forward and backward pass.
 
     Args:
         call: a function that runs the forward pass and returns the loss.
@@ -144,7 +144,7 @@ def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount
     )
 
 
-# Module path -> part of `compute.ComputePrediction`; the longest matching path decides.
+# Module path -> part of `ComputePrediction` (costs/compute.py); the longest matching path decides.
 _PARTS = {
     "selector": "score",
     "encoder": "embed",
@@ -156,7 +156,7 @@ _PARTS = {
 
 
 def macs_by_part(count: ComputeCount) -> dict[str, int]:
-    """Return MACs by the parts of `compute.ComputePrediction`: score, embed, encoder, ..., head.
+    """Return MACs by the parts of costs/compute.py's `ComputePrediction`: score, embed, encoder, ..., head.
 
     The encoder's operators outside of its blocks count as embedding.
     """

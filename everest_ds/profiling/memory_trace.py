@@ -52,8 +52,8 @@ class LiveSample(NamedTuple):
 class MemoryTrace:
     """The memory of one training step: forward pass, backward pass, AdamW.
 
-    Activations are tensors that the forward pass keeps for the backward pass. Temporary are the tensors that
-    the forward pass releases itself, and all that the backward pass and the optimiser create.
+    Activations are tensors that the forward pass keeps for the backward pass. Temporary tensors are those
+    that the forward pass releases itself, and all that the backward pass and the optimiser create.
 
     Attributes:
         resting_bytes: bytes by category that live between steps.

@@ -31,7 +31,7 @@ def computes(operator: OpOverload) -> bool:
 
 
 def layer_norm_elements_of(operator: OpOverload, arguments: tuple[Any, ...]) -> int | None:
-    """Return the input elements of a LayerNorm with gain and bias (which fvcore weighs); None otherwise."""
+    """Return the number of input elements of a LayerNorm with gain and bias; None otherwise."""
     if operator.overloadpacket is not aten.native_layer_norm or arguments[2] is None:
         return None
     return int(arguments[0].numel())

@@ -1,4 +1,4 @@
-"""Measured training steps of an experiment: their time and the share of the device's peak rate."""
+"""Measured training steps of an experiment: their time and their share of the device's peak rate."""
 
 from __future__ import annotations
 

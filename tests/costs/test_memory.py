@@ -1,4 +1,4 @@
-"""Tests of predicted memory, against the traced model, measured allocations and expected orders."""
+"""Tests of predicted memory, against the traced model, measured allocations and known inequalities."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def benchmark(folder: Path, *arguments: str) -> list[dict[str, Any]]:
-    """Run the tool once, on the accelerator if there is one, and return its rows."""
+    """Run tools/bench_recompute.py once, on the GPU if there is one, and return its rows."""
     command = [sys.executable, str(ROOT / "tools/bench_recompute.py"), *arguments, "data.train=null"]
     done = subprocess.run(
         [*command, "--rounds", "1", "--json", str(folder / "rows.json")],

@@ -1,4 +1,4 @@
-"""Canary of DeepSpeed's undocumented names: each exists, a missing one is named, and all uses are listed."""
+"""Tests of DeepSpeed's undocumented names: each exists, a missing one is named, and all uses are listed."""
 
 from __future__ import annotations
 

@@ -208,7 +208,7 @@ def test_32_micro_batches_of_bf16_are_summed_in_float32(ranks: int, limit: float
 
 
 def skip_a_step(world: World, stage: int) -> tuple[bool, float | None, bool, bool]:
-    """Run a step with an infinite gradient on the last rank, then a step without.
+    """Run a step with an infinite gradient on the last rank, then a step with finite ones.
 
     Returns:
         Whether the first step was skipped, its gradient norm, whether it kept the weights, and whether the

@@ -86,7 +86,7 @@ def live_tensor_bytes() -> int:
 
 
 def kept_by_a_stack(mesh: Mesh, partition: bool) -> float:
-    """Return the memory that four blocks keep between forward and backward, in tensors of n x D."""
+    """Return the memory that four blocks keep for their backward pass, in tensors of n x D."""
     stack = Blocks(TransformerShape(width=64, depth=4, heads=4))
     apply_tensor_parallel(stack, mesh)
     apply_recompute(stack, RecomputeConfig(mode="full", partition=partition), mesh.mpu)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from everest_ds.errors import RankLostError, UsageError
 from everest_ds.launch.environment import LOCALHOST, free_port
-from everest_ds.parallel import self_test as preflight
+from everest_ds.parallel import self_test
 from everest_ds.parallel import world
 from everest_ds.parallel.collective_timing import seconds_of
 from everest_ds.parallel.world import World, claim_gpu
@@ -76,7 +76,7 @@ def test_a_rank_that_comes_late_does_not_slow_the_links() -> None:
 
 def measure(world: World) -> float | None:
     """Return the all-reduce bandwidth of the real links."""
-    return preflight.all_reduce_bytes_per_s(world)
+    return self_test.all_reduce_bytes_per_s(world)
 
 
 def test_preflight_measures_the_real_links() -> None:
@@ -88,10 +88,10 @@ def test_preflight_measures_the_real_links() -> None:
 def check_wrong_sums(world: World) -> str:
     """Return the error for a sum that lacks the values of a rank."""
     values = torch.full((8,), 3.0)
-    preflight._check_sums(world, values)
+    self_test._check_sums(world, values)
     values[5] = 2.0
     with pytest.raises(RankLostError) as error:
-        preflight._check_sums(world, values)
+        self_test._check_sums(world, values)
     return str(error.value)
 
 

@@ -17,7 +17,7 @@ from everest_ds.profiling.allocations import measure_resident_peak, track_alloca
 
 CPU = torch.device("cpu")
 MIB = 2**20
-on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux' /proc")
+on_linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux's /proc")
 
 
 def test_peak_is_what_was_live_at_once_not_the_sum() -> None:

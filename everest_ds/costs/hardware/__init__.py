@@ -1,1 +1,1 @@
-"""The hardware of the closed forms: GPUs, the links between them, and machines with measured rates."""
+"""The hardware of the cost model: GPUs, the links between them, and machines with their rates."""

@@ -1,14 +1,14 @@
 """A machine from data sheets, for a cluster that has not been calibrated.
 
-Peaks, bandwidths and links are the makers' (costs/hardware/gpus.py, links.py). The attained shares of
-them are published measurements, taken on an A100 unless noted; the host's times are our own:
+Peaks, bandwidths and links are the makers' (costs/hardware/gpus.py, links.py). The attained shares of these
+figures are published measurements, taken on an A100 unless noted; the host's times are our own measurements:
 
 - products: Calculon's A100 (systems/a100_80g.json) gives shares of the peak over the size of a product, here
   over the intensity of a cube of that size. The best share is scaled to the device's own `matmul_share`, and
-  the sizes to its ratio of rate to bandwidth, for a faster device needs larger products.
+  the sizes to its ratio of rate to bandwidth, because a faster device needs larger products.
 - attention: FlashAttention-2 (2023), figures 4 and 7, head width 64, forward and backward. Below 512 tokens
-  nothing is published; the share is taken to fall with the tokens. Hopper runs the same kernels at 335 of
-  989 TFLOP/s.
+  nothing is published; the share is assumed to fall with the number of tokens. Hopper runs the same kernels
+  at 335 of 989 TFLOP/s.
 - AdamW in host memory: ZeRO-Offload (2021), a billion parameters in a quarter of a second on a whole node.
 - decoding: 31 ms for 64 frames of 320x240 (decord, one core of our development machine).
 - the host: operators are counted (host_work.py). Their times, and Python's time per parameter tensor, were
@@ -57,7 +57,7 @@ _OTHERS = "ib-hdr"
 
 
 def usual_interconnect(device: Device) -> str:
-    """Return the interconnect of systems sold with this device, in the form of `find_interconnect`."""
+    """Return the interconnect of systems sold with this device, in the notation of `find_interconnect`."""
     return _SYSTEMS.get(device.link, _OTHERS)
 
 
@@ -69,7 +69,7 @@ def machine_from_sheet(
     Args:
         name: human-readable name of the device.
         device: its data sheet.
-        interconnect: link between nodes; None: the usual one of this device.
+        interconnect: link between nodes; None for the usual link of this device.
         ranks_per_node: devices per node.
 
     Raises:

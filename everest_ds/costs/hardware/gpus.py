@@ -1,9 +1,9 @@
 """Accelerator specifications from the vendors' data sheets: peak rates, memory, links and power.
 
 Rates are dense; data sheets print twice as much "with sparsity". The table lists complete products that are
-identified by name. Slices of a GPU (MIG), export variants and CPUs are left out, because no figure is better
-than a wrong one. `matmul_share` is not on any data sheet: it comes from the table "Maximum Achievable Matmul
-FLOPS" of stas00/ml-engineering (bf16).
+identified by name. Slices of a GPU (MIG), export variants and CPUs are left out, because a missing figure is
+better than a wrong one. `matmul_share` is not on any data sheet: it comes from the table "Maximum Achievable
+Matmul FLOPS" of stas00/ml-engineering (bf16).
 """
 
 from __future__ import annotations
@@ -258,7 +258,9 @@ def _read(path: Path) -> Device:
         _check_number(tree, key, path)
     for key in ("link", "host_link"):
         if tree[key] not in LINKS:
-            raise UsageError(f"{path}: {key}", given=tree[key], allowed=nearest(str(tree[key]), LINKS))
+            raise UsageError(
+                f"{path}: invalid value of {key}", given=tree[key], allowed=nearest(str(tree[key]), LINKS)
+            )
     _check_rates(tree["tflops"], path)
     return Device(**{**_OPTIONAL, **tree})
 
@@ -276,7 +278,11 @@ def _check_keys(tree: Mapping[str, Any], path: Path) -> None:
 def _check_rates(rates: object, path: Path) -> None:
     dtypes = ("fp32", "tf32", "fp16", "bf16")
     if not isinstance(rates, dict) or not rates or not set(rates) <= set(dtypes):
-        raise UsageError(f"{path}: tflops", given=rates, allowed=f"a peak rate by dtype: {', '.join(dtypes)}")
+        raise UsageError(
+            f"{path}: invalid value of tflops",
+            given=rates,
+            allowed=f"a peak rate by dtype: {', '.join(dtypes)}",
+        )
     for dtype in rates:
         _check_number(rates, dtype, path)
 
@@ -284,4 +290,4 @@ def _check_rates(rates: object, path: Path) -> None:
 def _check_number(tree: Mapping[str, Any], key: str, path: Path) -> None:
     value = tree.get(key, 1)
     if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-        raise UsageError(f"{path}: {key}", given=repr(value), allowed="a number above 0")
+        raise UsageError(f"{path}: invalid value of {key}", given=repr(value), allowed="a number above 0")

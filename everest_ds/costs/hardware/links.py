@@ -120,5 +120,7 @@ def find_interconnect(text: str) -> Interconnect:
     if not times or not (count.isdigit() and int(count)):
         count, name = "1", text.lower()
     if name not in INTERCONNECTS:
-        raise UsageError("--interconnect", given=repr(text), allowed=nearest(name, INTERCONNECTS))
+        raise UsageError(
+            "--interconnect names no known network", given=repr(text), allowed=nearest(name, INTERCONNECTS)
+        )
     return Interconnect(INTERCONNECTS[name], int(count))

@@ -1,6 +1,6 @@
 """The speeds of ranks and links from which the cost model predicts a step.
 
-They come from data sheets or from a calibration of the machine itself.
+The speeds come from data sheets or from a calibration of the machine itself.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # used in a traini
 
 @dataclass(frozen=True)
 class RateCurve:
-    """The attained rate over problem size, interpolated linearly with both axes logarithmic.
+    """The attained rate as a function of problem size, interpolated linearly on logarithmic axes.
 
     Outside its points the curve is level: it extrapolates no gain that was not measured.
 
     Attributes:
-        sizes: ascending. For products, multiply-accumulates per value moved (`intensity`); for attention,
-            tokens per clip; for operators that only move memory, bytes per tensor.
+        sizes: problem sizes, ascending. For products, multiply-accumulates per value moved (`intensity`); for
+            attention, tokens per clip; for operators that only move memory, bytes per tensor.
         rates: floating-point operations per second (a multiply-accumulate is two), or bytes per second.
     """
 
@@ -77,14 +77,15 @@ class Machine:
     Attributes:
         device: human-readable name.
         memory_bytes: memory that a rank may use.
-        asynchronous: the device computes while the host works and links transfer, as GPUs do: host work,
-            reduction of gradients and gathering of weights hide behind compute. On a CPU nothing overlaps.
-        peak_flops_per_s: by precision; empty if no data sheet states it.
+        asynchronous: True if the device computes while the host works and links transfer, as GPUs do: host
+            work, reduction of gradients and gathering of weights hide behind compute. On a CPU nothing
+            overlaps.
+        peak_flops_per_s: peak rate by precision; empty if no data sheet states it.
         products: rate of matrix products over their intensity, by precision.
         attention: rate of fused attention, forward and backward, over tokens per clip, by precision.
         moving: bytes per second of operators that only move and add, over bytes per tensor, by precision.
-        copy_bytes_per_s: for large tensors that are read and written, such as model states.
-        fresh_bytes_per_s: for large tensors that are written for the first time (on a CPU, page by page).
+        copy_bytes_per_s: rate at which large tensors, such as model states, are read and written.
+        fresh_bytes_per_s: rate of the first write to large tensors (on a CPU, page by page).
         adam_values_per_s: parameters per second that the optimiser updates on the device.
         launch_s: host time per operator, with the Python around it.
         step_s: host time per step, besides operators and parameter tensors.
@@ -165,5 +166,5 @@ def level(rate: float) -> RateCurve:
 
 
 def same_link(link: Link) -> dict[str, Link]:
-    """Return the same link for every collective."""
+    """Return a mapping of every collective to the same link."""
     return dict.fromkeys(COLLECTIVES, link)
