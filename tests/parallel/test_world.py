@@ -13,8 +13,7 @@ import torch.distributed as dist
 
 from everest_ds.errors import RankLostError, UsageError
 from everest_ds.launch.environment import LOCALHOST, free_port
-from everest_ds.parallel import self_test
-from everest_ds.parallel import world
+from everest_ds.parallel import self_test, world
 from everest_ds.parallel.collective_timing import seconds_of
 from everest_ds.parallel.world import World, claim_gpu
 from tests.ranks import run_ranks
