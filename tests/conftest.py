@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 os.environ["TORCH_EXTENSIONS_DIR"] = os.fspath(Path(__file__).parents[1] / "build/torch_extensions")
 
 os.environ.setdefault("COLUMNS", "200")  # wide enough that command-line tables are not wrapped
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process has one fork server. If a test of the data commands started it first, it would lack the modules
+    # that tests.ranks preloads, and every rank of the tests after it would import torch and DeepSpeed itself.
+    import tests.ranks  # noqa: F401
+
+    os.environ["DS_ACCELERATOR"] = "cpu"  # read by the server when it imports DeepSpeed
+    forkserver.ensure_running()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
