@@ -27,8 +27,8 @@ os.environ["TORCH_EXTENSIONS_DIR"] = os.fspath(Path(__file__).parents[1] / "buil
 os.environ.setdefault("COLUMNS", "200")  # wide enough that command-line tables are not wrapped
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # A process has one fork server. If a test of the data commands started it first, it would lack the modules
-    # that tests.ranks preloads, and every rank of the tests after it would import torch and DeepSpeed itself.
+    # A process has one fork server. If a test of the data commands started it first, it would lack modules
+    # that tests.ranks preloads, and each rank of the tests after it would import torch and DeepSpeed itself.
     import tests.ranks  # noqa: F401
 
     os.environ["DS_ACCELERATOR"] = "cpu"  # read by the server when it imports DeepSpeed
