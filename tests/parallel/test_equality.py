@@ -57,8 +57,8 @@ def assert_stages_follow(task: str, data: int, tensor: int, stages: tuple[int, .
     ("task", "data", "tensor", "stages"),
     [
         ("pretrain", 1, 1, STAGES),
-        ("finetune", 2, 1, STAGES),
-        ("pretrain", 1, 2, STAGES),
+        pytest.param("finetune", 2, 1, STAGES, marks=pytest.mark.slow),
+        pytest.param("pretrain", 1, 2, STAGES, marks=pytest.mark.slow),
         ("finetune", 2, 2, (0, 3)),
     ],
 )

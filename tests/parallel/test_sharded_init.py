@@ -95,7 +95,8 @@ def most_while_filled(world: World, tensor: int) -> tuple[int, int, int]:
     return max(seen) - others, share, max(tensor.nbytes for _, tensor in draw_initial_weights(config))
 
 
-@pytest.mark.parametrize("tensor", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tensor", [1, 2])
 def test_a_rank_holds_its_share_and_one_module_at_most(tensor: int) -> None:
     for most, share, largest in run_ranks(most_while_filled, RANKS, tensor):
         assert share < 0.7 * sum(p.nbytes for p in build_model(experiment("pretrain", 3, 1)).parameters())
