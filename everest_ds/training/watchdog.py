@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import faulthandler
+import os
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +21,8 @@ class Watchdog:
         self._timeout_s = timeout_s
 
     def __enter__(self) -> Watchdog:
+        # After a network partition, this rank of the previous start may still run, with its own file.
+        self._path.unlink(missing_ok=True)
         self._file = open(self._path, "w")
         return self
 
@@ -26,9 +30,11 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         faulthandler.cancel_dump_traceback_later()
+        own = os.fstat(self._file.fileno())
         self._file.close()
-        if self._path.stat().st_size == 0:
-            self._path.unlink()
+        with suppress(FileNotFoundError):  # a later start may have removed the file
+            if own.st_size == 0 and os.path.samestat(own, self._path.stat()):
+                self._path.unlink()
 
     def beat(self) -> None:
         """Restart the countdown."""
