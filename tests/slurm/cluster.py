@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -21,15 +23,21 @@ SCRIPTS = REPOSITORY / "slurm"
 TOOL = REPOSITORY / "tools" / "local_slurm"
 # A start takes 10 s on two idle cores; on busy ones it took two minutes.
 PATIENCE_SECONDS = 300.0
+_POLL_SECONDS = 0.1
+_FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
 
 
 def wait_for(what: Callable[[], Any], description: str, seconds: float = PATIENCE_SECONDS) -> Any:
-    """Call `what` until its result is true; return that result."""
-    deadline = time.monotonic() + seconds
-    while not (value := what()):
-        assert time.monotonic() < deadline, f"waited {seconds:.0f} s in vain for: {description}"
-        time.sleep(0.1)
-    return value
+    """Call `what` until its result is true; return that result.
+
+    Polls are counted instead of time, because a shared machine may pause this process and the cluster for
+    minutes; such a pause then costs one poll.
+    """
+    for _ in range(int(seconds / _POLL_SECONDS)):
+        if value := what():
+            return value
+        time.sleep(_POLL_SECONDS)
+    raise AssertionError(f"waited {seconds:.0f} s in vain for: {description}")
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,18 @@ class LocalCluster:
     def calm(self) -> None:
         """Wait until all nodes are up and idle."""
         wait_for(lambda: self._states() == {"idle"}, "all nodes idle", 60)
+
+    def cancel_all(self) -> None:
+        """Cancel every job of this user, and wait until none is left in the queue."""
+        self.slurm("scancel", f"--user={getpass.getuser()}")
+        wait_for(lambda: not self.slurm("squeue", "--noheader"), "an empty queue", 60)
+
+    def records(self) -> Iterator[tuple[str, str]]:
+        """Yield the path and the newest lines of each recent job's output and of each daemon's log."""
+        outputs = [Path(path) for path in re.findall(r"StdOut=(\S+)", self.slurm("scontrol", "show", "job"))]
+        for file in (*outputs[-3:], *sorted((self.folder / "log").glob("*.log"))):
+            if file.is_file():
+                yield str(file), "\n".join(file.read_text(errors="replace").splitlines()[-60:])
 
     def _states(self) -> set[str]:
         return set(self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split())
@@ -106,8 +126,8 @@ class Job:
 
     def wait(self, *states: str, seconds: float = PATIENCE_SECONDS) -> str:
         """Wait until the job is in one of `states`; fail if it reaches any other final state first."""
-        final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", *states}
-        state: str = wait_for(lambda: self.state if self.state in final else "", f"{states}", seconds)
+        final = _FINAL_STATES.union(states)
+        state: str = wait_for(lambda: state if (state := self.state) in final else "", f"{states}", seconds)
         assert state in states, f"{state}\n{self.output}"
         return state
 
@@ -150,14 +170,20 @@ class Run:
         return [e for e in read_events(self.path) if e.job_id == job.number and kind in (None, e.event)]
 
     def steps_beyond(self, job: Job, restarts: int, count: int = 1) -> tuple[float, int]:
-        """Wait for `count` steps of one start; return the time of the first and the step resumed from."""
+        """Wait for `count` steps of one start; return the time of the first and the step resumed from.
+
+        Fails if the job ends before.
+        """
         started = wait_for(lambda: self._started(job, restarts), f"start {restarts} of job {job.number}")
         seen: list[float] = []
 
         def trains() -> bool:
+            state = job.state
             fresh = self._written_since(started.seconds) and self.step > started.step
             seen.extend([time.time()] if fresh else [])
-            return bool(fresh) and self.step >= started.step + count
+            enough = bool(fresh) and self.step >= started.step + count
+            assert enough or state not in _FINAL_STATES, f"{state} after step {self.step}\n{job.output}"
+            return enough
 
         wait_for(trains, f"steps after {started.step} of job {job.number}")
         return seen[0], started.step

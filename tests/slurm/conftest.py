@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,20 @@ def in_work(request: pytest.FixtureRequest) -> None:
     """Make `work` the current folder, where jobs write their output."""
     if request.node.get_closest_marker("slurm"):
         request.getfixturevalue("monkeypatch").chdir(request.getfixturevalue("work"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """After a failure, add the output of the jobs and the daemons' logs to the report, and end all jobs.
+
+    The files are deleted with the cluster, and a job that is still running would disturb the next tests.
+    """
+    report = yield
+    cluster = getattr(item, "funcargs", {}).get("cluster")
+    if report.failed and isinstance(cluster, LocalCluster):
+        report.sections.extend(cluster.records())
+        cluster.cancel_all()
+    return report
 
 
 @pytest.fixture(scope="session")

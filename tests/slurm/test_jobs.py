@@ -149,15 +149,15 @@ def test_usr1_before_the_time_limit_requeues_the_job(
     job = cluster.submit(PRETRAIN, str(recipe), f"run.dir={run.path}", *slow)
     run.steps_beyond(job, 0)
     limit_soon(job, minutes=2)  # the script asks for USR1 five minutes before
-    wait_for(lambda: run.events(job, "stopped"), "stopped")
+    (stop,) = wait_for(lambda: run.events(job, "stopped"), "stopped")
     stopped = time.time()
-    wait_for(lambda: job.restarts == 1, "requeued")
+    wait_for(lambda: job.restarts > stop.restarts, "requeued")
     requeued = time.time()
     cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
-    trained, resumed_from = run.steps_beyond(job, 1)
+    trained, resumed_from = run.steps_beyond(job, stop.restarts + 1)
     job.cancel()
     done = losses(run.path)
-    assert resumed_from == run.events(job, "stopped")[0].step
+    assert resumed_from == stop.step
     assert done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
     fault_times.append(FaultTimes("time limit, USR1 before it", requeued - stopped, trained - stopped, 0))
 
