@@ -291,8 +291,11 @@ class _Crew:
         """
         timed_out = isinstance(error, RuntimeError) and str(error).startswith(_TIMED_OUT)
         if isinstance(error, (OSError, EOFError)) or (timed_out and self._pinning_ended):
-            # The memory of a batch was lost with its worker, which may take a while to exit.
-            wait([worker.sentinel for worker in self._workers], timeout=_DEATH_S)
+            # The memory of a batch was lost with its worker, which may take a while to exit. Its sentinel is
+            # closed before its exit code can be read.
+            ended = wait([worker.sentinel for worker in self._workers], timeout=_DEATH_S)
+            for worker in self._workers:
+                worker.join(_DEATH_S if worker.sentinel in ended else 0)
         lost = _find_lost(self._workers, self._notes, self._timeout_s)
         if lost is not None:
             return lost

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,24 @@ def test_a_worker_that_ends_is_no_end_of_the_data(monkeypatch: pytest.MonkeyPatc
     came, error = delivered(idle, [[i] for i in range(9)], workers=2)
     assert came == [[i] for i in range(len(came))] and len(came) <= 5
     assert f"a loader worker was killed; given: exit code {code}" in error
+
+
+def test_a_worker_that_closes_its_files_before_it_ends_is_waited_for() -> None:
+    """The kernel closes the files of a process, and with them a batch, before the exit code can be read."""
+
+    def close_then_end(item: int) -> None:
+        if item == 2:
+            slow.reader.watch(None)
+            os.closerange(3, 256)
+            time.sleep(1)
+            os._exit(3)
+
+    slow = Numbers(close_then_end)
+    stream = load(slow, iter([[0], [1], [2]]), DataConfig(num_workers=1), False, lambda failure: None)
+    next(stream)
+    time.sleep(0.5)  # the worker has sent [1] and closes its files
+    with pytest.raises(DataError, match="a loader worker was killed; given: exit code 3"):
+        next(stream)
 
 
 def test_sigbus_is_shared_memory_and_never_a_video(monkeypatch: pytest.MonkeyPatch) -> None:
