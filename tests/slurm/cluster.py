@@ -82,11 +82,11 @@ class LocalCluster:
         wait_for(lambda: not self.slurm("squeue", "--noheader"), "an empty queue", 60)
 
     def records(self) -> Iterator[tuple[str, str]]:
-        """Yield the path and the newest lines of each recent job's output and of each daemon's log."""
-        outputs = [Path(path) for path in re.findall(r"StdOut=(\S+)", self.slurm("scontrol", "show", "job"))]
-        for file in (*outputs[-3:], *sorted((self.folder / "log").glob("*.log"))):
-            if file.is_file():
-                yield str(file), "\n".join(file.read_text(errors="replace").splitlines()[-60:])
+        """Yield the path and the newest lines of each daemon's log and of each recent job's output."""
+        for file in sorted((self.folder / "log").glob("*.log")):
+            yield str(file), _newest_lines(file)
+        for output in re.findall(r"StdOut=(\S+)", self.slurm("scontrol", "show", "job"))[-3:]:
+            yield output, _newest_lines(Path(output))
 
     def _states(self) -> set[str]:
         return set(self.slurm("sinfo", "-h", "-N", "-p", "main", "-o", "%T").split())
@@ -149,6 +149,10 @@ class Job:
     def ended_everywhere(self, restarts: int | None = None) -> None:
         """Wait until no process of the job is left on any node."""
         wait_for(lambda: not self.processes(restarts), f"no process left of job {self.number}", 60)
+
+
+def _newest_lines(file: Path) -> str:
+    return "\n".join(file.read_text(errors="replace").splitlines()[-60:]) if file.is_file() else ""
 
 
 def _restart_count(settings: set[bytes]) -> int:

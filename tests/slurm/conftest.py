@@ -93,8 +93,11 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     cluster = getattr(item, "funcargs", {}).get("cluster")
     if report.failed and isinstance(cluster, LocalCluster):
-        report.sections.extend(cluster.records())
-        cluster.cancel_all()
+        try:
+            report.sections.extend(cluster.records())
+            cluster.cancel_all()
+        except (AssertionError, subprocess.SubprocessError) as error:  # the cluster itself may have failed
+            report.sections.append(("the cluster does not answer", str(error)))
     return report
 
 
