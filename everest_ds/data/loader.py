@@ -295,7 +295,8 @@ class _Crew:
             # closed before its exit code can be read.
             ended = wait([worker.sentinel for worker in self._workers], timeout=_DEATH_S)
             for worker in self._workers:
-                worker.join(_DEATH_S if worker.sentinel in ended else 0)
+                if worker.sentinel in ended:
+                    worker.join(_DEATH_S)
         lost = _find_lost(self._workers, self._notes, self._timeout_s)
         if lost is not None:
             return lost
