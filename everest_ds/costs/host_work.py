@@ -20,7 +20,7 @@ _BLOCK, _DROP_PATH = block.launches(block.OPERATORS), block.launches(block.DROP_
 _AGAIN = {mode: block.launches(block.repeated(part)).forward for mode, part in block.RECOMPUTED.items()}
 _DROP_PATH_HASH = 42  # operators that draw the scales of all blocks, forward
 # Operators outside blocks and selection, forward and backward.
-_OTHERS = {"pretrain": (79, 18), "finetune": (42, 20)}
+_OTHERS = {"pretrain": (80, 18), "finetune": (42, 20)}
 _OTHER_TENSORS = {"pretrain": 10, "finetune": 6}  # parameter tensors outside blocks
 # Shares of `Machine.parameter_s` in forward pass, backward pass and update, by ZeRO stage, as in the
 # measurements of costs/hardware/data_sheet.py.

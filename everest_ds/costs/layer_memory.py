@@ -114,16 +114,7 @@ def loss_bytes(config: Experiment) -> int:
     """
     value = VALUE_BYTES[config.precision]
     waiting = 0 if value == FLOAT32_BYTES else _predicted_values(config) * value
-    return held_bytes(config) + 2 * loss_storage_bytes(config) + waiting
-
-
-def loss_storage_bytes(config: Experiment) -> int:
-    """Return the bytes of storage behind the pre-training loss, a scalar, for as long as it lives.
-
-    PyTorch's `mse_loss` allocates its result at the size of the errors and then resizes it to one value
-    without releasing the storage.
-    """
-    return _predicted_values(config) * FLOAT32_BYTES
+    return held_bytes(config) + 2 * _predicted_values(config) * FLOAT32_BYTES + waiting
 
 
 def _predicted_values(config: Experiment) -> int:

@@ -29,7 +29,6 @@ from everest_ds.costs.layer_memory import (
     held_bytes,
     layers,
     loss_bytes,
-    loss_storage_bytes,
     rank_parameters,
     scoring_bytes,
     target_bytes,
@@ -176,7 +175,7 @@ def peak_of(passes: PassMemory, states: StateMemory) -> MemoryPrediction:
 def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[PeakCandidate]:
     """Yield the moments of the forward and backward pass through `stack`."""
     kept = list(accumulate(layer.kept_bytes for layer in stack))
-    held, of_loss = held_bytes(config), loss_storage_bytes(config)
+    held = held_bytes(config)
     yield PeakCandidate("token scoring", 0, scoring_bytes(config))
     for layer, kept_bytes in zip(stack, kept, strict=True):
         gathered = gathered_bytes(config) if layer.name.startswith(("embedding", "encoder")) else 0
@@ -188,8 +187,8 @@ def _moments(stack: Sequence[Layer], config: Experiment) -> Iterator[PeakCandida
         yield PeakCandidate("reconstruction loss", kept[-1], loss_bytes(config))
     finished = 0
     for layer, kept_bytes in zip(reversed(stack), reversed(kept), strict=True):
-        name, working = f"backward pass of {layer.name}", layer.backward_bytes + of_loss
-        yield PeakCandidate(name, kept_bytes, working, finished, in_backward=True)
+        name = f"backward pass of {layer.name}"
+        yield PeakCandidate(name, kept_bytes, layer.backward_bytes, finished, in_backward=True)
         finished += layer.num_parameters
 
 

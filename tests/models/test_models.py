@@ -229,6 +229,13 @@ def test_loss_is_the_mean_squared_error_of_what_it_says_it_predicted() -> None:
     torch.testing.assert_close(output.loss, torch.stack(errors).mean())
 
 
+def test_a_loss_holds_the_memory_of_one_value() -> None:
+    """A run holds the losses of all steps since its last report."""
+    config = experiment("pretrain", "rero")
+    output = built(config)(random_clips(config, 2), KEYS[:2])
+    assert output.loss.untyped_storage().nbytes() == output.loss.itemsize
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_half_precision_model_still_takes_its_loss_in_float32(dtype: torch.dtype) -> None:
     config = experiment("pretrain", "rero")
