@@ -47,7 +47,7 @@ def count_waits(call: Callable[[], object]) -> int:
             call()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-    implicit = [f"{w.filename}:{w.lineno}" for w in caught if "synchronizing" in str(w.message)]
+    implicit = [f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message)]
     for place in (*implicit, *explicit):
         print(f"  a wait: {place}")
     return len(implicit) + len(explicit)

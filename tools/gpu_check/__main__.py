@@ -21,7 +21,7 @@ from everest_ds.cli.program import run_program
 from everest_ds.errors import UsageError, nearest
 from gpu_check.record import Record, Session
 
-PARTS = ("ceilings", "engine", "released", "changes", "memory", "end_to_end", "calibration")
+PARTS = ("ceilings", "engine", "released", "changes", "replay", "memory", "end_to_end", "calibration")
 
 
 def main(

@@ -113,11 +113,12 @@ def measure_step(
             torch.cuda.reset_peak_memory_stats()  # the peak must not include building the engine
         clocks = [PhaseClock(world.device.type == "cuda") for _ in range(steps)]
         started = time.perf_counter()
-        losses = [one_step(step, clock) for clock in clocks]
+        for clock in clocks:
+            last = one_step(step, clock)
         wait(world.device)
         row |= _times((time.perf_counter() - started) / steps, clocks, config, world.device)
         row |= _memory(config, world.device)
-        row["finite_loss"] = math.isfinite(float(first)) and math.isfinite(float(losses[-1]))
+        row["finite_loss"] = math.isfinite(float(first)) and math.isfinite(float(last))
         if trace is not None:
             row["profile"] = trace_steps(lambda: one_step(step, PhaseClock(False)), world.device, trace)
     product = find_device(device_name(world.device))

@@ -17,7 +17,7 @@ Part = dict[str, Any]
 MEASURED = Path("docs/measured")
 _KERNELS = 15
 _PHASES = ("forward", "backward", "update")
-_PARTS = ("ceilings", "engine", "released", "changes", "memory", "end_to_end", "calibration")
+_PARTS = ("ceilings", "engine", "released", "changes", "replay", "memory", "end_to_end", "calibration")
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def _state(csv: str | None) -> str:
 
 
 def _step_tables(rows: Sequence[Row]) -> list[str]:
-    steps = [row for row in rows if "step_ms" in row]
+    steps = [row for row in rows if "step_ms" in row and "profile" not in row]
     prefetched = [row for row in rows if "beside_ms" in row]
     kernels = [_kernels(row) for row in rows if "profile" in row]
     return [table(steps, _STEP_COLUMNS), table(prefetched, _PREFETCH), *kernels]
@@ -196,6 +196,12 @@ _PREFETCH: Columns = {
     "in line, ms": number("in_line_ms", 1),
     "overlapped, ms": number("beside_ms", 1),
 }
+_REPLAYS: Columns = {
+    "passes": text("case"),
+    "launched, ms": number("launched_ms", 1),
+    "replayed, ms": number("replayed_ms", 1),
+    "memory of the graph, GiB": number("graph_gib", 2),
+}
 _LIMITS: Columns = {"limit": text("name"), "value": number("value", 2)}
 _PRODUCTS: Columns = {
     "products": text("case"),
@@ -227,6 +233,7 @@ _TITLES = {
     "engine": "The engine's step",
     "released": "Comparison with the released systems",
     "changes": "Gain of each change",
+    "replay": "Waiting for the host",
     "memory": "Memory, predicted and measured",
     "end_to_end": "Training from video files",
     "calibration": "Calibration",
@@ -236,6 +243,7 @@ _TABLES: dict[str, Callable[[Sequence[Row]], list[str]]] = {
     "engine": _step_tables,
     "released": _released_tables,
     "changes": _step_tables,
+    "replay": lambda rows: [table(rows, _REPLAYS)],
     "memory": _step_tables,
     "end_to_end": _generic_tables,
     "calibration": _generic_tables,
