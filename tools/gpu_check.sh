@@ -6,8 +6,9 @@
 #                                                CLONES has clones of the released systems in everest/ and videomae/
 #   tools/gpu_check.sh 1 OUT [--tiny]            on the machine: ceilings, the engine's steps with traces, the released
 #                                                systems, the GPU tests; at most 330 s, at most 8 files in OUT
-#   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: the gain of each change, training from video files,
-#                                                memory, calibration; at most 330 s, at most 8 files in OUT
+#   tools/gpu_check.sh 2 OUT [--tiny]            on the machine: the gain of each change, waiting for the host,
+#                                                training from video files, memory, calibration; at most 330 s,
+#                                                at most 8 files in OUT
 #   tools/gpu_check.sh tables OUT [OUT]          anywhere: the results as Markdown and for docs/measured
 #   tools/gpu_check.sh predict "H100 SXM"        anywhere: the predicted times of the engine's steps
 #
@@ -28,7 +29,7 @@ LACKING="deepspeed fairscale hjson pydantic pydantic_core annotated_types typing
 # Files of a clone that tools/peers.py imports.
 IMPORTED="modeling_pretrain.py modeling_finetune.py masking_generator.py"
 
-usage() { sed -n '2,22s/^# \{0,1\}//p' "$0"; exit "$1"; }
+usage() { sed -n '2,23s/^# \{0,1\}//p' "$0"; exit "$1"; }
 
 prepare() {
     local bundle=$1 clones=${2:-} name
@@ -103,17 +104,18 @@ case $script in
     prepare) [ $# -ge 2 ] || usage 2; prepare "${@:2}" ;;
     1)
         set_up "${@:2}"
-        part 30 ceilings
-        part 140 engine
+        part 50 ceilings
+        part 110 engine
         part 80 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
         printf '\n=== tests\n' && gpu_tests
         ;;
     2)
         set_up "${@:2}"
-        part 120 changes
-        part 100 end_to_end
-        part 40 memory
-        part 50 calibration
+        part 90 changes
+        part 60 replay
+        part 90 end_to_end
+        part 30 memory
+        part 45 calibration
         ;;
     tables | predict)
         export PYTHONPATH=$PWD:$PWD/tools
