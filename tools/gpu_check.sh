@@ -104,18 +104,18 @@ case $script in
     prepare) [ $# -ge 2 ] || usage 2; prepare "${@:2}" ;;
     1)
         set_up "${@:2}"
-        part 50 ceilings
-        part 110 engine
-        part 80 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
+        part 55 ceilings
+        part 95 engine
+        part 90 released $([ ! -d .gpu/peers ] || echo --peers .gpu/peers)
         printf '\n=== tests\n' && gpu_tests
         ;;
     2)
         set_up "${@:2}"
-        part 90 changes
-        part 60 replay
-        part 90 end_to_end
-        part 30 memory
-        part 45 calibration
+        part 75 changes
+        part 50 replay
+        part 80 end_to_end
+        part 25 memory
+        part 80 calibration
         ;;
     tables | predict)
         export PYTHONPATH=$PWD:$PWD/tools

@@ -45,8 +45,8 @@ class _Plan:
 
 _PLAN = _Plan(
     "ucf101_pretrain_vit_large",
-    256,
-    SyntheticSpec(num_frames=80, size=256, kind="busy"),
+    64,  # an epoch of one step; a clip spans 64 frames
+    SyntheticSpec(num_frames=66, size=256, kind="busy"),
     40,
     ("batch.micro_batch_size=64", "batch.global_batch_size=64"),
 )

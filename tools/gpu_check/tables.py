@@ -88,7 +88,7 @@ def _kernels(row: Row) -> str:
     total = profile["device_busy_ms"] or profile["step_ms"]
     listed = profile["kernels"] or profile["operators"]
     lead = (
-        f"Kernels of {row['case']}, traced: {profile['launches']:.0f} launches per step, the device busy for"
+        f"Kernels of {row['case']}: {profile['launches']:.0f} launches per step, the device busy for"
         f" {profile['device_busy_ms']:.1f} of {profile['step_ms']:.1f} ms."
     )
     columns: Columns = {
