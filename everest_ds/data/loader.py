@@ -4,10 +4,14 @@ A rank's loader has no state of its own: the order of samples is a pure function
 (`order.training_visits`). A resumed run therefore starts reading at the step where it stopped, on any number
 of ranks and workers, and decodes nothing before it. Every batch is delivered once and in order, or an error
 is raised; the loader recovers only from a time-out of torch's loader and from a lost worker.
+
+A worker ignores the signals that ask a run to stop: a scheduler sends them to every process of a job, and the
+rank still needs its workers to complete the step. Only the rank ends a worker.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import threading
@@ -27,11 +31,13 @@ from everest_ds.data.loader_errors import (
     Failed,
     blames_video,
     crash_reason,
-    explain_death,
+    describe_end,
+    explain_kills,
     explain_silence,
     explain_torch,
     failed_item,
     failed_join,
+    full_memory,
 )
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.errors import DataError
@@ -42,6 +48,8 @@ T = TypeVar("T")
 _POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
 _DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
 _CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
+_KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
@@ -79,7 +87,8 @@ def load(
     """Yield the batches in order, read ahead by `data.num_workers` processes (0: by this process).
 
     If a worker dies, or takes longer than `data.read_timeout_s` for one video, the workers are restarted and
-    the video is tried once more; then it counts as unreadable, like a video that its decoder refuses.
+    the video is tried once more; then it counts as unreadable, like a video that its decoder refuses. If a
+    worker is killed from outside, no video is blamed.
 
     Args:
         source: the data set, which reads the clips of an item.
@@ -89,23 +98,20 @@ def load(
         on_failure: called for each sample that could not be read, when its batch is delivered.
 
     Raises:
-        DataError: if `source` fails, shared memory is full, a worker was killed from outside, or some batches
-            were not delivered.
+        DataError: if `source` fails, shared memory is full, workers are killed from outside again and again,
+            or some batches were not delivered.
     """
     undelivered = _Undelivered(batches)
-    crashes: Counter[int] = Counter()
+    losses = _Losses(source.reader)
     while True:
         for loaded in _pass(source, undelivered, data, pin_memory):
             if isinstance(loaded, _Lost):
-                sample, reader = loaded.sample, source.reader
-                logger.warning("%s: %s; restarting the workers", reader.samples[sample].name, loaded.reason)
-                crashes[sample] += 1
-                if crashes[sample] == _CRASHES:
-                    reader.given_up[sample] = loaded.reason
+                losses.note(loaded)
                 break
             if isinstance(loaded, Failed):
                 loaded.reraise()
             undelivered.delivered()
+            losses.kills = 0
             for failure in loaded.failures:
                 on_failure(failure)
             yield loaded.clips
@@ -115,14 +121,49 @@ def load(
 
 
 class _Lost(NamedTuple):
-    """A worker that crashed or hung: the sample that it was reading, and what happened.
+    """A worker that crashed, hung or was killed.
 
     This is a value and not an exception, because a traceback would keep the old workers' queues alive and the
     new workers would inherit them.
+
+    Attributes:
+        sample: the sample that the worker was reading, or None if no sample is to blame.
+        reason: what happened.
     """
 
-    sample: int
+    sample: int | None
     reason: str
+
+
+class _Losses:
+    """The count of lost workers, by which a video is given up, or the whole run.
+
+    Attributes:
+        kills: workers killed from outside since the last batch.
+    """
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.kills = 0
+        self._reader = reader
+        self._crashes: Counter[int] = Counter()
+
+    def note(self, lost: _Lost) -> None:
+        """Count a lost worker, after which the workers are restarted.
+
+        Raises:
+            DataError: if workers are killed again before they deliver a batch.
+        """
+        if lost.sample is None:
+            self.kills += 1
+            if self.kills == _KILLS:
+                raise explain_kills(lost.reason)
+            logger.warning("a loader worker was killed (%s); restarting the workers", lost.reason)
+            return
+        name = self._reader.samples[lost.sample].name
+        logger.warning("%s: %s; restarting the workers", name, lost.reason)
+        self._crashes[lost.sample] += 1
+        if self._crashes[lost.sample] == _CRASHES:
+            self._reader.given_up[lost.sample] = lost.reason
 
 
 class _Undelivered:
@@ -217,10 +258,8 @@ def _pass(
     notes = _Notes(data.num_workers)
 
     def start(worker: int) -> None:
-        # A worker inherits the rank's signal handlers, but a signal must not make it save a checkpoint.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
 
@@ -252,20 +291,24 @@ class _Crew:
     def deliver(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """Yield the batches of the workers, until the last batch or until a worker is lost."""
         iterator = self._start(loader)
-        while True:
-            try:
-                loaded = next(iterator)
-            except StopIteration:
-                return
-            except Exception as error:
-                lost = self._judge(error)
-            else:
-                lost, self._num_waits = None, 0
-                yield loaded
-            if lost is not None:
-                del iterator  # stops its workers
-                yield lost
-                return
+        atexit.register(self._kill)  # multiprocessing would wait for workers that ignore SIGTERM
+        lost = None
+        try:
+            while lost is None:
+                try:
+                    loaded = next(iterator)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    lost = self._judge(error)
+                else:
+                    self._num_waits = 0
+                    yield loaded
+        finally:
+            del iterator  # asks its workers to end
+            self._kill()
+            atexit.unregister(self._kill)
+        yield lost
 
     def _start(self, loader: DataLoader[Any]) -> Iterator[Any]:
         processes, threads = active_children(), threading.enumerate()
@@ -308,6 +351,10 @@ class _Crew:
             raise explain_silence(silent_s, self._pinning_ended)
         return None
 
+    def _kill(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+
     @property
     def _pinning_ended(self) -> bool:
         return not all(thread.is_alive() for thread in self._threads)
@@ -316,9 +363,11 @@ class _Crew:
 def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _Lost | None:
     for worker in workers:
         if worker.exitcode is not None:
+            if (full := full_memory(worker.exitcode)) is not None:
+                raise full
             sample = notes.of(worker.pid or 0)
             if sample is None or not blames_video(worker.exitcode):
-                raise explain_death(worker.exitcode)
+                return _Lost(None, describe_end(worker.exitcode))
             return _Lost(sample, crash_reason(worker.exitcode))
     for process, sample in notes.stuck(timeout_s):
         os.kill(process, signal.SIGKILL)  # the worker may be blocked in the decoder for ever

@@ -17,6 +17,8 @@ from everest_ds.units import format_bytes
 _SHARED_MEMORY = "/dev/shm"
 _NO_SPACE = os.strerror(errno.ENOSPC)
 _LONGEST = 240  # characters quoted from another error's message
+# The signals by which a decoder ends its own process. Any other signal was sent from outside.
+_CRASHES = frozenset({signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE, signal.SIGTRAP})
 
 
 class Failed(NamedTuple):
@@ -85,26 +87,32 @@ def explain_silence(seconds: float, pinning_ended: bool) -> EverestError:
 
 def blames_video(exit_code: int) -> bool:
     """Return whether a worker's exit code suggests that the video it was reading crashed it."""
-    return exit_code not in (-signal.SIGBUS, -signal.SIGKILL)
+    return exit_code > 0 or -exit_code in _CRASHES
 
 
 def crash_reason(exit_code: int) -> str:
     """Return the reason that is reported for a video that crashed its worker with this exit code."""
-    return f"it crashes the video decoder ({_end(exit_code)})"
+    return f"it crashes the video decoder ({describe_end(exit_code)})"
 
 
-def explain_death(exit_code: int) -> EverestError:
-    """Return the error to raise for a worker whose death is not blamed on a video."""
+def full_memory(exit_code: int) -> EverestError | None:
+    """Return the error to raise if a worker ended because shared memory is full, or None."""
     if exit_code == -signal.SIGBUS:  # raised by a write to shared memory that is full
-        return _shared_memory_full(f"a worker ended with {_end(exit_code)}")
+        return _shared_memory_full(f"a worker ended with {describe_end(exit_code)}")
+    return None
+
+
+def explain_kills(how: str) -> EverestError:
+    """Return the error to raise when workers are killed from outside, one after the other."""
     return DataError(
-        "a loader worker was killed",
-        given=_end(exit_code),
+        "the loader's workers are killed again and again",
+        given=how,
         fix="if the machine ran out of memory, lower data.num_workers or batch.micro_batch_size",
     )
 
 
-def _end(exit_code: int) -> str:
+def describe_end(exit_code: int) -> str:
+    """Return the name of the signal that ended a worker, or its exit code."""
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
 
 

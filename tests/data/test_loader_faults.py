@@ -189,7 +189,52 @@ def test_a_worker_that_ends_is_no_end_of_the_data(monkeypatch: pytest.MonkeyPatc
     idle = Numbers(lambda item: item == 5 and (idle.reader.watch(None), os._exit(code)))
     came, error = delivered(idle, [[i] for i in range(9)], workers=2)
     assert came == [[i] for i in range(len(came))] and len(came) <= 5
-    assert f"a loader worker was killed; given: exit code {code}" in error
+    assert f"workers are killed again and again; given: exit code {code}" in error
+    assert not idle.reader.given_up
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_worker_ignores_the_signals_that_stop_a_run(number: signal.Signals) -> None:
+    source = Numbers(lambda item: os.kill(os.getpid(), number))
+    batches = [[i, i + 1] for i in range(0, 12, 2)]
+    assert delivered(source, batches, workers=2) == (batches, "")
+
+
+def test_a_killed_worker_is_replaced_and_no_video_is_blamed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(loader, "_POLL_S", 0.3)
+
+    def die_once(item: int) -> None:
+        mark = tmp_path / str(item)
+        if item in (3, 7) and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    source = Numbers(die_once)
+    batches = [[i] for i in range(9)]
+    assert delivered(source, batches, workers=2) == (batches, "") and not source.reader.given_up
+
+
+# The rank leaves while a worker is blocked in a decoder and its loader is still referenced.
+_LEAVE = """
+import sys, time
+from tests.data.test_loader_faults import Numbers
+from everest_ds.config import DataConfig
+from everest_ds.data.loader import load
+stream = load(
+    Numbers(lambda item: time.sleep(600 if item else 0)), iter([[0], [1], [2]]), DataConfig(num_workers=1),
+    False, lambda failure: None,
+)
+next(stream)
+sys.exit(75)
+"""
+
+
+def test_a_rank_can_leave_while_a_worker_is_blocked() -> None:
+    command = [sys.executable, "-c", _LEAVE]
+    done = subprocess.run(command, timeout=60, cwd=Path(__file__).parents[2])
+    assert done.returncode == 75
 
 
 def test_a_worker_that_closes_its_files_before_it_ends_is_waited_for() -> None:
