@@ -113,7 +113,7 @@ everest_exclude() {
 everest_ranks() {
     local state verdict bad
     everest_signalled=
-    trap everest_note_signal USR1 TERM
+    trap everest_note_signal USR1 TERM INT
     everest_once job begin "$@" || exit
     everest_sizes
     everest_code=75

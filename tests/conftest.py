@@ -40,6 +40,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--slurm-report", type=Path, help="write what each fault cost the SLURM runs, as Markdown"
     )
+    parser.addoption("--signal-report", type=Path, help="write the times of the signal matrix, as Markdown")
+    parser.addoption(
+        "--every-signal", action="store_true", help="try every case of the signal matrix, which takes hours"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -34,7 +34,7 @@ def in_world(config: Experiment, act: Callable[[World], None], *, tell_job: bool
     """
     job, place = current_job() if tell_job else None, detect_environment()
     os.environ.update(place.as_variables())
-    with logged_end(job, config.run.dir, place.rank), early_stop(job):
+    with logged_end(job, config.run.dir, place.rank), early_stop():
         from everest_ds.parallel.world import explained_failures, join_world, leave_world
 
         world = join_world(timedelta(seconds=config.run.hang_timeout_s))

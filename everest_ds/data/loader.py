@@ -42,6 +42,7 @@ from everest_ds.data.loader_errors import (
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.errors import DataError
 from everest_ds.log import logger
+from everest_ds.stop_signals import ignore_stop_signals
 
 T = TypeVar("T")
 
@@ -49,7 +50,6 @@ _POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
 _DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
 _CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
 _KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
@@ -258,8 +258,7 @@ def _pass(
     notes = _Notes(data.num_workers)
 
     def start(worker: int) -> None:
-        for number in _STOP_SIGNALS:
-            signal.signal(number, signal.SIG_IGN)
+        ignore_stop_signals()
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
 

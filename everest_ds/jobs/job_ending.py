@@ -13,16 +13,13 @@ from types import FrameType
 from everest_ds.checkpoints.names import newest_step
 from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
 from everest_ds.jobs.requeue import SlurmJob, log_event
+from everest_ds.stop_signals import STOP_SIGNALS
 
 
 @contextmanager
-def early_stop(job: SlurmJob | None) -> Iterator[None]:
-    """Exit at once on a stop signal before training has its own handler, so that the job is requeued."""
-    if job is None:
-        yield
-        return
-    numbers = (signal.SIGTERM, signal.SIGUSR1)
-    previous = {number: signal.signal(number, _leave) for number in numbers}
+def early_stop() -> Iterator[None]:
+    """Exit at once, as stopped, on a stop signal that comes while training has no handler of its own."""
+    previous = {number: signal.signal(number, _leave) for number in STOP_SIGNALS}
     try:
         yield
     finally:
@@ -32,7 +29,8 @@ def early_stop(job: SlurmJob | None) -> Iterator[None]:
 
 def _leave(number: int, frame: FrameType | None) -> None:
     print(
-        f"everest-ds: stopped by {signal.Signals(number).name} before the first step, with nothing to save",
+        f"everest-ds: stopped by {signal.Signals(number).name} outside training, with nothing to save;"
+        " fix: run the same command again",
         file=sys.stderr,
     )
     sys.stderr.flush()

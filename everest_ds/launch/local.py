@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 from everest_ds.errors import ExitCode, RankLostError, UsageError
 from everest_ds.launch.environment import LOCALHOST, RankEnvironment, free_port
+from everest_ds.stop_signals import STOP_SIGNALS
 
 EVEREST = (sys.executable, "-m", "everest_ds")
 
@@ -40,8 +41,8 @@ def launch_local(
 
     Rank 0 writes to this terminal. The others write to `log_dir/rank-<N>.out` (in a temporary folder if
     `log_dir` is None); the last lines of that file are shown if that rank is the first to fail. SIGTERM and
-    SIGUSR1 are passed on to the ranks. SIGINT is not, because the terminal sends it to every rank itself. No
-    rank outlives this process; on Linux that holds even if this process is killed. Call this function in the
+    SIGUSR1 are passed on to the ranks, and SIGINT as SIGTERM, because a terminal sends SIGINT to every rank
+    itself. No rank outlives this process; on Linux that holds even if this process is killed. Call this function in the
     main thread only, because it installs signal handlers while it runs.
 
     Returns:
@@ -114,8 +115,8 @@ class _Group:
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """Record a received signal; `poll` acts on it later, so that the handler itself does nothing else."""
         self.received.add(number)
-        if number != signal.SIGINT:
-            self.to_pass_on.append(number)
+        # A terminal sends SIGINT to the ranks as well, and a second SIGINT would end them without saving.
+        self.to_pass_on.append(signal.SIGTERM if number == signal.SIGINT else number)
 
     def poll(self) -> bool:
         """Pass on signals, record new failures, and return whether a rank is still running."""
@@ -212,8 +213,7 @@ def _signals_noted(group: _Group) -> Iterator[None]:
 
     SIGINT gets a handler too instead of SIG_IGN, because the ranks would inherit an ignored signal.
     """
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    previous = {number: signal.signal(number, group.note_signal) for number in numbers}
+    previous = {number: signal.signal(number, group.note_signal) for number in STOP_SIGNALS}
     try:
         yield
     finally:

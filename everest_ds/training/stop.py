@@ -9,10 +9,9 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from everest_ds.log import logger
+from everest_ds.stop_signals import STOP_SIGNALS
 from everest_ds.units import format_duration
 
-# Ctrl-C sends SIGINT, schedulers send SIGTERM before a job ends, and SLURM sends SIGUSR1 on --signal=USR1.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 KILL_FILE, SAVE_FILE = "kill", "save"
 GRACE_FILE = "grace.json"
 # The signal may arrive just after a step began, and a busy file system may be twice as slow as measured.
@@ -50,6 +49,7 @@ class StopRequest:
 
     def __init__(self, run: Path | None = None) -> None:
         self.received: signal.Signals | None = None
+        self._num_interrupts = 0
         self._files = (
             {} if run is None else {StopReason.KILL: run / KILL_FILE, StopReason.SAVE: run / SAVE_FILE}
         )
@@ -77,7 +77,8 @@ class StopRequest:
             self._files[reason].unlink(missing_ok=True)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received == signal.SIGINT:
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts == 2:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
 

@@ -1,0 +1,5 @@
+"""Fixtures of the signal matrix on one machine."""
+
+from tests.signals.fixtures import local_cases, signal_rows
+
+__all__ = ["local_cases", "signal_rows"]
