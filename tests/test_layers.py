@@ -44,7 +44,17 @@ ROOMS: dict[str, set[str]] = {
 }
 # Modules beside the rooms. They import no room, except for the two doors to the package.
 DOORS = {"__init__": {"inference", "interchange"}, "__main__": {"cli"}}
-BASE = {"cache", "console", "errors", "host_memory", "log", "shipped", "stop_signals", "units"}
+BASE = {
+    "cache",
+    "console",
+    "durable_files",
+    "errors",
+    "host_memory",
+    "log",
+    "shipped",
+    "stop_signals",
+    "units",
+}
 # Library -> the only folders that import it, with the folders in them.
 OWNERS: dict[str, set[str]] = {
     "torch": {

@@ -7,14 +7,14 @@ video file and is ignored once the file has changed. A line that a crash cut off
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, Literal
 
 from everest_ds.data.video_list import Sample
+from everest_ds.durable_files import append_row, read_rows
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
@@ -106,12 +106,10 @@ class Ledger:
             DataError: if the file cannot be read, or is not a ledger.
         """
         try:
-            lines = path.read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError:
-            return cls(path, [])
-        except (OSError, UnicodeDecodeError) as error:
+            rows = read_rows(path).rows
+        except OSError as error:
             raise DataError(f"{path}: cannot read the ledger", given=str(error)) from None
-        return cls(path, (entry for line in lines if (entry := _entry(path, line)) is not None))
+        return cls(path, (_entry(path, row) for row in rows))
 
     @classmethod
     def of_manifest(cls, manifest: Path) -> Ledger:
@@ -152,12 +150,10 @@ class Ledger:
         size, changed = stamp(sample.path)
         entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)
         try:
-            with open(self.path, "ab+") as file:
-                file.write(b"" if _at_line_start(file) else b"\n")
-                # A single write, so that lines of several processes do not interleave.
-                file.write(json.dumps(asdict(entry)).encode() + b"\n")
+            append_row(self.path, asdict(entry))
         except OSError as error:
-            raise DataError(f"{self.path}: cannot write the ledger", given=error.strerror) from None
+            reason = error.strerror or str(error)
+            raise DataError(f"{self.path}: cannot write the ledger", given=reason) from None
         self._entries[entry.video] = entry
         return entry
 
@@ -181,18 +177,9 @@ def stamp(path: Path) -> Stamp:
     return status.st_size, status.st_mtime_ns
 
 
-def _entry(path: Path, line: str) -> LedgerEntry | None:
-    if not line.strip():
-        return None
+def _entry(path: Path, row: dict[str, Any]) -> LedgerEntry:
     try:
-        return LedgerEntry(**json.loads(line))
-    except json.JSONDecodeError:
-        return None
+        return LedgerEntry(**row)
     except TypeError:
         fix = "remove the file; a new check writes it again"
-        raise DataError(f"{path}: not a ledger of this version", given=line[:80], fix=fix) from None
-
-
-def _at_line_start(file: BinaryIO) -> bool:
-    """Return whether a file is empty or ends with a whole line; a killed writer may leave a partial one."""
-    return file.seek(0, os.SEEK_END) == 0 or (file.seek(-1, os.SEEK_END), file.read(1))[1] == b"\n"
+        raise DataError(f"{path}: not a ledger of this version", given=str(row)[:80], fix=fix) from None

@@ -6,12 +6,12 @@ reads them.
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
+
+from everest_ds.durable_files import append_row, read_rows
 
 EVENTS_FILE = "jobs.jsonl"
 
@@ -42,20 +42,26 @@ class JobEvent:
     seconds: float = field(default_factory=time.time)
 
 
+_FIELDS = [each.name for each in fields(JobEvent)]
+
+
 def append_event(run: Path, event: JobEvent) -> None:
-    """Append one event as a single write, so that lines of concurrent processes do not mix."""
-    line = json.dumps(asdict(event)) + "\n"
-    file = os.open(run / EVENTS_FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(file, line.encode())
-    finally:
-        os.close(file)
+    """Append one event to the log.
+
+    Raises:
+        OSError: if it could not be written whole.
+    """
+    append_row(run / EVENTS_FILE, asdict(event))
 
 
 def read_events(run: Path) -> list[JobEvent]:
-    """Return all events of a run, oldest first, without a last line that a crash cut short."""
-    file = run / EVENTS_FILE
-    if not file.exists():
-        return []
-    lines = file.read_text(encoding="utf-8").split("\n")[:-1]
-    return [JobEvent(**json.loads(line)) for line in lines if line]
+    """Return all events of a run, oldest first, without lines that a crash or a full disk cut off.
+
+    Fields that another version of this package wrote are left out.
+    """
+    rows = read_rows(run / EVENTS_FILE).rows
+    return [
+        JobEvent(**{name: row[name] for name in _FIELDS if name in row})
+        for row in rows
+        if {"event", "job_id"} <= row.keys()
+    ]

@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from everest_ds.durable_files import replace_file
 from everest_ds.errors import RunFolderError
 from everest_ds.jobs.events import JobEvent, append_event
 from everest_ds.jobs.job_table import JobRow
@@ -21,7 +22,7 @@ def keep_job(home: Path, command: str, job: BatchJob) -> None:
         OSError: if the folder cannot be written.
     """
     row = {**asdict(job), "folder": str(Path.cwd())}
-    _file(home, command).write_text(json.dumps(row, indent=2, default=str) + "\n")
+    replace_file(_file(home, command), json.dumps(row, indent=2, default=str) + "\n")
 
 
 def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:

@@ -42,8 +42,8 @@ def launch_local(
     Rank 0 writes to this terminal. The others write to `log_dir/rank-<N>.out` (in a temporary folder if
     `log_dir` is None); the last lines of that file are shown if that rank is the first to fail. SIGTERM and
     SIGUSR1 are passed on to the ranks, and SIGINT as SIGTERM, because a terminal sends SIGINT to every rank
-    itself. No rank outlives this process; on Linux that holds even if this process is killed. Call this function in the
-    main thread only, because it installs signal handlers while it runs.
+    itself. No rank outlives this process; on Linux that holds even if this process is killed. Call this
+    function in the main thread only, because it installs signal handlers while it runs.
 
     Returns:
         The exit code of the first rank to fail, or `ExitCode.RANK_LOST` if a signal ended that rank;

@@ -5,7 +5,6 @@ Only rank 0 has observers: the metrics file, TensorBoard and the console.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from everest_ds.data.clips import Batch
+from everest_ds.durable_files import append_row
 from everest_ds.log import logger
 from everest_ds.models.watch import Seen, Watch
 from everest_ds.parallel.engine import Engine
@@ -95,7 +95,7 @@ class MetricsFile:
     """An observer that appends every report to `metrics.jsonl`."""
 
     def __init__(self, file: Path) -> None:
-        self._file = open(file, "a", buffering=1)  # line-buffered, so that a crash loses no complete line
+        self._path = file
 
     def on_step(self, report: StepReport) -> None:
         """Append the report as a line."""
@@ -109,11 +109,10 @@ class MetricsFile:
         """Ignore the picture."""
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Do nothing, because every line is written at once."""
 
     def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+        append_row(self._path, row)
 
 
 class TensorBoard:

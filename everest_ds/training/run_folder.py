@@ -9,7 +9,6 @@ evaluation.json  confusion.png                                 result of the tes
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import socket
@@ -21,6 +20,7 @@ from typing import IO, Any
 
 from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE
 from everest_ds.config import Experiment, dump_experiment, flatten, load_experiment
+from everest_ds.durable_files import read_rows, replace_file, replace_json, replace_rows
 from everest_ds.errors import EverestError, RunFolderError
 from everest_ds.launch.doctor import installed_version
 
@@ -94,9 +94,9 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
             self.check_same_config(config)
-            (self.path / CONFIG_FILE).write_text(dump_experiment(config))
-            _write_json(self.path / "ds_config.json", ds_config)
-            _write_json(self.path / "environment.json", describe_environment(world_size))
+            replace_file(self.path / CONFIG_FILE, dump_experiment(config))
+            replace_json(self.path / "ds_config.json", ds_config)
+            replace_json(self.path / "environment.json", describe_environment(world_size))
         except OSError as error:
             raise RunFolderError(
                 f"{self.path}: writing the run folder failed", given=str(error), fix="choose another run.dir"
@@ -111,10 +111,7 @@ class RunFolder:
     def drop_metrics_after(self, step: int) -> None:
         """Remove the metrics of steps after `step`, which a resumed run repeats."""
         if self.metrics.is_file():
-            rows = [row for row in read_metrics(self.path) if row["step"] <= step]
-            shorter = self.metrics.with_name(f".{METRICS_FILE}.tmp")
-            shorter.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            os.replace(shorter, self.metrics)
+            replace_rows(self.metrics, [row for row in read_metrics(self.path) if row["step"] <= step])
 
     def _claim(self) -> None:
         """Lock the folder; the operating system releases the lock when the process ends for any reason.
@@ -167,20 +164,15 @@ class RunFolder:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Return all rows of a run's metrics, without a last line that a crash cut off.
+    """Return all rows of a run's metrics, without lines that a crash or a full disk cut off.
 
     Raises:
-        RunFolderError: if the run has no metrics file, or one of its lines is damaged.
+        RunFolderError: if the run has no metrics file.
     """
     file = run / METRICS_FILE
     if not file.is_file():
         raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="give the folder of a run that has trained")
-    lines = file.read_text().split("\n")
-    complete = lines[:-1]
-    try:
-        return [json.loads(line) for line in complete]
-    except ValueError as error:
-        raise RunFolderError(f"{file}: a line is damaged", given=str(error)) from None
+    return [row for row in read_rows(file).rows if isinstance(row.get("step"), int)]
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:
@@ -212,7 +204,3 @@ def _git_state() -> dict[str, Any] | None:
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-def _write_json(file: Path, value: object) -> None:
-    file.write_text(json.dumps(value, indent=2) + "\n")

@@ -11,7 +11,6 @@ line; too many unreadable videos end the run. An epoch keeps its length: a repla
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_manifest
-from everest_ds.errors import ConfigError, DataError
+from everest_ds.durable_files import append_row, read_rows, replace_json, replace_rows
+from everest_ds.errors import ConfigError, DataError, RunFolderError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World
 
@@ -61,7 +61,7 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     usable = read_samples(config, "train")
     if not settled.is_file():
         return usable
-    reasons: dict[str, str] = json.loads(settled.read_text())
+    reasons = _read_excluded(settled)
     if {problem.sample.name for problem in usable.excluded} == set(reasons):
         return usable
     everything = _read(config, "train")
@@ -82,7 +82,7 @@ def record_excluded(usable: Usable, settled: Path) -> None:
     """Record the excluded samples of `usable` for the rest of the run, as `{name: reason}`."""
     if not settled.is_file():
         reasons = {problem.sample.name: problem.reason for problem in usable.excluded}
-        settled.write_text(json.dumps(reasons, indent=1) + "\n")
+        replace_json(settled, reasons)
 
 
 class BrokenVideos:
@@ -139,11 +139,10 @@ class BrokenVideos:
         return {failure.slot for failure in self._known if failure.epoch == epoch}
 
     def _write(self, step: int, failures: list[Failure]) -> None:
-        with open(self._file, "a") as file:
-            for failure in failures:
-                name = self._samples[failure.sample].name
-                logger.warning("epoch %d: cannot read %s: %s", failure.epoch, name, failure.reason)
-                file.write(json.dumps({"step": step, **failure._asdict(), "video": name}) + "\n")
+        for failure in failures:
+            name = self._samples[failure.sample].name
+            logger.warning("epoch %d: cannot read %s: %s", failure.epoch, name, failure.reason)
+            append_row(self._file, {"step": step, **failure._asdict(), "video": name})
         if self._manifest is None:
             return
         ledger = Ledger.of_manifest(self._manifest)
@@ -185,11 +184,21 @@ def _read(config: Experiment, split: str) -> list[Sample]:
 
 
 def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
-    if not file.is_file():
-        return []
-    lines = file.read_text().split("\n")[:-1]  # drops a last line that a crash cut off
-    rows = [row for row in map(json.loads, lines) if row["step"] <= step]
-    shorter = file.with_name(f".{file.name}.tmp")
-    shorter.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    os.replace(shorter, file)
+    rows = [row for row in read_rows(file).rows if row["step"] <= step]
+    if file.is_file():
+        replace_rows(file, rows)
     return rows
+
+
+def _read_excluded(settled: Path) -> dict[str, str]:
+    try:
+        reasons = json.loads(settled.read_text())
+    except ValueError:
+        reasons = None
+    if not isinstance(reasons, dict):
+        raise RunFolderError(
+            f"{settled}: the record of the excluded samples is damaged",
+            allowed="a JSON object, video -> reason",
+            fix="restore it; if the run has not saved a checkpoint yet, remove it",
+        )
+    return reasons

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import signal
+from contextlib import suppress
 from enum import IntEnum
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from everest_ds.durable_files import replace_json
 from everest_ds.log import logger
 from everest_ds.stop_signals import STOP_SIGNALS
 from everest_ds.units import format_duration
@@ -99,7 +101,8 @@ class Grace:
         self._step_s = self._save_s = 0.0
         self._warned = False
         if file is not None and file.is_file():
-            self._compare(json.loads(file.read_text())["needed_s"])
+            with suppress(ValueError, KeyError, TypeError):  # damaged: this start measures again
+                self._compare(float(json.loads(file.read_text())["needed_s"]))
 
     def note_step(self, seconds: float) -> None:
         """Note the host time of a step, including logging and validation after it but not the save.
@@ -119,7 +122,7 @@ class Grace:
                 "slowest_save_s": self._save_s,
                 "needed_s": self.needed_s,
             }
-            self._file.write_text(json.dumps(facts) + "\n")
+            replace_json(self._file, facts)
             self._compare(self.needed_s)
 
     @property

@@ -27,7 +27,7 @@ class Row:
 def to_markdown(rows: Sequence[Row]) -> str:
     """Format the rows, joined over workers, accumulation and phases, as a Markdown table."""
     lines = [
-        "| signal | to | cases | steps lost | videos blamed | stopped after: median, longest | training again |",
+        "| signal | to | cases | steps lost | videos blamed | stopped: median, longest | training again |",
         "|---|---|--:|--:|--:|--:|--:|",
     ]
     groups: dict[tuple[str, str], list[Row]] = {}

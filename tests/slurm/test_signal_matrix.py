@@ -1,4 +1,4 @@
-"""The signal matrix on a cluster: every signal saves, and the job requeues itself, whatever its workers do."""
+"""The signal matrix on a cluster: after every signal the run is saved, and the job requeues itself."""
 
 from __future__ import annotations
 
