@@ -50,6 +50,12 @@ everest_once() {
     "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
 }
 
+# Run a command as everest_once does, deaf to the signals that stop a job: its answer is needed in any case.
+everest_undisturbed() (
+    trap '' INT TERM USR1
+    everest_once "$@"
+)
+
 # Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one rank per GPU, or one per node.
 everest_sizes() {
     local per_node=${SLURM_NTASKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
@@ -114,12 +120,12 @@ everest_ranks() {
     local state verdict bad
     everest_signalled=
     trap everest_note_signal USR1 TERM INT
-    everest_once job begin "$@" || exit
+    everest_undisturbed job begin "$@" || exit
     everest_sizes
     everest_code=75
     [[ -n $everest_signalled ]] || everest_run_step "$@"
     state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
-    verdict=$(everest_once job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
+    verdict=$(everest_undisturbed job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
     read -r verdict bad <<<"${verdict##*$'\n'}"  # only the last line: a container may print a greeting
     [[ $verdict == requeue ]] && everest_requeue "$bad"
     exit "$everest_code"

@@ -51,6 +51,7 @@ BASE = {
     "errors",
     "host_memory",
     "log",
+    "output_paths",
     "shipped",
     "stop_signals",
     "units",

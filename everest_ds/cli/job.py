@@ -28,7 +28,7 @@ def begin(
     """Check the config, and refuse to start a job that must not start again."""
     job, run = _own_job(), load_task(command, source, overrides or ()).run.dir
     run.mkdir(parents=True, exist_ok=True)
-    record_start(job, run, newest_step(run))
+    record_start(job, run, None if command == "evaluate" else newest_step(run))
 
 
 def end(

@@ -73,8 +73,13 @@ def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
     )
 
 
-def record_start(job: SlurmJob, run: Path, step: int) -> None:
+def record_start(job: SlurmJob, run: Path, step: int | None) -> None:
     """Log that the job starts from `step`, or that it may not start.
+
+    Args:
+        job: the job that starts.
+        run: its run folder.
+        step: step of the newest checkpoint; None for a command that makes none, such as an evaluation.
 
     Raises:
         RestartError: if the job was restarted too often, or repeatedly without progress.
@@ -86,8 +91,12 @@ def record_start(job: SlurmJob, run: Path, step: int) -> None:
     _append(run, job.event("started", step=step, nodes=job.nodes))
 
 
-def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> RestartError | None:
-    """Return why the job must not start again, or None."""
+def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int | None) -> RestartError | None:
+    """Return why the job must not start again, or None.
+
+    A start that was stopped by a signal says nothing about the run, so only other starts without progress
+    count.
+    """
     if job.restarts > job.max_restarts:
         return RestartError(
             f"job {job.job_id} was restarted {job.restarts} times",
@@ -97,9 +106,15 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
     starts = [
         e for e in events if e.event == "started" and e.job_id == job.job_id and e.restarts < job.restarts
     ]
-    recent = starts[1 - _FRUITLESS_STARTS :]
-    if len(recent) == _FRUITLESS_STARTS - 1 and all(e.step == step for e in recent):
-        ends = [e.reason for e in events if e.job_id == job.job_id and e.event != "started" and e.reason]
+    recent = [e for e in starts if not _was_stopped(e, events)][1 - _FRUITLESS_STARTS :]
+    fruitless = step is not None and all(e.step == step for e in recent)
+    if len(recent) == _FRUITLESS_STARTS - 1 and fruitless:
+        # The refusal of an earlier start repeats the reason, so it is not quoted.
+        ends = [
+            e.reason
+            for e in events
+            if e.job_id == job.job_id and e.event != "started" and e.code != ExitCode.RESTARTS and e.reason
+        ]
         return RestartError(
             f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
             " as did the two starts before it",
@@ -109,12 +124,18 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int) -> Resta
     return None
 
 
+def _was_stopped(start: JobEvent, events: Sequence[JobEvent]) -> bool:
+    """Return whether a start of a job ended because it was asked to stop, with or without a checkpoint."""
+    own = (e for e in events if (e.job_id, e.restarts) == (start.job_id, start.restarts))
+    return any(e.event == "stopped" or e.code == ExitCode.STOPPED for e in own)
+
+
 def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
     """Decide whether to requeue the job; log a requeue, or the job's outcome if no rank has logged it."""
     events = read_events(run)
     decision = decide_requeue(job, events, code, state)
     if decision.requeue:
-        _append(run, job.event("requeued", reason=decision.reason))
+        _append(run, job.event("requeued", reason=decision.reason, code=code))
     elif all(event.event == "started" for event in _events_of_start(job, events)):
         kind: EventKind = "finished" if code == ExitCode.OK else "failed"
         _append(run, job.event(kind, reason=decision.reason, code=code))

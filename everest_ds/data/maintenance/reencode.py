@@ -26,6 +26,7 @@ from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.output_paths import output_below
 
 MIN_PSNR_DB = 20.0  # of the first and last picture; a lower value cannot be due to compression alone
 _NUM_TIMED = 20  # number of videos that the speedup is measured on
@@ -99,16 +100,17 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Reencode
     """Map each sample to an MP4 file below `out`, at the same relative path as below `root`.
 
     Raises:
-        DataError: if two samples would be written to the same file, or a source file would be overwritten.
+        DataError: if two samples would be written to the same file.
+        UsageError: if a file would lie outside `out`, or overwrite a source.
     """
     jobs: dict[Path, ReencodeTask] = {}
+    sources = {sample.path.resolve() for sample in samples}
+    top = _without_dots(root)
     for sample in samples:
-        path = sample.path
-        place = path.relative_to(root) if path.is_relative_to(root) else Path(*path.absolute().parts[1:])
+        path = _without_dots(sample.path)
+        place = path.relative_to(top) if path.is_relative_to(top) else Path(*path.parts[1:])
         part = "" if sample.span is None else f"_{sample.span[0]}-{sample.span[1]}"
-        target = out / place.with_name(f"{place.stem}{part}.mp4")
-        if target.absolute() == path.absolute():
-            raise DataError(f"{path}: the source would be overwritten", fix="choose another --out")
+        target = output_below(out, place.with_name(f"{place.stem}{part}.mp4"), sources)
         other = jobs.setdefault(target, ReencodeTask(sample, target)).sample
         if other.name != sample.name:
             raise DataError(
@@ -117,6 +119,11 @@ def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[Reencode
                 fix="rename one of them",
             )
     return list(jobs.values())
+
+
+def _without_dots(path: Path) -> Path:
+    """Return the absolute path without `..`, but with the names of links, which name the new files."""
+    return Path(os.path.normpath(path.absolute()))
 
 
 def reencode_videos(

@@ -13,7 +13,7 @@ from everest_ds.cli.app import main
 from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.maintenance.reencode import plan_jobs
 from everest_ds.data.video_list import Sample, read_manifest
-from everest_ds.errors import DataError
+from everest_ds.errors import DataError, UsageError
 from tests.data.conftest import lay_down, noisy_pictures, write_video
 
 
@@ -65,5 +65,33 @@ def test_two_videos_never_become_one_file_nor_a_video_itself(tmp_path: Path) -> 
     pair = [Sample(tmp_path / "a.avi", 0), Sample(tmp_path / "a.webm", 0)]
     with pytest.raises(DataError, match="two videos would be written"):
         plan_jobs(pair, tmp_path, tmp_path / "out")
-    with pytest.raises(DataError, match="would be overwritten"):
+    with pytest.raises(UsageError, match="would be overwritten"):
         plan_jobs([Sample(tmp_path / "a.mp4", 0)], tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("way", ["dots", "linked output", "linked source", "linked manifest folder"])
+def test_no_path_leads_out_of_the_output_folder_or_to_a_source(way: str, tmp_path: Path) -> None:
+    lists, videos, out = tmp_path / "lists", tmp_path / "videos", tmp_path / "deep" / "out"
+    for folder in (lists, videos, out):
+        folder.mkdir(parents=True)
+    source = videos / "a.mp4"
+    source.touch()
+    listed = lists / ".." / "videos" / "a.mp4"
+    if way == "linked output":
+        (out / "videos").symlink_to(videos)
+        with pytest.raises(UsageError, match="outside"):
+            plan_jobs([Sample(source, 0)], tmp_path, out)
+        return
+    if way == "linked source":
+        listed = lists / "link.mp4"
+        listed.symlink_to(source)
+        (out / "link.mp4").symlink_to(source)
+        with pytest.raises(UsageError, match="outside"):
+            plan_jobs([Sample(listed, 0)], lists, out)
+        (out / "link.mp4").unlink()
+    if way == "linked manifest folder":
+        (tmp_path / "elsewhere").symlink_to(lists)
+        listed = tmp_path / "elsewhere" / ".." / "videos" / "a.mp4"
+    (task,) = plan_jobs([Sample(listed, 0)], lists, out)
+    assert task.target.resolve().is_relative_to(out.resolve())
+    assert ".." not in task.target.parts and task.target.resolve() != source
