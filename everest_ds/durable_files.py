@@ -74,7 +74,7 @@ def append_row(file: Path, row: dict[str, Any]) -> None:
             raise OSError(f"{file}: the disk is full; a line was cut off")
 
 
-def read_rows(file: Path) -> JsonLines:
+def read_json_rows(file: Path) -> JsonLines:
     """Read a file of JSON objects, one per line; a missing file has none.
 
     Raises:

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from everest_ds.durable_files import append_row, read_rows, replace_file
+from everest_ds.durable_files import append_row, read_json_rows, replace_file
 
 ROWS = st.lists(st.dictionaries(st.text(), st.integers() | st.text()), min_size=1, max_size=6)
 
@@ -28,23 +28,23 @@ def test_a_file_that_was_cut_anywhere_can_be_read_and_appended_to(
     kept = whole[: cut % (len(whole) + 1)]
     file.write_bytes(kept + tail.replace(b"\n", b""))
     append_row(file, {"after": 1})
-    found = read_rows(file)
+    found = read_json_rows(file)
     num_whole = kept.count(b"\n")
     assert found.rows[:num_whole] == rows[:num_whole] and found.rows[-1] == {"after": 1}
     assert len(found.rows) + found.num_damaged <= num_whole + 2
 
 
 def test_a_missing_file_has_no_rows_and_a_line_that_is_no_object_is_counted(tmp_path: Path) -> None:
-    assert read_rows(tmp_path / "absent") == ([], 0)
+    assert read_json_rows(tmp_path / "absent") == ([], 0)
     (tmp_path / "odd").write_text('[1]\n{"a": 1}\n7\n\n{"b":\n')
-    assert read_rows(tmp_path / "odd") == ([{"a": 1}], 3)
+    assert read_json_rows(tmp_path / "odd") == ([{"a": 1}], 3)
 
 
 # In a mount namespace of its own, fills a small disk, and appends to and replaces files on it.
 _FULL = """
 import os, sys
 from pathlib import Path
-from everest_ds.durable_files import append_row, read_rows, replace_file
+from everest_ds.durable_files import append_row, read_json_rows, replace_file
 folder = Path(sys.argv[1])
 replace_file(folder / "state", "old")
 append_row(folder / "rows", {"n": 0})
@@ -60,7 +60,7 @@ try: replace_file(folder / "state", "new" * 5000)
 except OSError: refused += 1000
 (folder / "ballast").unlink()
 append_row(folder / "rows", {"n": "last"})
-rows = read_rows(folder / "rows")
+rows = read_json_rows(folder / "rows")
 assert refused >= 1001, refused
 assert (folder / "state").read_text() == "old" and not list(folder.glob(".state*"))
 assert len(rows.rows) == 200 + 1 - (refused - 1000), (len(rows.rows), refused)

@@ -70,17 +70,21 @@ def find_checkpoint(source: Path) -> tuple[Path, Manifest]:
 
 
 def start_saving(folder: Path, step: int) -> Path:
-    """Create an empty hidden folder for a new checkpoint, and remove such folders left by a crash."""
+    """Create a hidden folder for a new checkpoint, and remove such folders left by a crash.
+
+    What cannot be removed, such as a file that NFS keeps open, stays: a checkpoint consists of the files
+    that its manifest names.
+    """
     for leftover in (*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_DELETING}*")):
-        shutil.rmtree(leftover)
+        _remove(leftover)
     saving = folder / f"{_SAVING}{checkpoint_path(folder, step).name}"
-    saving.mkdir(parents=True)
+    saving.mkdir(parents=True, exist_ok=True)
     return saving
 
 
 def abandon_saving(saving: Path) -> None:
     """Delete the hidden folder of a checkpoint that could not be written, to free its space."""
-    shutil.rmtree(saving, ignore_errors=True)
+    _remove(saving)
 
 
 def commit(saving: Path, manifest: Manifest) -> Path:
@@ -117,4 +121,12 @@ def prune(folder: Path, keep: int, keep_every_steps: int | None) -> None:
 def _delete(path: Path) -> None:
     hidden = path.with_name(f"{_DELETING}{path.name}")
     os.rename(path, hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    _remove(hidden)
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder as far as possible; of a checkpoint that a user replaced by a link, only the link."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)

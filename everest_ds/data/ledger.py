@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from everest_ds.data.video_list import Sample
-from everest_ds.durable_files import append_row, read_rows
+from everest_ds.durable_files import append_row, read_json_rows
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
@@ -106,7 +106,7 @@ class Ledger:
             DataError: if the file cannot be read, or is not a ledger.
         """
         try:
-            rows = read_rows(path).rows
+            rows = read_json_rows(path).rows
         except OSError as error:
             raise DataError(f"{path}: cannot read the ledger", given=str(error)) from None
         return cls(path, (_entry(path, row) for row in rows))

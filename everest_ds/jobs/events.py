@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
-from everest_ds.durable_files import append_row, read_rows
+from everest_ds.durable_files import append_row, read_json_rows
 
 EVENTS_FILE = "jobs.jsonl"
 
@@ -59,7 +59,7 @@ def read_events(run: Path) -> list[JobEvent]:
 
     Fields that another version of this package wrote are left out.
     """
-    rows = read_rows(run / EVENTS_FILE).rows
+    rows = read_json_rows(run / EVENTS_FILE).rows
     return [
         JobEvent(**{name: row[name] for name in _FIELDS if name in row})
         for row in rows

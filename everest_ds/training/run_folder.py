@@ -18,9 +18,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
 
-from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE
+from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE, list_checkpoints
 from everest_ds.config import Experiment, dump_experiment, flatten, load_experiment
-from everest_ds.durable_files import read_rows, replace_file, replace_json, replace_rows
+from everest_ds.durable_files import read_json_rows, replace_file, replace_json, replace_rows
 from everest_ds.errors import EverestError, RunFolderError
 from everest_ds.launch.doctor import installed_version
 
@@ -94,6 +94,8 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             self._claim()
             self.check_same_config(config)
+            if not self._has_saved:
+                self.excluded.unlink(missing_ok=True)  # it may come from another config
             replace_file(self.path / CONFIG_FILE, dump_experiment(config))
             replace_json(self.path / "ds_config.json", ds_config)
             replace_json(self.path / "environment.json", describe_environment(world_size))
@@ -129,25 +131,40 @@ class RunFolder:
                 given=lock.read().strip(),
                 fix="wait for it, stop it, or choose another run.dir",
             ) from None
+        except OSError as error:  # Lustre without -o flock, some NFS
+            raise RunFolderError(
+                f"{self.path}: the file system has no locks, which keep a second run out of the folder",
+                given=error.strerror,
+                fix="mount it with locks (Lustre: -o flock), or choose a run.dir on another file system",
+            ) from None
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock
 
+    @property
+    def _has_saved(self) -> bool:
+        """True if the folder holds a checkpoint or weights, which belong to one config."""
+        return bool(list_checkpoints(self.checkpoints)) or self.best_weights.exists()
+
     def check_same_config(self, config: Experiment) -> None:
-        """Check that a run with `config` may resume in this folder.
+        """Check that a run with `config` may use this folder.
+
+        A folder belongs to a config once something is saved in it. A run that failed before leaves it free.
 
         Raises:
             RunFolderError: if the folder belongs to a run with another config.
         """
         file = self.path / CONFIG_FILE
-        if not file.is_file():
+        if not (file.is_file() and self._has_saved):
             return
         try:
             before = load_experiment(file)
         except EverestError as error:
             raise RunFolderError(
-                f"{self.path}: belongs to a run whose config this version cannot read", given=str(error)
+                f"{self.path}: belongs to a run whose config this version cannot read",
+                given=str(error),
+                fix=f"restore {file}, or choose another run.dir",
             ) from None
         old, new = (dict(flatten(c.model_dump(mode="json"))) for c in (before, config))
         changed = [key for key in new if not key.startswith(FREE_KEYS) and old.get(key) != new[key]]
@@ -172,7 +189,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     file = run / METRICS_FILE
     if not file.is_file():
         raise RunFolderError(f"{run}: no {METRICS_FILE}", fix="give the folder of a run that has trained")
-    return [row for row in read_rows(file).rows if isinstance(row.get("step"), int)]
+    return [row for row in read_json_rows(file).rows if isinstance(row.get("step"), int)]
 
 
 def describe_environment(world_size: int) -> dict[str, Any]:

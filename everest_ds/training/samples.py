@@ -21,7 +21,7 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_manifest
-from everest_ds.durable_files import append_row, read_rows, replace_json, replace_rows
+from everest_ds.durable_files import append_row, read_json_rows, replace_json, replace_rows
 from everest_ds.errors import ConfigError, DataError, RunFolderError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World
@@ -184,7 +184,7 @@ def _read(config: Experiment, split: str) -> list[Sample]:
 
 
 def _keep_until(file: Path, step: int) -> list[dict[str, Any]]:
-    rows = [row for row in read_rows(file).rows if row["step"] <= step]
+    rows = [row for row in read_json_rows(file).rows if row["step"] <= step]
     if file.is_file():
         replace_rows(file, rows)
     return rows

@@ -149,6 +149,20 @@ def test_what_a_crash_left_is_removed_by_the_next_save(tmp_path: Path) -> None:
     assert list_checkpoints(tmp_path) == []
 
 
+def test_a_checkpoint_that_was_moved_behind_a_link_is_pruned_and_its_files_stay(tmp_path: Path) -> None:
+    folder, other_disk = tmp_path / "checkpoints", tmp_path / "other"
+    other_disk.mkdir()
+    moved = make_checkpoint(folder, 2).rename(other_disk / "step-00000002")
+    (folder / "step-00000002").symlink_to(moved)
+    assert verify_checkpoint(folder / "step-00000002").facts == facts(2)
+    make_checkpoint(folder, 4)
+    prune(folder, keep=1, keep_every_steps=None)
+    (folder / ".deleting-step-00000001").symlink_to(moved)  # as an older version left it
+    saving = start_saving(folder, 6)
+    assert sorted(folder.iterdir()) == [saving, folder / "step-00000004"]
+    assert verify_checkpoint(moved).facts == facts(2)
+
+
 def test_a_damaged_checkpoint_of_the_same_step_is_replaced(tmp_path: Path) -> None:
     path = make_checkpoint(tmp_path, 3)
     (path / "manifest.json").unlink()

@@ -112,6 +112,31 @@ def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_
     )
 
 
+def test_a_start_that_fails_leaves_the_folder_free(motion_data: Path, tmp_path: Path) -> None:
+    short = {"epochs": 1, "warmup_epochs": 0}
+    missing = {"init_from": str(tmp_path / "runs" / "pree")}
+    wrong = experiment(motion_data, tmp_path / "run", "finetune", schedule=short, model=missing)
+    (message,) = run_ranks(outcome, 1, wrong)
+    assert "pree" in message
+    right = experiment(motion_data, tmp_path / "run", "finetune", schedule=short)
+    run_ranks(train_rank, 1, right)
+    (message,) = run_ranks(outcome, 1, wrong)
+    assert "belongs to a run with another config; given: model.init_from" in message
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "grace.json", "excluded.json", "environment.json"])
+@pytest.mark.parametrize("text", ["", '{"needed'])
+def test_a_state_file_that_an_old_version_left_half_written_is_survived_or_named(
+    motion_data: Path, tmp_path: Path, name: str, text: str
+) -> None:
+    config = experiment(motion_data, tmp_path, schedule={"epochs": 1, "warmup_epochs": 0})
+    run_ranks(train_rank, 1, config)
+    (tmp_path / name).write_text(text)
+    (message,) = run_ranks(outcome, 1, config)
+    named = name in ("config.yaml", "excluded.json")
+    assert (f"{name}" in message and "fix: restore" in message) if named else message == "done", message
+
+
 def test_a_live_folder_is_refused(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path)
     live = RunFolder(tmp_path)
