@@ -12,7 +12,8 @@ from pathlib import Path
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.decord import DecordVideo
-from everest_ds.data.decoding.pyav import Header, PyAVVideo, probe
+from everest_ds.data.decoding.probe import Header, probe
+from everest_ds.data.decoding.pyav import PyAVVideo
 from everest_ds.data.decoding.torchcodec import TorchcodecVideo, import_torchcodec
 from everest_ds.data.decoding.video import Video, Window, shrunk
 from everest_ds.data.video_list import Sample
@@ -86,6 +87,8 @@ def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
         return False  # the chroma of odd sizes depends on FFmpeg's version
     if decoder == "decord" and not header.has_closed_groups:
         return False  # decord returns neighbouring frames
+    if header.oddities:
+        return False
     containers, codecs = _EXACT[decoder]
     return bool(header.containers & containers) and header.codec in codecs
 

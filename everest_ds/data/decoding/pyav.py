@@ -18,18 +18,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
+from everest_ds.data.decoding.orientation import Picture, display_matrix, transform_of
 from everest_ds.data.decoding.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
 # An intact file may be a little shorter than its header states. It has at least this share of the stated
 # length, less the duration of the last frame, which some files do not state.
 _LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
-Picture = NDArray[np.uint8]  # (H, W, 3), RGB
 
 
-class _Packet(NamedTuple):
+class Packet(NamedTuple):
+    """The times of one packet, and whether decoding can begin at it."""
+
     pts: int | None  # presentation timestamp
     dts: int | None  # decoding timestamp
     is_key: bool
@@ -41,7 +42,7 @@ class PyAVVideo(Video):
     def __init__(self, path: Path, short_side: int | None = None) -> None:
         self.path = path
         self._short_side = short_side
-        self._container, self._stream = _open(path)
+        self._container, self._stream = open_stream(path)
         try:
             self.num_frames = self._index()
             if self.num_frames == 0:
@@ -64,9 +65,9 @@ class PyAVVideo(Video):
     def _index(self) -> int:
         """Index the pictures by timestamp and key frame, and return their number."""
         with naming(self.path):
-            packets, first = _packets(self.path, self._container, self._stream)
+            packets, first, _ = read_packets(self.path, self._container, self._stream)
             self._numbers: dict[int | None, int] | None = None  # by timestamp, if reliable
-            self._keys: list[tuple[int, _Packet]] = []
+            self._keys: list[tuple[int, Packet]] = []
             if not _timestamps_serve(self._container, self._stream, packets):
                 return sum(1 for _ in self._from_start())
             shown = sorted(packets, key=lambda packet: packet.pts or 0)
@@ -89,12 +90,12 @@ class PyAVVideo(Video):
             raise DataError(f"{self.path}: damaged, cannot decode frames {missing}", fix=FIX)
         return found
 
-    def _key_before(self, number: int) -> _Packet | None:
+    def _key_before(self, number: int) -> Packet | None:
         """Return the last key frame shown no later than frame `number`, or None to begin at the start."""
         rank = bisect_right(self._keys, number, key=lambda key: key[0])
         return self._keys[rank - 1][1] if rank else None
 
-    def _pictures_after(self, key: _Packet | None, wanted: list[int]) -> dict[int, Picture]:
+    def _pictures_after(self, key: Packet | None, wanted: list[int]) -> dict[int, Picture]:
         # Some containers seek by presentation timestamp, others by decoding timestamp; a seek by the wrong
         # kind may miss the key frame.
         times = (key.pts, key.dts) if key else ()
@@ -112,14 +113,24 @@ class PyAVVideo(Video):
         numbers = set(wanted)
         for number, frame in decoded:
             if number in numbers and not frame.is_corrupt:
-                found[number] = _rgb(frame, self._short_side)
+                found[number] = self._rgb(frame)
             if number >= wanted[-1]:
                 break
         return found
 
+    def _rgb(self, frame: Any) -> Picture:
+        """Convert a frame to RGB, and turn and mirror it as the file states."""
+        stored = Size(frame.width, frame.height)
+        width, height = shrunk(stored, self._short_side) or stored
+        picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
+        try:
+            return transform_of(display_matrix(frame))(picture)
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
+
     def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
-        self._container, self._stream = _open(self.path)
+        self._container, self._stream = open_stream(self.path)
         return self._decoded(wanted)
 
     def _decoded(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
@@ -149,7 +160,7 @@ def naming(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: not a readable video ({error.strerror})", fix=FIX) from error
 
 
-def _open(path: Path) -> tuple[Any, Any]:
+def open_stream(path: Path) -> tuple[Any, Any]:
     """Open a file and return its container and first video stream."""
     import av
 
@@ -168,22 +179,41 @@ def _open(path: Path) -> tuple[Any, Any]:
     return container, stream
 
 
-def _packets(path: Path, container: Any, stream: Any) -> tuple[list[_Packet], Any]:
-    """Return the shown packets in decoding order, and the file's first packet (None if it has no packets)."""
-    packets: list[_Packet] = []
-    first = None
+class Packets(NamedTuple):
+    """The packets of a video stream.
+
+    Attributes:
+        shown: those that are shown, in decoding order.
+        first: the file's first packet, as PyAV has it; None if there are no packets.
+        num_discarded: number of packets that an edit list discards.
+    """
+
+    shown: list[Packet]
+    first: Any
+    num_discarded: int
+
+
+def read_packets(path: Path, container: Any, stream: Any) -> Packets:
+    """Read all packets of a stream without decoding them.
+
+    Raises:
+        DataError: if the file is cut off or damaged.
+    """
+    packets: list[Packet] = []
+    first, num_discarded = None, 0
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise DataError(f"{path}: cut off or damaged after {len(packets)} frames", fix=FIX)
         # An edit list discards packets, and the packet that marks the end of the file is empty.
+        num_discarded += packet.is_discard
         if packet.size and not packet.is_discard:
-            packets.append(_Packet(packet.pts, packet.dts, packet.is_keyframe))
+            packets.append(Packet(packet.pts, packet.dts, packet.is_keyframe))
         if packet.size and first is None:
             first = packet
-    return packets, first
+    return Packets(packets, first, num_discarded)
 
 
-def _timestamps_serve(container: Any, stream: Any, packets: list[_Packet]) -> bool:
+def _timestamps_serve(container: Any, stream: Any, packets: list[Packet]) -> bool:
     """Return whether each packet has a timestamp of its own and is one picture shown at that time."""
     times = {packet.pts for packet in packets}
     if None in times or len(times) < len(packets):
@@ -207,40 +237,6 @@ def _from_key_frame(decoded: Iterator[tuple[int, Any]], number: int) -> Iterator
         yield from decoded
 
 
-class Header(NamedTuple):
-    """The properties of a video file that its header and packets state.
-
-    Attributes:
-        containers: FFmpeg's names of the container format.
-        codec: FFmpeg's name of the video codec.
-        size: size of the stored pictures, before they are turned upright.
-        has_closed_groups: True if no picture that follows a key frame is shown before it.
-        frame_rate: average number of pictures per second.
-    """
-
-    containers: frozenset[str]
-    codec: str
-    size: Size
-    has_closed_groups: bool
-    frame_rate: Fraction
-
-
-def probe(path: Path) -> Header:
-    """Read a file's header and packets, which takes a few percent of the time needed to read a clip.
-
-    Raises:
-        DataError: if the file is not a readable video.
-    """
-    container, stream = _open(path)
-    with container, naming(path):
-        codec = stream.codec_context
-        size = Size(codec.width, codec.height)
-        packets, _ = _packets(path, container, stream)
-        formats = frozenset(container.format.name.split(","))
-        rate = stream.average_rate or Fraction(25)
-        return Header(formats, codec.name, size, _has_closed_groups(packets), rate)
-
-
 def find_missing_end(path: Path) -> str:
     """Describe by how much a Matroska file is shorter than its header states; return "" if it is complete.
 
@@ -249,7 +245,7 @@ def find_missing_end(path: Path) -> str:
     Raises:
         DataError: if the file is not a readable video.
     """
-    container, _ = _open(path)
+    container, _ = open_stream(path)
     with container, naming(path):
         if "matroska" not in container.format.name or not container.duration:
             return ""
@@ -259,19 +255,3 @@ def find_missing_end(path: Path) -> str:
     if end_s >= _LEAST_LENGTH * length_s - _LAST_FRAME_S:
         return ""
     return f"cut off; given: {end_s:.1f} s; allowed: {length_s:.1f} s, as its header states"
-
-
-def _has_closed_groups(packets: list[_Packet]) -> bool:
-    earliest = float("inf")  # presentation timestamp among the packets that are decoded later
-    for packet in reversed(packets):
-        if packet.pts is None or (packet.is_key and earliest < packet.pts):
-            return False
-        earliest = min(earliest, packet.pts)
-    return True
-
-
-def _rgb(frame: Any, short_side: int | None) -> Picture:
-    """Convert a frame to RGB and turn it upright: phones store pictures sideways with a rotation flag."""
-    width, height = shrunk(Size(frame.width, frame.height), short_side) or (frame.width, frame.height)
-    picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
-    return np.rot90(picture, frame.rotation // 90) if frame.rotation else picture

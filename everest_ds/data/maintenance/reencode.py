@@ -20,7 +20,8 @@ import torch
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
-from everest_ds.data.decoding.pyav import naming, probe
+from everest_ds.data.decoding.probe import probe
+from everest_ds.data.decoding.pyav import naming
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated

@@ -1,0 +1,67 @@
+"""The orientation of a video: how its pictures are turned and mirrored before they are shown.
+
+A container may hold a display matrix; phones write one that turns, front cameras one that mirrors. The rules
+are those of FFmpeg's autorotation (`configure_input_video_filter` and `av_display_rotation_get`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.errors import DataError
+
+Picture = NDArray[np.uint8]  # (H, W, 3), RGB
+Transform = Callable[[Picture], Picture]
+IDENTITY = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+
+
+def display_matrix(frame: Any) -> tuple[int, ...]:
+    """Return the display matrix of a decoded frame of PyAV: 9 numbers, the first 6 in 16.16 fixed point."""
+    stored = frame.side_data.get("DISPLAYMATRIX")
+    return IDENTITY if stored is None else tuple(np.frombuffer(bytes(stored), np.int32).tolist())
+
+
+@lru_cache
+def transform_of(matrix: Sequence[int]) -> Transform:
+    """Return the function that turns and mirrors a stored picture as `matrix` states.
+
+    Raises:
+        DataError: if the matrix turns pictures by an angle that is not a multiple of 90 degrees.
+    """
+    turn = _degrees(matrix)
+    if turn == 90:
+        return _transpose if matrix[3] > 0 else lambda picture: np.rot90(picture, -1)
+    if turn == 270:
+        return _anti_transpose if matrix[3] < 0 else np.rot90
+    if turn not in (0, 180):
+        raise DataError(
+            "the video asks to be shown at an angle",
+            given=f"{turn} degrees",
+            allowed="multiples of 90 degrees",
+            fix="re-encode it upright: ffmpeg -i FILE -c:a copy NEW.mp4",
+        )
+    columns = slice(None, None, -1 if turn == 180 and matrix[0] < 0 else 1)
+    rows = slice(None, None, -1 if matrix[4] < 0 else 1)
+    return lambda picture: picture[rows, columns]
+
+
+def _degrees(matrix: Sequence[int]) -> int:
+    """Return the clockwise turn in whole degrees, 0..359."""
+    widths = math.hypot(matrix[0], matrix[3]), math.hypot(matrix[1], matrix[4])
+    if 0 in widths:
+        raise DataError("the video has a display matrix that maps its pictures to a line", given=matrix[:6])
+    return round(math.degrees(math.atan2(matrix[1] / widths[1], matrix[0] / widths[0]))) % 360
+
+
+def _transpose(picture: Picture) -> Picture:
+    return picture.transpose(1, 0, 2)
+
+
+def _anti_transpose(picture: Picture) -> Picture:
+    return np.rot90(picture, -1)[::-1]
