@@ -8,15 +8,18 @@ and different ones in each epoch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from everest_ds.config import BatchPlan
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
+FINGERPRINT = "samples_fingerprint"  # key of a checkpoint's position
 _MAX_STAND_INS = 8  # if this many samples in a row cannot be read, the storage is at fault, not the videos
 
 
@@ -44,9 +47,28 @@ def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[i
         yield other + (other >= index)
 
 
-def fingerprint(names: Iterable[str], seed: int) -> int:
-    """Return a number that changes with the samples, with their order in the manifest, or with the seed."""
-    return _hash("\0".join([str(seed), *names])) >> 1
+def fingerprint(samples: Sequence[Sample], seed: int) -> int:
+    """Return a number that changes with any path, label or span, with the order of the samples or the seed.
+
+    Paths count from the folder that all have in common, so that a data set may be moved as a whole.
+    """
+    names = [sample.name for sample in samples]
+    common = os.path.commonprefix([min(names), max(names)])
+    start = common.rfind(os.sep) + 1
+    parts = (f"{name[start:]} {sample.label}" for name, sample in zip(names, samples, strict=True))
+    return _hash("\0".join([str(seed), *parts])) >> 1
+
+
+def was_saved_with(position: Mapping[str, Any], samples: Sequence[Sample], seed: int) -> bool:
+    """Return whether a checkpoint's `position` belongs to these samples.
+
+    Checkpoints of older versions have a fingerprint of the files' names alone.
+    """
+    if FINGERPRINT in position:
+        return bool(position[FINGERPRINT] == fingerprint(samples, seed))
+    names = (sample.path.name for sample in samples)
+    old = _hash("\0".join([str(seed), *names])) >> 1
+    return bool(position.get("fingerprint", old) == old)
 
 
 def _hash(text: str) -> int:

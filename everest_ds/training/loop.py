@@ -16,7 +16,7 @@ from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
-from everest_ds.data.order import fingerprint, steps_per_epoch
+from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
@@ -125,7 +125,7 @@ class TrainingRun:
         self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
-        self.data_fingerprint = fingerprint((sample.path.name for sample in samples), config.run.seed)
+        self.data_fingerprint = fingerprint(samples, config.run.seed)
         self.step = self._resume()
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
@@ -288,7 +288,7 @@ class TrainingRun:
                 "step_of_epoch": step_of_epoch,
                 "clips_seen": self.step * batch,
                 "samples": len(self.samples),
-                "fingerprint": self.data_fingerprint,
+                FINGERPRINT: self.data_fingerprint,
             },
             "world": {
                 "ranks": self.world.size,
@@ -322,11 +322,12 @@ class TrainingRun:
             CheckpointError: if the samples or the global batch size differ.
         """
         here = self.plan.global_batch_size
-        if facts.position.get("fingerprint", self.data_fingerprint) != self.data_fingerprint:
+        if not was_saved_with(facts.position, self.samples, self.config.run.seed):
             raise CheckpointError(
-                f"{path}: saved with other training samples, so the order of the epoch cannot be continued",
+                f"{path}: saved with other training samples, so the epoch cannot be continued",
                 given=f"{len(self.samples)} samples in data.train now",
-                allowed=f"the {facts.position.get('samples')} samples of the checkpoint, in the same order",
+                allowed=f"the {facts.position.get('samples')} samples of the checkpoint, with the same paths,"
+                " labels and spans, in the same order",
                 fix="restore the manifest, or start over in another run.dir",
             )
         if facts.global_batch_size != here:

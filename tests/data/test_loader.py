@@ -20,7 +20,15 @@ from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
 from everest_ds.data.decoding.video import Video
-from everest_ds.data.order import epoch_order, stand_ins, steps_per_epoch, training_visits
+from everest_ds.data.order import (
+    FINGERPRINT,
+    epoch_order,
+    fingerprint,
+    stand_ins,
+    steps_per_epoch,
+    training_visits,
+    was_saved_with,
+)
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
@@ -72,6 +80,27 @@ def test_an_epoch_interrupted_anywhere_and_resumed_on_other_ranks_takes_its_samp
     assert taken == Counter(whole) and set(taken.values()) == {1}
     assert [visit.sample for visit in whole] == epoch_order(5, 0, samples)[: len(whole)].tolist()
     assert samples - len(whole) < before.samples_per_step
+
+
+def test_a_data_set_is_known_by_paths_labels_spans_and_order_but_not_by_its_place(tmp_path: Path) -> None:
+    def samples(root: str, *changes: tuple[int, Sample]) -> list[Sample]:
+        listed = [Sample(Path(root, f"c{n % 3}", f"v{n // 3}.mp4"), n % 3) for n in range(9)]
+        for index, sample in changes:
+            listed[index] = Sample(Path(root) / sample.path, sample.label, sample.span)
+        return listed
+
+    here = samples("/data/k400")
+    position = {FINGERPRINT: fingerprint(here, 5)}
+    assert was_saved_with(position, samples("/scratch/job-7/k400"), 5)
+    others = {
+        "folder": samples("/data/k400", (4, Sample(Path("c2/v1.mp4"), 1))),
+        "label": samples("/data/k400", (4, Sample(Path("c1/v1.mp4"), 2))),
+        "span": samples("/data/k400", (4, Sample(Path("c1/v1.mp4"), 1, (0, 10)))),
+        "order": here[::-1],
+        "number": here[:-1],
+    }
+    assert not any(was_saved_with(position, other, 5) for other in others.values())
+    assert not was_saved_with(position, here, 6)
 
 
 @given(st.integers(0, 99), st.integers(0, 99), st.integers(2, 200), st.data())
