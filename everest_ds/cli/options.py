@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from everest_ds.launch.local import available_cores
 
 RecipeArg = Annotated[
     str,
@@ -45,7 +46,7 @@ ManifestRoot = Annotated[
         "--root", help="Folder that relative paths start from; default: the folder of the manifest."
     ),
 ]
-NUM_CORES = os.cpu_count() or 1
+NUM_CORES = available_cores()
 Workers = Annotated[int, typer.Option(min=1, help="Number of worker processes.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="FILE", help="Also write the results to FILE as JSON.")

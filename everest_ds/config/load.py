@@ -12,11 +12,13 @@ from pydantic import BaseModel, ValidationError
 
 from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
-from everest_ds.config.yaml_tree import ConfigTree, merge, read_yaml
+from everest_ds.config.yaml_tree import ConfigTree, merge, parse_yaml, read_yaml
 from everest_ds.errors import ConfigError, UsageError, nearest
 
 if TYPE_CHECKING:
     from everest_ds.config import Experiment
+
+_NOTHING = ("", "~", "null", "Null", "NULL")  # YAML's spellings of a key without a value
 
 
 def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experiment:
@@ -24,7 +26,8 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
 
     Args:
         source: a recipe name, a YAML file, or a run folder (its `config.yaml`).
-        overrides: `key.path=value` strings; values are YAML.
+        overrides: `key.path=value` strings; values are YAML, except for those of paths and names, which are
+            taken as they are unless they are in quotes.
 
     Raises:
         ConfigError: if a file, key or value is invalid; the message names it and the allowed values.
@@ -41,7 +44,7 @@ def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: Path) -
 
     Args:
         tree: nested settings, as read from YAML; the overrides are written into it.
-        overrides: `key.path=value` strings; values are YAML.
+        overrides: `key.path=value` strings, as in `load_experiment`.
         origin: file that the tree was read from; error messages name it.
 
     Raises:
@@ -117,10 +120,7 @@ def _apply_override(tree: ConfigTree, text: str) -> None:
     key, equals, raw = text.partition("=")
     if not equals or not key:
         raise ConfigError("override without a key or without `=`", given=repr(text), allowed="key.path=value")
-    try:
-        value = yaml.safe_load(raw)
-    except yaml.YAMLError:
-        value = raw
+    value = _value_of(key, raw)
     *sections, leaf = key.split(".")
     node = tree
     for name in sections:
@@ -128,6 +128,28 @@ def _apply_override(tree: ConfigTree, text: str) -> None:
         node[name] = dict(child) if isinstance(child, dict) else {}
         node = node[name]
     node[leaf] = value
+
+
+def _value_of(key: str, raw: str) -> Any:
+    """Return the value of an override: text as it was typed for a path or name, otherwise YAML."""
+    quoted = raw[:1] in ("'", '"')
+    if not quoted and raw.strip() not in _NOTHING and _is_text(key):
+        return raw
+    try:
+        return parse_yaml(raw)
+    except yaml.YAMLError:
+        return raw
+
+
+def _is_text(key: str) -> bool:
+    """Return whether a key of the config takes a path or any text."""
+    *sections, leaf = key.split(".")
+    try:
+        fields = _section(sections).model_fields
+    except (KeyError, StopIteration):
+        return False
+    annotation = fields[leaf].annotation if leaf in fields else None
+    return any(kind in (str, Path) for kind in (annotation, *get_args(annotation)))
 
 
 def _explain(error: ValidationError, path: Path) -> ConfigError:
@@ -148,12 +170,16 @@ def _explain(error: ValidationError, path: Path) -> ConfigError:
 
 
 def _valid_keys(location: Sequence[int | str]) -> list[str]:
+    return list(_section(location).model_fields)
+
+
+def _section(location: Sequence[int | str]) -> type[BaseModel]:
     section: type[BaseModel] = Experiment
     for name in location:
         annotation = section.model_fields[str(name)].annotation
         nested = [annotation, *get_args(annotation)]
         section = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
-    return list(section.model_fields)
+    return section
 
 
 def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:

@@ -10,6 +10,48 @@ import yaml
 from everest_ds.errors import ConfigError
 
 ConfigTree = dict[str, Any]
+_MOST_VALUES = 100_000  # of one document, aliases counted as often as they are used
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the value of a YAML document, in which no key of a mapping may be given twice.
+
+    Raises:
+        yaml.YAMLError: if the text is not YAML, repeats a key, or unfolds to too many values.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if _num_values(node, {}) > _MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases unfold to more than {_MOST_VALUES} values")
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which keeps the last of two equal keys, made strict."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.YAMLError(f"key `{key}` is given twice, the second time in line {mark.line + 1}")
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+
+
+def _num_values(node: yaml.Node, known: dict[int, int]) -> int:
+    """Return the number of values that a node unfolds to."""
+    if id(node) not in known:
+        known[id(node)] = 1  # a node that contains itself
+        children: list[yaml.Node] = node.value if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            children = [child for pair in node.value for child in pair]
+        known[id(node)] = 1 + sum(_num_values(child, known) for child in children)
+    return known[id(node)]
 
 
 def read_yaml(path: Path) -> ConfigTree:
@@ -19,7 +61,7 @@ def read_yaml(path: Path) -> ConfigTree:
         ConfigError: if the file cannot be read or does not hold a mapping.
     """
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = parse_yaml(path.read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"{path}: not readable as YAML", given=reason) from None

@@ -91,6 +91,38 @@ def test_overrides_are_yaml_values_of_nested_keys(config_file: Path) -> None:
     assert config.batch.global_batch_size is None and config.precision == "fp16"
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["runs/exp #1", "2026-11-27", "007", "1e3", "yes", "[a]", "a: b", "- a", "&a", "*a", "n a\nme", " a"],
+)
+@pytest.mark.parametrize("key", ["run.dir", "data.train", "data.root", "model.init_from"])
+def test_a_path_is_taken_as_it_was_typed(config_file: Path, key: str, text: str) -> None:
+    config = load_experiment(config_file, [f"{key}={text}"])
+    section, name = key.split(".")
+    assert str(getattr(getattr(config, section), name)) == str(Path(text))
+
+
+def test_a_path_may_be_quoted_or_taken_back(config_file: Path) -> None:
+    overrides = ['run.dir="a # b"', "data.val=x.txt", "data.val=null"]
+    config = load_experiment(config_file, overrides)
+    assert config.run.dir == Path("a # b") and config.data.val is None
+
+
+@pytest.mark.parametrize("text", ["batch: {}\nrun:\n  seed: 1\nbatch: {}\n", "run: {seed: 1, seed: 2}\n"])
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    message = refusal(tmp_path / "a.yaml")
+    assert "is given twice, the second time in line" in message and "a.yaml" in message
+
+
+def test_aliases_that_unfold_without_end_are_refused_at_once(tmp_path: Path) -> None:
+    bomb = "a0: &a0 [1, 2]\n" + "".join(
+        f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 7)}]\n" for n in range(1, 30)
+    )
+    (tmp_path / "bomb.yaml").write_text(bomb)
+    assert "unfold to more than" in refusal(tmp_path / "bomb.yaml")
+
+
 def test_the_last_override_of_a_key_wins(config_file: Path) -> None:
     assert load_experiment(config_file, ["run.seed=1", "run.seed=2"]).run.seed == 2
 
@@ -249,7 +281,8 @@ def test_flatten_names_every_leaf_by_its_path(tree: dict[str, object]) -> None:
 def test_every_key_of_the_defaults_can_be_overridden_by_its_dotted_path(config_file: Path) -> None:
     config = load_experiment(config_file)
     tree = config.model_dump(mode="json")
-    overrides = [f"{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in flatten(tree)]
+    texts = {key: yaml.safe_dump(value, default_flow_style=True) for key, value in flatten(tree)}
+    overrides = [f"{key}={text.strip().removesuffix('...').strip()}" for key, text in texts.items()]
     assert load_experiment(config_file, overrides) == config
     assert isinstance(config, Experiment)
 
