@@ -11,7 +11,7 @@ import json
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,7 +90,7 @@ def open_raw(path: Path, entry: str | None = None, prefer_best: bool = True) -> 
                 transformers=_read_json(beside / CONFIG_FILE),
                 preprocessing=_read_json(beside / PREPROCESSING_FILE),
             )
-        yield raw
+        yield replace(raw, read=_only_numbers(raw))
 
 
 @contextmanager
@@ -100,7 +100,8 @@ def _open_own(path: Path, prefer_best: bool) -> Iterator[RawWeights]:
     config = read_checkpoint_manifest(found).facts.config if found.is_dir() else _config_beside(found)
     with open_weights(found) as stored:
         metadata = {"config": json.dumps(config)} if config else {}
-        yield RawWeights(found, stored.shapes, stored.read, metadata)
+        raw = RawWeights(found, stored.shapes, stored.read, metadata)
+        yield replace(raw, read=_only_numbers(raw))
 
 
 def _config_beside(file: Path) -> dict[str, Any]:
@@ -114,7 +115,7 @@ def _files(path: Path) -> list[Path]:
     if not path.is_dir():
         return [path]
     if (path / _INDEX_FILE).is_file():
-        return [path / name for name in sorted(set(_read_json(path / _INDEX_FILE)["weight_map"].values()))]
+        return _files_of_index(path / _INDEX_FILE)
     for name in (SAFETENSORS_FILE, _PICKLE_FILE):
         if (path / name).is_file():
             return [path / name]
@@ -122,6 +123,44 @@ def _files(path: Path) -> list[Path]:
         f"{path}: holds no weights",
         allowed=f"a run, a checkpoint, or a transformers folder with {SAFETENSORS_FILE}",
     )
+
+
+def _files_of_index(index: Path) -> list[Path]:
+    """Return the files that an index names, all of them in its own folder.
+
+    Raises:
+        CheckpointError: if the index is malformed, or names a file elsewhere.
+    """
+    places = _read_json(index).get("weight_map")
+    names = list(dict.fromkeys(places.values())) if isinstance(places, dict) else []
+    strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
+    if not names or strange:
+        raise CheckpointError(
+            f"{index}: not an index of weights",
+            given=repr(strange[0]) if strange else "no weight_map",
+            allowed='"weight_map": {tensor: name of a file in the same folder}',
+        )
+    return [index.parent / name for name in names]
+
+
+def _only_numbers(raw: RawWeights) -> Callable[[str], Tensor]:
+    """Return `raw.read` with a check of every tensor that is read.
+
+    Weights that are not numbers would only show in predictions, or as a loss that diverges.
+    """
+
+    def read(name: str) -> Tensor:
+        tensor = raw.read(name)
+        if not bool(tensor.isfinite().all()):
+            raise CheckpointError(
+                f"{raw.path}: `{name}` holds values that are not finite numbers",
+                given=f"{int(tensor.isnan().sum())} NaN and {int(tensor.isinf().sum())} infinite values"
+                f" of {tensor.numel()}",
+                fix="use weights from before the training diverged",
+            )
+        return tensor
+
+    return read
 
 
 def _open_files(files: list[Path], entry: str | None, stack: ExitStack) -> RawWeights:
@@ -138,18 +177,24 @@ def _open_files(files: list[Path], entry: str | None, stack: ExitStack) -> RawWe
             of[name] = opened
     if "config" not in metadata and (config := _config_beside(files[0])):
         metadata["config"] = json.dumps(config)
-    return RawWeights(files[0], shapes, lambda name: of[name].get_tensor(name).float(), metadata)
+    theirs = _unwrapped(shapes)
+    return RawWeights(
+        files[0],
+        {name: shapes[wrapped] for name, wrapped in theirs.items()},
+        lambda name: of[theirs[name]].get_tensor(theirs[name]).float(),
+        metadata,
+    )
 
 
 def _open_pickle(file: Path, entry: str | None) -> RawWeights:
     content = _load_pickle(file)
     state, left_out = _find_weights(file, content, entry)
     arguments = content.get("args")
-    state = _unwrapped({name: value for name, value in state.items() if isinstance(value, Tensor)})
+    theirs = _unwrapped([name for name, value in state.items() if isinstance(value, Tensor)])
     return RawWeights(
         file,
-        {name: tuple(tensor.shape) for name, tensor in state.items()},
-        lambda name: state[name].float(),
+        {name: tuple(state[wrapped].shape) for name, wrapped in theirs.items()},
+        lambda name: state[theirs[name]].float(),
         arguments=vars(arguments) if isinstance(arguments, argparse.Namespace) else {},
         left_out=left_out,
     )
@@ -200,12 +245,12 @@ def _find_weights(
     )
 
 
-def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that DistributedDataParallel and other wrappers add to all names."""
-    for prefix in _WRAPPERS:
-        if state and all(name.startswith(prefix) for name in state):
-            return _unwrapped({name.removeprefix(prefix): tensor for name, tensor in state.items()})
-    return state
+def _unwrapped(names: Collection[str]) -> dict[str, str]:
+    """Map names without the prefixes that DistributedDataParallel and other wrappers add to all of them."""
+    theirs = {name: name for name in names}
+    while prefix := next((one for one in _WRAPPERS if theirs and all(n.startswith(one) for n in theirs)), ""):
+        theirs = {name.removeprefix(prefix): wrapped for name, wrapped in theirs.items()}
+    return theirs
 
 
 def _with_older_names(raw: RawWeights) -> RawWeights:
@@ -220,11 +265,13 @@ def _with_older_names(raw: RawWeights) -> RawWeights:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{file}: not readable as JSON", given=_first_line(error)) from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: not a JSON object", given=type(content).__name__)
     return content
 
 

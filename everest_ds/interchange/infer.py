@@ -68,7 +68,7 @@ def _told(layout: Layout, raw: RawWeights) -> InferredTree:
         own: InferredTree = json.loads(raw.metadata["config"])
         return own
     said = _by_transformers(raw) if raw.transformers else _by_arguments(raw.arguments)
-    task = "finetune" if layout.kind == "finetune" else "pretrain"
+    task = "finetune" if layout.normalizes_mean else "pretrain"
     tokens = {"selection": "tube" if layout.kind == "pretrain" else "none", **said.get("tokens", {})}
     positions = {"positions": "grid"} if layout.system == "mvd" else {}
     model = {**said.get("model", {}), **positions, **_shape(layout, raw)}
@@ -96,8 +96,12 @@ def _shape(layout: Layout, raw: RawWeights) -> InferredTree:
         decoder_depth = _depth(layout, raw, "decoder")
         if decoder_depth != BACKBONES[backbone].decoder.depth:
             tree["decoder_depth"] = decoder_depth
-    if layout.kind == "finetune":
-        tree["num_classes"] = raw.shapes[layout.theirs("head.weight")[0]][0]
+    if layout.normalizes_mean:
+        head = layout.theirs("head.weight")
+        # A config of a classifier needs a number of classes; without a head, nothing depends on it.
+        tree["num_classes"] = (
+            raw.shapes[head[0]][0] if head else max(2, len(raw.transformers.get("id2label", ())))
+        )
     return tree
 
 

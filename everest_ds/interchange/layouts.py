@@ -35,7 +35,7 @@ class Layout:
         kind: EVEREST-DS model that has all of these parameters.
         stems: names of the modules and parameters outside blocks, and of the stacks of blocks.
         block: names of the modules and parameters inside a block.
-        mark: key of the other system that distinguishes this layout.
+        marks: keys of the other system that distinguish this layout.
         unused: pattern of keys without a counterpart in EVEREST-DS -> reason.
     """
 
@@ -43,7 +43,7 @@ class Layout:
     kind: WeightKind
     stems: NameTable
     block: NameTable = field(default_factory=dict)
-    mark: str = ""
+    marks: Names = ()
     unused: Mapping[str, str] = field(default_factory=dict)
 
     def theirs(self, ours: str) -> Names:
@@ -58,13 +58,18 @@ class Layout:
             for inner in _translate(inside, self.block) or (inside,)
         )
 
+    @property
+    def normalizes_mean(self) -> bool:
+        """True if the last LayerNorm acts on the mean of the tokens, as in classifiers with or without head."""
+        return self.kind == "finetune" or "fc_norm" in self.theirs("norm")
+
     def why_unused(self, key: str) -> str | None:
         """Return the reason why a key of the other system is not needed; None if the key is unknown."""
         return next((why for pattern, why in self.unused.items() if re.fullmatch(pattern, key)), None)
 
     def fits(self, keys: Iterable[str]) -> bool:
         """Return whether a set of keys belongs to this layout."""
-        return {self.mark, *self.theirs(EMBEDDING)} <= set(keys)
+        return {*self.marks, *self.theirs(EMBEDDING)} <= set(keys)
 
 
 def _translate(name: str, table: NameTable) -> Names:
@@ -110,9 +115,9 @@ _IN_TRANSFORMERS = {ours: f"videomae.{theirs}" for ours, theirs in _TRANSFORMERS
 _IS_MASKED = "part of a decoder whose targets are not pixels"
 
 LAYOUTS = (
-    Layout("everest", "pretrain", {**_OWN_ENCODER, **_OWN_DECODER}, mark="to_decoder.weight"),
-    Layout("everest", "finetune", {**_OWN_ENCODER, **_OWN_HEAD}, mark="head.weight"),
-    Layout("everest", "encoder", _OWN_ENCODER, mark=EMBEDDING),
+    Layout("everest", "pretrain", {**_OWN_ENCODER, **_OWN_DECODER}, marks=("to_decoder.weight",)),
+    Layout("everest", "finetune", {**_OWN_ENCODER, **_OWN_HEAD}, marks=("head.weight",)),
+    Layout("everest", "encoder", _OWN_ENCODER, marks=(EMBEDDING,)),
     Layout(
         "videomae",
         "pretrain",
@@ -125,14 +130,14 @@ LAYOUTS = (
             "head": "decoder.head",
         },
         _ORIGINAL_BLOCK,
-        mark="decoder.norm.weight",
+        marks=("decoder.norm.weight",),
     ),
     Layout(
         "mme",
         "encoder",
         _ENCODER,
         _ORIGINAL_BLOCK,
-        mark="decoder.0.norm.weight",
+        marks=("decoder.0.norm.weight",),
         unused={r"(decoder|encoder_to_decoder)\.\d+\..+|mask_token": _IS_MASKED},
     ),
     Layout(
@@ -140,7 +145,7 @@ LAYOUTS = (
         "encoder",
         _BARE_ENCODER,
         _ORIGINAL_BLOCK,
-        mark="mask_token_vid",
+        marks=("mask_token_vid",),
         unused={r"(mask_token|down|decoder|pos_embed)_(img|vid)(\..+)?": _IS_MASKED},
     ),
     Layout(
@@ -148,10 +153,10 @@ LAYOUTS = (
         "finetune",
         {"encoder.embed": "patch_embed.proj", "encoder.blocks": "blocks", "norm": "fc_norm", "head": "head"},
         _ORIGINAL_BLOCK,
-        mark="fc_norm.weight",
+        marks=("fc_norm.weight", "head.weight"),
     ),
-    Layout("videomae", "encoder", _ENCODER, _ORIGINAL_BLOCK, mark="encoder.norm.weight"),
-    Layout("mvd", "encoder", _BARE_ENCODER, _ORIGINAL_BLOCK, mark="norm.weight"),
+    Layout("videomae", "encoder", _ENCODER, _ORIGINAL_BLOCK, marks=("encoder.norm.weight",)),
+    Layout("mvd", "encoder", _BARE_ENCODER, _ORIGINAL_BLOCK, marks=("norm.weight",)),
     Layout(
         "transformers",
         "pretrain",
@@ -164,16 +169,33 @@ LAYOUTS = (
             "head": "decoder.head",
         },
         _TRANSFORMERS_BLOCK,
-        mark="encoder_to_decoder.weight",
+        marks=("encoder_to_decoder.weight",),
     ),
     Layout(
         "transformers",
         "finetune",
         {**_IN_TRANSFORMERS, "norm": "fc_norm", "head": "classifier"},
         _TRANSFORMERS_BLOCK,
-        mark="classifier.weight",
+        marks=("classifier.weight",),
     ),
-    Layout("transformers", "encoder", _TRANSFORMERS_ENCODER, _TRANSFORMERS_BLOCK, mark="layernorm.weight"),
+    Layout(
+        "transformers", "encoder", _TRANSFORMERS_ENCODER, _TRANSFORMERS_BLOCK, marks=("layernorm.weight",)
+    ),
+    # Classifiers whose head was removed.
+    Layout(
+        "videomae",
+        "encoder",
+        {**_BARE_ENCODER, "norm": "fc_norm"},
+        _ORIGINAL_BLOCK,
+        marks=("fc_norm.weight",),
+    ),
+    Layout(
+        "transformers",
+        "encoder",
+        {**_IN_TRANSFORMERS, "norm": "fc_norm"},
+        _TRANSFORMERS_BLOCK,
+        marks=("fc_norm.weight",),
+    ),
 )
 SYSTEMS = ("everest", "videomae", "mvd", "mme", "transformers")
 
@@ -207,4 +229,4 @@ def layout_of(system: str, kind: WeightKind) -> Layout:
     """
     systems = ("videomae",) if kind == "finetune" and system in ("mvd", "mme") else (system,)
     fitting = [layout for layout in LAYOUTS if layout.system in systems]
-    return next((layout for layout in fitting if layout.kind == kind), fitting[-1])
+    return next(layout for wanted in (kind, "encoder") for layout in fitting if layout.kind == wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everest_ds import load_model
@@ -259,3 +260,54 @@ def test_class_names_travel(tmp_path: Path) -> None:
     convert_weights(tmp_path / "hub", tmp_path / "a.safetensors", "everest")
     convert_weights(tmp_path / "a.safetensors", tmp_path / "again", "transformers")
     assert load_model(tmp_path / "again").class_names == list(names.values())
+
+
+@pytest.mark.parametrize("prefix", ["model.", "module._orig_mod.", "backbone.module."])
+@pytest.mark.parametrize("make", [finetuned, pretrained])
+def test_wrappers_come_off_whatever_the_file_is(
+    tmp_path: Path, make: Callable[[], State], prefix: str
+) -> None:
+    state = make()
+    wrapped = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
+    save_file(wrapped, tmp_path / "w.safetensors")
+    torch.save(wrapped, tmp_path / "w.pth")
+    for source in ("w.safetensors", "w.pth"):
+        convert_weights(tmp_path / source, tmp_path / "out.pth", "videomae", CLIP)
+        assert_equal(keys_of(tmp_path / "out.pth"), state)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_weights_that_are_no_numbers_are_named(tmp_path: Path, value: float, suffix: str) -> None:
+    state = finetuned()
+    state["blocks.2.mlp.fc1.weight"][3, 5] = value
+    file = tmp_path / f"bad{suffix}"
+    save_file(state, file) if suffix == ".safetensors" else torch.save(state, file)
+    kind = "1 NaN and 0 infinite" if value != value else "0 NaN and 1 infinite"
+    with pytest.raises(CheckpointError, match=rf"`blocks\.2\.mlp\.fc1\.weight` holds .*{kind} values"):
+        convert_weights(file, tmp_path / "out.safetensors", "everest", CLIP)
+    assert not (tmp_path / "out.safetensors").exists()
+    with pytest.raises(CheckpointError, match="not finite"):
+        load_model(file, *CLIP)
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        {},
+        [],
+        {"weight_map": {}},
+        {"weight_map": ["a"]},
+        {"weight_map": {"a": 3}},
+        {"weight_map": {"a": "../model.safetensors"}},
+        {"weight_map": {"a": "/etc/passwd"}},
+        {"weight_map": {"a": "deep/model.safetensors"}},
+    ],
+)
+def test_an_index_names_files_of_its_own_folder(tmp_path: Path, index: object) -> None:
+    folder = tmp_path / "folder"
+    systems.classifier().save_pretrained(folder)
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="not an index of weights|not a JSON object"):
+        convert_weights(folder, tmp_path / "out.safetensors", "everest", CLIP)

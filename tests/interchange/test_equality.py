@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from everest_ds import load_model
@@ -134,3 +135,23 @@ def test_an_export_of_our_own_model_differs_by_its_last_epsilon_at_most(clip: Te
     assert (ours - systems.their_logits(theirs, clip)).abs().max() < 5e-5 * ours.abs().max()
     assert any("epsilon 1e-05 in transformers and 1e-06" in note for note in done.notes)
     assert_same(ours, systems.their_logits(systems.as_the_originals(theirs), clip))
+
+
+@pytest.mark.parametrize("system", ["originals", "transformers"])
+def test_a_classifier_without_its_head_is_an_encoder(clip: Tensor, tmp_path: Path, system: str) -> None:
+    model = systems.classifier()
+    if system == "originals":
+        state = systems.finetuned_state(model)
+        kept = {name: tensor for name, tensor in state.items() if not name.startswith("head.")}
+        whole, headless = tmp_path / "whole.pth", tmp_path / "headless.pth"
+        torch.save({"model": state}, whole)
+        torch.save({"model": kept}, headless)
+    else:
+        whole, headless = tmp_path / "whole", tmp_path / "headless"
+        model.save_pretrained(whole)
+        model.save_pretrained(headless)
+        file = headless / "model.safetensors"
+        kept = {name: t for name, t in load_file(file).items() if not name.startswith("classifier.")}
+        save_file(kept, file)
+    encoder, classifier = load_model(headless, *CLIP), load_model(whole, *CLIP, features=True)
+    assert torch.equal(outputs(encoder, clip), outputs(classifier, clip))
