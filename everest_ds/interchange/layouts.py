@@ -60,7 +60,7 @@ class Layout:
 
     @property
     def normalizes_mean(self) -> bool:
-        """True if the last LayerNorm acts on the mean of the tokens, as in classifiers with or without head."""
+        """True if the last LayerNorm acts on the mean of the tokens, as in classifiers, headless or not."""
         return self.kind == "finetune" or "fc_norm" in self.theirs("norm")
 
     def why_unused(self, key: str) -> str | None:

@@ -17,6 +17,7 @@ from everest_ds.costs.memory import predict_memory
 from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
 from everest_ds.jobs.sbatch import JobShape
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.training.evaluation_inputs import check_evaluation_inputs
 from everest_ds.training.plan import describe_plan
 from everest_ds.training.prediction import memory_text
 from everest_ds.training.run_folder import RunFolder
@@ -116,9 +117,7 @@ def _check_files(command: str, config: Experiment) -> None:
             )
         if manifest is not None and not manifest.is_file():
             raise DataError(f"data.{split}: no such manifest", given=str(manifest.absolute()))
-    names = config.data.class_names
-    if command == "evaluate" and names is not None and not names.is_file():
-        raise DataError("data.class_names: no such file", given=str(names.absolute()))
+    check_evaluation_inputs(config)
 
 
 def _check_weights(command: str, config: Experiment, follow: bool) -> None:

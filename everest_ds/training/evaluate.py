@@ -23,8 +23,8 @@ from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
-from everest_ds.data.video_list import Sample, read_class_names
-from everest_ds.errors import ConfigError, DataError
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
 from everest_ds.models.matmul_precision import set_matmul_precision
@@ -32,6 +32,7 @@ from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
+from everest_ds.training.evaluation_inputs import class_names
 from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
@@ -149,25 +150,6 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     }
     world.share(lambda: _write(config, result, outcome, names))
     return result
-
-
-def class_names(config: Experiment) -> list[str]:
-    """Return the class names from `data.class_names`; without that file, the class indices as text.
-
-    Raises:
-        ConfigError: if the number of names is not model.num_classes.
-    """
-    count = config.model.num_classes or 0
-    if config.data.class_names is None:
-        return [str(label) for label in range(count)]
-    names = read_class_names(config.data.class_names)
-    if len(names) != count:
-        raise ConfigError(
-            f"{config.data.class_names}: the number of names differs from model.num_classes",
-            given=f"{len(names)} names",
-            allowed=f"{count} names, one per line",
-        )
-    return names
 
 
 def _average(

@@ -19,6 +19,7 @@ from everest_ds.data.order import steps_per_epoch
 from everest_ds.data.video_list import read_manifest
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.parallel.ds_config import resolve_ds_config
+from everest_ds.training.evaluation_inputs import check_evaluation_inputs
 from everest_ds.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -140,6 +141,7 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
     Raises:
         EverestError: if the run cannot start.
     """
+    check_evaluation_inputs(config, planned)
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, num_ranks)
     return facts
