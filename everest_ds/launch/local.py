@@ -157,9 +157,12 @@ class _Group:
         self.send(signal.SIGTERM)
         self.wait(TERMINATE_SECONDS)
         self.kill()
+        # The first failure with a cause of its own, which is not the loss of another rank.
+        own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
+        stopped = any(process.returncode == ExitCode.STOPPED for process in self.ranks)
+        if failures and not own and stopped:
+            return ExitCode.STOPPED  # a rank was asked to stop before training, and the others lost it
         if failures:
-            # The first failure with a cause of its own, which is not the loss of another rank.
-            own = [failure for failure in failures if failure.code != ExitCode.RANK_LOST]
             return self.report((own or failures)[0])
         return max(process.returncode for process in self.ranks)
 
