@@ -21,6 +21,7 @@ from everest_ds.tuning.candidate_tables import Costs
 from everest_ds.tuning.cluster import Cluster, cluster_here, cluster_of
 from everest_ds.tuning.explain import fits_nowhere
 from everest_ds.tuning.knobs import SEARCHED
+from everest_ds.tuning.own_file import check_own_file
 from everest_ds.tuning.scaling import search_numbers
 from everest_ds.tuning.search import Options, SearchResult, search
 from everest_ds.tuning.trials.contenders import TrialOptions, run_trials
@@ -198,7 +199,8 @@ def tune(
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
     epoch = None if clips else count_samples(config, planned=True)
     costs = Costs(epoch.num_samples if epoch else clips, gpu_hour, kwh)
-    print_question(keep_global_batch(config, cluster.num_ranks, global_batch), cluster)
+    kept = keep_global_batch(config, cluster.num_ranks, global_batch)
+    print_question(kept, cluster, check_own_file(kept, options, costs.num_samples))
     began = clock.process_time()
     result = search(config, cluster, options)
     if not result.ranked:

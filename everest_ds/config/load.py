@@ -94,6 +94,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{key}", value
 
 
+def nested(flat: Mapping[str, Any]) -> ConfigTree:
+    """Return the tree of leaves with dotted paths: the inverse of `flatten`."""
+    tree: ConfigTree = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        node = tree
+        for name in sections:
+            node = node.setdefault(name, {})
+        node[leaf] = value
+    return tree
+
+
 def _read_with_bases(source: ConfigSource, seen: tuple[Path, ...]) -> ConfigTree:
     path = source.path
     if path.resolve() in seen:

@@ -271,7 +271,9 @@ class ParallelismConfig(ConfigSection):
     offload_to_nvme: Path | None = Field(
         None, description="stage 3: folder on a local disk for optimiser states; weights in host memory"
     )
-    ds_config: Path | None = Field(None, description="your own DeepSpeed JSON file, of the same stage")
+    ds_config: Path | None = Field(
+        None, description="your own DeepSpeed JSON file; docs/parallel.md says what is used of it"
+    )
 
     @model_validator(mode="after")
     def check_offload(self) -> ParallelismConfig:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
+from everest_ds.config.deepspeed_file import read_deepspeed_file, zero_values
+from everest_ds.config.deepspeed_keys import AUTO, ZERO
 from everest_ds.config.schema import Experiment
-from everest_ds.shipped import shipped
 
 ALLREDUCE_VALUES = 500_000_000  # values that stage 0 all-reduces at once; DeepSpeed has no setting for it
 # key of DeepSpeed's JSON -> attribute
@@ -45,7 +41,7 @@ class ZeroSettings:
     persistent_values: int = 100_000
     offloads_optimizer: bool = False
     offloads_parameters: bool = False
-    grad_accum_dtype: str = "auto"
+    grad_accum_dtype: str = AUTO
 
     def sums_in_float32(self, precision: str, accumulates: bool) -> bool:
         """Return whether half-precision gradients are summed over micro-batches in float32.
@@ -54,7 +50,7 @@ class ZeroSettings:
         gradients are offloaded, DeepSpeed sums in the precision of training, as a float32 sum would stay on
         the device.
         """
-        if self.grad_accum_dtype == "auto":
+        if self.grad_accum_dtype == AUTO:
             return precision == "bf16" and accumulates and not self.offloads_optimizer
         return precision in ("bf16", "fp16") and self.grad_accum_dtype == "fp32"
 
@@ -79,34 +75,19 @@ _KEYS = {
 }
 
 
-def ds_config_path(config: Experiment) -> Path:
-    """Return the DeepSpeed file of a run: the user's, or the shipped file of its ZeRO stage."""
-    parallelism = config.parallelism
-    offload = "_offload" if parallelism.offload_to_cpu else "_nvme" if parallelism.offload_to_nvme else ""
-    return parallelism.ds_config or shipped("ds_configs") / f"zero{parallelism.zero_stage}{offload}.json"
-
-
 def zero_settings(config: Experiment) -> ZeroSettings:
-    """Read the ZeRO settings from the DeepSpeed file of a run."""
-    path = ds_config_path(config)
-    return _read(path, path.stat().st_mtime_ns)
+    """Read the ZeRO settings from the DeepSpeed file of a run.
 
-
-@lru_cache(maxsize=64)
-def _read(path: Path, changed_ns: int) -> ZeroSettings:
-    """Read the ZeRO settings of a file; `changed_ns` makes the cache miss when the file is rewritten."""
-    tree = json.loads(path.read_text())
-    zero = tree["zero_optimization"]
-    given = {attribute: zero[key] for attribute, key in _KEYS.items() if key in zero}
-    given = {name: value if name == "overlap_comm" else int(value) for name, value in given.items()}
+    Raises:
+        ConfigError: if the file cannot be read, or has keys or values that a run cannot use.
+    """
+    file, stage = read_deepspeed_file(config), config.parallelism.zero_stage
+    file.check()
+    values = zero_values(file, stage)
+    given = {name: values[f"{ZERO}.{key}"] for name, key in _KEYS.items() if f"{ZERO}.{key}" in values}
     return ZeroSettings(
-        **given,
-        offloads_optimizer=_is_offloaded(zero, "offload_optimizer"),
-        offloads_parameters=_is_offloaded(zero, "offload_param"),
-        grad_accum_dtype=tree.get("data_types", {}).get("grad_accum_dtype", "auto"),
+        **{"overlap_comm": stage == 3, **given},  # DeepSpeed's default
+        offloads_optimizer=values.get(f"{ZERO}.offload_optimizer.device", "none") != "none",
+        offloads_parameters=values.get(f"{ZERO}.offload_param.device", "none") != "none",
+        grad_accum_dtype=file.settings.get("data_types.grad_accum_dtype", AUTO),
     )
-
-
-def _is_offloaded(zero: Mapping[str, Any], key: str) -> bool:
-    section = zero.get(key)
-    return isinstance(section, dict) and section.get("device", "none") != "none"

@@ -28,7 +28,6 @@ MODULES = {
     "deepspeed.ops.op_builder": "AsyncIOBuilder",
     "deepspeed.runtime.config": "DeepSpeedConfig",
     "deepspeed.runtime.utils": "all_gather_dp_groups is_model_parallel_parameter",
-    "deepspeed.runtime.zero.config": "DeepSpeedZeroConfig",
     "deepspeed.runtime.zero.partition_parameters:Init": "_convert_to_zero_parameters",
     "deepspeed.runtime.zero.stage3": "DeepSpeedZeroOptimizer_Stage3",
     "deepspeed.runtime.zero.stage_1_and_2": "DeepSpeedZeroOptimizer INITIAL_MICRO_STEP_ID",
@@ -186,14 +185,6 @@ def can_build_async_io() -> bool:
 def swap_folder_of_rank(folder: Path, rank: int) -> Path:
     """Return the folder of the optimiser states of `rank`, given the `nvme_path` of the offload."""
     return folder / "zero_stage_3" / "optimizer" / f"rank{rank}"
-
-
-def zero_optimization_keys() -> set[str]:
-    """Return the keys of `zero_optimization` in DeepSpeed's JSON."""
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    fields = DeepSpeedZeroConfig.model_fields
-    return {*fields, *(field.alias for field in fields.values() if field.alias)}
 
 
 def validate(resolved: dict[str, Any]) -> None:

@@ -1,67 +1,76 @@
-"""The DeepSpeed JSON of a run: a file of ds_configs/ whose `"auto"` values are filled in from the run config.
+"""The DeepSpeed JSON of a run: a DeepSpeed file whose open values are filled in from the run config.
 
-The DeepSpeed file says how to shard. Batch sizes, clipping and precision belong to the run config alone: a
+The DeepSpeed file says how to shard. All other settings that it may repeat belong to the run config alone: a
 DeepSpeed file that sets one of them to another value is refused. On one data-parallel rank, stages 1 and 2
 without offload have no gradients to reduce, so the file's settings for the reduction are replaced.
 """
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config.deepspeed_claims import check_claims
+from everest_ds.config.deepspeed_file import DeepSpeedFile, read_deepspeed_file, zero_values
+from everest_ds.config.deepspeed_keys import DEEPSPEED_KEYS, ZERO
+from everest_ds.config.load import nested
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.config.zero_settings import ds_config_path, zero_settings
-from everest_ds.errors import ConfigError, nearest
-from everest_ds.parallel.deepspeed_internals import validate, zero_optimization_keys
+from everest_ds.config.zero_settings import zero_settings
+from everest_ds.errors import ConfigError
+from everest_ds.parallel.deepspeed_internals import validate
 from everest_ds.parallel.nvme import check_nvme, swap_folder
-
-AUTO = "auto"
-# Top-level keys of DeepSpeed's JSON that affect training with an optimiser that the caller builds. Others,
-# such as "optimizer" or "scheduler", would compete with settings of the run config.
-_KNOWN_KEYS = frozenset(
-    "train_micro_batch_size_per_gpu gradient_accumulation_steps gradient_clipping bf16 fp16 "
-    "zero_allow_untested_optimizer zero_force_ds_cpu_optimizer zero_optimization aio "
-    "communication_data_type prescale_gradients gradient_predivide_factor sparse_gradients data_types "
-    "comms_logger flops_profiler wall_clock_breakdown memory_breakdown steps_per_print timers".split()
-)
 
 # On one data-parallel rank, stage 2 equals stage 1: there is no bucket to fill and no stream to wait for.
 _UNREDUCED = {"stage": 1, "overlap_comm": False, "contiguous_gradients": False}
+# The timers would wait for the device, to print figures that a run does not show.
+_QUIET = {"steps_per_print": 2**31, "timers": {"throughput": {"enabled": False}}}
+# The optimiser of a run is torch's AdamW, which a file for DeepSpeed's own optimisers does not expect.
+_TORCH_ADAMW = {"zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
 
 
-def resolve_ds_config(config: Experiment, num_ranks: int) -> dict[str, Any]:
-    """Read the DeepSpeed file that the config names and fill in its `"auto"` values for `num_ranks` ranks.
+def resolve_ds_config(config: Experiment, num_ranks: int, num_samples: int | None = None) -> dict[str, Any]:
+    """Read the DeepSpeed file that the config names and fill in its open values for `num_ranks` ranks.
+
+    Args:
+        config: the run config.
+        num_ranks: ranks of the run.
+        num_samples: samples per epoch, to compare a schedule that counts steps; None if it is not known.
 
     Raises:
-        ConfigError: if the file has unknown keys, another ZeRO stage or another value for a setting of the
-            run config, or if this machine does not support the offload.
+        ConfigError: if the file has unknown keys, keys that a run cannot honour, or other values for settings
+            of the run config; or if this machine does not support the offload.
     """
     plan = plan_ranks(config, num_ranks)
     check_nvme(config)
-    path = ds_config_path(config)
-    tree = _read(path)
-    _check_keys(tree, path)
-    stage = tree["zero_optimization"].get("stage")
-    if stage != config.parallelism.zero_stage:
-        raise ConfigError(
-            f"{path}: zero_optimization.stage differs from parallelism.zero_stage",
-            given=f"{stage} and {config.parallelism.zero_stage}",
-            fix="set parallelism.zero_stage to the file's stage",
-        )
-    _fill(tree, "train_micro_batch_size_per_gpu", plan.micro_batch_size, path)
-    _fill(tree, "gradient_accumulation_steps", plan.grad_accum_steps, path)
-    _fill(tree, "gradient_clipping", config.optimizer.clip_grad_norm or 0.0, path)
-    _fill_swap_folder(tree["zero_optimization"], config, path)
-    _fill_accumulation(tree, config, plan, path)
+    file, stage = read_deepspeed_file(config), config.parallelism.zero_stage
+    check_claims(file, config, plan, num_samples)
+    tree = {**_QUIET, **nested(_passed(file, stage)), **_TORCH_ADAMW}
+    tree["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
+    tree["gradient_accumulation_steps"] = plan.grad_accum_steps
+    tree["gradient_clipping"] = config.optimizer.clip_grad_norm or 0.0
+    tree[ZERO] = {**tree.get(ZERO, {}), "stage": stage}
+    folder = swap_folder(config)
+    if folder is not None:
+        tree[ZERO]["offload_optimizer"]["nvme_path"] = str(folder)
+    if _sums_in_float32(config, plan) or "data_types.grad_accum_dtype" in file.settings:
+        given = file.settings.get("data_types.grad_accum_dtype", "fp32")
+        tree["data_types"] = {"grad_accum_dtype": given}
     if zero_settings(config).shards_nothing(stage, MeshShape.of(config, num_ranks).degrees.data):
-        tree["zero_optimization"] |= _UNREDUCED
+        tree[ZERO] |= _UNREDUCED
     for precision in ("bf16", "fp16"):
         if precision == config.precision or precision in tree:
-            _fill(tree.setdefault(precision, {}), "enabled", precision == config.precision, path)
-    return {"steps_per_print": 2**31, **tree}
+            tree[precision] = {**tree.get(precision, {}), "enabled": precision == config.precision}
+    return tree
+
+
+def _passed(file: DeepSpeedFile, stage: int) -> dict[str, Any]:
+    """Return the values of a file that DeepSpeed reads, by dotted key."""
+    values = file.settings | zero_values(file, stage)
+    return {key: value for key, value in values.items() if DEEPSPEED_KEYS[key].use == "passed"}
+
+
+def _sums_in_float32(config: Experiment, plan: BatchPlan) -> bool:
+    return zero_settings(config).sums_in_float32(config.precision, plan.grad_accum_steps > 1)
 
 
 def check_by_deepspeed(resolved: dict[str, Any]) -> None:
@@ -77,18 +86,6 @@ def check_by_deepspeed(resolved: dict[str, Any]) -> None:
         raise ConfigError("DeepSpeed refuses the config", given=" ".join(str(error).split())) from None
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tree = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{path}: not readable as DeepSpeed JSON", given=str(error)) from None
-    if not isinstance(tree, dict) or not isinstance(tree.get("zero_optimization"), dict):
-        raise ConfigError(
-            f"{path}: the `zero_optimization` section is missing", fix='add "zero_optimization": {...}'
-        )
-    return tree
-
-
 def _tell_device() -> None:
     """Set DeepSpeed's device before its import; otherwise DeepSpeed searches for one and warns about it."""
     import torch  # heavy
@@ -96,49 +93,3 @@ def _tell_device() -> None:
     from everest_ds.parallel.world import prepare_deepspeed
 
     prepare_deepspeed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def _check_keys(tree: dict[str, Any], path: Path) -> None:
-    _tell_device()
-    for section, known in (("", _KNOWN_KEYS), ("zero_optimization", zero_optimization_keys())):
-        for key in tree[section] if section else tree:
-            if key not in known:
-                name = f"{section}.{key}" if section else key
-                raise ConfigError(f"{path}: unknown DeepSpeed key `{name}`", allowed=nearest(key, known))
-
-
-def _fill_swap_folder(zero: dict[str, Any], config: Experiment, path: Path) -> None:
-    folder = swap_folder(config)
-    if folder is not None:
-        _fill(zero["offload_optimizer"], "nvme_path", str(folder), path)
-    offloads = [zero.get(key) for key in ("offload_optimizer", "offload_param")]
-    if folder is None and any(isinstance(one, dict) and one.get("device") == "nvme" for one in offloads):
-        raise ConfigError(
-            f"{path}: the file asks for offload to nvme, which only the run config may set",
-            fix="remove it and set parallelism.offload_to_nvme; weights offload to host memory at most",
-        )
-
-
-def _fill_accumulation(tree: dict[str, Any], config: Experiment, plan: BatchPlan, path: Path) -> None:
-    """Choose the dtype in which the gradients of micro-batches are summed, unless the file sets it."""
-    types, key = tree.get("data_types", {}), "grad_accum_dtype"
-    given, accumulates = types.pop(key, AUTO), plan.grad_accum_steps > 1
-    allowed = (AUTO, "fp32", *([config.precision] if config.in_half_precision else []))
-    if given not in allowed:
-        raise ConfigError(
-            f"{path}: data_types.{key} is neither fp32 nor the run's precision",
-            given=given,
-            allowed=", ".join(allowed),
-        )
-    if given != AUTO or zero_settings(config).sums_in_float32(config.precision, accumulates):
-        tree["data_types"] = {**types, key: "fp32" if given == AUTO else given}
-
-
-def _fill(tree: dict[str, Any], key: str, value: object, path: Path) -> None:
-    if tree.get(key, AUTO) not in (AUTO, value):
-        raise ConfigError(
-            f"{path}: `{key}` contradicts the run config",
-            given=f"{tree[key]} in the file, {value} from the run config",
-            fix=f'write "{key}": "auto"',
-        )
-    tree[key] = value

@@ -14,6 +14,8 @@ from torch import Tensor
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.checkpoints.sealed_manifest import Facts
 from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config.deepspeed_claims import notes_on
+from everest_ds.config.deepspeed_file import read_deepspeed_file
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
@@ -77,10 +79,12 @@ def train(
     world.share(lambda: check_evaluation_inputs(config))
     samples = usable.samples
     steps_per_epoch(len(samples), plan)
-    ds_config = world.share(lambda: resolve_ds_config(config, world.size))
+    ds_config = world.share(lambda: resolve_ds_config(config, world.size, len(samples)))
     world.share(lambda: folder.open(config, ds_config, world.size))
     world.share(lambda: record_excluded(usable, folder.excluded))
     setup_logging(world.rank, folder.logs)
+    for note in notes_on(read_deepspeed_file(config)) if world.is_main else ():
+        logger.info("%s: %s", config.parallelism.ds_config, note)
     try:
         model = outline(config)  # on the meta device: no rank needs memory for more than its share
         groups = parameter_groups(model, config.optimizer)

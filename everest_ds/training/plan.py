@@ -12,6 +12,8 @@ from everest_ds.config import (
     plan_ranks,
     shared_memory_bytes,
 )
+from everest_ds.config.deepspeed_claims import notes_on
+from everest_ds.config.deepspeed_file import read_deepspeed_file
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.data.official.registry import DATASETS
@@ -57,17 +59,19 @@ def describe_plan(
     drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
     scored = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     step_flops = 2 * macs.training_macs * plan.global_batch_size
+    epoch = count_samples(config, planned)
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
         "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}",
         "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}{scored}),"
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),
-        "steps": _steps(config, plan, count_samples(config, planned)),
+        "steps": _steps(config, plan, epoch),
         "learning_rate": f"{peak_lr:.3g} at the peak",
         "ranks": str(MeshShape.of(config, num_ranks)),
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
+        **_own_file(config, num_ranks, epoch),
         "recompute": config.recompute.mode,
         "compile": _compile(config),
         "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
@@ -75,6 +79,15 @@ def describe_plan(
         "training_gmacs_per_clip": round(macs.training_macs / 1e9, 3),
         "training_flops_per_step": f"{format_count(step_flops)}FLOP (2 per MAC)",
     }
+
+
+def _own_file(config: Experiment, num_ranks: int, epoch: Epoch | None) -> dict[str, str]:
+    """Check the user's DeepSpeed file, if there is one, and describe what a run does not take from it."""
+    if config.parallelism.ds_config is None:
+        return {}
+    resolve_ds_config(config, num_ranks, epoch and epoch.num_samples)
+    notes = notes_on(read_deepspeed_file(config))
+    return {"deepspeed_file": "; ".join([str(config.parallelism.ds_config), *notes])}
 
 
 def _compile(config: Experiment) -> str:

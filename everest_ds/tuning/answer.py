@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from everest_ds.config import Experiment
@@ -26,8 +27,8 @@ from everest_ds.units import format_bytes
 _WAITS_PCT = 5  # share of a step spent waiting for data above which a hint is printed
 
 
-def print_question(config: Experiment, cluster: Cluster) -> None:
-    """Print which model is tuned for which machine, and the source of the machine's rates."""
+def print_question(config: Experiment, cluster: Cluster, notes: Sequence[str]) -> None:
+    """Print which model is tuned for which machine, the source of its rates, and `notes` on the config."""
     machine, ranks = cluster.machine, cluster.num_ranks
     facts = {
         "model": f"{config.model.backbone}, {config.task}; {config.token_counts.num_kept} of"
@@ -38,6 +39,8 @@ def print_question(config: Experiment, cluster: Cluster) -> None:
         "rates": machine.source,
     }
     print_facts("Tuning by prediction", facts)
+    for note in notes:
+        print(note)
 
 
 def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int, seconds: float) -> None:

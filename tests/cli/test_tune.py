@@ -92,6 +92,48 @@ def test_buckets_of_its_own_come_as_a_deepspeed_file(monkeypatch: pytest.MonkeyP
     assert tree["zero_optimization"]["reduce_bucket_size"] == best["reduce_bucket_size"] == 200_000_000
 
 
+def test_a_winner_keeps_the_entries_of_the_users_own_deepspeed_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = {
+        "train_batch_size": 256,
+        "train_micro_batch_size_per_gpu": 4,  # neither agrees with the recipe, and both are searched
+        "gradient_accumulation_steps": 32,
+        "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": "auto"}},
+        "zero_optimization": {"stage": 3, "reduce_bucket_size": 2e7, "offload_param": {"device": "none"}},
+        "wandb": {"enabled": True},
+    }
+    (tmp_path / "mine.json").write_text(json.dumps(own))
+    recipe = (RECIPE, "schedule.base_lr=3e-4", "parallelism.zero_stage=3")
+    tune(monkeypatch, tmp_path, *recipe, f"parallelism.ds_config={tmp_path / 'mine.json'}", "--gpu", "l40s")
+    assert f"{tmp_path / 'mine.json'}: ignored, because" in capsys.readouterr().out.replace("\n", "")
+    config = load_experiment(tmp_path / "out" / "winner.yaml")
+    assert config.parallelism.ds_config == tmp_path / "out" / "deepspeed.json"
+    assert config.batch.micro_batch_size != 4
+    kept = json.loads(config.parallelism.ds_config.read_text())
+    searched = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    decided = {"train_batch_size": "auto", "bf16": {"enabled": "auto"}}
+    adam = {"type": "AdamW", "params": {"lr": "auto", "betas": "auto"}}
+    assert kept == own | searched | decided | {"optimizer": adam}
+    check_written(tmp_path / "out" / "winner.yaml", 1)
+
+
+def test_a_deepspeed_file_is_refused_before_the_search(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    own = {"train_batch_size": 128, "zero_optimization": {"stage": 1, "reduce_bucket_size": "auto"}}
+    Path("mine.json").write_text(json.dumps(own))
+    arguments = ("parallelism.ds_config=mine.json", "--gpus", "2", "--gpu", "l40s")
+    assert run_main(monkeypatch, "tune", RECIPE, *arguments) == 2
+    out, error = capsys.readouterr()
+    changes = "batch.global_batch_size=128 parallelism.zero_stage=1"
+    assert error.startswith("error: mine.json: 2 entries") and error.strip().endswith(changes)
+    assert "candidates" not in out and not Path("tuned").exists()
+    assert run_main(monkeypatch, "tune", RECIPE, *arguments, *changes.split()) == 0
+
+
 def test_a_base_that_is_a_file_is_found_from_the_winner(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -108,7 +150,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
     (tmp_path / "winner.yaml").write_text(
         f"base: {RECIPE}\nparallelism: {{zero_stage: 1, ds_config: {tmp_path / 'zero.json'}}}\n"
     )
-    with pytest.raises(ConfigError, match="DeepSpeed refuses the config.*reduce_bucket_size"):
+    with pytest.raises(ConfigError, match="reduce_bucket_size` is 0, not a whole number from 1"):
         check_written(tmp_path / "winner.yaml", 8)
 
 

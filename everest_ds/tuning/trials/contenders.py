@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment
-from everest_ds.config.zero_settings import ds_config_path, zero_settings
+from everest_ds.config.deepspeed_file import ds_config_path
+from everest_ds.config.zero_settings import zero_settings
 from everest_ds.console import print_table
 from everest_ds.costs.hardware.gpus import DEVICES, find_device
 from everest_ds.costs.memory import predict_memory
@@ -20,6 +22,7 @@ from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.candidate_tables import dropped_rows
 from everest_ds.tuning.cluster import Cluster
 from everest_ds.tuning.explain import slower_families
+from everest_ds.tuning.own_file import deepspeed_file, needs_own_file
 from everest_ds.tuning.search import SearchResult
 from everest_ds.tuning.trials.baselines import Baseline, natural_baselines
 from everest_ds.tuning.trials.one_trial import Setup
@@ -27,7 +30,6 @@ from everest_ds.tuning.trials.ranking import TrialResults, rank_candidates
 from everest_ds.tuning.trials.record import trial_key
 from everest_ds.tuning.trials.run import TrialArray, try_by_slurm, try_here
 from everest_ds.tuning.trials.trial_report import ranking_rows, trials_page, write_page
-from everest_ds.tuning.winner import deepspeed_file
 
 _COMPARED_WITH = "ZeRO-2"  # the baseline that the report compares the winner with
 _SHOWN_UNTRIED = 10  # candidates without a trial are shown up to this rank
@@ -94,13 +96,14 @@ def _check_here(cluster: Cluster) -> None:
 
 
 def _with_own_file(setup: Setup, candidate: Candidate) -> Candidate:
-    """Return the candidate as trials run it, after writing a DeepSpeed file for bucket sizes of its own."""
-    if not candidate.own_buckets:
+    """Return the candidate as trials run it, after writing the DeepSpeed file that it needs."""
+    if not needs_own_file(candidate):
         return candidate
-    stem, bucket = ds_config_path(candidate.config).stem, candidate.zero.reduce_bucket_values
-    file = (setup.runs / f"{stem}-{bucket}.json").absolute()
+    text = deepspeed_file(candidate)
+    digest = sha256(text.encode()).hexdigest()[:8]  # candidates may need different versions of one file
+    file = (setup.runs / f"{ds_config_path(candidate.config).stem}-{digest}.json").absolute()
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(deepspeed_file(candidate))
+    file.write_text(text)
     parallelism = candidate.config.parallelism.model_copy(update={"ds_config": file})
     return replace(candidate, config=candidate.config.model_copy(update={"parallelism": parallelism}))
 
