@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.test_cli import run_main
+from tests.docs.commands import deepspeed_example
 
 GUIDE = Path(__file__).parents[2] / "docs" / "tune.md"
 BLOCK = re.compile(r"^```\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -36,6 +37,7 @@ def test_a_command_of_the_guide_runs_as_it_stands(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("ds_config.json").write_text(deepspeed_example())
     assert run_main(monkeypatch, *words[1:]) == 0
     assert (tmp_path / "tuned" / words[2] / "winner.yaml").is_file()
 

@@ -74,3 +74,9 @@ def find_command(words: list[str]) -> tuple[click.Command, list[str]]:
     while hasattr(command, "commands"):
         command, words = command.commands[words[0]], words[1:]
     return command, words
+
+
+def deepspeed_example() -> str:
+    """Return the DeepSpeed file that docs/parallel.md shows, and that commands name as ds_config.json."""
+    guide = (ROOT / "docs/parallel.md").read_text()
+    return guide.partition("```json\n")[2].partition("```")[0]

@@ -13,7 +13,7 @@ import pytest
 from everest_ds.config import load_experiment
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
 from tests.cli.test_cli import run_main
-from tests.docs.commands import ROOT, Command, documented, find_command
+from tests.docs.commands import ROOT, Command, deepspeed_example, documented, find_command
 
 EVEREST = [command for command in documented() if command.text.startswith("everest-ds ")]
 OTHERS = [command for command in documented() if command not in EVEREST]
@@ -56,6 +56,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the files that the documents assume the reader to have."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.yaml").write_text("base: k400_pretrain_vit_base\n")
+    (tmp_path / "ds_config.json").write_text(deepspeed_example())
     (tmp_path / "pre.yaml").write_text("base: k400_pretrain_vit_base\n")
     (tmp_path / "fine.yaml").write_text("base: k400_finetune_vit_base\n")
     return tmp_path
