@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from everest_ds.errors import EverestError, OutOfMemoryError, RankLostError, RunFolderError, UsageError
 from everest_ds.parallel.deepspeed_internals import silence, skip_shared_memory_collectives
+from everest_ds.parallel.rendezvous import create_store, stay_on_loopback
 
 T = TypeVar("T")
 
@@ -147,7 +148,7 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     """Join the process group that the launcher's environment variables describe.
 
     The variables are RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT. The back
-    end is NCCL on GPUs and gloo otherwise.
+    end is NCCL on GPUs and gloo otherwise. If all ranks are on this host, nothing listens beyond loopback.
 
     Args:
         timeout: how long a rank waits for another rank before it counts that rank as lost.
@@ -160,11 +161,13 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank, local_size)
     prepare_deepspeed(device)
+    if local_size == size:
+        stay_on_loopback()
     # DeepSpeed and fairscale create groups without a timeout, and torch's own default is up to half an hour.
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(dist.distributed_c10d, name, timeout)
     try:
-        store, *_ = next(dist.rendezvous("env://", timeout=timeout))
+        store = create_store(rank, size, local_size == size, timeout)
         if device.type == "cuda":
             claim_gpu(store, str(torch.cuda.get_device_properties(device).uuid), rank)
         dist.init_process_group(
@@ -175,12 +178,13 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
             timeout=timeout,
             device_id=device if device.type == "cuda" else None,
         )
-    except (RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankLostError(
             f"rank {rank} of {size} could not join the others at {where}",
             given=" ".join(str(error).split())[:200],
-            fix="check that every rank started, and that MASTER_ADDR and MASTER_PORT are reachable",
+            fix="check that every rank started, that LOCAL_WORLD_SIZE is the number of ranks on this host,"
+            " that MASTER_ADDR is an address of rank 0's host which all hosts reach, and MASTER_PORT is free",
         ) from None
     control = dist.new_group(backend="gloo", timeout=timeout)
     return World(rank, size, local_rank, local_size, device, control, store)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -11,25 +10,19 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from everest_ds.parallel.world import World
 
-_LOOPBACK = "lo"
-_INTERFACES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-
 
 @contextmanager
 def world_of_one() -> Iterator[World]:
     """Join a process group with this process as its only rank, and leave the group at the end of the block.
 
-    A process can do this only once, because DeepSpeed keeps the groups of its first world. The group listens
-    on the loopback interface only, so that it works on a machine without a network. Within the block, the
-    environment variables are those of a single rank, even if a launcher started this process.
+    A process can do this only once, because DeepSpeed keeps the groups of its first world. Within the
+    block, the environment variables are those of a single rank, even if a launcher started this process.
     """
     from everest_ds.launch.environment import detect_environment
     from everest_ds.parallel.world import join_world, leave_world
 
     before = dict(os.environ)
     os.environ.update(detect_environment({}).as_variables())
-    if _LOOPBACK in (name for _, name in socket.if_nameindex()):
-        os.environ.update(dict.fromkeys(_INTERFACES, _LOOPBACK))
     try:
         yield join_world()
     finally:
