@@ -14,7 +14,8 @@ from torch import Tensor
 
 from everest_ds.checkpoints.folder import find_checkpoint
 from everest_ds.checkpoints.names import BEST_WEIGHTS_FILE
-from everest_ds.checkpoints.reader import WEIGHT, CheckpointReader
+from everest_ds.checkpoints.reader import CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import WEIGHT
 from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
 

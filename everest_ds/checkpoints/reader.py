@@ -12,12 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut, Manifest
+from everest_ds.checkpoints.sealed_manifest import WEIGHT, WHOLE, Cut, Manifest
 from everest_ds.errors import CheckpointError
-
-# A checkpoint stores three states per parameter: the float32 weight and AdamW's two moments.
-WEIGHT = "weight"
-STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
 
 
 def entry(state: str, name: str) -> str:
@@ -58,28 +54,29 @@ class CheckpointReader:
         """
         parameter = self.manifest.parameters[name]
         if (cut.degree, cut.outer) == (parameter.degree, parameter.outer):
-            return self._shard(state, name, cut.rank, start, numel)
+            return self._elements(state, name, cut.rank * parameter.share + start, numel)
         return cut.take(self.whole(state, name))[start : start + numel]
 
     def whole(self, state: str, name: str) -> Tensor:
         """Read the whole state of a parameter, in the shape of the parameter."""
         parameter = self.manifest.parameters[name]
-        share = parameter.numel // parameter.degree
-        shards = [self._shard(state, name, rank, 0, share) for rank in range(parameter.degree)]
-        rows = torch.stack(shards).view(parameter.degree, parameter.outer, -1)
-        return rows.transpose(0, 1).reshape(parameter.shape)
+        shards = self._elements(state, name, 0, parameter.numel).view(parameter.degree, parameter.outer, -1)
+        return shards.transpose(0, 1).reshape(parameter.shape)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the name and the float32 weight of every parameter, one at a time."""
         for name in self.manifest.parameters:
             yield name, self.whole(WEIGHT, name)
 
-    def _shard(self, state: str, name: str, rank: int, start: int, numel: int) -> Tensor:
-        values = torch.empty(numel)
-        for piece in self.manifest.parameters[name].pieces:
-            first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-            if piece.shard == rank and first < last:
-                part = self._slice(piece.file, entry(state, name), first - piece.start, last - piece.start)
+    def _elements(self, state: str, name: str, start: int, numel: int) -> Tensor:
+        """Read a range of elements of all shards, laid end to end in the order of their ranks."""
+        parameter, values = self.manifest.parameters[name], torch.empty(numel)
+        share = parameter.share
+        for piece in parameter.pieces:
+            begin = piece.shard * share + piece.start
+            first, last = max(start, begin), min(start + numel, begin + piece.numel)
+            if first < last:
+                part = self._slice(piece.file, entry(state, name), first - begin, last - begin)
                 values[first - start : last - start] = part
         return values
 

@@ -24,7 +24,14 @@ from everest_ds.errors import CheckpointError
 MANIFEST_FILE = "manifest.json"
 SEAL_FILE = "manifest.sha256"
 
-Count = Annotated[int, Field(ge=0)]
+# The bound is that of torch's sizes; booleans and fractions are refused.
+Count = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+PositiveCount = Annotated[Count, Field(ge=1)]
+_MOST_AXES = 8
+# A checkpoint stores three states per parameter: the weight and AdamW's two moments, all of them float32.
+WEIGHT = "weight"
+STATES = (WEIGHT, "exp_avg", "exp_avg_sq")
+_ELEMENT_BYTES = 4 * len(STATES)
 
 
 def _plain_name(name: str) -> str:
@@ -67,7 +74,7 @@ class Piece(NamedTuple):
     file: FileName
     shard: Count
     start: Count
-    numel: Count
+    numel: PositiveCount
 
 
 class Parameter(_Part):
@@ -80,9 +87,9 @@ class Parameter(_Part):
         pieces: pieces in the order of shard and start.
     """
 
-    shape: tuple[Count, ...]
-    degree: Annotated[int, Field(ge=1)] = 1
-    outer: Annotated[int, Field(ge=1)] = 1
+    shape: Annotated[tuple[PositiveCount, ...], Field(max_length=_MOST_AXES)]
+    degree: PositiveCount = 1
+    outer: PositiveCount = 1
     pieces: tuple[Piece, ...]
 
     @property
@@ -90,13 +97,17 @@ class Parameter(_Part):
         """The number of elements of the whole parameter."""
         return math.prod(self.shape)
 
+    @property
+    def share(self) -> int:
+        """The number of elements of each shard."""
+        return self.numel // self.degree
+
     @model_validator(mode="after")
     def check_whole(self) -> Parameter:
         """Check that every element is in exactly one piece."""
-        share, rest = divmod(self.numel, self.degree)
-        if rest or self.numel % (self.degree * self.outer):
+        if self.numel % (self.degree * self.outer):
             raise ValueError(f"{self.numel} elements cannot be cut into {self.degree} x {self.outer}")
-        at = 0
+        at, share = 0, self.share
         for piece in self.pieces:
             if piece.shard * share + piece.start != at or piece.start + piece.numel > share:
                 raise ValueError(f"element {at} is in no piece, or in two")
@@ -127,7 +138,7 @@ class Facts(_Part):
     step: Count
     task: str
     global_batch_size: Count
-    position: dict[str, int]
+    position: dict[str, Count]
     world: dict[str, int | str]
     optimizer_step: Count
     loss_scale: dict[str, int | float] | None
@@ -147,11 +158,20 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def check_files(self) -> Manifest:
-        """Check that all pieces lie in files that the manifest lists."""
+        """Check that all pieces lie in files that the manifest lists, and are no larger than these.
+
+        Readers allocate memory by the shapes of the manifest, and verify the sizes of its files before.
+        """
+        needed = dict.fromkeys(self.files, 0)
         for name, parameter in self.parameters.items():
             for piece in parameter.pieces:
                 if piece.file not in self.files:
                     raise ValueError(f"{name} lies in {piece.file}, which is not listed")
+                needed[piece.file] += _ELEMENT_BYTES * piece.numel
+        for file, num_bytes in needed.items():
+            if num_bytes > self.files[file].num_bytes:
+                listed = self.files[file].num_bytes
+                raise ValueError(f"the parameters in {file} need {num_bytes} bytes, but it has {listed}")
         return self
 
     @property
@@ -184,7 +204,9 @@ def read_checkpoint_manifest(folder: Path) -> Manifest:
         first = error.errors(include_url=False)[0]
         where = ".".join(str(part) for part in first["loc"])
         raise CheckpointError(
-            f"{folder / MANIFEST_FILE}: not a manifest of this version", given=f"{where}: {first['msg']}"
+            f"{folder / MANIFEST_FILE}: not a manifest of this version",
+            given=f"{where}: {first['msg']}",
+            fix="use another checkpoint, or the version that wrote this one",
         ) from None
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from everest_ds.checkpoints.folder import abandon_saving, commit, damage, prune, set_aside, start_saving
 from everest_ds.checkpoints.names import list_checkpoints
-from everest_ds.checkpoints.reader import STATES, CheckpointReader, entry
+from everest_ds.checkpoints.reader import CheckpointReader, entry
 from everest_ds.checkpoints.sealed_manifest import (
+    STATES,
     Cut,
     Facts,
     Manifest,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from everest_ds.checkpoints.reader import WEIGHT
+from everest_ds.checkpoints.sealed_manifest import WEIGHT
 from everest_ds.parallel.deepspeed_internals import shard_by
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.tensor_parallel import split_of

@@ -15,8 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from everest_ds.checkpoints.reader import STATES, WEIGHT
-from everest_ds.checkpoints.sealed_manifest import WHOLE, Cut
+from everest_ds.checkpoints.sealed_manifest import STATES, WEIGHT, WHOLE, Cut
 from everest_ds.parallel import deepspeed_internals as internals
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.tensor_parallel import split_of

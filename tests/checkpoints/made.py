@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import commit, start_saving
-from everest_ds.checkpoints.reader import STATES, entry
-from everest_ds.checkpoints.sealed_manifest import Facts, Manifest, Parameter, Piece
+from everest_ds.checkpoints.reader import entry
+from everest_ds.checkpoints.sealed_manifest import STATES, Facts, Manifest, Parameter, Piece
 from everest_ds.checkpoints.tensor_file import FileSeal, TensorSpec, write_tensors
 
 SHAPES = {"encoder.weight": (3, 5), "encoder.bias": (7,), "scale": ()}
@@ -65,3 +68,12 @@ def make_checkpoint(folder: Path, step: int) -> Path:
         for name, shape in SHAPES.items()
     }
     return commit(saving, Manifest(facts=facts(step), files=files, parameters=parameters))
+
+
+def forge_manifest(path: Path, change: Callable[[dict], object]) -> None:
+    """Change the manifest of a checkpoint, and seal it again."""
+    tree = json.loads((path / "manifest.json").read_text())
+    change(tree)
+    text = json.dumps(tree)
+    (path / "manifest.json").write_text(text)
+    (path / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,10 +20,10 @@ from everest_ds.checkpoints.folder import (
     start_saving,
     verify_checkpoint,
 )
-from everest_ds.checkpoints.reader import STATES, CheckpointReader
-from everest_ds.checkpoints.sealed_manifest import Parameter, Piece, read_checkpoint_manifest
+from everest_ds.checkpoints.reader import CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import STATES, Parameter, Piece, read_checkpoint_manifest
 from everest_ds.errors import CheckpointError
-from tests.checkpoints.made import SHAPES, facts, make_checkpoint, states_of
+from tests.checkpoints.made import SHAPES, facts, forge_manifest, make_checkpoint, states_of
 
 FILES = ("a.safetensors", "b.safetensors", "manifest.json", "manifest.sha256")
 
@@ -115,11 +113,7 @@ def test_an_export_is_one_file_of_whole_tensors(tmp_path: Path, dtype: str, torc
 )
 def test_a_manifest_that_lies_is_refused(tmp_path: Path, change: Callable[[dict], object], says: str) -> None:
     path = make_checkpoint(tmp_path, 3)
-    tree = json.loads((path / "manifest.json").read_text())
-    change(tree)
-    text = json.dumps(tree)
-    (path / "manifest.json").write_text(text)
-    (path / "manifest.sha256").write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  manifest.json\n")
+    forge_manifest(path, change)
     with pytest.raises(CheckpointError, match=says):
         read_checkpoint_manifest(path)
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from everest_ds.checkpoints.folder import verify_checkpoint
-from everest_ds.checkpoints.reader import STATES, CheckpointReader
+from everest_ds.checkpoints.reader import CheckpointReader
+from everest_ds.checkpoints.sealed_manifest import STATES
 from everest_ds.config import plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.models import build_model

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from everest_ds.checkpoints.reader import STATES
+from everest_ds.checkpoints.sealed_manifest import STATES
 from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.errors import ConfigError
