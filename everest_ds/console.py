@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from everest_ds.errors import UsageError
 
+_FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
 
 
@@ -96,12 +98,26 @@ def write_csv(file: Path | None, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        with open(file, "w", newline="") as stream:
-            writer = csv.DictWriter(stream, list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
+        file.write_text(format_csv(rows), encoding="utf-8", newline="")
     except OSError as error:
         raise UsageError(f"{file}: cannot write the CSV file", given=str(error)) from None
+
+
+def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return `rows` as CSV with a header line of their keys.
+
+    Spreadsheets execute text that looks like a formula, such as the name of a video. Such a cell begins with
+    an apostrophe, which makes it text.
+    """
+    names = list(rows[0]) if rows else []
+    lines: list[list[object]] = [[*names], *([row[name] for name in names] for row in rows)]
+    buffer = io.StringIO()
+    csv.writer(buffer).writerows(map(_inert, line) for line in lines)
+    return buffer.getvalue()
+
+
+def _inert(value: object) -> object:
+    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def _cell(value: object) -> str:

@@ -5,8 +5,6 @@ A row has the keys table, method, backbone, column, published, value, kind, gap_
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,15 +97,6 @@ def arrange(rows: Sequence[FigureRow], headings: Mapping[str, Heading]) -> list[
     """Arrange rows into tables, in the order in which the tables occur in `rows`."""
     names = dict.fromkeys(row["table"] for row in rows)
     return [_arrange_table(name, headings[name], [r for r in rows if r["table"] == name]) for name in names]
-
-
-def to_csv(rows: Sequence[FigureRow]) -> str:
-    """Return the rows as CSV with a header line."""
-    buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
 
 
 # Headline figures of the summary: (part of the columns' names, label, levels that count as agreement).

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
-from everest_ds.efficiency.arrange import Heading, arrange, summarise, to_csv
+from everest_ds.console import format_csv
+from everest_ds.efficiency.arrange import Heading, arrange, summarise
 from everest_ds.efficiency.markdown import render_markdown
 from everest_ds.efficiency.measured import measured_rows, read_measured
 from everest_ds.efficiency.published import Cell, published_tables
@@ -79,7 +80,9 @@ def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> d
     grids, summary, lead = arrange(written, _headings()), summarise(written), _LEAD
     if all(row["table"] == RUNS_TABLE for row in written):
         lead = _LEAD_OF_RUNS
-    files = {f"{grid.name}.csv": to_csv([r for r in written if r["table"] == grid.name]) for grid in grids}
+    files = {
+        f"{grid.name}.csv": format_csv([r for r in written if r["table"] == grid.name]) for grid in grids
+    }
     files |= {f"plots/{plot.name}.svg": plot.svg for plot in plots}
     files["report.json"] = json.dumps(written, indent=1) + "\n"
     images = [(plot.caption, f"plots/{plot.name}.svg") for plot in plots]

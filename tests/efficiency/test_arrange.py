@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from everest_ds.efficiency.arrange import Heading, arrange, level_of, summarise, to_csv
+from everest_ds.efficiency.arrange import Heading, arrange, level_of, summarise
 from everest_ds.efficiency.markdown import render_markdown
 from everest_ds.efficiency.report_page import render_efficiency_page
 from everest_ds.reports.charts import Bubble, Curve, draw_bubbles, draw_lines, draw_stacks
@@ -76,16 +72,6 @@ def test_markdown_marks_kinds_gaps_and_notes() -> None:
     assert "| A | ViT-B | 35.5 / 35.48ᵖ (✓) | 150.3 / 160.00ᵖ (+6.5 %) [1] | 73.5 |" in text
     assert "| B | ViT-B | 21.50ᶜ [2] |" in text
     assert "1. 32 clips" in text and "![A plot.](plots/a.svg)" in text
-
-
-texts = st.text(st.characters(codec="utf-8", exclude_characters="\r\0"), max_size=20)
-
-
-@given(texts, texts)
-def test_csv_reads_back_whatever_the_notes_say(method: str, note: str) -> None:
-    written = row(method, "gflops", 35.5, 35.48, note=note)
-    (read,) = csv.DictReader(io.StringIO(to_csv([written]), newline=""))
-    assert read["method"] == method and read["note"] == note and float(read["value"]) == 35.48
 
 
 def test_the_page_is_self_contained_and_escapes_what_it_is_given() -> None:
