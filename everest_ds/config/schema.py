@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
 from everest_ds.config.checks import check_sections_agree
 from everest_ds.config.mesh_shape import TensorDegree
+from everest_ds.config.position_clip import PositionClip
 from everest_ds.config.selections import (
     SCORES,
     SELECTIONS,
@@ -62,6 +63,9 @@ class ModelConfig(ConfigSection):
     positions: Literal["flat", "grid"] = Field(
         "flat", description="sine table over token indices (VideoMAE), or over slot, row and column (MVD)"
     )
+    positions_from: PositionClip | None = Field(
+        None, description="interpolate the encoder's table from that of {num_frames: N, image_size: PIXELS}"
+    )
     norm_eps: Epsilon = Field(LAYER_NORM_EPS, description="epsilon of all LayerNorms but the last")
     last_norm_eps: Epsilon = Field(
         LAYER_NORM_EPS, description="epsilon of the LayerNorm before the head; 1e-5 in transformers' VideoMAE"
@@ -82,6 +86,11 @@ class ModelConfig(ConfigSection):
         return ClipGeometry(self.num_frames, self.tubelet_size, self.image_size, self.patch_size)
 
     @property
+    def position_geometry(self) -> ClipGeometry:
+        """The tubelet grid for which the encoder's position table is computed before it is interpolated."""
+        return replace(self.geometry, **dict(self.positions_from or {}))
+
+    @property
     def shape(self) -> Backbone:
         """The widths, depths and heads of encoder and decoder."""
         named = BACKBONES[self.backbone]
@@ -90,16 +99,10 @@ class ModelConfig(ConfigSection):
         return replace(named, decoder=replace(named.decoder, depth=self.decoder_depth))
 
     @model_validator(mode="after")
-    def check_divides(self) -> ModelConfig:
-        """Check that frames divide into tubelets and the sides of a frame into patches."""
-        if self.num_frames % self.tubelet_size:
-            raise ValueError(
-                f"num_frames={self.num_frames} is not a multiple of tubelet_size={self.tubelet_size}"
-            )
-        if self.image_size % self.patch_size:
-            raise ValueError(
-                f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
-            )
+    def check_clip(self) -> ModelConfig:
+        """Check that clips divide into tubelets."""
+        self.geometry.check_sizes()
+        self.position_geometry.check_sizes("positions_from.")
         return self
 
 

@@ -18,6 +18,9 @@ def exact_floor(ratio: float, count: int) -> int:
     return product.numerator // product.denominator  # torch.compile fails on int(Fraction) in Python 3.10
 
 
+_MOST_TOKENS = 2**20  # 20 times those of 128 frames of 448 x 448; a config from elsewhere may hold any number
+
+
 @dataclass(frozen=True)
 class ClipGeometry:
     """The grid of tubelets that a clip is cut into.
@@ -58,6 +61,29 @@ class ClipGeometry:
     def tubelet_values(self) -> int:
         """The number P of pixel values per tubelet, over all three colours."""
         return 3 * self.tubelet_size * self.patch_size**2
+
+    def check_sizes(self, section: str = "") -> None:
+        """Check that clips divide into tubelets, and that neither their number nor their size is absurd.
+
+        Args:
+            section: prefix of the keys in an error, such as `positions_from.`.
+
+        Raises:
+            ValueError: if a size is impossible.
+        """
+        if self.num_frames % self.tubelet_size:
+            raise ValueError(
+                f"{section}num_frames={self.num_frames} is not a multiple of tubelet_size={self.tubelet_size}"
+            )
+        if self.image_size % self.patch_size:
+            raise ValueError(
+                f"{section}image_size={self.image_size} is not a multiple of patch_size={self.patch_size}"
+            )
+        if max(self.num_tokens, self.tubelet_values) > _MOST_TOKENS:
+            raise ValueError(
+                f"{section}num_frames={self.num_frames} and {section}image_size={self.image_size} give"
+                f" {self.num_tokens} tokens of {self.tubelet_values} values; allowed: at most {_MOST_TOKENS}"
+            )
 
 
 @dataclass(frozen=True)

@@ -185,6 +185,12 @@ def _check_positions(source: WeightSource, system: str) -> None:
             allowed=f"model.positions={theirs}",
             fix="convert it to everest, which supports both",
         )
+    if system != "everest" and source.config.model.positions_from is not None:
+        raise CheckpointError(
+            f"{source.path}: {system} cannot compute the interpolated positions of this model",
+            given=f"model.positions_from={source.config.model.positions_from}",
+            fix="convert it to everest, which can",
+        )
 
 
 def _notes(source: WeightSource, system: str) -> list[str]:

@@ -132,7 +132,7 @@ def _files_of_index(index: Path) -> list[Path]:
         CheckpointError: if the index is malformed, or names a file elsewhere.
     """
     places = _read_json(index).get("weight_map")
-    names = list(dict.fromkeys(places.values())) if isinstance(places, dict) else []
+    names = list(places.values()) if isinstance(places, dict) else []
     strange = [name for name in names if not isinstance(name, str) or Path(name).name != name]
     if not names or strange:
         raise CheckpointError(
@@ -140,7 +140,7 @@ def _files_of_index(index: Path) -> list[Path]:
             given=repr(strange[0]) if strange else "no weight_map",
             allowed='"weight_map": {tensor: name of a file in the same folder}',
         )
-    return [index.parent / name for name in names]
+    return [index.parent / name for name in dict.fromkeys(names)]
 
 
 def _only_numbers(raw: RawWeights) -> Callable[[str], Tensor]:
@@ -273,6 +273,23 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{file}: not a JSON object", given=type(content).__name__)
     return content
+
+
+@contextmanager
+def malformed_as_error(path: Path) -> Iterator[None]:
+    """Raise a CheckpointError if the block meets an entry of another kind than it expects in a description.
+
+    The descriptions beside weights (metadata, config.json, arguments of a script) were written by others,
+    and may hold anything.
+    """
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: the description of its model is malformed",
+            given=f"{type(error).__name__}: {_first_line(error)}",
+            allowed="a description as its system writes it",
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -13,8 +13,8 @@ from everest_ds.config import Experiment, build_experiment
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.data.video_list import read_class_names
-from everest_ds.errors import CheckpointError
-from everest_ds.interchange.files import RawWeights
+from everest_ds.errors import CheckpointError, ConfigError
+from everest_ds.interchange.files import RawWeights, malformed_as_error
 from everest_ds.interchange.layouts import EMBEDDING, Layout
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
@@ -54,13 +54,21 @@ def describe_weights(layout: Layout, raw: RawWeights, overrides: Sequence[str]) 
         CheckpointError: if the model has an architecture that EVEREST-DS does not support.
         ConfigError: if an override is invalid.
     """
-    told = _told(layout, raw)
+    with malformed_as_error(raw.path):
+        told = _told(layout, raw)
+        told["model"] = dict(told["model"])
     given = {text.partition("=")[0] for text in overrides}
     missing = {key: value for key, value in _USUAL.items() if key not in told["model"]}
     told["model"] = {**missing, **told["model"]}
     assumed = [f"model.{key}={value}" for key, value in missing.items() if f"model.{key}" not in given]
-    config = build_experiment(told, overrides, raw.path)
-    return Described(config, assumed, _class_names(raw, config))
+    try:
+        config = build_experiment(told, overrides, raw.path)
+    except ConfigError as error:
+        if overrides:
+            raise
+        raise CheckpointError(str(error)) from None
+    with malformed_as_error(raw.path):
+        return Described(config, assumed, _class_names(raw, config))
 
 
 def _told(layout: Layout, raw: RawWeights) -> InferredTree:

@@ -19,7 +19,7 @@ from everest_ds.interchange.layouts import Layout, Names, WeightKind, detect_lay
 from everest_ds.interchange.tensors import TensorShape, our_shape, to_ours
 from everest_ds.models import build_model
 from everest_ds.models.feature_model import FeatureModel
-from everest_ds.models.positions import fixed_positions
+from everest_ds.models.positions import encoder_positions
 
 _POSITIONS = "pos_embed"
 
@@ -149,7 +149,7 @@ def _why_no_positions(raw: RawWeights, config: Experiment) -> str:
     """Check that stored positions equal the model's fixed table, and return that as the reason."""
     model = config.model
     found = raw.read(_POSITIONS).squeeze(0)
-    own = fixed_positions(model.positions, model.geometry, model.shape.encoder.width)
+    own = encoder_positions(model, model.shape.encoder.width)
     if found.shape != own.shape or not torch.allclose(found, own, rtol=0, atol=1e-5):
         raise CheckpointError(
             f"{raw.path}: `{_POSITIONS}` is not the fixed position table of this model",

@@ -18,7 +18,7 @@ from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageErro
 from everest_ds.jobs.sbatch import JobShape
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.training.evaluation_inputs import check_evaluation_inputs
-from everest_ds.training.plan import describe_plan
+from everest_ds.training.plan import check_initial_weights, describe_plan
 from everest_ds.training.prediction import memory_text
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
@@ -129,6 +129,8 @@ def _check_weights(command: str, config: Experiment, follow: bool) -> None:
             given=str(source.absolute()),
             fix="name the folder of a finished run, or give the job that will write it with --dependency",
         )
+    if command == "finetune" and not follow:
+        check_initial_weights(config)
     folder = config.run.dir
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):

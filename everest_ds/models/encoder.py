@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
-from everest_ds.models.positions import fixed_positions
+from everest_ds.models.positions import encoder_positions
 from everest_ds.models.tubelets import PixelMap, TubeletEmbedding
 from everest_ds.models.vit import Blocks
 
@@ -24,7 +24,7 @@ class Encoder(nn.Module):
         model, shape = config.model, config.model.shape.encoder
         self.embed = TubeletEmbedding(model.geometry, shape.width)
         self.blocks = Blocks(shape, model.drop_path, model.attention, model.norm_eps)
-        self.table = partial(fixed_positions, model.positions, model.geometry, shape.width)
+        self.table = partial(encoder_positions, model, shape.width)
         self.positions: Tensor
         self.register_buffer(
             "positions", torch.empty(model.geometry.num_tokens, shape.width), persistent=False

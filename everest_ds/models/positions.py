@@ -11,9 +11,30 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
+from everest_ds.config.schema import ModelConfig
 from everest_ds.config.tokens import ClipGeometry
 from everest_ds.models.tubelets import sincos_positions
+
+
+def encoder_positions(model: ModelConfig, width: int) -> Tensor:
+    """Compute the encoder's position table: float32 (N, D).
+
+    With `positions_from`, this is the table of that clip shape, interpolated linearly over slots, rows and
+    columns: an encoder then finds a place of the clip under about the position that it learned for the place.
+    """
+    learned, own = model.position_geometry, model.geometry
+    table_ND = fixed_positions(model.positions, learned, width)
+    if learned == own:
+        return table_ND
+    grid = (learned.num_slots, learned.grid_size, learned.grid_size)
+    table_1DTGG = table_ND.T.reshape(1, width, *grid)
+    return (
+        interpolate(table_1DTGG, (own.num_slots, own.grid_size, own.grid_size), mode="trilinear")
+        .flatten(2)[0]
+        .T.contiguous()
+    )
 
 
 def fixed_positions(kind: str, geometry: ClipGeometry, width: int) -> Tensor:

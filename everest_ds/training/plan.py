@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import (
     BATCHES_AHEAD,
     BatchPlan,
@@ -148,6 +149,21 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
     return Epoch(len(samples))
 
 
+def check_initial_weights(config: Experiment) -> None:
+    """Check that the weights of `model.init_from` fit the model; weights that do not exist yet pass.
+
+    Raises:
+        CheckpointError: if they do not fit. A run that resumes does not read them.
+    """
+    source = config.model.init_from
+    if source is None or not source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
+        return
+    from everest_ds.training.weights import initial_weights  # imports torch, which is slow
+
+    with initial_weights(config, source):
+        pass
+
+
 def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
     """Check that a run can start, as `--dry-run` does, and describe its plan as the rows of a table.
 
@@ -155,6 +171,7 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
         EverestError: if the run cannot start.
     """
     check_evaluation_inputs(config, planned)
+    check_initial_weights(config)
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, num_ranks)
     return facts

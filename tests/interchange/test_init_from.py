@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from everest_ds import load_model
-from everest_ds.checkpoints.export import export_weights
+from everest_ds.checkpoints.export import config_entry, export_weights
+from everest_ds.checkpoints.tensor_file import save_weights
 from everest_ds.config import Experiment
 from everest_ds.data.synthetic import MOTIONS
 from everest_ds.errors import CheckpointError
 from everest_ds.interchange.convert import convert_weights
+from everest_ds.models import build_model
+from everest_ds.training.plan import check_plan
 from everest_ds.training.weights import initial_weights
 from tests.interchange import systems
 from tests.interchange.systems import CLIP
@@ -59,6 +63,101 @@ def test_other_positions_are_refused(system: str, positions: str, fix: str, tmp_
     with pytest.raises(CheckpointError, match=f"fix: set model.positions={fix}"):
         with initial_weights(finetuning(positions=positions), path):
             pass
+
+
+def encoder_file(folder: Path, **recorded: Any) -> Path:
+    """Write a small classifier of clips of 8 x 64 x 64 pixels, changed by the given settings."""
+    model = finetuning(**recorded)
+    weights = {name: p.detach() for name, p in build_model(model).named_parameters()}
+    metadata = config_entry(model.model_dump(mode="json"))
+    save_weights(weights, folder / "encoder.safetensors", metadata)
+    return folder / "encoder.safetensors"
+
+
+OTHER_CLIPS = {
+    "fewer pixels": ({"image_size": 32}, "model.image_size=64; fix", True),
+    "more pixels": ({"image_size": 96}, "model.image_size=64; fix", True),
+    "more frames": ({"num_frames": 16}, "model.num_frames=8; fix", True),
+    "tubelets of as many values": (
+        {"num_frames": 16, "tubelet_size": 8, "patch_size": 8},
+        "model.tubelet_size=2",
+        False,
+    ),
+    "another width": ({"backbone": "vit_small"}, "weights of another architecture", False),
+    "other positions": ({"positions": "grid"}, "fix: set model.positions=flat$", False),
+    "interpolated from others": (
+        {"positions_from": {"num_frames": 4, "image_size": 64}},
+        "allowed: model.positions_from=null",
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize(("settings", "says", "may"), OTHER_CLIPS.values(), ids=list(OTHER_CLIPS))
+def test_an_encoder_of_other_clips_is_refused_by_name(
+    tmp_path: Path, settings: dict[str, Any], says: str, may: bool
+) -> None:
+    file = encoder_file(tmp_path)
+    with pytest.raises(CheckpointError, match=says) as refused, initial_weights(finetuning(**settings), file):
+        pass
+    interpolated = "model.positions_from.num_frames=8 model.positions_from.image_size=64 to interpolate"
+    assert (interpolated in str(refused.value)) is may
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_frames": 4},  # the positions of slots do not depend on later slots
+        {"num_frames": 16, "image_size": 96, "positions_from": {"num_frames": 8, "image_size": 64}},
+    ],
+)
+def test_an_encoder_of_other_clips_is_taken_where_it_finds_its_positions(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    file = encoder_file(tmp_path)
+    config = finetuning(**settings)
+    learned = dict(load_model(file, features=True).named_parameters())
+    with initial_weights(config, file) as weights:
+        for name, value in weights():
+            assert name not in learned or not name.startswith("encoder") or torch.equal(value, learned[name])
+
+
+def test_the_encoder_of_interpolated_positions_starts_a_run_with_the_same_only(tmp_path: Path) -> None:
+    interpolated = {"image_size": 96, "positions_from": {"num_frames": 8, "image_size": 64}}
+    file = encoder_file(tmp_path, **interpolated)
+    with initial_weights(finetuning(**interpolated), file):
+        pass
+    with pytest.raises(CheckpointError, match=r"fix: set model\.\S+ model\.\S+$"):
+        with initial_weights(finetuning(image_size=96), file):
+            pass
+    for system in ("videomae", "transformers"):
+        with pytest.raises(CheckpointError, match=f"{system} cannot compute the interpolated positions"):
+            convert_weights(file, tmp_path / "out", system)
+    assert load_model(file).config.model.positions_from.image_size == 64
+
+
+def test_a_dry_run_refuses_an_encoder_of_other_clips(tmp_path: Path) -> None:
+    file = encoder_file(tmp_path)
+    config = finetuning(init_from=file, image_size=96)
+    with pytest.raises(CheckpointError, match="model.positions_from.num_frames=8"):
+        check_plan(config, 1, planned=True)
+    later = finetuning(init_from=tmp_path / "later.safetensors", image_size=96)
+    assert check_plan(later, 1, planned=True)["model"]
+
+
+def test_weights_can_be_declared_to_be_of_another_clip_shape(tmp_path: Path) -> None:
+    declared = tmp_path / "declared.safetensors"
+    convert_weights(encoder_file(tmp_path), declared, "everest", ["model.num_frames=16"])
+    with initial_weights(finetuning(num_frames=16), declared):
+        pass
+
+
+def test_a_file_that_does_not_record_its_clips_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = checkpoint_of("videomae", tmp_path)
+    with initial_weights(finetuning(), file):
+        assert "videomae.pth does not record its clip shape" in caplog.text
 
 
 def test_a_run_from_a_dense_checkpoint_becomes_a_model_of_transformers(
