@@ -130,19 +130,19 @@ def predict(
     names = class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
         done = predict_videos(network, samples, views, on_progress)
-    best = {samples[index].name: best_classes(row, names) for index, row in done.probabilities.items()}
-    rows = [prediction_row(video, ranked) for video, ranked in best.items()]
-    if single and best:
+    ranked = [(samples[i].name, best_classes(row, names)) for i, row in done.probabilities.items()]
+    rows = [prediction_row(video, best) for video, best in ranked]
+    if single and rows:
         from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
 
-        print_table(f"{videos}", next(iter(best.values())))
+        print_table(f"{videos}", ranked[0][1])
         file = picture or Path(f"{videos.stem}.kept.png")
         share = draw_kept_tokens(network, samples[0].path, file)
         typer.echo(f"{file}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
-    elif best:
-        print_table(f"{len(best)} videos of {videos}", rows)
+    elif rows:
+        print_table(f"{len(rows)} videos of {videos}", rows)
     write_csv(csv_file, rows)
-    _end_with(done.problems, len(samples), {"videos": best}, json_file)
+    _end_with(done.problems, len(samples), {"videos": dict(ranked)}, json_file)
 
 
 def visualize(

@@ -10,12 +10,13 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.errors import DataError
 from everest_ds.jobs.job_ending import early_stop, logged_end
 from everest_ds.jobs.requeue import current_job
 from everest_ds.launch.environment import detect_environment
@@ -69,20 +70,38 @@ def train_as_rank(config: Experiment, json_file: Path | None) -> None:
 
 
 def evaluate_as_rank(config: Experiment, json_file: Path | None) -> None:
-    """Test a fine-tuned classifier as one rank; rank 0 prints the results."""
+    """Test a fine-tuned classifier as one rank; rank 0 prints the results, and the videos that they lack."""
 
     def act(world: World) -> None:
         from everest_ds.training.evaluate import run_test
 
         result = run_test(config, world)
-        if not world.is_main:
-            return
-        print_table("By class", result["classes"])
-        summary = {key: value for key, value in result.items() if key not in ("classes", "missing")}
-        print_facts(f"evaluate: {config.run.dir}", summary)
-        write_json(json_file, result)
+        if world.is_main:
+            print_table("By class", result["classes"])
+            summary = {key: value for key, value in result.items() if key not in ("classes", "missing")}
+            print_facts(f"evaluate: {config.run.dir}", summary)
+            write_json(json_file, result)
+        _refuse_missing(config, result, world)
 
     in_world(config, act)
+
+
+def _refuse_missing(config: Experiment, result: dict[str, Any], world: World) -> None:
+    """Raise a DataError on every rank if the results lack videos, and list these on rank 0."""
+    missing = result["missing"]
+    if not missing:
+        return
+    if world.is_main:
+        print_table(
+            "Missing videos", [{"video": video, "problem": reason} for video, reason in missing.items()]
+        )
+    error = DataError(
+        f"{config.data.test}: the results lack {len(missing)} of {result['num_asked']} videos",
+        given=f"{next(iter(missing))}: {next(iter(missing.values()))}",
+        fix="repair the videos, or remove them from the manifest",
+    )
+    error.on_every_rank = True
+    raise error
 
 
 def check_nodes_as_rank(config: Experiment, json_file: Path | None) -> None:

@@ -115,8 +115,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
 
     Returns:
-        Top-1 and top-5 accuracy in percent, and one row per class. They are also written to
-        `evaluation.json`, next to a picture of the confusion matrix.
+        Top-1 and top-5 accuracy in percent, one row per class, and the videos that these figures lack. They
+        are also written to `evaluation.json`, next to a picture of the confusion matrix.
 
     Raises:
         CheckpointError: if the run has no weights, or weights of another architecture.
@@ -142,6 +142,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
         "weights": str(file),
         "top1": outcome.top(1),
         "top5": outcome.top(5),
+        "num_asked": len(samples) + len(usable.excluded),
         "num_clips": len(outcome.labels),
         "num_missing": len(missing),
         "missing": missing,
