@@ -31,8 +31,17 @@ def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Ax
     return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
 
 
+def _take_texts_literally(figure: Figure) -> None:
+    """Let no text of the figure be a formula: names of classes and runs may contain dollar signs."""
+    from matplotlib.text import Text  # slow to import
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+
+
 def to_png(figure: Figure) -> bytes:
     """Render the figure as the bytes of a PNG file."""
+    _take_texts_literally(figure)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
@@ -42,6 +51,7 @@ def to_image(figure: Figure) -> NDArray[np.uint8]:
     """Render the figure as pixels (row, column, colour)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
 
+    _take_texts_literally(figure)
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
@@ -61,6 +71,7 @@ def to_svg(figure: Figure) -> str:
     """Render the figure as an SVG element, for an HTML page or a file."""
     from matplotlib import rc_context  # slow to import
 
+    _take_texts_literally(figure)
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "everest-ds"}):  # makes the output reproducible
         figure.savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
