@@ -29,6 +29,17 @@ def output_below(folder: Path, place: Path, inputs: Collection[Path]) -> Path:
             given=resolved,
             fix="choose an output folder without links to other folders",
         )
-    if resolved in inputs:
-        raise UsageError(f"{target}: an input would be overwritten", fix="choose another output folder")
+    refuse_input(target, inputs)
     return target
+
+
+def refuse_input(file: Path, inputs: Collection[Path]) -> None:
+    """Check that the output `file`, which the user named, is none of the `inputs`, given as resolved paths.
+
+    Raises:
+        UsageError: if it is one of them.
+    """
+    if file.resolve() in inputs:
+        raise UsageError(
+            f"{file}: an input would be overwritten", fix="choose another file or folder to write"
+        )

@@ -18,6 +18,7 @@ from everest_ds.checkpoints.reader import CheckpointReader
 from everest_ds.checkpoints.sealed_manifest import WEIGHT
 from everest_ds.checkpoints.tensor_file import TensorSpec, load_tensors, open_tensors, publish_tensors
 from everest_ds.errors import CheckpointError
+from everest_ds.output_paths import refuse_input
 
 _NOT_OF_WEIGHTS = ("init_from", "compile")  # keys of section `model` that no reader of the weights needs
 _CLIP_KEYS = (
@@ -41,8 +42,10 @@ def export_weights(source: Path, file: Path, dtype: Literal["fp32", "bf16"]) -> 
 
     Raises:
         CheckpointError: if the checkpoint is damaged or `file` cannot be written.
+        UsageError: if `file` belongs to the checkpoint.
     """
     path, manifest = find_checkpoint(source)
+    refuse_input(file, {part.resolve() for part in path.iterdir()})
     specs = {name: TensorSpec(DTYPES[dtype], p.shape) for name, p in manifest.parameters.items()}
     metadata = {"task": manifest.facts.task, "step": str(manifest.facts.step)}
     metadata |= config_entry(manifest.facts.config)

@@ -20,6 +20,7 @@ from everest_ds.data.official.write import MISSING_FILE, write_index
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.video_list import index_folder, read_manifest, split_samples, write_manifest
 from everest_ds.errors import ExitCode, UsageError
+from everest_ds.output_paths import output_below
 
 
 def synth(
@@ -110,7 +111,8 @@ def _index_official(
 ) -> None:
     dataset = find_dataset(name)
     indexed = index_dataset(dataset, annotations, videos, fold)
-    manifests = write_index(dataset, indexed, out)
+    inputs = {file.resolve() for file in annotations.glob("*")}
+    manifests = write_index(dataset, indexed, out, inputs)
     rows = [
         {
             "split": split,
@@ -158,6 +160,8 @@ def _index_folder(
     samples, classes = index_folder(folder)
     splits = split_samples(samples, (1 - val - test, val, test), seed)
     target = out or folder
+    for file in ("classes.txt", "train.txt", "val.txt", "test.txt"):
+        output_below(target, Path(file), ())
     target.mkdir(parents=True, exist_ok=True)
     (target / "classes.txt").write_text("\n".join(classes) + "\n")
     rows = []
@@ -205,7 +209,8 @@ def reencode(
 
     samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
     jobs = work.plan_jobs(samples, root or manifest.parent, out)
-    target, encoding = out / manifest.name, work.Encoding(short_side, gop, crf, preset)
+    target = output_below(out, Path(manifest.name), {manifest.resolve()})
+    encoding = work.Encoding(short_side, gop, crf, preset)
     out.mkdir(parents=True, exist_ok=True)
     with progress_of("writing videos", len(jobs)) as on_progress:
         ledger = Ledger.of_manifest(target)

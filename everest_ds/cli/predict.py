@@ -17,6 +17,7 @@ from everest_ds.console import print_facts, print_table, progress_of, write_csv,
 from everest_ds.data.ledger import Problem
 from everest_ds.data.video_list import list_samples
 from everest_ds.errors import ExitCode
+from everest_ds.output_paths import refuse_input
 
 Model = Annotated[
     Path,
@@ -125,7 +126,8 @@ def predict(
     )
 
     samples, views = list_samples(videos), Views(segments, crops)
-    single = len(samples) == 1
+    single, file = len(samples) == 1, picture or Path(f"{videos.stem}.kept.png")
+    refuse_input(file, {sample.path.resolve() for sample in samples})
     network = open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
     names = class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
@@ -136,7 +138,6 @@ def predict(
         from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
 
         print_table(f"{videos}", ranked[0][1])
-        file = picture or Path(f"{videos.stem}.kept.png")
         share = draw_kept_tokens(network, samples[0].path, file)
         typer.echo(f"{file}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
     elif rows:
@@ -174,7 +175,7 @@ def visualize(
 
     model = open_model(source, ["data.num_workers=0", *(overrides or [])])
     seen = watch_video(model, video)
-    files = write_pictures(seen, out)
+    files = write_pictures(seen, out, video)
     slots, tokens = seen.slots_BT[0].tolist(), model.config.tokens
     facts: dict[str, Any] = {
         "tokens": f"{int(seen.kept_BThw.sum())} kept of {seen.kept_BThw.numel()} ({tokens.selection})",

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import DataError
+from everest_ds.output_paths import output_below
 
 Floats = NDArray[np.floating]
 Frames = NDArray[np.uint8]
@@ -139,7 +140,11 @@ def synthesize(
 
     Raises:
         DataError: if the folder cannot be written, or no H.264 encoder is installed.
+        UsageError: if a link in the folder leads out of it.
     """
+    for split, count in counts.items():
+        for place in (f"{split}.txt", *(_relative_path(split, index) for index in range(count))):
+            output_below(folder, Path(place), ())
     jobs = [(folder, split, index, spec) for split, count in counts.items() for index in range(count)]
     try:
         for split in counts:

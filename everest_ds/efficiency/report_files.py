@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from everest_ds.efficiency.report_plots import draw_plots
 from everest_ds.efficiency.runs import RUNS_HEADING, RUNS_TABLE, read_runs, run_rows
 from everest_ds.efficiency.tables import OURS, ComparisonRow, build_rows
 from everest_ds.errors import UsageError
+from everest_ds.output_paths import output_below
 from everest_ds.reports.page import Plot
 from everest_ds.training.run_folder import describe_environment
 
@@ -63,18 +64,21 @@ def write_report(
 
     Raises:
         RunFolderError: if a folder is not a run folder, or has no logged training step.
-        UsageError: if a file cannot be read or written.
+        UsageError: if a file cannot be read or written, would lie outside `out`, or is an input.
     """
     runs, measurements = read_runs(run_folders), [read_measured(file) for file in measured_files]
     rows = build_rows(cells, on_progress) + measured_rows(cells, measurements)
     rows += [row for run in runs for row in run_rows(run)]
-    summary = _write(out, rows, draw_plots(rows, runs, measurements))
+    inputs = {file.resolve() for file in measured_files}
+    summary = _write(out, rows, draw_plots(rows, runs, measurements), inputs)
     pairs = zip(measured_files, measurements, strict=True)
     unmatched = [file for file, measurement in pairs if not measured_rows(cells, [measurement])]
     return WrittenReport(_TITLE, len(rows), summary, unmatched)
 
 
-def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> dict[str, str]:
+def _write(
+    out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot], inputs: Collection[Path]
+) -> dict[str, str]:
     """Write the files of the report, and return its headline figures."""
     written = [asdict(row) for row in rows]
     grids, summary, lead = arrange(written, _headings()), summarise(written), _LEAD
@@ -88,7 +92,7 @@ def _write(out: Path, rows: Sequence[ComparisonRow], plots: Sequence[Plot]) -> d
     images = [(plot.caption, f"plots/{plot.name}.svg") for plot in plots]
     files["report.md"] = render_markdown(_TITLE, lead, grids, images)
     files["report.html"] = render_efficiency_page(_TITLE, lead, summary, grids, plots, OURS, _provenance())
-    for file, text in ((out / name, text) for name, text in files.items()):
+    for file, text in {output_below(out, Path(name), inputs): text for name, text in files.items()}.items():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(text)

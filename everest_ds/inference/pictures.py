@@ -14,6 +14,7 @@ from everest_ds.errors import UsageError
 from everest_ds.inference.predictions import see
 from everest_ds.inference.views import read_clip
 from everest_ds.models.watch import Seen, Watch
+from everest_ds.output_paths import output_below
 from everest_ds.reports.clip_pictures import draw_clip
 from everest_ds.reports.kept_tokens import dim_discarded, draw_kept
 
@@ -31,8 +32,8 @@ def draw_kept_tokens(model: Any, video: Path, file: Path) -> float:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         imsave(file, draw_kept(*sight))
-    except OSError as error:
-        raise UsageError(f"{file}: cannot write the picture", given=error.strerror) from None
+    except (OSError, ValueError) as error:  # ValueError: no picture format has this suffix
+        raise UsageError(f"{file}: cannot write the picture", given=str(error)) from None
     return float(sight.kept_Thw.mean())
 
 
@@ -49,21 +50,29 @@ def watch_video(model: Any, video: Path) -> Seen:
     return watched.seen(output)
 
 
-def write_pictures(seen: Seen, folder: Path) -> list[Path]:
+def write_pictures(seen: Seen, folder: Path, video: Path) -> list[Path]:
     """Write the pictures of `draw_clip` and a video of the kept tokens into `folder`; return the files.
 
+    Args:
+        seen: what `watch_video` recorded of `video`.
+        folder: folder to write to.
+        video: the video, which is not overwritten.
+
     Raises:
-        UsageError: if a file cannot be written.
+        UsageError: if a file cannot be written, or would lie outside `folder`.
     """
     arrays: list[Any] = [None if tensor is None else tensor[0].numpy() for tensor in seen]
     clip, kept = arrays[:2]
-    pictures = draw_clip(*arrays)
+    pictures = {
+        output_below(folder, Path(f"{name}.png"), {video.resolve()}): picture
+        for name, picture in draw_clip(*arrays).items()
+    }
+    film = output_below(folder, Path("kept_tokens.mp4"), {video.resolve()})
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for name, picture in pictures.items():
-            imsave(folder / f"{name}.png", picture)
-        film = folder / "kept_tokens.mp4"
+        for file, picture in pictures.items():
+            imsave(file, picture)
         write_video(film, np.concatenate([clip, dim_discarded(clip, kept)], axis=2), fps=_FPS)
     except OSError as error:
         raise UsageError(f"{folder}: cannot write the pictures", given=error.strerror or str(error)) from None
-    return [*(folder / f"{name}.png" for name in pictures), film]
+    return [*pictures, film]

@@ -19,11 +19,13 @@ from everest_ds.checkpoints.tensor_file import TensorSpec, publish_tensors
 from everest_ds.config import Experiment
 from everest_ds.config.backbones import LAYER_NORM_EPS
 from everest_ds.errors import CheckpointError
+from everest_ds.interchange.files import CONFIG_FILE, PREPROCESSING_FILE, SAFETENSORS_FILE
 from everest_ds.interchange.infer import TRANSFORMERS_LAST_EPS
 from everest_ds.interchange.layouts import Layout, layout_of
 from everest_ds.interchange.source import WeightSource, open_source
 from everest_ds.interchange.tensors import to_theirs
 from everest_ds.interchange.transformers_folder import save_folder
+from everest_ds.output_paths import refuse_input
 
 _BLOCK_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
@@ -83,11 +85,13 @@ def convert_weights(
     Raises:
         CheckpointError: if the source cannot be read, the system computes other positions, or the target
             cannot be written.
+        UsageError: if the target would overwrite the source.
         ConfigError: if an override is invalid.
     """
     with open_source(path, overrides, entry) as source:
         layout = layout_of(system, source.layout.kind)
         _check_positions(source, system)
+        _check_target(source.path, target)
         try:
             _write(source, layout, target)
         except OSError as error:
@@ -147,6 +151,13 @@ def _write(source: WeightSource, layout: Layout, target: Path) -> None:
         save_folder(target, state, layout.kind, source.config, source.class_names)
     else:
         _save_pickle(state, target)
+
+
+def _check_target(source: Path, target: Path) -> None:
+    described = [source, *(source.parent / name for name in (CONFIG_FILE, PREPROCESSING_FILE))]
+    inputs = {file.resolve() for file in (source.iterdir() if source.is_dir() else described)}
+    for file in (target, *(target / name for name in (SAFETENSORS_FILE, CONFIG_FILE, PREPROCESSING_FILE))):
+        refuse_input(file, inputs)
 
 
 def _save_own(source: WeightSource, file: Path) -> None:

@@ -12,6 +12,7 @@ from everest_ds.config.load import flatten, nested
 from everest_ds.config.recipes import RECIPES
 from everest_ds.config.schema import Experiment
 from everest_ds.errors import UsageError
+from everest_ds.output_paths import refuse_input
 from everest_ds.parallel.ds_config import check_by_deepspeed, resolve_ds_config
 from everest_ds.training.plan import check_plan
 from everest_ds.tuning.candidate import Candidate
@@ -54,6 +55,9 @@ def write_winner(candidate: Candidate, source: str, cluster: Cluster, folder: Pa
     origin = find_config(source).path  # a recipe is named; any other source is given by its relative path
     base = source if origin.parent == RECIPES else os.path.relpath(origin, folder)
     text = run_config(candidate, recipe, base, ds_file, note)
+    inputs = {file.resolve() for file in (origin, recipe.parallelism.ds_config) if file is not None}
+    for file in (ds_file, folder / CONFIG_NAME):
+        refuse_input(file, inputs)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         ds_file.write_text(deepspeed_file(candidate))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,35 @@ from everest_ds.data.official.folder_tree import Indexed
 from everest_ds.data.official.registry import OfficialDataset
 from everest_ds.data.video_list import write_manifest
 from everest_ds.errors import DataError
+from everest_ds.output_paths import output_below
 
 MISSING_FILE = "missing.txt"
+_OTHER_FILES = ("classes.txt", MISSING_FILE, "pretrain.yaml", "finetune.yaml")
 
 
-def write_index(dataset: OfficialDataset, indexed: Indexed, out: Path) -> dict[str, Path]:
+def write_index(
+    dataset: OfficialDataset, indexed: Indexed, out: Path, inputs: Collection[Path] = ()
+) -> dict[str, Path]:
     """Write `<split>.txt`, `classes.txt`, `missing.txt`, `pretrain.yaml` and `finetune.yaml` into `out`.
 
     A split without any existing file gets no manifest.
+
+    Args:
+        dataset: the data set.
+        indexed: its videos and labels.
+        out: folder to write to.
+        inputs: the files that the index was read from, resolved.
 
     Returns:
         The manifests, by split.
 
     Raises:
         DataError: if `out` cannot be written.
+        UsageError: if a file would lie outside `out`, or overwrite one of `inputs`.
     """
     manifests = {split: out / f"{split}.txt" for split, samples in indexed.splits.items() if samples}
+    for name in (*(file.name for file in manifests.values()), *_OTHER_FILES):
+        output_below(out, Path(name), inputs)
     lines = [f"{split} {name}\n" for split, names in indexed.missing.items() for name in names]
     try:
         out.mkdir(parents=True, exist_ok=True)

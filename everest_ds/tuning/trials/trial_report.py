@@ -8,6 +8,7 @@ from statistics import median
 from typing import Any
 
 from everest_ds.errors import UsageError
+from everest_ds.output_paths import output_below
 from everest_ds.reports.page import Page, PageSection, Plot, render_page
 from everest_ds.reports.page_markdown import render_page_markdown
 from everest_ds.reports.tuning_plots import Pair, Place, draw_agreement, draw_front, draw_what_if
@@ -87,9 +88,10 @@ def write_page(folder: Path, name: str, page: Page) -> Path:
     plots = {f"plots/{plot.name}.svg": plot.svg for section in page.sections for plot in section.plots}
     files = {f"{name}.html": render_page(page), f"{name}.md": render_page_markdown(page), **plots}
     for file, text in files.items():
+        target = output_below(folder, Path(file), ())
         try:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text(text)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_text(text)
         except OSError as error:
             raise UsageError(f"{folder / file}: cannot be written", given=str(error)) from None
     return folder / f"{name}.html"
