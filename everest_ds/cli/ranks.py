@@ -95,8 +95,9 @@ def _refuse_missing(config: Experiment, result: dict[str, Any], world: World) ->
         print_table(
             "Missing videos", [{"video": video, "problem": reason} for video, reason in missing.items()]
         )
+    asked = result["num_clips"] + len(missing)
     error = DataError(
-        f"{config.data.test}: the results lack {len(missing)} of {result['num_asked']} videos",
+        f"{config.data.test}: the results lack {len(missing)} of {asked} videos",
         given=f"{next(iter(missing))}: {next(iter(missing.values()))}",
         fix="repair the videos, or remove them from the manifest",
     )

@@ -142,7 +142,6 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
         "weights": str(file),
         "top1": outcome.top(1),
         "top5": outcome.top(5),
-        "num_asked": len(samples) + len(usable.excluded),
         "num_clips": len(outcome.labels),
         "num_missing": len(missing),
         "missing": missing,
