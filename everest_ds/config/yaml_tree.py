@@ -40,7 +40,7 @@ class _Loader(yaml.SafeLoader):
             if key in keys[:number]:
                 mark = node.value[number][0].start_mark
                 raise yaml.YAMLError(f"key `{key}` is given twice, the second time in line {mark.line + 1}")
-        return super().construct_mapping(node, deep)  # type: ignore[no-any-return]
+        return super().construct_mapping(node, deep)
 
 
 def _num_values(node: yaml.Node, known: dict[int, int]) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -53,7 +54,7 @@ def orient(path: Path, corner: tuple[float, float, float, float]) -> Path:
     return path
 
 
-def cut(folder: Path, first_shown: int, suffix: str = ".mp4", **options: str) -> Path:
+def cut(folder: Path, first_shown: int, suffix: str = ".mp4", **options: Any) -> Path:
     """Cut a file without encoding it again: what precedes `first_shown` is discarded by an edit list."""
     whole = write_video(folder / "whole.mp4", noisy_pictures(30), g="10", **options)
     path = folder / f"cut{suffix}"
@@ -97,12 +98,15 @@ def oriented(folder: Path, corner: tuple[float, float, float, float]) -> Path:
     return orient(write_video(folder / "turned.mp4", noisy_pictures(12, 64, 112), g="6"), corner)
 
 
+_FIELDS = "+ildct+ilme"  # flags of interlaced pictures
+
+
 def _encoded(
-    name: str, suffix: str, codec: str, size: tuple[int, int] = (96, 128), **options: str
+    name: str, suffix: str, codec: str, size: tuple[int, int] = (96, 128), **options: Any
 ) -> OddFile:
     def make(folder: Path) -> Path:
-        settings = {"g": "6", **options}
-        return write_video(folder / f"clip{suffix}", noisy_pictures(20, *size), codec, **settings)  # type: ignore[arg-type]
+        settings: dict[str, Any] = {"g": "6", **options}
+        return write_video(folder / f"clip{suffix}", noisy_pictures(20, *size), codec, **settings)
 
     return OddFile(name, make)
 
@@ -131,17 +135,20 @@ def _formats() -> Iterator[OddFile]:
                 yield _encoded(f"{codec} {pix_fmt} in {suffix}", suffix, codec, pix_fmt=pix_fmt)
 
 
+def _params(text: str) -> dict[str, Any]:
+    return {"x264-params": text}  # no name of a Python argument
+
+
 def odd_files() -> list[OddFile]:
     """Return all odd files, whose pictures are those that sequential decoding gives."""
     x264 = partial(_encoded, suffix=".mp4", codec="libx264")
-    fields = {"x264-params": "tff=1", "flags": "+ildct+ilme"}
     return [
         *_formats(),
-        x264("open groups", bf="2", **{"x264-params": "open-gop=1"}),
-        x264("many reordered pictures", bf="5", **{"x264-params": "b-adapt=0:bframes=5:b-pyramid=strict"}),
-        x264("interlaced, top field first", **fields),
-        x264("interlaced, bottom field first", **{**fields, "x264-params": "bff=1"}),
-        x264("pictures marked as interlaced", **{"x264-params": "fake-interlaced=1"}),
+        x264("open groups", bf="2", **_params("open-gop=1")),
+        x264("many reordered pictures", bf="5", **_params("b-adapt=0:bframes=5:b-pyramid=strict")),
+        x264("interlaced, top field first", flags=_FIELDS, **_params("tff=1")),
+        x264("interlaced, bottom field first", flags=_FIELDS, **_params("bff=1")),
+        x264("pictures marked as interlaced", **_params("fake-interlaced=1")),
         *(
             x264(f"size {w}x{h}", size=(h, w))
             for w, h in ((16, 16), (48, 64), (66, 34), (130, 98), (1024, 16))
