@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from everest_ds.errors import UsageError
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
+
+
+@cache
+def stderr_console() -> Console:
+    """Return the console of stderr, shared so that a live display knows of every line printed beside it."""
+    return Console(stderr=True)
 
 
 def print_table(title: str, rows: Sequence[Mapping[str, Any]], key: str | None = None) -> None:

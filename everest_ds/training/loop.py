@@ -37,7 +37,7 @@ from everest_ds.training.loss_watch import LossWatch
 from everest_ds.training.observers import (
     MetricsFile,
     Observer,
-    ProgressBar,
+    ProgressLine,
     StepReport,
     TensorBoard,
     ValidationReport,
@@ -140,7 +140,7 @@ class TrainingRun:
             self.observers = [
                 MetricsFile(folder.metrics),
                 TensorBoard(folder.tensorboard, self.step + 1),
-                ProgressBar(self.schedule.total_steps, self.step),
+                ProgressLine(self.schedule.total_steps, self.step),
             ]
         self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)

@@ -5,22 +5,30 @@ Only rank 0 has observers: the metrics file, TensorBoard and the console.
 
 from __future__ import annotations
 
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
 from torch import Tensor
 
+from everest_ds.console import stderr_console
 from everest_ds.data.clips import Batch
 from everest_ds.durable_files import append_row
-from everest_ds.log import logger
+from everest_ds.log import ON_LIVE_LINE, logger
 from everest_ds.models.watch import Seen, Watch
 from everest_ds.parallel.engine import Engine
 from everest_ds.reports.clip_pictures import draw_clip
-from everest_ds.units import format_bytes
+from everest_ds.units import format_bytes, format_duration
+
+_NEVER_CUT = 3  # figures of the live line: step, loss and remaining time
 
 
 @dataclass(frozen=True)
@@ -150,38 +158,43 @@ class TensorBoard:
                 self._writer.add_scalar(f"{group}/{name}", value, step)
 
 
-class ProgressBar:
-    """An observer for the console: a live progress bar in a terminal, one line per report elsewhere."""
+class _LiveLine:
+    """A renderable of one line: the figures of the latest report, as many as the terminal has room for."""
+
+    def __init__(self) -> None:
+        self.figures: Sequence[str] = ()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = " ".join(self.figures[:_NEVER_CUT])
+        for figure in self.figures[_NEVER_CUT:]:
+            if len(shown) + 1 + len(figure) > options.max_width:
+                break
+            shown += f" {figure}"
+        yield Text(shown, no_wrap=True, overflow="crop")
+
+
+class ProgressLine:
+    """An observer that logs every report; in a terminal, the console shows a live line instead of the log.
+
+    Step, loss and remaining time come first, and the other figures follow in the order of their worth.
+    """
 
     def __init__(self, total_steps: int, first_step: int) -> None:
-        console = Console(stderr=True)
-        self._bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[status]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._bar.add_task("step", total=total_steps, completed=first_step, status="")
-        self._total = total_steps
-        self._bar.start()
+        self._total, self._first = total_steps, first_step
+        self._started = time.monotonic()
+        self._line = _LiveLine()
+        self._line.figures = (f"step {first_step}/{total_steps}", "waiting for the first report")
+        self._live = None
+        if (console := stderr_console()).is_interactive:
+            out = sys.stdout.isatty()  # what is printed to a file or a pipe must stay there
+            self._live = Live(self._line, console=console, redirect_stdout=out)
+            self._live.start()
 
     def on_step(self, report: StepReport) -> None:
-        """Update the bar, or log the report if there is no terminal."""
-        norm = "" if report.grad_norm is None else f" |g| {report.grad_norm:.2f}"
-        mfu = "" if report.mfu_pct is None else f" MFU {report.mfu_pct:.1f}%"
-        loss = "skipped" if report.loss is None else f"{report.loss:.4f}"
-        status = (
-            f"loss {loss} lr {report.lr:.2e}{norm} {report.clips_per_s:.1f} clips/s"
-            f" wait {report.data_wait_pct:.0f}% mem {format_bytes(report.memory_bytes)}{mfu}"
-            + (f" replaced videos {report.replaced_videos}" if report.replaced_videos else "")
-        )
-        if self._bar.disable:
-            logger.info("step %d/%d epoch %.2f %s", report.step, self._total, report.epoch, status)
-        else:
-            self._bar.update(self._task, completed=report.step, status=status)
+        """Log the report, and show it in the live line."""
+        self._line.figures = figures = self._figures(report)
+        rest, shown = " ".join(figures[1:]), {ON_LIVE_LINE: self._live}
+        logger.info("%s epoch %.2f %s", figures[0], report.epoch, rest, extra=shown)
 
     def on_validation(self, report: ValidationReport) -> None:
         """Log the report."""
@@ -193,8 +206,30 @@ class ProgressBar:
         """Ignore the picture."""
 
     def close(self) -> None:
-        """Stop the bar, leaving its last state in the terminal."""
-        self._bar.stop()
+        """End the live line, leaving its last state in the terminal."""
+        if self._live is not None:
+            with suppress(OSError):  # the terminal is gone
+                self._live.stop()
+
+    def _figures(self, report: StepReport) -> list[str]:
+        """Return the figures of a report, the most important ones first."""
+        step_s = (time.monotonic() - self._started) / (report.step - self._first)
+        remaining = format_duration(step_s * (self._total - report.step))
+        optional = {
+            "replaced videos {}": report.replaced_videos or None,
+            "{:.1f} clips/s": report.clips_per_s,
+            "mem {}": format_bytes(report.memory_bytes),
+            "wait {:.0f}%": report.data_wait_pct,
+            "MFU {:.1f}%": report.mfu_pct,
+            "lr {:.2e}": report.lr,
+            "|g| {:.2f}": report.grad_norm,
+        }
+        return [
+            f"step {report.step}/{self._total}",
+            "loss skipped" if report.loss is None else f"loss {report.loss:.4f}",
+            f"ETA {remaining}",
+            *(text.format(value) for text, value in optional.items() if value is not None),
+        ]
 
 
 def watch(engine: Engine, batch: Batch) -> Seen:
