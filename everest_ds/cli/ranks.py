@@ -60,11 +60,13 @@ def train_as_rank(config: Experiment, json_file: Path | None) -> None:
             checked = check_nodes(config, world)
             if world.is_main:
                 print_facts(f"preflight: {job.nodes}", checked)
-        train(config, world, clip_cost(config, world.device), None if job is None else job.signal_s)
+        signal_s = None if job is None else job.signal_s
+        whole = train(config, world, clip_cost(config, world.device), signal_s)
         if world.is_main:
-            typer.echo(
-                f"finished: {config.run.dir}; to see the curves: tensorboard --logdir {config.run.dir}"
+            end = (
+                "finished" if whole else f"run.max_steps={config.run.max_steps} reached, saved and resumable"
             )
+            typer.echo(f"{end}: {config.run.dir}; to see the curves: tensorboard --logdir {config.run.dir}")
 
     in_world(config, act)
 

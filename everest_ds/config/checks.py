@@ -117,8 +117,9 @@ def _check_packing(config: Experiment) -> None:
 def _check_schedule(config: Experiment) -> None:
     if config.schedule.warmup_epochs >= config.schedule.epochs:
         raise ValueError(
-            f"schedule.warmup_epochs={config.schedule.warmup_epochs:g} leaves no epoch after the"
-            f" warm-up: schedule.epochs={config.schedule.epochs}"
+            f"schedule.warmup_epochs ({config.schedule.warmup_epochs:g}) must be smaller than schedule.epochs"
+            f" ({config.schedule.epochs}); fix: lower schedule.warmup_epochs too, or set run.max_steps to try"
+            " out the first steps of the whole schedule"
         )
 
 

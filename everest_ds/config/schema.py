@@ -339,6 +339,10 @@ class RunConfig(ConfigSection):
     )
     image_every_steps: PositiveInt = Field(500, description="interval of clip images in TensorBoard")
     validate_every_epochs: PositiveInt = 1
+    max_steps: PositiveInt | None = Field(
+        None,
+        description="save and end after this step of the schedule, as for a smoke test; default: its end",
+    )
 
 
 class Experiment(ConfigSection):

@@ -58,7 +58,7 @@ from everest_ds.training.weights import initial_weights
 
 def train(
     config: Experiment, world: World, cost: ClipCost | None = None, signal_s: float | None = None
-) -> RunFolder:
+) -> bool:
     """Train to the end of the experiment, resuming from its run folder if it has one. Call on every rank.
 
     Args:
@@ -67,6 +67,9 @@ def train(
         cost: cost of a clip, for reporting FLOP/s and MFU; without it they are null.
         signal_s: seconds between SLURM's stop signal and the end of the job; if they are too few to save, a
             warning is logged.
+
+    Returns:
+        True if all steps of the schedule are done, False if the run ended before, at `run.max_steps`.
 
     Raises:
         StoppedError: after a stop signal or the file `kill`, when a checkpoint has been saved.
@@ -100,7 +103,7 @@ def train(
     finally:
         remove_swap_files(config, world.rank)
         folder.close()
-    return folder
+    return run.step >= run.schedule.total_steps
 
 
 class TrainingRun:
@@ -131,6 +134,7 @@ class TrainingRun:
         self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
+        self.last_step = min(config.run.max_steps or self.schedule.total_steps, self.schedule.total_steps)
         self.data_fingerprint = fingerprint(samples, config.run.seed)
         self.step = self._resume()
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
@@ -140,7 +144,7 @@ class TrainingRun:
             self.observers = [
                 MetricsFile(folder.metrics),
                 TensorBoard(folder.tensorboard, self.step + 1),
-                ProgressLine(self.schedule.total_steps, self.step),
+                ProgressLine(self.last_step, self.step),
             ]
         self.timer = StepTimer(self.world.device)
         self.losses = LossWatch(samples, config, self.world)
@@ -172,8 +176,8 @@ class TrainingRun:
 
     @property
     def finished(self) -> bool:
-        """True if all steps are done."""
-        return self.step == self.schedule.total_steps
+        """True if all steps are done; after a restart with a lower `run.max_steps`, perhaps more."""
+        return self.step >= self.last_step
 
     def _train_step(self, batches: Prefetcher) -> Tensor:
         """Run one optimiser step and return this rank's mean loss, without waiting for the device."""
@@ -276,7 +280,7 @@ class TrainingRun:
         stop.acknowledge(reason)
         if reason.stops and not self.finished:
             raise StoppedError(
-                f"stopped after step {self.step} of {self.schedule.total_steps}, saved in {self.folder.path}",
+                f"stopped after step {self.step} of {self.last_step}, saved in {self.folder.path}",
                 step=self.step,
                 by=reason.origin,
                 fix="run the same command again to resume",
@@ -345,7 +349,7 @@ class TrainingRun:
             )
 
     def _batches(self) -> Prefetcher:
-        steps, noted = range(self.step, self.schedule.total_steps), list[Failure]()
+        steps, noted = range(self.step, self.last_step), list[Failure]()
         batches = training_batches(
             self.samples,
             self.config,

@@ -115,7 +115,9 @@ def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:
     if epoch is None:
         return "unknown, because there is no manifest"
     steps, epochs = steps_per_epoch(epoch.num_samples, plan), config.schedule.epochs
-    return f"{steps * epochs} = {steps} per epoch x {epochs} epochs{epoch.source}"
+    limit = config.run.max_steps
+    end = f"; this run ends after {limit} (run.max_steps)" if limit and limit < steps * epochs else ""
+    return f"{steps * epochs} = {steps} per epoch x {epochs} epochs{epoch.source}{end}"
 
 
 def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:

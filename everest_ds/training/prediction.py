@@ -64,10 +64,11 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
     run = {}
     if num_samples is not None:
         steps, epochs = num_samples // plan.samples_per_step, config.schedule.epochs
+        num_steps = min(config.run.max_steps or steps * epochs, steps * epochs)
+        span = f"{epochs} epochs" if num_steps == steps * epochs else f"{num_steps} steps (run.max_steps)"
         run = {
             "epoch": f"{format_duration(steps * step.step_s)} in {steps} steps",
-            "training": f"{format_duration(steps * step.step_s * epochs)} in {epochs} epochs,"
-            " without validation",
+            "training": f"{format_duration(num_steps * step.step_s)} in {span}, without validation",
         }
     return {
         "on": f"{gpus}: {machine.source}",

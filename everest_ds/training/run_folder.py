@@ -14,6 +14,7 @@ import platform
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -30,7 +31,7 @@ EVALUATION_FILE = "evaluation.json"
 # Prefixes of the settings that may differ when a run is resumed, because they do not change the result. The
 # exception is the global batch size, which is checked against the checkpoint.
 FREE_KEYS = (
-    *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_"),
+    *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_", "run.max_steps"),
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
     *("parallelism.", "recompute.", "batch.", "model.compile"),
 )
@@ -176,8 +177,18 @@ class RunFolder:
                 " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
                 " data.read_timeout_s, data.max_broken_pct, and run.* other than run.seed,"
                 " run.max_skipped_steps and run.validate_every_epochs",
-                fix="undo the change, choose another run.dir, or remove the folder to start over",
+                fix=_way_on(self.path, changed),
             )
+
+
+def _way_on(run: Path, changed: Sequence[str]) -> str:
+    """Return the fix for a config that differs in the keys `changed` from the config of `run`."""
+    if all(key.startswith("schedule.") for key in changed):
+        return (
+            f"undo the change, or train on in a new run that starts from this one's encoder: run.dir=NEW"
+            f" model.init_from={run} (the learning rates of a run follow from its whole schedule)"
+        )
+    return "undo the change, choose another run.dir, or remove the folder to start over"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

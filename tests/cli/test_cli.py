@@ -119,6 +119,24 @@ def test_dry_run_prints_the_plan_and_writes_it(
     assert not (tmp_path / "pretrain").exists()
 
 
+def test_a_dry_run_says_where_max_steps_ends_the_run(
+    monkeypatch: pytest.MonkeyPatch, motion_data: Path, tmp_path: Path
+) -> None:
+    config, file = write_config(motion_data, tmp_path), tmp_path / "p.json"
+
+    def facts(*overrides: str) -> tuple[str, str]:
+        assert (
+            run_main(monkeypatch, "pretrain", str(config), *overrides, "--dry-run", "--json", str(file)) == 0
+        )
+        written = json.loads(file.read_text())
+        return written["plan"]["steps"], written["predicted"]["training"]
+
+    steps, training = facts("run.max_steps=2")
+    assert steps == "9 = 3 per epoch x 3 epochs; this run ends after 2 (run.max_steps)"
+    assert training.endswith(" in 2 steps (run.max_steps), without validation")
+    assert facts("run.max_steps=9") == facts()
+
+
 def test_a_deepspeed_file_with_its_own_batch_size_is_refused(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
 ) -> None:

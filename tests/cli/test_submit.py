@@ -108,6 +108,12 @@ def test_a_chain_hands_each_stage_its_own_overrides(monkeypatch: pytest.MonkeyPa
     assert all("--dependency=afterok:JOB-BEFORE" in job["command"] for job in jobs[1:])
 
 
+def test_a_plan_says_where_max_steps_ends_the_run(monkeypatch: pytest.MonkeyPatch, recipes: Path) -> None:
+    words = ["finetune", str(recipes / "finetune.yaml"), "--ntasks-per-node", "2", "run.max_steps=4"]
+    (job,) = planned(monkeypatch, recipes, *words)["jobs"]
+    assert "9 = 3 per epoch x 3 epochs; this run ends after 4 (run.max_steps)" in json.dumps(job)
+
+
 def test_a_sweep_names_its_runs_and_writes_nothing_when_dry(
     monkeypatch: pytest.MonkeyPatch, recipes: Path
 ) -> None:

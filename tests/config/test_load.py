@@ -194,7 +194,13 @@ DISAGREEMENTS = [
     (["tokens.keep_ratio=0.001"], ("keep_ratio=0.001", "0 kept", "raise keep_ratio")),
     (["tokens.mask_ratio=0.999"], ("mask_ratio=0.999", "0 visible", "lower mask_ratio")),
     (["tokens.mask_ratio=0.5"], ("mask_ratio=0.5", "keep_ratio must exceed 1 - mask_ratio")),
-    (["schedule.epochs=40"], ("schedule.warmup_epochs=40", "schedule.epochs=40")),
+    (
+        ["schedule.epochs=40"],
+        (
+            "schedule.warmup_epochs (40) must be smaller than schedule.epochs (40)",
+            "fix: lower schedule.warmup_",
+        ),
+    ),
     (
         ["recompute.offload_to_cpu=true"],
         ("recompute.offload_to_cpu", "mode none recomputes no module", "set recompute.mode"),

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from everest_ds.checkpoints.tensor_file import save_weights
+from everest_ds.config import dump_experiment
+from everest_ds.errors import RunFolderError
 from everest_ds.models import build_model
 from everest_ds.training.run_folder import RunFolder
 from tests.ranks import run_ranks
@@ -110,6 +112,19 @@ def test_a_folder_of_another_config_names_the_difference(motion_data: Path, tmp_
     assert (
         "belongs to a run with another config; given: tokens.mask_ratio=0.8 (in the folder: 0.75)" in message
     )
+
+
+def test_a_longer_schedule_names_the_way_on(motion_data: Path, tmp_path: Path) -> None:
+    config = experiment(motion_data, tmp_path)
+    (tmp_path / "config.yaml").write_text(dump_experiment(config))
+    (tmp_path / "best.safetensors").touch()
+    longer = experiment(motion_data, tmp_path, schedule={"epochs": 30})
+    with pytest.raises(RunFolderError, match="given: schedule.epochs=30 .in the folder: 3.") as caught:
+        RunFolder(tmp_path).check_same_config(longer)
+    assert f"run.dir=NEW model.init_from={tmp_path}" in str(caught.value)
+    other = experiment(motion_data, tmp_path, schedule={"epochs": 30}, tokens={"mask_ratio": 0.6})
+    with pytest.raises(RunFolderError, match="remove the folder to start over"):
+        RunFolder(tmp_path).check_same_config(other)
 
 
 def test_a_start_that_fails_leaves_the_folder_free(motion_data: Path, tmp_path: Path) -> None:

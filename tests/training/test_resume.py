@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import Experiment
 from everest_ds.errors import CheckpointError, StoppedError
 from everest_ds.parallel.world import World
 from everest_ds.training.loop import TrainingRun, train
 from tests.ranks import run_ranks
-from tests.training.runs import experiment, losses, train_rank
+from tests.training.runs import experiment, losses, metrics, train_rank
 
 
 class _Signalling:
@@ -73,6 +74,34 @@ def test_a_stopped_run_resumes_bit_for_bit(
     assert all(f"stopped after step {stop_at} of 9" in message for message in messages)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     assert list(losses(tmp_path / "whole")) == list(range(1, 10))
+
+
+def train_up_to(world: World, config: Experiment, ends: list[int | None]) -> list[tuple[bool, int]]:
+    """Start a run with each `run.max_steps`; return whether it is whole then, and its saved step."""
+    found = []
+    for end in ends:
+        limited = config.model_copy(update={"run": config.run.model_copy(update={"max_steps": end})})
+        whole = train(limited, world)
+        found.append((whole, int(list_checkpoints(config.run.dir / "checkpoints")[-1].name.split("-")[1])))
+    return found
+
+
+def test_max_steps_ends_a_run_early_on_the_schedule_of_the_whole_run(
+    motion_data: Path, tmp_path: Path
+) -> None:
+    whole = experiment(motion_data, tmp_path / "whole", "finetune")
+    parts = experiment(motion_data, tmp_path / "parts", "finetune")
+    run_ranks(train_rank, 1, whole)
+    # Raised, lowered below the steps that are done, raised beyond the schedule, and removed.
+    (found,) = run_ranks(train_up_to, 1, parts, [2, 5, 4, 50, None])
+    assert found == [(False, 2), (False, 5), (False, 5), (True, 9), (True, 9)]
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    rates = [
+        {row["step"]: row["lr"] for row in metrics(tmp_path / name) if "lr" in row}
+        for name in ("parts", "whole")
+    ]
+    assert rates[0] == rates[1]
+    assert {2, 5} <= {row["step"] for row in metrics(tmp_path / "parts") if "val_loss" in row}
 
 
 def crash_after(world: World, config: Experiment, step: int) -> None:
