@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
+from everest_ds.config.key_names import is_text, suggest_keys
 from everest_ds.config.recipes import ConfigSource, choose, find_recipe, recipe_names
 from everest_ds.config.schema import Experiment
 from everest_ds.config.yaml_tree import ConfigTree, merge, parse_yaml, read_yaml
@@ -36,16 +37,17 @@ def load_experiment(source: str | Path, overrides: Sequence[str] = ()) -> Experi
     tree = choose(_read_with_bases(found, ()), found)
     if Path(source).is_dir():  # the run folder may have been moved since its config was written
         _apply_override(tree, f"run.dir={json.dumps(str(source))}")
-    return build_experiment(tree, overrides, found.path)
+    return build_experiment(tree, overrides, found.path if Path(source).exists() else source)
 
 
-def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: Path) -> Experiment:
+def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: str | Path) -> Experiment:
     """Apply `key.path=value` overrides to a tree of settings, then validate.
 
     Args:
         tree: nested settings, as read from YAML; the overrides are written into it.
         overrides: `key.path=value` strings, as in `load_experiment`.
-        origin: file that the tree was read from; error messages name it.
+        origin: file or recipe that the tree was read from, for error messages about keys that are not
+            overridden.
 
     Raises:
         ConfigError: if a key or value is invalid; the message names it and the allowed values.
@@ -55,7 +57,7 @@ def build_experiment(tree: ConfigTree, overrides: Sequence[str], origin: Path) -
     try:
         return Experiment.model_validate(tree)
     except ValidationError as error:
-        raise _explain(error, origin) from None
+        raise _explain(error, origin, overrides) from None
 
 
 def dump_experiment(config: Experiment) -> str:
@@ -145,7 +147,7 @@ def _apply_override(tree: ConfigTree, text: str) -> None:
 def _value_of(key: str, raw: str) -> Any:
     """Return the value of an override: text as it was typed for a path or name, otherwise YAML."""
     quoted = raw[:1] in ("'", '"')
-    if not quoted and raw.strip() not in _NOTHING and _is_text(key):
+    if not quoted and raw.strip() not in _NOTHING and is_text(key):
         return raw
     try:
         return parse_yaml(raw)
@@ -153,45 +155,31 @@ def _value_of(key: str, raw: str) -> Any:
         return raw
 
 
-def _is_text(key: str) -> bool:
-    """Return whether a key of the config takes a path or any text."""
-    *sections, leaf = key.split(".")
-    try:
-        fields = _section(sections).model_fields
-    except (KeyError, StopIteration):
-        return False
-    annotation = fields[leaf].annotation if leaf in fields else None
-    return any(kind in (str, Path) for kind in (annotation, *get_args(annotation)))
-
-
-def _explain(error: ValidationError, path: Path) -> ConfigError:
+def _explain(error: ValidationError, origin: str | Path, overrides: Sequence[str]) -> ConfigError:
     first, *others = error.errors()
-    key = ".".join(str(part) for part in first["loc"])
-    more = f" (and {len(others)} more)" if others else ""
-    if first["type"] == "extra_forbidden":
-        return ConfigError(
-            f"{path}: unknown config key `{key}`{more}",
-            allowed=nearest(str(first["loc"][-1]), _valid_keys(first["loc"][:-1])),
-        )
+    location = [str(part) for part in first["loc"]]
+    key, unknown = ".".join(location), first["type"] == "extra_forbidden"
+    typed = _typed_override(location, overrides, unknown)
+    origin, more = typed or origin, f" (and {len(others)} more)" if others else ""
+    if unknown:
+        name = key if typed is None else typed.partition("=")[0]
+        return ConfigError(f"{origin}: unknown config key `{name}`{more}", allowed=suggest_keys(name))
     if first["type"] == "missing":
-        return ConfigError(f"{path}: config key `{key}` is missing{more}", fix=f"add `{key}:`")
-    subject, message = f"{path}: {key or 'config'}{more}", first["msg"].removeprefix("Value error, ")
+        return ConfigError(f"{origin}: config key `{key}` is missing{more}", fix=f"add `{key}:`")
+    subject, message = f"{origin}: {key or 'config'}{more}", first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
         return ConfigError(f"{subject}: {message}")
     return ConfigError(subject, given=repr(first["input"]), allowed=message.removeprefix("Input should be "))
 
 
-def _valid_keys(location: Sequence[int | str]) -> list[str]:
-    return list(_section(location).model_fields)
-
-
-def _section(location: Sequence[int | str]) -> type[BaseModel]:
-    section: type[BaseModel] = Experiment
-    for name in location:
-        annotation = section.model_fields[str(name)].annotation
-        nested = [annotation, *get_args(annotation)]
-        section = next(t for t in nested if isinstance(t, type) and issubclass(t, BaseModel))
-    return section
+def _typed_override(location: Sequence[str], overrides: Sequence[str], unknown: bool) -> str | None:
+    """Return the override that set the key at `location`, or a key below it if that section is unknown."""
+    for text in reversed(overrides):
+        key = text.partition("=")[0].split(".")
+        shared = min(len(key), len(location)) if unknown else len(key)
+        if key[:shared] == list(location[:shared]):
+            return text
+    return None
 
 
 def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:

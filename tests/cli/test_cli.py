@@ -49,7 +49,10 @@ def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: d
     [
         (["pretrain", "demo_pretain"], "did you mean demo_pretrain"),
         (["pretrain", "demo_finetune"], "is for task finetune"),
-        (["pretrain", "demo_pretrain", "--dry-run", "model.bakbone=vit_base"], "did you mean backbone?"),
+        (
+            ["pretrain", "demo_pretrain", "--dry-run", "model.bakbone=vit_base"],
+            "did you mean model.backbone?",
+        ),
         (["pretrain", "demo_pretrain", "--dry-run", "model.backbone"], "allowed: key.path=value"),
         (
             ["pretrain", "demo_pretrain", "--dry-run", "model.image_size=60"],

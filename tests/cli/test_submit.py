@@ -42,7 +42,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, folder: Path, *arguments: str) -> A
         ),
         ("pretrain {0}/finetune.yaml --gpus-per-node 2", "is for task finetune"),
         ("pretrain {0}/pretrain.yaml --gpus-per-node 2 data.train=no.txt", "data.train: no such manifest"),
-        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 model.bakbone=x", "did you mean backbone?"),
+        ("pretrain {0}/pretrain.yaml --gpus-per-node 2 model.bakbone=x", "did you mean model.backbone?"),
         ("pretrain {0}/pretrain.yaml --gpus-per-node 2 -N 4", "fix: use --nodes"),
         ("pretrain {0}/pretrain.yaml --gpus-per-node 2 --array=0-3", "would train one run at the same time"),
         (

@@ -77,7 +77,7 @@ def test_a_folder_of_videos_and_a_list_of_names(
         (["{videos}/00001.mp4", "data.frame_stride=4"], "video too short for a clip", 3),
         (["nothing.mp4"], "no such video file", 3),
         (["{videos}/00001.mp4", "--classes", "two.txt"], "given: 2 names; allowed: 6", 2),
-        (["{videos}/00001.mp4", "model.num_clases=3"], "did you mean num_classes", 2),
+        (["{videos}/00001.mp4", "model.num_clases=3"], "did you mean model.num_classes", 2),
     ],
 )
 def test_mistakes_have_a_line_and_a_code(
