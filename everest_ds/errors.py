@@ -151,17 +151,19 @@ class StoppedError(EverestError):
         self.by = by
 
 
-_MOST_LISTED = 24  # names listed in one error, which must stay readable
+_MOST_LISTED = 30  # names listed in one error, which must stay readable
 
 
 def nearest(name: str, valid: Iterable[str], count: int = 3) -> str:
     """Return the valid names closest to `name` as the `allowed` text of an error.
 
-    If no valid name is close, the text lists the first valid names instead.
+    If no valid name is close or contains `name`, the text lists all valid names, or examples of many.
     """
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    close = close or [other for other in names if name and name in other][:count]
     if close:
         return "did you mean " + " or ".join(close) + "?"
-    more = f" and {len(names) - _MOST_LISTED} more" if len(names) > _MOST_LISTED else ""
-    return "one of " + ", ".join(names[:_MOST_LISTED]) + more
+    if len(names) > _MOST_LISTED:
+        return f"one of {len(names)} names, such as {', '.join(names[:count])}"
+    return f"one of {', '.join(names)}"

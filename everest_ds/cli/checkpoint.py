@@ -147,8 +147,8 @@ def convert(
 
     done = convert_weights(source, target, to, overrides or [], entry)
     facts = conversion_facts(done)
-    print_facts(f"{source} -> {target}", facts)
     print_table(f"Keys of {source} (n: number of a block)", key_patterns(done.keys))
+    print_facts(f"{source} -> {target}", facts)
     for note in done.notes:
         typer.echo(f"note: {note}")
     write_json(json_file, {**facts, "notes": done.notes, "keys": [key._asdict() for key in done.keys]})

@@ -11,8 +11,8 @@ import typer
 
 from everest_ds.checkpoints.names import newest_step
 from everest_ds.cli.options import JsonFile, Overrides, RecipeArg
+from everest_ds.config.load import load_task
 from everest_ds.errors import UsageError
-from everest_ds.jobs.job_checks import load_task
 from everest_ds.jobs.requeue import SlurmJob, current_job, record_end, record_start
 from everest_ds.jobs.sweep_file import expand_array, read_candidates
 

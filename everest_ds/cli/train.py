@@ -13,12 +13,13 @@ import typer
 from everest_ds.cli.options import DryRun, JsonFile, NumProcesses, Overrides, RecipeArg
 from everest_ds.cli.ranks import evaluate_as_rank, train_as_rank
 from everest_ds.config import Experiment, dump_experiment
-from everest_ds.config.load import load_for_task
+from everest_ds.config.load import load_task
 from everest_ds.console import print_facts, write_json
 from everest_ds.errors import EverestError, UsageError
 from everest_ds.launch.environment import detect_environment
 from everest_ds.launch.local import launch_local
 from everest_ds.parallel.nvme import check_nvme
+from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_exist
 from everest_ds.training.plan import check_plan, count_samples, describe_plan
 from everest_ds.training.prediction import REFERENCE, Gpus, describe_prediction, parse_gpus
 
@@ -79,7 +80,7 @@ def evaluate(
 
     Example: everest-ds evaluate runs/finetuned --nproc 2 data.test_segments=2 data.test_crops=3
     """
-    config = load_for_task("finetune", source, overrides or [])
+    config = load_task("evaluate", source, overrides or [])
     if dry_run:
         _show_plan(config, _planned_gpus(config, nproc, None), json_file, trains=False)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
@@ -95,7 +96,7 @@ def _train(
     on: str | None,
     json_file: Path | None,
 ) -> None:
-    config = load_for_task(task, source, overrides)
+    config = load_task(task, source, overrides)
     if on is not None and not dry_run:
         raise UsageError(
             "--on was given without --dry-run",
@@ -168,6 +169,8 @@ def _started_ranks(
         )
     if command != "evaluate":
         describe_plan(config, nproc)  # raises an error before any rank starts if the run cannot start
+        check_evaluation_inputs(config)
+        check_initial_weights_exist(config)
         check_nvme(config)
     json_options = [] if json_file is None else ["--json", str(json_file)]
     code = launch_local(nproc, [command, source, *overrides, *json_options], log_dir=config.run.dir / "logs")

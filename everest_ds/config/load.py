@@ -79,12 +79,23 @@ def find_config(source: str | Path) -> ConfigSource:
     recipe = find_recipe(str(source))
     if recipe is not None:
         return recipe
+    if path.is_dir():
+        raise ConfigError(
+            f"{source}: this folder is not a run, because it holds no config.yaml",
+            fix="name the folder of a run that has started, or a recipe (`everest-ds recipes` lists them)",
+        )
     raise ConfigError(
         "no such recipe, YAML file or run folder",
         given=repr(str(source)),
-        allowed=nearest(str(source), recipe_names()),
+        allowed=nearest(str(source), [*recipe_names(), *_configs_in(path.parent)]),
         fix="`everest-ds recipes` lists the recipes",
     )
+
+
+def _configs_in(folder: Path) -> list[str]:
+    """Return the run folders and YAML files in a folder, for the hint of an error."""
+    beside = [*folder.glob("*/config.yaml"), *folder.glob("*.yaml")] if folder.is_dir() else []
+    return [str(file.parent if file.name == "config.yaml" else file) for file in beside]
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -182,18 +193,23 @@ def _typed_override(location: Sequence[str], overrides: Sequence[str], unknown: 
     return None
 
 
-def load_for_task(task: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """Load the config of a run, and check that it is for `task`.
+def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment:
+    """Load the config of a run for the command `pretrain`, `finetune` or `evaluate`.
 
     Raises:
         ConfigError: if the config cannot be read.
         UsageError: if the config is for another task.
     """
     config = load_experiment(source, overrides)
-    if config.task != task:
-        raise UsageError(
-            f"{source}: this config is for task {config.task}",
-            allowed=f"a config for task {task}",
-            fix=f"use {config.task} instead of {task}, or choose a {task} recipe (everest-ds recipes)",
-        )
-    return config
+    if config.task == ("finetune" if command == "evaluate" else command):
+        return config
+    if config.task == "finetune":
+        fix = f"`everest-ds finetune {source}`, or choose one of `everest-ds recipes pretrain`"
+    else:
+        fix = f"fine-tune it first: `everest-ds finetune RECIPE model.init_from={config.run.dir}`"
+    raise UsageError(
+        f"{source}: this config is for task {config.task}",
+        given=f"everest-ds {command}",
+        allowed="a config for task pretrain" if command == "pretrain" else "a config for task finetune",
+        fix=fix,
+    )

@@ -14,7 +14,7 @@ from everest_ds.config.backbones import BACKBONES
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError, ConfigError
-from everest_ds.interchange.files import RawWeights, malformed_as_error
+from everest_ds.interchange.files import PREPROCESSING_FILE, RawWeights, malformed_as_error
 from everest_ds.interchange.layouts import EMBEDDING, Layout
 from everest_ds.models.tubelets import PIXEL_MEAN, PIXEL_STD
 
@@ -75,7 +75,7 @@ def _told(layout: Layout, raw: RawWeights) -> InferredTree:
     if layout.system == "everest" and "config" in raw.metadata:
         own: InferredTree = json.loads(raw.metadata["config"])
         return own
-    said = _by_transformers(raw) if raw.transformers else _by_arguments(raw.arguments)
+    said = _by_transformers(layout, raw) if raw.transformers else _by_arguments(raw.arguments)
     task = "finetune" if layout.normalizes_mean else "pretrain"
     tokens = {"selection": "tube" if layout.kind == "pretrain" else "none", **said.get("tokens", {})}
     positions = {"positions": "grid"} if layout.system == "mvd" else {}
@@ -131,7 +131,7 @@ def _backbone(path: Path, width: int, depth: int) -> str:
     )
 
 
-def _by_transformers(raw: RawWeights) -> InferredTree:
+def _by_transformers(layout: Layout, raw: RawWeights) -> InferredTree:
     said = raw.transformers
     width, depth = said.get("hidden_size", 768), said.get("num_hidden_layers", 12)
     heads = BACKBONES[_backbone(raw.path, width, depth)].encoder.heads
@@ -146,6 +146,7 @@ def _by_transformers(raw: RawWeights) -> InferredTree:
                 f"{raw.path}: config.json: `{key}` is not supported", given=said[key], allowed=allowed
             )
     _check_normalization(raw)
+    _check_last_norm(layout, raw)
     names = ("image_size", "patch_size", "num_frames", "tubelet_size")
     model: InferredTree = {name: said[name] for name in names if name in said}
     model["norm_eps"] = said.get("layer_norm_eps", 1e-12)
@@ -158,10 +159,25 @@ def _check_normalization(raw: RawWeights) -> None:
         theirs = raw.preprocessing.get(key, ours)
         if not all(math.isclose(a, b, abs_tol=1e-6) for a, b in zip(theirs, ours, strict=True)):
             raise CheckpointError(
-                f"{raw.path}: preprocessor_config.json normalises pixels in another way",
+                f"{raw.path.parent / PREPROCESSING_FILE}: this checkpoint normalises pixels with other"
+                f" statistics than ImageNet's",
                 given=f"{key} {theirs}",
                 allowed=list(ours),
+                fix="correct that file if the model was trained with ImageNet's statistics and the file holds"
+                " only a default; models of other statistics are not supported",
             )
+
+
+def _check_last_norm(layout: Layout, raw: RawWeights) -> None:
+    """Check that a pre-trained encoder of transformers has its last LayerNorm."""
+    (norm,) = layout.theirs("norm.weight")
+    if layout.kind == "pretrain" and norm not in raw.shapes:
+        raise CheckpointError(
+            f"{raw.path}: the encoder has no last LayerNorm `{norm}`",
+            given=f"use_mean_pooling {raw.transformers.get('use_mean_pooling', True)} in config.json",
+            allowed="false, as in the released models: transformers leaves this norm out otherwise",
+            fix="pre-train with VideoMAEConfig(use_mean_pooling=False), or fine-tune the model first",
+        )
 
 
 def _by_arguments(said: Mapping[str, Any]) -> InferredTree:

@@ -6,8 +6,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 
+from everest_ds.config.load import load_task
 from everest_ds.errors import UsageError
-from everest_ds.jobs.job_checks import Stage, Target, check_run, load_task, without_gpus
+from everest_ds.jobs.job_checks import Stage, Target, check_run, without_gpus
 
 _STAGES = ("pretrain", "finetune", "evaluate")
 

@@ -10,15 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, load_experiment, plan_ranks
-from everest_ds.config.load import load_for_task
+from everest_ds.config.load import load_task
 from everest_ds.config.mesh_shape import check_nodes_of_job
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.memory import predict_memory
-from everest_ds.errors import CheckpointError, ConfigError, DataError, UsageError
+from everest_ds.errors import CheckpointError, ConfigError, UsageError
 from everest_ds.jobs.sbatch import JobShape
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.training.evaluation_inputs import check_evaluation_inputs
-from everest_ds.training.plan import check_initial_weights, describe_plan
+from everest_ds.training.input_files import (
+    check_evaluation_inputs,
+    check_initial_weights_exist,
+    check_initial_weights_fit,
+    manifest_of,
+)
+from everest_ds.training.plan import describe_plan
 from everest_ds.training.prediction import memory_text
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
@@ -56,16 +61,6 @@ class Target:
     shape: JobShape
     gpu: str | None = None
     inputs_follow: bool = False
-
-
-def load_task(command: str, source: str, overrides: Sequence[str]) -> Experiment:
-    """Load the config of a pretrain, finetune or evaluate command.
-
-    Raises:
-        ConfigError: if the config cannot be read.
-        UsageError: if the config is for another task.
-    """
-    return load_for_task("finetune" if command == "evaluate" else command, source, overrides)
 
 
 def plan_command(command: str, source: str, overrides: Sequence[str], target: Target) -> Stage:
@@ -110,27 +105,21 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
 
 def _check_files(command: str, config: Experiment) -> None:
     for split in _SPLITS[command]:
-        manifest: Path | None = getattr(config.data, split)
-        if manifest is None and split != "val":
-            raise ConfigError(
-                f"data.{split} is not set", fix=f"name a manifest: data.{split}=path/to/list.txt"
-            )
-        if manifest is not None and not manifest.is_file():
-            raise DataError(f"data.{split}: no such manifest", given=str(manifest.absolute()))
+        if split != "val" or config.data.val is not None:
+            manifest_of(config, split)
     check_evaluation_inputs(config)
 
 
 def _check_weights(command: str, config: Experiment, follow: bool) -> None:
-    source = config.run.dir if command == "evaluate" else config.model.init_from
-    if source is not None and not follow and not source.exists():
-        key = "run.dir" if command == "evaluate" else "model.init_from"
+    if command != "evaluate" and not follow:
+        check_initial_weights_exist(config)
+        check_initial_weights_fit(config)
+    if command == "evaluate" and not follow and not config.run.dir.exists():
         raise CheckpointError(
-            f"{key}: no weights found",
-            given=str(source.absolute()),
+            "run.dir: no weights found",
+            given=str(config.run.dir.absolute()),
             fix="name the folder of a finished run, or give the job that will write it with --dependency",
         )
-    if command == "finetune" and not follow:
-        check_initial_weights(config)
     folder = config.run.dir
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not os.access(parent, os.W_OK):

@@ -50,6 +50,7 @@ import json, torch, torch.distributed as dist
 cuda = torch.cuda.is_available()
 print(json.dumps({
     "version": torch.__version__,
+    "cuda": torch.version.cuda,
     "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
     "backends": [name for name in ("nccl", "gloo")
                  if dist.is_available() and getattr(dist, f"is_{name}_available")()],
@@ -180,7 +181,7 @@ def _accelerator(probe: ProbeOutput) -> list[Finding]:
         "accelerator",
         "warning",
         f"torch {found['version']} finds no CUDA device: training runs on the CPU",
-        "on a machine with a GPU: install its driver and torch's CUDA build",
+        "on a machine with a GPU: " + _cuda_fix(found["cuda"]),
     )
     if found["devices"]:
         device = Finding("accelerator", "ok", f"{len(found['devices'])} x {found['devices'][0]}")
@@ -190,6 +191,15 @@ def _accelerator(probe: ProbeOutput) -> list[Finding]:
         detail, fix = f"the installed torch is built without {wanted}", "install an official build of torch"
         backend = Finding("collective backend", "missing", detail, fix, required=True)
     return [device, backend, _bf16(found)]
+
+
+def _cuda_fix(cuda: str | None) -> str:
+    """Return what a torch built for version `cuda` (None: for the CPU only) needs to find the GPU."""
+    if cuda is None:
+        return "install torch's CUDA build instead of this one for the CPU, and the GPU's driver"
+    if shutil.which("nvidia-smi") is None:
+        return f"install its driver; this torch is built for CUDA {cuda}"
+    return f"see `nvidia-smi`: the driver may be too old for CUDA {cuda}, or CUDA_VISIBLE_DEVICES hide it"
 
 
 def _bf16(found: Mapping[str, Any]) -> Finding:
@@ -208,7 +218,8 @@ def _mpi_library(probe: ProbeOutput) -> Finding:
     if probe.succeeded:
         return Finding("MPI library", "ok", probe.line)
     detail = f"needed only to start ranks with MPI: {probe.line}"
-    return Finding("MPI library", "warning", detail, "pip install mpi4py mpich")
+    fix = "pip install mpi4py mpich" if installed_version("mpi4py") is None else "pip install mpich"
+    return Finding("MPI library", "warning", detail, fix)
 
 
 def _memory_bytes() -> int:

@@ -32,7 +32,7 @@ from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
-from everest_ds.training.evaluation_inputs import class_names
+from everest_ds.training.input_files import class_names
 from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors

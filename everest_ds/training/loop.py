@@ -32,7 +32,7 @@ from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import evaluate_views
-from everest_ds.training.evaluation_inputs import check_evaluation_inputs
+from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_exist
 from everest_ds.training.loss_watch import LossWatch
 from everest_ds.training.observers import (
     MetricsFile,
@@ -80,6 +80,7 @@ def train(
     folder = RunFolder(config.run.dir)
     usable = world.share(lambda: read_training_samples(config, folder.excluded))
     world.share(lambda: check_evaluation_inputs(config))
+    world.share(lambda: check_initial_weights_exist(config))
     samples = usable.samples
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, world.size, len(samples)))

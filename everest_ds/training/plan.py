@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import (
     BATCHES_AHEAD,
     BatchPlan,
@@ -22,7 +21,7 @@ from everest_ds.data.order import steps_per_epoch
 from everest_ds.data.video_list import read_manifest
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.training.evaluation_inputs import check_evaluation_inputs
+from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_fit, manifest_of
 from everest_ds.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -136,34 +135,19 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
     manifest = config.data.train
     if manifest is None:
         return None
-    if planned and not manifest.is_file():
+    if planned and not manifest.exists():
         dataset = DATASETS.get(manifest.parent.name)
         if dataset is None:
             return None
         published = f"{dataset.num_train:,} samples, the published number, because {manifest} does not exist"
         return Epoch(dataset.num_train, f" ({published})")
     samples = read_manifest(
-        manifest,
+        manifest_of(config, "train"),
         root=config.data.root,
         num_classes=config.model.num_classes,
         labelled=config.task == "finetune",
     )
     return Epoch(len(samples))
-
-
-def check_initial_weights(config: Experiment) -> None:
-    """Check that the weights of `model.init_from` fit the model; weights that do not exist yet pass.
-
-    Raises:
-        CheckpointError: if they do not fit. A run that resumes does not read them.
-    """
-    source = config.model.init_from
-    if source is None or not source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
-        return
-    from everest_ds.training.weights import initial_weights  # imports torch, which is slow
-
-    with initial_weights(config, source):
-        pass
 
 
 def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dict[str, Any]:
@@ -173,7 +157,7 @@ def check_plan(config: Experiment, num_ranks: int, planned: bool = False) -> dic
         EverestError: if the run cannot start.
     """
     check_evaluation_inputs(config, planned)
-    check_initial_weights(config)
+    check_initial_weights_fit(config)
     facts = describe_plan(config, num_ranks, planned)
     resolve_ds_config(config, num_ranks)
     return facts

@@ -22,9 +22,10 @@ from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.durable_files import append_row, read_json_rows, replace_json, replace_rows
-from everest_ds.errors import ConfigError, DataError, RunFolderError
+from everest_ds.errors import DataError, RunFolderError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World
+from everest_ds.training.input_files import manifest_of
 
 
 def read_samples(config: Experiment, split: str) -> Usable:
@@ -37,7 +38,7 @@ def read_samples(config: Experiment, split: str) -> Usable:
     require_decoder(config.data.decoder)
     samples = _read(config, split)
     needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
-    manifest = _manifest(config, split)
+    manifest = manifest_of(config, split)
     usable = exclude(samples, Ledger.of_manifest(manifest), needed)
     if usable.excluded:
         logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
@@ -167,16 +168,9 @@ class BrokenVideos:
         return error
 
 
-def _manifest(config: Experiment, split: str) -> Path:
-    manifest: Path | None = getattr(config.data, split)
-    if manifest is None:
-        raise ConfigError(f"data.{split} is not set", fix=f"name a manifest: data.{split}=path/to/list.txt")
-    return manifest
-
-
 def _read(config: Experiment, split: str) -> list[Sample]:
     return read_manifest(
-        _manifest(config, split),
+        manifest_of(config, split),
         root=config.data.root,
         num_classes=config.model.num_classes,
         labelled=config.task == "finetune",

@@ -71,6 +71,8 @@ def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: d
             "--on and --nproc name different numbers of GPUs: 4 and 2",
         ),
         (["pretrain", "demo_pretrain", "--on", "4xH100"], "--on was given without --dry-run"),
+        (["pretrain", "ucf101", "--dry-run"], "did you mean ucf101_finetune_vit_base or"),
+        (["pretrain", "xyzzy", "--dry-run"], "such as demo_finetune, demo_pretrain, demo_scratch; fix:"),
         (["data", "check", "no-such-list.txt"], "no-such-list.txt"),
     ],
 )
@@ -81,6 +83,29 @@ def test_a_mistake_gets_one_line_and_a_code(
     error = capsys.readouterr().err
     assert code == (3 if arguments[0] == "data" else 2)
     assert says in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_a_run_folder_that_is_no_run_or_of_another_task_gets_its_own_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    for name, task in (("pre-a", "pretrain"), ("fine-b", "finetune")):
+        (runs / name).mkdir(parents=True)
+        config = experiment(motion_data, runs / name, task)
+        (runs / name / "config.yaml").write_text(dump_experiment(config))
+    (runs / "empty").mkdir()
+
+    def refusal(*arguments: str) -> str:
+        assert run_main(monkeypatch, *arguments) == 2
+        return capsys.readouterr().err
+
+    message = refusal("evaluate", f"{runs}/pre-a")
+    assert "is for task pretrain" in message
+    assert f"fix: fine-tune it first: `everest-ds finetune RECIPE model.init_from={runs}/pre-a`" in message
+    assert f"fix: `everest-ds finetune {runs}/fine-b`" in refusal("pretrain", f"{runs}/fine-b")
+    assert "empty: this folder is not a run, because" in refusal("evaluate", f"{runs}/empty")
+    message = refusal("evaluate", f"{runs}/fine-c")
+    assert f"did you mean {runs}/fine-b" in message and "vit_" not in message
 
 
 @pytest.mark.parametrize(

@@ -240,8 +240,18 @@ def test_a_transformers_model_of_another_architecture_is_refused(
 def test_other_normalisation_of_pixels_is_refused(tmp_path: Path) -> None:
     systems.classifier().save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
-    with pytest.raises(CheckpointError, match="normalises pixels in another way.*given: image_mean"):
+    says = r"preprocessor_config.json: this checkpoint normalises .*given: image_mean \[0.5.*fix: correct"
+    with pytest.raises(CheckpointError, match=says):
         load_model(tmp_path)
+
+
+def test_a_pretrained_model_without_its_last_norm_says_why(tmp_path: Path) -> None:
+    model = systems.transformers.VideoMAEForPreTraining(systems.their_config())  # use_mean_pooling by default
+    model.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError) as refused:
+        load_model(tmp_path)
+    assert "no last LayerNorm `videomae.layernorm.weight`" in str(refused.value)
+    assert "use_mean_pooling True in config.json" in str(refused.value)
 
 
 def test_other_positions_do_not_go_where_they_are_not_known(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -77,6 +78,27 @@ def test_a_torch_that_does_not_import_is_a_finding_with_its_last_error_line() ->
     (finding,) = doctor._accelerator(probe)
     assert finding.status == "missing" and finding.required
     assert "libcudart.so.12" in finding.detail
+
+
+def test_the_fix_of_a_torch_without_devices_depends_on_its_build(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    def fix(cuda: str | None) -> str:
+        seen = {"version": "2.9", "cuda": cuda, "devices": [], "backends": ["gloo"], "bf16": None, "cpu": ""}
+        return doctor._accelerator(doctor.ProbeOutput(True, json.dumps(seen)))[0].fix
+
+    assert "install torch's CUDA build instead" in fix(None)
+    assert fix("12.8").endswith("install its driver; this torch is built for CUDA 12.8")
+    (tmp_path / "nvidia-smi").touch(mode=0o755)
+    assert "the driver may be too old for CUDA 13.0" in fix("13.0")
+
+
+def test_an_mpi_library_is_all_that_an_installed_mpi4py_lacks() -> None:
+    pytest.importorskip("mpi4py", reason="mpi4py is missing")
+    finding = doctor._mpi_library(doctor.ProbeOutput(False, "RuntimeError: cannot load MPI library"))
+    assert finding.fix == "pip install mpich"
 
 
 def test_a_probe_that_hangs_or_cannot_start_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:

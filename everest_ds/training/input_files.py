@@ -1,0 +1,114 @@
+"""The input files of a run, except for its videos, checked before training, which takes days.
+
+After training they could no longer be changed, because they belong to the run's config.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from everest_ds.checkpoints.names import list_checkpoints
+from everest_ds.config import Experiment
+from everest_ds.data.video_list import read_class_names, read_manifest
+from everest_ds.errors import CheckpointError, ConfigError, DataError
+
+
+def manifest_of(config: Experiment, split: str) -> Path:
+    """Return the manifest of `data.<split>`.
+
+    Raises:
+        ConfigError: if the config names no manifest for the split.
+        DataError: if there is no such file.
+    """
+    manifest: Path | None = getattr(config.data, split)
+    key = f"data.{split}"
+    if manifest is None:
+        raise ConfigError(f"{key} is not set", fix=f"name a manifest: {key}=path/to/list.txt")
+    if manifest.is_file():
+        return manifest
+    is_folder = manifest.is_dir()
+    source = shlex.quote(str(manifest)) if is_folder else "FOLDER"
+    without = "" if split == "train" else f", or leave it out: {key}=null"
+    raise DataError(
+        f"{key}: {'this is a folder, not a manifest' if is_folder else 'no such manifest'}",
+        given=str(manifest.absolute()),
+        fix=f"`everest-ds data index {source} --out LISTS` writes manifests of a folder of videos{without}",
+    )
+
+
+def class_names(config: Experiment) -> list[str]:
+    """Return the class names from `data.class_names`; without that file, the class indices as text.
+
+    Raises:
+        DataError: if the file does not exist or is no list of names.
+        ConfigError: if the number of names is not model.num_classes.
+    """
+    file, count = config.data.class_names, config.model.num_classes or 0
+    if file is None:
+        return [str(label) for label in range(count)]
+    if not file.is_file():
+        raise DataError("data.class_names: no such file", given=str(file.absolute()))
+    names = read_class_names(file)
+    if len(names) != count:
+        raise ConfigError(
+            f"{file}: the number of names differs from model.num_classes",
+            given=f"{len(names)} names",
+            allowed=f"{count} names, one per line",
+        )
+    return names
+
+
+def check_initial_weights_exist(config: Experiment) -> None:
+    """Check that the weights that `model.init_from` names exist, unless the run resumes from its own.
+
+    Raises:
+        CheckpointError: if they do not exist.
+    """
+    source = config.model.init_from
+    if source is None or source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
+        return
+    raise CheckpointError(
+        "model.init_from: no weights found",
+        given=str(source.absolute()),
+        allowed="a run that has trained, a checkpoint or a file of weights; unless it is set, a recipe for"
+        " fine-tuning names the run folder of its recipe for pre-training",
+        fix="pre-train first, set model.init_from=PATH, or start from random weights: model.init_from=null",
+    )
+
+
+def check_initial_weights_fit(config: Experiment) -> None:
+    """Check that the weights of `model.init_from` fit the model; weights that do not exist yet pass.
+
+    Raises:
+        CheckpointError: if they do not fit. A run that resumes does not read them.
+    """
+    source = config.model.init_from
+    if source is None or not source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
+        return
+    from everest_ds.training.weights import initial_weights  # imports torch, which is slow
+
+    with initial_weights(config, source):
+        pass
+
+
+def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
+    """Check the files that only validation and test read: their manifests and the class names.
+
+    Args:
+        config: config of the run.
+        planned: True if the files need not exist yet.
+
+    Raises:
+        DataError: if a file does not exist or is invalid.
+        ConfigError: if the number of names is not model.num_classes.
+    """
+    if config.task == "pretrain":
+        return
+    data, num_classes = config.data, config.model.num_classes
+    for split, file in (("val", data.val), ("test", data.test)):
+        if file is not None and not (planned and not file.exists()):
+            manifest = manifest_of(config, split)
+            read_manifest(manifest, root=data.root, num_classes=num_classes, labelled=True)
+    if not planned or (data.class_names is not None and data.class_names.is_file()):
+        class_names(config)
