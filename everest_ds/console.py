@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -62,7 +62,8 @@ def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
-        table.add_column(name.replace("_", " "), justify="right" if numeric else "left", overflow="fold")
+        heading = name if "." in name else name.replace("_", " ")  # a name with a dot is a config key
+        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in names))
     return table
@@ -76,6 +77,33 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _cell(value))
     Console().print(table)
+
+
+def print_text(text: str) -> None:
+    """Print a line of text, which a terminal breaks between words."""
+    console = Console()
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+def print_problems(title: str, problems: Iterable[tuple[str, str]], base: Path) -> None:
+    """Print a list of files by the reason of their problem.
+
+    Every name stays whole on a line of its own, so that it can be copied.
+
+    Args:
+        title: heading of the list.
+        problems: name and reason of each file.
+        base: folder that names are relative to; the names of files elsewhere are printed in full.
+    """
+    console, by_reason = Console(highlight=False), dict[str, list[str]]()
+    for name, reason in problems:
+        below = name.removeprefix(f"{base}/").removeprefix(f"{base.absolute()}/")
+        by_reason.setdefault(reason, []).append(below)
+    console.print(title, style="bold", markup=False)
+    for reason, names in by_reason.items():
+        console.print(f"{len(names)} x {reason}", markup=False)
+        for name in names:
+            console.print(f"  {name}", markup=False, soft_wrap=True)
 
 
 @contextmanager
@@ -130,4 +158,6 @@ def _inert(value: object) -> object:
 def _cell(value: object) -> str:
     if value is None:
         return ""
-    return escape(f"{value:.2f}" if isinstance(value, float) else str(value))
+    if isinstance(value, float):
+        return f"{value:.1f}" if round(value, 1) == value else f"{value:.2f}"
+    return escape(str(value))

@@ -13,7 +13,7 @@ import typer
 from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, Workers
 from everest_ds.config import DataConfig, load_experiment
 from everest_ds.config.schema import DECODERS
-from everest_ds.console import print_facts, print_table, progress_of, write_json
+from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_json
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.official import DATASETS, find_dataset, index_dataset
 from everest_ds.data.official.write import MISSING_FILE, write_index
@@ -217,8 +217,10 @@ def reencode(
         result = work.reencode_videos(jobs, ledger, encoding, workers=workers, on_progress=on_progress)
     write_manifest(target, result.samples, out)
     if result.failed:
-        rows = [{"video": sample.name, "problem": reason} for sample, reason in result.failed]
-        print_table(f"{len(rows)} of {len(jobs)} videos were not written", rows)
+        failed = [(sample.name, reason) for sample, reason in result.failed]
+        print_problems(
+            f"{len(failed)} of {len(jobs)} videos were not written", failed, root or manifest.parent
+        )
     facts: dict[str, Any] = {
         "manifest": str(target),
         "videos": len(result.samples),
@@ -276,7 +278,10 @@ def check(
     rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in checked.problems]
     known = f" ({checked.num_known} results are from {ledger.path})" if checked.num_known else ""
     if rows:
-        print_table(f"{len(rows)} of {len(samples)} videos are broken{known}", rows)
+        found = [(problem.sample.name, problem.reason) for problem in checked.problems]
+        print_problems(
+            f"{len(rows)} of {len(samples)} videos are broken{known}", found, root or manifest.parent
+        )
     else:
         typer.echo(f"{manifest}: all {len(samples)} videos can be read{known}")
     facts = {"checked": len(samples), "known": checked.num_known, "ledger": str(ledger.path)}

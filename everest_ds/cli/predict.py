@@ -13,10 +13,10 @@ import typer
 
 from everest_ds.cli.options import NUM_CORES, CsvFile, JsonFile
 from everest_ds.config import Experiment
-from everest_ds.console import print_facts, print_table, progress_of, write_csv, write_json
+from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_csv, write_json
 from everest_ds.data.ledger import Problem
 from everest_ds.data.video_list import list_samples
-from everest_ds.errors import ExitCode
+from everest_ds.errors import ExitCode, UsageError
 from everest_ds.output_paths import refuse_input
 
 Model = Annotated[
@@ -44,6 +44,7 @@ DecodingWorkers = Annotated[
     int, typer.Option("--workers", min=0, help="Number of processes that decode videos.")
 ]
 _NUM_WORKERS = min(8, NUM_CORES)
+_MOST_SHOWN = 20  # videos whose predictions are printed
 
 
 def features(
@@ -83,7 +84,7 @@ def features(
         "tokens": _tokens(network.config),
     }
     print_facts(f"{out}", facts)
-    _end_with(done.problems, len(samples), facts, json_file)
+    _end_with(done.problems, len(samples), root, facts, json_file)
 
 
 def predict(
@@ -102,17 +103,17 @@ def predict(
     picture: Annotated[
         Path | None,
         typer.Option(
-            help="Single video: picture of the kept tokens to write; default: VIDEO.kept.png in the current"
-            " folder."
+            metavar="FILE", help="Single video: draw the tokens that the model keeps, and write them to FILE."
         ),
     ] = None,
     workers: DecodingWorkers = _NUM_WORKERS,
     csv_file: CsvFile = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Predict the five most probable classes of each video; for a single video, also draw the kept tokens.
+    """Predict the most probable classes of each video, at most five.
 
-    Videos that cannot be read are listed, and the exit code is then 3.
+    Of many videos, the first 20 are shown; --csv and --json write all. Videos that cannot be read are listed,
+    and the exit code is then 3.
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
@@ -126,24 +127,49 @@ def predict(
     )
 
     samples, views = list_samples(videos), Views(segments, crops)
-    single, file = len(samples) == 1, picture or Path(f"{videos.stem}.kept.png")
-    refuse_input(file, {sample.path.resolve() for sample in samples})
+    single = len(samples) == 1
+    if picture is not None:
+        if not single:
+            raise UsageError(
+                "--picture was given for several videos", given=f"{len(samples)} videos", allowed="one"
+            )
+        refuse_input(picture, {samples[0].path.resolve()})
     network = open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
     names = class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
         done = predict_videos(network, samples, views, on_progress)
     ranked = [(samples[i].name, best_classes(row, names)) for i, row in done.probabilities.items()]
     rows = [prediction_row(video, best) for video, best in ranked]
-    if single and rows:
+    base = videos if videos.is_dir() else videos.parent
+    if single and ranked:
+        print_table(f"{videos}: the likeliest of {len(names)} classes", ranked[0][1])
+    elif ranked:
+        print_table(
+            f"{len(ranked)} videos of {videos}, the likeliest of {len(names)} classes",
+            _shown(rows, base),
+            "video",
+        )
+    if len(rows) > _MOST_SHOWN:
+        typer.echo(f"and {len(rows) - _MOST_SHOWN} more; --csv FILE writes all")
+    if picture is not None and ranked:
         from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
 
-        print_table(f"{videos}", ranked[0][1])
-        share = draw_kept_tokens(network, samples[0].path, file)
-        typer.echo(f"{file}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
-    elif rows:
-        print_table(f"{len(rows)} videos of {videos}", rows)
+        share = draw_kept_tokens(network, samples[0].path, picture)
+        typer.echo(f"{picture}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
     write_csv(csv_file, rows)
-    _end_with(done.problems, len(samples), {"videos": dict(ranked)}, json_file)
+    _end_with(done.problems, len(samples), base, {"videos": dict(ranked)}, json_file)
+
+
+def _shown(rows: Sequence[dict[str, Any]], base: Path) -> list[dict[str, Any]]:
+    """Return the first rows as they are printed: names relative to `base`, and one column for each class."""
+    return [
+        {
+            name: value.removeprefix(f"{base}/") if name == "video" else f"{value} {row[f'{name}_pct']:.1f} %"
+            for name, value in row.items()
+            if not name.endswith("_pct")
+        }
+        for row in rows[:_MOST_SHOWN]
+    ]
 
 
 def visualize(
@@ -192,11 +218,12 @@ def _tokens(config: Experiment) -> str:
 
 
 def _end_with(
-    problems: Sequence[Problem], num_videos: int, results: dict[str, Any], json_file: Path | None
+    problems: Sequence[Problem], num_videos: int, base: Path, results: dict[str, Any], json_file: Path | None
 ) -> None:
     """Write the results as JSON, and list the videos that cannot be read; raise an exit if there are any."""
     rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in problems]
     write_json(json_file, {**results, "problems": rows})
     if rows:
-        print_table(f"{len(rows)} of {num_videos} videos cannot be read", rows)
+        found = [(problem.sample.name, problem.reason) for problem in problems]
+        print_problems(f"{len(rows)} of {num_videos} videos cannot be read", found, base)
         raise typer.Exit(ExitCode.DATA)

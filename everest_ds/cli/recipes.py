@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -29,8 +28,7 @@ def recipes(words: NameParts = None, json_file: JsonFile = None) -> None:
         given, datasets = " ".join(wanted), {name.split("_")[0] for name in every}
         raise UsageError("no such recipe", given=given, allowed=nearest(given, {*every, *datasets}))
     rows = [_row(name) for name in names]
-    for family, members in groupby(rows, lambda row: "_".join(row["recipe"].split("_")[:2])):
-        print_table(family, list(members))
+    print_table("Recipes (tokens: how many of a clip are kept, and the rule tokens.selection)", rows)
     write_json(json_file, rows)
 
 
@@ -38,8 +36,8 @@ def _row(name: str) -> dict[str, Any]:
     config = load_experiment(name)
     return {
         "recipe": name,
-        "tokens": f"{config.tokens.selection} {config.token_counts.num_kept}",
+        "tokens": f"{config.token_counts.num_kept} {config.tokens.selection}",
         "epochs": config.schedule.epochs,
-        "batch": config.batch.global_batch_size,
+        "batch": config.batch.global_batch_size or "any",
         "base_lr": f"{config.schedule.base_lr:g}",
     }

@@ -13,7 +13,13 @@ from everest_ds.cli.options import CsvFile, JsonFile, Overrides
 from everest_ds.config import load_experiment
 from everest_ds.errors import UsageError
 from everest_ds.training.plan import count_samples
-from everest_ds.tuning.answer import print_answer, print_explained, print_question, write_tables
+from everest_ds.tuning.answer import (
+    helpful_workers,
+    print_answer,
+    print_explained,
+    print_question,
+    write_tables,
+)
 from everest_ds.tuning.batches import keep_global_batch
 from everest_ds.tuning.calibration.local_machine import calibrate as calibrate_machine
 from everest_ds.tuning.candidate import Candidate
@@ -247,4 +253,5 @@ def _write_best(
 def _write_winner(winner: Candidate, title: str, source: str, cluster: Cluster, folder: Path) -> None:
     file = write_winner(winner, source, cluster, folder)
     typer.echo(f"{title}: {file}, checked by DeepSpeed and by a dry run. Next:")
-    typer.echo(f"  {next_command(winner.config.task, file, cluster)}")
+    workers = helpful_workers(winner, cluster)
+    typer.echo(f"  {next_command(winner.config.task, file, cluster, workers)}")

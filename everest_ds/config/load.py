@@ -94,7 +94,7 @@ def find_config(source: str | Path) -> ConfigSource:
 
 def _configs_in(folder: Path) -> list[str]:
     """Return the run folders and YAML files in a folder, for the hint of an error."""
-    beside = [*folder.glob("*/config.yaml"), *folder.glob("*.yaml")] if folder.is_dir() else []
+    beside = [*folder.glob("*/config.yaml"), *folder.glob("[!.]*.yaml")] if folder.is_dir() else []
     return [str(file.parent if file.name == "config.yaml" else file) for file in beside]
 
 

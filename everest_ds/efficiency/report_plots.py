@@ -29,6 +29,11 @@ from everest_ds.units import GIB
 _CLIPS = 32  # clips per GPU in the plot of memory by category
 _BATCH_SIZES = range(4, 97, 4)
 _LIMITS = ("A6000", "H100 SXM")
+_LOSSES = {
+    "pretrain": ("pre-training", "mean squared error of pixels"),
+    "finetune": ("fine-tuning", "cross-entropy"),
+}
+_AUGMENTED = " The clip is shown as the model was trained on it, with changed colours and mixed clips."
 _OUR_TRAINING = f"bf16, ZeRO-2 on {NUM_RANKS} ranks, fused attention, no recomputation"
 
 
@@ -113,15 +118,32 @@ def _step_times(measured: Sequence[Measured]) -> Iterator[Plot]:
 
 
 def _losses(runs: Sequence[Run]) -> Iterator[Plot]:
-    lines = [Curve(run.name, run.name, [(row["step"], row["loss"]) for row in run.steps]) for run in runs]
-    if lines:
-        yield Plot("loss", "Training loss.", draw_lines(lines, "optimiser step", "loss (measured)"))
+    for task, (phase, measure) in _LOSSES.items():
+        own = [run for run in runs if run.config.task == task]
+        lines = [_curve(run, "loss") for run in own] + [_curve(run, "val_loss") for run in own]
+        if own:
+            caption = f"Loss of {phase}" + (", dashed: of the validation." if task == "finetune" else ".")
+            svg = draw_lines(
+                [line for line in lines if line.points], "optimiser step", f"{measure} (measured)"
+            )
+            yield Plot(f"{task}_loss", caption, svg)
+    validated = [curve for run in runs if (curve := _curve(run, "val_top1")).points]
+    if validated:
+        svg = draw_lines(validated, "optimiser step", "top-1 of the validation, % (measured)")
+        yield Plot("validation", "Accuracy of the validations, each on one clip per video.", svg)
     rates = [
         Curve(run.name, run.name, [(row["step"], row["clips_per_s"]) for row in run.steps]) for run in runs
     ]
     if rates:
         svg = draw_lines(rates, "optimiser step", "clips/s of all ranks (measured)")
         yield Plot("throughput", "Throughput.", svg)
+
+
+def _curve(run: Run, column: str) -> Curve:
+    """Return a column of a run's metrics over its steps; curves of validations are dashed."""
+    points = [(row["step"], row[column]) for row in run.metrics if row.get(column) is not None]
+    validates = column == "val_loss"
+    return Curve(run.name, f"{run.name}, validation" if validates else run.name, points, dashed=validates)
 
 
 def _clips(runs: Sequence[Run]) -> Iterator[Plot]:
@@ -133,4 +155,5 @@ def _clips(runs: Sequence[Run]) -> Iterator[Plot]:
         for name, caption in CAPTIONS.items():
             if name in run.pictures and not (name == "kept_tokens" and "reconstruction" in run.pictures):
                 png = png_as_svg(run.pictures[name])
-                yield Plot(f"{Path(run.name).name}_{name}", f"{run.name}: {caption}", png, name != "slots")
+                text = f"{run.name}: {caption}" + (_AUGMENTED if run.config.augment.changes else "")
+                yield Plot(f"{Path(run.name).name}_{name}", text, png, name != "slots")

@@ -89,8 +89,8 @@ class PretrainModel(nn.Module):
         x_BVD = self.encoder(gather_tokens(pixels_BNP, visible_BV), visible_BV, embedding, key_B)
         prediction_BMP = self.decode(self.to_decoder(self.norm(x_BVD)), visible_BV, predicted_BM, key_B)
         target_BMP = reconstruction_targets(gather_tokens(pixels_BNP, predicted_BM), self.normalize_targets)
-        # mse_loss returns one value in a storage of the size of the errors. The clone frees that storage; a run
-        # would otherwise hold it for every step until its next report.
+        # mse_loss returns one value in a storage of the size of the errors. The clone frees that storage; a
+        # run would otherwise hold it for every step until its next report.
         loss = F.mse_loss(prediction_BMP.float(), target_BMP).clone()
         return Reconstruction(loss, slots_BT, visible_BV, predicted_BM, prediction_BMP)
 

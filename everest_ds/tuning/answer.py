@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from everest_ds.config import Experiment
-from everest_ds.console import print_facts, print_table, write_csv, write_json
+from everest_ds.console import print_facts, print_table, print_text, write_csv, write_json
 from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
 from everest_ds.tuning.candidate import Candidate
@@ -19,7 +19,7 @@ from everest_ds.tuning.candidate_tables import (
     memory_rows,
 )
 from everest_ds.tuning.cluster import Cluster
-from everest_ds.tuning.explain import slower_families, why_slower
+from everest_ds.tuning.explain import EQUALLY_FAST, slower_families, why_slower
 from everest_ds.tuning.search import SearchResult
 from everest_ds.tuning.trials.ranking import CLOSE_PCT
 from everest_ds.units import format_bytes
@@ -53,11 +53,13 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
         print(f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}")
     waits = 100 * best.step.split()["data"] / best.step.step_s
     if waits > _WAITS_PCT:
-        print(_hint_about_data(best, cluster, waits))
+        print_text(_hint_about_data(best, cluster, waits))
+    if len(shown) > 1 and shown[1].step.step_s < best.step.step_s * EQUALLY_FAST:
+        print_text("candidates that take equally long are ordered by their time without data wait")
     dropped = [*slower_families(result.ranked, top), *result.dropped]
     print_table("Families left out", dropped_rows(dropped))
     sized, timed = result.evaluations
-    print(
+    print_text(
         f"search took {seconds:.2f} s and predicted the memory of {sized} candidates"
         f" and the step time of {timed}"
     )
@@ -93,11 +95,18 @@ def write_tables(
     write_json(json_file, found)
 
 
+def helpful_workers(best: Candidate, cluster: Cluster) -> int | None:
+    """Return the number of loader workers with which a candidate waits less for data; None if none helps."""
+    cores = int(cluster.machine.spare_cores)
+    waits = best.step.split()["data"] / best.step.step_s > _WAITS_PCT / 100
+    return cores if waits and cores > best.config.data.num_workers else None
+
+
 def _hint_about_data(best: Candidate, cluster: Cluster, waits_pct: float) -> str:
     """Describe the wait for data of the best candidate, and its step time with a worker per spare core."""
-    said = f"rank 1 waits for decoded clips for {waits_pct:.0f} % of its step"
-    cores, data = int(cluster.machine.spare_cores), best.config.data
-    if cores <= data.num_workers:
+    said = f"candidate 1 waits for decoded clips for {waits_pct:.0f} % of its step"
+    cores, data = helpful_workers(best, cluster), best.config.data
+    if cores is None:
         return f"{said}: see docs/loader.md"
     helped = best.config.model_copy(update={"data": data.model_copy(update={"num_workers": cores})})
     step = predict_step(helped, cluster.num_ranks, cluster.machine, best.zero)

@@ -29,7 +29,7 @@ _BOUND: dict[TermGroup, str] = {
     "data": "each rank decodes more clips",
     "overhead": "bound by operator launches and DeepSpeed's hooks",
 }
-_NOTICEABLE = 1.005  # a candidate that takes less than this times the best step counts as equally fast
+EQUALLY_FAST = 1.005  # a candidate that takes less than this times the best step counts as equally fast
 
 
 def why_slower(candidate: Candidate, best: Candidate) -> str:
@@ -37,7 +37,7 @@ def why_slower(candidate: Candidate, best: Candidate) -> str:
     own, theirs = candidate.step.split(), best.step.split()
     group = max(own, key=lambda name: own[name] - theirs[name])
     times = candidate.step.step_s / best.step.step_s
-    much = f"{times:.2f} x the best step" if times >= _NOTICEABLE else "about as fast as the best"
+    much = f"{times:.2f} x the best step" if times >= EQUALLY_FAST else "about as fast as the best"
     differing = [knob for knob in KNOBS if knob.of(candidate.config) != knob.of(best.config)]
     reasons = [k.reason.format(k.of(candidate.config)) for k in differing if k.reason and group in k.terms]
     return f"{much}: {next(iter(reasons), _BOUND[group])}"

@@ -79,11 +79,22 @@ def check_written(file: Path, num_ranks: int) -> None:
     check_plan(config, num_ranks, planned=True)  # planned: the data may be missing on the machine that tunes
 
 
-def next_command(task: str, file: Path, cluster: Cluster) -> str:
-    """Return the command that queues the winner, or that runs it here if its ranks are on CPUs."""
+def next_command(task: str, file: Path, cluster: Cluster, num_workers: int | None) -> str:
+    """Return the command that queues the winner, or that runs it here if its ranks are on CPUs.
+
+    A long command is continued on a second line, because a terminal would break it within a word.
+
+    Args:
+        task: task of the winner.
+        file: its run config.
+        cluster: the cluster that it was tuned for.
+        num_workers: loader workers per rank, if another number than that of the config is of use.
+    """
+    run = f"{task} {file}" + ("" if num_workers is None else f" data.num_workers={num_workers}")
     if not cluster.machine.asynchronous:
-        return f"everest-ds {task} {file} --nproc {cluster.num_ranks}"
-    return f"everest-ds submit {task} {file} --nodes {cluster.nodes} --gpus-per-node {cluster.ranks_per_node}"
+        return f"everest-ds {run} --nproc {cluster.num_ranks}"
+    ranks = f"--nodes {cluster.nodes} --gpus-per-node {cluster.ranks_per_node}"
+    return f"everest-ds submit {run} \\\n      {ranks}"
 
 
 def default_folder(source: str) -> Path:

@@ -78,6 +78,23 @@ def test_runs_are_compared_by_what_they_compute_hold_and_reach(
     assert ("a", "top1", "measured") not in found and ("a", "mfu_pct", "measured") not in found
 
 
+def test_losses_of_different_tasks_have_axes_of_their_own_and_validations_a_curve(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fine = write_run(
+        tmp_path / "fine",
+        [step(1, 9.0, 1.75), {"step": 2, "val_loss": 1.5, "val_top1": 31.0}, step(3, 9.0, 1.25)],
+    )
+    pre = write_run(tmp_path / "pre", [step(1, 9.0, 0.75), step(2, 9.0, 0.5)])
+    (pre / "config.yaml").write_text("base: demo_pretrain\n")
+    assert run_main(monkeypatch, "report", str(fine), str(pre), "--out", str(tmp_path / "out")) == 0
+    plots = {file.stem: file.read_text() for file in (tmp_path / "out/plots").glob("*.svg")}
+    assert set(plots) == {"pretrain_loss", "finetune_loss", "validation", "throughput"}
+    assert "cross-entropy" in plots["finetune_loss"] and "fine, validation" in plots["finetune_loss"]
+    assert "mean squared error" in plots["pretrain_loss"] and "fine" not in plots["pretrain_loss"]
+    assert "top-1" in plots["validation"] and "pre" not in plots["validation"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [

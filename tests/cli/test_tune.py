@@ -41,7 +41,9 @@ def test_the_winner_is_written_as_a_config_that_runs(
     tree = json.loads((tmp_path / "out" / "deepspeed.json").read_text())
     assert tree["zero_optimization"]["stage"] == config.parallelism.zero_stage
     said = capsys.readouterr().out
-    assert f"everest-ds submit pretrain {file} --nodes 1 --gpus-per-node 8" in said.replace("\n", "")
+    command = said[said.index("  everest-ds submit") :].replace("\\\n", " ").split()
+    assert command[:4] == ["everest-ds", "submit", "pretrain", str(file)]
+    assert command[4:] == ["data.num_workers=14", "--nodes", "1", "--gpus-per-node", "8"]
     for heading in ("Tuning by prediction", "Families left out", "encoder forward", "depth · (12·n·D²"):
         assert heading in said
     assert "waits for decoded clips" in said and "data.num_workers=14" in said

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -38,14 +39,15 @@ def test_one_video_gives_five_classes_and_a_picture(
     monkeypatch: pytest.MonkeyPatch, motion_data: Path, model: Path, tmp_path: Path
 ) -> None:
     video = motion_data / "test/00001.mp4"
-    said = predict(monkeypatch, video, model, tmp_path / "p.json", *SPARSE)["videos"][str(video)]
+    shown = ["--picture", str(tmp_path / "kept.png")]
+    said = predict(monkeypatch, video, model, tmp_path / "p.json", *SPARSE, *shown)["videos"][str(video)]
     network = load_model(model, "data.frame_stride=2", *SPARSE)
     batch = read_clip(video, network.config)
     with torch.no_grad():
         expected = 100 * network(batch.clip, batch.key)[0].softmax(dim=0).sort(descending=True).values
     assert [row["probability_pct"] for row in said] == pytest.approx(expected[:5].tolist(), abs=0.006)
     assert {row["class"] for row in said} < {f"sport {number}" for number in range(6)}
-    assert imread(tmp_path / "00001.kept.png").shape[:2] == (2 * 66, 4 * 66)  # two rows, one column per slot
+    assert imread(tmp_path / "kept.png").shape[:2] == (2 * 66, 4 * 66)  # two rows, one column per slot
 
 
 def test_what_is_seen_is_what_the_model_keeps(motion_data: Path, model: Path) -> None:
@@ -61,11 +63,28 @@ def test_what_is_seen_is_what_the_model_keeps(motion_data: Path, model: Path) ->
 
 
 def test_a_folder_of_videos_and_a_list_of_names(
-    monkeypatch: pytest.MonkeyPatch, motion_data: Path, model: Path, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    motion_data: Path,
+    model: Path,
+    tmp_path: Path,
 ) -> None:
-    names = ["--classes", str(motion_data / "classes.txt")]
+    monkeypatch.setattr("everest_ds.cli.predict._MOST_SHOWN", 10)
+    names = ["--classes", str(motion_data / "classes.txt"), "--csv", str(tmp_path / "p.csv")]
     said = predict(monkeypatch, motion_data / "test", model, tmp_path / "p.json", *names)
     assert len(said["videos"]) == 12
+    with open(tmp_path / "p.csv") as file:
+        rows = {row["video"]: row for row in csv.DictReader(file)}
+    for video, (first, second, *_, fifth) in said["videos"].items():
+        assert (rows[video]["class"], rows[video]["second"]) == (first["class"], second["class"])
+        assert float(rows[video]["class_pct"]) == first["probability_pct"]
+        assert float(rows[video]["fifth_pct"]) == fifth["probability_pct"]
+    printed = capsys.readouterr().out
+    assert "the likeliest of 6 classes" in printed and "and 2 more; --csv FILE writes all" in printed
+    assert (
+        sum(line.startswith("│ 000") for line in printed.splitlines()) == 10
+    )  # names relative to the folder
+    assert not list(tmp_path.glob("*.png"))
     assert {row["class"] for rows in said["videos"].values() for row in rows} <= set(
         (motion_data / "classes.txt").read_text().split()
     )
@@ -76,6 +95,7 @@ def test_a_folder_of_videos_and_a_list_of_names(
     [
         (["{videos}/00001.mp4", "data.frame_stride=4"], "video too short for a clip", 3),
         (["nothing.mp4"], "no such video file", 3),
+        (["{videos}", "--picture", "a.png"], "--picture was given for several videos; given: 12 videos", 2),
         (["{videos}/00001.mp4", "--classes", "two.txt"], "given: 2 names; allowed: 6", 2),
         (["{videos}/00001.mp4", "model.num_clases=3"], "did you mean model.num_classes", 2),
     ],
