@@ -62,6 +62,24 @@ def render_page(page: Page) -> str:
     return render_template("page.html", page=page)
 
 
+def _labelled(svg: str, label: str) -> Any:
+    """Give an SVG element the role and label of a picture, for screen readers."""
+    from markupsafe import Markup, escape
+
+    text = label.replace("`", "")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1))
+
+
+def _prose(text: str) -> Any:
+    """Escape a text, and turn the parts between backticks into code."""
+    from markupsafe import Markup, escape
+
+    parts = (
+        f"<code>{part}</code>" if place % 2 else part for place, part in enumerate(escape(text).split("`"))
+    )
+    return Markup("".join(parts))
+
+
 def render_template(name: str, **values: object) -> str:
     """Render a template of this package with escaped values."""
     from jinja2 import Environment, FileSystemLoader  # slow to import
@@ -69,5 +87,9 @@ def render_template(name: str, **values: object) -> str:
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters["data_url"] = lambda png: "data:image/png;base64," + base64.b64encode(png).decode()
+    environment.filters |= {
+        "data_url": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
+        "labelled": _labelled,
+        "prose": _prose,
+    }
     return environment.get_template(name).render(**values)

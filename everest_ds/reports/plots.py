@@ -28,11 +28,10 @@ def draw_accuracies(bars: Mapping[str, float], chance: float) -> bytes:
     """Draw top-1 accuracies in percent as bars, with a line at chance level."""
     figure, axes = new_figure(6, 3.4)
     drawn = axes.bar(list(bars), list(bars.values()), width=0.5, color=["#2a6f97", "#a9bcd0", "#d8dee4"])
-    axes.bar_label(drawn, fmt="%.1f %%")
-    axes.axhline(chance, linestyle="--", color="black", linewidth=1)
-    axes.annotate(
-        f"chance {chance:.1f} %", (1, chance), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-    )
+    on_white = {"facecolor": "white", "edgecolor": "none", "pad": 1}  # above the line that may cross a label
+    axes.bar_label(drawn, fmt="%.1f %%", padding=3, bbox=on_white)
+    line = axes.axhline(chance, linestyle="--", color="black", linewidth=1)
+    figure.legend([line], [f"chance {chance:.1f} %"], loc="outside upper right", frameon=False)
     axes.set_ylabel("test top-1, %")
     axes.set_ylim(0, 105)
     return to_png(figure)
