@@ -44,6 +44,7 @@ COMMANDS: dict[str, Row] = {
     "sweep": "jobs:sweep",
     "visualize": "predict:visualize",
     "recipes": "recipes:recipes",
+    "keys": "keys:keys",
     "doctor": "preflight:doctor",
     "preflight": "preflight:preflight",
     "data": CommandGroup(

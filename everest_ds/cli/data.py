@@ -217,10 +217,8 @@ def reencode(
         result = work.reencode_videos(jobs, ledger, encoding, workers=workers, on_progress=on_progress)
     write_manifest(target, result.samples, out)
     if result.failed:
-        failed = [(sample.name, reason) for sample, reason in result.failed]
-        print_problems(
-            f"{len(failed)} of {len(jobs)} videos were not written", failed, root or manifest.parent
-        )
+        failed, base = [(sample.name, reason) for sample, reason in result.failed], root or manifest.parent
+        print_problems(f"{len(failed)} of {len(jobs)} videos were not written", failed, base)
     facts: dict[str, Any] = {
         "manifest": str(target),
         "videos": len(result.samples),

@@ -117,40 +117,25 @@ def predict(
 
     Example: everest-ds predict clip.mp4 --model runs/fine
     """
-    from everest_ds.inference import (
-        Views,
-        best_classes,
-        class_names_of,
-        open_trained,
-        predict_videos,
-        prediction_row,
-    )
+    from everest_ds import inference as work
 
-    samples, views = list_samples(videos), Views(segments, crops)
+    samples, views = list_samples(videos), work.Views(segments, crops)
     single = len(samples) == 1
     if picture is not None:
         if not single:
-            raise UsageError(
-                "--picture was given for several videos", given=f"{len(samples)} videos", allowed="one"
-            )
+            raise UsageError(f"--picture was given for {len(samples)} videos", fix="name a single video")
         refuse_input(picture, {samples[0].path.resolve()})
-    network = open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
-    names = class_names_of(network, classes)
+    network = work.open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
+    names = work.class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
-        done = predict_videos(network, samples, views, on_progress)
-    ranked = [(samples[i].name, best_classes(row, names)) for i, row in done.probabilities.items()]
-    rows = [prediction_row(video, best) for video, best in ranked]
+        done = work.predict_videos(network, samples, views, on_progress)
+    ranked = [(samples[i].name, work.best_classes(row, names)) for i, row in done.probabilities.items()]
+    rows = [work.prediction_row(video, best) for video, best in ranked]
     base = videos if videos.is_dir() else videos.parent
     if single and ranked:
         print_table(f"{videos}: the likeliest of {len(names)} classes", ranked[0][1])
     elif ranked:
-        print_table(
-            f"{len(ranked)} videos of {videos}, the likeliest of {len(names)} classes",
-            _shown(rows, base),
-            "video",
-        )
-    if len(rows) > _MOST_SHOWN:
-        typer.echo(f"and {len(rows) - _MOST_SHOWN} more; --csv FILE writes all")
+        _print_first(rows, f"{len(ranked)} videos of {videos}: the likeliest of {len(names)} classes", base)
     if picture is not None and ranked:
         from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
 
@@ -160,9 +145,9 @@ def predict(
     _end_with(done.problems, len(samples), base, {"videos": dict(ranked)}, json_file)
 
 
-def _shown(rows: Sequence[dict[str, Any]], base: Path) -> list[dict[str, Any]]:
-    """Return the first rows as they are printed: names relative to `base`, and one column for each class."""
-    return [
+def _print_first(rows: Sequence[dict[str, Any]], title: str, base: Path) -> None:
+    """Print the predictions of the first videos, which are named relative to `base`."""
+    shown = [
         {
             name: value.removeprefix(f"{base}/") if name == "video" else f"{value} {row[f'{name}_pct']:.1f} %"
             for name, value in row.items()
@@ -170,6 +155,9 @@ def _shown(rows: Sequence[dict[str, Any]], base: Path) -> list[dict[str, Any]]:
         }
         for row in rows[:_MOST_SHOWN]
     ]
+    print_table(title, shown, key="video")
+    if len(rows) > len(shown):
+        typer.echo(f"and {len(rows) - len(shown)} more; --csv FILE writes all")
 
 
 def visualize(

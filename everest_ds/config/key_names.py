@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -46,6 +46,42 @@ def config_fields(prefix: str = "", section: type[BaseModel] = Experiment) -> It
             yield f"{prefix}{name}", field
         else:
             yield from config_fields(f"{prefix}{name}.", below)
+
+
+def key_rows() -> list[dict[str, str]]:
+    """Return every config key with its allowed values, default and meaning, in the order of the schema."""
+    schema = Experiment.model_json_schema()
+    rows = []
+    for name, field in config_fields():
+        *sections, leaf = name.split(".")
+        section = schema if not sections else schema["$defs"][section_class(sections).__name__]
+        default = "(required)" if field.is_required() else _as_yaml(field.default)
+        values = _values_text(section["properties"][leaf])
+        rows.append({"key": name, "values": values, "default": default, "meaning": field.description or ""})
+    return rows
+
+
+def _as_yaml(value: object) -> str:
+    if isinstance(value, tuple):
+        return str(list(value))
+    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
+
+
+def _values_text(schema: dict[str, Any]) -> str:
+    """Describe the values that a JSON schema allows, in words."""
+    if "anyOf" in schema:
+        return " or ".join(map(_values_text, schema["anyOf"]))
+    if "enum" in schema:
+        return ", ".join(map(str, schema["enum"]))
+    if schema["type"] == "array":
+        items = schema["prefixItems"]
+        return f"list of {len(items)}: {_values_text(items[0])}"
+    if schema["type"] == "string":
+        return str(schema.get("format", "text"))
+    words = {"integer": "whole number", "number": "number", "boolean": "true, false", "null": "null"}
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {schema[bound]:g}" for bound, sign in signs.items() if bound in schema]
+    return " ".join([words[schema["type"]], " and ".join(bounds)]).strip()
 
 
 def suggest_keys(key: str) -> str:

@@ -47,11 +47,13 @@ class ConfigSection(BaseModel):
 class ModelConfig(ConfigSection):
     """The Vision Transformer and the shape of its input clip."""
 
-    backbone: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = "vit_base"
-    num_frames: PositiveInt = 16
-    tubelet_size: PositiveInt = 2
-    image_size: PositiveInt = 224
-    patch_size: PositiveInt = 16
+    backbone: Literal["vit_tiny", "vit_small", "vit_base", "vit_large", "vit_huge"] = Field(
+        "vit_base", description="widths, depths and heads of encoder and decoder"
+    )
+    num_frames: PositiveInt = Field(16, description="frames of the clip")
+    tubelet_size: PositiveInt = Field(2, description="frames of a token")
+    image_size: PositiveInt = Field(224, description="height and width of the clip, in pixels")
+    patch_size: PositiveInt = Field(16, description="height and width of a token, in pixels")
     drop_path: Probability = Field(0.0, description="stochastic depth rate of the last encoder block")
     head_drop: Probability = Field(0.0, description="dropout rate before the head; fine-tuning only")
     num_classes: Annotated[int, Field(ge=2)] | None = Field(
@@ -109,7 +111,7 @@ class ModelConfig(ConfigSection):
 class TokensConfig(ConfigSection):
     """The token selection of a model; selections.py describes its rules and scores."""
 
-    selection: SelectionName = "rero"
+    selection: SelectionName = Field("rero", description="rule that selects the tokens")
     keep_ratio: Ratio = Field(
         0.3, description=f"rho: share of all tokens that is kept ({', '.join(_SHARING)})"
     )
@@ -144,16 +146,16 @@ class TokensConfig(ConfigSection):
 class DataConfig(ConfigSection):
     """The manifests of a dataset (`path label` lines), and how clips are cut from its videos."""
 
-    train: Path | None = None
-    val: Path | None = None
-    test: Path | None = None
+    train: Path | None = Field(None, description="manifest of the training videos")
+    val: Path | None = Field(None, description="manifest of the videos for validation; null: no validation")
+    test: Path | None = Field(None, description="manifest of the videos for `everest-ds evaluate`")
     root: Path | None = Field(
         None, description="base folder of relative paths in manifests; default: the manifest's folder"
     )
     class_names: Path | None = Field(
         None, description="text file of class names, one per line, in label order"
     )
-    frame_stride: PositiveInt = 4
+    frame_stride: PositiveInt = Field(4, description="distance between the frames of a clip in its video")
     sampling: Literal["stride", "segments"] = Field(
         "stride", description="frames at a fixed stride, or one from each of num_frames equal segments"
     )
@@ -161,12 +163,14 @@ class DataConfig(ConfigSection):
         "leave_out",
         description="videos shorter than a clip: skip and report them, or repeat their last frame",
     )
-    train_crop: Literal["multi_scale", "random_resized", "center"] = "multi_scale"
+    train_crop: Literal["multi_scale", "random_resized", "center"] = Field(
+        "multi_scale", description="how training cuts a clip out of its frames"
+    )
     horizontal_flip: bool = Field(
         False, description="flip clips at random in training; unsuitable if labels name left or right"
     )
-    test_segments: PositiveInt = 5
-    test_crops: PositiveInt = 3
+    test_segments: PositiveInt = Field(5, description="clips of a test video, at different times")
+    test_crops: PositiveInt = Field(3, description="crops of a test clip, at different positions")
     num_workers: Annotated[int, Field(ge=0)] = Field(4, description="decoding processes per rank")
     repeats: PositiveInt = Field(
         1, description="random crops per decoded clip in training; an epoch decodes each video once"
@@ -194,7 +198,7 @@ class AugmentConfig(ConfigSection):
     rand_augment_ops: Annotated[int, Field(ge=0)] = Field(
         0, description="operations drawn per clip; each is applied with probability 0.5"
     )
-    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = 7.0
+    rand_augment_magnitude: Annotated[float, Field(ge=0, le=10)] = Field(7.0, description="their strength")
     erase_probability: Probability = Field(0.0, description="probability that a clip gets a box of noise")
     mixup_alpha: NonNegative = Field(
         0.0, description="mix pairs of clips; the share is drawn from Beta(alpha, alpha)"
@@ -224,13 +228,13 @@ class LossConfig(ConfigSection):
 class OptimizerConfig(ConfigSection):
     """The settings of AdamW. Biases, norms and the mask token get no weight decay."""
 
-    betas: tuple[Probability, Probability] = (0.9, 0.95)
-    eps: Epsilon = 1e-8
-    weight_decay: NonNegative = 0.05
+    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="decay rates of the moments")
+    eps: Epsilon = Field(1e-8, description="added to the denominator of the update")
+    weight_decay: NonNegative = Field(0.05, description="decay of the weight matrices")
     layer_decay: Ratio = Field(
         1.0, description="learning-rate factor from each encoder block to the block below"
     )
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global norm")
 
 
 REFERENCE_BATCH = 256  # samples per optimiser step for which learning rates are configured, as in VideoMAE
@@ -242,11 +246,11 @@ class ScheduleConfig(ConfigSection):
     All three rates are scaled by `rate_scale`.
     """
 
-    epochs: PositiveInt = 800
-    warmup_epochs: NonNegative = 40
-    base_lr: Annotated[float, Field(gt=0)] = 1.5e-4
-    warmup_lr: NonNegative = 1e-6
-    min_lr: NonNegative = 1e-5
+    epochs: PositiveInt = Field(800, description="passes over the training videos, warm-up included")
+    warmup_epochs: NonNegative = Field(40, description="epochs of the linear warm-up; may be a fraction")
+    base_lr: Annotated[float, Field(gt=0)] = Field(1.5e-4, description="rate at the peak, for 256 samples")
+    warmup_lr: NonNegative = Field(1e-6, description="rate of the first step")
+    min_lr: NonNegative = Field(1e-5, description="rate at the end of the cosine decay")
 
     def rate_scale(self, samples_per_step: int) -> float:
         """Return the factor that scales all three rates at this number of samples per optimiser step."""
@@ -267,9 +271,9 @@ class ParallelismConfig(ConfigSection):
     tensor: TensorDegree = Field(
         1, description="adjacent ranks of a node that split every layer; the rest is data parallelism"
     )
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="selects ds_configs/zero<stage>.json")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="selects ds_configs/zeroN.json (N: the stage)")
     offload_to_cpu: bool = Field(
-        False, description="optimiser (and stage-3 weights) in host memory: zero<stage>_offload.json"
+        False, description="optimiser (and stage-3 weights) in host memory: zeroN_offload.json"
     )
     offload_to_nvme: Path | None = Field(
         None, description="stage 3: folder on a local disk for optimiser states; weights in host memory"
@@ -320,10 +324,10 @@ class RunConfig(ConfigSection):
     `validate_every_epochs`.
     """
 
-    dir: Path = Path("runs/default")
-    seed: int = 0
-    log_every_steps: PositiveInt = 10
-    save_every_steps: PositiveInt = 500
+    dir: Path = Field(Path("runs/default"), description="the run folder")
+    seed: int = Field(0, description="seed of the initial weights, the order of samples and all draws")
+    log_every_steps: PositiveInt = Field(10, description="interval of reports")
+    save_every_steps: PositiveInt = Field(500, description="interval of checkpoints")
     save_in_background: bool | None = Field(
         None, description="write checkpoints from a host copy while training continues; default: on for GPUs"
     )
@@ -338,7 +342,7 @@ class RunConfig(ConfigSection):
         0, description="consecutive steps that may be skipped for a non-finite loss or gradient"
     )
     image_every_steps: PositiveInt = Field(500, description="interval of clip images in TensorBoard")
-    validate_every_epochs: PositiveInt = 1
+    validate_every_epochs: PositiveInt = Field(1, description="interval of validations; fine-tuning only")
     max_steps: PositiveInt | None = Field(
         None,
         description="save and end after this step of the schedule, as for a smoke test; default: its end",
@@ -348,7 +352,7 @@ class RunConfig(ConfigSection):
 class Experiment(ConfigSection):
     """The complete config of a run, as `config.yaml` in a run folder stores it."""
 
-    task: Literal["pretrain", "finetune"]
+    task: Literal["pretrain", "finetune"] = Field(description="what the run trains; recipes set it")
     model: ModelConfig = ModelConfig()
     tokens: TokensConfig = TokensConfig()
     data: DataConfig = DataConfig()

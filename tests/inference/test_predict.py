@@ -95,7 +95,7 @@ def test_a_folder_of_videos_and_a_list_of_names(
     [
         (["{videos}/00001.mp4", "data.frame_stride=4"], "video too short for a clip", 3),
         (["nothing.mp4"], "no such video file", 3),
-        (["{videos}", "--picture", "a.png"], "--picture was given for several videos; given: 12 videos", 2),
+        (["{videos}", "--picture", "a.png"], "--picture was given for 12 videos; fix:", 2),
         (["{videos}/00001.mp4", "--classes", "two.txt"], "given: 2 names; allowed: 6", 2),
         (["{videos}/00001.mp4", "model.num_clases=3"], "did you mean model.num_classes", 2),
     ],
