@@ -66,7 +66,7 @@ def train_as_rank(config: Experiment, json_file: Path | None) -> None:
             end = (
                 "finished" if whole else f"run.max_steps={config.run.max_steps} reached, saved and resumable"
             )
-            typer.echo(f"{end}: {config.run.dir}; to see the curves: tensorboard --logdir {config.run.dir}")
+            typer.echo(f"{end}: {config.run.dir}\nto see the curves: tensorboard --logdir {config.run.dir}")
 
     in_world(config, act)
 

@@ -200,7 +200,7 @@ class ProgressLine:
         """Log the report."""
         text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}% top-5 {report.val_top5:.2f}%"
         text += f", {report.val_missing} videos missing" if report.val_missing else ""
-        logger.info("epoch %.0f %s", report.epoch, text)
+        logger.info("epoch %.4g %s", report.epoch, text)
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Ignore the picture."""

@@ -113,7 +113,7 @@ def a_run_in_a_terminal(folder: Path) -> None:
         line.on_step(replace(report(**figures), step=step, epoch=step / 1000))
         time.sleep(0.3)  # longer than the interval at which the line is drawn
     logger.warning("epoch 31: cannot read a-video-with-a-long-name-%s.mp4: no video stream", "x" * 60)
-    line.on_validation(ValidationReport(32_000, 32, 1.0421, 71.43, 92.5, 0))
+    line.on_validation(ValidationReport(32_000, 2.5, 1.0421, 71.43, 92.5, 0))
     print("printed by a library")
     line.close()
 
@@ -125,7 +125,7 @@ def test_a_terminal_shows_step_loss_and_remaining_time_first_and_never_glues_lin
     *before, last, after = screen_of(lambda: a_run_in_a_terminal(tmp_path), columns)
     warning = f"epoch 31: cannot read a-video-with-a-long-name-{'x' * 60}.mp4: no video stream"
     assert "".join(before[:-2]).replace(" ", "") == warning.replace(" ", "")  # broken at the terminal's width
-    assert before[-2:] == ["epoch 32 val loss 1.0421 top-1 71.43% top-5 92.50%", "printed by a library"]
+    assert before[-2:] == ["epoch 2.5 val loss 1.0421 top-1 71.43% top-5 92.50%", "printed by a library"]
     assert re.match(r"step 32000/64000 loss 0\.4321 ETA \d+h \d\dm \d\ds 812\.5 clips/s", last), last
     assert len(last) <= columns and after == ""
     rest = "mem 1.00 MiB wait 31% MFU 7.5% lr 1.25e-04 |g| 0.09"

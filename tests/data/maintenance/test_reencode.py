@@ -11,7 +11,7 @@ import pytest
 
 from everest_ds.cli.app import main
 from everest_ds.data.decoding.open_video import open_video
-from everest_ds.data.maintenance.reencode import plan_jobs
+from everest_ds.data.maintenance.reencode import Gain, plan_jobs
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from tests.data.conftest import lay_down, noisy_pictures, write_video
@@ -95,3 +95,18 @@ def test_no_path_leads_out_of_the_output_folder_or_to_a_source(way: str, tmp_pat
     (task,) = plan_jobs([Sample(listed, 0)], lists, out)
     assert task.target.resolve().is_relative_to(out.resolve())
     assert ".." not in task.target.parts and task.target.resolve() != source
+
+
+@pytest.mark.parametrize(
+    ("after_ms", "after_bytes", "verdict"),
+    [
+        (5.0, 50, "faster and smaller"),
+        (5.0, 222, "faster"),
+        (11.0, 50, "smaller"),
+        (11.0, 222, "no: neither faster nor smaller; keep the original videos, or lower --short-side"),
+    ],
+)
+def test_a_measurement_says_whether_the_new_files_pay_off(
+    after_ms: float, after_bytes: int, verdict: str
+) -> None:
+    assert Gain(7, 10.0, after_ms, 100, after_bytes).facts("16 frames")["worth_it"] == verdict
