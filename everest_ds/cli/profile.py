@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from everest_ds.cli.options import JsonFile, Overrides
-from everest_ds.console import print_facts, print_table, write_json
+from everest_ds.console import print_facts, print_table, print_text, write_json
 from everest_ds.errors import UsageError
 
 ProfiledModel = Annotated[
@@ -35,7 +35,6 @@ _TITLES = {
     "compute": "Compute of one clip",
     "by_module": "Compute by module (counted)",
     "by_operator": "Compute by operator (counted)",
-    "not_counted": "Operators without MACs, which are not in the counts",
     "memory": "Memory of one rank at the peak of a training step (counted for one rank without ZeRO)",
     "memory_peak_at": "When memory peaks",
 }
@@ -66,6 +65,8 @@ def profile(
     for name, title in _TITLES.items():
         print_table(title, found.tables[name])
     print_table("Memory over time in a training step (counted)", found.timeline())
+    others = [row["operator"] for row in found.tables["not_counted"]]
+    print_text(f"{len(others)} operators without MACs are not in the counts; --json FILE lists them")
     engine = plain = None
     if config and measure:
         engine, plain = measure_both_steps(subject, config)
