@@ -147,14 +147,12 @@ def predict(
 
 def _print_first(rows: Sequence[dict[str, Any]], title: str, base: Path) -> None:
     """Print the predictions of the first videos, which are named relative to `base`."""
-    shown = [
-        {
-            name: value.removeprefix(f"{base}/") if name == "video" else f"{value} {row[f'{name}_pct']:.1f} %"
-            for name, value in row.items()
-            if not name.endswith("_pct")
-        }
-        for row in rows[:_MOST_SHOWN]
-    ]
+    shown = []
+    for row in rows[:_MOST_SHOWN]:
+        places = [name for name in row if name != "video" and not name.endswith("_pct")]
+        percent = [row["probability_pct" if name == "class" else f"{name}_pct"] for name in places]
+        classes = {name: f"{row[name]} {pct:.1f} %" for name, pct in zip(places, percent, strict=True)}
+        shown.append({"video": row["video"].removeprefix(f"{base}/"), **classes})
     print_table(title, shown, key="video")
     if len(rows) > len(shown):
         typer.echo(f"and {len(rows) - len(shown)} more; --csv FILE writes all")

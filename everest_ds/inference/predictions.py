@@ -23,7 +23,7 @@ from everest_ds.inference.views import Views, over_views, read_clip
 from everest_ds.models.classifier import Classifier
 from everest_ds.models.tubelets import from_tubelets
 
-_PLACES = ("class", "second", "third", "fourth", "fifth")
+_PLACES = ("second", "third", "fourth", "fifth")
 
 
 class Sight(NamedTuple):
@@ -102,20 +102,16 @@ def class_names_of(model: Any, file: Path | None = None) -> list[str]:
 
 def best_classes(probabilities: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the most probable classes, at most five, as the rows of a table, the best first."""
-    labels = probabilities.argsort()[::-1][: len(_PLACES)]
+    labels = probabilities.argsort()[::-1][: 1 + len(_PLACES)]
     return [{"class": names[i], "probability_pct": round(100 * float(probabilities[i]), 2)} for i in labels]
 
 
 def prediction_row(video: str, best: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows of `best_classes` as one row of a table of videos."""
-    return {
-        "video": video,
-        **{
-            key: value
-            for place, row in zip(_PLACES, best, strict=False)
-            for key, value in ((place, row["class"]), (f"{place}_pct", row["probability_pct"]))
-        },
-    }
+    row = {"video": video, **best[0]}
+    for place, other in zip(_PLACES, best[1:], strict=False):
+        row |= {place: other["class"], f"{place}_pct": other["probability_pct"]}
+    return row
 
 
 @torch.no_grad()

@@ -65,7 +65,7 @@ def test_the_guide_runs(
             assert text == "pip install ."
     lines = (workplace / "predictions.csv").read_text().splitlines()
     assert len(lines) == 13 and lines[0].startswith("video,class,probability_pct")
-    assert (workplace / "clip.kept.png").read_bytes().startswith(b"\x89PNG")
+    assert (workplace / "kept.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_guide_imports_only_public_names() -> None:

@@ -77,7 +77,7 @@ def test_a_folder_of_videos_and_a_list_of_names(
         rows = {row["video"]: row for row in csv.DictReader(file)}
     for video, (first, second, *_, fifth) in said["videos"].items():
         assert (rows[video]["class"], rows[video]["second"]) == (first["class"], second["class"])
-        assert float(rows[video]["class_pct"]) == first["probability_pct"]
+        assert float(rows[video]["probability_pct"]) == first["probability_pct"]
         assert float(rows[video]["fifth_pct"]) == fifth["probability_pct"]
     printed = capsys.readouterr().out
     assert "the likeliest of 6 classes" in printed and "and 2 more; --csv FILE writes all" in printed
