@@ -50,21 +50,16 @@ def config_fields(prefix: str = "", section: type[BaseModel] = Experiment) -> It
 
 def key_rows() -> list[dict[str, str]]:
     """Return every config key with its allowed values, default and meaning, in the order of the schema."""
-    schema = Experiment.model_json_schema()
+    schema, words = Experiment.model_json_schema(), {"None": "null", "True": "true", "False": "false"}
     rows = []
     for name, field in config_fields():
         *sections, leaf = name.split(".")
         section = schema if not sections else schema["$defs"][section_class(sections).__name__]
-        default = "(required)" if field.is_required() else _as_yaml(field.default)
+        value = list(field.default) if isinstance(field.default, tuple) else field.default
+        default = "(required)" if field.is_required() else words.get(str(value), str(value))
         values = _values_text(section["properties"][leaf])
         rows.append({"key": name, "values": values, "default": default, "meaning": field.description or ""})
     return rows
-
-
-def _as_yaml(value: object) -> str:
-    if isinstance(value, tuple):
-        return str(list(value))
-    return {"None": "null", "True": "true", "False": "false"}.get(str(value), str(value))
 
 
 def _values_text(schema: dict[str, Any]) -> str:

@@ -62,7 +62,7 @@ def render_page(page: Page) -> str:
     return render_template("page.html", page=page)
 
 
-def _labelled(svg: str, label: str) -> Any:
+def label_svg(svg: str, label: str) -> Any:
     """Give an SVG element the role and label of a picture, for screen readers."""
     from markupsafe import Markup, escape
 
@@ -70,7 +70,7 @@ def _labelled(svg: str, label: str) -> Any:
     return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(text)}"', 1))
 
 
-def _prose(text: str) -> Any:
+def prose_html(text: str) -> Any:
     """Escape a text, and turn the parts between backticks into code."""
     from markupsafe import Markup, escape
 
@@ -89,7 +89,7 @@ def render_template(name: str, **values: object) -> str:
     )
     environment.filters |= {
         "data_url": lambda png: "data:image/png;base64," + base64.b64encode(png).decode(),
-        "labelled": _labelled,
-        "prose": _prose,
+        "labelled": label_svg,
+        "prose": prose_html,
     }
     return environment.get_template(name).render(**values)

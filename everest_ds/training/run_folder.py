@@ -14,7 +14,6 @@ import platform
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import IO, Any
@@ -170,6 +169,14 @@ class RunFolder:
         old, new = (dict(flatten(c.model_dump(mode="json"))) for c in (before, config))
         changed = [key for key in new if not key.startswith(FREE_KEYS) and old.get(key) != new[key]]
         if changed:
+            fix = "undo the change, choose another run.dir, or remove the folder to start over"
+            if all(
+                key.startswith("schedule.") for key in changed
+            ):  # the whole schedule sets the learning rates
+                fix = (
+                    "undo the change, or train on in a new run that starts from this one's encoder:"
+                    f" run.dir=NEW model.init_from={self.path}"
+                )
             raise RunFolderError(
                 f"{self.path}: belongs to a run with another config",
                 given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
@@ -177,18 +184,8 @@ class RunFolder:
                 " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
                 " data.read_timeout_s, data.max_broken_pct, and run.* other than run.seed,"
                 " run.max_skipped_steps and run.validate_every_epochs",
-                fix=_way_on(self.path, changed),
+                fix=fix,
             )
-
-
-def _way_on(run: Path, changed: Sequence[str]) -> str:
-    """Return the fix for a config that differs in the keys `changed` from the config of `run`."""
-    if all(key.startswith("schedule.") for key in changed):
-        return (
-            f"undo the change, or train on in a new run that starts from this one's encoder: run.dir=NEW"
-            f" model.init_from={run} (the learning rates of a run follow from its whole schedule)"
-        )
-    return "undo the change, choose another run.dir, or remove the folder to start over"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -88,21 +88,16 @@ class Gain(NamedTuple):
 
     def facts(self, clip: str) -> dict[str, Any]:
         """Return the measurement as the rows of a table; `clip` describes the clips that were read."""
+        faster, smaller = self.before_ms > self.after_ms, self.after_bytes < self.before_bytes
+        gains = " and ".join(["faster"] * faster + ["smaller"] * smaller)
         return {
             "decode_before_ms": self.before_ms,
             "decode_after_ms": self.after_ms,
             "speedup": self.before_ms / self.after_ms,
             "size_after_pct": 100 * self.after_bytes / self.before_bytes,
             "measured_on": f"{self.clips} clips of {clip}; medians of interleaved runs",
-            "worth_it": self._verdict(),
+            "worth_it": gains or "no: keep the original videos, or lower --short-side",
         }
-
-    def _verdict(self) -> str:
-        """Return whether the new files pay off: clips decode faster, or the files are smaller."""
-        faster, smaller = self.before_ms > self.after_ms, self.after_bytes < self.before_bytes
-        if faster or smaller:
-            return " and ".join(["faster"] * faster + ["smaller"] * smaller)
-        return "no: neither faster nor smaller; keep the original videos, or lower --short-side"
 
 
 def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[ReencodeTask]:

@@ -103,7 +103,7 @@ def test_no_path_leads_out_of_the_output_folder_or_to_a_source(way: str, tmp_pat
         (5.0, 50, "faster and smaller"),
         (5.0, 222, "faster"),
         (11.0, 50, "smaller"),
-        (11.0, 222, "no: neither faster nor smaller; keep the original videos, or lower --short-side"),
+        (11.0, 222, "no: keep the original videos, or lower --short-side"),
     ],
 )
 def test_a_measurement_says_whether_the_new_files_pay_off(
