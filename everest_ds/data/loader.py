@@ -6,7 +6,7 @@ of ranks and workers, and decodes nothing before it. Every batch is delivered on
 is raised; the loader recovers only from a time-out of torch's loader and from a lost worker.
 
 A worker ignores the signals that ask a run to stop: a scheduler sends them to every process of a job, and the
-rank still needs its workers to complete the step. Only the rank ends a worker.
+rank still needs its workers to complete the step. Only the rank ends a worker, at the latest by its own end.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from everest_ds.data.loader_errors import (
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.errors import DataError
 from everest_ds.log import logger
-from everest_ds.stop_signals import ignore_stop_signals
+from everest_ds.stop_signals import end_with_parent, ignore_stop_signals
 
 T = TypeVar("T")
 
@@ -256,9 +256,14 @@ def _pass(
 ) -> Iterator[LoadedItem | Failed | _Lost]:
     """Yield the batches from one set of workers, until they are complete or a worker is lost."""
     notes = _Notes(data.num_workers)
+    # Linux ends a child with the thread that forked it, and other threads may end before the loader does.
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    end_with_rank = end_with_parent(os.getpid()) if in_main_thread else None
 
     def start(worker: int) -> None:
         ignore_stop_signals()
+        if end_with_rank is not None:
+            end_with_rank()
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
 
@@ -268,8 +273,8 @@ def _pass(
         collate_fn=_collate,
         num_workers=data.num_workers,
         worker_init_fn=start,
-        # Forked workers are children of the rank itself and end when it dies. Python's default start method
-        # differs by version.
+        # Forked workers are children of the rank itself, so they can end with it. Python's default start
+        # method differs by version.
         multiprocessing_context="fork" if data.num_workers else None,
         pin_memory=pin_memory,
         prefetch_factor=BATCHES_AHEAD if data.num_workers else None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import os
 import signal
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,7 +18,7 @@ from typing import NamedTuple
 
 from everest_ds.errors import ExitCode, RankLostError, UsageError
 from everest_ds.launch.environment import LOCALHOST, RankEnvironment, free_port
-from everest_ds.stop_signals import STOP_SIGNALS
+from everest_ds.stop_signals import STOP_SIGNALS, end_with_parent
 
 EVEREST = (sys.executable, "-m", "everest_ds")
 
@@ -193,21 +192,6 @@ def _last_lines(file: Path, start: int) -> list[str]:
     with open(file, "rb") as stream:
         stream.seek(max(start, file.stat().st_size - _TAIL_BYTES))
         return stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
-
-
-def end_with_parent(parent: int) -> Callable[[], None] | None:
-    """Return a `preexec_fn` with which Linux kills the child when its parent dies; None on other systems."""
-    if sys.platform != "linux":
-        return None
-    libc = ctypes.CDLL(None)
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG of <linux/prctl.h>
-
-    def ask() -> None:
-        libc.prctl(set_parent_death_signal, ctypes.c_ulong(signal.SIGKILL))
-        if os.getppid() != parent:  # the parent died before this call
-            os._exit(ExitCode.RANK_LOST)
-
-    return ask
 
 
 @contextlib.contextmanager

@@ -1,5 +1,5 @@
 """Fixtures of the signal matrix on one machine."""
 
-from tests.signals.fixtures import local_cases, signal_rows
+from tests.signals.fixtures import local_cases, signal_report
 
-__all__ = ["local_cases", "signal_rows"]
+__all__ = ["local_cases", "signal_report"]

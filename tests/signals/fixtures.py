@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 
 from tests.signals.cases import LOCAL_TARGETS, SLURM_TARGETS, Case, all_cases, pairwise
-from tests.signals.report import Row, to_markdown
+from tests.signals.report import SignalReport
 
 
 def _chosen(config: pytest.Config, targets: tuple[str, ...]) -> list[Case]:
@@ -28,11 +26,6 @@ def slurm_cases(pytestconfig: pytest.Config) -> list[Case]:
 
 
 @pytest.fixture(scope="session")
-def signal_rows(pytestconfig: pytest.Config) -> Iterator[list[Row]]:
-    """The rows of the table that `--signal-report FILE` writes."""
-    rows: list[Row] = []
-    yield rows
-    file = pytestconfig.getoption("--signal-report")
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(to_markdown(rows))
+def signal_report(pytestconfig: pytest.Config) -> SignalReport:
+    """The table that `--signal-report FILE` writes."""
+    return SignalReport(pytestconfig.getoption("--signal-report"))

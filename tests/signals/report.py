@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median
 
 from tests.signals.cases import Case
 
+_HEAD = [
+    "| signal | to | cases (with workers) | steps lost | videos accused | resumable"
+    " | stopped: median, longest |",
+    "|---|---|--:|--:|--:|--:|--:|",
+]
+
 
 @dataclass(frozen=True)
 class Row:
-    """One case that was survived.
+    """What one case did to a run.
 
     Attributes:
         case: the case.
+        steps_lost: steps that were done but not saved.
+        accusations: lines that blame a video, a worker or the memory for the stop.
+        resumable: whether the run ended as one to be resumed: exit code 75, or a job that requeued itself.
         stopped_s: seconds from the signal to the end of the run, with everything saved.
-        training_s: seconds from the signal to the next step of the requeued job; None without a scheduler.
     """
 
     case: Case
+    steps_lost: int
+    accusations: int
+    resumable: bool
     stopped_s: float
-    training_s: float | None
+
+    @property
+    def harmless(self) -> bool:
+        """True if the signal cost nothing."""
+        return self.resumable and not self.steps_lost and not self.accusations
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
-    """Format the rows, joined over workers, accumulation and phases, as a Markdown table."""
-    lines = [
-        "| signal | to | cases | steps lost | videos blamed | stopped: median, longest | training again |",
-        "|---|---|--:|--:|--:|--:|--:|",
-    ]
-    groups: dict[tuple[str, str], list[Row]] = {}
+class SignalReport:
+    """The rows of the table, written to `file` (if it is given) after every case."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._rows: list[Row] = []
+
+    def add(self, row: Row) -> None:
+        """Add a case and write the table."""
+        self._rows.append(row)
+        if self._file is not None:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            slowest = sorted(self._rows, key=lambda row: -row.stopped_s)
+            details = [f"- {row.stopped_s:.1f} s: {row.case}" for row in slowest]
+            self._file.write_text("\n".join([*to_markdown(self._rows), "", *details, ""]))
+
+
+def to_markdown(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a Markdown table that joins workers, accumulation and phases."""
+    groups: defaultdict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        groups.setdefault((row.case.number.name, row.case.target), []).append(row)
-    for (name, target), found in sorted(groups.items()):
-        stopped = [row.stopped_s for row in found]
-        again = [row.training_s for row in found if row.training_s is not None]
-        lines.append(
-            f"| {name} | {target} | {len(found)} | 0 | 0 | {median(stopped):.1f} s, {max(stopped):.1f} s"
-            f" | {f'{median(again):.1f} s' if again else ''} |"
-        )
-    return "\n".join(lines) + "\n"
+        groups[row.case.number.name, row.case.target].append(row)
+    return _HEAD + [
+        f"| {name} | {target} | {len(found)} ({sum(row.case.workers > 0 for row in found)})"
+        f" | {sum(row.steps_lost for row in found)} | {sum(row.accusations for row in found)}"
+        f" | {100 * sum(row.resumable for row in found) / len(found):.0f} %"
+        f" | {median(row.stopped_s for row in found):.1f} s, {max(row.stopped_s for row in found):.1f} s |"
+        for (name, target), found in sorted(groups.items())
+    ]

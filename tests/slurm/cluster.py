@@ -24,7 +24,7 @@ TOOL = REPOSITORY / "tools" / "local_slurm"
 # A start takes 10 s on two idle cores; on busy ones it took two minutes.
 PATIENCE_SECONDS = 300.0
 _POLL_SECONDS = 0.1
-_FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
+FINAL_STATES = frozenset({"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"})
 
 
 def wait_for(what: Callable[[], Any], description: str, seconds: float = PATIENCE_SECONDS) -> Any:
@@ -126,7 +126,7 @@ class Job:
 
     def wait(self, *states: str, seconds: float = PATIENCE_SECONDS) -> str:
         """Wait until the job is in one of `states`; fail if it reaches any other final state first."""
-        final = _FINAL_STATES.union(states)
+        final = FINAL_STATES.union(states)
         state: str = wait_for(lambda: state if (state := self.state) in final else "", f"{states}", seconds)
         assert state in states, f"{state}\n{self.output}"
         return state
@@ -186,7 +186,7 @@ class Run:
             fresh = self._written_since(started.seconds) and self.step > started.step
             seen.extend([time.time()] if fresh else [])
             enough = bool(fresh) and self.step >= started.step + count
-            assert enough or state not in _FINAL_STATES, f"{state} after step {self.step}\n{job.output}"
+            assert enough or state not in FINAL_STATES, f"{state} after step {self.step}\n{job.output}"
             return enough
 
         wait_for(trains, f"steps after {started.step} of job {job.number}")

@@ -13,12 +13,12 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import dump_experiment
-from tests.signals.fixtures import signal_rows, slurm_cases
+from tests.signals.fixtures import signal_report, slurm_cases
 from tests.slurm.cluster import SCRIPTS, LocalCluster, Run
 from tests.slurm.report import FaultTimes, to_markdown
 from tests.training.runs import experiment, losses
 
-__all__ = ["signal_rows", "slurm_cases"]
+__all__ = ["signal_report", "slurm_cases"]
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged", "ip", "nsenter", "unshare")
 # Enough for a checkpoint of 3 MiB, the next one that replaces it, and the logs.

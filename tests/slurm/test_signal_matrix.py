@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from everest_ds.jobs.events import JobEvent
 from tests.signals.cases import ACCUMULATION, Case
 from tests.signals.live import KINDS, Start, make_data, rank_process, undisturbed, write_recipe
-from tests.signals.report import Row
-from tests.slurm.cluster import SCRIPTS, Job, LocalCluster, Run, wait_for
+from tests.signals.report import Row, SignalReport
+from tests.slurm.cluster import FINAL_STATES, SCRIPTS, Job, LocalCluster, Run, wait_for
 from tests.training.runs import losses
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(7200)]
@@ -26,23 +27,19 @@ def send(case: Case, job: Job, run: Path) -> None:
         job.cluster.slurm("scancel", *batch, f"--signal={case.number.name}", job.number)
 
 
-def suffer(case: Case, cluster: LocalCluster, recipe: Path) -> Row:
-    """Submit the run, send the signal in the phase of the case, and check that the job continues."""
-    run, start = Run(recipe.parent / "run"), Start.now(recipe.parent / "run")
-    job = cluster.submit(SCRIPTS / "finetune.sbatch", str(recipe), f"data.num_workers={case.workers}")
-    wait_for(lambda: run.events(job, "started"), "started")
+def suffer(case: Case, job: Job, restarts: int, run: Run) -> Row:
+    """Send the signal in the phase of the case to one start of the job, and measure how that start ends."""
+    start = Start.now(run.path)
+
+    def of_this_start(kind: str) -> list[JobEvent]:
+        return [event for event in run.events(job, kind) if event.restarts == restarts]
+
+    wait_for(lambda: of_this_start("started"), f"{case}: start {restarts}")
     start.wait_for(case.phase, lambda: None)
     sent = time.monotonic()
     send(case, job, run.path)
-    wait_for(lambda: run.events(job, "requeued"), f"{case}: requeued\n{job.output}")
-    stopped = time.monotonic()
-    start.check_stopped(case, job.output)
-    run.steps_beyond(job, 1)
-    again = time.monotonic()
-    (run.path / "kill").touch()
-    job.wait("FAILED")  # exit code 75: stopped on request
-    job.ended_everywhere()
-    return Row(case, stopped - sent, again - sent)
+    ended = wait_for(lambda: of_this_start("requeued") or job.state in FINAL_STATES, f"{case}: the end")
+    return start.measure(case, job.output, ended is not True, time.monotonic() - sent)
 
 
 @pytest.mark.parametrize("accumulation", ACCUMULATION)
@@ -53,13 +50,23 @@ def test_no_signal_costs_a_step_or_the_job(
     cluster: LocalCluster,
     work: Path,
     slurm_cases: list[Case],
-    signal_rows: list[Row],
+    signal_report: SignalReport,
 ) -> None:
+    """A job is stopped by one signal after the other, and each time requeues itself and trains on."""
     folder = work / f"signals-{kind}-{accumulation}"
     recipe = write_recipe(make_data(folder / "data", kind), folder, kind, accumulation)
+    run = Run(folder / "run")
     cases = [c for c in slurm_cases if KINDS[c.phase] == kind and c.accumulation == accumulation]
-    assert cases
-    for case in cases:
-        signal_rows.append(suffer(case, cluster, recipe))
-    done = losses(folder / "run")
+    for workers in sorted({case.workers for case in cases}):
+        job = cluster.submit(SCRIPTS / "finetune.sbatch", str(recipe), f"data.num_workers={workers}")
+        own = [case for case in cases if case.workers == workers]
+        for restarts, case in enumerate(own):
+            row = suffer(case, job, restarts, run)
+            signal_report.add(row)
+            assert row.harmless
+        run.steps_beyond(job, len(own))
+        (run.path / "kill").touch()
+        job.wait("FAILED")  # exit code 75: stopped on request
+        job.ended_everywhere()
+    done = losses(run.path)
     assert done == undisturbed(recipe, max(done))

@@ -19,7 +19,7 @@ from typing import Any
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.errors import ExitCode, StoppedError
 from everest_ds.jobs.status import explain_exit_code
-from everest_ds.launch.local import end_with_parent
+from everest_ds.stop_signals import end_with_parent
 from everest_ds.training.run_folder import read_metrics
 from everest_ds.tuning.trials.record import TrialOutcome, summarise_steps
 
