@@ -20,6 +20,14 @@ EVEREST_CONTAINER=()  # options with which srun enters a container (pyxis)
 EVEREST_WRAP=()       # a command in front of Python, such as: apptainer exec --nv image.sif
 everest_modules() { :; }
 
+everest_note_signal() {
+    everest_signalled=1
+    everest_interrupted=1
+    [[ -z ${everest_srun:-} ]] || kill -USR1 "$everest_srun" 2>/dev/null  # srun passes it on to every rank
+}
+everest_signalled=
+trap everest_note_signal USR1 TERM INT  # from here on, because loading modules can take seconds
+
 everest_say() { printf 'everest-ds: %s\n' "$*" >&2; }
 
 everest_cluster_file() {
@@ -50,10 +58,16 @@ everest_once() {
     "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
 }
 
-# Run a command as everest_once does, deaf to the signals that stop a job: its answer is needed in any case.
+# Run a command as everest_once does, although signals ask the job to stop: its answer is needed in any case.
 everest_undisturbed() (
+    local attempt code
     trap '' INT TERM USR1
-    everest_once "$@"
+    for attempt in 1 2 3; do
+        everest_once "$@"
+        code=$?
+        (( code > 128 )) || break  # ended by a signal, which SLURM sends to the command itself in a container
+    done
+    exit "$code"
 )
 
 # Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one rank per GPU, or one per node.
@@ -67,12 +81,6 @@ everest_sizes() {
         everest_say "$per_node ranks share $SLURM_CPUS_ON_NODE CPUs of a node; fix: sbatch --ntasks-per-node=$per_node --cpus-per-task=N"
         everest_size_options+=(--overcommit)
     fi
-}
-
-everest_note_signal() {
-    everest_signalled=1
-    everest_interrupted=1
-    [[ -z ${everest_srun:-} ]] || kill -USR1 "$everest_srun" 2>/dev/null  # srun passes it on to every rank
 }
 
 # Run srun and store its exit code in everest_code. Signals to this shell reach all ranks.
@@ -118,8 +126,6 @@ everest_exclude() {
 
 everest_ranks() {
     local state verdict bad
-    everest_signalled=
-    trap everest_note_signal USR1 TERM INT
     everest_undisturbed job begin "$@" || exit
     everest_sizes
     everest_code=75

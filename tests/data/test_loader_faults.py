@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import shutil
@@ -112,6 +113,7 @@ def test_clips_that_make_no_batch_are_named() -> None:
 @pytest.fixture
 def pins(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fake an accelerator, so that torch's loader starts its pinning thread; pinning itself is real."""
+    gc.collect()  # a worker that inherits an earlier test's loader would try to end that loader's workers
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
     monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)

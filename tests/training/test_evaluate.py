@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from everest_ds.config import Experiment
+from everest_ds.data import loader
 from everest_ds.data.clips import EvaluationClips
 from everest_ds.data.loader import LoadedItem
-from everest_ds.errors import EverestError
+from everest_ds.errors import DataError, EverestError, ExitCode
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import Evaluation, run_test
 from everest_ds.training.loop import train
@@ -83,3 +86,37 @@ def test_a_loader_that_fails_ends_evaluation_on_every_rank(motion_data: Path, tm
     run_ranks(train_rank, 1, config)
     for text in run_ranks(evaluate_with_a_failing_rank, 2, config):
         assert "a loader worker failed; given: RuntimeError: simulated failure" in text
+
+
+def killed_on_rank_1(
+    world: World, config: Experiment, act: Callable[[Experiment, World], object]
+) -> DataError:
+    """Run `act` with evaluation workers that are killed on rank 1; return the error that ends it here."""
+    loader._POLL_S = 0.3
+    if world.rank == 1:
+        EvaluationClips.__getitem__ = kill_worker  # type: ignore[method-assign]
+    with pytest.raises(DataError) as caught:
+        act(config, world)
+    return caught.value
+
+
+def kill_worker(clips: EvaluationClips, items: Sequence[int]) -> LoadedItem:
+    os.kill(os.getpid(), signal.SIGKILL)
+    raise AssertionError("not reached")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("act", [train, run_test], ids=["validation", "test"])
+def test_killed_workers_end_evaluation_on_every_rank(
+    act: Callable[[Experiment, World], object], motion_data: Path, tmp_path: Path
+) -> None:
+    """No rank waits for the one whose workers are gone, and all report the same reason and exit code."""
+    config = experiment(
+        motion_data, tmp_path, "finetune", data={"num_workers": 2}, schedule={"epochs": 1, "warmup_epochs": 0}
+    )
+    if act is run_test:
+        run_ranks(train_rank, 1, config)
+    # A rank that waits is lost after these 20 seconds, with another error.
+    for error in run_ranks(killed_on_rank_1, 2, config, act, patience_s=20):
+        assert error.exit_code == ExitCode.DATA
+        assert "the loader's workers are killed again and again; given: SIGKILL" in str(error)
