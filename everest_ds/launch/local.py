@@ -83,7 +83,7 @@ class _Failure(NamedTuple):
 
 @dataclass
 class _Group:
-    """The ranks that were started, the signals that were received, and the failures in the order observed."""
+    """The ranks that were started, the signals that stop them, and the failures in the order observed."""
 
     folder: Path
     ranks: list[subprocess.Popen[bytes]] = field(default_factory=list)
@@ -113,9 +113,10 @@ class _Group:
 
     def note_signal(self, number: int, frame: FrameType | None) -> None:
         """Record a received signal; `poll` acts on it later, so that the handler itself does nothing else."""
-        self.received.add(number)
         # A terminal sends SIGINT to the ranks as well, and a second SIGINT would end them without saving.
-        self.to_pass_on.append(signal.SIGTERM if number == signal.SIGINT else number)
+        passed_on = signal.SIGTERM if number == signal.SIGINT else number
+        self.received |= {number, passed_on}
+        self.to_pass_on.append(passed_on)
 
     def poll(self) -> bool:
         """Pass on signals, record new failures, and return whether a rank is still running."""

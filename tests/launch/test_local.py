@@ -155,14 +155,18 @@ def test_a_stop_signal_to_the_launcher_reaches_the_ranks(tmp_path: Path, name: s
 
 
 def test_ctrl_c_lets_the_ranks_save_before_the_launcher_ends(tmp_path: Path) -> None:
-    launcher = _start_launcher(tmp_path, STOP_ON.format("SIGINT"))
+    save = f"(time.sleep(0.5), open(f'{tmp_path}/{{rank}}.saved', 'w'), os._exit(75))"
+    listen = f"[signal.signal(number, lambda *_: {save}) for number in (signal.SIGINT, signal.SIGTERM)]"
+    launcher = _start_launcher(tmp_path, f"{listen}\nREADY; time.sleep(60)")
     os.killpg(launcher.pid, signal.SIGINT)  # a terminal sends SIGINT to the whole group as well
     assert launcher.wait(20) == ExitCode.STOPPED
+    assert {file.name for file in tmp_path.glob("*.saved")} == {"0.saved", "1.saved"}
 
 
-def test_a_stop_before_the_ranks_listen_is_a_stop_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGINT])
+def test_a_stop_before_the_ranks_listen_is_a_stop_too(tmp_path: Path, number: signal.Signals) -> None:
     launcher = _start_launcher(tmp_path, "READY; time.sleep(60)")
-    launcher.send_signal(signal.SIGUSR1)
+    launcher.send_signal(number)
     assert launcher.wait(20) == ExitCode.STOPPED
 
 

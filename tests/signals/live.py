@@ -81,7 +81,7 @@ class Start:
             self.until(moments[phase], alive)
 
     def measure(self, case: Case, text: str, resumable: bool, stopped_s: float) -> Row:
-        """Return what a stop did to the run, whose output was `text`; print the output if it did harm."""
+        """Return the effect of a stop on the run, whose output was `text`; print it if it did harm."""
         logs = "".join(
             file.read_text() for file in (self.path / "logs").glob("rank-*.*") if _mtime(file) >= self.began
         )

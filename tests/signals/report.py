@@ -19,7 +19,7 @@ _HEAD = [
 
 @dataclass(frozen=True)
 class Row:
-    """What one case did to a run.
+    """The effect of one case on a run.
 
     Attributes:
         case: the case.
