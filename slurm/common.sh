@@ -59,16 +59,15 @@ everest_once() {
 }
 
 # Run a command as everest_once does, although signals ask the job to stop: its answer is needed in any case.
-everest_undisturbed() (
+everest_undisturbed() {
     local attempt code
-    trap '' INT TERM USR1
     for attempt in 1 2 3; do
-        everest_once "$@"
+        (trap '' INT TERM USR1; everest_once "$@")
         code=$?
         (( code > 128 )) || break  # ended by a signal, which SLURM sends to the command itself in a container
     done
-    exit "$code"
-)
+    return "$code"
+}
 
 # Set srun's options for the number of ranks: as given to sbatch (--ntasks...), or one rank per GPU, or one per node.
 everest_sizes() {
@@ -90,6 +89,7 @@ everest_run_step() {
     srun --kill-on-bad-exit=0 --wait=60 "${everest_size_options[@]}" "${EVEREST_SRUN[@]}" "${EVEREST_CONTAINER[@]}" \
         "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@" &
     everest_srun=$!
+    [[ -z $everest_signalled ]] || kill -USR1 "$everest_srun" 2>/dev/null  # the signal came while srun started
     everest_code=1
     while :; do
         everest_interrupted=
@@ -104,7 +104,7 @@ everest_run_step() {
 # Requeue this job, excluding the given nodes; returns only if requeueing fails.
 everest_requeue() {
     local bad=$1 attempt
-    trap '' TERM  # SLURM ends this shell now, but a job's nodes can be excluded only once it is pending
+    # SLURM sends this shell TERM now, but a job's nodes can be excluded only once it is pending.
     for attempt in 1 2 3 4 5 6; do  # the controller may be restarting
         if scontrol requeue "$everest_job"; then
             [[ -n $bad && ${EVEREST_EXCLUDE_BAD_NODES:-0} == 1 ]] && everest_exclude "$bad"
@@ -130,6 +130,7 @@ everest_ranks() {
     everest_sizes
     everest_code=75
     [[ -n $everest_signalled ]] || everest_run_step "$@"
+    trap '' INT TERM USR1  # a command substitution would be ended by a signal that this shell only notes
     state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
     verdict=$(everest_undisturbed job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
     read -r verdict bad <<<"${verdict##*$'\n'}"  # only the last line: a container may print a greeting
