@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from everest_ds.checkpoints.names import newest_step
@@ -71,7 +74,7 @@ class Start:
     def wait_for(self, phase: str, alive: Callable[[], object]) -> None:
         """Wait until the run is in `phase`; `alive` raises an error if it has ended."""
         if phase != "before the first step":
-            self.until(lambda: self._step() > self.first_step + 1, alive)
+            self.until(partial(self.passed, self.first_step + 1), alive)
         moments: dict[str, Callable[[], object]] = {
             "before the first step": self._claimed,
             "saving": lambda: any((self.path / "checkpoints").glob(".saving-*")),
@@ -86,7 +89,7 @@ class Start:
             file.read_text() for file in (self.path / "logs").glob("rank-*.*") if _mtime(file) >= self.began
         )
         accusations = len(_ACCUSATIONS.findall(text + logs)) + (self.path / "broken.jsonl").exists()
-        row = Row(case, self._step() - newest_step(self.path), accusations, resumable, stopped_s)
+        row = Row(case, self.step() - newest_step(self.path), accusations, resumable, stopped_s)
         if not row.harmless:
             print(row, text, logs, sep="\n")
         return row
@@ -98,8 +101,13 @@ class Start:
         rows = metrics(self.path)
         return "loss" in rows[-1] and rows[-1]["step"] % _STEPS_PER_EPOCH == 0
 
-    def _step(self) -> int:
+    def step(self) -> int:
+        """Return the last step that the run has logged."""
         return max(losses(self.path), default=0) if (self.path / "metrics.jsonl").exists() else 0
+
+    def passed(self, step: int) -> bool:
+        """Return whether the run has logged a step after `step`."""
+        return self.step() > step
 
     @staticmethod
     def until(moment: Callable[[], object], alive: Callable[[], object]) -> None:
@@ -111,23 +119,35 @@ class Start:
             time.sleep(0.002)
 
 
-def launch(recipe: Path, workers: int, program: Sequence[str] = LAUNCHER) -> subprocess.Popen[str]:
+def launch(
+    recipe: Path, workers: int, program: Sequence[str] = LAUNCHER, stderr: int = subprocess.PIPE
+) -> subprocess.Popen[str]:
     """Start two ranks of a run in their own process group."""
     arguments = ["finetune", str(recipe), f"data.num_workers={workers}"]
     return subprocess.Popen(
         [sys.executable, *program, *arguments, *(["--nproc", "2"] if program is LAUNCHER else [])],
         stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
+        stderr=stderr,
         text=True,
         start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
 
 
+@contextmanager
+def ended(run: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
+    """A context at whose end no process of the run is left."""
+    try:
+        yield run
+    finally:
+        if run.poll() is None:
+            os.killpg(run.pid, signal.SIGKILL)
+
+
 def check_alive(run: subprocess.Popen[str]) -> None:
     """Raise an error if the run has ended."""
     if run.poll() is not None:
-        raise AssertionError(f"the run has ended with {run.returncode}: {run.communicate()[1]}")
+        raise AssertionError(f"the run has ended with {run.returncode}: {run.communicate()[1] or run.args}")
 
 
 def undisturbed(recipe: Path, num_steps: int) -> dict[int, float]:
@@ -135,13 +155,13 @@ def undisturbed(recipe: Path, num_steps: int) -> dict[int, float]:
     folder = recipe.parent / "whole"
     whole = recipe.with_name("whole.yaml")
     whole.write_text(recipe.read_text().replace(str(recipe.parent / "run"), str(folder)))
-    run = launch(whole, workers=1)
-    Start.now(folder).until(
-        lambda: (folder / "metrics.jsonl").exists() and max(losses(folder), default=0) >= num_steps,
-        lambda: check_alive(run),
-    )
-    (folder / "kill").touch()
-    run.communicate(timeout=120)
+    start = Start.now(folder)
+    # Nobody reads the output of a run that may be long, and a full pipe would stop it.
+    with ended(launch(whole, workers=1, stderr=subprocess.DEVNULL)) as run:
+        while (step := start.step()) < num_steps:  # a step, not the whole run, has to come in time
+            start.until(partial(start.passed, step), lambda: check_alive(run))
+        (folder / "kill").touch()
+        run.wait(timeout=120)
     return {step: loss for step, loss in losses(folder).items() if step <= num_steps}
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from tests.signals.live import (
     LAUNCHER,
     Start,
     check_alive,
+    ended,
     launch,
     make_data,
     rank_process,
@@ -52,15 +52,12 @@ class Chain:
         """Start the run, send the signal in the phase of the case, and measure how the run ends."""
         start = Start.now(self.path)
         under_torchrun = case.target == "torchrun"
-        run = launch(self.recipe, case.workers, _TORCHRUN if under_torchrun else LAUNCHER)
-        try:
+        program = _TORCHRUN if under_torchrun else LAUNCHER
+        with ended(launch(self.recipe, case.workers, program)) as run:
             start.wait_for(case.phase, lambda: check_alive(run))
             sent = time.monotonic()
             self._send(case, run)
             _, text = run.communicate(timeout=120)
-        finally:
-            if run.poll() is None:
-                os.killpg(run.pid, signal.SIGKILL)
         seconds = time.monotonic() - sent
         if under_torchrun:  # torchrun has its own exit code and prints a traceback of its own
             return start.measure(case, "", run.returncode != ExitCode.OK, seconds)

@@ -69,10 +69,6 @@ def signal_all_ranks(job: Job) -> None:
     job.cluster.slurm("scancel", "--signal=USR1", job.number)
 
 
-def signal_batch_shell(job: Job) -> None:
-    job.cluster.slurm("scancel", "--batch", "--signal=TERM", job.number)
-
-
 def requeue(job: Job) -> None:
     job.cluster.slurm("scontrol", "requeue", job.number)
 
@@ -120,10 +116,9 @@ def repair(cluster: LocalCluster) -> None:
         )
 
 
-# fault -> how to cause it, and the steps that may be lost: one by a signal, those since a save by a crash
+# fault -> how to cause it, and the steps that may be lost: one by a signal, those since a save by a crash.
+# test_signal_matrix.py sends every signal to every process.
 FAULTS: dict[str, tuple[Callable[[Job], None], int]] = {
-    "scancel --signal=USR1": (signal_all_ranks, 1),
-    "TERM to the batch shell": (signal_batch_shell, 1),
     "scontrol requeue": (requeue, SAVE_EVERY),
     "preemption": (preempt, 1),
     "kill -9 of a rank": (kill_one_rank, SAVE_EVERY),
