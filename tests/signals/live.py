@@ -147,7 +147,7 @@ def ended(run: subprocess.Popen[str]) -> Iterator[subprocess.Popen[str]]:
 def check_alive(run: subprocess.Popen[str]) -> None:
     """Raise an error if the run has ended."""
     if run.poll() is not None:
-        raise AssertionError(f"the run has ended with {run.returncode}: {run.communicate()[1] or run.args}")
+        raise AssertionError(f"the run has ended with {run.returncode}: {run.communicate()[1] or run.args!r}")
 
 
 def undisturbed(recipe: Path, num_steps: int) -> dict[int, float]:
