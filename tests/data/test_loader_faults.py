@@ -241,11 +241,11 @@ def test_a_rank_takes_a_blocked_worker_with_it() -> None:
             stdout=subprocess.PIPE,
             cwd=Path(__file__).parents[2],
         )
-        for leave in ("sys.exit(75)", "os._exit(75)", "os.kill(os.getpid(), 9)")
+        for leave in ("sys.exit(75)", "os._exit(75)")
     ]
     for rank in ranks:
-        rank.communicate(timeout=60)
-    assert [rank.returncode for rank in ranks] == [75, 75, -signal.SIGKILL]
+        rank.communicate(timeout=120)
+    assert [rank.returncode for rank in ranks] == [75, 75]
 
 
 def test_a_worker_that_closes_its_files_before_it_ends_is_waited_for(
