@@ -20,15 +20,43 @@ EVEREST_CONTAINER=()  # options with which srun enters a container (pyxis)
 EVEREST_WRAP=()       # a command in front of Python, such as: apptainer exec --nv image.sif
 everest_modules() { :; }
 
+everest_say() { printf 'everest-ds: %s\n' "$*" >&2; }
+
 everest_note_signal() {
     everest_signalled=1
     everest_interrupted=1
     [[ -z ${everest_srun:-} ]] || kill -USR1 "$everest_srun" 2>/dev/null  # srun passes it on to every rank
 }
-everest_signalled=
-trap everest_note_signal USR1 TERM INT  # from here on, because loading modules can take seconds
 
-everest_say() { printf 'everest-ds: %s\n' "$*" >&2; }
+# Set everest_limit and everest_end, the time limit in seconds and its date in seconds since 1970; 0 if there is no limit.
+everest_read_times() {
+    local start
+    read -r start everest_end < <(SLURM_TIME_FORMAT=%s squeue --noheader --states=all --jobs="${everest_job:-$SLURM_JOB_ID}" --format='%S %e')
+    [[ $start$everest_end =~ ^[0-9]+$ ]] || everest_end=0 start=0
+    everest_limit=$((everest_end - start))
+}
+
+# Handle SLURM's warning before the time limit. In a short job it comes at the start, and is kept for the right time.
+everest_note_warning() {
+    local delay
+    everest_interrupted=1
+    everest_read_times
+    delay=$((everest_end - everest_limit / 4 - $(date +%s)))
+    if [[ -z ${everest_timer:-} ]] && (( everest_limit < 2 * EVEREST_SIGNAL_SECONDS && delay > 0 )); then
+        everest_say "the time limit is short: the ranks are stopped $((everest_limit / 4)) s before it"
+        (sleep "$delay"; kill -USR1 "$$") &
+        everest_timer=$!
+    else
+        everest_note_signal
+    fi
+}
+
+: "${EVEREST_SIGNAL_SECONDS:=300}"
+[[ $EVEREST_SIGNAL_SECONDS != *[!0-9]* ]] ||
+    { everest_say "EVEREST_SIGNAL_SECONDS is not a whole number; given: '$EVEREST_SIGNAL_SECONDS'"; exit 2; }
+everest_signalled=
+trap everest_note_signal TERM INT  # from here on, because loading modules can take seconds
+trap everest_note_warning USR1
 
 everest_cluster_file() {
     local name=${EVEREST_CLUSTER:-generic}
@@ -37,6 +65,51 @@ everest_cluster_file() {
     printf '%s' "$name"
 }
 
+# Set the variables of this job from SLURM's record of it. sbatch passes on the environment of its caller; if that is
+# another job, its SLURM_* variables describe the other job (its tasks, its array, its restarts, its step).
+everest_read_job() {
+    local id array task restarts tasks nodes per_node cpus gpus name
+    while IFS='|' read -r id array task restarts tasks nodes per_node cpus gpus; do
+        [[ $id != "$SLURM_JOB_ID" ]] || break  # the last task of an array has the id of the whole array
+    done < <(squeue --noheader --states=all --jobs="$SLURM_JOB_ID" --Format="JobID:|,ArrayJobID:|,ArrayTaskID:|,RestartCnt:|,\
+NumTasks:|,NumNodes:|,NTPerNode:|,cpus-per-task:|,tres-per-node:")
+    [[ $id == "$SLURM_JOB_ID" ]] || { everest_say "squeue does not list job $SLURM_JOB_ID"; exit 1; }
+    everest_job=$id
+    [[ $task == *[!0-9]* ]] || everest_job=${array}_$task
+    [[ $per_node =~ ^[1-9][0-9]*$ ]] || per_node=
+    # SLURM's record is the same without --ntasks, so a SLURM_NTASKS of one task per node may be the caller's.
+    everest_unclear=
+    [[ -n $per_node || $tasks != "$nodes" ]] || everest_unclear=${SLURM_NTASKS:-}
+    # The process that called sbatch may have been a rank.
+    [[ -z ${RANK:-} ]] || unset MASTER_ADDR MASTER_PORT
+    unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE LOCAL_SIZE PMI_RANK PMI_SIZE MPI_LOCALRANKID MPI_LOCALNRANKS \
+        "${!OMPI_COMM_WORLD_@}" SRUN_CPUS_PER_TASK
+    [[ -n ${SLURM_STEP_ID:-} || ${SLURM_ARRAY_TASK_ID:-N/A} != "$task" || ${SLURM_RESTART_COUNT:-0} != "$restarts" ||
+        ${SLURM_NTASKS:-$tasks} != "$tasks" || ${SLURM_NTASKS_PER_NODE:-$per_node} != "$per_node" ||
+        ${SLURM_CPUS_PER_TASK:-$cpus} != "$cpus" || $gpus != *"${SLURM_GPUS_PER_NODE:-}" ]] || return 0
+    for name in "${!SLURM_@}"; do
+        case $name in  # SLURM sets these for every batch script, or they describe the cluster
+            SLURM_JOB_*|SLURM_JOBID|SLURM_NNODES|SLURM_NODE*|SLURM_*_ON_NODE|SLURM_TASKS_PER_NODE|SLURM_TASK_PID|SLURM_PROCID|\
+            SLURM_LOCALID|SLURM_GTIDS|SLURM_SUBMIT_*|SLURM_CLUSTER*|SLURM_CONF|SLURM_WORKING_CLUSTER|SLURM_TOPOLOGY_*|\
+            SLURM_EXPORT_ENV|SLURM_GET_USER_ENV) ;;
+            *) unset "$name" ;;
+        esac
+    done
+    export SLURM_RESTART_COUNT=$restarts
+    [[ $everest_job == "$id" ]] || export SLURM_ARRAY_JOB_ID=$array SLURM_ARRAY_TASK_ID=$task
+    [[ -z $per_node ]] || export SLURM_NTASKS_PER_NODE=$per_node
+    [[ -z $per_node && $tasks == "$nodes" ]] || export SLURM_NTASKS=$tasks
+    [[ ! $cpus =~ ^[1-9][0-9]*$ ]] || (( cpus == 1 )) || export SLURM_CPUS_PER_TASK=$cpus
+}
+
+everest_read_job
+everest_read_times
+# If the warning would come before half of the time limit, it is passed on after three quarters.
+export EVEREST_LIMIT_SECONDS=$everest_limit
+export EVEREST_LEAD_SECONDS=$EVEREST_SIGNAL_SECONDS
+(( everest_limit == 0 || everest_limit >= 2 * EVEREST_SIGNAL_SECONDS )) || EVEREST_LEAD_SECONDS=$((everest_limit / 4))
+[[ -z ${everest_early:-} ]] || everest_note_warning
+
 EVEREST_CLUSTER_FILE=$(everest_cluster_file) || exit 2
 set -a
 # shellcheck source=/dev/null
@@ -44,18 +117,30 @@ source "$EVEREST_CLUSTER_FILE"
 set +a
 everest_modules || { everest_say "everest_modules of $EVEREST_CLUSTER_FILE failed"; exit 2; }
 EVEREST_PYTHON=${EVEREST_PYTHON:-python3}
-# SLURM_JOB_ID of an array task can equal the id of the whole array, so the task number is appended.
-everest_job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-everest_job=${everest_job:-$SLURM_JOB_ID}
-export EVEREST_SIGNAL_SECONDS=${EVEREST_SIGNAL_SECONDS:-300}
 export PYTHONUNBUFFERED=1  # users read the job's output while it runs
 [[ -z ${SLURM_CPUS_PER_TASK:-} ]] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun ignores SLURM_CPUS_PER_TASK
 
 # Run a command as one process on this node, inside the container if there is one.
 everest_once() {
-    local step=()
-    (( ${#EVEREST_CONTAINER[@]} == 0 )) || step=(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 "${EVEREST_CONTAINER[@]}")
-    "${step[@]}" "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@"
+    local python=("${EVEREST_WRAP[@]}" "$EVEREST_PYTHON") code
+    (( ${#EVEREST_CONTAINER[@]} == 0 )) ||
+        python=(srun --export=ALL --nodes=1 --ntasks=1 --ntasks-per-node=1 "${EVEREST_CONTAINER[@]}" "${python[@]}")
+    "${python[@]}" -m everest_ds "$@" && return
+    code=$?
+    if (( code == 1 || code == 126 || code == 127 )) && ! "${python[@]}" -c 'import everest_ds' 2>/dev/null; then
+        everest_say "$EVEREST_PYTHON has no everest-ds${SLURM_EXPORT_ENV:+ (the job was submitted with --export=$SLURM_EXPORT_ENV)};" \
+            "fix: sbatch --export=ALL,EVEREST_PYTHON=/path/to/python, or set EVEREST_PYTHON in a cluster file"
+    fi
+    return "$code"
+}
+
+# Store the words that an `everest-ds job` command answers in everest_answer. Modules, containers and Pythons print
+# greetings on stdout, so only the line that our program marks counts.
+everest_ask() {
+    local output
+    output=$(trap '' INT TERM USR1; everest_undisturbed job "$@") || return
+    mapfile -d '' -t everest_answer < <(sed -n 's/^everest-ds answers: //p' <<<"$output" | tail -n 1 | base64 --decode)
+    (( ${#everest_answer[@]} > 0 )) || { everest_say "no answer from everest-ds job $1"; return 1; }
 }
 
 # Run a command as everest_once does, although signals ask the job to stop: its answer is needed in any case.
@@ -86,7 +171,7 @@ everest_sizes() {
 everest_run_step() {
     local code
     # --wait: seconds that the other ranks have to log their reasons after the first rank has ended.
-    srun --kill-on-bad-exit=0 --wait=60 "${everest_size_options[@]}" "${EVEREST_SRUN[@]}" "${EVEREST_CONTAINER[@]}" \
+    srun --export=ALL --kill-on-bad-exit=0 --wait=60 "${everest_size_options[@]}" "${EVEREST_SRUN[@]}" "${EVEREST_CONTAINER[@]}" \
         "${EVEREST_WRAP[@]}" "$EVEREST_PYTHON" -m everest_ds "$@" &
     everest_srun=$!
     [[ -z $everest_signalled ]] || kill -USR1 "$everest_srun" 2>/dev/null  # the signal came while srun started
@@ -125,15 +210,19 @@ everest_exclude() {
 }
 
 everest_ranks() {
-    local state verdict bad
+    local state
+    if (( ${SLURM_GPUS_ON_NODE:-1} > 1 )) && [[ $everest_unclear == "$SLURM_NNODES" ]]; then
+        everest_say "--ntasks or a job that called sbatch asks for one rank on each node, which has $SLURM_GPUS_ON_NODE GPUs;" \
+            "fix: sbatch --ntasks-per-node=$SLURM_GPUS_ON_NODE, or --ntasks-per-node=1 if one rank is meant"
+        exit 2
+    fi
     everest_undisturbed job begin "$@" || exit
     everest_sizes
     everest_code=75
     [[ -n $everest_signalled ]] || everest_run_step "$@"
     trap '' INT TERM USR1  # a command substitution would be ended by a signal that this shell only notes
     state=$(squeue --noheader --jobs="$everest_job" --format='%T/%r' 2>/dev/null || true)
-    verdict=$(everest_undisturbed job end "$everest_code" "${state:-RUNNING/None}" "$@") || exit "$everest_code"
-    read -r verdict bad <<<"${verdict##*$'\n'}"  # only the last line: a container may print a greeting
-    [[ $verdict == requeue ]] && everest_requeue "$bad"
+    everest_ask end "$everest_code" "${state:-RUNNING/None}" "$@" || exit "$everest_code"
+    [[ ${everest_answer[0]} != requeue ]] || everest_requeue "${everest_answer[1]}"
     exit "$everest_code"
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+from base64 import b64encode
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -39,19 +39,28 @@ def end(
     overrides: Overrides = None,
     json_file: JsonFile = None,
 ) -> None:
-    """Print `requeue`, followed by any faulty nodes, or `stop`; print the reason on stderr."""
+    """Answer `requeue` and any faulty nodes, or `stop`; print the reason on stderr."""
     run = load_task(command, source, overrides or ()).run.dir
     decision = record_end(_own_job(), run, code, state)
     typer.echo(f"everest-ds: {decision.reason}", err=True)
-    typer.echo(f"requeue {decision.bad_nodes or ''}" if decision.requeue else "stop")
+    _answer("requeue" if decision.requeue else "stop", decision.bad_nodes or "")
 
 
 def candidate(file: Path, number: int) -> None:
-    """Write the command and the arguments of one candidate, NUL-terminated, for slurm/sweep.sbatch."""
+    """Answer the command and the arguments of one candidate, for slurm/sweep.sbatch."""
     swept = read_candidates(file)
     chosen = swept[expand_array(str(number), len(swept))[0]]
-    for word in (chosen.task, chosen.recipe, *chosen.overrides):
-        sys.stdout.buffer.write(os.fsencode(word) + b"\0")
+    _answer(chosen.task, chosen.recipe, *chosen.overrides)
+
+
+def _answer(*words: str) -> None:
+    """Print words for slurm/common.sh on a line of their own, whose mark tells it from any greeting.
+
+    The words are NUL-terminated, because no name contains NUL, and encoded, because a name may contain a line
+    end.
+    """
+    packed = b"".join(os.fsencode(word) + b"\0" for word in words)
+    typer.echo(f"\neverest-ds answers: {b64encode(packed).decode()}")
 
 
 def _own_job() -> SlurmJob:

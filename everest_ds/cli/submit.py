@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time as clock
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ from everest_ds.jobs.job_plan import (
     plan_submission,
 )
 from everest_ds.jobs.local_runner import run_locally
-from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all
+from everest_ds.jobs.queue import jobs_to_queue, plan_tables, queue_all, wait_until_over
 from everest_ds.jobs.sbatch import as_shell, split_options
 
 Job = Annotated[
@@ -85,6 +86,15 @@ PrintOnly = Annotated[
     bool,
     typer.Option("--dry-run", help="Print the sbatch commands and the expected start time; queue nothing."),
 ]
+Wait = Annotated[
+    bool,
+    typer.Option(
+        "--wait",
+        "-W",
+        help="Wait until the jobs have ended; the exit code is that of the first job that did not finish."
+        " Default: whether $SBATCH_WAIT is set.",
+    ),
+]
 Local = Annotated[bool, typer.Option("--local", help="Run the jobs on this machine, without SLURM.")]
 
 
@@ -104,6 +114,7 @@ def submit(
     max_restarts: MaxRestarts = None,
     grid: Grid = None,
     candidates: Candidates = None,
+    wait: Wait = False,
     dry_run: PrintOnly = False,
     local: Local = False,
     json_file: JsonFile = None,
@@ -132,7 +143,10 @@ def submit(
         if code:
             raise typer.Exit(code)
     else:
-        write_json(json_file, queue_all(submission, typer.echo))
+        queued = queue_all(submission, typer.echo)
+        write_json(json_file, queued)
+        if (wait or "SBATCH_WAIT" in os.environ) and (code := wait_until_over(queued)):
+            raise typer.Exit(code)
 
 
 def _show(submission: Submission, checked_ms: float, json_file: Path | None) -> None:

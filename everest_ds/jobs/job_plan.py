@@ -15,11 +15,12 @@ from everest_ds.jobs.job_checks import Stage, Target, plan_command, plan_profile
 from everest_ds.jobs.sbatch import (
     BatchJob,
     JobShape,
+    check_signal,
+    exporting,
     find_cluster_file,
     job_name,
     read_cluster_file,
     signal_seconds,
-    with_timely_signal,
 )
 from everest_ds.jobs.sweep import plan_sweep
 from everest_ds.jobs.sweep_file import SweepCandidate, expand_array
@@ -178,8 +179,10 @@ def _array(given: str | None, stages: Sequence[Stage], swept: Sequence[SweepCand
 
 def _as_jobs(stages: Sequence[Stage], queue: QueueSettings, array: str | None) -> list[BatchJob]:
     """Build one job per stage; each job waits for the one before it."""
-    options = with_timely_signal(queue.options, queue.time)
-    environment = _environment(queue, signal_seconds(options))
+    check_signal(queue.options, queue.time)
+    environment = _environment(queue)
+    own = [name for name in environment if name.startswith("EVEREST_")]
+    options = exporting(queue.options, environment.get("SBATCH_EXPORT", os.environ.get("SBATCH_EXPORT")), own)
     return [
         BatchJob(
             script=shipped("slurm").resolve() / f"{stage.command}.sbatch",
@@ -199,17 +202,21 @@ def _as_jobs(stages: Sequence[Stage], queue: QueueSettings, array: str | None) -
     ]
 
 
-def _environment(queue: QueueSettings, signal_s: int | None) -> dict[str, str]:
-    """Return the variables that sbatch and the scripts in slurm/ read, the site's settings included."""
+def _environment(queue: QueueSettings) -> dict[str, str]:
+    """Return the variables that sbatch and the scripts in slurm/ read, the site's settings included.
+
+    The jobs use the Python that the caller exported as EVEREST_PYTHON, or that of the cluster file, or the
+    Python of this process.
+    """
     folder = shipped("slurm").resolve()
     name = queue.cluster or os.environ.get("EVEREST_CLUSTER")
     file = None if name is None else find_cluster_file(name, folder / "clusters")
     given = {
-        "EVEREST_PYTHON": sys.executable,
+        "EVEREST_PYTHON": os.environ.get("EVEREST_PYTHON") or sys.executable,
         **({} if file is None else read_cluster_file(file)),
         "EVEREST_SLURM": str(folder),
         "EVEREST_CLUSTER": None if file is None else str(file),
         "EVEREST_MAX_RESTARTS": queue.max_restarts,
-        "EVEREST_SIGNAL_SECONDS": signal_s,
+        "EVEREST_SIGNAL_SECONDS": signal_seconds(queue.options),
     }
     return {name: str(value) for name, value in given.items() if value is not None}

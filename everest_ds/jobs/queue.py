@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from everest_ds.errors import EverestError, RunFolderError, UsageError
+from everest_ds.errors import EverestError, ExitCode, RunFolderError, UsageError
 from everest_ds.jobs.events import JobEvent, append_event
 from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.job_plan import Submission
 from everest_ds.jobs.resubmit import keep_job
 from everest_ds.jobs.sbatch import BatchJob, as_shell, sbatch_command
 from everest_ds.jobs.slurm import answer, has_slurm, submit_job, test_only
+from everest_ds.jobs.slurm_state import JobState, query_jobs
 from everest_ds.jobs.sweep import keep_candidates
 from everest_ds.jobs.sweep_file import MAX_TASKS, SweepCandidate, expand_array
+
+_POLL_SECONDS = 5.0
 
 
 def plan_tables(submission: Submission) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -77,6 +81,28 @@ def queue_all(submission: Submission, report: Callable[[str], None]) -> list[dic
     if runs:
         report(f"watch with: everest-ds jobs {' '.join(runs)}")
     return queued
+
+
+def wait_until_over(queued: Sequence[Mapping[str, Any]]) -> int:
+    """Wait until all queued jobs have ended, and return 0 or the exit code of the first that did not finish.
+
+    Args:
+        queued: the jobs as `queue_all` returned them.
+    """
+    states: dict[str, JobState] = {}
+    while True:
+        with suppress(UsageError):  # while the controller is away, the jobs may keep running
+            found = query_jobs(row["job"] for row in queued)
+            states.update(found)
+            if all(state.is_over for state in found.values()):
+                break
+        time.sleep(_POLL_SECONDS)
+    for row in queued:  # an array job has several states
+        own = (state for job_id, state in states.items() if job_id.partition("_")[0] == row["job"])
+        code = next((state.outcome for state in own if state.outcome), ExitCode.OK)
+        if code:
+            return code
+    return ExitCode.OK
 
 
 def _expected_start(job: BatchJob) -> str:

@@ -12,6 +12,7 @@ from everest_ds.errors import ExitCode, RestartError, UsageError
 from everest_ds.jobs.events import EventKind, JobEvent, append_event, read_events
 from everest_ds.jobs.slurm_state import SIGNAL_CODE
 from everest_ds.training.stop import StopReason
+from everest_ds.units import format_duration
 
 # A job counts as stuck after this many starts from the same step; two starts can be bad luck.
 _FRUITLESS_STARTS = 3
@@ -27,7 +28,8 @@ class SlurmJob:
         restarts: number of times that the job was requeued before this start.
         max_restarts: number of restarts allowed in all.
         nodes: the job's nodes in SLURM's node-list notation.
-        signal_s: lead time of the signal that SLURM sends before the end, in seconds; None if unknown.
+        signal_s: lead time of the signal that the job sends before its end, in seconds; None if unknown.
+        limit_s: time limit of each start, in seconds; None if there is none.
     """
 
     job_id: str
@@ -35,6 +37,7 @@ class SlurmJob:
     max_restarts: int
     nodes: str | None
     signal_s: float | None
+    limit_s: float | None = None
 
     def event(self, kind: EventKind, **facts: int | str | None) -> JobEvent:
         """Return a log event of this start of the job."""
@@ -69,7 +72,8 @@ def current_job(environ: Mapping[str, str] = os.environ) -> SlurmJob | None:
         _count(environ, "SLURM_RESTART_COUNT", 0),
         _count(environ, "EVEREST_MAX_RESTARTS", MAX_RESTARTS),
         environ.get("SLURM_JOB_NODELIST"),
-        _count(environ, "EVEREST_SIGNAL_SECONDS", 0) or None,
+        _count(environ, "EVEREST_LEAD_SECONDS", 0) or None,
+        _count(environ, "EVEREST_LIMIT_SECONDS", 0) or None,
     )
 
 
@@ -94,8 +98,8 @@ def record_start(job: SlurmJob, run: Path, step: int | None) -> None:
 def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int | None) -> RestartError | None:
     """Return why the job must not start again, or None.
 
-    A start that was stopped by a signal says nothing about the run, so only other starts without progress
-    count.
+    A start that was stopped from outside says nothing about the run, unless its time limit stopped it. An
+    evaluation makes no checkpoints, so that only its time limit tells that it will never end.
     """
     if job.restarts > job.max_restarts:
         return RestartError(
@@ -103,42 +107,57 @@ def why_not_start(job: SlurmJob, events: Sequence[JobEvent], step: int | None) -
             allowed=job.max_restarts,
             fix="see jobs.jsonl for the reasons; submit the job again to resume the run",
         )
-    starts = [
-        e for e in events if e.event == "started" and e.job_id == job.job_id and e.restarts < job.restarts
-    ]
-    recent = [e for e in starts if not _was_stopped(e, events)][1 - _FRUITLESS_STARTS :]
-    fruitless = step is not None and all(e.step == step for e in recent)
-    if len(recent) == _FRUITLESS_STARTS - 1 and fruitless:
-        # The refusal of an earlier start repeats the reason, so it is not quoted.
-        ends = [
-            e.reason
-            for e in events
-            if e.job_id == job.job_id and e.event != "started" and e.code != ExitCode.RESTARTS and e.reason
-        ]
-        return RestartError(
-            f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins at step {step},"
-            " as did the two starts before it",
-            given=ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed",
-            fix="remove the cause, or lower run.save_every_steps; then submit the job again",
-        )
-    return None
+    own = [e for e in events if e.job_id == job.job_id and e.restarts < job.restarts]
+    starts = [e for e in own if e.event == "started"]
+    timed_out = [e for e in starts if _reached_limit(e, own, job.limit_s)]
+    telling = [e for e in starts if e in timed_out or (step is not None and not _was_stopped(e, own))]
+    recent = telling[1 - _FRUITLESS_STARTS :]
+    if len(recent) < _FRUITLESS_STARTS - 1 or any(e.step != step for e in recent):
+        return None
+    begins = "its test anew" if step is None else f"at step {step}"
+    subject = (
+        f"job {job.job_id} makes no progress: start number {len(starts) + 1} begins {begins},"
+        " as did the two starts before it"
+    )
+    if recent[-1] in timed_out:
+        limit = f"a time limit of {format_duration(job.limit_s or 0)}"
+        return RestartError(subject, given=limit, fix="submit the job with a longer --time")
+    # The refusal of an earlier start repeats the reason, so it is not quoted.
+    ends = [e.reason for e in own if e.event != "started" and e.code != ExitCode.RESTARTS and e.reason]
+    return RestartError(
+        subject,
+        given=ends[-1] if ends else "no reason was logged: a node was lost, or the job was killed",
+        fix="remove the cause, or lower run.save_every_steps; then submit the job again",
+    )
+
+
+def _ends_of(start: JobEvent, events: Sequence[JobEvent]) -> list[JobEvent]:
+    """Return how a start of a job ended, and what followed, among the events of that job."""
+    return [e for e in events if e.restarts == start.restarts and e.event not in ("submitted", "started")]
 
 
 def _was_stopped(start: JobEvent, events: Sequence[JobEvent]) -> bool:
     """Return whether a start of a job ended because it was asked to stop, with or without a checkpoint."""
-    own = (e for e in events if (e.job_id, e.restarts) == (start.job_id, start.restarts))
-    return any(e.event == "stopped" or e.code == ExitCode.STOPPED for e in own)
+    return any(e.event == "stopped" or e.code == ExitCode.STOPPED for e in _ends_of(start, events))
+
+
+def _reached_limit(start: JobEvent, events: Sequence[JobEvent], limit_s: float | None) -> bool:
+    """Return whether the time limit stopped a start of a job: the warning comes after half of it or later."""
+    if limit_s is None or not _was_stopped(start, events):
+        return False
+    return _ends_of(start, events)[0].seconds - start.seconds >= limit_s / 2
 
 
 def record_end(job: SlurmJob, run: Path, code: int, state: str) -> RequeueDecision:
     """Decide whether to requeue the job; log a requeue, or the job's outcome if no rank has logged it."""
     events = read_events(run)
-    decision = decide_requeue(job, events, code, state)
+    decision, own = decide_requeue(job, events, code, state), _events_of_start(job, events)
     if decision.requeue:
         _append(run, job.event("requeued", reason=decision.reason, code=code))
-    elif all(event.event == "started" for event in _events_of_start(job, events)):
-        kind: EventKind = "finished" if code == ExitCode.OK else "failed"
-        _append(run, job.event(kind, reason=decision.reason, code=code))
+    elif code == ExitCode.OK and not own:
+        _append(run, job.event("finished", reason=decision.reason))
+    elif all(event.event == "started" for event in own):
+        _append(run, job.event("failed", reason=decision.reason, code=code or ExitCode.RANK_LOST))
     return decision
 
 
@@ -193,14 +212,18 @@ def _decide_by_events(events: Sequence[JobEvent], code: int) -> RequeueDecision:
     last = next((e for e in reversed(events) if e.event in ("stopped", "finished", "failed")), None)
     if last is not None and last.event == "stopped":
         return RequeueDecision(last.reason != StopReason.KILL.origin, f"stopped by {last.reason}")
-    if code == ExitCode.OK or (last is not None and last.event == "finished"):
+    if last is not None and last.event == "finished":
         return RequeueDecision(False, "finished")
     if last is not None:
         return RequeueDecision(True, last.reason or "a rank was lost")
-    return _decide_by_code(code)
+    return _decide_by_code(code, began=any(e.event == "started" for e in events))
 
 
-def _decide_by_code(code: int) -> RequeueDecision:
+def _decide_by_code(code: int, began: bool) -> RequeueDecision:
+    if code == ExitCode.OK and began:  # srun reports 0 for tasks of which it lost the node
+        return RequeueDecision(True, "a node was lost: the ranks did not report their end")
+    if code == ExitCode.OK:  # the log takes no events, so that a restart would not report its end either
+        return RequeueDecision(False, "finished")
     if code == ExitCode.STOPPED:
         return RequeueDecision(True, "stopped before the first step")
     if code > SIGNAL_CODE:

@@ -9,9 +9,9 @@ import os
 import re
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 
 from everest_ds.errors import UsageError, nearest
@@ -20,7 +20,7 @@ from everest_ds.errors import UsageError, nearest
 _FLAGS = frozenset(
     "--contiguous --exclusive --get-user-env --hold --ignore-pbs --kill-on-invalid-dep --nice --no-kill"
     " --no-requeue --overcommit --oversubscribe --parsable --propagate --quiet --reboot --requeue"
-    " --spread-job --test-only --use-min-nodes --verbose --wait -H -O -Q -W -k -s -v".split()
+    " --spread-job --test-only --use-min-nodes --verbose -H -O -Q -k -s -v".split()
 )
 # Option of sbatch that `submit` rejects, because it would bypass our checks -> option to use instead.
 _OURS = {
@@ -34,7 +34,6 @@ _OURS = {
 }
 _SIGNAL = re.compile(r"[= ](?:[RB]+:)?[A-Z0-9]+@([0-9]{1,9})(?: |$)")
 _LIMIT = re.compile(r"(?:(?P<d>\d+)-)?(?P<parts>\d+(?::\d+){0,2})")
-SIGNAL_SECONDS = 300  # time before the end of a job at which the scripts in slurm/ request the signal
 # The file's name is an argument of bash and not part of the script, so that bash cannot execute the name.
 _PRINT_VARIABLES = 'set -a; source "$1" >&2 && env -0'
 _BASH_SECONDS = 30.0
@@ -139,16 +138,42 @@ def signal_seconds(options: Sequence[str]) -> int | None:
     return int(match[1]) if match else None
 
 
-def with_timely_signal(options: Sequence[str], time_limit: str | None) -> list[str]:
-    """Return the options, adding a `--signal` that leaves three quarters of a short time limit to the run.
+def check_signal(options: Sequence[str], time_limit: str | None) -> None:
+    """Refuse a `--signal` among the options that would stop the job as soon as it starts.
 
-    The scripts request the signal five minutes before the end. A job with a time limit below that would
-    receive it as soon as it starts.
+    Raises:
+        UsageError: if the lead time of the signal is not shorter than the time limit.
     """
-    limit_s, given = limit_seconds(time_limit), any(word.partition("=")[0] == "--signal" for word in options)
-    if given or limit_s is None or limit_s >= 4 * SIGNAL_SECONDS:
+    limit_s, lead_s = limit_seconds(time_limit), signal_seconds(options)
+    if limit_s is not None and lead_s is not None and lead_s >= limit_s:
+        raise UsageError(
+            "--signal would stop the job as soon as it starts",
+            given=f"{lead_s} s before the end of a job of {limit_s} s",
+            fix="leave out --signal, or give a longer --time",
+        )
+
+
+def exporting(options: Sequence[str], default: str | None, names: Iterable[str]) -> list[str]:
+    """Return the options, with an `--export` that passes the named variables to the job if none does so yet.
+
+    Without `--export` sbatch passes all variables. `NONE` and `NIL` pass none, and `NONE` has the job read
+    its user's login environment, which only `--get-user-env` does once variables are named.
+
+    Args:
+        options: options of sbatch.
+        default: the value that sbatch takes if the options have no `--export`.
+        names: variables that the scripts in slurm/ read.
+    """
+    given = default
+    for option, following in pairwise((*options, "")):
+        name, has_value, value = option.partition("=")
+        if name == "--export":
+            given = value if has_value else following
+    if given is None or "ALL" in given.upper().split(","):
         return list(options)
-    return [*options, f"--signal=USR1@{max(1, limit_s // 4)}"]
+    nothing = given.upper() in ("NONE", "NIL")
+    passed = ",".join([*([] if nothing else [given]), *names])
+    return [*options, f"--export={passed}", *(["--get-user-env"] if given.upper() == "NONE" else [])]
 
 
 def limit_seconds(time_limit: str | None) -> int | None:

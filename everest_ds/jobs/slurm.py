@@ -20,7 +20,7 @@ def has_slurm() -> bool:
 
 
 def submit_job(job: BatchJob, folder: Path | None = None) -> str:
-    """Submit the job from `folder` (None: the current folder), and return its id.
+    """Submit the job from `folder` (None: the current folder), and return its id without waiting for its end.
 
     Raises:
         UsageError: if the folder is gone, or sbatch is not installed or rejects the job.
@@ -67,7 +67,8 @@ def _run(
     try:
         return subprocess.run(
             words,
-            env={**os.environ, **environment},
+            # With SBATCH_WAIT, sbatch would return only when the job has ended.
+            env={name: v for name, v in {**os.environ, **environment}.items() if name != "SBATCH_WAIT"},
             cwd=folder,
             stdin=subprocess.DEVNULL,
             capture_output=True,

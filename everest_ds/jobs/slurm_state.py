@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from everest_ds.errors import UsageError
+from everest_ds.errors import ExitCode, UsageError
 from everest_ds.jobs.slurm import answer, call, has_slurm
 
 _SQUEUE = "JobArrayID JobID State exit_code RestartCnt TimeUsed NumNodes NodeList Reason".split()
@@ -60,6 +60,11 @@ class JobState:
     def is_over(self) -> bool:
         """True if the job has ended and SLURM will not start it again."""
         return not (self.waits or self.runs)
+
+    @property
+    def outcome(self) -> int:
+        """The exit code of a job that has ended: 0 if it finished, else not 0, even if it was cancelled."""
+        return ExitCode.OK if self.state == "COMPLETED" else self.exit_code or ExitCode.FAILURE
 
 
 def is_job_id(text: str) -> bool:

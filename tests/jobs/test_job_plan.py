@@ -39,7 +39,8 @@ def test_a_request_becomes_the_jobs_of_sbatch(tmp_path: Path) -> None:
         "batch.micro_batch_size=2",
         "batch.global_batch_size=8",
     ]
-    queue = QueueSettings(time="8", nodelist="n[3-4]", options=["--qos=high"], max_restarts=7)
+    options = ["--qos=high", "--signal=USR1@120"]
+    queue = QueueSettings(time="8", nodelist="n[3-4]", options=options, max_restarts=7)
     submission = plan_submission(JobRequest("pretrain", words, Hardware(2, gpus_per_node=2), queue))
     (job,) = submission.jobs
     assert (job.script.name, job.arguments, job.logs) == (
@@ -48,7 +49,6 @@ def test_a_request_becomes_the_jobs_of_sbatch(tmp_path: Path) -> None:
         tmp_path / "run/logs",
     )
     assert job.shape == JobShape(nodes=2, gpus_per_node=2, ranks_per_node=2)
-    # The time limit of 8 minutes is below 20, so the signal comes a quarter of it (120 s) before the end.
     assert job.options == ("--qos=high", "--signal=USR1@120")
     assert (job.environment["EVEREST_SIGNAL_SECONDS"], job.environment["EVEREST_MAX_RESTARTS"]) == (
         "120",
@@ -59,6 +59,25 @@ def test_a_request_becomes_the_jobs_of_sbatch(tmp_path: Path) -> None:
         *(("n4", 0), ("n4", 1)),
     ]
     assert not (tmp_path / "run").exists()
+
+
+def test_the_python_that_the_caller_exports_is_that_of_the_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site.env"
+    site.write_text('SBATCH_EXPORT=NONE\n: "${EVEREST_PYTHON:=/site/python}"\n')
+    requests = [
+        JobRequest("profile", ["k400_pretrain_vit_base"], queue=QueueSettings(cluster=cluster))
+        for cluster in (None, str(site))
+    ]
+    monkeypatch.delenv("EVEREST_PYTHON", raising=False)
+    plain, of_site = (plan_submission(request).jobs[0] for request in requests)
+    pythons = [job.environment["EVEREST_PYTHON"] for job in (plain, of_site)]
+    assert pythons == [sys.executable, "/site/python"]
+    assert plain.options == () and of_site.options[0].startswith("--export=EVEREST_PYTHON,")
+    monkeypatch.setenv("EVEREST_PYTHON", "/my/python")
+    for request in requests:
+        assert plan_submission(request).jobs[0].environment["EVEREST_PYTHON"] == "/my/python"
 
 
 def test_the_code_of_the_guide_plans_its_job_and_asks_for_slurm(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +16,18 @@ from hypothesis import strategies as st
 from everest_ds.errors import ExitCode, UsageError
 from everest_ds.jobs.requeue import MAX_RESTARTS
 from everest_ds.jobs.sbatch import (
-    SIGNAL_SECONDS,
     BatchJob,
     JobShape,
     as_shell,
+    check_signal,
+    exporting,
     job_name,
     limit_seconds,
     sbatch_command,
     signal_seconds,
     split_options,
-    with_timely_signal,
 )
+from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, write_candidates
 from everest_ds.shipped import shipped
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,29 +123,73 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(time: str | None, seconds: int 
 
 
 @pytest.mark.parametrize(
-    ("time", "given", "lead"),
+    ("time", "given"),
+    [("5", "--signal=USR1@300"), ("0:45", "-H --signal B:TERM@60"), ("1-0", "--signal=USR1@90000")],
+)
+def test_a_signal_at_the_start_is_refused(time: str, given: str) -> None:
+    with pytest.raises(UsageError, match="as soon as it starts"):
+        check_signal(given.split(), time)
+    check_signal(given.split(), "2-0")
+    check_signal(given.split(), None)
+
+
+@pytest.mark.parametrize(
+    ("options", "default", "added"),
     [
-        ("5", [], ["--signal=USR1@75"]),
-        ("19:59", [], ["--signal=USR1@299"]),
-        ("20", [], []),
-        (None, [], []),
-        ("5", ["--signal", "USR1@10"], ["--signal", "USR1@10"]),
-        ("5", ["--signal=TERM"], ["--signal=TERM"]),
+        ("", None, ""),
+        ("", "ALL", ""),
+        ("--export=ALL,A=1", "NONE", ""),
+        ("--export A=1,all", None, ""),
+        ("", "NONE", "--export=P,Q --get-user-env"),
+        ("--export=NONE --hold", "ALL", "--export=P,Q --get-user-env"),
+        ("--export NIL", None, "--export=P,Q"),
+        ("--export A=1,B", None, "--export=A=1,B,P,Q"),
+        ("--export=ALL --export=HOME", None, "--export=HOME,P,Q"),  # sbatch takes the last
     ],
 )
-def test_a_short_job_is_not_told_to_stop_as_it_starts(
-    time: str | None, given: list[str], lead: list[str]
-) -> None:
-    assert with_timely_signal(given, time) == lead
+def test_a_job_gets_the_variables_of_its_script(options: str, default: str | None, added: str) -> None:
+    given = options.split()
+    assert exporting(given, default, ["P", "Q"]) == given + added.split()
 
 
 def test_the_scripts_use_the_numbers_that_python_owns() -> None:
-    asked = [line for file in shipped("slurm").glob("*.sbatch") for line in file.read_text().splitlines()]
-    signals = {line for line in asked if "--signal" in line}
-    assert signals == {f"#SBATCH --signal=USR1@{SIGNAL_SECONDS}"}
     common = (shipped("slurm") / "common.sh").read_text()
+    lead = re.findall(r"EVEREST_SIGNAL_SECONDS:=([0-9]+)", common)
+    scripts = [file.read_text() for file in shipped("slurm").glob("*.sbatch")]
+    assert {line for text in scripts for line in text.splitlines() if "--signal" in line} == {
+        f"#SBATCH --signal=B:USR1@{lead[0]}"
+    }
     assert (
         re.findall(r"(?:exit |everest_code=)([0-9]{2,})$", common, re.M) == [str(ExitCode.STOPPED.value)] * 2
     )
-    assert re.findall(r"EVEREST_SIGNAL_SECONDS:-([0-9]+)", common) == [str(SIGNAL_SECONDS)]
-    assert re.findall(r"requeued \(default: ([0-9]+)\)", common) == [str(MAX_RESTARTS)]
+    assert len(lead) == 1 and re.findall(r"requeued \(default: ([0-9]+)\)", common) == [str(MAX_RESTARTS)]
+
+
+_READ_ANSWER = """
+everest_say() { echo "$*" >&2; }
+everest_undisturbed() { printf "Welcome\\neverest-ds answers"; "$PYTHON" -m everest_ds "$@"; echo bye; }
+eval "$(sed -n '/^everest_ask()/,/^}/p' "$1")"
+everest_ask candidate "$2" 1
+printf '%s\\0' "${everest_answer[@]}"
+"""
+
+
+def test_the_shell_reads_an_answer_among_greetings(tmp_path: Path) -> None:
+    words = ("seed=1\n2", "a b", "\udcff", "", "$(reboot)")  # \udcff: a byte of a name that is not UTF-8
+    one = SweepCandidate("000", "pretrain", "r", (), ())
+    write_candidates(tmp_path / SWEEP_FILE, [one, replace(one, task="finetune", overrides=words)])
+    common = shipped("slurm") / "common.sh"
+    done = subprocess.run(
+        ["bash", "-c", _READ_ANSWER, "bash", str(common), str(tmp_path / SWEEP_FILE)],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        check=True,
+    )
+    assert [os.fsdecode(word) for word in done.stdout.split(b"\0")[:-1]] == ["finetune", "r", *words]
+
+
+def test_every_script_finds_common_sh_in_the_same_way() -> None:
+    """The job's name is not asked for, because its text could hold another path of common.sh."""
+    texts = [file.read_text() for file in shipped("slurm").glob("*.sbatch")]
+    found = {re.search(r"^# SLURM runs.*\nscript=.*\nsource .*$", text, re.M) for text in texts}
+    assert len({match and match[0] for match in found}) == 1 and not any("scontrol" in text for text in texts)

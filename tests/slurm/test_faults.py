@@ -146,6 +146,7 @@ def test_the_run_goes_on_after(
     done = losses(run.path)
     assert done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
     job.ended_everywhere(restarts)
+    assert not run.events(job, "finished")
     lost = max(0, reached - resumed_from)
     fault_times.append(FaultTimes(name, requeued - at_fault, trained - at_fault, lost))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.config import dump_experiment
-from tests.slurm.cluster import SCRIPTS, Job, LocalCluster, Run, evaluation, wait_for
+from tests.slurm.cluster import SCRIPTS, Job, LocalCluster, Run, evaluation, run, wait_for
 from tests.slurm.conftest import NUM_STEPS
 from tests.slurm.report import FaultTimes
 from tests.training.runs import experiment, losses
@@ -133,22 +134,30 @@ def fill(file: Path) -> None:
             pass
 
 
-def test_usr1_before_the_time_limit_requeues_the_job(
+def test_a_short_job_submitted_inside_a_job_trains_until_shortly_before_its_limit(
     cluster: LocalCluster,
     recipe: Path,
     work: Path,
     undisturbed: dict[int, float],
     fault_times: list[FaultTimes],
 ) -> None:
-    """A job that SLURM signals before its time limit saves and is requeued.
+    """A plain sbatch with a limit of two minutes, from a rank of another job, whose variables it inherits.
 
-    SLURM checks limits every half minute, so saving and drawing after every step slow the run down.
+    SLURM warns such a job at its start, because the scripts ask for five minutes. Saving and drawing after
+    every step slow the run down. The name of the job looks like SLURM's record of another script.
     """
     run = Run(work / "limited")
+    forged = work / "forged"
+    forged.mkdir()
+    (forged / "common.sh").write_text("touch forged\nexit 3\n")
     slow = ("run.save_every_steps=1", "run.image_every_steps=1")
-    job = cluster.submit(PRETRAIN, str(recipe), f"run.dir={run.path}", *slow)
-    run.steps_beyond(job, 0)
-    limit_soon(job, minutes=2)  # the script asks for USR1 five minutes before
+    job = submit_inside_a_job(
+        cluster,
+        ("--time=2", "--nodes=2", f"--job-name=x\n   Command={forged}/x.sbatch"),
+        (str(PRETRAIN), str(recipe), f"run.dir={run.path}", *slow),
+    )
+    began, _ = run.steps_beyond(job, 0)
+    assert json.loads((run.path / "environment.json").read_text())["world_size"] == 2
     (stop,) = wait_for(lambda: run.events(job, "stopped"), "stopped")
     stopped = time.time()
     wait_for(lambda: job.restarts > stop.restarts, "requeued")
@@ -156,18 +165,25 @@ def test_usr1_before_the_time_limit_requeues_the_job(
     cluster.slurm("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
     trained, resumed_from = run.steps_beyond(job, stop.restarts + 1)
     job.cancel()
+    (start, *_) = run.events(job, "started")
+    assert stop.restarts == 0 and 60 < stop.seconds - start.seconds < 120 and began < stop.seconds
+    assert "the ranks are stopped 30 s before it" in job.output and not (work / "forged" / "forged").exists()
     done = losses(run.path)
     assert resumed_from == stop.step
     assert done == {step: undisturbed[step] for step in range(1, len(done) + 1)}
     fault_times.append(FaultTimes("time limit, USR1 before it", requeued - stopped, trained - stopped, 0))
 
 
-def limit_soon(job: Job, minutes: int) -> None:
-    (ran,) = job.show("RunTime")
-    hours, whole, _ = map(int, ran.split(":"))
-    job.cluster.slurm(
-        "scontrol", "update", f"JobId={job.number}", f"TimeLimit={60 * hours + whole + minutes}"
+def submit_inside_a_job(cluster: LocalCluster, options: tuple[str, ...], words: tuple[str, ...]) -> Job:
+    """Call sbatch in a task of an array job that was restarted, as one rank of torchrun would."""
+    call = shlex.join(["sbatch", "--parsable", *options, *words])
+    text = (
+        f"#!/bin/bash\nexport RANK=1 WORLD_SIZE=4 MASTER_ADDR=elsewhere\nsrun --cpu-bind=none {call} >inner\n"
     )
+    Path("outer.sbatch").write_text(text)
+    outer = ("--array=3", "--nodes=1", "--ntasks=1", "--cpus-per-task=2")
+    run(["sbatch", "--wait", *outer, "outer.sbatch"], {**cluster.variables, "SLURM_RESTART_COUNT": "2"})
+    return Job(cluster, Path("inner").read_text().strip())
 
 
 @pytest.mark.parametrize("launcher", ["srun --mpi=pmi2", "mpirun"])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from everest_ds.config import dump_experiment, load_experiment
+from everest_ds.errors import ExitCode
 from tests.slurm.cluster import Job, LocalCluster, Run, wait_for
 from tests.training.runs import experiment
 
@@ -22,10 +23,12 @@ HOSTILE = 'it\'s $(touch gotcha) `touch gotcha`; "quo\\ted" &\n%j | > [b] ü'
 SHORT = ("schedule.epochs=2",)  # 6 steps
 
 
-def everest(cluster: LocalCluster, *arguments: str, code: int = 0) -> str:
+def everest(cluster: LocalCluster, *arguments: str, code: int = 0, **variables: str) -> str:
     """Run `everest-ds` in the current folder; return its output."""
     command = [sys.executable, "-m", "everest_ds", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, env=cluster.variables, timeout=120)
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**cluster.variables, **variables}, timeout=300
+    )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -88,8 +91,15 @@ def test_a_sweep_is_one_table_and_a_failed_run_a_row_of_it(
     ]
     Path("candidates.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = f"run.dir={json.dumps(str(sweep))}"
-    options = ["--candidates", "candidates.jsonl", "--ntasks-per-node=1"]
-    everest(cluster, "submit", "sweep", str(recipe), folder, *SHORT, *options)
+    options = ["--candidates", "candidates.jsonl", "--ntasks-per-node=1", "--wait"]
+    # The site exports nothing by default, and the user's Python greets on stdout.
+    greeting = Path("greeting python")
+    greeting.write_text(f'#!/bin/bash\nprintf "Welcome"\nexec {sys.executable} "$@"\n')
+    greeting.chmod(0o755)
+    site = {"SBATCH_EXPORT": "PYTHONPATH,PATH", "EVEREST_PYTHON": str(greeting.absolute())}
+    diverged = ExitCode.DIVERGED
+    said = everest(cluster, "submit", "sweep", str(recipe), folder, *SHORT, *options, code=diverged, **site)
+    assert "sweep: job " in said
     until(cluster, sweep, "finished", "diverged")
     everest(cluster, "sweep", str(sweep), "--json", "sweep.json")
     table = json.loads(Path("sweep.json").read_text())
