@@ -11,9 +11,10 @@ from pathlib import Path
 from types import FrameType
 
 from everest_ds.checkpoints.names import newest_step
-from everest_ds.errors import BadNodeError, EverestError, ExitCode, StoppedError
+from everest_ds.errors import BadNodeError, EverestError, ExitCode, RunFolderError, StoppedError
 from everest_ds.jobs.requeue import SlurmJob, log_event
 from everest_ds.stop_signals import STOP_SIGNALS
+from everest_ds.training.run_folder import RunFolder
 
 
 @contextmanager
@@ -37,6 +38,13 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(ExitCode.STOPPED)
 
 
+def _was_deleted(run: Path, absent: str | bytes | int | None) -> bool:
+    """Return whether a file is absent because someone deleted its run folder, with the lock of the run."""
+    if not isinstance(absent, str | bytes) or RunFolder(run).lock_file.exists():
+        return False
+    return Path(os.fsdecode(absent)).absolute().is_relative_to(run.absolute())
+
+
 @contextmanager
 def logged_end(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
     """Record in the event log how this rank ended, unless another rank records it; re-raise any error."""
@@ -52,6 +60,12 @@ def logged_end(job: SlurmJob | None, run: Path, rank: int) -> Iterator[None]:
             log_event(job, run, "failed", reason=str(error), code=error.exit_code, nodes=nodes)
         raise
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and _was_deleted(run, error.filename):
+            raise RunFolderError(
+                f"{run}: the run folder was deleted while the run was active",
+                given=str(error),
+                fix="the same command starts the run anew; stop a run before its folder is deleted",
+            ) from None
         log_event(job, run, "failed", reason=f"{type(error).__name__}: {error}", code=ExitCode.FAILURE)
         raise
     if rank == 0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -28,29 +29,39 @@ def keep_job(home: Path, command: str, job: BatchJob) -> None:
 def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
     """Read the job that `keep_job` recorded, and the folder to which its relative paths refer.
 
+    The record names a script and its environment, so it is code: only its owner may run it.
+
     Raises:
-        RunFolderError: if the folder holds no readable record of such a job.
+        RunFolderError: if the folder holds no readable record of such a job, or that of another user.
     """
     file = _file(home, command)
     try:
-        row = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
+        with open(file) as stream:
+            owner, row = os.fstat(stream.fileno()).st_uid, json.load(stream)
+        folder = Path(row.pop("folder"))
+        job = BatchJob(
+            **{
+                **row,
+                "script": Path(row["script"]),
+                "arguments": tuple(row["arguments"]),
+                "shape": JobShape(**row["shape"]),
+                "logs": Path(row["logs"]) if row["logs"] else None,
+                "options": tuple(row["options"]),
+            }
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(
             f"{home}: no readable record of a submitted {command} job",
-            given=str(error),
+            given=f"{type(error).__name__}: {error}",
             fix="submit the job again with everest-ds submit",
         ) from None
-    folder = Path(row.pop("folder"))
-    job = BatchJob(
-        **{
-            **row,
-            "script": Path(row["script"]),
-            "arguments": tuple(row["arguments"]),
-            "shape": JobShape(**row["shape"]),
-            "logs": Path(row["logs"]) if row["logs"] else None,
-            "options": tuple(row["options"]),
-        }
-    )
+    if owner != os.geteuid():
+        raise RunFolderError(
+            f"{file}: belongs to another user, whose script and environment the job would run",
+            given=f"user id {owner}",
+            allowed=f"your user id, {os.geteuid()}",
+            fix=f"read it, then submit the job yourself: everest-ds submit {command} {home}",
+        )
     return job, folder
 
 

@@ -189,10 +189,11 @@ def _how_it_ended(failure: _Failure) -> str:
 
 
 def _last_lines(file: Path, start: int) -> list[str]:
-    """Return the last lines of the file among those written after byte `start`."""
-    with open(file, "rb") as stream:
+    """Return the last lines of the file among those written after byte `start`; none if it was deleted."""
+    with contextlib.suppress(FileNotFoundError), open(file, "rb") as stream:
         stream.seek(max(start, file.stat().st_size - _TAIL_BYTES))
         return stream.read().decode(errors="replace").splitlines()[-_TAIL_LINES:]
+    return []
 
 
 @contextlib.contextmanager

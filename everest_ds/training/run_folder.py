@@ -12,6 +12,7 @@ import fcntl
 import os
 import platform
 import socket
+import struct
 import subprocess
 import sys
 from datetime import datetime, timezone
@@ -25,6 +26,7 @@ from everest_ds.errors import EverestError, RunFolderError
 from everest_ds.launch.doctor import installed_version
 
 CONFIG_FILE = "config.yaml"
+ENVIRONMENT_FILE = "environment.json"
 METRICS_FILE = "metrics.jsonl"
 EVALUATION_FILE = "evaluation.json"
 # Prefixes of the settings that may differ when a run is resumed, because they do not change the result. The
@@ -34,6 +36,7 @@ FREE_KEYS = (
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.read_timeout_s", "data.max_broken_pct"),
     *("parallelism.", "recompute.", "batch.", "model.compile"),
 )
+_FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
 _PACKAGES = ("everest-ds", "torch", "deepspeed", "fairscale", "decord", "numpy")
 
 
@@ -43,6 +46,11 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock: IO[str] | None = None
+
+    @property
+    def lock_file(self) -> Path:
+        """The file that a training run creates first, and locks while it is active."""
+        return self.path / ".lock"
 
     @property
     def checkpoints(self) -> Path:
@@ -98,7 +106,7 @@ class RunFolder:
                 self.excluded.unlink(missing_ok=True)  # it may come from another config
             replace_file(self.path / CONFIG_FILE, dump_experiment(config))
             replace_json(self.path / "ds_config.json", ds_config)
-            replace_json(self.path / "environment.json", describe_environment(world_size))
+            replace_json(self.path / ENVIRONMENT_FILE, describe_environment(world_size))
         except OSError as error:
             raise RunFolderError(
                 f"{self.path}: writing the run folder failed", given=str(error), fix="choose another run.dir"
@@ -121,7 +129,7 @@ class RunFolder:
         This is a record lock, which forked children do not inherit. Loader workers outlive a killed rank by
         some seconds; if they held the lock, the next start would be refused during that time.
         """
-        lock = open(self.path / ".lock", "a+")
+        lock = open(self.lock_file, "a+")
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):  # POSIX allows either error
@@ -141,6 +149,17 @@ class RunFolder:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         lock.flush()
         self._lock = lock
+
+    @property
+    def is_active(self) -> bool:
+        """True if another process, on any host, trains in this folder; known on Linux only."""
+        try:
+            with open(self.lock_file, "rb") as lock:
+                wanted = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+                found = fcntl.fcntl(lock, fcntl.F_GETLK, wanted)
+        except OSError:  # there is no lock, or no way to ask for it
+            return False
+        return sys.platform == "linux" and struct.unpack(_FLOCK, found)[0] != fcntl.F_UNLCK
 
     @property
     def _has_saved(self) -> bool:
