@@ -81,11 +81,15 @@ def read_json_rows(file: Path) -> JsonLines:
         OSError: if the file exists but cannot be read.
     """
     try:
-        lines = file.read_bytes().split(b"\n")
+        return parse_json_rows(file.read_bytes())
     except FileNotFoundError:
         return JsonLines([], 0)
+
+
+def parse_json_rows(content: bytes) -> JsonLines:
+    """Return the JSON objects in the content of a file, one per line."""
     rows, num_damaged = [], 0
-    for line in filter(bytes.strip, lines):
+    for line in filter(bytes.strip, content.split(b"\n")):
         try:
             row = json.loads(line)
         except ValueError:

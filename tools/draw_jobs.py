@@ -18,7 +18,7 @@ def main() -> None:
     """Write the SVG picture of the runs in the given folders."""
     file, *folders = sys.argv[1:]
     console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
-    console.print(jobs_table(in_submission_order(job_rows(find_runs(map(Path, folders))))))
+    console.print(jobs_table(in_submission_order(job_rows(find_runs(map(Path, folders)))), WIDTH))
     console.save_svg(file, title="everest-ds jobs")
 
 

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, Group
+from rich.console import Console, Group, JustifyMethod
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from everest_ds.cli.options import CsvFile, JsonFile
 from everest_ds.console import print_table, write_csv, write_json
 from everest_ds.errors import UsageError
 from everest_ds.jobs.job_control import restart_jobs, stop_job
-from everest_ds.jobs.job_table import RUNS, JobRow, find_jobs, find_runs, in_submission_order, job_rows
+from everest_ds.jobs.job_table import (
+    RUNS,
+    JobRow,
+    Progress,
+    find_jobs,
+    find_runs,
+    in_submission_order,
+    job_rows,
+)
 from everest_ds.jobs.log_tail import LogTail
+from everest_ds.jobs.status import LOCAL
 from everest_ds.jobs.sweep import sweep_results
 
 Folders = Annotated[
@@ -51,8 +62,15 @@ _STYLES = {
     "stopped": "yellow",
     "ending": "yellow",
     "held": "yellow",
+    "interrupted": "yellow",
     "forgotten": "dim",
 }
+# Columns in the order in which a narrow terminal leaves them out; it always shows job, run, state and steps.
+_LEFT_OUT_FIRST = ("nodes", "progress", "restarts", "clips/s", "time", "loss", "task")
+_JUSTIFIED: dict[str, JustifyMethod] = dict.fromkeys(("loss", "clips/s", "time", "restarts"), "right")
+_PADDING = 2  # blanks beside each cell
+_RUN_CELLS = 32  # of a longer path, at least these many characters are shown
+_BAR_CELLS = 10
 
 
 def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
@@ -64,7 +82,8 @@ def jobs(folders: Folders = None, json_file: JsonFile = None) -> None:
     """
     rows = in_submission_order(job_rows(find_runs(_folders(folders))))
     if rows:
-        Console().print(jobs_table(rows))
+        console = Console()
+        console.print(jobs_table(rows, console.width))
     else:
         typer.echo("no jobs found; to queue one: everest-ds submit pretrain RECIPE")
     write_json(json_file, [_as_json(row) for row in rows])
@@ -91,7 +110,7 @@ def logs(
         )
     _print_lines(shown)
     if follow:
-        for shown in tail.follow(row.job_id):
+        for shown in tail.follow(row):
             _print_lines(shown)
 
 
@@ -127,58 +146,77 @@ def sweep(folder: Sweep, json_file: JsonFile = None, csv_file: CsvFile = None) -
     write_csv(csv_file, rows)
 
 
-def jobs_table(rows: Sequence[JobRow]) -> Group:
-    """Build the table of jobs and, below it, the reason, next action and log of each."""
+def jobs_table(rows: Sequence[JobRow], width: int) -> Group:
+    """Build the table of jobs and, below it, the reason, next action and log of each.
+
+    If not all columns fit into `width` characters, the less important ones are left out. Every row names its
+    run, if need be by the end of its path.
+    """
+    cells = [_cells(row) for row in rows]
+    widths = {name: max(len(row[name]) for row in cells) for name in cells[0]}
+    widths = {name: max(len(name), longest) for name, longest in widths.items() if longest}
+    paths, shown = [str(row.run) for row in rows], dict.fromkeys(widths)
+    needed = min(_RUN_CELLS, max(map(len, paths)))
+    for name in _LEFT_OUT_FIRST:
+        if width < _PADDING + needed + sum(widths[one] + _PADDING for one in shown):
+            shown.pop(name, None)
+    runs = shorten(paths, width - _PADDING - sum(widths[one] + _PADDING for one in shown))
     table = Table(box=None)
-    for name in ("job", "run", "task", "state", "progress"):
-        table.add_column(name, overflow="fold", no_wrap=name != "run")
-    for name in ("loss", "clips/s", "time", "restarts"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("nodes", overflow="fold")
+    for name in ("job", "run", *list(shown)[1:]):
+        justify = _JUSTIFIED.get(name, "left")
+        table.add_column(name, overflow="fold", no_wrap=name != "run", justify=justify)
     advice = Table.grid(padding=(0, 1, 0, 2))
-    for row in rows:
-        table.add_row(*_cells(row))
-        advice.add_row(row.job_id, _advice(row))
+    for row, run, cell in zip(rows, runs, cells, strict=True):
+        first, *rest = (cell[name] for name in shown)
+        table.add_row(first, Text(run), *rest)
+        advice.add_row(run if row.job_id == LOCAL else row.job_id, _advice(row))
     return Group(table, "", advice)
 
 
-def _cells(row: JobRow) -> list[str]:
+def shorten(paths: Sequence[str], width: int) -> list[str]:
+    """Cut off the beginning of paths longer than `width`; paths that would become equal are kept whole."""
+    ends = {path: path if len(path) <= width else f"…{path[1 - max(width, 2) :]}" for path in paths}
+    uses = Counter(ends.values())
+    return [path if uses[ends[path]] > 1 else ends[path] for path in paths]
+
+
+def _cells(row: JobRow) -> dict[str, Text]:
     state, progress = row.slurm, row.progress
-    return [
-        row.job_id,
-        escape(str(row.run)),
-        row.task,
-        _styled(row.status.state),
-        _progress(row),
-        "" if progress.loss is None else f"{progress.loss:.4f}",
-        "" if progress.clips_per_s is None else f"{progress.clips_per_s:.1f}",
-        state.elapsed if state else "",
-        str(row.restarts),
-        escape(state.nodes) if state else "",
-    ]
+    return {
+        "job": Text(row.job_id),
+        "task": Text(row.task),
+        "state": Text(row.status.state, _style(row)),
+        "progress": _bar(progress),
+        "steps": Text(_steps(progress)),
+        "loss": Text("" if progress.loss is None else f"{progress.loss:.4f}"),
+        "clips/s": Text("" if progress.clips_per_s is None else f"{progress.clips_per_s:.1f}"),
+        "time": Text(state.elapsed if state else ""),
+        "restarts": Text(str(row.restarts)),
+        "nodes": Text(state.nodes if state else ""),
+    }
 
 
 def _advice(row: JobRow) -> str:
     # The table shows only the fault of an error; its given, allowed and fix parts are in the log.
     reason = row.status.reason.partition("; given: ")[0]
-    why = _styled(row.status.state) + (f": {escape(reason)}." if reason else ".")
+    why = f"[{_style(row)}]{row.status.state}[/]" + (f": {escape(reason)}." if reason else ".")
     return f"{why} [bold]Next:[/bold] {escape(row.status.next)}  [dim]{escape(str(row.log))}[/dim]"
 
 
-def _styled(state: str) -> str:
-    style = _STYLES.get(state, "red")
-    return f"[{style}]{state}[/{style}]"
+def _style(row: JobRow) -> str:
+    return _STYLES.get(row.status.state, "red")
 
 
-def _progress(row: JobRow) -> str:
-    progress = row.progress
+def _bar(progress: Progress) -> Text:
+    filled = round(_BAR_CELLS * (progress.share or 0))
+    done, left = "━" * filled, "━" * (_BAR_CELLS - filled)
+    return Text("") if progress.share is None else Text.assemble((done, "green"), (left, "dim"))
+
+
+def _steps(progress: Progress) -> str:
     if progress.step is None:
         return "" if progress.top1 is None else f"top-1 {progress.top1:.1f} %"
-    if progress.share is None:
-        return f"step {progress.step}"
-    filled = round(10 * progress.share)
-    bar = f"[green]{'━' * filled}[/green][dim]{'━' * (10 - filled)}[/dim]"
-    return f"{bar} {progress.step} of {progress.total_steps}"
+    return f"step {progress.step}" if progress.share is None else f"{progress.step} of {progress.total_steps}"
 
 
 def _as_json(row: JobRow) -> dict[str, Any]:

@@ -63,5 +63,6 @@ def read_events(run: Path) -> list[JobEvent]:
     return [
         JobEvent(**{name: row[name] for name in _FIELDS if name in row})
         for row in rows
-        if {"event", "job_id"} <= row.keys()
+        if isinstance(row.get("event"), str) and isinstance(row.get("job_id"), str)
+        if isinstance(row.get("restarts", 0), int) and isinstance(row.get("seconds", 0.0), int | float)
     ]

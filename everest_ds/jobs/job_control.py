@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from everest_ds.errors import UsageError
 from everest_ds.jobs.job_table import JobRow
 from everest_ds.jobs.resubmit import submit_again
 from everest_ds.jobs.slurm import call
@@ -17,13 +18,18 @@ def stop_job(row: JobRow, now: bool = False) -> str:
     A running job that trains saves a checkpoint first, unless `now` is true. A waiting job leaves the queue.
 
     Raises:
-        UsageError: if SLURM refuses to cancel the job.
+        UsageError: if SLURM refuses to cancel the job, or a job without SLURM is to stop at once.
     """
     if row.is_over:
         return f"has already ended: {row.status.state}"
-    if row.slurm is not None and row.slurm.runs and row.trains and not now:
+    if (row.slurm is None or row.slurm.runs) and row.trains and not now:
         (row.run / KILL_FILE).touch()
         return "saves at its next step and then stops (--now stops it at once)"
+    if row.slurm is None:
+        raise UsageError(
+            f"{row.run}: this run was started without SLURM",
+            fix="leave out --now, or press Ctrl-C where it runs",
+        )
     call(["scancel", row.job_id])
     return "cancelled"
 
@@ -50,7 +56,9 @@ def restart_jobs(rows: Sequence[JobRow], report: Callable[[str], None]) -> None:
         elif row.status.state == "held":
             call(["scontrol", "release", row.job_id])
             how = "released"
-        elif row.slurm is None or row.slurm.waits:
+        elif row.slurm is None:
+            how = "already runs, without SLURM"
+        elif row.slurm.waits:
             how = "already waits in the queue"
         else:
             call(["scontrol", "requeue", row.job_id])

@@ -10,6 +10,7 @@ from pathlib import Path
 from everest_ds.errors import UsageError
 from everest_ds.jobs.job_table import JobRow
 from everest_ds.jobs.slurm_state import query_jobs
+from everest_ds.training.run_folder import RunFolder
 
 _POLL_SECONDS = 0.2
 _ASK_SLURM_SECONDS = 5.0
@@ -50,13 +51,13 @@ class LogTail:
         ]
         return [line for _, line in sorted(stamped, key=lambda pair: pair[0])]
 
-    def follow(self, job_id: str) -> Iterator[list[str]]:
+    def follow(self, row: JobRow) -> Iterator[list[str]]:
         """Yield new lines, possibly none, several times a second until the job has ended."""
         asked = time.monotonic()
         while True:
             yield self.new()
             if time.monotonic() - asked > _ASK_SLURM_SECONDS:
-                ended, asked = _has_ended(job_id), time.monotonic()
+                ended, asked = _has_ended(row), time.monotonic()
                 if ended:
                     yield self.new()
                     return
@@ -75,9 +76,11 @@ class LogTail:
             yield stamp, line
 
 
-def _has_ended(job_id: str) -> bool:
+def _has_ended(row: JobRow) -> bool:
+    if row.slurm is None:
+        return not RunFolder(row.run).is_active
     try:
-        state = query_jobs([job_id]).get(job_id)
+        state = query_jobs([row.job_id]).get(row.job_id)
     except UsageError:  # while the controller is away, the job may keep running
         return False
     return state is None or state.is_over

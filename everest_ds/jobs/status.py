@@ -11,6 +11,7 @@ from everest_ds.jobs.slurm_state import SIGNAL_CODE, JobState
 
 LOCAL = "local"  # the id of a job that runs without SLURM
 _RESUME = "`everest-ds requeue {run}` resumes from the newest checkpoint"
+_RESUME_LOCALLY = "the same command resumes from the newest checkpoint"
 _READ_LOGS = "`everest-ds logs {run} --job` shows the cause; correct it, then submit again"
 
 # State -> next action; {run} and {job} are filled in.
@@ -34,6 +35,7 @@ NEXT = {
     "diverged": "lower schedule.base_lr or set optimizer.clip_grad_norm, in another run.dir",
     "dependency failed": "correct the job that this one depends on, then submit again",
     "failed": _READ_LOGS,
+    "interrupted": _RESUME_LOCALLY,
     "forgotten": "SLURM no longer knows the job; `everest-ds requeue {run}` submits it again",
 }
 
@@ -70,6 +72,7 @@ _EXIT_CODE_MEANING = {
     ExitCode.DIVERGED: "the loss is no longer finite",
     ExitCode.STOPPED: "stopped on request and saved",
 }
+_NOT_TRAINING = ("evaluate", "profile", "report")  # tasks that do not lock the run folder
 _ENDS = ("finished", "failed", "stopped")  # the events that end a job, which are also states
 
 
@@ -93,6 +96,23 @@ def job_status(run: str, job_id: str, record: JobState | None, events: Sequence[
     """
     state = _state(record, events)
     return JobStatus(state, _reason(state, record, events), NEXT[state].format(run=run, job=job_id))
+
+
+def local_status(run: str, events: Sequence[JobEvent], active: bool, complete: bool) -> JobStatus:
+    """Derive the status of a run that was started without SLURM.
+
+    Args:
+        run: the run folder, quoted for a shell.
+        events: events of the run without SLURM, oldest first; none if it was started by hand.
+        active: True if a process trains in the run folder.
+        complete: True if the last step of the run is done.
+    """
+    if events and (events[-1].event != "started" or events[-1].task in _NOT_TRAINING):
+        state = _state_by_events(events)
+    else:
+        state = "running" if active else "finished" if complete else "interrupted"
+    action = NEXT[state].replace(_RESUME, _RESUME_LOCALLY).replace(" --job", "").format(run=run, job=LOCAL)
+    return JobStatus(state, "" if state == "interrupted" else _reason(state, None, events), action)
 
 
 def explain_exit_code(code: int) -> str:

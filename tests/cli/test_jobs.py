@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from everest_ds.cli.jobs import jobs_table, shorten
 from everest_ds.errors import ExitCode
 from everest_ds.jobs.events import JobEvent
+from everest_ds.jobs.job_table import job_rows
 from everest_ds.jobs.status import LOCAL
 from everest_ds.jobs.sweep_file import SWEEP_FILE, SweepCandidate, write_candidates
 from tests.cli.test_cli import run_main
@@ -51,6 +55,50 @@ def test_out_of_memory_is_a_row_of_a_sweeps_table(monkeypatch: pytest.MonkeyPatc
         ["2", "", "out of memory"],
         ["", "3", "not submitted"],
     ]
+
+
+@pytest.mark.parametrize("width", [60, 80, 400])
+def test_every_row_of_the_table_names_its_run(tmp_path: Path, width: int) -> None:
+    event = JobEvent("failed", "123_4", task="finetune", code=ExitCode.OUT_OF_MEMORY)
+    folder = tmp_path / "a folder with a rather long name that fills a whole line of a terminal"
+    runs = [make_run(folder / name, event, steps=9) for name in ("lr/000", "lr/001", "seed/000")]
+    stream = io.StringIO()
+    Console(file=stream, width=width).print(jobs_table(job_rows(runs), width))
+    table = stream.getvalue().partition("\n\n")[0].splitlines()[1:]
+    for run, row in zip(runs, table, strict=True):
+        assert (str(run) if width == 400 else f"{run.parent.name}/{run.name}") in row
+        assert "out of memory" in row and "9 of 9" in row and len(row) <= width
+
+
+@pytest.mark.parametrize(
+    ("paths", "width", "shown"),
+    [
+        (["runs/a", "runs/b"], 6, ["runs/a", "runs/b"]),
+        (["runs/first", "x"], 6, ["…first", "x"]),
+        (["a/long/000", "b/long/000"], 6, ["a/long/000", "b/long/000"]),  # their ends are equal
+        (["a/b", "a/b"], -3, ["…b", "…b"]),  # two jobs of one run
+    ],
+)
+def test_long_paths_lose_their_beginning_but_never_become_equal(
+    paths: list[str], width: int, shown: list[str]
+) -> None:
+    assert shorten(paths, width) == shown
+
+
+def test_a_run_that_was_started_by_hand_is_listed_and_its_log_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "mine", steps=9)
+    (run / "environment.json").write_text("{}")
+    (run / "logs").mkdir()
+    (run / "logs" / "rank-0.log").write_text("2026-01-01 00:00:00,000 INFO step 9/9\n")
+    assert run_main(monkeypatch, "jobs", str(tmp_path)) == 0
+    printed = capsys.readouterr().out
+    assert "mine" in printed and "finished" in printed and "9 of 9" in printed
+    for options in ((), ("--job",)):
+        assert run_main(monkeypatch, "logs", str(run), *options) == 0
+        assert "step 9/9" in capsys.readouterr().out
+    assert run_main(monkeypatch, "requeue", str(run)) == 5
 
 
 @pytest.mark.parametrize("command", ["logs", "cancel", "requeue"])

@@ -7,7 +7,7 @@ import pytest
 from everest_ds.errors import ExitCode
 from everest_ds.jobs.events import JobEvent
 from everest_ds.jobs.slurm_state import JobState
-from everest_ds.jobs.status import LOCAL, NEXT, explain_exit_code, job_status
+from everest_ds.jobs.status import LOCAL, NEXT, explain_exit_code, job_status, local_status
 
 
 def slurm(state: str, code: int = 0, restarts: int = 0, reason: str = "") -> JobState:
@@ -55,13 +55,36 @@ def test_every_job_has_a_state_and_a_next_action(record: JobState | None, state:
         ("7", JobEvent("failed", "7", code=ExitCode.OUT_OF_MEMORY), "out of memory"),
         ("7", JobEvent("failed", "7", code=ExitCode.DATA), "failed"),
         ("7", JobEvent("requeued", "7"), "forgotten"),
-        (LOCAL, JobEvent("started", LOCAL), "running"),
     ],
 )
 def test_the_log_of_a_job_that_slurm_has_forgotten_gives_its_state(
     job_id: str, last: JobEvent, state: str
 ) -> None:
     assert job_status("runs/a", job_id, None, [JobEvent("submitted", job_id), last]).state == state
+
+
+STARTED = JobEvent("started", LOCAL, task="pretrain")
+
+
+@pytest.mark.parametrize(
+    ("events", "active", "complete", "state"),
+    [
+        ([], True, False, "running"),
+        ([], False, True, "finished"),
+        ([], False, False, "interrupted"),
+        ([STARTED], True, False, "running"),
+        ([STARTED], False, False, "interrupted"),  # killed before it could log its end
+        ([JobEvent("started", LOCAL, task="evaluate")], False, True, "running"),
+        ([STARTED, JobEvent("failed", LOCAL, code=ExitCode.DATA)], False, False, "failed"),
+        ([STARTED, JobEvent("stopped", LOCAL, code=ExitCode.STOPPED)], False, False, "stopped"),
+    ],
+)
+def test_a_run_without_slurm_has_a_state_and_no_action_of_slurm(
+    events: list[JobEvent], active: bool, complete: bool, state: str
+) -> None:
+    status = local_status("runs/a", events, active, complete)
+    assert status.state == state and state in NEXT
+    assert "requeue" not in status.next and "--job" not in status.next and "{" not in status.next
 
 
 def test_the_reason_in_the_job_log_takes_precedence() -> None:
