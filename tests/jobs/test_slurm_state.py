@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from everest_ds.jobs.slurm_state import JobState, is_job_id, parse_sacct, parse_squeue
 
 SQUEUE = """\
@@ -38,3 +40,11 @@ def test_sacct_lines() -> None:
 
 def test_what_is_no_job_is_never_asked_for() -> None:
     assert [is_job_id(text) for text in ("12", "12_3", "local", "1;2", "", "1_")] == [True] * 2 + [False] * 4
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "outcome"),
+    [("COMPLETED", 0, 0), ("FAILED", 7, 7), ("CANCELLED", 0, 1), ("NODE_FAIL", 0, 1), ("TIMEOUT", 143, 143)],
+)
+def test_only_a_completed_job_has_the_outcome_0(state: str, code: int, outcome: int) -> None:
+    assert JobState("7", "7", state, code).outcome == outcome
