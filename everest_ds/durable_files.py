@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 
 class JsonLines(NamedTuple):
@@ -33,11 +33,18 @@ def replace_file(file: Path, content: str | bytes) -> None:
     Raises:
         OSError: if the file cannot be written; the old content is then still there.
     """
+    with replacing(file) as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[BinaryIO]:
+    """Open a stream whose content replaces that of `file` when the block ends, like `replace_file`."""
     # The name is unique, because several processes may replace the file at once; one of them wins.
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as stream:
-            stream.write(content.encode() if isinstance(content, str) else content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, file)
@@ -80,22 +87,26 @@ def read_json_rows(file: Path) -> JsonLines:
     Raises:
         OSError: if the file exists but cannot be read.
     """
+    found = list(iterate_json_rows(file))
+    rows = [row for row in found if row is not None]
+    return JsonLines(rows, len(found) - len(rows))
+
+
+def iterate_json_rows(file: Path) -> Iterator[dict[str, Any] | None]:
+    """Yield the rows of a file like `read_json_rows`, one at a time, and None for a damaged line."""
     try:
-        return parse_json_rows(file.read_bytes())
+        stream = open(file, "rb")
     except FileNotFoundError:
-        return JsonLines([], 0)
+        return
+    with stream:
+        yield from parse_json_rows(stream)
 
 
-def parse_json_rows(content: bytes) -> JsonLines:
-    """Return the JSON objects in the content of a file, one per line."""
-    rows, num_damaged = [], 0
-    for line in filter(bytes.strip, content.split(b"\n")):
+def parse_json_rows(lines: Iterable[bytes]) -> Iterator[dict[str, Any] | None]:
+    """Yield the JSON object of each line that is not empty, and None for a damaged line."""
+    for line in filter(bytes.strip, lines):
         try:
             row = json.loads(line)
         except ValueError:
             row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            num_damaged += 1
-    return JsonLines(rows, num_damaged)
+        yield row if isinstance(row, dict) else None

@@ -36,7 +36,8 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
 from everest_ds.data.order import Visit
-from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, read_manifest
+from everest_ds.data.video_files import VIDEO_SUFFIXES
+from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 
@@ -136,7 +137,7 @@ def find_videos(place: Path) -> list[Sample]:
         paths = sorted(p for p in place.rglob("*") if p.suffix.lower() in VIDEO_SUFFIXES)
         samples = [Sample(path.absolute(), 0) for path in paths]
     else:
-        samples = read_manifest(place, root=None, num_classes=None, labelled=False)
+        samples = list(read_manifest(place, root=None, num_classes=None, labelled=False))
     data = experiment(Cell("", "pyav", 0, 1), 8, 224).data
     needed, fit = ClipFrames.of(16, data).needed, []
     for sample in samples:

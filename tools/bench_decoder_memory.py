@@ -18,7 +18,7 @@ import numpy as np
 
 from everest_ds.config.schema import DECODERS
 from everest_ds.data.decoding.open_video import open_video, require_decoder
-from everest_ds.data.video_list import VIDEO_SUFFIXES
+from everest_ds.data.video_files import VIDEO_SUFFIXES
 from everest_ds.errors import ConfigError
 from everest_ds.host_memory import resident_bytes
 

@@ -30,7 +30,8 @@ from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.ledger import Ledger, Usable, exclude
 from everest_ds.data.maintenance.check import check_manifest
 from everest_ds.data.maintenance.isolation import Lost, map_isolated
-from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample, write_manifest
+from everest_ds.data.video_files import VIDEO_SUFFIXES
+from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import DataError
 
 Random = np.random.Generator

@@ -14,11 +14,12 @@ from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoo
 from everest_ds.config import DataConfig, load_experiment
 from everest_ds.config.schema import DECODERS
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_json
+from everest_ds.data.class_folders import index_folder, split_samples
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.official import DATASETS, find_dataset, index_dataset
 from everest_ds.data.official.write import MISSING_FILE, write_index
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
-from everest_ds.data.video_list import index_folder, read_manifest, split_samples, write_manifest
+from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import ExitCode, UsageError
 from everest_ds.output_paths import output_below
 
@@ -157,7 +158,7 @@ def _index_folder(
             f"--annotations and --videos are missing for the data set {source}",
             fix="give both; see everest-ds data index --help",
         )
-    samples, classes = index_folder(folder)
+    samples, classes, skipped = index_folder(folder)
     splits = split_samples(samples, (1 - val - test, val, test), seed)
     target = out or folder
     for file in ("classes.txt", "train.txt", "val.txt", "test.txt"):

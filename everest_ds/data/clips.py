@@ -176,16 +176,18 @@ class EvaluationClips:
         self.data = config.data
         self.segments = segments
         self.crops = crops
-        self.views = [
-            View(i, s, c) for i in range(len(samples)) for s in range(segments) for c in range(crops)
-        ]
 
     def __len__(self) -> int:
-        return len(self.views)
+        return len(self.samples) * self.segments * self.crops
+
+    def view(self, item: int) -> View:
+        """Return the view with this index: a sample's segments are adjacent, and so are a segment's crops."""
+        rest, crop = divmod(item, self.crops)
+        return View(*divmod(rest, self.segments), crop)
 
     def sample_of(self, item: int) -> int:
         """Return the index of the sample that a view belongs to."""
-        return self.views[item].sample
+        return self.view(item).sample
 
     def name_of(self, items: Sequence[int]) -> str:
         """Return the name of the sample that these views belong to, for messages."""
@@ -193,7 +195,7 @@ class EvaluationClips:
 
     def __getitem__(self, items: Sequence[int]) -> LoadedItem:
         """Return views of one sample; it is opened once, and frames that crops share are decoded once."""
-        views = [self.views[item] for item in items]
+        views = [self.view(item) for item in items]
         sample, segments = views[0].sample, sorted({view.segment for view in views})
 
         def choose(video_frames: int) -> list[int]:
@@ -208,7 +210,7 @@ class EvaluationClips:
             black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
             return LoadedItem([self._single(black, item, MISSING) for item in items], [failure])
         by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
-        return LoadedItem([self._clip(by_segment[self.views[i].segment], i) for i in items], [])
+        return LoadedItem([self._clip(by_segment[self.view(i).segment], i) for i in items], [])
 
     def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
         """Raise an error if the results lack a view of a sample that could be read.
@@ -220,7 +222,7 @@ class EvaluationClips:
         Raises:
             DataError: if some samples have views that were not evaluated, although they could be read.
         """
-        unseen = {view.sample for item, view in enumerate(self.views) if item not in seen}
+        unseen = {self.sample_of(item) for item in range(len(self)) if item not in seen}
         lost = sorted(unseen - set(missing))
         if lost:
             raise DataError(
@@ -230,11 +232,11 @@ class EvaluationClips:
             )
 
     def _clip(self, frames: Tensor, item: int) -> ClipBatch:
-        box = view_box(frames.shape[1], frames.shape[2], self.views[item].crop, self.crops)
+        box = view_box(frames.shape[1], frames.shape[2], self.view(item).crop, self.crops)
         return self._single(crop_resize(frames, box, self.geometry.image_size), item, item)
 
     def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
-        label = self.samples[self.views[view].sample].label
+        label = self.samples[self.sample_of(view)].label
         return _single(clip, label, sample_key(_VIEW_SEED, 0, view), item)
 
 

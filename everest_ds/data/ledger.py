@@ -8,13 +8,13 @@ video file and is ignored once the file has changed. A line that a crash cut off
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from everest_ds.data.video_list import Sample
-from everest_ds.durable_files import append_row, read_json_rows
+from everest_ds.data.video_list import Sample, leave_out, names_and_labels
+from everest_ds.durable_files import append_row, iterate_json_rows
 from everest_ds.errors import DataError
 
 SUFFIX = ".ledger.jsonl"
@@ -87,34 +87,51 @@ class Usable:
         excluded: the other samples with their faults, in the same order.
     """
 
-    samples: list[Sample]
+    samples: Sequence[Sample]
     excluded: list[Problem]
 
 
 class Ledger:
     """The ledger of a manifest, opened with `read` or `of_manifest`."""
 
-    def __init__(self, path: Path, entries: Iterable[LedgerEntry]) -> None:
+    def __init__(self, path: Path, entries: dict[str, LedgerEntry]) -> None:
         self.path = path
-        self._entries = {entry.video: entry for entry in entries}
+        self._entries = entries
 
     @classmethod
-    def read(cls, path: Path) -> Ledger:
+    def read(cls, path: Path, faults_below: int | None = None) -> Ledger:
         """Read the ledger in the file `path`; return an empty ledger if there is no such file.
+
+        Args:
+            path: the ledger.
+            faults_below: keep only the entries of broken videos and of those with fewer frames than this,
+                because a million entries of intact videos take a gigabyte.
 
         Raises:
             DataError: if the file cannot be read, or is not a ledger.
         """
+        entries: dict[str, LedgerEntry] = {}
         try:
-            rows = read_json_rows(path).rows
+            for row in iterate_json_rows(path):
+                if row is None:
+                    continue
+                entry = _entry(path, row)
+                if faults_below is None or entry.fault(faults_below):
+                    entries[entry.video] = entry
+                else:
+                    entries.pop(entry.video, None)
         except OSError as error:
             raise DataError(f"{path}: cannot read the ledger", given=str(error)) from None
-        return cls(path, (_entry(path, row) for row in rows))
+        return cls(path, entries)
 
     @classmethod
-    def of_manifest(cls, manifest: Path) -> Ledger:
-        """Read the ledger that lies beside `manifest`."""
-        return cls.read(manifest.with_name(manifest.name + SUFFIX))
+    def of_manifest(cls, manifest: Path, faults_below: int | None = None) -> Ledger:
+        """Read the ledger that lies beside `manifest`, like `read`."""
+        return cls.read(manifest.with_name(manifest.name + SUFFIX), faults_below)
+
+    def faulty(self, min_frames: int) -> set[str]:
+        """Return the names of the samples that are listed as broken, or shorter than `min_frames`."""
+        return {name for name, entry in self._entries.items() if entry.fault(min_frames)}
 
     def known(self, sample: Sample) -> LedgerEntry | None:
         """Return the entry about the sample's file in its present state, or None if there is none."""
@@ -160,12 +177,15 @@ class Ledger:
 
 def exclude(samples: Sequence[Sample], ledger: Ledger, min_frames: int = 1) -> Usable:
     """Separate the samples that the ledger lists as broken, or shorter than `min_frames`, from the others."""
-    reasons = [ledger.broken(sample, min_frames) for sample in samples]
-    found = list(zip(samples, reasons, strict=True))
-    return Usable(
-        [sample for sample, reason in found if reason is None],
-        [Problem(sample, reason) for sample, reason in found if reason is not None],
+    listed = ledger.faulty(min_frames)
+    suspects = (
+        [row for row, (name, _) in enumerate(names_and_labels(samples)) if name in listed] if listed else []
     )
+    reasons = {row: reason for row in suspects if (reason := ledger.broken(samples[row], min_frames))}
+    if not reasons:
+        return Usable(samples, [])
+    excluded = [Problem(samples[row], reason) for row, reason in reasons.items()]
+    return Usable(leave_out(samples, list(reasons)), excluded)
 
 
 def stamp(path: Path) -> Stamp:

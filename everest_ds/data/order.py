@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from everest_ds.config import BatchPlan
-from everest_ds.data.video_list import Sample
+from everest_ds.data.video_list import Sample, names_and_labels
 from everest_ds.errors import DataError
 
 FINGERPRINT = "samples_fingerprint"  # key of a checkpoint's position
@@ -33,7 +34,7 @@ class Visit(NamedTuple):
 def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
     """Return the 63-bit random key of a clip, which determines all random choices about the clip."""
     name = f"{seed}/{epoch}/{index}" + (f"/{repeat}" if repeat else "")
-    return _hash(name) >> 1
+    return _hash([name]) >> 1
 
 
 def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[int]:
@@ -43,7 +44,7 @@ def stand_ins(seed: int, epoch: int, index: int, num_samples: int) -> Iterator[i
     other clip of the epoch changes, and the replacement is the same on any number of ranks.
     """
     for attempt in range(min(_MAX_STAND_INS, num_samples - 1)):
-        other = _hash(f"{seed}/{epoch}/{index}/stand-in {attempt}") % (num_samples - 1)
+        other = _hash([f"{seed}/{epoch}/{index}/stand-in {attempt}"]) % (num_samples - 1)
         yield other + (other >= index)
 
 
@@ -52,11 +53,13 @@ def fingerprint(samples: Sequence[Sample], seed: int) -> int:
 
     Paths count from the folder that all have in common, so that a data set may be moved as a whole.
     """
-    names = [sample.name for sample in samples]
-    common = os.path.commonprefix([min(names), max(names)])
+    common = samples[0].name
+    for name, _ in names_and_labels(samples):
+        if not name.startswith(common):
+            common = os.path.commonprefix([common, name])
     start = common.rfind(os.sep) + 1
-    parts = (f"{name[start:]} {sample.label}" for name, sample in zip(names, samples, strict=True))
-    return _hash("\0".join([str(seed), *parts])) >> 1
+    parts = (f"{name[start:]} {label}" for name, label in names_and_labels(samples))
+    return _hash(chain([str(seed)], parts)) >> 1
 
 
 def was_saved_with(position: Mapping[str, Any], samples: Sequence[Sample], seed: int) -> bool:
@@ -66,14 +69,19 @@ def was_saved_with(position: Mapping[str, Any], samples: Sequence[Sample], seed:
     """
     if FINGERPRINT in position:
         return bool(position[FINGERPRINT] == fingerprint(samples, seed))
+    if "fingerprint" not in position:
+        return True
     names = (sample.path.name for sample in samples)
-    old = _hash("\0".join([str(seed), *names])) >> 1
-    return bool(position.get("fingerprint", old) == old)
+    return bool(position["fingerprint"] == _hash(chain([str(seed)], names)) >> 1)
 
 
-def _hash(text: str) -> int:
-    digest = hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
-    return int.from_bytes(digest, "big")
+def _hash(parts: Iterable[str]) -> int:
+    """Return the hash of the parts, joined by null characters."""
+    digest, joint = hashlib.blake2b(digest_size=8), ""
+    for part in parts:
+        digest.update((joint + part).encode(errors="surrogateescape"))
+        joint = "\0"
+    return int.from_bytes(digest.digest(), "big")
 
 
 def steps_per_epoch(num_samples: int, plan: BatchPlan) -> int:

@@ -245,7 +245,7 @@ def _last_rows(file: Path) -> list[dict[str, Any]]:
         with open(file, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             stream.seek(max(0, size - _TAIL_BYTES))
-            return parse_json_rows(stream.read()).rows
+            return list(filter(None, parse_json_rows(stream)))
     except OSError:
         return []
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -107,11 +108,24 @@ class World:
         return missing
 
     def share(self, make: Callable[[], T]) -> T:
-        """Call `make` on rank 0 and return its result on every rank; an error of rank 0 is raised on all."""
-        outcome = _attempt(make) if self.is_main else _Outcome()
-        box = [outcome]
+        """Call `make` on rank 0 and return its result on every rank; an error of rank 0 is raised on all.
+
+        Arrays in the result are sent from and received into their own memory, without a copy.
+        """
+        arrays: list[torch.Tensor] = []
+        box: list[Any] = [None, None]
+        if self.is_main:
+            parts: list[pickle.PickleBuffer] = []
+            box[0] = pickle.dumps(_attempt(make), protocol=5, buffer_callback=parts.append)
+            arrays = [_as_bytes(part) for part in parts]
+            box[1] = [len(array) for array in arrays]
         dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0].result()
+        if not self.is_main:
+            arrays = [torch.empty(size, dtype=torch.uint8) for size in box[1]]
+        for array in filter(len, arrays):
+            dist.broadcast(array, src=0, group=self.control)
+        outcome: _Outcome = pickle.loads(box[0], buffers=[array.numpy() for array in arrays])
+        return outcome.result()
 
     def together(self, act: Callable[[], T]) -> T:
         """Run `act` on every rank; if it fails on one, all ranks raise that rank's error.
@@ -135,6 +149,14 @@ class _Outcome:
         if isinstance(self.error, EverestError):
             self.error.on_every_rank = True
         raise self.error
+
+
+def _as_bytes(part: pickle.PickleBuffer) -> torch.Tensor:
+    """Return the memory of a part of a pickled object as a tensor; it is only read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given buffer is not writable")
+        raw = part.raw()
+        return torch.frombuffer(raw, dtype=torch.uint8) if len(raw) else torch.empty(0, dtype=torch.uint8)
 
 
 def _attempt(act: Callable[[], Any]) -> _Outcome:

@@ -136,7 +136,7 @@ class TrainingRun:
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.last_step = min(config.run.max_steps or self.schedule.total_steps, self.schedule.total_steps)
-        self.data_fingerprint = fingerprint(samples, config.run.seed)
+        self.data_fingerprint = self.world.share(lambda: fingerprint(samples, config.run.seed))
         self.step = self._resume()
         self.broken = BrokenVideos(samples, config.data, folder.broken, self.world)
         self.broken.forget_after(self.step)
@@ -333,7 +333,8 @@ class TrainingRun:
             CheckpointError: if the samples or the global batch size differ.
         """
         here = self.plan.global_batch_size
-        if not was_saved_with(facts.position, self.samples, self.config.run.seed):
+        seed = self.config.run.seed
+        if not self.world.share(lambda: was_saved_with(facts.position, self.samples, seed)):
             raise CheckpointError(
                 f"{path}: saved with other training samples, so the epoch cannot be continued",
                 given=f"{len(self.samples)} samples in data.train now",

@@ -76,8 +76,8 @@ def _needed_files(config: Experiment) -> list[Path]:
     data = config.data
     files = [file for file in (data.train, data.val, data.test, data.class_names) if file is not None]
     if data.train is not None:
-        videos = [sample.path for sample in read_samples(config, "train").samples]
-        files += [videos[0], videos[len(videos) // 2], videos[-1]] if videos else []
+        samples = read_samples(config, "train").samples
+        files += [samples[row].path for row in (0, len(samples) // 2, -1)]
     return files
 
 

@@ -20,7 +20,7 @@ from everest_ds.data.decoding.open_video import require_decoder
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
-from everest_ds.data.video_list import Sample, read_manifest
+from everest_ds.data.video_list import Sample, leave_out, names_and_labels, read_manifest
 from everest_ds.durable_files import append_row, read_json_rows, replace_json, replace_rows
 from everest_ds.errors import DataError, RunFolderError
 from everest_ds.log import logger
@@ -39,7 +39,7 @@ def read_samples(config: Experiment, split: str) -> Usable:
     samples = _read(config, split)
     needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
     manifest = manifest_of(config, split)
-    usable = exclude(samples, Ledger.of_manifest(manifest), needed)
+    usable = exclude(samples, Ledger.of_manifest(manifest, faults_below=needed), needed)
     if usable.excluded:
         logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
     if not usable.samples:
@@ -66,17 +66,16 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
     if {problem.sample.name for problem in usable.excluded} == set(reasons):
         return usable
     everything = _read(config, "train")
-    gone = set(reasons) - {sample.name for sample in everything}
+    names = {row: name for row, (name, _) in enumerate(names_and_labels(everything)) if name in reasons}
+    gone = set(reasons) - set(names.values())
     if gone:
         raise DataError(
             f"{config.data.train}: the manifest has changed since the run began",
             given=f"{min(gone)} is no longer listed",
             fix="restore the manifest, or start over in another run.dir",
         )
-    return Usable(
-        [sample for sample in everything if sample.name not in reasons],
-        [Problem(sample, reasons[sample.name]) for sample in everything if sample.name in reasons],
-    )
+    excluded = [Problem(everything[row], reasons[name]) for row, name in names.items()]
+    return Usable(leave_out(everything, list(names)), excluded)
 
 
 def record_excluded(usable: Usable, settled: Path) -> None:
@@ -146,7 +145,7 @@ class BrokenVideos:
             append_row(self._file, {"step": step, **failure._asdict(), "video": name})
         if self._manifest is None:
             return
-        ledger = Ledger.of_manifest(self._manifest)
+        ledger = Ledger.of_manifest(self._manifest, faults_below=1)
         try:
             for failure in failures:
                 sample = self._samples[failure.sample]
@@ -168,7 +167,7 @@ class BrokenVideos:
         return error
 
 
-def _read(config: Experiment, split: str) -> list[Sample]:
+def _read(config: Experiment, split: str) -> Sequence[Sample]:
     return read_manifest(
         manifest_of(config, split),
         root=config.data.root,

@@ -7,7 +7,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from tests.training.runs import experiment
 
 @pytest.fixture
 def samples(motion_data: Path) -> list[Sample]:
-    return read_manifest(motion_data / "train.txt", root=None, num_classes=6, labelled=True)
+    return list(read_manifest(motion_data / "train.txt", root=None, num_classes=6, labelled=True))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_a_stand_in_is_another_sample(seed: int, epoch: int, samples: int, data:
 
 
 def load_all(
-    samples: list[Sample], config: Experiment, ranks: int, steps: range
+    samples: Sequence[Sample], config: Experiment, ranks: int, steps: range
 ) -> tuple[list[ClipBatch], set[Failure]]:
     """Return the global batches of 8 clips, joined over all ranks, and the samples that could not be read."""
     failures: list[Failure] = []

@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from everest_ds.data.video_list import (
-    Sample,
-    index_folder,
-    read_class_names,
-    read_manifest,
-    split_samples,
-    write_manifest,
-)
-from everest_ds.errors import DataError, UsageError
+from everest_ds.data.video_list import Sample, read_class_names, read_manifest, write_manifest
+from everest_ds.errors import DataError
 
 
 def manifest(folder: Path, content: str | bytes) -> Path:
@@ -52,6 +44,8 @@ def read(
         ('"a ""b"", 5" 3', 'a "b", 5'),
         ('"half quoted.mp4 3', '"half quoted.mp4'),
         ("a.mp4 0 3", "a.mp4 0"),
+        ('"a b.mp4","3"', "a b.mp4"),
+        ('"a ""b"", 5.mp4"\t"3"', 'a "b", 5.mp4'),
     ],
 )
 def test_the_label_is_the_last_field_whatever_separates_it(tmp_path: Path, line: str, path: str) -> None:
@@ -61,6 +55,48 @@ def test_the_label_is_the_last_field_whatever_separates_it(tmp_path: Path, line:
 def test_blank_lines_comments_a_byte_order_mark_and_windows_line_ends_do_not_count(tmp_path: Path) -> None:
     content = "\ufeffa.mp4 0\r\n\r\n# b.mp4 1\r\nc.mp4 2"
     assert read(manifest(tmp_path, content)) == [("a.mp4", 0), ("c.mp4", 2)]
+
+
+@pytest.mark.parametrize(
+    "header", ["path,label", '"video_path","class"', "FileName\tLabel_ID", "video; target"]
+)
+def test_a_header_does_not_count_but_only_as_the_first_line(tmp_path: Path, header: str) -> None:
+    assert read(manifest(tmp_path, f"\n{header}\na.mp4 1\n"), labelled=False) == [("a.mp4", 1)]
+    with pytest.raises(DataError, match=r"train\.csv:2: no label"):
+        read(manifest(tmp_path, f"a.mp4 1\n{header}\n"))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_joined_files_and_the_line_ends_of_every_system_are_read(tmp_path: Path, end: str) -> None:
+    content = end.join(["\ufeffa.mp4 0  ", "", "\t \t", "\ufeffb.mp4\t1 ", "# \ufeff"])
+    assert read(manifest(tmp_path, content)) == [("a.mp4", 0), ("b.mp4", 1)]
+
+
+@pytest.mark.parametrize("line", ["a.mp4 0\rb.mp4 1", "a\0.mp4 0"])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_a_line_that_is_no_text_is_refused_by_its_number(tmp_path: Path, line: str, labelled: bool) -> None:
+    with pytest.raises(DataError, match=r"train\.csv:3: the line contains a carriage return or a null"):
+        read(manifest(tmp_path, f"# names\nok.mp4 0\n{line}\n"), labelled=labelled)
+
+
+@pytest.mark.parametrize("rest", [" 1.0", ",walk", "\t3 # good", ";", " -", " 3,"])
+def test_text_after_a_video_is_refused_as_a_label_even_where_none_is_needed(
+    tmp_path: Path, rest: str
+) -> None:
+    with pytest.raises(DataError, match=r"train\.csv:2: no label; given: .*fix: enclose the path"):
+        read(manifest(tmp_path, f"a.mp4\nb.MOV{rest}\n"), labelled=False)
+    assert read(manifest(tmp_path, f'"b.MOV{rest}"\n'), labelled=False) == [(f"b.MOV{rest}", None)]
+
+
+def test_a_name_that_begins_with_a_hash_is_a_video_if_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "#20_Rhythm_clap.mp4").touch()
+    lines = ["#20_Rhythm_clap.mp4 1", "#21_Rhythm_clap.mp4 x", "#gone.mp4 9", "a.mp4 0", "# walk.mp4"]
+    assert read(manifest(tmp_path, "\n".join(lines)), num_classes=2) == [
+        ("#20_Rhythm_clap.mp4", 1),
+        ("a.mp4", 0),
+    ]
+    with pytest.raises(DataError, match=r"train\.csv:3: label out of range; given: 7"):
+        read(manifest(tmp_path, "#x.mp4 8\n#20_Rhythm_clap.mp4 1\n#20_Rhythm_clap.mp4 7\n"), num_classes=2)
 
 
 def test_relative_paths_start_at_the_root_and_absolute_ones_stay(tmp_path: Path) -> None:
@@ -116,6 +152,7 @@ names = st.text(
     ),
     min_size=1,
 ).filter(lambda name: name not in (".", ".."))
+names |= st.sampled_from(["path,label", "Video", "a.MKV 1.0", "b.mp4, walk", "#c.mp4", '"d.mp4","1"'])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -146,7 +183,7 @@ def test_simple_names_are_written_as_plainly_as_videomae_reads_them(tmp_path: Pa
     assert (tmp_path / "list.txt").read_text() == "a/b.mp4 0\n/elsewhere/c.mp4 12\n"
 
 
-@pytest.mark.parametrize("name", ["a\nb.mp4", "a\rb.mp4", "a\udcff.mp4"])
+@pytest.mark.parametrize("name", ["a\nb.mp4", "a\rb.mp4", "a\udcff.mp4", "a\0.mp4"])
 def test_a_name_that_no_line_can_hold_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="cannot be written to a manifest") as caught:
         write_manifest(tmp_path / "list.txt", [Sample(tmp_path / name, 0)], tmp_path)
@@ -167,76 +204,3 @@ def test_class_names_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_class_names_must_be_there_and_differ(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"train\.csv: .*{reason}"):
         read_class_names(manifest(tmp_path, content))
-
-
-def touch(folder: Path, *names: str) -> None:
-    """Create empty files with these names."""
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).touch()
-
-
-def test_a_folder_per_class_gives_labels_in_the_order_of_the_names(tmp_path: Path) -> None:
-    touch(
-        tmp_path, "walk/2.AVI", "walk/deep/1.webm", "run/a b.mp4", "run/notes.txt", ".cache/x.mp4", "README"
-    )
-    samples, names = index_folder(tmp_path)
-    assert names == ["run", "walk"]
-    found = [(str(sample.path.relative_to(tmp_path)), sample.label) for sample in samples]
-    assert found == [("run/a b.mp4", 0), ("walk/2.AVI", 1), ("walk/deep/1.webm", 1)]
-
-
-@pytest.mark.parametrize(
-    ("files", "reason"),
-    [
-        (["README"], "no class folders"),
-        (["run/a.mp4", "walk/notes.txt"], "walk: no videos in this class"),
-        (["run/a.mp4", "b.mp4"], r"outside a class folder; given: b\.mp4"),
-    ],
-)
-def test_a_folder_of_another_layout_is_refused(tmp_path: Path, files: list[str], reason: str) -> None:
-    touch(tmp_path, *files)
-    with pytest.raises(DataError, match=reason):
-        index_folder(tmp_path)
-
-
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="absent: no such folder"):
-        index_folder(tmp_path / "absent")
-
-
-def class_samples(*counts: int) -> list[Sample]:
-    """Return `counts[c]` samples of each class c."""
-    return [Sample(Path(f"{c}/{i}.mp4"), c) for c, count in enumerate(counts) for i in range(count)]
-
-
-@given(
-    counts=st.lists(st.integers(1, 40), min_size=1, max_size=6),
-    shares=st.tuples(*[st.integers(0, 10)] * 3).filter(sum),
-    seed=st.integers(0, 2**32),
-    shuffle=st.randoms(),
-)
-def test_a_split_loses_nothing_and_is_in_proportion_in_each_class_in_any_order(
-    counts: list[int], shares: tuple[int, int, int], seed: int, shuffle: object
-) -> None:
-    samples = class_samples(*counts)
-    train, val, test = (share / sum(shares) for share in shares)
-    parts = split_samples(samples, (train, val, test), seed)
-    assert Counter(sample for part in parts for sample in part) == Counter(samples)
-    for part, fraction in zip(parts, (train, val, test), strict=True):
-        assert abs(len(part) - fraction * len(samples)) <= 1
-        for label, count in enumerate(counts):
-            assert abs(sum(sample.label == label for sample in part) - fraction * count) <= 2
-    shuffle.shuffle(samples)  # type: ignore[attr-defined]
-    assert split_samples(samples, (train, val, test), seed) == parts
-
-
-def test_another_seed_splits_otherwise() -> None:
-    samples = class_samples(50, 50)
-    assert split_samples(samples, (0.8, 0.1, 0.1), 0) != split_samples(samples, (0.8, 0.1, 0.1), 1)
-
-
-@pytest.mark.parametrize("fractions", [(0.8, 0.1, 0.2), (1.2, -0.1, -0.1)])
-def test_fractions_that_are_no_split_are_refused(fractions: tuple[float, float, float]) -> None:
-    with pytest.raises(UsageError, match="sum to 1"):
-        split_samples(class_samples(3), fractions, 0)

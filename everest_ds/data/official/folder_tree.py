@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from everest_ds.data.official.annotations import AnnotatedVideo
 from everest_ds.data.official.registry import OfficialDataset
-from everest_ds.data.video_list import VIDEO_SUFFIXES, Sample
+from everest_ds.data.video_files import find_videos
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError, UsageError
 
 
@@ -69,7 +68,7 @@ class VideoTree:
 
     def __init__(self, root: Path) -> None:
         self._by_stem: dict[str, list[Path]] = defaultdict(list)
-        for path in _videos_below(root):
+        for path in find_videos(root).videos:
             self._by_stem[path.stem].append(path)
 
     def sample(self, entry: AnnotatedVideo) -> Sample | None:
@@ -95,18 +94,3 @@ class VideoTree:
             given = ", ".join(map(str, sorted(found)[:3]))
             raise DataError(f"{name}: several files for one video", given=given, fix="keep one of them")
         return found[0] if found else None
-
-
-def _videos_below(root: Path) -> Iterator[Path]:
-    """Yield the video files below `root`, following links but entering each folder only once."""
-    seen = set()
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        real = os.path.realpath(folder)
-        if real in seen:
-            subfolders.clear()
-            continue
-        seen.add(real)
-        for name in files:
-            if os.path.splitext(name)[1].lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                yield Path(folder, name)

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -91,20 +91,21 @@ def reads_synthetic_clips(config: Experiment) -> bool:
 
 def write_manifest_for(setup: Setup, config: Experiment) -> Path:
     """Write the manifest of a trial, with the recipe's videos or else synthetic ones; return its path."""
-    from everest_ds.data.video_list import read_manifest, write_manifest
+    from everest_ds.data.video_list import Sample, read_manifest, write_manifest
 
     source, root, classes = config.data.train, config.data.root, config.model.num_classes
     made = source is None or reads_synthetic_clips(config)
     if source is None or made:
         source, root = _synthetic_videos(setup, config), None
     samples = read_manifest(source, root=root, num_classes=None, labelled=config.task == "finetune")
-    if made and classes is not None:
-        samples = [replace(sample, label=(sample.label or 0) % classes) for sample in samples]
     count = setup.steps * plan_ranks(config, setup.num_ranks).samples_per_step
+    chosen: Iterable[Sample] = islice(cycle(samples), count)
+    if made and classes is not None:
+        chosen = (replace(sample, label=(sample.label or 0) % classes) for sample in chosen)
     setup.runs.mkdir(parents=True, exist_ok=True)
     digest = sha256(str(source.absolute()).encode()).hexdigest()[:6]
     manifest = setup.runs / f"{count}-of-{digest}.txt"
-    write_manifest(manifest, islice(cycle(samples), count), setup.runs)
+    write_manifest(manifest, chosen, setup.runs)
     return manifest.absolute()
 
 
