@@ -5,6 +5,8 @@ Commands that decode videos import the decoders themselves, because those import
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +17,12 @@ from everest_ds.config import DataConfig, load_experiment
 from everest_ds.config.schema import DECODERS
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_json
 from everest_ds.data.class_folders import index_folder, split_samples
+from everest_ds.data.folder_index import write_folder_index
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.official import DATASETS, find_dataset, index_dataset
 from everest_ds.data.official.write import MISSING_FILE, write_index
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
+from everest_ds.data.video_files import describe_skipped
 from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import ExitCode, UsageError
 from everest_ds.output_paths import output_below
@@ -91,9 +95,9 @@ def index(
     ] = 0,
     json_file: JsonFile = None,
 ) -> None:
-    """Write the manifests (lists of videos and labels) and class names that training needs.
+    """Write the manifests (lists of videos and labels), class names and recipes that training needs.
 
-    For a known data set, also write its configs and the list of missing videos.
+    For a known data set, also write the list of missing videos. The commands to type next are printed.
 
     Example: everest-ds data index ucf101 --annotations ucfTrainTestlist --videos UCF-101 --out ucf101
     """
@@ -134,6 +138,7 @@ def _index_official(
             err=True,
         )
     missing = {split: names for split, names in indexed.missing.items() if names}
+    _print_next({task: out / f"{task}.yaml" for task in dataset.recipes})
     write_json(json_file, {"splits": rows, "missing": missing, "recipes": recipes})
 
 
@@ -158,19 +163,29 @@ def _index_folder(
             f"--annotations and --videos are missing for the data set {source}",
             fix="give both; see everest-ds data index --help",
         )
-    samples, classes, skipped = index_folder(folder)
-    splits = split_samples(samples, (1 - val - test, val, test), seed)
+    indexed = index_folder(folder)
+    parts = split_samples(indexed.samples, (1 - val - test, val, test), seed)
+    splits = dict(zip(("train", "val", "test"), parts, strict=True))
     target = out or folder
-    for file in ("classes.txt", "train.txt", "val.txt", "test.txt"):
-        output_below(target, Path(file), ())
-    target.mkdir(parents=True, exist_ok=True)
-    (target / "classes.txt").write_text("\n".join(classes) + "\n")
-    rows = []
-    for name, part in zip(("train", "val", "test"), splits, strict=True):
-        write_manifest(target / f"{name}.txt", part, target)
-        rows.append({"split": name, "videos": len(part), "manifest": str(target / f"{name}.txt")})
-    print_table(f"{len(samples)} videos of {len(classes)} classes", rows)
-    write_json(json_file, rows)
+    recipes = write_folder_index(target, folder.resolve().name, splits, indexed.classes)
+    rows = [
+        {"split": name, "videos": len(part), "manifest": str(target / f"{name}.txt") if part else "-"}
+        for name, part in splits.items()
+    ]
+    print_table(f"{len(indexed.samples)} videos of {len(indexed.classes)} classes", rows)
+    for phrase in describe_skipped(indexed.skipped, folder):
+        typer.echo(f"skipped {phrase}", err=True)
+    _print_next(recipes)
+    skipped = {reason: [str(path) for path in paths] for reason, paths in indexed.skipped.items()}
+    write_json(json_file, {"splits": rows, "skipped": skipped})
+
+
+def _print_next(recipes: Mapping[str, Path]) -> None:
+    """Print the commands that check and train what was indexed."""
+    typer.echo("Next, check the videos, then train (--nproc N for N GPUs; --dry-run shows the plan):")
+    manifest = next(iter(recipes.values())).with_name("train.txt")
+    for words in (["data", "check", str(manifest)], *([task, str(file)] for task, file in recipes.items())):
+        typer.echo(f"  everest-ds {shlex.join(words)}")
 
 
 def reencode(
@@ -239,7 +254,7 @@ def check(
     manifest: ManifestArg,
     root: ManifestRoot = None,
     min_frames: Annotated[
-        int, typer.Option(min=1, help="Number of frames below which a video counts as broken.")
+        int, typer.Option(min=1, help="Number of frames below which a video is listed as too short.")
     ] = 1,
     every_frame: Annotated[
         bool, typer.Option("--every-frame", help="Decode all frames of each video, not only its two ends.")
@@ -255,9 +270,9 @@ def check(
 ) -> None:
     """Open every video of a manifest, decode its first and last frames, and list the broken videos.
 
-    The exit code is 3 if any video is broken. The results are kept in a ledger beside the manifest
-    (MANIFEST.ledger.jsonl). Repeating the command resumes an interrupted check and skips files that have not
-    changed; training excludes the videos that the ledger lists as broken.
+    The exit code is 3 if any video is broken or too short. The results are kept in a ledger beside the
+    manifest (MANIFEST.ledger.jsonl). Repeating the command resumes an interrupted check and skips files that
+    have not changed; training excludes the videos that the ledger lists as broken.
     """
     from everest_ds.data.maintenance.check import check_manifest
 
@@ -274,18 +289,24 @@ def check(
             every_frame=every_frame,
             timeout_s=timeout,
         )
-    rows = [{"video": problem.sample.name, "problem": problem.reason} for problem in checked.problems]
-    known = f" ({checked.num_known} results are from {ledger.path})" if checked.num_known else ""
-    if rows:
-        found = [(problem.sample.name, problem.reason) for problem in checked.problems]
-        print_problems(
-            f"{len(rows)} of {len(samples)} videos are broken{known}", found, root or manifest.parent
-        )
-    else:
-        typer.echo(f"{manifest}: all {len(samples)} videos can be read{known}")
+    found = {"problems": checked.problems, "too_short": checked.too_short}
+    titles = {"problems": "are broken", "too_short": f"have fewer than {min_frames} frames"}
+    for kind, problems in found.items():
+        if problems:
+            pairs = [(problem.sample.name, problem.reason) for problem in problems]
+            title = f"{len(problems)} of {len(samples)} videos {titles[kind]}"
+            print_problems(title, pairs, root or manifest.parent)
+    rows = {
+        kind: [{"video": problem.sample.name, "problem": problem.reason} for problem in problems]
+        for kind, problems in found.items()
+    }
+    if not any(rows.values()):
+        typer.echo(f"{manifest}: all {len(samples)} videos can be read")
+    if checked.num_known:
+        typer.echo(f"{checked.num_known} of {len(samples)} results were already in {ledger.path}")
     facts = {"checked": len(samples), "known": checked.num_known, "ledger": str(ledger.path)}
-    write_json(json_file, {**facts, "problems": rows})
-    if rows:
+    write_json(json_file, {**facts, **rows})
+    if any(rows.values()):
         raise typer.Exit(ExitCode.DATA)
 
 

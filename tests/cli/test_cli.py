@@ -187,6 +187,13 @@ def test_synthesised_videos_can_be_checked_and_a_broken_one_is_listed(
     assert run_main(monkeypatch, *check, "--json", str(tmp_path / "check.json")) == 3
     (problem,) = json.loads((tmp_path / "check.json").read_text())["problems"]
     assert problem["video"].endswith("00003.mp4")
+    capsys.readouterr()
+    assert run_main(monkeypatch, *check[:-1], "9", "--json", str(tmp_path / "check.json")) == 3
+    found = json.loads((tmp_path / "check.json").read_text())
+    assert (len(found["problems"]), len(found["too_short"]), found["known"]) == (1, 5, 6)
+    printed = capsys.readouterr().out
+    assert "1 of 6 videos are broken" in printed and "5 of 6 videos have fewer than 9 frames" in printed
+    assert "6 of 6 results were already in" in printed
 
 
 def test_help_and_import_are_light() -> None:

@@ -57,6 +57,25 @@ def test_samples_are_left_out_by_name_parts_of_a_video_too(tmp_path: Path, sampl
     ]
 
 
+def test_a_ledger_read_for_its_faults_leaves_out_the_same_samples(tmp_path: Path, sample: Sample) -> None:
+    ledger, samples = Ledger.read(tmp_path / "ledger"), [Sample(sample.path, 0, (0, n)) for n in range(1, 9)]
+    for each, entry in zip(
+        samples, [("", 1), ("bad", 0), ("", 9), ("", 2), ("bad", 0), ("", 5)], strict=False
+    ):
+        ledger.record(each, *entry)
+    ledger.record(samples[1], "", 7)  # found intact later
+    ledger.record(samples[2], "", 1)
+    faults = Ledger.read(ledger.path, faults_below=4)
+    assert exclude(samples, faults, 4) == exclude(samples, Ledger.read(ledger.path), 4)
+    assert [problem.sample.span for problem in exclude(samples, faults, 4).excluded] == [
+        (0, 1),
+        (0, 3),
+        (0, 4),
+        (0, 5),
+    ]
+    assert faults.known(samples[5]) is None  # an intact entry is not kept
+
+
 @pytest.mark.parametrize("keep", [1, 40])
 def test_a_line_cut_off_by_a_crash_loses_itself_only(tmp_path: Path, sample: Sample, keep: int) -> None:
     file = tmp_path / "ledger"

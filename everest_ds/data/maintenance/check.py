@@ -35,11 +35,13 @@ class Checked(NamedTuple):
     """The result of checking a manifest.
 
     Attributes:
-        problems: the unusable samples, in the manifest's order.
+        problems: the broken samples, in the manifest's order.
+        too_short: the intact samples that are too short, in the same order.
         num_known: number of samples that the ledger already covered.
     """
 
     problems: list[Problem]
+    too_short: list[Problem]
     num_known: int
 
 
@@ -60,8 +62,8 @@ def check_manifest(
         samples: the samples of the manifest.
         ledger: the ledger of this manifest, from which an interrupted check resumes.
         data: the data config, which names the decoder.
-        min_frames: shortest usable video, in frames. A shorter video is reported as a problem, but the ledger
-            records its number of frames and not a fault.
+        min_frames: shortest usable video, in frames. A shorter video is reported as too short; the ledger
+            records its number of frames and no fault.
         workers: number of processes.
         on_progress: called after each sample with the number of samples done.
         every_frame: decode all frames, including those of videos that an earlier check of the first and last
@@ -82,9 +84,11 @@ def check_manifest(
         index = left[place]
         entries[index] = ledger.record(samples[index], *finding, source)
         on_progress(len(entries))
-    faults = [(sample, entries[i].fault(min_frames)) for i, sample in enumerate(samples)]
-    problems = [Problem(sample, reason) for sample, reason in faults if reason]
-    return Checked(problems, len(known))
+    problems, too_short = list[Problem](), list[Problem]()
+    for index, sample in enumerate(samples):
+        if fault := entries[index].fault(min_frames):
+            (problems if entries[index].reason else too_short).append(Problem(sample, fault))
+    return Checked(problems, too_short, len(known))
 
 
 def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> VideoCheck:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from everest_ds.data.official.folder_tree import Indexed
 from everest_ds.data.official.registry import OfficialDataset
 from everest_ds.data.video_list import write_manifest
 from everest_ds.errors import DataError
+from everest_ds.log import logger
 from everest_ds.output_paths import output_below
 
 MISSING_FILE = "missing.txt"
@@ -48,11 +50,26 @@ def write_index(
             write_manifest(manifest, indexed.splits[split], out)
         (out / "classes.txt").write_text("".join(f"{name}\n" for name in indexed.classes), encoding="utf-8")
         (out / MISSING_FILE).write_text("".join(lines), encoding="utf-8")
-        for task, tree in _configs(dataset, indexed, out.absolute(), manifests).items():
-            (out / f"{task}.yaml").write_text(yaml.safe_dump(tree, sort_keys=False), encoding="utf-8")
+        write_recipes(out, _configs(dataset, indexed, out.absolute(), manifests))
     except OSError as error:
         raise DataError(f"{out}: cannot write the data set", given=error.strerror) from None
     return manifests
+
+
+def write_recipes(out: Path, recipes: Mapping[str, Mapping[str, Any]]) -> dict[str, Path]:
+    """Write `<task>.yaml` for every task into `out`; a file of that name that differs is kept as `.bak`."""
+    files = {task: out / f"{task}.yaml" for task in recipes}
+    for task, file in files.items():
+        text = (
+            "# Written by `everest-ds data index`. Settings that are not listed are those of `base`.\n"
+            + yaml.safe_dump(dict(recipes[task]), sort_keys=False)
+        )
+        if file.is_file() and file.read_text(encoding="utf-8") != text:
+            old = file.with_name(f"{file.name}.bak")
+            os.replace(file, old)
+            logger.warning("%s: written anew; the file that was there is now %s", file, old)
+        file.write_text(text, encoding="utf-8")
+    return files
 
 
 def _configs(

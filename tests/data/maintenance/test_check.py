@@ -69,7 +69,8 @@ def test_a_video_may_have_just_enough_frames(
     for expected_known in (0, 1):  # the second check takes the number of frames from the ledger
         checked = run_check(samples, ledger, min_frames=min_frames)
         assert checked.num_known == expected_known
-        assert [problem.reason.partition("given: ")[2] for problem in checked.problems] == reasons
+        assert [problem.reason.partition("given: ")[2] for problem in checked.too_short] == reasons
+        assert not checked.problems
 
 
 def test_a_check_that_was_stopped_goes_on_where_it_was(synthetic_video: Path, tmp_path: Path) -> None:
