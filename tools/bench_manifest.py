@@ -1,6 +1,6 @@
 """Measure what a manifest costs before the first step of a run: CPU time, memory, and time until the start.
 
-Every row is a fresh process with its children. The cache folder is empty before the first row. To compare two
+Every row is a fresh process with its children; "first" means that the cache folder is empty. To compare two
 versions, run this file with PYTHONPATH set to each of them.
 
 Example:
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,7 +26,6 @@ from typing import NamedTuple
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
 
 _NUM_VIDEOS = 24
-_MIB = 2**20
 _READ = """
 from pathlib import Path
 from everest_ds.data import order, video_list
@@ -121,20 +121,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         manifest = write_lines(folder, options.lines)
-        environment = {**os.environ, "XDG_CACHE_HOME": str(folder / "cache"), "OMP_NUM_THREADS": "1"}
         read, fingerprint = (text.format(manifest=str(manifest)) for text in (_READ, _FINGERPRINT))
         everest = [sys.executable, "-m", "everest_ds", "pretrain", "demo_pretrain", f"data.train={manifest}"]
-        start = ["--nproc", "2", f"run.dir={folder / 'run'}", "run.log_every_steps=1"]
-        rows: dict[str, tuple[list[str], Path | None]] = {
-            "import": ([sys.executable, "-c", "from everest_ds.data import order"], None),
-            "read": ([sys.executable, "-c", read], None),
-            "read again": ([sys.executable, "-c", read], None),
-            "read again and fingerprint": ([sys.executable, "-c", fingerprint], None),
-            "dry run": ([*everest, "--dry-run"], None),
-            "start of 2 ranks, to the first step": ([*everest, *start], folder / "run"),
+        run = folder / "run"
+        rows: dict[str, list[str]] = {
+            "import": [sys.executable, "-c", "from everest_ds.data import order"],
+            "dry run, first": [*everest, "--dry-run"],
+            "dry run, again": [*everest, "--dry-run"],
+            "read, first": [sys.executable, "-c", read],
+            "read, again": [sys.executable, "-c", read],
+            "read, again, and fingerprint": [sys.executable, "-c", fingerprint],
+            "start of 2 ranks": [*everest, "--nproc", "2", f"run.dir={run}", "run.log_every_steps=1"],
         }
-        for what, (words, run) in rows.items():
-            cost = measure(words, environment, run)
+        cache = folder / "cache"
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1"}
+        for what, words in rows.items():
+            if what.endswith("first"):
+                shutil.rmtree(cache, ignore_errors=True)
+            cost = measure(words, environment, run if what.startswith("start") else None)
             printed = " ".join(cost.output.split()) if words[1] == "-c" else ""
             print(
                 f"| {what} | {cost.cpu_s:.1f} | {cost.wall_s:.1f} | {cost.peak_mib:.0f} | {printed} |",

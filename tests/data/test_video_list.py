@@ -8,8 +8,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from everest_ds.data.video_list import Sample, read_class_names, read_manifest, write_manifest
+from everest_ds.data.video_list import (
+    Sample,
+    list_samples,
+    read_class_names,
+    read_manifest,
+    write_manifest,
+)
 from everest_ds.errors import DataError
+from everest_ds.log import logger
 
 
 def manifest(folder: Path, content: str | bytes) -> Path:
@@ -204,3 +211,25 @@ def test_class_names_come_in_the_order_of_the_file(tmp_path: Path) -> None:
 def test_class_names_must_be_there_and_differ(tmp_path: Path, content: str, reason: str) -> None:
     with pytest.raises(DataError, match=rf"train\.csv: .*{reason}"):
         read_class_names(manifest(tmp_path, content))
+
+
+def test_a_folder_is_listed_through_links_and_without_hidden_files(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logger, "propagate", True)  # a run in this process would have turned it off
+    for name in ("store/b.MKV", "top/a.mp4", "top/._a.mp4", "top/__MACOSX/a.mp4", "top/empty.avi"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "top" / "link").symlink_to("../store")
+    (tmp_path / "top" / "loop").symlink_to(".")
+    found = [str(sample.path.relative_to(tmp_path / "top")) for sample in list_samples(tmp_path / "top")]
+    assert found == ["a.mp4", "empty.avi", "link/b.MKV"]  # an empty file is reported when it is read
+    skipped = [record.getMessage().partition(": skipped ")[2] for record in caplog.records]
+    assert skipped == [
+        "hidden files: 1, such as ._a.mp4",
+        "hidden folders: 1, such as __MACOSX",
+        "links to folders that are searched already: 1, such as loop",
+    ]
+    (tmp_path / "none").mkdir()
+    with pytest.raises(DataError, match="no videos in this folder"):
+        list_samples(tmp_path / "none")

@@ -59,13 +59,16 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "ds_config.json").write_text(deepspeed_example())
     (tmp_path / "pre.yaml").write_text("base: k400_pretrain_vit_base\n")
     (tmp_path / "fine.yaml").write_text("base: k400_finetune_vit_base\n")
+    (tmp_path / "lists").mkdir()
+    for task in ("pretrain", "finetune"):  # as `data index my_videos --out lists` writes them
+        (tmp_path / "lists" / f"{task}.yaml").write_text(f"base: ucf101_{task}_vit_base\n")
     return tmp_path
 
 
 @pytest.mark.parametrize("command", TRAINING, ids=str)
 def test_a_training_command_dry_runs(command: Command, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = [word for word in command.words[1:] if word != "--dry-run"]
-    if command.words[2].endswith(".yaml") and command.words[1] == "finetune":
+    if command.words[2] == "my.yaml" and command.words[1] == "finetune":
         shutil.copy("fine.yaml", "my.yaml")
     assert run_main(monkeypatch, *words, "--dry-run") == 0
 
