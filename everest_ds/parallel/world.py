@@ -112,19 +112,21 @@ class World:
 
         Arrays in the result are sent from and received into their own memory, without a copy.
         """
-        arrays: list[torch.Tensor] = []
+        outcome, arrays = _Outcome(), list[torch.Tensor]()
         box: list[Any] = [None, None]
         if self.is_main:
-            parts: list[pickle.PickleBuffer] = []
-            box[0] = pickle.dumps(_attempt(make), protocol=5, buffer_callback=parts.append)
+            outcome, parts = _attempt(make), list[pickle.PickleBuffer]()
+            pickled = pickle.dumps(outcome, protocol=5, buffer_callback=parts.append)
             arrays = [_as_bytes(part) for part in parts]
-            box[1] = [len(array) for array in arrays]
+            box = [pickled, [len(array) for array in arrays]]
         dist.broadcast_object_list(box, src=0, group=self.control)
+        pickled, sizes = box
         if not self.is_main:
-            arrays = [torch.empty(size, dtype=torch.uint8) for size in box[1]]
+            arrays = [torch.empty(size, dtype=torch.uint8) for size in sizes]
         for array in filter(len, arrays):
             dist.broadcast(array, src=0, group=self.control)
-        outcome: _Outcome = pickle.loads(box[0], buffers=[array.numpy() for array in arrays])
+        if not self.is_main:
+            outcome = pickle.loads(pickled, buffers=[array.numpy() for array in arrays])
         return outcome.result()
 
     def together(self, act: Callable[[], T]) -> T:
