@@ -147,12 +147,11 @@ def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
     names = list(rows[0]) if rows else []
     lines: list[list[object]] = [[*names], *([row[name] for name in names] for row in rows)]
     buffer = io.StringIO()
-    csv.writer(buffer).writerows(map(_inert, line) for line in lines)
+    csv.writer(buffer).writerows(
+        [f"'{cell}" if isinstance(cell, str) and cell.startswith(_FORMULA_STARTS) else cell for cell in line]
+        for line in lines
+    )
     return buffer.getvalue()
-
-
-def _inert(value: object) -> object:
-    return f"'{value}" if isinstance(value, str) and value.startswith(_FORMULA_STARTS) else value
 
 
 def _cell(value: object) -> str:

@@ -39,10 +39,13 @@ def is_text(key: str) -> bool:
 
 
 def config_fields(prefix: str = "", section: type[BaseModel] = Experiment) -> Iterator[tuple[str, FieldInfo]]:
-    """Yield every key that is not a section with its dotted name, in the order of the schema."""
+    """Yield every key that is not a section with its dotted name, in the order of the schema.
+
+    A section that may be null, such as `model.positions_from`, counts as one key.
+    """
     for name, field in section.model_fields.items():
         below = next(_sections(field), None)
-        if below is None:
+        if below is None or not field.is_required() and field.default is None:
             yield f"{prefix}{name}", field
         else:
             yield from config_fields(f"{prefix}{name}.", below)
@@ -57,20 +60,22 @@ def key_rows() -> list[dict[str, str]]:
         section = schema if not sections else schema["$defs"][section_class(sections).__name__]
         value = list(field.default) if isinstance(field.default, tuple) else field.default
         default = "(required)" if field.is_required() else words.get(str(value), str(value))
-        values = _values_text(section["properties"][leaf])
+        values = _values_text(section["properties"][leaf], schema["$defs"])
         rows.append({"key": name, "values": values, "default": default, "meaning": field.description or ""})
     return rows
 
 
-def _values_text(schema: dict[str, Any]) -> str:
-    """Describe the values that a JSON schema allows, in words."""
+def _values_text(schema: dict[str, Any], sections: dict[str, Any]) -> str:
+    """Describe the values that a JSON schema allows, in words; `sections` has the schemas it refers to."""
     if "anyOf" in schema:
-        return " or ".join(map(_values_text, schema["anyOf"]))
+        return " or ".join(_values_text(one, sections) for one in schema["anyOf"])
+    if "$ref" in schema:
+        return f"section of {' and '.join(sections[schema['$ref'].rpartition('/')[2]]['properties'])}"
     if "enum" in schema:
         return ", ".join(map(str, schema["enum"]))
     if schema["type"] == "array":
         items = schema["prefixItems"]
-        return f"list of {len(items)}: {_values_text(items[0])}"
+        return f"list of {len(items)}: {_values_text(items[0], sections)}"
     if schema["type"] == "string":
         return str(schema.get("format", "text"))
     words = {"integer": "whole number", "number": "number", "boolean": "true, false", "null": "null"}

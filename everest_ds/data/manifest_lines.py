@@ -116,7 +116,9 @@ def parse_manifest(text: bytes) -> SampleColumns:
     """Parse the text of a manifest, or read the result of an earlier call from the cache folder."""
     if len(text) < _WORTH_KEEPING_BYTES:
         return _parse(text)
-    digest = hashlib.blake2b(text, digest_size=16, key=_this_version()).hexdigest()
+    # A digest of this module is the key, so that other versions of it do not read what this one has kept.
+    version = hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16).digest()
+    digest = hashlib.blake2b(text, digest_size=16, key=version).hexdigest()
     file = cache_folder() / "manifests" / f"{digest}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile), np.load(file) as arrays:
         return SampleColumns(**arrays)
@@ -129,11 +131,6 @@ def parse_manifest(text: bytes) -> SampleColumns:
         for other in newest[:-_NUM_KEPT]:
             other.unlink()
     return columns
-
-
-def _this_version() -> bytes:
-    """Return a digest of this module, so that other versions of it do not read what this one has kept."""
-    return hashlib.blake2b(Path(__file__).read_bytes(), digest_size=16).digest()
 
 
 def _parse(text: bytes) -> SampleColumns:

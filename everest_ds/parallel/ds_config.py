@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from everest_ds.config import BatchPlan, Experiment, plan_ranks
+from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.deepspeed_claims import check_claims
-from everest_ds.config.deepspeed_file import DeepSpeedFile, read_deepspeed_file, zero_values
+from everest_ds.config.deepspeed_file import read_deepspeed_file, zero_values
 from everest_ds.config.deepspeed_keys import DEEPSPEED_KEYS, ZERO
 from everest_ds.config.load import nested
 from everest_ds.config.mesh_shape import MeshShape
@@ -44,7 +44,9 @@ def resolve_ds_config(config: Experiment, num_ranks: int, num_samples: int | Non
     check_nvme(config)
     file, stage = read_deepspeed_file(config), config.parallelism.zero_stage
     check_claims(file, config, plan, num_samples)
-    tree = {**_QUIET, **nested(_passed(file, stage)), **_TORCH_ADAMW}
+    values = file.settings | zero_values(file, stage)
+    passed = {key: value for key, value in values.items() if DEEPSPEED_KEYS[key].use == "passed"}
+    tree = {**_QUIET, **nested(passed), **_TORCH_ADAMW}
     tree["train_micro_batch_size_per_gpu"] = plan.micro_batch_size
     tree["gradient_accumulation_steps"] = plan.grad_accum_steps
     tree["gradient_clipping"] = config.optimizer.clip_grad_norm or 0.0
@@ -52,25 +54,17 @@ def resolve_ds_config(config: Experiment, num_ranks: int, num_samples: int | Non
     folder = swap_folder(config)
     if folder is not None:
         tree[ZERO]["offload_optimizer"]["nvme_path"] = str(folder)
-    if _sums_in_float32(config, plan) or "data_types.grad_accum_dtype" in file.settings:
+    zero = zero_settings(config)
+    in_float32 = zero.sums_in_float32(config.precision, plan.grad_accum_steps > 1)
+    if in_float32 or "data_types.grad_accum_dtype" in file.settings:
         given = file.settings.get("data_types.grad_accum_dtype", "fp32")
         tree["data_types"] = {"grad_accum_dtype": given}
-    if zero_settings(config).shards_nothing(stage, MeshShape.of(config, num_ranks).degrees.data):
+    if zero.shards_nothing(stage, MeshShape.of(config, num_ranks).degrees.data):
         tree[ZERO] |= _UNREDUCED
     for precision in ("bf16", "fp16"):
         if precision == config.precision or precision in tree:
             tree[precision] = {**tree.get(precision, {}), "enabled": precision == config.precision}
     return tree
-
-
-def _passed(file: DeepSpeedFile, stage: int) -> dict[str, Any]:
-    """Return the values of a file that DeepSpeed reads, by dotted key."""
-    values = file.settings | zero_values(file, stage)
-    return {key: value for key, value in values.items() if DEEPSPEED_KEYS[key].use == "passed"}
-
-
-def _sums_in_float32(config: Experiment, plan: BatchPlan) -> bool:
-    return zero_settings(config).sums_in_float32(config.precision, plan.grad_accum_steps > 1)
 
 
 def check_by_deepspeed(resolved: dict[str, Any]) -> None:

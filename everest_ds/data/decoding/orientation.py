@@ -36,9 +36,11 @@ def transform_of(matrix: Sequence[int]) -> Transform:
     """
     turn = _degrees(matrix)
     if turn == 90:
-        return _transpose if matrix[3] > 0 else lambda picture: np.rot90(picture, -1)
+        transpose = matrix[3] > 0
+        return lambda picture: picture.transpose(1, 0, 2) if transpose else np.rot90(picture, -1)
     if turn == 270:
-        return _anti_transpose if matrix[3] < 0 else np.rot90
+        anti_transpose = matrix[3] < 0
+        return lambda picture: np.rot90(picture, -1)[::-1] if anti_transpose else np.rot90(picture)
     if turn not in (0, 180):
         raise DataError(
             "the video asks to be shown at an angle",
@@ -57,11 +59,3 @@ def _degrees(matrix: Sequence[int]) -> int:
     if 0 in widths:
         raise DataError("the video has a display matrix that maps its pictures to a line", given=matrix[:6])
     return round(math.degrees(math.atan2(matrix[1] / widths[1], matrix[0] / widths[0]))) % 360
-
-
-def _transpose(picture: Picture) -> Picture:
-    return picture.transpose(1, 0, 2)
-
-
-def _anti_transpose(picture: Picture) -> Picture:
-    return np.rot90(picture, -1)[::-1]
