@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
@@ -40,6 +43,22 @@ def lay_down(path: Path) -> None:
     path.write_bytes(data[:track] + data[track:].replace(matrix[0], matrix[90], 1))
 
 
+@contextmanager
+def freed_encoders() -> Iterator[None]:
+    """Free the encoders of a function when it returns, although PyAV keeps them in circles of references.
+
+    An encoder has threads. If a forked worker inherited one, its garbage collection would wait for threads
+    that it does not have.
+    """
+    gc.disable()  # keeps what the function makes in the youngest generation, whose collection is fast
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect(0)
+
+
+@freed_encoders()
 def write_video(
     path: Path,
     pictures: list[np.ndarray],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -12,13 +13,13 @@ from typing import Any
 import av
 import numpy as np
 
-from tests.data.conftest import noisy_pictures, write_video
+from tests.data.conftest import freed_encoders, noisy_pictures, write_video
 
 Make = Callable[[Path], Path]
-IDENTITY = (1, 0, 0, 1)
+_UPRIGHT = (1, 0, 0, 1)
 # The upper left corner (a, b, c, d) of a display matrix, and what it does to a picture (H, W, 3).
 ORIENTATIONS: dict[str, tuple[tuple[int, int, int, int], Callable[[np.ndarray], np.ndarray]]] = {
-    "upright": (IDENTITY, lambda p: p),
+    "upright": (_UPRIGHT, lambda p: p),
     "mirrored": ((-1, 0, 0, 1), lambda p: p[:, ::-1]),
     "upside down": ((-1, 0, 0, -1), lambda p: p[::-1, ::-1]),
     "flipped": ((1, 0, 0, -1), lambda p: p[::-1]),
@@ -76,6 +77,7 @@ def late(folder: Path, suffix: str) -> Path:
     return write_video(folder / f"late{suffix}", noisy_pictures(20), times=times, g="6", bf="2")
 
 
+@freed_encoders()
 def two_tracks(folder: Path) -> Path:
     """Write a file with two video tracks of different pictures."""
     path = folder / "two.mp4"
@@ -93,9 +95,10 @@ def two_tracks(folder: Path) -> Path:
     return path
 
 
-def oriented(folder: Path, corner: tuple[float, float, float, float]) -> Path:
-    """Write a file of pictures without symmetry, and state its orientation."""
-    return orient(write_video(folder / "turned.mp4", noisy_pictures(12, 64, 112), g="6"), corner)
+def oriented(folder: Path, corner: tuple[float, float, float, float]) -> tuple[Path, Path]:
+    """Write a file of pictures without symmetry, and a copy of it that states another orientation."""
+    stored = write_video(folder / "stored.mp4", noisy_pictures(12, 64, 112), g="6")
+    return stored, orient(Path(shutil.copy(stored, folder / "turned.mp4")), corner)
 
 
 _FIELDS = "+ildct+ilme"  # flags of interlaced pictures

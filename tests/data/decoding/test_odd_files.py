@@ -11,7 +11,7 @@ from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.decoding.probe import probe
 from everest_ds.errors import DataError
 from tests.data.conftest import all_frames
-from tests.data.decoding.odd_files import IDENTITY, ORIENTATIONS, OddFile, odd_files, oriented
+from tests.data.decoding.odd_files import ORIENTATIONS, OddFile, odd_files, oriented
 from tests.data.decoding.test_decoders import assert_exact, decoder
 
 __all__ = ["decoder"]
@@ -31,10 +31,9 @@ def test_there_are_sixty_odd_files() -> None:
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_pictures_are_turned_and_mirrored_as_players_do(name: str, decoder: str, tmp_path: Path) -> None:
     corner, shown = ORIENTATIONS[name]
-    for folder in ("stored", "turned"):
-        (tmp_path / folder).mkdir()
-    stored = all_frames(oriented(tmp_path / "stored", IDENTITY))
-    with open_video(oriented(tmp_path / "turned", corner), decoder) as video:
+    file, turned = oriented(tmp_path, corner)
+    stored = all_frames(file)
+    with open_video(turned, decoder) as video:
         pictures = video.read([7, 2, 11]).numpy()
     np.testing.assert_array_equal(pictures, [shown(stored[number]) for number in (7, 2, 11)])
 
@@ -43,10 +42,9 @@ def test_pictures_are_turned_and_mirrored_as_players_do(name: str, decoder: str,
 def test_an_angle_that_rounds_to_a_right_one_is_that(degrees: float, decoder: str, tmp_path: Path) -> None:
     turn = np.deg2rad(degrees)
     corner = (np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn))
-    for folder in ("stored", "turned"):
-        (tmp_path / folder).mkdir()
-    stored = all_frames(oriented(tmp_path / "stored", IDENTITY))
-    with open_video(oriented(tmp_path / "turned", corner), decoder) as video:
+    file, turned = oriented(tmp_path, corner)
+    stored = all_frames(file)
+    with open_video(turned, decoder) as video:
         picture = video.read([5]).numpy()[0]
     np.testing.assert_array_equal(picture, np.rot90(stored[5], -round(degrees / 90)))
 
@@ -54,7 +52,7 @@ def test_an_angle_that_rounds_to_a_right_one_is_that(degrees: float, decoder: st
 @pytest.mark.parametrize("degrees", [2, 45, 178])
 def test_another_angle_is_refused_by_name(degrees: float, decoder: str, tmp_path: Path) -> None:
     turn = np.deg2rad(degrees)
-    path = oriented(tmp_path, (np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)))
+    _, path = oriented(tmp_path, (np.cos(turn), np.sin(turn), -np.sin(turn), np.cos(turn)))
     with open_video(path, decoder) as video, pytest.raises(DataError, match=f"given: {degrees} degrees"):
         video.read([0])
 
