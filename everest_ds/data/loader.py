@@ -50,6 +50,7 @@ _POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
 _DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
 _CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
 _KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
+_TORCH_HANDLER = "torch.utils.data._utils.signal_handling"  # module of torch's handler of SIGCHLD
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
@@ -317,6 +318,8 @@ class _Crew:
     def _start(self, loader: DataLoader[Any]) -> Iterator[Any]:
         processes, threads = active_children(), threading.enumerate()
         handler = signal.getsignal(signal.SIGCHLD)
+        if getattr(handler, "__module__", "") == _TORCH_HANDLER:  # set by another loader of this process
+            handler = signal.SIG_DFL
         try:
             iterator = iter(loader)
         except (OSError, RuntimeError) as error:

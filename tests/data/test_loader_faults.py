@@ -20,6 +20,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data import loader
@@ -202,10 +204,18 @@ def test_a_worker_ignores_the_signals_that_stop_a_run(number: signal.Signals) ->
     assert delivered(source, batches, workers=2) == (batches, "")
 
 
+@pytest.mark.parametrize("beside_another_loader", [False, True])
 def test_a_killed_worker_is_replaced_and_no_video_is_blamed(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, beside_another_loader: bool
 ) -> None:
     monkeypatch.setattr(loader, "_POLL_S", 0.3)
+    handler = signal.getsignal(signal.SIGCHLD)
+    if beside_another_loader:
+        # Once per process, torch sets a handler that raises wherever the rank is when any worker dies.
+        monkeypatch.setattr(signal_handling, "_SIGCHLD_handler_set", False)
+        numbers: Any = [5]
+        assert list(DataLoader(numbers, num_workers=1)) == [5]
+        assert signal.getsignal(signal.SIGCHLD) != handler
 
     def die_once(item: int) -> None:
         mark = tmp_path / str(item)
@@ -215,7 +225,11 @@ def test_a_killed_worker_is_replaced_and_no_video_is_blamed(
 
     source = Numbers(die_once)
     batches = [[i] for i in range(9)]
-    assert delivered(source, batches, workers=2) == (batches, "") and not source.reader.given_up
+    try:
+        assert delivered(source, batches, workers=2) == (batches, "") and not source.reader.given_up
+        assert signal.getsignal(signal.SIGCHLD) == (signal.SIG_DFL if beside_another_loader else handler)
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 # The rank leaves while a worker is blocked in a decoder and its loader is still referenced.
