@@ -6,8 +6,10 @@ import errno
 import os
 import shutil
 import signal
+import sys
 import traceback
 from itertools import takewhile
+from types import TracebackType
 from typing import NamedTuple, NoReturn
 
 from everest_ds.errors import DataError, EverestError
@@ -114,6 +116,14 @@ def explain_kills(how: str) -> EverestError:
 def describe_end(exit_code: int) -> str:
     """Return the name of the signal that ended a worker, or its exit code."""
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
+
+
+def report_unless_rank_ended(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """Print an error of a worker's threads, except that of handing a batch to a rank that has just died."""
+    if not isinstance(error, (OSError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _is_full(error: Exception) -> bool:
