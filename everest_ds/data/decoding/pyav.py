@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from everest_ds.data.decoding.orientation import Picture, display_matrix, transform_of
+from everest_ds.data.decoding.orientation import Picture, Transform, display_matrix, transform_of
 from everest_ds.data.decoding.video import FIX, Size, Video, shrunk
 from everest_ds.errors import DataError
 
@@ -42,6 +42,7 @@ class PyAVVideo(Video):
     def __init__(self, path: Path, short_side: int | None = None) -> None:
         self.path = path
         self._short_side = short_side
+        self._transform: Transform | None = None  # known from the first picture that is read
         self._container, self._stream = open_stream(path)
         try:
             self.num_frames = self._index()
@@ -123,10 +124,12 @@ class PyAVVideo(Video):
         stored = Size(frame.width, frame.height)
         width, height = shrunk(stored, self._short_side) or stored
         picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
-        try:
-            return transform_of(display_matrix(frame))(picture)
-        except DataError as error:
-            raise DataError(f"{self.path}: {error}") from None
+        if self._transform is None:
+            try:
+                self._transform = transform_of(display_matrix(frame))
+            except DataError as error:
+                raise DataError(f"{self.path}: {error}") from None
+        return self._transform(picture)
 
     def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
