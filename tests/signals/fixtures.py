@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.signals.cases import LOCAL_TARGETS, SLURM_TARGETS, Case, all_cases, pairwise
+from tests.signals.cases import ACCUMULATION, LOCAL_TARGETS, SLURM_TARGETS, Case, all_cases, pairwise
 from tests.signals.report import SignalReport
 
 
@@ -21,8 +21,13 @@ def local_cases(pytestconfig: pytest.Config) -> list[Case]:
 
 @pytest.fixture(scope="session")
 def slurm_cases(pytestconfig: pytest.Config) -> list[Case]:
-    """The cases to try on a cluster: all with `--every-signal`, otherwise every pair of values."""
-    return _chosen(pytestconfig, SLURM_TARGETS)
+    """The cases to try on a cluster: all with `--every-signal`, otherwise the pairs with accumulation.
+
+    A signal during accumulation is harder to survive, and the pairs without it are tried on one machine.
+    """
+    chosen = _chosen(pytestconfig, SLURM_TARGETS)
+    everything = pytestconfig.getoption("--every-signal")
+    return [case for case in chosen if everything or case.accumulation == max(ACCUMULATION)]
 
 
 @pytest.fixture(scope="session")
