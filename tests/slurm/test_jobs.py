@@ -144,7 +144,8 @@ def test_a_short_job_submitted_inside_a_job_trains_until_shortly_before_its_limi
     """A plain sbatch with a limit of one minute, from a rank of another job, whose variables it inherits.
 
     SLURM warns such a job at its start, because the scripts ask for five minutes. Saving and drawing after
-    every step make the run longer than the limit. The name of the job looks like SLURM's record of another script.
+    every step make the run longer than the limit. The name of the job looks like SLURM's record of another
+    script.
     """
     run = Run(work / "limited")
     forged = work / "forged"
