@@ -65,8 +65,8 @@ def check_initial_weights_exist(config: Experiment) -> None:
     Raises:
         CheckpointError: if they do not exist.
     """
-    source = config.model.init_from
-    if source is None or source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
+    source = _initial_weights(config)
+    if source is None or source.exists():
         return
     raise CheckpointError(
         "model.init_from: no weights found",
@@ -81,15 +81,20 @@ def check_initial_weights_fit(config: Experiment) -> None:
     """Check that the weights of `model.init_from` fit the model; weights that do not exist yet pass.
 
     Raises:
-        CheckpointError: if they do not fit. A run that resumes does not read them.
+        CheckpointError: if they do not fit.
     """
-    source = config.model.init_from
-    if source is None or not source.exists() or list_checkpoints(config.run.dir / "checkpoints"):
+    source = _initial_weights(config)
+    if source is None or not source.exists():
         return
     from everest_ds.training.weights import initial_weights  # imports torch, which is slow
 
     with initial_weights(config, source):
         pass
+
+
+def _initial_weights(config: Experiment) -> Path | None:
+    """Return the weights that a start reads: those of `model.init_from`, unless it resumes."""
+    return None if list_checkpoints(config.run.dir / "checkpoints") else config.model.init_from
 
 
 def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
