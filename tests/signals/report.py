@@ -48,14 +48,15 @@ class SignalReport:
         self._file = file
         self._rows: list[Row] = []
 
-    def add(self, row: Row) -> None:
-        """Add a case and write the table."""
+    def add(self, row: Row) -> Row:
+        """Add a case, write the table, and return the case."""
         self._rows.append(row)
         if self._file is not None:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             slowest = sorted(self._rows, key=lambda row: -row.stopped_s)
             details = [f"- {row.stopped_s:.1f} s: {row.case}" for row in slowest]
             self._file.write_text("\n".join([*to_markdown(self._rows), "", *details, ""]))
+        return row
 
 
 def to_markdown(rows: Sequence[Row]) -> list[str]:

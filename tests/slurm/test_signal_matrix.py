@@ -63,9 +63,8 @@ def test_no_signal_costs_a_step_or_the_job(
         job = cluster.submit(SCRIPTS / "finetune.sbatch", str(recipe), f"data.num_workers={workers}")
         own = [case for case in cases if case.workers == workers]
         for restarts, case in enumerate(own):
-            row = suffer(case, job, restarts, run)
-            signal_report.add(row)
-            assert row.harmless
+            row = signal_report.add(suffer(case, job, restarts, run))
+            assert row.harmless  # a job that has ended cannot suffer the next signal
         run.steps_beyond(job, len(own))
         (run.path / "kill").touch()
         job.wait("FAILED")  # exit code 75: stopped on request
