@@ -67,5 +67,27 @@ def plan_chain(words: Sequence[str], target: Target) -> list[Stage]:
     ]
 
 
+def dependency_on(before: Sequence[str], command: str) -> str | None:
+    """Return the value of sbatch's `--dependency` for a job of a chain; None for its first job.
+
+    Args:
+        before: ids of the jobs before it, in their order.
+        command: the job's command, which says whether the job before must have succeeded.
+    """
+    if not before:
+        return None
+    if needs_success(command):
+        return f"afterok:{before[-1]}"
+    return ",".join([*(f"afterok:{job}" for job in before[-2:-1]), f"afterany:{before[-1]}"])
+
+
+def needs_success(command: str) -> bool:
+    """Return whether a job of a chain needs the success of the job just before it.
+
+    The report does not: a test in which videos are missing counts as failed, but has figures to report.
+    """
+    return command != "report"
+
+
 def _own(stage: str, given: Sequence[str]) -> list[str]:
     return [text.removeprefix(f"{stage}.") for text in given if text.startswith(f"{stage}.")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -47,12 +48,12 @@ def restart_jobs(rows: Sequence[JobRow], report: Callable[[str], None]) -> None:
         RunFolderError: if the run folder of an ended job holds no readable record of the job.
         UsageError: if SLURM refuses to restart a job.
     """
-    newest: dict[Path, str] = {}
+    again: defaultdict[Path, list[str]] = defaultdict(list)
     for row in rows:
         (row.run / KILL_FILE).unlink(missing_ok=True)  # left over: the run ended before it saw this file
         if row.is_over:
-            newest[row.run] = submit_again(row, after=newest.get(row.run))
-            how = f"submitted again as job {newest[row.run]}"
+            again[row.run].append(submit_again(row, again[row.run]))
+            how = f"submitted again as job {again[row.run][-1]}"
         elif row.status.state == "held":
             call(["scontrol", "release", row.job_id])
             how = "released"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from everest_ds.errors import UsageError
-from everest_ds.jobs.chain import plan_chain
+from everest_ds.jobs.chain import dependency_on, plan_chain
 from everest_ds.jobs.job_checks import Stage, Target, plan_command, plan_profile
 from everest_ds.jobs.sbatch import (
     BatchJob,
@@ -28,9 +28,6 @@ from everest_ds.launch.slurm_nodelist import RankPlace, hosts_of, place_ranks
 from everest_ds.shipped import shipped
 
 JobKind = Literal["pretrain", "finetune", "evaluate", "profile", "chain", "sweep"]
-
-# Placeholder in a chain: the id of the preceding job is not known before that job is submitted.
-_JOB_BEFORE = "afterok:JOB-BEFORE"
 
 
 @dataclass(frozen=True)
@@ -183,6 +180,8 @@ def _as_jobs(stages: Sequence[Stage], queue: QueueSettings, array: str | None) -
     environment = _environment(queue)
     own = [name for name in environment if name.startswith("EVEREST_")]
     options = exporting(queue.options, environment.get("SBATCH_EXPORT", os.environ.get("SBATCH_EXPORT")), own)
+    # The ids of a chain's jobs are not known before these jobs are submitted.
+    placeholders = [f"{stage.command.upper()}-JOB" for stage in stages]
     return [
         BatchJob(
             script=shipped("slurm").resolve() / f"{stage.command}.sbatch",
@@ -193,7 +192,7 @@ def _as_jobs(stages: Sequence[Stage], queue: QueueSettings, array: str | None) -
             time=queue.time,
             partition=queue.partition,
             array=array,
-            dependency=_JOB_BEFORE if number else queue.dependency,
+            dependency=dependency_on(placeholders[:number], stage.command) or queue.dependency,
             nodelist=queue.nodelist if stage.shape == stages[0].shape else None,
             options=tuple(options),
             environment=environment,

@@ -8,6 +8,7 @@ from pathlib import Path
 from subprocess import call
 
 from everest_ds.errors import ExitCode
+from everest_ds.jobs.chain import needs_success
 from everest_ds.jobs.events import EventKind, JobEvent, append_event
 from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.job_plan import Submission
@@ -21,16 +22,18 @@ _OUTCOME: dict[int, EventKind] = {ExitCode.OK: "finished", ExitCode.STOPPED: "st
 def run_locally(submission: Submission) -> int:
     """Run the jobs of a submission on this machine, and return an exit code for all of them.
 
-    A chain ends at the first job that fails, and the exit code of that job is returned. A sweep continues
-    after a run that fails, and 0 is returned; a stop skips the remaining runs, and its code is returned.
+    A chain ends at the first job whose failure the next one cannot do with, and the exit code of the last
+    failed job is returned. A sweep continues after a run that fails, and 0 is returned. A stop skips the
+    remaining jobs or runs, and its code is returned.
     """
     if submission.swept:
         return _run_sweep(submission.stages[0], submission.swept)
+    code: int = ExitCode.OK
     for stage in submission.stages:
-        code = _run(stage.command, stage.arguments, stage.shape.num_ranks, stage.run)
-        if code:
+        if code == ExitCode.STOPPED or (code and needs_success(stage.command)):
             return code
-    return ExitCode.OK
+        code = _run(stage.command, stage.arguments, stage.shape.num_ranks, stage.run) or code
+    return code
 
 
 def _run_sweep(stage: Stage, swept: Sequence[SweepCandidate]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.errors import EverestError, ExitCode, RunFolderError, UsageError
+from everest_ds.jobs.chain import dependency_on
 from everest_ds.jobs.events import JobEvent, append_event
 from everest_ds.jobs.job_checks import Stage
 from everest_ds.jobs.job_plan import Submission
@@ -67,9 +68,10 @@ def queue_all(submission: Submission, report: Callable[[str], None]) -> list[dic
         keep_candidates(submission.stages[0], submission.swept)
     queued: list[dict[str, Any]] = []
     for stage, job in zip(submission.stages, submission.jobs, strict=True):
-        after = replace(job, dependency=f"afterok:{queued[-1]['job']}") if queued else job
+        after = dependency_on([row["job"] for row in queued], stage.command) or job.dependency
         try:
-            job_id = _queue(after, stage, _runs_of(stage, job, submission.swept))
+            runs = _runs_of(stage, job, submission.swept)
+            job_id = _queue(replace(job, dependency=after), stage, runs)
         except EverestError:
             for row in queued:  # a partial chain is of no use
                 answer(["scancel", row["job"]])

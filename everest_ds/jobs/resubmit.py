@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from everest_ds.durable_files import replace_file
 from everest_ds.errors import RunFolderError
+from everest_ds.jobs.chain import dependency_on
 from everest_ds.jobs.events import JobEvent, append_event
 from everest_ds.jobs.job_table import JobRow
 from everest_ds.jobs.sbatch import BatchJob, JobShape
@@ -65,12 +67,12 @@ def load_job(home: Path, command: str) -> tuple[BatchJob, Path]:
     return job, folder
 
 
-def submit_again(row: JobRow, after: str | None = None) -> str:
+def submit_again(row: JobRow, before: Sequence[str] = ()) -> str:
     """Submit an ended job again from its record, and return the id of the new job.
 
     Args:
         row: the ended job; for a run of a sweep, only its task of the array job is submitted.
-        after: id of a job that the new job waits for.
+        before: ids of the jobs of a chain before it, for which the new job waits.
 
     Raises:
         RunFolderError: if the run folder holds no readable record of the job.
@@ -79,7 +81,7 @@ def submit_again(row: JobRow, after: str | None = None) -> str:
     task = row.job_id.partition("_")[2] if row.home != row.run else None
     job, folder = load_job(row.home, "sweep" if task else row.task)
     seconds = time.time()  # taken now, because the job may start and log events before sbatch returns
-    job = replace(job, dependency=f"afterok:{after}" if after else None, array=task)
+    job = replace(job, dependency=dependency_on(before, row.task), array=task)
     job_id = submit_job(job, folder) + (f"_{task}" if task else "")
     append_event(row.run, JobEvent("submitted", job_id, task=row.task, seconds=seconds))
     return job_id
