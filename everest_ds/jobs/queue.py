@@ -70,8 +70,8 @@ def queue_all(submission: Submission, report: Callable[[str], None]) -> list[dic
     for stage, job in zip(submission.stages, submission.jobs, strict=True):
         after = dependency_on([row["job"] for row in queued], stage.command) or job.dependency
         try:
-            runs = _runs_of(stage, job, submission.swept)
-            job_id = _queue(replace(job, dependency=after), stage, runs)
+            tasks = _runs_of(stage, job, submission.swept)
+            job_id = _queue(replace(job, dependency=after), stage, tasks)
         except EverestError:
             for row in queued:  # a partial chain is of no use
                 answer(["scancel", row["job"]])

@@ -107,8 +107,11 @@ def test_a_chain_hands_each_stage_its_own_overrides(monkeypatch: pytest.MonkeyPa
     assert words[2] == [json.loads(after), "data.test_crops=3"]
     waits = [word for job in jobs for word in job["command"] if word.startswith("--dependency=")]
     # Missing videos fail the test, whose figures the report needs all the same.
-    conditions = ["afterok:PRETRAIN-JOB", "afterok:FINETUNE-JOB", "afterok:FINETUNE-JOB,afterany:EVALUATE-JOB"]
-    assert waits == [f"--dependency={condition}" for condition in conditions]
+    assert waits == [
+        "--dependency=afterok:PRETRAIN-JOB",
+        "--dependency=afterok:FINETUNE-JOB",
+        "--dependency=afterok:FINETUNE-JOB,afterany:EVALUATE-JOB",
+    ]
 
 
 def test_a_plan_says_where_max_steps_ends_the_run(monkeypatch: pytest.MonkeyPatch, recipes: Path) -> None:
