@@ -19,6 +19,16 @@ from rich.table import Table
 from everest_ds.errors import UsageError
 
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
+# Words of keys that are written otherwise in headings.
+_UNITS = {
+    "gmacs": "GMACs",
+    "gflops": "GFLOPs",
+    "gib": "GiB",
+    "mib": "MiB",
+    "gb": "GB",
+    "pct": "%",
+    "mfu": "MFU",
+}
 _UNBOUNDED = 10_000  # console width at which no table is wrapped, in characters
 
 
@@ -62,7 +72,8 @@ def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
-        heading = name if "." in name else name.replace("_", " ")  # a name with a dot is a config key
+        words = (_UNITS.get(word, word) for word in name.split("_"))
+        heading = name if "." in name else " ".join(words)  # a name with a dot is a config key
         table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in names))

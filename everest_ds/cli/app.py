@@ -13,6 +13,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from everest_ds import __version__
+from everest_ds.cli.careful_command import CarefulCommand
 from everest_ds.cli.program import run_app
 
 
@@ -111,7 +112,8 @@ class _LoadedOnAccess(Mapping[str, Any]):
             return LazyGroup(row.commands, name=name, help=row.help, hidden=row.hidden, no_args_is_help=True)
         module, _, function = row.partition(":")
         single = typer.Typer(add_completion=False, rich_markup_mode="rich")
-        add = single.command(name, context_settings={"ignore_unknown_options": name in _PASSES_ON_OPTIONS})
+        settings = {"ignore_unknown_options": name in _PASSES_ON_OPTIONS}
+        add = single.command(name, cls=CarefulCommand, context_settings=settings)
         add(getattr(import_module(f"{__package__}.{module}"), function))
         return typer.main.get_command(single)
 

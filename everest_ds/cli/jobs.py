@@ -141,7 +141,8 @@ def sweep(folder: Sweep, json_file: JsonFile = None, csv_file: CsvFile = None) -
     Example: everest-ds sweep runs/lr --csv lr.csv
     """
     rows = sweep_results(folder)
-    print_table(f"Sweep {folder}", rows)
+    # Runs of a sweep can differ in the fourth decimal of their losses.
+    print_table(f"Sweep {folder}", [{**row, "loss": _format_loss(row["loss"])} for row in rows])
     write_json(json_file, rows)
     write_csv(csv_file, rows)
 
@@ -188,12 +189,16 @@ def _cells(row: JobRow) -> dict[str, Text]:
         "state": Text(row.status.state, _style(row)),
         "progress": _bar(progress),
         "steps": Text(_steps(progress)),
-        "loss": Text("" if progress.loss is None else f"{progress.loss:.4f}"),
+        "loss": Text(_format_loss(progress.loss)),
         "clips/s": Text("" if progress.clips_per_s is None else f"{progress.clips_per_s:.1f}"),
         "time": Text(state.elapsed if state else ""),
         "restarts": Text(str(row.restarts)),
         "nodes": Text(state.nodes if state else ""),
     }
+
+
+def _format_loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def _advice(row: JobRow) -> str:

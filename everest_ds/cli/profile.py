@@ -35,8 +35,13 @@ _TITLES = {
     "compute": "Compute of one clip",
     "by_module": "Compute by module (counted)",
     "by_operator": "Compute by operator (counted)",
-    "memory": "Memory of one rank at the peak of a training step (counted for one rank without ZeRO)",
+    "memory": "Memory of one rank at the peak of a training step",
     "memory_peak_at": "When memory peaks",
+}
+# Counting runs the model on one rank, so the two memory columns can describe different runs.
+_MEMORY_HEADINGS = {
+    "predicted_mib": "predicted for this run, MiB",
+    "counted_mib": "counted without ZeRO, MiB",
 }
 
 
@@ -63,7 +68,9 @@ def profile(
     found = profile_system(subject) if config is None else profile_config(subject, config, ranks)
     print_facts(f"Profile: {subject}", found.facts)
     for name, title in _TITLES.items():
-        print_table(title, found.tables[name])
+        rows = found.tables[name]
+        headings = _MEMORY_HEADINGS if config and name == "memory" else {}
+        print_table(title, [{headings.get(key, key): cell for key, cell in row.items()} for row in rows])
     print_table("Memory over time in a training step (counted)", found.timeline())
     others = [row["operator"] for row in found.tables["not_counted"]]
     print_text(f"{len(others)} operators without MACs are not in the counts; --json FILE lists them")

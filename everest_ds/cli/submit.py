@@ -58,7 +58,7 @@ Nodelist = Annotated[
     ),
 ]
 CheckedGpu = Annotated[
-    str | None, typer.Option(help="Check the predicted memory against this GPU, such as 'A100 80GB'.")
+    str | None, typer.Option(help="Check the predicted memory against this GPU, such as a100-80gb.")
 ]
 SiteSettings = Annotated[
     str | None,

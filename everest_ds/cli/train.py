@@ -27,7 +27,8 @@ PlannedGpus = Annotated[
     str | None,
     typer.Option(
         metavar="GPUS",
-        help="With --dry-run: GPUs to predict memory and time for, such as 4xH100-SXM; default: 8xA100-80GB.",
+        help="With --dry-run: GPUs to predict memory and time for, such as 4xh100-80gb; default:"
+        " 8xa100-80gb.",
     ),
 ]
 

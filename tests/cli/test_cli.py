@@ -85,6 +85,34 @@ def test_a_mistake_gets_one_line_and_a_code(
     assert says in error and error.startswith("error: ") and error.count("\n") == 1
 
 
+def test_results_replace_results_only(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
+) -> None:
+    """Neither an input nor any other file that is no result is overwritten; nothing is done before."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("val.txt", "classes.txt"):
+        (tmp_path / name).write_text((motion_data / name).read_text())
+    (tmp_path / "link.json").symlink_to("val.txt")
+    root = ["--root", str(motion_data)]
+    for words, says in (
+        (
+            ["data", "check", "val.txt", *root, "--json", "link.json"],
+            "link.json: an input would be overwritten",
+        ),
+        (
+            ["data", "check", "val.txt", *root, "--json", "./val.txt"],
+            "val.txt: an input would be overwritten",
+        ),
+        (["recipes", "--json", "classes.txt"], "classes.txt: this file exists and is not JSON"),
+    ):
+        assert run_main(monkeypatch, *words) == 2
+        output = capsys.readouterr()
+        assert says in output.err and not output.out
+    assert (tmp_path / "val.txt").read_text() == (motion_data / "val.txt").read_text()
+    for _ in range(2):  # the second time, earlier results are replaced
+        assert run_main(monkeypatch, "recipes", "--json", "recipes.json") == 0
+
+
 def test_a_run_folder_that_is_no_run_or_of_another_task_gets_its_own_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], motion_data: Path, tmp_path: Path
 ) -> None:
