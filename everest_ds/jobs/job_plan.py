@@ -21,6 +21,7 @@ from everest_ds.jobs.sbatch import (
     job_name,
     read_cluster_file,
     signal_seconds,
+    signalling,
 )
 from everest_ds.jobs.sweep import plan_sweep
 from everest_ds.jobs.sweep_file import SweepCandidate, expand_array
@@ -176,10 +177,14 @@ def _array(given: str | None, stages: Sequence[Stage], swept: Sequence[SweepCand
 
 def _as_jobs(stages: Sequence[Stage], queue: QueueSettings, array: str | None) -> list[BatchJob]:
     """Build one job per stage; each job waits for the one before it."""
-    check_signal(queue.options, queue.time)
     environment = _environment(queue)
+    defaults = {**os.environ, **environment}  # sbatch reads SBATCH_... wherever its command line says nothing
+    options = signalling(queue.options, defaults.get("SBATCH_SIGNAL"))
+    check_signal(options, queue.time)
+    if (seconds := signal_seconds(options)) is not None:
+        environment["EVEREST_SIGNAL_SECONDS"] = str(seconds)
     own = [name for name in environment if name.startswith("EVEREST_")]
-    options = exporting(queue.options, environment.get("SBATCH_EXPORT", os.environ.get("SBATCH_EXPORT")), own)
+    options = exporting(options, defaults.get("SBATCH_EXPORT"), own)
     # The ids of a chain's jobs are not known before these jobs are submitted.
     placeholders = [f"{stage.command.upper()}-JOB" for stage in stages]
     return [
@@ -216,6 +221,5 @@ def _environment(queue: QueueSettings) -> dict[str, str]:
         "EVEREST_SLURM": str(folder),
         "EVEREST_CLUSTER": None if file is None else str(file),
         "EVEREST_MAX_RESTARTS": queue.max_restarts,
-        "EVEREST_SIGNAL_SECONDS": signal_seconds(queue.options),
     }
     return {name: str(value) for name, value in given.items() if value is not None}

@@ -138,6 +138,18 @@ def signal_seconds(options: Sequence[str]) -> int | None:
     return int(match[1]) if match else None
 
 
+def signalling(options: Sequence[str], default: str | None) -> list[str]:
+    """Return the options, with a `--signal` for the value that sbatch takes if the options have none.
+
+    Args:
+        options: options of sbatch.
+        default: the value, from SBATCH_SIGNAL; None if it is not set.
+    """
+    if default is None or any(option.partition("=")[0] == "--signal" for option in options):
+        return list(options)
+    return [*options, f"--signal={default}"]
+
+
 def check_signal(options: Sequence[str], time_limit: str | None) -> None:
     """Refuse a `--signal` among the options that would stop the job as soon as it starts.
 

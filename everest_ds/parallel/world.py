@@ -185,6 +185,8 @@ def join_world(timeout: timedelta = COLLECTIVE_TIMEOUT) -> World:
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     device = _device(local_rank, local_size)
     prepare_deepspeed(device)
+    # The number of workers is the user's choice; torch repeats this warning on every rank and in every epoch.
+    warnings.filterwarnings("ignore", message="This DataLoader will create")
     if local_size == size:
         stay_on_loopback()
     # DeepSpeed and fairscale create groups without a timeout, and torch's own default is up to half an hour.

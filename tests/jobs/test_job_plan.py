@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from everest_ds.errors import UsageError
 from everest_ds.jobs.job_plan import Hardware, JobRequest, QueueSettings, plan_submission
-from everest_ds.jobs.sbatch import JobShape
+from everest_ds.jobs.sbatch import BatchJob, JobShape
 
 _PLAN_WITHOUT_TORCH = """
 import pkgutil, sys
@@ -78,6 +79,27 @@ def test_the_python_that_the_caller_exports_is_that_of_the_jobs(
     monkeypatch.setenv("EVEREST_PYTHON", "/my/python")
     for request in requests:
         assert plan_submission(request).jobs[0].environment["EVEREST_PYTHON"] == "/my/python"
+
+
+def test_a_signal_of_the_environment_counts_like_an_option(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the ranks would expect the signal of the scripts, and a short job would never train."""
+    site = tmp_path / "site.env"
+    site.write_text("SBATCH_SIGNAL=B:USR1@900\n")
+
+    def job(options: Sequence[str] = (), time: str | None = None, cluster: str | None = None) -> BatchJob:
+        queue = QueueSettings(time=time, options=options, cluster=cluster)
+        return plan_submission(JobRequest("profile", ["k400_pretrain_vit_base"], queue=queue)).jobs[0]
+
+    assert "EVEREST_SIGNAL_SECONDS" not in job().environment
+    assert job(cluster=str(site)).environment["EVEREST_SIGNAL_SECONDS"] == "900"
+    monkeypatch.setenv("SBATCH_SIGNAL", "USR1@600")
+    assert job().options == ("--signal=USR1@600",)
+    assert job().environment["EVEREST_SIGNAL_SECONDS"] == "600"
+    assert job(["--signal", "USR1@60"]).environment["EVEREST_SIGNAL_SECONDS"] == "60"
+    with pytest.raises(UsageError, match="--signal would stop the job as soon as it starts"):
+        job(time="10")
 
 
 def test_the_code_of_the_guide_plans_its_job_and_asks_for_slurm(
