@@ -80,7 +80,8 @@ def evaluate_as_rank(config: Experiment, json_file: Path | None) -> None:
         result = run_test(config, world)
         if world.is_main:
             print_table("By class", result["classes"])
-            summary = {key: value for key, value in result.items() if key not in ("classes", "missing")}
+            listed = ("classes", "missing")
+            summary = {k: value for k, value in result.items() if k not in listed and value is not None}
             print_facts(f"evaluate: {config.run.dir}", summary)
             write_json(json_file, result)
         _refuse_missing(config, result, world)

@@ -65,6 +65,11 @@ class Evaluation:
         best = np.argsort(-self.probabilities, axis=1, kind="stable")[:, :k]
         return float(100 * (best == self.labels[:, None]).any(axis=1).mean())
 
+    @property
+    def top5(self) -> float | None:
+        """Top-5 accuracy in percent; None for up to five classes, of which every answer would count."""
+        return self.top(5) if self.probabilities.shape[1] > 5 else None
+
     def confusion(self) -> NDArray[np.int64]:
         """Return the confusion matrix of counts (true class, predicted class)."""
         classes = self.probabilities.shape[1]
@@ -115,8 +120,9 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """Evaluate the best weights of `run.dir` on `data.test`; call on every rank.
 
     Returns:
-        Top-1 and top-5 accuracy in percent, one row per class, and the videos that these figures lack. They
-        are also written to `evaluation.json`, next to a picture of the confusion matrix.
+        Top-1 and (of more than five classes) top-5 accuracy in percent, one row per class, and the videos
+        that these figures lack. They are also written to `evaluation.json`, next to a picture of the confusion
+        matrix.
 
     Raises:
         CheckpointError: if the run has no weights, or weights of another architecture.
@@ -141,7 +147,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     result = {
         "weights": str(file),
         "top1": outcome.top(1),
-        "top5": outcome.top(5),
+        "top5": outcome.top5,
         "num_clips": len(outcome.labels),
         "num_missing": len(missing),
         "missing": missing,

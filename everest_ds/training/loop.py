@@ -255,7 +255,7 @@ class TrainingRun:
             epoch=self.step / self.steps_per_epoch,
             val_loss=result.loss,
             val_top1=result.top(1),
-            val_top5=result.top(5),
+            val_top5=result.top5,
             val_missing=len(usable.excluded) + len(result.missing),
         )
         best = self.world.share(

@@ -71,7 +71,7 @@ class ValidationReport:
         epoch: epochs done so far, as a fraction.
         val_loss: mean loss.
         val_top1: top-1 accuracy in percent.
-        val_top5: top-5 accuracy in percent.
+        val_top5: top-5 accuracy in percent; None for up to five classes.
         val_missing: number of unreadable videos, which are not replaced.
     """
 
@@ -79,7 +79,7 @@ class ValidationReport:
     epoch: float
     val_loss: float
     val_top1: float
-    val_top5: float
+    val_top5: float | None
     val_missing: int
 
 
@@ -198,7 +198,8 @@ class ProgressLine:
 
     def on_validation(self, report: ValidationReport) -> None:
         """Log the report."""
-        text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}% top-5 {report.val_top5:.2f}%"
+        text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}%"
+        text += "" if report.val_top5 is None else f" top-5 {report.val_top5:.2f}%"
         text += f", {report.val_missing} videos missing" if report.val_missing else ""
         logger.info("epoch %.4g %s", report.epoch, text)
 

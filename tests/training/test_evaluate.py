@@ -28,6 +28,7 @@ def test_metrics_follow_their_definitions() -> None:
     outcome = Evaluation(probabilities, np.array([0, 1, 1, 2]))
     assert outcome.top(1) == 50.0
     assert outcome.top(2) == 100.0
+    assert outcome.top5 is None  # of three classes, any answer would count
     assert outcome.loss == pytest.approx(-np.log([0.5, 0.2, 0.3, 0.6]).mean())
     assert outcome.confusion().tolist() == [[1, 0, 0], [1, 0, 1], [0, 0, 1]]
 
@@ -56,6 +57,7 @@ def test_fine_tuning_starts_from_pre_training_validates_and_tests(motion_data: P
     assert run_ranks(evaluate_rank, 3, config)[0] == on_two
     assert json.loads((tmp_path / "fine" / "evaluation.json").read_text()) == on_two
     assert (tmp_path / "fine" / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert on_two["top1"] <= on_two["top5"] <= 100
     assert on_two["num_clips"] == 12 and [row["clips"] for row in on_two["classes"]] == [2] * 6
     validations = [row["val_top1"] for row in metrics(tmp_path / "fine") if "val_top1" in row]
     assert len(validations) == 3
