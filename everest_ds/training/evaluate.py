@@ -121,8 +121,8 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
 
     Returns:
         Top-1 and (of more than five classes) top-5 accuracy in percent, one row per class, and the videos
-        that these figures lack. They are also written to `evaluation.json`, next to a picture of the confusion
-        matrix.
+        that these figures lack. They are also written to `evaluation.json`, next to a picture of the
+        confusion matrix.
 
     Raises:
         CheckpointError: if the run has no weights, or weights of another architecture.
