@@ -72,12 +72,15 @@ def _table(title: str | None, rows: Sequence[Mapping[str, Any]], names: Sequence
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in names:
         numeric = all(isinstance(row[name], int | float | None) for row in rows)
-        words = (_UNITS.get(word, word) for word in name.split("_"))
-        heading = name if "." in name else " ".join(words)  # a name with a dot is a config key
-        table.add_column(heading, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(_heading(name), justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*(_cell(row[name]) for name in names))
     return table
+
+
+def _heading(key: str) -> str:
+    is_config_key = "." in key
+    return key if is_config_key else " ".join(_UNITS.get(word, word) for word in key.split("_"))
 
 
 def print_facts(title: str, facts: Mapping[str, Any]) -> None:
@@ -86,7 +89,7 @@ def print_facts(title: str, facts: Mapping[str, Any]) -> None:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name.replace("_", " "), _cell(value))
+        table.add_row(_heading(name), _cell(value))
     Console().print(table)
 
 
