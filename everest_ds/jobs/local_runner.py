@@ -22,9 +22,9 @@ _OUTCOME: dict[int, EventKind] = {ExitCode.OK: "finished", ExitCode.STOPPED: "st
 def run_locally(submission: Submission) -> int:
     """Run the jobs of a submission on this machine, and return an exit code for all of them.
 
-    A chain ends at the first job whose failure the next one cannot do with, and the exit code of the last
-    failed job is returned. A sweep continues after a run that fails, and 0 is returned. A stop skips the
-    remaining jobs or runs, and its code is returned.
+    A chain ends when a job fails whose success the next job needs, and the exit code of the last job that
+    failed is returned. A sweep continues after a run that fails, and 0 is returned. A stop skips the remaining
+    jobs or runs, and its code is returned.
     """
     if submission.swept:
         return _run_sweep(submission.stages[0], submission.swept)
