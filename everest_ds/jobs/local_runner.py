@@ -23,8 +23,8 @@ def run_locally(submission: Submission) -> int:
     """Run the jobs of a submission on this machine, and return an exit code for all of them.
 
     A chain ends when a job fails whose success the next job needs, and the exit code of the last job that
-    failed is returned. A sweep continues after a run that fails, and 0 is returned. A stop skips the remaining
-    jobs or runs, and its code is returned.
+    failed is returned. A sweep continues after a run that fails, and 0 is returned. A stop skips the
+    remaining jobs or runs, and its code is returned.
     """
     if submission.swept:
         return _run_sweep(submission.stages[0], submission.swept)
