@@ -14,7 +14,6 @@ from __future__ import annotations
 import atexit
 import os
 import signal
-import sys
 import threading
 import time
 from collections import Counter, deque
@@ -39,7 +38,7 @@ from everest_ds.data.loader_errors import (
     failed_item,
     failed_join,
     full_memory,
-    report_unless_rank_ended,
+    hush_lost_rank,
 )
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.errors import DataError
@@ -267,7 +266,7 @@ def _pass(
         ignore_stop_signals()
         if end_with_rank is not None:
             end_with_rank()
-        sys.excepthook = report_unless_rank_ended
+        hush_lost_rank()
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
 

@@ -6,10 +6,9 @@ import errno
 import os
 import shutil
 import signal
-import sys
 import traceback
 from itertools import takewhile
-from types import TracebackType
+from multiprocessing.queues import Queue
 from typing import NamedTuple, NoReturn
 
 from everest_ds.errors import DataError, EverestError
@@ -118,12 +117,19 @@ def describe_end(exit_code: int) -> str:
     return signal.Signals(-exit_code).name if exit_code < 0 else f"exit code {exit_code}"
 
 
-def report_unless_rank_ended(
-    kind: type[BaseException], error: BaseException, trace: TracebackType | None
-) -> None:
-    """Print an error of a worker's threads, except that of handing a batch to a rank that has just died."""
-    if not isinstance(error, (OSError, EOFError)):
-        sys.__excepthook__(kind, error, trace)
+def hush_lost_rank() -> None:
+    """Make this worker silent if its rank dies while the worker hands it a batch; call this in the worker.
+
+    A rank that is killed closes its end of the queue shortly before the worker is ended, and the thread that
+    fills the queue would print a traceback below the one line that reports the loss.
+    """
+    report = Queue._on_queue_feeder_error  # type: ignore[attr-defined]
+
+    def report_unless_rank_is_lost(error: Exception, batch: object) -> None:
+        if not isinstance(error, ConnectionError):
+            report(error, batch)
+
+    Queue._on_queue_feeder_error = staticmethod(report_unless_rank_is_lost)  # type: ignore[attr-defined]
 
 
 def _is_full(error: Exception) -> bool:

@@ -262,6 +262,34 @@ def test_a_rank_takes_a_blocked_worker_with_it() -> None:
     assert [rank.returncode for rank in ranks] == [75, 75]
 
 
+# The rank has closed its end of the queue, as the system does for a killed process before its workers end.
+_HAND_OVER = """
+import multiprocessing
+from everest_ds.data.loader_errors import hush_lost_rank
+class Unsendable:
+    def __reduce__(self):
+        raise OSError("too many open files")
+def work(queue):
+    hush_lost_rank()
+    queue.put({batch})
+    queue.close()
+    queue.join_thread()
+context = multiprocessing.get_context("fork")
+queue = context.Queue()
+queue._reader.close()
+worker = context.Process(target=work, args=(queue,))
+worker.start()
+worker.join()
+"""
+
+
+@pytest.mark.parametrize(("batch", "says"), [("'batch'", ""), ("Unsendable()", "too many open files")])
+def test_a_worker_is_silent_about_a_killed_rank_only(batch: str, says: str) -> None:
+    code = [sys.executable, "-c", _HAND_OVER.format(batch=batch)]
+    done = subprocess.run(code, capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2])
+    assert ("Traceback" in done.stderr) == bool(says) and says in done.stderr and not done.returncode
+
+
 def test_a_worker_that_closes_its_files_before_it_ends_is_waited_for(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
