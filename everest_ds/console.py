@@ -23,6 +23,7 @@ _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r")
 _UNITS = {
     "gmacs": "GMACs",
     "gflops": "GFLOPs",
+    "flops": "FLOPs",
     "gib": "GiB",
     "mib": "MiB",
     "gb": "GB",

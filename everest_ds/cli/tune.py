@@ -243,7 +243,7 @@ def _write_best(
 ) -> None:
     """Write the files of the best candidate, by prediction or, once the trials have ended, by measurement."""
     if how is None:
-        _write_winner(result.ranked[0], "rank 1", source, cluster, folder)
+        _write_winner(result.ranked[0], "candidate 1", source, cluster, folder)
         return
     tried = run_trials(source, overrides, cluster, result, folder, how)
     if tried is not None:

@@ -72,13 +72,15 @@ def print_explained(ranked: list[Candidate], rank: int, cluster: Cluster) -> Non
         UsageError: there are fewer than `rank` candidates.
     """
     if rank > len(ranked):
-        raise UsageError(f"--explain {rank}: there is no such rank", allowed=f"a rank of 1..{len(ranked)}")
+        raise UsageError(f"--explain {rank}: there is no such candidate", allowed=f"1 to {len(ranked)}")
     one = ranked[rank - 1]
-    print_table(f"Rank {rank}: memory; peak at the {one.memory.peak_at}", memory_rows(one, cluster.machine))
+    print_table(
+        f"Candidate {rank}: memory; peak at the {one.memory.peak_at}", memory_rows(one, cluster.machine)
+    )
     terms = [term.row() for term in one.step.terms]
-    print_table(f"Rank {rank}: step time, {1e3 * one.step.step_s:.1f} ms", terms)
+    print_table(f"Candidate {rank}: step time, {1e3 * one.step.step_s:.1f} ms", terms)
     if rank > 1:
-        print(f"compared with rank 1: {why_slower(one, ranked[0])}")
+        print(f"compared with candidate 1: {why_slower(one, ranked[0])}")
 
 
 def write_tables(

@@ -87,7 +87,9 @@ def close_calls(ranked: Sequence[Candidate], cluster: Cluster) -> list[str]:
     """Describe each candidate that leaves little memory free."""
     free = [cluster.free_pct(candidate.needed_bytes) for candidate in ranked]
     return [
-        f"rank {rank} leaves {pct:.1f} % free" for rank, pct in enumerate(free, start=1) if pct < CLOSE_PCT
+        f"candidate {rank} leaves {pct:.1f} % free"
+        for rank, pct in enumerate(free, start=1)
+        if pct < CLOSE_PCT
     ]
 
 

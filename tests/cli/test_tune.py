@@ -167,7 +167,7 @@ def test_what_deepspeed_would_refuse_is_refused_when_it_is_written(tmp_path: Pat
         ),
         ("--gpu h200 --gpus 16 --interconnect ib-ndrr", "did you mean ib-ndr"),
         ("--gpu h200 --gpus 48", "cannot be split over the ranks; given: 256 clips, 48 ranks"),
-        ("--gpu h200 --explain 99", "--explain 99: there is no such rank; allowed: a rank of 1.."),
+        ("--gpu h200 --explain 99", "--explain 99: there is no such candidate; allowed: 1 to "),
         ("--gpu nowhere.yaml", "nowhere.yaml: not readable"),
         ("--gpu h200 precision=fp8", "'fp32', 'tf32', 'bf16' or 'fp16'"),
     ],
