@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,12 +37,16 @@ from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
 from everest_ds.data.order import Visit
+from everest_ds.data.store.index import open_store
+from everest_ds.data.store.layout import Packing
+from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.video_files import VIDEO_SUFFIXES
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from everest_ds.training.run_folder import describe_environment
 
 _STAGES = ("open", "decode", "crop", "collate")
+STORE, JPEG = "store", "jpeg"  # name of the source, and of what decodes it, in the tables
 _HEADROOM = 1.25  # loader rate over model rate; with less, slow clips make the model wait
 
 
@@ -50,7 +55,7 @@ class Cell:
     """One loader configuration, which is one row of the table.
 
     Attributes:
-        source: the files that are read: `as given` or `gop N`.
+        source: the files that are read: `as given`, `gop N` or `store`.
         decoder: `data.decoder`, or the peer's name.
         workers: number of worker processes.
         repeats: clips cut from each decoded sample; 0 for a peer.
@@ -89,7 +94,8 @@ def main(
     workers: Annotated[list[int], typer.Option(help="data.num_workers; repeatable.")] = [1],  # noqa: B006
     repeats: Annotated[list[int], typer.Option(help="data.repeats; repeatable.")] = [1, 4],  # noqa: B006
     gop: Annotated[list[int], typer.Option(help="Add copies with this GOP length.")] = [],  # noqa: B006
-    short_side: Annotated[int, typer.Option(help="Short side of those copies, in pixels.")] = 256,
+    store: Annotated[bool, typer.Option("--store", help="Add a frame store of the videos.")] = False,
+    short_side: Annotated[int, typer.Option(help="Short side of copies and store, in pixels.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of the clips, in pixels.")] = 224,
     batch: Annotated[int, typer.Option(help="Clips per micro-batch.")] = 8,
     batches: Annotated[int, typer.Option(help="Micro-batches per measurement.")] = 4,
@@ -106,12 +112,17 @@ def main(
         sources = {"as given": given} | {
             f"gop {n}": reencoded(given, Path(folder) / f"gop{n}", Encoding(short_side, n)) for n in gop
         }
+        if store:
+            sources[STORE] = packed(given, Path(folder) / "store", Packing(short_side))
         bench = Bench(sources, batch, batches, size, parse_peer(peer), Path(folder))
-        cells = [Cell(s, d, w, r) for s in sources for w in workers for d in decoder for r in repeats]
+        readers = [(s, d) for s in sources for d in (decoder if s != STORE else [JPEG])]
+        cells = [Cell(s, d, w, r) for s, d in readers for w in workers for r in repeats]
         if bench.peer:
-            cells += [Cell(source, "videomae", w, 0) for source in sources for w in workers]
+            cells += [
+                Cell(source, "videomae", w, 0) for source in sources if source != STORE for w in workers
+            ]
         found = measure(bench, cells, rounds)
-        stages = [stage_times(bench, s, d, r) for s in sources for d in decoder for r in repeats]
+        stages = [stage_times(bench, s, d, r) for s, d in readers for r in repeats]
         rows = [row(cell, found, stages) for cell in cells]
         fed = feeding(stages, gpu_rate, cores)
         print_table("Clips per second", rows)
@@ -171,6 +182,16 @@ def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[
     return made.samples
 
 
+def packed(samples: Sequence[Sample], out: Path, packing: Packing) -> list[Sample]:
+    """Pack the samples, as `everest-ds data pack` does, and return those of the store."""
+    out.mkdir()
+    packer = StorePacker(samples, Path("/"), out, packing, os.cpu_count() or 1)
+    with progress_of("packing", len(samples)) as on_progress:
+        packer.pack_all(on_progress)
+    packer.finish()
+    return list(open_store(out))
+
+
 def parse_peer(text: str | None) -> Path | None:
     """Return the folder in `videomae=FOLDER`, or None if `text` is None."""
     if text is None:
@@ -188,7 +209,7 @@ def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
             "task": "pretrain",
             "model": {"image_size": size},
             "data": {
-                "decoder": cell.decoder,
+                "decoder": "pyav" if cell.decoder == JPEG else cell.decoder,
                 "num_workers": cell.workers,
                 "repeats": cell.repeats,
                 "frame_stride": 4,
@@ -286,7 +307,9 @@ def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[s
     for visit in visits:
         video = timed("open", lambda: open_sample(samples[visit.sample], config.data))  # noqa: B023
         with video:
-            frames = timed("decode", lambda: video.read(clips.choose(visit, video.num_frames)))  # noqa: B023
+            indices = clips.choose(visit, video.num_frames)
+            need = partial(clips.need, visit)
+            frames = timed("decode", lambda: video.read_needed(indices, need))  # noqa: B023
         cut = timed("crop", lambda: clips.crops(frames, visit, visit.sample))  # noqa: B023
         timed("collate", lambda: default_collate(cut))  # noqa: B023
     per_clip = {stage: 1000 * s / (len(visits) * repeats) for stage, s in spent.items()}
@@ -298,7 +321,8 @@ def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[s
 def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Build the row of the table for one cell."""
     own = found[cell]
-    peer = found.get(Cell(cell.source, "videomae", cell.workers, 0))
+    their_source = "as given" if cell.source == STORE else cell.source
+    peer = found.get(Cell(their_source, "videomae", cell.workers, 0))
     pairs = list(zip(own, peer, strict=True)) if peer else []
     rates = [each.clips_per_s for each in own]
     return {
