@@ -317,6 +317,8 @@ def _naming(out: Path) -> Iterator[None]:
     """Turn an error of the file system within the context into a DataError that says what to do."""
     try:
         yield
+    except ChildProcessError:
+        raise  # the workers cannot be started
     except OSError as error:
         raise DataError(
             f"{out}: the frame store cannot be written",
