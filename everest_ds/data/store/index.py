@@ -25,7 +25,7 @@ from everest_ds.durable_files import replace_json, replacing
 from everest_ds.errors import DataError
 
 _FORM = "everest-ds frame store, version 1"
-_FIX = "repeat `everest-ds data pack` with the same manifest and folder; it writes this file again"
+_FIX = "repeat `everest-ds data pack` with the same manifest and folder; it goes on where it stopped"
 
 
 class PlaceColumns(NamedTuple):
@@ -73,8 +73,16 @@ class StoredSamples(SampleTable):
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether a folder is a complete frame store."""
-    return (folder / FACTS_FILE).is_file()
+    """Return whether a path is a frame store.
+
+    Raises:
+        DataError: if it is one that is not complete yet.
+    """
+    if (folder / FACTS_FILE).is_file():
+        return True
+    if (folder / SHARDS).is_dir() and next(folder.glob("packing-*.jsonl"), None) is not None:
+        raise DataError(f"{folder}: packing this frame store was interrupted", fix=_FIX)
+    return False
 
 
 def open_store(folder: Path) -> StoredSamples:
