@@ -20,6 +20,7 @@ from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
 from everest_ds.data.reading import Failure
+from everest_ds.data.store.staging import read_from_stage
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
@@ -46,6 +47,7 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
+from everest_ds.training.preflight import stage_samples
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, record_excluded
 from everest_ds.training.saver import Saver
@@ -90,6 +92,7 @@ def train(
     for note in notes_on(read_deepspeed_file(config)) if world.is_main else ():
         logger.info("%s: %s", config.parallelism.ds_config, note)
     try:
+        samples = stage_samples(config, config.task, samples, world, folder.path)
         model = outline(config)  # on the meta device: no rank needs memory for more than its share
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
@@ -249,7 +252,8 @@ class TrainingRun:
     def _validate_now(self) -> None:
         self.losses.check()
         usable = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate_views(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
+        samples = read_from_stage(usable.samples, self.config.data.stage)
+        result = evaluate_views(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
