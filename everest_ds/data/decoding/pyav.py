@@ -57,7 +57,7 @@ class PyAVVideo(Video):
         self._container.close()
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        pictures = self._pictures(sorted(set(indices)))
+        pictures = self._pictures(list(indices))
         sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures.values()})
         if len(sizes) > 1:
             raise DataError(f"{self.path}: the picture size changes within the video", given=sizes, fix=FIX)

@@ -43,7 +43,9 @@ class Video(ABC):
         self.close()
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Decode the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+        """Return the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+
+        Each picture is decoded once.
 
         Raises:
             DataError: if an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
@@ -52,7 +54,11 @@ class Video(ABC):
         if outside or not len(indices):
             allowed = f"0..{self.num_frames - 1}"
             raise DataError(f"{self.path}: no such frame", given=outside or "no index", allowed=allowed)
-        return self._read(indices)
+        ascending = sorted(set(indices))
+        if ascending == list(indices):
+            return self._read(ascending)
+        place = {index: row for row, index in enumerate(ascending)}
+        return self._read(ascending)[[place[index] for index in indices]]
 
     def read_all(self) -> Iterator[torch.Tensor]:
         """Decode all pictures in order, a few at a time: RGB, uint8 (at most `_AT_ONCE`, H, W, 3)."""
@@ -65,7 +71,7 @@ class Video(ABC):
 
     @abstractmethod
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Decode the pictures `indices`, which `read` has checked to be in range."""
+        """Decode the pictures `indices`, which are in range and ascend without repeats."""
 
 
 class Window(Video):
