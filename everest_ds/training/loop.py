@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial_weights import outline
+from everest_ds.parallel.batch_exchange import announce_batches, receive_batch
 from everest_ds.parallel.checkpointing import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
@@ -190,7 +192,7 @@ class TrainingRun:
         for _ in range(self.plan.grad_accum_steps):
             # An error of one rank's loader is raised on all; otherwise the others would wait in a collective.
             ready = self.world.together(batches.take)
-            self.batch = ready.batch
+            self.batch = receive_batch(ready, self.mesh)
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), ready.items)
             # The next batch is fetched while a GPU computes the forward pass. After backward() may be too
@@ -365,6 +367,7 @@ class TrainingRun:
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,
             pack=self.pack,
+            turn=self.mesh.turn,
         )
         return Prefetcher(
             Waited(batches, self.timer),
@@ -373,6 +376,7 @@ class TrainingRun:
             self.broken.note,
             self.prepare,
             self.world.device,
+            partial(announce_batches, mesh=self.mesh, waiting=self.timer.waiting),
         )
 
 
