@@ -1,0 +1,82 @@
+"""Copies of a few videos in forms that decode faster, made to measure what the whole data set would gain.
+
+A new form of the data is one row of `FASTER_FORMS`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from everest_ds.config import Experiment
+from everest_ds.costs.bottleneck import LoadingCost
+from everest_ds.data.clips import Pack
+from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.frames import ClipFrames
+from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, write_verified
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import DataError
+from everest_ds.profiling.loading_stages import measure_stages
+
+_NUM_VIDEOS = 4
+_MOST_FRAMES = 300  # of each video: all of the ten seconds of a video of Kinetics
+_BUDGET_S = 3.0  # CPU time of reading the copies
+
+
+class FasterForm(NamedTuple):
+    """A form of the data that decodes faster.
+
+    Attributes:
+        copy: writes the samples in that form into an empty folder, and returns the new samples.
+        apply: the command that converts a data set, with `{data}` in place of its path.
+    """
+
+    copy: Callable[[Sequence[Sample], Path], list[Sample]]
+    apply: str
+
+
+def _reencode(samples: Sequence[Sample], folder: Path) -> list[Sample]:
+    made = []
+    for job in plan_jobs(samples, Path("/"), folder):
+        outcome = write_verified(job, Encoding())
+        if isinstance(outcome, str):
+            raise DataError(f"{job.sample.name}: cannot be re-encoded", given=outcome)
+        made.append(Sample(job.target, job.sample.label))
+    return made
+
+
+FASTER_FORMS: dict[str, FasterForm] = {
+    "reencode": FasterForm(_reencode, "everest-ds data reencode {data} --out FOLDER"),
+}
+
+
+def representatives(decode_ms: Mapping[Sample, float]) -> list[Sample]:
+    """Return a few samples whose decoding times are spread like those of all samples."""
+    ordered = sorted(decode_ms, key=lambda sample: (decode_ms[sample], sample.name))
+    count = min(_NUM_VIDEOS, len(ordered))
+    return [ordered[(2 * place + 1) * len(ordered) // (2 * count)] for place in range(count)]
+
+
+def measure_form(
+    form: FasterForm, samples: Sequence[Sample], config: Experiment, pack: Pack | None
+) -> LoadingCost:
+    """Convert a part of each sample in a temporary folder, and measure the work of loading its clips.
+
+    Raises:
+        DataError: if a sample cannot be read or converted.
+    """
+    with tempfile.TemporaryDirectory(prefix="everest-ds-") as folder:
+        made = form.copy([_part(sample, config) for sample in samples], Path(folder))
+        return measure_stages(made, config, pack, _BUDGET_S).cost
+
+
+def _part(sample: Sample, config: Experiment) -> Sample:
+    """Return the middle of a sample, long enough for several clips."""
+    with open_sample(sample, config.data) as video:
+        num_frames = video.num_frames
+    needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
+    length = min(num_frames, max(_MOST_FRAMES, 2 * needed))
+    start = (sample.span[0] if sample.span else 0) + (num_frames - length) // 2
+    return Sample(sample.path, sample.label, (start, start + length))
