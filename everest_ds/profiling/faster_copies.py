@@ -62,21 +62,16 @@ def representatives(decode_ms: Mapping[Sample, float]) -> list[Sample]:
 def measure_form(
     form: FasterForm, samples: Sequence[Sample], config: Experiment, pack: Pack | None
 ) -> LoadingCost:
-    """Convert a part of each sample in a temporary folder, and measure the work of loading its clips.
+    """Convert the middle of each sample in a temporary folder, and measure the work of loading its clips.
 
     Raises:
         DataError: if a sample cannot be read or converted.
     """
+    needed, parts = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed, []
+    for sample in samples:
+        with open_sample(sample, config.data) as video:
+            length = min(video.num_frames, max(_MOST_FRAMES, 2 * needed))
+            start = (sample.span[0] if sample.span else 0) + (video.num_frames - length) // 2
+        parts.append(Sample(sample.path, sample.label, (start, start + length)))
     with tempfile.TemporaryDirectory(prefix="everest-ds-") as folder:
-        made = form.copy([_part(sample, config) for sample in samples], Path(folder))
-        return measure_stages(made, config, pack, _BUDGET_S).cost
-
-
-def _part(sample: Sample, config: Experiment) -> Sample:
-    """Return the middle of a sample, long enough for several clips."""
-    with open_sample(sample, config.data) as video:
-        num_frames = video.num_frames
-    needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
-    length = min(num_frames, max(_MOST_FRAMES, 2 * needed))
-    start = (sample.span[0] if sample.span else 0) + (num_frames - length) // 2
-    return Sample(sample.path, sample.label, (start, start + length))
+        return measure_stages(form.copy(parts, Path(folder)), config, pack, _BUDGET_S).cost

@@ -67,7 +67,8 @@ def measure_stages(
     Raises:
         DataError: if no sample can be read, or all are too short.
     """
-    chosen = _selection(samples)
+    order = np.random.default_rng(0).permutation(len(samples))  # its first part is a fair selection, too
+    chosen = [samples[int(index)] for index in order[:_NUM_VIDEOS]]
     with _one_thread():
         stopwatch = _Stopwatch(chosen, config, pack)
         stopwatch.read(Visit(0, 0))  # imports the decoder
@@ -82,12 +83,6 @@ def measure_stages(
     if not readings:
         raise DataError("no clip can be cut from the videos", given=f"{len(chosen)} videos that were tried")
     return _summary(readings, config.data.repeats)
-
-
-def _selection(samples: Sequence[Sample]) -> list[Sample]:
-    """Return a random selection that is the same in every call, so that its first part is one, too."""
-    order = np.random.default_rng(0).permutation(len(samples))[:_NUM_VIDEOS]
-    return [samples[int(index)] for index in order]
 
 
 class _Stopwatch:

@@ -51,7 +51,10 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     calls, best = close_calls(shown, cluster), result.ranked[0]
     if calls:
         print(f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}")
-    print_text(_said_about_data(best, cluster))
+    waits_pct = 100 * best.step.split()["data"] / best.step.step_s
+    waits = f" waits for clips for {waits_pct:.0f} % of its step" if waits_pct > _WAITS_PCT else ""
+    supplied = describe_supply(best.step, best.config, cluster.num_ranks, cluster.machine)
+    print_text(f"candidate 1{waits}: {supplied}")
     if len(shown) > 1 and shown[1].step.step_s < best.step.step_s * EQUALLY_FAST:
         print_text("candidates that take equally long are ordered by their time without data wait")
     dropped = [*slower_families(result.ranked, top), *result.dropped]
@@ -100,11 +103,3 @@ def helpful_workers(best: Candidate, cluster: Cluster) -> int | None:
     cores = int(cluster.machine.spare_cores)
     waits = best.step.split()["data"] / best.step.step_s > _WAITS_PCT / 100
     return cores if waits and cores > best.config.data.num_workers else None
-
-
-def _said_about_data(best: Candidate, cluster: Cluster) -> str:
-    """Name the resource that limits the best candidate, its wait for clips, and the remedies."""
-    waits_pct = 100 * best.step.split()["data"] / best.step.step_s
-    waits = f" waits for clips for {waits_pct:.0f} % of its step" if waits_pct > _WAITS_PCT else ""
-    supplied = describe_supply(best.step, best.config, cluster.num_ranks, cluster.machine)
-    return f"candidate 1{waits}: {supplied}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -29,7 +29,7 @@ from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.step_time import predict_step, supply_of_step
 from everest_ds.data.clips import Pack
-from everest_ds.data.video_list import Sample, list_samples, read_manifest
+from everest_ds.data.video_list import list_samples, read_manifest
 from everest_ds.errors import DataError, UsageError
 from everest_ds.launch.local import available_cores
 from everest_ds.profiling.device import num_gpus, this_device
@@ -44,8 +44,6 @@ from everest_ds.tuning.calibration.local_machine import machine_here
 from everest_ds.units import format_bytes
 
 _BUDGET_S = 8.0  # CPU time of reading the videos as they are
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was measured of a data set, and what follows for a run.
+    """The measurement of a data set, and its consequences for a run.
 
     Attributes:
         ranks: the ranks that are supplied.
@@ -94,7 +92,7 @@ class Diagnosis:
 
 
 def diagnose(
-    data: Path, config: Experiment, gpus: Gpus | None, cores: int | None, on_progress: Progress
+    data: Path, config: Experiment, gpus: Gpus | None, cores: int | None, on_progress: Callable[[str], None]
 ) -> Diagnosis:
     """Measure how fast the clips of a data set are loaded here, and predict what a run waits for.
 
@@ -112,13 +110,15 @@ def diagnose(
     config = config.model_copy(update={"data": config.data.model_copy(update={"train": data})})
     ranks = ranks_here() if gpus is None else _ranks_of(gpus)
     pack = Packer(config) if can_pack_tokens(config) else None
-    samples = _samples(data, config)
+    root = config.data.root
+    samples = read_manifest(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")
     stages = measure_stages(samples, config, pack, _BUDGET_S)
     on_progress("reading the disk")
     disk = disk_rate(sample.path for sample in stages.decode_ms)
+    place = f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
     loading = MeasuredLoading(
-        stages.cost, disk.bytes_per_s if disk and disk.cold else None, copy_rate(), _place()
+        stages.cost, disk.bytes_per_s if disk and disk.cold else None, copy_rate(), place
     )
     supply = _supply(config, ranks, loading, (cores or available_cores()) / ranks.per_node)
     changes = [
@@ -149,16 +149,6 @@ def _ranks_of(gpus: Gpus) -> Ranks:
     return Ranks(gpus.count, per_node, machine, str(gpus))
 
 
-def _samples(data: Path, config: Experiment) -> Sequence[Sample]:
-    if config.data.root is None:
-        return list_samples(data)
-    return read_manifest(data, root=config.data.root, num_classes=None, labelled=False)
-
-
-def _place() -> str:
-    return f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
-
-
 def _supply(config: Experiment, ranks: Ranks, loading: MeasuredLoading, cores: float) -> Supply:
     """Return the supply of a rank that has `cores` CPU cores, or those of its calibration on a CPU."""
     if ranks.machine is None:
@@ -172,12 +162,17 @@ def _supply(config: Experiment, ranks: Ranks, loading: MeasuredLoading, cores: f
 
 
 def _other_forms(
-    data: Path, stages: StageTimes, supply: Supply, config: Experiment, pack: Pack | None, report: Progress
+    data: Path,
+    stages: StageTimes,
+    supply: Supply,
+    config: Experiment,
+    pack: Pack | None,
+    on_progress: Callable[[str], None],
 ) -> Iterator[Change]:
     """Yield the change to each form of the data that decodes faster, measured on a few of the videos."""
     few = representatives(stages.decode_ms)
     for name, form in FASTER_FORMS.items():
-        report(f"trying `{name}` on {len(few)} videos")
+        on_progress(f"trying `{name}` on {len(few)} videos")
         try:
             cost = measure_form(form, few, config, pack)
             note = f"measured on copies of {len(few)} videos"
