@@ -52,7 +52,12 @@ def test_a_packed_clip_has_the_bytes_of_its_kept_tubelets() -> None:
 
 @pytest.mark.parametrize(
     "machine",
-    [SHEET, HERE, replace(HERE, loading=replace(MEASURED, disk_bytes_per_s=1e6)), replace(HERE, spare_cores=0.0)],
+    [
+        SHEET,
+        HERE,
+        replace(HERE, loading=replace(MEASURED, disk_bytes_per_s=1e6)),
+        replace(HERE, spare_cores=0.0),
+    ],
     ids=["assumed", "measured", "slow disk", "no spare cores"],
 )
 def test_a_predicted_step_delivers_the_clips_of_its_bottleneck(machine: Machine) -> None:
@@ -62,4 +67,6 @@ def test_a_predicted_step_delivers_the_clips_of_its_bottleneck(machine: Machine)
     found = find_bottleneck(loading_cost(config, machine), supply)
     assert step.clips_per_s / 8 == pytest.approx(found.clips_per_s)
     assert supply.model_clips_per_s == pytest.approx(32 / (step.step_s - step.split()["data"]))
-    assert (found.binding == "disk") == (machine.loading is not None and machine.loading.disk_bytes_per_s == 1e6)
+    assert (found.binding == "disk") == (
+        machine.loading is not None and machine.loading.disk_bytes_per_s == 1e6
+    )
