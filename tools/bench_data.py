@@ -6,7 +6,8 @@ Example:
 
 Every cell of the table is measured once per round, one cell after the other, so that other load on the
 machine affects all cells equally. Medians are over rounds; ratios to the peer are taken within a round.
-CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine.
+CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine; the
+gains of remedies leave out the time in which workers waited for a core (Linux only).
 
 With `--workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8`, the gains of these remedies that
 `everest-ds doctor --data` predicts stand beside the measured ones.
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -235,7 +237,8 @@ class Measurement:
     Attributes:
         clips: clips of all batches.
         seconds, cpu_seconds: time of the pass.
-        steady_clips_per_s: clips per second after each worker has delivered its first batch.
+        steady_clips_per_s: clips per second after each worker has delivered its first batch, without the time
+            in which the workers waited for a core that another program used.
     """
 
     clips: int
@@ -268,15 +271,24 @@ def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list
 def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
     start, cpu = time.perf_counter(), _cpu_seconds()
     batches = _peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number)
-    arrivals = [(clips, time.perf_counter() - start) for clips in batches]
+    arrivals = [(clips, time.perf_counter() - start - _seconds_without_core()) for clips in batches]
     seconds, first = time.perf_counter() - start, min(max(cell.workers, 1), len(arrivals) - 1)
-    steady_s = arrivals[-1][1] - arrivals[first - 1][1]
     return Measurement(
         sum(clips for clips, _ in arrivals),
         seconds,
         _cpu_seconds() - cpu,
-        sum(clips for clips, _ in arrivals[first:]) / steady_s,
+        sum(clips for clips, _ in arrivals[first:]) / (arrivals[-1][1] - arrivals[first - 1][1]),
     )
+
+
+def _seconds_without_core() -> float:
+    """Return how long the workers were ready to run but had no core so far, on average; 0 if not on Linux."""
+    if not Path("/proc/self/schedstat").exists():
+        return 0.0
+    waits = [
+        int(Path(f"/proc/{worker.pid}/schedstat").read_text().split()[1]) for worker in active_children()
+    ]
+    return 1e-9 * statistics.fmean(waits) if waits else 0.0
 
 
 def _cpu_seconds() -> float:

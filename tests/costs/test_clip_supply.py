@@ -61,7 +61,7 @@ def test_a_packed_clip_has_the_bytes_of_its_kept_tubelets() -> None:
     ids=["assumed", "measured", "slow disk", "no spare cores"],
 )
 def test_a_predicted_step_delivers_the_clips_of_its_bottleneck(machine: Machine) -> None:
-    config = experiment(precision="bf16", batch={"micro_batch_size": 32})
+    config = experiment(batch={"micro_batch_size": 32})
     step = predict_step(config, 8, machine)
     supply = supply_of_step(step, config, 8, machine)
     found = find_bottleneck(loading_cost(config, machine), supply)
