@@ -32,7 +32,7 @@ class StageTimes(NamedTuple):
     Attributes:
         cost: mean work per clip.
         decode_ms: decoding time by sample.
-        num_clips: number of samples that were read; a sample may be read several times.
+        num_clips: number of readings; a sample may be read several times.
     """
 
     cost: LoadingCost
@@ -51,10 +51,7 @@ class _Reading(NamedTuple):
 
 
 def measure_stages(
-    samples: Sequence[Sample],
-    config: Experiment,
-    pack: Pack | None,
-    budget_s: float,
+    samples: Sequence[Sample], config: Experiment, pack: Pack | None, budget_s: float
 ) -> StageTimes:
     """Measure the work of loading clips of `samples`, read as in training.
 

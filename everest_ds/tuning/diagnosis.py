@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import shlex
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -115,7 +116,7 @@ def diagnose(
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")
     stages = measure_stages(samples, config, pack, _BUDGET_S)
     on_progress("reading the disk")
-    disk = disk_rate(sample.path for sample in stages.decode_ms)
+    disk = disk_rate(dict.fromkeys(sample.path for sample in stages.decode_ms))
     place = f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
     loading = MeasuredLoading(
         stages.cost, disk.bytes_per_s if disk and disk.cold else None, copy_rate(), place
@@ -132,15 +133,12 @@ def diagnose(
 def ranks_here() -> Ranks:
     """Return one rank per GPU of this machine, or one on its CPU, with the best known rates."""
     count, name = num_gpus(), device_name(this_device())
-    if count:
-        try:
-            return _ranks_of(Gpus(count, find_product(name)))
-        except UsageError:
-            return Ranks(count, count, None, f"{count} x {name}")
-    try:
-        return Ranks(1, 1, machine_here(1), name)
-    except UsageError:
-        return Ranks(1, 1, None, name)
+    number = max(1, count)
+    with suppress(UsageError):  # without a calibration, a GPU has a data sheet
+        return Ranks(number, number, machine_here(number), f"{number} x {name}")
+    with suppress(UsageError):
+        return _ranks_of(Gpus(count, find_product(name))) if count else Ranks(1, 1, None, name)
+    return Ranks(number, number, None, f"{number} x {name}")
 
 
 def _ranks_of(gpus: Gpus) -> Ranks:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from everest_ds.profiling import storage_rates
+from everest_ds.tuning import diagnosis
 from tests.cli.test_cli import run_main
 
 
@@ -67,3 +68,18 @@ def test_a_mistake_is_named(
 ) -> None:
     assert run_main(monkeypatch, "doctor", *words) != 0
     assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "reported, name, known",
+    [("NVIDIA H100 80GB HBM3", "4 x H100", True), ("NVIDIA Voodoo2", "4 x NVIDIA Voodoo2", False)],
+)
+def test_the_gpus_of_this_machine_are_those_to_be_supplied(
+    reported: str, name: str, known: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # has no calibration
+    monkeypatch.setattr(diagnosis, "num_gpus", lambda: 4)
+    monkeypatch.setattr(diagnosis, "device_name", lambda device: reported)
+    found = diagnosis.ranks_here()
+    assert found.count == found.per_node == 4 and found.name.startswith(name)
+    assert (found.machine is not None) == known
