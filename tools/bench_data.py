@@ -282,13 +282,16 @@ def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
 
 
 def _seconds_without_core() -> float:
-    """Return how long the workers were ready to run but had no core so far, on average; 0 if not on Linux."""
+    """Return the longest time that a worker has waited for a core: batches in order wait for the slowest.
+
+    The time is 0 on other systems than Linux, which do not count it.
+    """
     if not Path("/proc/self/schedstat").exists():
         return 0.0
     waits = [
         int(Path(f"/proc/{worker.pid}/schedstat").read_text().split()[1]) for worker in active_children()
     ]
-    return 1e-9 * statistics.fmean(waits) if waits else 0.0
+    return 1e-9 * max(waits, default=0)
 
 
 def _cpu_seconds() -> float:
@@ -352,7 +355,7 @@ def remedy_rows(
     config = experiment(base, bench.batch_size, bench.size)
     supply = run_supply(config, available_cores(), 1, None)
     changes = {
-        cell: Change(f"{cell.source}, {cell.workers} workers, R = {cell.repeats}", "", stages.cost, changed)
+        cell: Change(_difference(base, cell), "", stages.cost, changed)
         for cell in found
         if cell.decoder == decoder and cell.source == _GIVEN and cell != base
         if base in (replace(cell, workers=workers), replace(cell, repeats=1))
@@ -362,11 +365,17 @@ def remedy_rows(
     if reencoded_cell in found:
         few = representatives(stages.decode_ms)
         cost = measure_form(FASTER_FORMS["reencode"], few, config, None)
-        changes[reencoded_cell] = Change(reencoded_cell.source, "", cost, supply)
+        changes[reencoded_cell] = Change(_difference(base, reencoded_cell), "", cost, supply)
     return [
         {"decoder": decoder, **_compare(found[base], found[cell], stages.cost, supply, change)}
         for cell, change in changes.items()
     ]
+
+
+def _difference(before: Cell, after: Cell) -> str:
+    """Name the setting that differs between two cells, such as `workers 1 -> 2`."""
+    old, new = asdict(before), asdict(after)
+    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in old if old[name] != new[name])
 
 
 def _compare(
