@@ -26,6 +26,7 @@ REQUIRES = [
     "jinja2>=3.1",
     "matplotlib>=3.8",
     "safetensors>=0.4.5",
+    "simplejpeg>=1.8",
     "av>=12,<19",  # version 19 changes the arguments for opening files
 ]
 EXTRAS = {

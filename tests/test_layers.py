@@ -69,6 +69,7 @@ OWNERS: dict[str, set[str]] = {
     "decord": {"data/decoding"},
     "torchcodec": {"data/decoding"},
     "av": {"data"},
+    "simplejpeg": {"data/store"},
     "mpi4py": {"launch"},
     "typer": {"cli"},
     "jinja2": {"reports"},

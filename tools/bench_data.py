@@ -48,6 +48,9 @@ from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
+from everest_ds.data.store.index import open_store
+from everest_ds.data.store.layout import Packing
+from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.video_files import VIDEO_SUFFIXES
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
@@ -58,6 +61,7 @@ from everest_ds.training.run_folder import describe_environment
 
 _GIVEN = "as given"
 _STAGES_S = 10.0  # CPU time of measuring the stages of one source, decoder and R
+STORE, JPEG = "store", "jpeg"  # name of the source, and of what decodes it, in the tables
 _HEADROOM = 1.25  # loader rate over model rate; with less, slow clips make the model wait
 
 
@@ -66,7 +70,7 @@ class Cell:
     """One loader configuration, which is one row of the table.
 
     Attributes:
-        source: the files that are read: `as given` or `gop N`.
+        source: the files that are read: `as given`, `gop N` or `store`.
         decoder: `data.decoder`, or the peer's name.
         workers: number of worker processes.
         repeats: clips cut from each decoded sample; 0 for a peer.
@@ -105,7 +109,8 @@ def main(
     workers: Annotated[list[int], typer.Option(help="data.num_workers; repeatable.")] = [1],  # noqa: B006
     repeats: Annotated[list[int], typer.Option(help="data.repeats; repeatable.")] = [1, 4],  # noqa: B006
     gop: Annotated[list[int], typer.Option(help="Add copies with this GOP length.")] = [],  # noqa: B006
-    short_side: Annotated[int, typer.Option(help="Short side of those copies, in pixels.")] = 256,
+    store: Annotated[bool, typer.Option("--store", help="Add a frame store of the videos.")] = False,
+    short_side: Annotated[int, typer.Option(help="Short side of copies and store, in pixels.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of the clips, in pixels.")] = 224,
     batch: Annotated[int, typer.Option(help="Clips per micro-batch.")] = 8,
     batches: Annotated[int, typer.Option(help="Micro-batches per measurement.")] = 4,
@@ -122,15 +127,19 @@ def main(
         sources = {_GIVEN: given} | {
             f"gop {n}": reencoded(given, Path(folder) / f"gop{n}", Encoding(short_side, n)) for n in gop
         }
+        if store:
+            sources[STORE] = packed(given, Path(folder) / "store", Packing(short_side))
         bench = Bench(sources, batch, batches, size, parse_peer(peer), Path(folder))
-        cells = [Cell(s, d, w, r) for s in sources for w in workers for d in decoder for r in repeats]
+        readers = [(s, d) for s in sources for d in (decoder if s != STORE else [JPEG])]
+        cells = [Cell(s, d, w, r) for s, d in readers for w in workers for r in repeats]
         if bench.peer:
-            cells += [Cell(source, "videomae", w, 0) for source in sources for w in workers]
+            cells += [
+                Cell(source, "videomae", w, 0) for source in sources if source != STORE for w in workers
+            ]
         found = measure(bench, cells, rounds)
         timed = {
             (s, d, r): measure_stages(sources[s], experiment(Cell(s, d, 0, r), batch, size), None, _STAGES_S)
-            for s in sources
-            for d in decoder
+            for s, d in readers
             for r in repeats
         }
         stages = [stage_row(*key, times.cost) for key, times in timed.items()]
@@ -202,6 +211,16 @@ def reencoded(samples: Sequence[Sample], out: Path, encoding: Encoding) -> list[
     return made.samples
 
 
+def packed(samples: Sequence[Sample], out: Path, packing: Packing) -> list[Sample]:
+    """Pack the samples, as `everest-ds data pack` does, and return those of the store."""
+    out.mkdir()
+    packer = StorePacker(samples, Path("/"), out, packing, os.cpu_count() or 1)
+    with progress_of("packing", len(samples)) as on_progress:
+        packer.pack_all(on_progress)
+    packer.finish()
+    return list(open_store(out))
+
+
 def parse_peer(text: str | None) -> Path | None:
     """Return the folder in `videomae=FOLDER`, or None if `text` is None."""
     if text is None:
@@ -219,7 +238,7 @@ def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
             "task": "pretrain",
             "model": {"image_size": size},
             "data": {
-                "decoder": cell.decoder,
+                "decoder": "pyav" if cell.decoder == JPEG else cell.decoder,
                 "num_workers": cell.workers,
                 "repeats": cell.repeats,
                 "frame_stride": 4,
@@ -346,7 +365,7 @@ def remedy_rows(
     """Compare the predicted gain of each remedy with the gain between two measured cells.
 
     The predictions are those of `everest-ds doctor --data`: from the files as given without repeats, and for
-    re-encoding from copies of a few of the videos.
+    other forms of the data from copies of a few of the videos.
     """
     base = Cell(_GIVEN, decoder, workers, 1)
     if base not in found:
@@ -361,11 +380,15 @@ def remedy_rows(
         if base in (replace(cell, workers=workers), replace(cell, repeats=1))
         for changed in [replace(supply, workers=cell.workers, repeats=cell.repeats)]
     }
-    reencoded_cell = replace(base, source=f"gop {Encoding().gop}")
-    if reencoded_cell in found:
-        few = representatives(stages.decode_ms)
-        cost = measure_form(FASTER_FORMS["reencode"], few, config, None)
-        changes[reencoded_cell] = Change(_difference(base, reencoded_cell), "", cost, supply)
+    forms = {
+        "reencode": replace(base, source=f"gop {Encoding().gop}"),
+        "pack": replace(base, source=STORE, decoder=JPEG),
+    }
+    for name, cell in forms.items():
+        if cell in found:
+            few = representatives(stages.decode_ms)
+            cost = measure_form(FASTER_FORMS[name], few, config, None)
+            changes[cell] = Change(name, "", cost, supply)
     return [
         {"decoder": decoder, **_compare(found[base], found[cell], stages.cost, supply, change)}
         for cell, change in changes.items()
@@ -406,7 +429,8 @@ def _compare(
 def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Build the row of the table for one cell."""
     own = found[cell]
-    peer = found.get(Cell(cell.source, "videomae", cell.workers, 0))
+    their_source = "as given" if cell.source == STORE else cell.source
+    peer = found.get(Cell(their_source, "videomae", cell.workers, 0))
     pairs = list(zip(own, peer, strict=True)) if peer else []
     rates = [each.clips_per_s for each in own]
     return {

@@ -49,11 +49,12 @@ COMMANDS: dict[str, Row] = {
     "doctor": "preflight:doctor",
     "preflight": "preflight:preflight",
     "data": CommandGroup(
-        "Create, index, check and re-encode data sets of videos.",
+        "Create, index, check, re-encode and pack data sets of videos.",
         {
             "synth": "data:synth",
             "index": "data:index",
             "reencode": "data:reencode",
+            "pack": "pack:pack",
             "check": "data:check",
         },
     ),

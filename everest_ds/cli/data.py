@@ -17,13 +17,14 @@ from everest_ds.config import DataConfig, load_experiment
 from everest_ds.config.schema import DECODERS
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_json
 from everest_ds.data.class_folders import index_folder, split_samples
+from everest_ds.data.data_set import read_data_set
 from everest_ds.data.folder_index import write_folder_index
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.official import DATASETS, find_dataset, index_dataset
 from everest_ds.data.official.write import MISSING_FILE, write_index
 from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, synthesize
 from everest_ds.data.video_files import describe_skipped
-from everest_ds.data.video_list import read_manifest, write_manifest
+from everest_ds.data.video_list import write_manifest
 from everest_ds.errors import ExitCode, UsageError
 from everest_ds.output_paths import output_below
 
@@ -222,8 +223,9 @@ def reencode(
     Example: everest-ds data reencode k400/train.txt --out k400_256
     """
     from everest_ds.data.maintenance import reencode as work
+    from everest_ds.data.maintenance.gain import measure_gain
 
-    samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
+    samples = read_data_set(manifest, root=root, num_classes=None, labelled=False)
     jobs = work.plan_jobs(samples, root or manifest.parent, out)
     target = output_below(out, Path(manifest.name), {manifest.resolve()})
     encoding = work.Encoding(short_side, gop, crf, preset)
@@ -232,21 +234,19 @@ def reencode(
         ledger = Ledger.of_manifest(target)
         result = work.reencode_videos(jobs, ledger, encoding, workers=workers, on_progress=on_progress)
     write_manifest(target, result.samples, out)
-    if result.failed:
-        failed, base = [(sample.name, reason) for sample, reason in result.failed], root or manifest.parent
-        print_problems(f"{len(failed)} of {len(jobs)} videos were not written", failed, base)
-    facts: dict[str, Any] = {
-        "manifest": str(target),
-        "videos": len(result.samples),
-        "there_already": result.num_known,
-        "failed": len(result.failed),
-    }
+    failed = [(sample.name, reason) for sample, reason in result.failed]
+    if failed:
+        print_problems(
+            f"{len(failed)} of {len(jobs)} videos were not written", failed, root or manifest.parent
+        )
+    facts: dict[str, Any] = {"manifest": str(target), "videos": len(result.samples)}
+    facts |= {"there_already": result.num_known, "failed": len(failed)}
     pairs = work.pairs_to_time(jobs, result.samples)
-    gain = work.measure_gain(pairs, DataConfig(frame_stride=stride), frames)
+    gain = measure_gain(pairs, DataConfig(frame_stride=stride), frames)
     facts |= {} if gain is None else gain.facts(f"{frames} frames at stride {stride}")
     print_facts("Re-encoded videos", facts)
-    write_json(json_file, {**facts, "problems": [[s.name, reason] for s, reason in result.failed]})
-    if result.failed:
+    write_json(json_file, {**facts, "problems": failed})
+    if failed:
         raise typer.Exit(ExitCode.DATA)
 
 
@@ -276,7 +276,7 @@ def check(
     """
     from everest_ds.data.maintenance.check import check_manifest
 
-    samples = read_manifest(manifest, root=root, num_classes=None, labelled=False)
+    samples = read_data_set(manifest, root=root, num_classes=None, labelled=False)
     ledger = Ledger.of_manifest(manifest)
     with progress_of("checking videos", len(samples)) as on_progress:
         checked = check_manifest(

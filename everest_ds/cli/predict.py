@@ -14,8 +14,8 @@ import typer
 from everest_ds.cli.options import NUM_CORES, CsvFile, JsonFile
 from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_csv, write_json
+from everest_ds.data.data_set import list_samples
 from everest_ds.data.ledger import Problem
-from everest_ds.data.video_list import list_samples
 from everest_ds.errors import ExitCode, UsageError
 from everest_ds.output_paths import refuse_input
 
@@ -124,7 +124,7 @@ def predict(
     if picture is not None:
         if not single:
             raise UsageError(f"--picture was given for {len(samples)} videos", fix="name a single video")
-        refuse_input(picture, {samples[0].path.resolve()})
+        refuse_input(picture, {samples[0].file.resolve()})
     network = work.open_trained(model, [f"data.num_workers={0 if single else workers}", *(overrides or [])])
     names = work.class_names_of(network, classes)
     with progress_of("predicting", len(samples) * views.num_views) as on_progress:
@@ -139,7 +139,7 @@ def predict(
     if picture is not None and ranked:
         from everest_ds.inference.pictures import draw_kept_tokens  # imports matplotlib
 
-        share = draw_kept_tokens(network, samples[0].path, picture)
+        share = draw_kept_tokens(network, samples[0], picture)
         typer.echo(f"{picture}: {share:.0%} of the tokens are kept ({_tokens(network.config)})")
     write_csv(csv_file, rows)
     _end_with(done.problems, len(samples), base, {"videos": dict(ranked)}, json_file)

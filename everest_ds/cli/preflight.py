@@ -28,7 +28,11 @@ RunWords = Annotated[
 ]
 DataSet = Annotated[
     Path | None,
-    typer.Option("--data", metavar="MANIFEST", help="Data set to measure; a folder of videos is enough."),
+    typer.Option(
+        "--data",
+        metavar="MANIFEST",
+        help="Data set to measure: a manifest, a frame store, or a folder of videos.",
+    ),
 ]
 SuppliedGpus = Annotated[
     str | None,

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
+from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import Failure, SampleReader
-from everest_ds.data.transforms import crop_resize, train_box, view_box
+from everest_ds.data.transforms import Box, crop_pictures, needed_by, train_box, view_box
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
@@ -102,6 +103,14 @@ class View(NamedTuple):
     crop: int
 
 
+class _Crop(NamedTuple):
+    """The random crop of one clip: the clip's key, the place of the crop, and whether it is mirrored."""
+
+    key: int
+    box: Box
+    flip: bool
+
+
 class TrainingClips:
     """A data set of random clips, `data.repeats` per sample, determined by (seed, epoch, sample)."""
 
@@ -124,11 +133,11 @@ class TrainingClips:
         others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
         for candidate in chain([visit.sample], others):
             try:
-                frames = self.reader.read(candidate, partial(self.choose, visit))
+                pictures = self.reader.read(candidate, partial(self.choose, visit), partial(self.need, visit))
             except DataError as error:
                 failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
-                return LoadedItem(self.crops(frames, visit, candidate), failures)
+                return LoadedItem(self.crops(pictures, visit, candidate), failures)
         raise DataError(
             f"{self.samples[visit.sample].name}: cannot be read, nor can {len(failures) - 1} replacements",
             given=failures[0].reason,
@@ -144,16 +153,24 @@ class TrainingClips:
         rng = np.random.default_rng(sample_key(self.seed, *visit))
         return self.frames.for_training(video_frames, rng)
 
-    def crops(self, frames: Tensor, visit: Visit, sample: int) -> list[Batch]:
-        """Crop the visit's clips from the decoded frames (F, H, W, 3) of `sample`."""
-        return [self._clip(frames, visit, sample, repeat) for repeat in range(self.data.repeats)]
+    def need(self, visit: Visit, size: Size) -> Need:
+        """Return the part of the pictures that this visit needs from a video of this size."""
+        crops = [self._crop(size, visit, repeat) for repeat in range(self.data.repeats)]
+        return needed_by([crop.box for crop in crops], self.geometry.image_size)
 
-    def _clip(self, frames: Tensor, visit: Visit, sample: int, repeat: int) -> Batch:
+    def crops(self, pictures: Pictures, visit: Visit, sample: int) -> list[Batch]:
+        """Crop the visit's clips from the decoded pictures of `sample`."""
+        return [self._clip(pictures, visit, sample, repeat) for repeat in range(self.data.repeats)]
+
+    def _crop(self, size: Size, visit: Visit, repeat: int) -> _Crop:
         key = sample_key(self.seed, *visit, repeat)
         rng = np.random.default_rng((key, _SPACE))
-        box = train_box(frames.shape[1], frames.shape[2], self.data.train_crop, rng)
-        flip = self.data.horizontal_flip and rng.random() < 0.5
-        clip = crop_resize(frames, box, self.geometry.image_size, flip)
+        box = train_box(size.height, size.width, self.data.train_crop, rng)
+        return _Crop(key, box, self.data.horizontal_flip and rng.random() < 0.5)
+
+    def _clip(self, pictures: Pictures, visit: Visit, sample: int, repeat: int) -> Batch:
+        key, box, flip = self._crop(pictures.size, visit, repeat)
+        clip = crop_pictures(pictures, box, self.geometry.image_size, flip)
         single = _single(clip, self.samples[sample].label, key, sample)
         if self.pack is None:
             return single
@@ -202,14 +219,18 @@ class EvaluationClips:
             of_segments = (self.frames.for_view(video_frames, each, self.segments) for each in segments)
             return list(chain.from_iterable(of_segments))
 
+        def need(size: Size) -> Need:
+            return needed_by([self._box(size, item) for item in items], self.geometry.image_size)
+
         try:
-            frames = self.reader.read(sample, choose)
+            pictures = self.reader.read(sample, choose, need)
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
             side = self.geometry.image_size
             black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
             return LoadedItem([self._single(black, item, MISSING) for item in items], [failure])
-        by_segment = dict(zip(segments, frames.split(self.geometry.num_frames), strict=True))
+        parts = (pictures._replace(pixels=part) for part in pictures.pixels.split(self.geometry.num_frames))
+        by_segment = dict(zip(segments, parts, strict=True))
         return LoadedItem([self._clip(by_segment[self.view(i).segment], i) for i in items], [])
 
     def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
@@ -231,9 +252,12 @@ class EvaluationClips:
                 fix="run the same command again; if the error recurs, report it with the logs",
             )
 
-    def _clip(self, frames: Tensor, item: int) -> ClipBatch:
-        box = view_box(frames.shape[1], frames.shape[2], self.view(item).crop, self.crops)
-        return self._single(crop_resize(frames, box, self.geometry.image_size), item, item)
+    def _box(self, size: Size, item: int) -> Box:
+        return view_box(size.height, size.width, self.view(item).crop, self.crops)
+
+    def _clip(self, pictures: Pictures, item: int) -> ClipBatch:
+        box = self._box(pictures.size, item)
+        return self._single(crop_pictures(pictures, box, self.geometry.image_size), item, item)
 
     def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
         label = self.samples[self.sample_of(view)].label

@@ -136,7 +136,7 @@ class Ledger:
     def known(self, sample: Sample) -> LedgerEntry | None:
         """Return the entry about the sample's file in its present state, or None if there is none."""
         entry = self._entries.get(sample.name)
-        return entry if entry is not None and entry.stamp == stamp(sample.path) else None
+        return entry if entry is not None and entry.stamp == stamp(sample.file) else None
 
     def broken(self, sample: Sample, min_frames: int = 1) -> str | None:
         """Return why this sample cannot be used, or None if no fault is known."""
@@ -144,7 +144,7 @@ class Ledger:
         fault = entry and entry.fault(min_frames)
         if entry is None or not fault:  # returns early, so that the common case needs no file system access
             return None
-        return fault if entry.stamp == stamp(sample.path) else None
+        return fault if entry.stamp == stamp(sample.file) else None
 
     def record(
         self,
@@ -164,7 +164,7 @@ class Ledger:
         Raises:
             DataError: if the file cannot be written.
         """
-        size, changed = stamp(sample.path)
+        size, changed = stamp(sample.file)
         entry = LedgerEntry(sample.name, reason, num_frames, size, changed, source)
         try:
             append_row(self.path, asdict(entry))

@@ -9,10 +9,9 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import TooShortError
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
@@ -60,12 +59,13 @@ class SampleReader:
         self.given_up: dict[int, str] = {}
         self.watch: Callable[[int | None], None] = lambda index: None
 
-    def read(self, index: int, choose: Callable[[int], list[int]]) -> Tensor:
-        """Read the frames of sample `index` that `choose` selects: uint8 (len(choose(...)), H, W, 3).
+    def read(self, index: int, choose: Callable[[int], list[int]], need: Callable[[Size], Need]) -> Pictures:
+        """Read the frames of sample `index` that `choose` selects.
 
         Args:
             index: index of the sample in the manifest.
             choose: maps the video's number of frames to the wanted indices; called once per attempt.
+            need: maps the size of the video's pictures to the part of them that is needed.
 
         Raises:
             DataError: if the sample cannot be read or is too short; the message does not name the file.
@@ -79,7 +79,7 @@ class SampleReader:
             self.watch(index)
             try:
                 with open_sample(self.samples[index], self.data) as video:
-                    return video.read(choose(video.num_frames))
+                    return video.read_needed(choose(video.num_frames), need)
             except TooShortError:
                 raise
             except (DataError, OSError) as error:

@@ -7,11 +7,14 @@ same for all frames of a clip.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
+
+from everest_ds.data.decoding.video import REDUCTIONS, Need, Pictures
 
 # VideoMAE's multi-scale crop: sides as fractions of the short side, height and width at most one scale apart.
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -27,6 +30,19 @@ class Box(NamedTuple):
     left: int
     height: int
     width: int
+
+    def reduced(self, reduction: int) -> Box:
+        """Return the box in pictures that were reduced by this factor, at least one pixel high and wide."""
+        top, bottom = round(self.top / reduction), round((self.top + self.height) / reduction)
+        left, right = round(self.left / reduction), round((self.left + self.width) / reduction)
+        return Box(top, left, max(bottom - top, 1), max(right - left, 1))
+
+
+def needed_by(boxes: Sequence[Box], size: int) -> Need:
+    """Return the part of a picture that is needed to cut `boxes` out of it and resize them to `size`."""
+    smallest = min(min(box.height, box.width) for box in boxes)
+    reduction = next(factor for factor in REDUCTIONS if smallest >= factor * size or factor == 1)
+    return Need(max(box.top + box.height for box in boxes), reduction)
 
 
 def train_box(height: int, width: int, crop: str, rng: np.random.Generator) -> Box:
@@ -55,6 +71,11 @@ def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor
     frames = cut.permute(0, 3, 1, 2)  # stays channels-last in memory, the fastest layout for uint8
     resized = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
     return resized.permute(0, 2, 3, 1).contiguous()
+
+
+def crop_pictures(pictures: Pictures, box: Box, size: int, flip: bool = False) -> Tensor:
+    """Cut `box`, counted in the whole pictures, out of decoded pictures, as `crop_resize` does."""
+    return crop_resize(pictures.pixels, box.reduced(pictures.reduction), size, flip)
 
 
 def _placed(height: int, width: int, box_height: int, box_width: int, rng: np.random.Generator) -> Box:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -33,9 +34,8 @@ from everest_ds.data.manifest_lines import (
     parse_line,
     parse_manifest,
 )
-from everest_ds.data.video_files import VIDEO_SUFFIXES, describe_skipped, find_videos
+from everest_ds.data.store.layout import StoredFrames
 from everest_ds.errors import DataError
-from everest_ds.log import logger
 
 _FORM = "`path label` with a whole number from 0 as label, separated by a space, tab, comma or semicolon"
 _NOT_IN_A_LINE = re.compile(r"[\n\r\0\ud800-\udfff]")  # line ends, and names that are not UTF-8
@@ -50,11 +50,19 @@ class Sample:
         path: the file.
         label: index of its class, from 0; None if the manifest has none.
         span: the sample's frames, from span[0] up to but excluding span[1]; None for the whole video.
+        stored: the place of the frames, if they lie in a frame store. `path` is then the sample's name in
+            the folder of the store, and no file.
     """
 
     path: Path
     label: int | None
     span: tuple[int, int] | None = None
+    stored: StoredFrames | None = None
+
+    @property
+    def file(self) -> Path:
+        """The file that holds the frames."""
+        return self.path if self.stored is None else self.stored.shard
 
     @property
     def name(self) -> str:
@@ -68,6 +76,9 @@ class SampleTable(Sequence[Sample]):
     A table of a million samples takes about 70 MB and has no Python object per sample, so processes that are
     forked from this one share it, and other ranks receive it as it is.
 
+    Attributes:
+        columns: the samples.
+
     Args:
         folder: folder that the samples' paths are relative to.
         columns: the samples.
@@ -75,10 +86,10 @@ class SampleTable(Sequence[Sample]):
 
     def __init__(self, folder: Path, columns: SampleColumns) -> None:
         self._folder = folder
-        self._columns = columns
+        self.columns = columns
 
     def __len__(self) -> int:
-        return len(self._columns.starts)
+        return len(self.columns.starts)
 
     @overload
     def __getitem__(self, index: int) -> Sample: ...
@@ -89,12 +100,19 @@ class SampleTable(Sequence[Sample]):
     def __getitem__(self, index: int | slice) -> Sample | list[Sample]:
         if isinstance(index, slice):
             return [self[i] for i in range(len(self))[index]]
-        names, starts, stops, labels, spans, *_ = self._columns
+        names, starts, stops, labels, spans, *_ = self.columns
         path = names[starts[index] : stops[index]].tobytes().decode()
         label, span = int(labels[index]), tuple(spans[index].tolist()) if len(spans) else NO_SPAN
         return Sample(
-            Path(self._folder, path), None if label == NO_LABEL else label, None if span == NO_SPAN else span
+            Path(self._folder, path),
+            None if label == NO_LABEL else label,
+            None if span == NO_SPAN else span,
+            self._stored(int(self.columns.lines[index])),
         )
+
+    def _stored(self, line: int) -> StoredFrames | None:
+        """Return the place of a sample in a store; the samples of a manifest have none."""
+        return None
 
     def __eq__(self, other: object) -> bool:
         return (
@@ -110,7 +128,7 @@ class SampleTable(Sequence[Sample]):
         top = str(self._folder)
         above = "" if top == "." else f"{top.rstrip('/')}/"
         for first in range(0, len(self), _BLOCK):
-            names, starts, stops, labels, spans, *_ = self._columns.select(slice(first, first + _BLOCK))
+            names, starts, stops, labels, spans, *_ = self.columns.select(slice(first, first + _BLOCK))
             offset, text = starts[0], names[starts[0] : stops[-1]].tobytes()
             span_of = map(tuple, spans.tolist()) if len(spans) else repeat(NO_SPAN)
             bounds = (starts - offset).tolist(), (stops - offset).tolist()
@@ -123,7 +141,9 @@ class SampleTable(Sequence[Sample]):
     def without(self, rows: Sequence[int]) -> SampleTable:
         """Return the table without the samples `rows`."""
         left = np.delete(np.arange(len(self)), np.array(rows, np.int64))
-        return SampleTable(self._folder, self._columns.select(left))
+        fewer = copy(self)
+        fewer.columns = self.columns.select(left)
+        return fewer
 
 
 def read_manifest(file: Path, *, root: Path | None, num_classes: int | None, labelled: bool) -> SampleTable:
@@ -159,8 +179,21 @@ def _without_comments(columns: SampleColumns, folder: Path) -> SampleColumns:
     return columns.select(np.delete(np.arange(len(table)), comments)) if len(columns.doubtful) else columns
 
 
+def check_labels(table: SampleTable, source: Path, num_classes: int | None, labelled: bool) -> None:
+    """Check the labels of samples that come from elsewhere than a manifest, as `read_manifest` does.
+
+    Raises:
+        DataError: if a label is missing or out of range; the error names `source` and the sample.
+    """
+    row = _first_fault(table.columns, num_classes, labelled)
+    if row is not None:
+        name = table[row].name
+        parsed = ManifestLine(name.encode(), int(table.columns.labels[row]), NO_SPAN)
+        raise _fault(str(source), name, parsed, num_classes, labelled)
+
+
 def _first_fault(columns: SampleColumns, num_classes: int | None, labelled: bool) -> int | None:
-    """Return the first sample that cannot be used, or None."""
+    """Return the first sample whose label or span cannot be used, or None."""
     labels, spans = columns.labels, columns.spans
     wrong = (labels < 0) & ((labels != NO_LABEL) | labelled)
     if num_classes is not None:
@@ -220,24 +253,6 @@ def read_class_names(file: Path) -> list[str]:
     if twice:
         raise DataError(f"{file}: class names are repeated", given=", ".join(twice))
     return names
-
-
-def list_samples(source: Path) -> Sequence[Sample]:
-    """Return the samples of `source`: a folder (at any depth, without labels), a video file, or a manifest.
-
-    Raises:
-        DataError: if the file or folder does not exist, or holds no video.
-    """
-    if source.is_dir():
-        found = find_videos(source)
-        for phrase in describe_skipped(found.skipped, source):
-            logger.warning("%s: skipped %s", source, phrase)
-        if not found.videos:
-            raise DataError(f"{source}: no videos in this folder", allowed=" ".join(VIDEO_SUFFIXES))
-        return [Sample(path, None) for path in found.videos]
-    if source.suffix.lower() in VIDEO_SUFFIXES:
-        return [Sample(source, None)]
-    return read_manifest(source, root=None, num_classes=None, labelled=False)
 
 
 def names_and_labels(samples: Sequence[Sample]) -> Iterator[tuple[str, int | None]]:

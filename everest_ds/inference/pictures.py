@@ -10,6 +10,7 @@ import torch
 from matplotlib.image import imsave
 
 from everest_ds.data.synthetic import write_video
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import UsageError
 from everest_ds.inference.predictions import see
 from everest_ds.inference.views import read_clip
@@ -21,7 +22,7 @@ from everest_ds.reports.kept_tokens import dim_discarded, draw_kept
 _FPS = 8  # frames per second, slow enough for a viewer to follow one token
 
 
-def draw_kept_tokens(model: Any, video: Path, file: Path) -> float:
+def draw_kept_tokens(model: Any, video: Sample | Path, file: Path) -> float:
     """Write a picture of the tokens that `model` keeps of a video, and return their share.
 
     Raises:

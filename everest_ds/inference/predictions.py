@@ -115,7 +115,7 @@ def prediction_row(video: str, best: Sequence[dict[str, Any]]) -> dict[str, Any]
 
 
 @torch.no_grad()
-def see(model: Any, video: Path) -> Sight:
+def see(model: Any, video: Sample | Path) -> Sight:
     """Return the middle clip of a video and the tokens of it that the model keeps.
 
     Raises:

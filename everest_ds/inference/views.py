@@ -31,11 +31,11 @@ class Views(NamedTuple):
         return self.segments * self.crops
 
 
-def read_clip(video: str | Path, config: Experiment) -> ClipBatch:
+def read_clip(video: Sample | Path | str, config: Experiment) -> ClipBatch:
     """Read the middle clip of a video as a batch of one clip.
 
     Args:
-        video: path of the video.
+        video: the video, or its path.
         config: config of the model that gets the clip: `load_model(...).config`.
 
     Returns:
@@ -44,9 +44,10 @@ def read_clip(video: str | Path, config: Experiment) -> ClipBatch:
     Raises:
         DataError: if the video cannot be read or is too short.
     """
-    loaded = EvaluationClips([Sample(Path(video), None)], config, *Views())[[0]]
+    sample = video if isinstance(video, Sample) else Sample(Path(video), None)
+    loaded = EvaluationClips([sample], config, *Views())[[0]]
     if loaded.failures:
-        raise DataError(f"{video}: {loaded.failures[0].reason}")
+        raise DataError(f"{sample.name}: {loaded.failures[0].reason}")
     return ClipBatch(*(tensor[None] for tensor in loaded.clips[0]))
 
 

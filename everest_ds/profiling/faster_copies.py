@@ -16,6 +16,9 @@ from everest_ds.data.clips import Pack
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, write_verified
+from everest_ds.data.store.index import open_store
+from everest_ds.data.store.layout import Packing
+from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.profiling.loading_stages import measure_stages
@@ -47,7 +50,18 @@ def _reencode(samples: Sequence[Sample], folder: Path) -> list[Sample]:
     return made
 
 
+def _pack(samples: Sequence[Sample], folder: Path) -> list[Sample]:
+    packer = StorePacker(samples, Path("/"), folder, Packing(), workers=1)
+    packer.pack_all(lambda done: None)
+    if packer.failed:
+        name, reason = next(iter(packer.failed.items()))
+        raise DataError(f"/{name}: cannot be packed", given=reason)
+    packer.finish()
+    return list(open_store(folder))
+
+
 FASTER_FORMS: dict[str, FasterForm] = {
+    "pack": FasterForm(_pack, "everest-ds data pack {data} --out STORE"),
     "reencode": FasterForm(_reencode, "everest-ds data reencode {data} --out FOLDER"),
 }
 

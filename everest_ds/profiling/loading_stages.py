@@ -106,7 +106,7 @@ class _Stopwatch:
         if self._pack is not None and not self._packs:
             for clip in item.clips:
                 self._timed_pack(clip.clip)
-        size = self._clips.samples[visit.sample].path.stat().st_size
+        size = self._clips.samples[visit.sample].file.stat().st_size
         read_bytes = min(self._read_bytes or size, size)
         return _Reading(self._decode_s, crop_s, self._pack_s, collated - loaded, read_bytes)
 

@@ -10,28 +10,30 @@ from pathlib import Path
 
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import Experiment
-from everest_ds.data.video_list import read_class_names, read_manifest
+from everest_ds.data.data_set import read_data_set
+from everest_ds.data.store.index import is_store
+from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError, ConfigError, DataError
 
 
 def manifest_of(config: Experiment, split: str) -> Path:
-    """Return the manifest of `data.<split>`.
+    """Return the manifest, or the frame store, of `data.<split>`.
 
     Raises:
         ConfigError: if the config names no manifest for the split.
-        DataError: if there is no such file.
+        DataError: if there is no such file or store.
     """
     manifest: Path | None = getattr(config.data, split)
     key = f"data.{split}"
     if manifest is None:
         raise ConfigError(f"{key} is not set", fix=f"name a manifest: {key}=path/to/list.txt")
-    if manifest.is_file():
+    if manifest.is_file() or is_store(manifest):
         return manifest
     is_folder = manifest.is_dir()
     source = shlex.quote(str(manifest)) if is_folder else "FOLDER"
     without = "" if split == "train" else f", or leave it out: {key}=null"
     raise DataError(
-        f"{key}: {'this is a folder, not a manifest' if is_folder else 'no such manifest'}",
+        f"{key}: {'this folder is not a frame store' if is_folder else 'no such manifest'}",
         given=str(manifest.absolute()),
         fix=f"`everest-ds data index {source} --out LISTS` writes manifests of a folder of videos{without}",
     )
@@ -114,6 +116,6 @@ def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
     for split, file in (("val", data.val), ("test", data.test)):
         if file is not None and not (planned and not file.exists()):
             manifest = manifest_of(config, split)
-            read_manifest(manifest, root=data.root, num_classes=num_classes, labelled=True)
+            read_data_set(manifest, root=data.root, num_classes=num_classes, labelled=True)
     if not planned or (data.class_names is not None and data.class_names.is_file()):
         class_names(config)

@@ -16,9 +16,9 @@ from everest_ds.config.deepspeed_claims import notes_on
 from everest_ds.config.deepspeed_file import read_deepspeed_file
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters, predict_macs
+from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.official.registry import DATASETS
 from everest_ds.data.order import steps_per_epoch
-from everest_ds.data.video_list import read_manifest
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_fit, manifest_of
@@ -141,12 +141,13 @@ def count_samples(config: Experiment, planned: bool = False) -> Epoch | None:
             return None
         published = f"{dataset.num_train:,} samples, the published number, because {manifest} does not exist"
         return Epoch(dataset.num_train, f" ({published})")
-    samples = read_manifest(
+    samples = read_data_set(
         manifest_of(config, "train"),
         root=config.data.root,
         num_classes=config.model.num_classes,
         labelled=config.task == "finetune",
     )
+    check_frames(samples, manifest, config.data)
     return Epoch(len(samples))
 
 

@@ -70,14 +70,14 @@ def _write_token(run: Path) -> Path:
 
 
 def _needed_files(config: Experiment) -> list[Path]:
-    """Return the files that every node must see: the manifests, and three of the training videos."""
+    """Return the files that every node must see: manifests or stores, and three of the training videos."""
     from everest_ds.training.samples import read_samples
 
     data = config.data
     files = [file for file in (data.train, data.val, data.test, data.class_names) if file is not None]
     if data.train is not None:
         samples = read_samples(config, "train").samples
-        files += [samples[row].path for row in (0, len(samples) // 2, -1)]
+        files += [samples[row].file for row in (0, len(samples) // 2, -1)]
     return files
 
 

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import DataConfig, Experiment
+from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.decoding.open_video import require_decoder
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
-from everest_ds.data.video_list import Sample, leave_out, names_and_labels, read_manifest
+from everest_ds.data.video_list import Sample, leave_out, names_and_labels
 from everest_ds.durable_files import append_row, read_json_rows, replace_json, replace_rows
 from everest_ds.errors import DataError, RunFolderError
 from everest_ds.log import logger
@@ -32,13 +33,15 @@ def read_samples(config: Experiment, split: str) -> Usable:
     """Read the samples of `data.<split>`, separated into usable ones and those excluded by the ledger.
 
     Raises:
-        ConfigError: if the config names no manifest for the split, or a decoder that is not installed.
+        ConfigError: if the config names no manifest for the split, a decoder that is not installed, or a
+            frame store that lacks frames of the clips.
         DataError: if the manifest is missing or invalid, or all of its samples are broken.
     """
     require_decoder(config.data.decoder)
     samples = _read(config, split)
     needed = ClipFrames.of(config.candidate_geometry.num_frames, config.data).needed
     manifest = manifest_of(config, split)
+    check_frames(samples, manifest, config.data)
     usable = exclude(samples, Ledger.of_manifest(manifest, faults_below=needed), needed)
     if usable.excluded:
         logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
@@ -168,7 +171,7 @@ class BrokenVideos:
 
 
 def _read(config: Experiment, split: str) -> Sequence[Sample]:
-    return read_manifest(
+    return read_data_set(
         manifest_of(config, split),
         root=config.data.root,
         num_classes=config.model.num_classes,

@@ -30,7 +30,7 @@ from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.step_time import predict_step, supply_of_step
 from everest_ds.data.clips import Pack
-from everest_ds.data.video_list import list_samples, read_manifest
+from everest_ds.data.data_set import list_samples, read_data_set
 from everest_ds.errors import DataError, UsageError
 from everest_ds.launch.local import available_cores
 from everest_ds.profiling.device import num_gpus, this_device
@@ -98,7 +98,7 @@ def diagnose(
     """Measure how fast the clips of a data set are loaded here, and predict what a run waits for.
 
     Args:
-        data: a manifest, a video, or a folder of videos.
+        data: a manifest, a frame store, a video, or a folder of videos.
         config: config of the run.
         gpus: GPUs of the run; None for those of this machine.
         cores: CPU cores of a node; None for those of this machine.
@@ -112,11 +112,11 @@ def diagnose(
     ranks = ranks_here() if gpus is None else _ranks_of(gpus)
     pack = Packer(config) if can_pack_tokens(config) else None
     root = config.data.root
-    samples = read_manifest(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
+    samples = read_data_set(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")
     stages = measure_stages(samples, config, pack, _BUDGET_S)
     on_progress("reading the disk")
-    disk = disk_rate(dict.fromkeys(sample.path for sample in stages.decode_ms))
+    disk = disk_rate(dict.fromkeys(sample.file for sample in stages.decode_ms))
     place = f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
     loading = MeasuredLoading(
         stages.cost, disk.bytes_per_s if disk and disk.cold else None, copy_rate(), place
@@ -169,6 +169,8 @@ def _other_forms(
 ) -> Iterator[Change]:
     """Yield the change to each form of the data that decodes faster, measured on a few of the videos."""
     few = representatives(stages.decode_ms)
+    if few[0].stored is not None:
+        return  # a frame store is the fastest form
     for name, form in FASTER_FORMS.items():
         on_progress(f"trying `{name}` on {len(few)} videos")
         try:

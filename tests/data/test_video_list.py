@@ -8,9 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from everest_ds.data.data_set import list_samples
 from everest_ds.data.video_list import (
     Sample,
-    list_samples,
     read_class_names,
     read_manifest,
     write_manifest,

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from everest_ds import load_model, read_clip
-from everest_ds.data.video_list import list_samples
+from everest_ds.data.data_set import list_samples
 from everest_ds.errors import DataError, UsageError
 from everest_ds.inference import features
 from everest_ds.inference.feature_table import FeatureTable, check_table_file, read_table, write_table

@@ -18,7 +18,8 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench_data.py"
 def test_predicted_gains_stand_beside_measured_ones(tmp_path: Path) -> None:
     synthesize(tmp_path / "videos", {"train": 4}, SyntheticSpec(num_frames=64, size=96), workers=1)
     settings = "--decoder pyav --workers 1 --workers 2 --repeats 1 --repeats 2 --gop 8 --size 96 --rounds 1"
-    words = [sys.executable, TOOL, tmp_path / "videos", *settings.split(), "--json", tmp_path / "found.json"]
+    files = [tmp_path / "videos", "--json", tmp_path / "found.json"]
+    words = [sys.executable, str(TOOL), *map(str, files), *settings.split()]
     subprocess.run(words, check=True, capture_output=True, text=True)
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {row["remedy"]: row for row in found["remedies"]}

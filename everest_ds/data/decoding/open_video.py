@@ -1,4 +1,4 @@
-"""Exact decoding of a video's pictures by number; all reading of video files goes through this module."""
+"""Exact decoding of a video's pictures by number; all reading of videos goes through this module."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from everest_ds.data.decoding.probe import Header, probe
 from everest_ds.data.decoding.pyav import PyAVVideo
 from everest_ds.data.decoding.torchcodec import TorchcodecVideo, import_torchcodec
 from everest_ds.data.decoding.video import Video, Window, shrunk
+from everest_ds.data.store.stored_video import StoredVideo
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
@@ -55,6 +56,8 @@ def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | Non
 
 def open_sample(sample: Sample, data: DataConfig) -> Video:
     """Open a sample of a manifest with the decoder and picture size of `data`; see `open_video`."""
+    if sample.stored is not None:
+        return StoredVideo(sample.path, sample.stored, data.decode_short_side)
     video = open_video(sample.path, data.decoder, data.decode_short_side)
     return video if sample.span is None else Window(video, sample.span)
 

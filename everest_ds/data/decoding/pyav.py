@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from everest_ds.data.decoding.orientation import Picture, Transform, display_matrix, transform_of
-from everest_ds.data.decoding.video import FIX, Size, Video, shrunk
+from everest_ds.data.decoding.video import FIX, Size, Video, in_parts, shrunk
 from everest_ds.errors import DataError
 
 # An intact file may be a little shorter than its header states. It has at least this share of the stated
@@ -56,8 +56,19 @@ class PyAVVideo(Video):
         """Close the file and free the decoder."""
         self._container.close()
 
+    def read_all(self, every: int = 1) -> Iterator[torch.Tensor]:
+        """Decode as `Video.read_all` does, in one pass over the file."""
+        indices = range(0, self.num_frames, every)
+        with naming(self.path):
+            decoded = self._from_start(set(indices))
+            for part in in_parts(indices):
+                found = self._collect(decoded, list(part))
+                yield self._joined(self._all_of(found, part), part)
+
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        pictures = self._pictures(sorted(set(indices)))
+        return self._joined(self._pictures(sorted(set(indices))), indices)
+
+    def _joined(self, pictures: dict[int, Picture], indices: Sequence[int]) -> torch.Tensor:
         sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures.values()})
         if len(sizes) > 1:
             raise DataError(f"{self.path}: the picture size changes within the video", given=sizes, fix=FIX)
@@ -86,6 +97,10 @@ class PyAVVideo(Video):
         with naming(self.path):
             for key, group in groupby(wanted, self._key_before):
                 found |= self._pictures_after(key, list(group))
+        return self._all_of(found, wanted)
+
+    def _all_of(self, found: dict[int, Picture], wanted: Sequence[int]) -> dict[int, Picture]:
+        """Return the pictures `found`, which must be those `wanted`."""
         if len(found) < len(wanted):
             missing = [i for i in wanted if i not in found]
             raise DataError(f"{self.path}: damaged, cannot decode frames {missing}", fix=FIX)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -13,7 +13,7 @@ import torch
 from everest_ds.errors import DataError
 
 FIX = "replace the file, or remove it from the manifest (`everest-ds data check` lists all such files)"
-_AT_ONCE = 32  # pictures that `read_all` decodes per call, which bounds the memory that they take
+AT_ONCE = 32  # pictures that `read_all` decodes per call, which bounds the memory that they take
 
 
 class Size(NamedTuple):
@@ -21,6 +21,35 @@ class Size(NamedTuple):
 
     width: int
     height: int
+
+
+REDUCTIONS = (8, 4, 2, 1)  # factors by which a decoder may reduce pictures before they are cropped
+
+
+class Need(NamedTuple):
+    """The part of a clip's pictures that its crops need.
+
+    Attributes:
+        rows: number of rows from the top; the rows below may be missing.
+        reduction: one of `REDUCTIONS`; the pictures may be this many times smaller.
+    """
+
+    rows: int
+    reduction: int
+
+
+class Pictures(NamedTuple):
+    """The decoded pictures of a clip, whole or the part that was needed.
+
+    Attributes:
+        pixels: uint8 (F, rows / reduction, width / reduction, 3), RGB.
+        size: size of the whole pictures, before they were reduced.
+        reduction: the factor by which they were reduced.
+    """
+
+    pixels: torch.Tensor
+    size: Size
+    reduction: int
 
 
 class Video(ABC):
@@ -48,16 +77,32 @@ class Video(ABC):
         Raises:
             DataError: if an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
         """
+        self._check_range(indices)
+        return self._read(indices)
+
+    def read_needed(self, indices: Sequence[int], need: Callable[[Size], Need]) -> Pictures:
+        """Decode at least the part of the pictures `indices` that `need` names for pictures of this size.
+
+        Raises:
+            DataError: as `read`.
+        """
+        pixels = self.read(indices)  # these decoders always produce whole pictures
+        return Pictures(pixels, Size(pixels.shape[2], pixels.shape[1]), 1)
+
+    def read_all(self, every: int = 1) -> Iterator[torch.Tensor]:
+        """Decode the pictures 0, `every`, 2 `every` ... in order, a few at a time.
+
+        Yields:
+            RGB, uint8 (at most `AT_ONCE`, H, W, 3).
+        """
+        for part in in_parts(range(0, self.num_frames, every)):
+            yield self.read(part)
+
+    def _check_range(self, indices: Sequence[int]) -> None:
         outside = [i for i in indices if not 0 <= i < self.num_frames]
         if outside or not len(indices):
             allowed = f"0..{self.num_frames - 1}"
             raise DataError(f"{self.path}: no such frame", given=outside or "no index", allowed=allowed)
-        return self._read(indices)
-
-    def read_all(self) -> Iterator[torch.Tensor]:
-        """Decode all pictures in order, a few at a time: RGB, uint8 (at most `_AT_ONCE`, H, W, 3)."""
-        for first in range(0, self.num_frames, _AT_ONCE):
-            yield self.read(range(first, min(first + _AT_ONCE, self.num_frames)))
 
     @abstractmethod
     def close(self) -> None:
@@ -89,6 +134,11 @@ class Window(Video):
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         return self._video.read([self._first + i for i in indices])
+
+
+def in_parts(indices: range) -> Iterator[range]:
+    """Yield consecutive parts of `indices`, of at most `AT_ONCE` each."""
+    return (indices[first : first + AT_ONCE] for first in range(0, len(indices), AT_ONCE))
 
 
 def shrunk(size: Size, short_side: int | None) -> Size | None:

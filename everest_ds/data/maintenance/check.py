@@ -15,6 +15,7 @@ from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.pyav import find_missing_end
 from everest_ds.data.ledger import CheckSource, Ledger, Problem
 from everest_ds.data.maintenance.isolation import CHECK_TIMEOUT_S, Lost, map_isolated
+from everest_ds.data.store.stored_video import check_stored
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
@@ -92,8 +93,14 @@ def check_manifest(
 
 
 def find_fault(sample: Sample, data: DataConfig, every_frame: bool = False) -> VideoCheck:
-    """Decode the first and last frame of a video, or every frame; return its fault and number of frames."""
+    """Decode the first and last frame of a video, or every frame; return its fault and number of frames.
+
+    All bytes of a sample in a frame store are checked.
+    """
     try:
+        if sample.stored is not None:
+            check_stored(sample.path, sample.stored)
+            return VideoCheck("", sample.stored.num_frames)
         with open_sample(sample, data) as video:
             count = video.num_frames
             if every_frame:

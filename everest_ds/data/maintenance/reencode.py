@@ -8,7 +8,6 @@ span of a video becomes a video of its own.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +21,13 @@ from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.probe import probe
 from everest_ds.data.decoding.pyav import naming
-from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated
+from everest_ds.data.picture_error import check_psnr, psnr_db
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.output_paths import output_below
 
-MIN_PSNR_DB = 20.0  # of the first and last picture; a lower value cannot be due to compression alone
 _NUM_TIMED = 20  # number of videos that the speedup is measured on
 
 
@@ -69,35 +67,6 @@ class Reencoded(NamedTuple):
     samples: list[Sample]
     failed: list[tuple[Sample, str]]
     num_known: int
-
-
-class Gain(NamedTuple):
-    """The reading times and file sizes before and after re-encoding; times are medians of interleaved runs.
-
-    Attributes:
-        clips: number of clips that were timed.
-        before_ms, after_ms: median time to open a file and decode one clip.
-        before_bytes, after_bytes: total size of the files.
-    """
-
-    clips: int
-    before_ms: float
-    after_ms: float
-    before_bytes: int
-    after_bytes: int
-
-    def facts(self, clip: str) -> dict[str, Any]:
-        """Return the measurement as the rows of a table; `clip` describes the clips that were read."""
-        faster, smaller = self.before_ms > self.after_ms, self.after_bytes < self.before_bytes
-        gains = " and ".join(["faster"] * faster + ["smaller"] * smaller)
-        return {
-            "decode_before_ms": self.before_ms,
-            "decode_after_ms": self.after_ms,
-            "speedup": self.before_ms / self.after_ms,
-            "size_after_pct": 100 * self.after_bytes / self.before_bytes,
-            "measured_on": f"{self.clips} clips of {clip}; medians of interleaved runs",
-            "worth_it": gains or "no: keep the original videos, or lower --short-side",
-        }
 
 
 def plan_jobs(samples: Sequence[Sample], root: Path, out: Path) -> list[ReencodeTask]:
@@ -204,29 +173,6 @@ def pairs_to_time(jobs: Sequence[ReencodeTask], samples: Sequence[Sample]) -> li
     return pairs[:: max(1, len(made) // _NUM_TIMED)][:_NUM_TIMED]
 
 
-def measure_gain(
-    pairs: Sequence[tuple[Sample, Sample]], data: DataConfig, num_frames: int, repeats: int = 3
-) -> Gain | None:
-    """Time reading random training clips from the old and new files; return None if all are too short."""
-    clip = ClipFrames.of(num_frames, data)
-    times: dict[int, list[float]] = {0: [], 1: []}
-    for number, pair in enumerate(pairs):
-        for repeat in range(repeats):
-            for side, sample in enumerate(pair):
-                start = time.perf_counter()
-                with open_sample(sample, data) as video:
-                    if video.num_frames < clip.needed:
-                        break
-                    rng = np.random.default_rng([number, repeat])
-                    video.read(clip.for_training(video.num_frames, rng))
-                times[side].append(1e3 * (time.perf_counter() - start))
-    if not times[1]:
-        return None
-    before, after = (float(np.median(times[side])) for side in (0, 1))
-    sizes = [sum(pair[side].path.stat().st_size for pair in pairs) for side in (0, 1)]
-    return Gain(len(times[1]), before, after, *sizes)
-
-
 def _reading(encoding: Encoding) -> DataConfig:
     """Return the data config for reading sources: PyAV is exact for every file and can shrink pictures."""
     return DataConfig(decoder="pyav", decode_short_side=encoding.short_side)
@@ -277,11 +223,4 @@ def _verify(sample: Sample, target: Path, count: int, encoding: Encoding) -> Non
         expected = [_even(picture) for picture in source.read([0, count - 1])]
         written = new.read([0, count - 1]).numpy()
     for before, after in zip(expected, written, strict=True):
-        error = np.square(before.astype(np.float32) - after).mean()
-        psnr = 10 * np.log10(255**2 / max(error, 1e-3))
-        if psnr < MIN_PSNR_DB:
-            raise DataError(
-                "re-encoded with too large an error",
-                given=f"{psnr:.1f} dB PSNR",
-                allowed=f"{MIN_PSNR_DB:g} dB or more",
-            )
+        check_psnr(psnr_db(before, after))

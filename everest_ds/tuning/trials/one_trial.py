@@ -86,24 +86,30 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
 
 def reads_synthetic_clips(config: Experiment) -> bool:
     """Return whether trials must use synthetic clips, because the recipe's manifest is missing."""
-    return config.data.train is None or not config.data.train.is_file()
+    return config.data.train is None or not config.data.train.exists()
 
 
 def write_manifest_for(setup: Setup, config: Experiment) -> Path:
-    """Write the manifest of a trial, with the recipe's videos or else synthetic ones; return its path."""
-    from everest_ds.data.video_list import Sample, read_manifest, write_manifest
+    """Write the data set of a trial, with the recipe's videos or else synthetic ones; return its path."""
+    from everest_ds.data.data_set import read_data_set
+    from everest_ds.data.store.index import StoredSamples, write_part_of_store
+    from everest_ds.data.video_list import Sample, write_manifest
 
     source, root, classes = config.data.train, config.data.root, config.model.num_classes
     made = source is None or reads_synthetic_clips(config)
     if source is None or made:
         source, root = _synthetic_videos(setup, config), None
-    samples = read_manifest(source, root=root, num_classes=None, labelled=config.task == "finetune")
+    samples = read_data_set(source, root=root, num_classes=None, labelled=config.task == "finetune")
     count = setup.steps * plan_ranks(config, setup.num_ranks).samples_per_step
+    digest = sha256(str(source.absolute()).encode()).hexdigest()[:6]
+    if isinstance(samples, StoredSamples):
+        store = setup.runs / f"{count}-of-{digest}"
+        write_part_of_store(store, samples, list(islice(cycle(range(len(samples))), count)))
+        return store.absolute()
     chosen: Iterable[Sample] = islice(cycle(samples), count)
     if made and classes is not None:
         chosen = (replace(sample, label=(sample.label or 0) % classes) for sample in chosen)
     setup.runs.mkdir(parents=True, exist_ok=True)
-    digest = sha256(str(source.absolute()).encode()).hexdigest()[:6]
     manifest = setup.runs / f"{count}-of-{digest}.txt"
     write_manifest(manifest, chosen, setup.runs)
     return manifest.absolute()

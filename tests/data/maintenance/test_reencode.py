@@ -11,7 +11,8 @@ import pytest
 
 from everest_ds.cli.app import main
 from everest_ds.data.decoding.open_video import open_video
-from everest_ds.data.maintenance.reencode import Gain, plan_jobs
+from everest_ds.data.maintenance.gain import Gain
+from everest_ds.data.maintenance.reencode import plan_jobs
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
 from tests.data.conftest import lay_down, noisy_pictures, write_video
