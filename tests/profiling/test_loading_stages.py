@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import av
 import pytest
 import torch
 
@@ -14,6 +16,7 @@ from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.profiling import faster_copies
 from everest_ds.profiling.faster_copies import FASTER_FORMS, measure_form, representatives
 from everest_ds.profiling.loading_stages import measure_stages
 from everest_ds.training.token_packing import Packer
@@ -81,11 +84,40 @@ def test_representatives_spread_over_the_decoding_times() -> None:
     assert set(representatives(few)) == set(few)
 
 
-def test_reencoded_copies_decode_faster_than_videos_with_one_key_frame(samples: list[Sample]) -> None:
+def test_reencoded_copies_are_of_the_middle_and_have_key_frames_close_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = Sample(write_video(tmp_path / "long.mp4", noisy_pictures(120), g="300"), 0)
+    made: list[Sample] = []
+
+    def copy(samples: Sequence[Sample], folder: Path) -> list[Sample]:
+        assert [sample.span for sample in samples] == [(35, 85)]  # 50 of 120 frames
+        made.extend(FASTER_FORMS["reencode"].copy(samples, folder))
+        with av.open(str(made[0].path)) as container:
+            keys = [bool(packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+        assert len(keys) == 50 and all(any(keys[i : i + 8]) for i in range(0, 48, 8))
+        return made
+
+    monkeypatch.setattr(faster_copies, "_MOST_FRAMES", 50)
+    form = FASTER_FORMS["reencode"]._replace(copy=copy)
+    cost = measure_form(form, [video], experiment(), None)
+    assert cost.decode_ms > 0 and cost.read_bytes > 0 and not made[0].path.exists()
+
+
+@pytest.mark.slow
+def test_packed_copies_lie_in_a_store_and_decode_faster(samples: list[Sample]) -> None:
+    made: list[Sample] = []
+
+    def copy(parts: Sequence[Sample], folder: Path) -> list[Sample]:
+        made.extend(FASTER_FORMS["pack"].copy(parts, folder))
+        return made
+
     config = experiment()
-    before = measure_stages(samples, config, None, 10.0).cost
-    after = measure_form(FASTER_FORMS["reencode"], samples, config, None)
-    assert 0 < after.decode_ms < 0.9 * before.decode_ms
+    after = measure_form(FASTER_FORMS["pack"]._replace(copy=copy), samples, config, None)
+    assert all(sample.stored for sample in made) and len(made) == len(samples)
+    assert 0 < after.decode_ms < measure_stages(samples, config, None, 10.0).cost.decode_ms
+    stored = [sample.stored.num_bytes for sample in made if sample.stored]
+    assert 0 < after.read_bytes < max(stored)  # eight of the frames, not all
 
 
 def test_a_form_that_cannot_be_made_is_an_error_that_names_the_video(tmp_path: Path) -> None:
