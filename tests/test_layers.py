@@ -26,7 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "data": {"config"},
     "interchange": {"config", "checkpoints", "models", "data"},
     "parallel": {"config", "launch", "checkpoints", "models"},
-    "profiling": {"config", "costs", "models"},
+    "profiling": {"config", "costs", "models", "data"},
     "inference": {"config", "reports", "checkpoints", "models", "data", "interchange"},
     "training": {
         *{"config", "launch", "reports", "checkpoints", "costs", "models", "data", "interchange"},

@@ -1,4 +1,4 @@
-"""Benchmark of the data loader: clips per second, CPU time by stage, and the number of GPUs that it feeds.
+"""Benchmark of the data loader: clips per second, CPU time by stage, remedies, and the GPUs that it feeds.
 
 Example:
     python tools/bench_data.py FOLDER_OF_VIDEOS --workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8
@@ -6,7 +6,11 @@ Example:
 
 Every cell of the table is measured once per round, one cell after the other, so that other load on the
 machine affects all cells equally. Medians are over rounds; ratios to the peer are taken within a round.
-CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine.
+CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine; the
+gains of remedies leave out the time in which workers waited for a core (Linux only).
+
+With `--workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8`, the gains of these remedies that
+`everest-ds doctor --data` predicts stand beside the measured ones.
 """
 
 from __future__ import annotations
@@ -16,36 +20,47 @@ import resource
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from multiprocessing import active_children
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from peer_loaders import videomae_loader
-from torch.utils.data import default_collate
 
 from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.console import print_table, progress_of, write_json
-from everest_ds.data.clips import TrainingClips, training_batches
+from everest_ds.costs.bottleneck import (
+    Change,
+    LoadingCost,
+    Supply,
+    changed_settings,
+    find_bottleneck,
+    find_remedies,
+)
+from everest_ds.costs.clip_supply import run_supply
+from everest_ds.data.clips import training_batches
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, reencode_videos
-from everest_ds.data.order import Visit
 from everest_ds.data.store.index import open_store
 from everest_ds.data.store.layout import Packing
 from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.video_files import VIDEO_SUFFIXES
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError, UsageError
+from everest_ds.launch.local import available_cores
+from everest_ds.profiling.faster_copies import FASTER_FORMS, measure_form, representatives
+from everest_ds.profiling.loading_stages import StageTimes, measure_stages
 from everest_ds.training.run_folder import describe_environment
 
-_STAGES = ("open", "decode", "crop", "collate")
+_GIVEN = "as given"
+_STAGES_S = 10.0  # CPU time of measuring the stages of one source, decoder and R
 STORE, JPEG = "store", "jpeg"  # name of the source, and of what decodes it, in the tables
 _HEADROOM = 1.25  # loader rate over model rate; with less, slow clips make the model wait
 
@@ -109,7 +124,7 @@ def main(
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         given = find_videos(videos)
-        sources = {"as given": given} | {
+        sources = {_GIVEN: given} | {
             f"gop {n}": reencoded(given, Path(folder) / f"gop{n}", Encoding(short_side, n)) for n in gop
         }
         if store:
@@ -122,19 +137,33 @@ def main(
                 Cell(source, "videomae", w, 0) for source in sources if source != STORE for w in workers
             ]
         found = measure(bench, cells, rounds)
-        stages = [stage_times(bench, s, d, r) for s, d in readers for r in repeats]
+        timed = {
+            (s, d, r): measure_stages(sources[s], experiment(Cell(s, d, 0, r), batch, size), None, _STAGES_S)
+            for s, d in readers
+            for r in repeats
+        }
+        stages = [stage_row(*key, times.cost) for key, times in timed.items()]
         rows = [row(cell, found, stages) for cell in cells]
-        fed = feeding(stages, gpu_rate, cores)
+        gains = [gain for d in decoder for gain in remedy_rows(bench, found, timed, d, min(workers))]
+        fed = feeding(timed, gpu_rate, cores)
         print_table("Clips per second", rows)
         print_table("CPU time per clip by stage, in one process, ms", stages)
-        if fed:
-            print_table(f"GPUs that {cores} cores feed", fed)
-        advice = advise(rows, stages)
+        if gains:
+            print_table("Remedies: predicted against measured", gains)
+        print_table(f"GPUs that {cores} cores feed", fed)
+        advice = [line for key in timed for line in advise(bench, *key, timed[key].cost, cores)]
         for line in advice:
             typer.echo(f"- {line}")
     facts = {"environment": describe_environment(1), "videos": [sample.name for sample in given]}
     raw = [{**asdict(cell), "runs": [asdict(run) for run in found[cell]]} for cell in cells]
-    tables = {"cells": rows, "stages": stages, "feeds": fed, "advice": advice, "measurements": raw}
+    tables = {
+        "cells": rows,
+        "stages": stages,
+        "remedies": gains,
+        "feeds": fed,
+        "advice": advice,
+        "measurements": raw,
+    }
     write_json(json_file, {**facts, **tables})
 
 
@@ -222,11 +251,19 @@ def experiment(cell: Cell, batch_size: int, size: int) -> Experiment:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One timed pass over a few batches, from the start of the workers to their end."""
+    """One timed pass over a few batches, from the start of the workers to their end.
+
+    Attributes:
+        clips: clips of all batches.
+        seconds, cpu_seconds: time of the pass.
+        steady_clips_per_s: clips per second after each worker has delivered its first batch, without the time
+            in which the workers waited for a core that another program used.
+    """
 
     clips: int
     seconds: float
     cpu_seconds: float
+    steady_clips_per_s: float
 
     @property
     def clips_per_s(self) -> float:
@@ -252,8 +289,28 @@ def measure(bench: Bench, cells: Sequence[Cell], rounds: int) -> dict[Cell, list
 
 def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
     start, cpu = time.perf_counter(), _cpu_seconds()
-    clips = sum(_peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number))
-    return Measurement(clips, time.perf_counter() - start, _cpu_seconds() - cpu)
+    batches = _peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number)
+    arrivals = [(clips, time.perf_counter() - start - _seconds_without_core()) for clips in batches]
+    seconds, first = time.perf_counter() - start, min(max(cell.workers, 1), len(arrivals) - 1)
+    return Measurement(
+        sum(clips for clips, _ in arrivals),
+        seconds,
+        _cpu_seconds() - cpu,
+        sum(clips for clips, _ in arrivals[first:]) / (arrivals[-1][1] - arrivals[first - 1][1]),
+    )
+
+
+def _seconds_without_core() -> float:
+    """Return the longest time that a worker has waited for a core: batches in order wait for the slowest.
+
+    The time is 0 on other systems than Linux, which do not count it.
+    """
+    if not Path("/proc/self/schedstat").exists():
+        return 0.0
+    waits = [
+        int(Path(f"/proc/{worker.pid}/schedstat").read_text().split()[1]) for worker in active_children()
+    ]
+    return 1e-9 * max(waits, default=0)
 
 
 def _cpu_seconds() -> float:
@@ -290,32 +347,83 @@ def _refuse(failure: object) -> None:
     raise DataError("a video cannot be read", given=failure)
 
 
-def stage_times(bench: Bench, source: str, decoder: str, repeats: int) -> dict[str, Any]:
-    """Measure the CPU time per clip of each loading stage, in this process, in milliseconds."""
-    config = experiment(Cell(source, decoder, 0, repeats), bench.batch_size, bench.size)
-    samples = bench.sources[source]
-    clips = TrainingClips(samples, config)
-    spent = dict.fromkeys(_STAGES, 0.0)
-
-    def timed(stage: str, act: Callable[[], Any]) -> Any:
-        start = time.process_time()
-        result = act()
-        spent[stage] += time.process_time() - start
-        return result
-
-    visits = [Visit(epoch, index) for epoch in range(3) for index in range(len(samples))]
-    for visit in visits:
-        video = timed("open", lambda: open_sample(samples[visit.sample], config.data))  # noqa: B023
-        with video:
-            indices = clips.choose(visit, video.num_frames)
-            need = partial(clips.need, visit)
-            frames = timed("decode", lambda: video.read_needed(indices, need))  # noqa: B023
-        cut = timed("crop", lambda: clips.crops(frames, visit, visit.sample))  # noqa: B023
-        timed("collate", lambda: default_collate(cut))  # noqa: B023
-    per_clip = {stage: 1000 * s / (len(visits) * repeats) for stage, s in spent.items()}
+def stage_row(source: str, decoder: str, repeats: int, cost: LoadingCost) -> dict[str, Any]:
+    """Return the CPU time per clip of each loading stage, in milliseconds."""
+    times = {"decode": cost.decode_ms / repeats, "crop": cost.crop_ms, "collate": cost.collate_ms}
+    times["total"] = cost.clip_ms(repeats, packs=False)
     facts = {"source": source, "decoder": decoder, "repeats": repeats}
-    total = sum(per_clip.values())
-    return {**facts, **{k: round(v, 2) for k, v in per_clip.items()}, "total": round(total, 2)}
+    return facts | {name: round(value, 2) for name, value in times.items()}
+
+
+def remedy_rows(
+    bench: Bench,
+    found: dict[Cell, list[Measurement]],
+    timed: dict[tuple[str, str, int], StageTimes],
+    decoder: str,
+    workers: int,
+) -> list[dict[str, Any]]:
+    """Compare the predicted gain of each remedy with the gain between two measured cells.
+
+    The predictions are those of `everest-ds doctor --data`: from the files as given without repeats, and for
+    other forms of the data from copies of a few of the videos.
+    """
+    base = Cell(_GIVEN, decoder, workers, 1)
+    if base not in found:
+        return []
+    stages = timed[_GIVEN, decoder, 1]
+    config = experiment(base, bench.batch_size, bench.size)
+    supply = run_supply(config, available_cores(), 1, None)
+    changes = {
+        cell: Change(_difference(base, cell), "", stages.cost, changed)
+        for cell in found
+        if cell.decoder == decoder and cell.source == _GIVEN and cell != base
+        if base in (replace(cell, workers=workers), replace(cell, repeats=1))
+        for changed in [replace(supply, workers=cell.workers, repeats=cell.repeats)]
+    }
+    forms = {
+        "reencode": replace(base, source=f"gop {Encoding().gop}"),
+        "pack": replace(base, source=STORE, decoder=JPEG),
+    }
+    for name, cell in forms.items():
+        if cell in found:
+            few = representatives(stages.decode_ms)
+            cost = measure_form(FASTER_FORMS[name], few, config, None)
+            changes[cell] = Change(name, "", cost, supply)
+    return [
+        {"decoder": decoder, **_compare(found[base], found[cell], stages.cost, supply, change)}
+        for cell, change in changes.items()
+    ]
+
+
+def _difference(before: Cell, after: Cell) -> str:
+    """Name the setting that differs between two cells, such as `workers 1 -> 2`."""
+    old, new = asdict(before), asdict(after)
+    return ", ".join(f"{name} {old[name]} -> {new[name]}" for name in old if old[name] != new[name])
+
+
+def _compare(
+    before: Sequence[Measurement],
+    after: Sequence[Measurement],
+    cost: LoadingCost,
+    supply: Supply,
+    change: Change,
+) -> dict[str, Any]:
+    """Return predicted and measured gain of one change, each measured gain taken within a round."""
+    (remedy,) = find_remedies(cost, supply, [change])
+    rounds = list(zip(before, after, strict=True))
+    by_rate = statistics.median(b.steady_clips_per_s / a.steady_clips_per_s for a, b in rounds)
+    cpu_s = statistics.median((a.cpu_ms / b.cpu_ms) for a, b in rounds)
+    by_cpu = cpu_s * change.supply.decoding_cores / supply.decoding_cores
+    return {
+        "remedy": change.name,
+        "predicted_gain": round(remedy.gain, 2),
+        "measured_gain": round(by_rate, 2),
+        "error_%": round(100 * (remedy.gain / by_rate - 1), 1),
+        "gain_by_cpu_time": round(by_cpu, 2),
+        "its_error_%": round(100 * (remedy.gain / by_cpu - 1), 1),
+        "predicted_clips_per_s": round(remedy.clips_per_s, 2),
+        "measured_clips_per_s": round(statistics.median(b.steady_clips_per_s for b in after), 2),
+    }
 
 
 def row(cell: Cell, found: dict[Cell, list[Measurement]], stages: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -344,12 +452,14 @@ def _same(stage: dict[str, Any], cell: Cell) -> bool:
     return (stage["source"], stage["decoder"], stage["repeats"]) == (cell.source, cell.decoder, cell.repeats)
 
 
-def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: int) -> list[dict[str, Any]]:
+def feeding(
+    timed: dict[tuple[str, str, int], StageTimes], gpu_rates: Sequence[str], cores: int
+) -> list[dict[str, Any]]:
     """Estimate for each source, decoder and repeats how many GPUs of each model the cores of a node feed."""
     found = []
-    for stage in stages:
-        node = cores * 1000 / stage["total"]
-        facts = {name: stage[name] for name in ("source", "decoder", "repeats")}
+    for (source, decoder, repeats), times in timed.items():
+        node = 1000 * cores / times.cost.clip_ms(repeats, packs=False)
+        facts = {"source": source, "decoder": decoder, "repeats": repeats}
         found.append({**facts, "data_bound_above_clips_per_s": round(node, 1)})
         for text in gpu_rates:
             model, _, rate = text.rpartition("=")
@@ -357,21 +467,15 @@ def feeding(stages: Sequence[dict[str, Any]], gpu_rates: Sequence[str], cores: i
     return found
 
 
-def advise(rows: Sequence[dict[str, Any]], stages: Sequence[dict[str, Any]]) -> list[str]:
-    """Derive advice on the loader's settings from the measurements."""
-    ours = [row for row in rows if row["repeats"]]
-    best = max((row for row in ours if row["repeats"] == 1), key=lambda row: row["clips_per_s"], default=None)
-    lines = ["data.num_workers: the number of cores of the node divided by its number of GPUs"]
-    if best:
-        lines.append(f"fastest without repeats: data.decoder={best['decoder']}, source {best['source']}")
-    for stage in stages:
-        if stage["source"] == "as given" and stage["repeats"] == 1 and stage["decode"] > stage["total"] / 2:
-            share = 100 * (stage["open"] + stage["decode"]) / stage["total"]
-            lines.append(
-                f"{stage['decoder']}: decoding takes {share:.0f} % of the time per clip; use"
-                " `everest-ds data reencode` (short GOP, short side 256) or data.repeats above 1"
-            )
-    return lines
+def advise(
+    bench: Bench, source: str, decoder: str, repeats: int, cost: LoadingCost, cores: int
+) -> Iterator[str]:
+    """Yield the rate of one worker, and what more workers or repeats would give."""
+    config = experiment(Cell(source, decoder, 1, repeats), bench.batch_size, bench.size)
+    supply = replace(run_supply(config, cores, 1, None), basis="measured")
+    remedies = find_remedies(cost, supply, changed_settings(cost, supply, can_pack=False))
+    said = [find_bottleneck(cost, supply).sentence(), *(f"with {remedy.phrase()}" for remedy in remedies)]
+    yield f"{source}, {decoder}, R = {repeats}: {'; '.join(said)}"
 
 
 if __name__ == "__main__":

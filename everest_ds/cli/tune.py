@@ -201,6 +201,7 @@ def tune(
     settings = overrides or []
     config = load_experiment(source, settings)
     cluster = cluster_here(gpus, calibration) if gpu is None else cluster_of(gpu, gpus, nodes, interconnect)
+    cluster = cluster.loading_data_of(config)
     given = {text.partition("=")[0] for text in settings}
     options = Options(global_batch, any_precision, frozenset(given & SEARCHED))
     epoch = None if clips else count_samples(config, planned=True)

@@ -99,10 +99,24 @@ def _check_micro_batch(config: Experiment) -> None:
         )
 
 
-def _check_packing(config: Experiment) -> None:
+def selects_by_pixels(config: Experiment) -> bool:
+    """Return whether tokens are selected by their pixels alone, which needs no weights of the model."""
     tokens = config.tokens
-    by_pixels = tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
-    if config.data.pack_tokens and not by_pixels:
+    return tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
+
+
+def can_pack_tokens(config: Experiment) -> bool:
+    """Return whether a run may set `data.pack_tokens`."""
+    return _selects_by_pixels(config) and not config.augment.changes
+
+
+def _selects_by_pixels(config: Experiment) -> bool:
+    tokens = config.tokens
+    return tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
+
+
+def _check_packing(config: Experiment) -> None:
+    if config.data.pack_tokens and not _selects_by_pixels(config):
         packing = " or ".join(name for name, rule in SELECTIONS.items() if rule.packs)
         raise ValueError(
             "data.pack_tokens lets data-loading workers select tokens, but they have no model weights to"

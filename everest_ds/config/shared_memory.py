@@ -14,12 +14,15 @@ _INDEX_BYTES = 4
 
 def batch_bytes(config: Experiment) -> int:
     """Return the bytes of one rank's micro-batch as workers send it: uint8 clips, or their kept tubelets."""
-    geometry, values = config.candidate_geometry, config.model.geometry.tubelet_values
-    if config.data.pack_tokens:
-        clip_bytes = config.token_counts.num_kept * (values + _INDEX_BYTES)
-    else:
-        clip_bytes = 3 * geometry.num_frames * geometry.image_size**2
-    return config.batch.micro_batch_size * clip_bytes
+    return config.batch.micro_batch_size * clip_bytes(config, config.data.pack_tokens)
+
+
+def clip_bytes(config: Experiment, packed: bool) -> int:
+    """Return the bytes of one clip as workers send it: whole, or `packed` as its kept tubelets."""
+    if packed:
+        return config.token_counts.num_kept * (config.model.geometry.tubelet_values + _INDEX_BYTES)
+    geometry = config.candidate_geometry
+    return 3 * geometry.num_frames * geometry.image_size**2
 
 
 def shared_memory_bytes(config: Experiment, num_ranks: int) -> int:

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, get_args
 
-from everest_ds.config.batch import BatchPlan, plan_ranks
+from everest_ds.config.batch import plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import Experiment
 from everest_ds.config.zero_settings import ZeroSettings, zero_settings
 from everest_ds.costs.block import num_recomputing, stacks
+from everest_ds.costs.bottleneck import Supply, find_bottleneck
+from everest_ds.costs.clip_supply import clip_supply, loading_cost
 from everest_ds.costs.communication_time import BlockStack, PassTime, state_terms, tensor_terms
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.compute_time import (
@@ -36,8 +38,6 @@ from everest_ds.costs.term import Term, TermGroup
 from everest_ds.errors import ConfigError
 
 GROUPS: tuple[TermGroup, ...] = get_args(TermGroup)
-# Stored videos are assumed to be a little larger than their crops: 256 pixels high for crops of 224, at 4:3.
-_STORED_HEIGHT, _STORED_WIDTH = 256 / 224, 4 / 3 * 256 / 224
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,8 @@ def assemble_step(
     ]
     update_s = sum(term.seconds for term in terms if term.group == "optimizer")
     terms += _host_terms(host, work, update_s, count, machine)
-    terms.append(_data_term(config, plan, machine, sum(term.seconds for term in terms)))
+    clips = plan.micro_batch_size * count
+    terms.append(_data_term(config, num_ranks, machine, clips, sum(term.seconds for term in terms)))
     flops = FLOPS_PER_MAC * predict_macs(config).training_macs * plan.global_batch_size
     peak = machine.peak_flops_per_s.get(config.precision)
     return StepPrediction(tuple(terms), plan.global_batch_size, flops, peak and peak * num_ranks)
@@ -251,27 +252,25 @@ def _host_terms(
         yield Term(f"host {phase}", "overhead", count * exposed, count * busy, formula, numbers)
 
 
-def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:
-    """Return the term of decoding a rank's clips, hidden behind compute if workers have their own cores.
+def supply_of_step(step: StepPrediction, config: Experiment, num_ranks: int, machine: Machine) -> Supply:
+    """Return the supply of a rank whose predicted step is `step`."""
+    plan = plan_ranks(config, num_ranks)
+    without_data_s = step.step_s - step.split()["data"]
+    clips_per_s = plan.micro_batch_size * plan.grad_accum_steps / without_data_s
+    return clip_supply(config, num_ranks, machine, clips_per_s)
 
-    The ranks of a tensor group decode the clips of their group in turn: all at once if they have workers.
-    """
-    clip, data = config.candidate_geometry, config.data
-    frames = clip.num_frames * data.frame_stride
-    pixels = frames * clip.image_size**2 * _STORED_HEIGHT * _STORED_WIDTH
-    readers = config.parallelism.tensor if data.num_workers else 1
-    videos = plan.micro_batch_size * plan.grad_accum_steps / data.repeats / readers
-    each = machine.decode_s + pixels / machine.decode_pixels_per_s
-    workers = max(1.0, min(data.num_workers, machine.spare_cores))
-    busy = videos * each / workers
-    hides = machine.spare_cores > 0 and data.num_workers > 0
-    numbers = {"videos": videos, "ms each": 1e3 * each, "workers": workers}
-    exposed = max(0.0, busy - step_s) if hides else busy
+
+def _data_term(config: Experiment, num_ranks: int, machine: Machine, clips: int, step_s: float) -> Term:
+    """Return the term of loading a rank's clips, hidden behind compute if workers have their own cores."""
+    supply = clip_supply(config, num_ranks, machine, clips / step_s)
+    found = find_bottleneck(loading_cost(config, machine), supply)
+    busy = clips / found.loader_clips_per_s
+    rates = {f"{name} clips/s": rate for name, rate in found.rates.items() if name != "compute"}
     return Term(
         "data",
         "data",
-        exposed,
+        busy if supply.alternates else max(0.0, busy - step_s),
         busy,
-        "videos · time per video / workers, beyond the rest of the step",
-        numbers,
+        "clips / lowest rate of decoding, disk and copies, beyond the rest of the step",
+        {"clips": clips, **rates},
     )

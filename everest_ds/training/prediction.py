@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from everest_ds.config import Experiment, plan_ranks
+from everest_ds.config.checks import can_pack_tokens
+from everest_ds.costs.bottleneck import changed_settings, find_bottleneck, find_remedies
+from everest_ds.costs.clip_supply import loading_cost
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
+from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import MemoryPrediction, predict_memory
-from everest_ds.costs.step_time import StepPrediction, predict_step
+from everest_ds.costs.step_time import StepPrediction, predict_step, supply_of_step
+from everest_ds.profiling.loading_record import recorded_loading
 from everest_ds.units import format_bytes, format_duration
 
 REFERENCE = "8xA100-80GB"  # the largest machine of the paper
+_WORTHWHILE = 1.05  # gain from which a remedy is named
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,7 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
     share = needed.peak_bytes / device.memory_bytes
     memory = f"a GPU's {device.memory_gib} GB"
     fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
-    machine = machine_from_sheet(gpus.product, device)
+    machine = replace(machine_from_sheet(gpus.product, device), loading=recorded_loading(config))
     step = predict_step(config, gpus.count, machine)
     run = {}
     if num_samples is not None:
@@ -74,8 +80,25 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
         "on": f"{gpus}: {machine.source}",
         "memory": f"{memory_text(needed)}, {fits}",
         "step": _step(step),
+        "data": describe_supply(step, config, gpus.count, machine),
         **run,
     }
+
+
+def describe_supply(step: StepPrediction, config: Experiment, num_ranks: int, machine: Machine) -> str:
+    """Say which resource limits a rank whose predicted step is `step`, by how much, and what would help."""
+    cost, supply = loading_cost(config, machine), supply_of_step(step, config, num_ranks, machine)
+    remedies = find_remedies(cost, supply, changed_settings(cost, supply, can_pack_tokens(config)))
+    helpful = [f"with {remedy.phrase()}" for remedy in remedies if remedy.gain >= _WORTHWHILE]
+    if machine.loading is None:
+        source = (
+            "The loader's rate is that of videos as `everest-ds data reencode` writes them;"
+            " `everest-ds doctor --data` measures yours"
+        )
+    else:
+        source = f"The loader was measured {machine.loading.place}"
+    said = [find_bottleneck(cost, supply).sentence(), *helpful]
+    return f"{'; '.join(said)}. {source}."
 
 
 def _step(step: StepPrediction) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_table, print_text, write_csv, write_json
-from everest_ds.costs.step_time import predict_step
 from everest_ds.errors import UsageError
+from everest_ds.training.prediction import describe_supply
 from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.candidate_tables import (
     Costs,
@@ -51,9 +51,10 @@ def print_answer(result: SearchResult, cluster: Cluster, costs: Costs, top: int,
     calls, best = close_calls(shown, cluster), result.ranked[0]
     if calls:
         print(f"close to the memory limit (less than {CLOSE_PCT} % free): {'; '.join(calls)}")
-    waits = 100 * best.step.split()["data"] / best.step.step_s
-    if waits > _WAITS_PCT:
-        print_text(_hint_about_data(best, cluster, waits))
+    waits_pct = 100 * best.step.split()["data"] / best.step.step_s
+    waits = f" waits for clips for {waits_pct:.0f} % of its step" if waits_pct > _WAITS_PCT else ""
+    supplied = describe_supply(best.step, best.config, cluster.num_ranks, cluster.machine)
+    print_text(f"candidate 1{waits}: {supplied}")
     if len(shown) > 1 and shown[1].step.step_s < best.step.step_s * EQUALLY_FAST:
         print_text("candidates that take equally long are ordered by their time without data wait")
     dropped = [*slower_families(result.ranked, top), *result.dropped]
@@ -102,17 +103,3 @@ def helpful_workers(best: Candidate, cluster: Cluster) -> int | None:
     cores = int(cluster.machine.spare_cores)
     waits = best.step.split()["data"] / best.step.step_s > _WAITS_PCT / 100
     return cores if waits and cores > best.config.data.num_workers else None
-
-
-def _hint_about_data(best: Candidate, cluster: Cluster, waits_pct: float) -> str:
-    """Describe the wait for data of the best candidate, and its step time with a worker per spare core."""
-    said = f"candidate 1 waits for decoded clips for {waits_pct:.0f} % of its step"
-    cores, data = helpful_workers(best, cluster), best.config.data
-    if cores is None:
-        return f"{said}: see docs/loader.md"
-    helped = best.config.model_copy(update={"data": data.model_copy(update={"num_workers": cores})})
-    step = predict_step(helped, cluster.num_ranks, cluster.machine, best.zero)
-    return (
-        f"{said}; with data.num_workers={cores}, if each rank has that many cores, a step takes"
-        f" {1e3 * step.step_s:.1f} ms instead of {1e3 * best.step.step_s:.1f}"
-    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from everest_ds.config import Experiment
 from everest_ds.costs.hardware.data_sheet import RANKS_PER_NODE, machine_from_sheet
 from everest_ds.costs.hardware.gpus import device_of
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import MemoryPrediction
 from everest_ds.errors import UsageError
+from everest_ds.profiling.loading_record import recorded_loading
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,10 @@ class Cluster:
         if self.machine.asynchronous:
             return memory.peak_bytes
         return self.machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
+
+    def loading_data_of(self, config: Experiment) -> Cluster:
+        """Return the cluster with the measured loading of the config's data, if they have been measured."""
+        return replace(self, machine=replace(self.machine, loading=recorded_loading(config)))
 
     def free_pct(self, needed_bytes: float) -> float:
         """Return the share of a rank's usable memory, in percent, that `needed_bytes` leave free."""

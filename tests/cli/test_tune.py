@@ -46,7 +46,7 @@ def test_the_winner_is_written_as_a_config_that_runs(
     assert command[4:] == ["data.num_workers=14", "--nodes", "1", "--gpus-per-node", "8"]
     for heading in ("Tuning by prediction", "Families left out", "encoder forward", "depth · (12·n·D²"):
         assert heading in said
-    assert "waits for decoded clips" in said and "data.num_workers=14" in said
+    assert "candidate 1 waits for clips" in said and "decoding binds" in said and "(predicted)" in said
 
 
 def test_rows_add_up(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ TRAINING = [
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working folder with the files that the documents assume the reader to have."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "my.yaml").write_text("base: k400_pretrain_vit_base\n")
     (tmp_path / "ds_config.json").write_text(deepspeed_example())
     (tmp_path / "pre.yaml").write_text("base: k400_pretrain_vit_base\n")

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, fields
 from math import exp, log
 from typing import Any
 
+from everest_ds.costs.bottleneck import MeasuredLoading
+
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather")  # used in a training step
 
 
@@ -103,6 +105,8 @@ class Machine:
         baseline_bytes: memory that a rank holds besides its model; counted on a CPU only.
         watts: power of a rank's share of its node under load; None if unknown.
         source: human-readable origin of the numbers.
+        loading: measured loading of the run's own clips, which replaces the decoding rate; None if there is
+            none.
     """
 
     device: str
@@ -130,6 +134,7 @@ class Machine:
     baseline_bytes: int = 0
     watts: float | None = None
     source: str = ""
+    loading: MeasuredLoading | None = None
 
     @property
     def precisions(self) -> tuple[str, ...]:
@@ -137,7 +142,7 @@ class Machine:
         return tuple(self.products)
 
     def as_json(self) -> dict[str, Any]:
-        """Return the machine as a JSON tree, which `from_json` reads back."""
+        """Return the machine as a JSON tree, which `from_json` reads back except for `loading`."""
         return asdict(self)
 
     @classmethod
@@ -147,7 +152,7 @@ class Machine:
         Raises:
             KeyError, TypeError, ValueError: the tree is not a machine.
         """
-        values = {each.name: tree[each.name] for each in fields(cls)}
+        values = {each.name: tree[each.name] for each in fields(cls) if each.name != "loading"}
         for name in ("products", "attention", "moving"):
             values[name] = {
                 key: RateCurve(tuple(curve["sizes"]), tuple(curve["rates"]))

@@ -1,0 +1,162 @@
+"""The work of loading a clip, measured stage by stage in this process by CPU time.
+
+CPU time stays meaningful if other programs share the machine, and predicts what each worker process can do.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from statistics import fmean
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from everest_ds.config import Experiment
+from everest_ds.costs.bottleneck import LoadingCost
+from everest_ds.data.clips import Pack, TrainingClips
+from everest_ds.data.order import Visit
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import DataError
+from everest_ds.profiling.storage_rates import io_count
+
+_NUM_VIDEOS = 32
+_PASSES = 3  # readings of each video, if the time allows
+
+
+class StageTimes(NamedTuple):
+    """The measured work of loading clips.
+
+    Attributes:
+        cost: mean work per clip.
+        decode_ms: decoding time by sample.
+        num_clips: number of readings; a sample may be read several times.
+    """
+
+    cost: LoadingCost
+    decode_ms: dict[Sample, float]
+    num_clips: int
+
+
+class _Reading(NamedTuple):
+    """One reading of a sample: times in seconds, and bytes."""
+
+    decode_s: float
+    crop_s: float
+    pack_s: float
+    collate_s: float
+    read_bytes: float
+
+
+def measure_stages(
+    samples: Sequence[Sample], config: Experiment, pack: Pack | None, budget_s: float
+) -> StageTimes:
+    """Measure the work of loading clips of `samples`, read as in training.
+
+    Args:
+        samples: the data set, of which a random selection is read.
+        config: config of the run.
+        pack: selects the tokens of a clip, which is timed too; None if the run cannot pack.
+        budget_s: CPU time to spend, in seconds; at least one sample is read.
+
+    Raises:
+        DataError: if no sample can be read, or all are too short.
+    """
+    order = np.random.default_rng(0).permutation(len(samples))  # its first part is a fair selection, too
+    chosen = [samples[int(index)] for index in order[:_NUM_VIDEOS]]
+    with _one_thread():
+        stopwatch = _Stopwatch(chosen, config, pack)
+        stopwatch.read(Visit(0, 0))  # imports the decoder
+        readings: list[tuple[Sample, _Reading]] = []
+        began = time.process_time()
+        for number in range(_PASSES * len(chosen)):
+            visit = Visit(*divmod(number, len(chosen)))
+            if (reading := stopwatch.read(visit)) is not None:
+                readings.append((chosen[visit.sample], reading))
+            if readings and time.process_time() - began > budget_s:
+                break
+    if not readings:
+        raise DataError("no clip can be cut from the videos", given=f"{len(chosen)} videos that were tried")
+    return _summary(readings, config.data.repeats)
+
+
+class _Stopwatch:
+    """Reads samples and times the stages of each reading."""
+
+    def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None) -> None:
+        self._packs, self._pack, self._pack_s = config.data.pack_tokens, pack, 0.0
+        self._clips = TrainingClips(samples, config, self._timed_pack if self._packs else None)
+        self._clips.reader.watch = self._watch
+        self._decode_s, self._read_bytes = 0.0, 0
+
+    def read(self, visit: Visit) -> _Reading | None:
+        """Time one reading; return None if the sample cannot be read."""
+        self._decode_s = self._pack_s = 0.0
+        self._read_bytes = 0
+        start = time.process_time()
+        item = self._clips[visit]
+        loaded = time.process_time()
+        _in_shared_memory([clip.clip for clip in item.clips])
+        collated = time.process_time()
+        if item.failures:
+            return None
+        crop_s = loaded - start - self._decode_s - self._pack_s
+        if self._pack is not None and not self._packs:
+            for clip in item.clips:
+                self._timed_pack(clip.clip)
+        size = self._clips.samples[visit.sample].file.stat().st_size
+        read_bytes = min(self._read_bytes or size, size)
+        return _Reading(self._decode_s, crop_s, self._pack_s, collated - loaded, read_bytes)
+
+    def _watch(self, index: int | None) -> None:
+        """Start the clock of the decoder before a reading, and stop it after."""
+        sign = -1 if index is not None else 1
+        self._decode_s += sign * time.process_time()
+        self._read_bytes += sign * io_count("rchar")
+
+    def _timed_pack(self, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._pack is not None
+        start = time.process_time()
+        packed = self._pack(clip)
+        self._pack_s += time.process_time() - start
+        return packed
+
+
+def _in_shared_memory(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return a batch in new shared memory, as the collate function of torch's loader does in a worker."""
+    shared = torch.empty((len(clips), *clips[0].shape), dtype=clips[0].dtype).share_memory_()
+    return torch.stack(list(clips), out=shared)
+
+
+def _summary(readings: Sequence[tuple[Sample, _Reading]], repeats: int) -> StageTimes:
+    by_sample: dict[Sample, list[_Reading]] = {}
+    for sample, reading in readings:
+        by_sample.setdefault(sample, []).append(reading)
+    means = {sample: _mean(each) for sample, each in by_sample.items()}
+    mean = _mean(list(means.values()))  # every video counts once
+    cost = LoadingCost(
+        decode_ms=1e3 * mean.decode_s,
+        crop_ms=1e3 * mean.crop_s / repeats,
+        collate_ms=1e3 * mean.collate_s / repeats,
+        pack_ms=1e3 * mean.pack_s / repeats,
+        read_bytes=mean.read_bytes,
+    )
+    decode_ms = {sample: 1e3 * each.decode_s for sample, each in means.items()}
+    return StageTimes(cost, decode_ms, len(readings))
+
+
+def _mean(readings: Sequence[_Reading]) -> _Reading:
+    return _Reading(*(fmean(values) for values in zip(*readings, strict=True)))
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch compute with one thread, as in a worker."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

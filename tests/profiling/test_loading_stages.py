@@ -1,0 +1,125 @@
+"""Tests of the measured stages of loading a clip, on small videos that are encoded here."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import pytest
+import torch
+
+from everest_ds.config import Experiment
+from everest_ds.data.clips import TrainingClips
+from everest_ds.data.order import Visit
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import DataError
+from everest_ds.profiling import faster_copies
+from everest_ds.profiling.faster_copies import FASTER_FORMS, measure_form, representatives
+from everest_ds.profiling.loading_stages import measure_stages
+from everest_ds.training.token_packing import Packer
+from tests.data.conftest import noisy_pictures, write_video
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> list[Sample]:
+    """Write three videos with a single key frame each."""
+    folder = tmp_path_factory.mktemp("videos")
+    return [Sample(write_video(folder / f"{n}.mp4", noisy_pictures(60 + n), g="250"), 0) for n in range(3)]
+
+
+def experiment(**data: Any) -> Experiment:
+    settings = {"decoder": "pyav", "frame_stride": 2, "num_workers": 0, **data}
+    model, tokens = {"image_size": 64, "num_frames": 8}, {"selection": "rero", "score": "pixel"}
+    return Experiment.model_validate({"task": "pretrain", "model": model, "tokens": tokens, "data": settings})
+
+
+def test_stages_add_up_to_the_time_of_loading(samples: list[Sample]) -> None:
+    config = experiment()
+    clips, seconds = TrainingClips(samples, config), []
+    for number in range(9):
+        start = time.process_time()
+        torch.stack([clip.clip for clip in clips[Visit(0, number % 3)].clips])
+        seconds.append(time.process_time() - start)
+    found = measure_stages(samples, config, None, 10.0)
+    assert set(found.decode_ms) == set(samples) and found.num_clips == 9
+    assert found.cost.clip_ms(1, packs=False) == pytest.approx(1e3 * sum(seconds) / 9, rel=0.6)
+    assert found.cost.decode_ms > found.cost.crop_ms > 0 and found.cost.pack_ms == 0
+    sizes = [sample.path.stat().st_size for sample in samples]
+    assert found.cost.read_bytes == pytest.approx(
+        sum(sizes) / 3, rel=0.1
+    )  # a decoder reads a small file whole
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_costs_are_per_sample_or_per_clip(samples: list[Sample], packs: bool) -> None:
+    """Four clips of one decoded sample cost less than four samples, and the selection of tokens is timed."""
+    config = experiment(repeats=4, pack_tokens=packs)
+    one, four = (
+        measure_stages(samples, c, Packer(c), 10.0).cost for c in (experiment(pack_tokens=packs), config)
+    )
+    assert four.decode_ms == pytest.approx(one.decode_ms, rel=0.6)
+    for name in ("crop_ms", "pack_ms"):
+        assert 0.2 < getattr(four, name) / getattr(one, name) < 2.5, name
+
+
+def test_a_budget_ends_the_measurement_and_damaged_videos_do_not_count(
+    samples: list[Sample], tmp_path: Path
+) -> None:
+    broken = Sample(tmp_path / "broken.mp4", 0)
+    broken.path.write_bytes(b"no video")
+    found = measure_stages([broken, *samples], experiment(), None, 10.0)
+    assert set(found.decode_ms) == set(samples)
+    assert measure_stages(samples, experiment(), None, 0.0).num_clips == 1
+    with pytest.raises(DataError, match="cannot be read"):
+        measure_stages([broken], experiment(), None, 1.0)
+
+
+def test_representatives_spread_over_the_decoding_times() -> None:
+    times = {Sample(Path(f"{ms}.mp4"), 0): float(ms) for ms in range(1, 41)}
+    assert [times[sample] for sample in representatives(times)] == [6, 16, 26, 36]
+    few = {sample: times[sample] for sample in list(times)[:3]}
+    assert set(representatives(few)) == set(few)
+
+
+def test_reencoded_copies_are_of_the_middle_and_have_key_frames_close_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    video = Sample(write_video(tmp_path / "long.mp4", noisy_pictures(120), g="300"), 0)
+    made: list[Sample] = []
+
+    def copy(samples: Sequence[Sample], folder: Path) -> list[Sample]:
+        assert [sample.span for sample in samples] == [(35, 85)]  # 50 of 120 frames
+        made.extend(FASTER_FORMS["reencode"].copy(samples, folder))
+        with av.open(str(made[0].path)) as container:
+            keys = [bool(packet.is_keyframe) for packet in container.demux(video=0) if packet.size]
+        assert len(keys) == 50 and all(any(keys[i : i + 8]) for i in range(0, 48, 8))
+        return made
+
+    monkeypatch.setattr(faster_copies, "_MOST_FRAMES", 50)
+    form = FASTER_FORMS["reencode"]._replace(copy=copy)
+    cost = measure_form(form, [video], experiment(), None)
+    assert cost.decode_ms > 0 and cost.read_bytes > 0 and not made[0].path.exists()
+
+
+@pytest.mark.slow
+def test_packed_copies_lie_in_a_store_and_decode_faster(samples: list[Sample]) -> None:
+    made: list[Sample] = []
+
+    def copy(parts: Sequence[Sample], folder: Path) -> list[Sample]:
+        made.extend(FASTER_FORMS["pack"].copy(parts, folder))
+        return made
+
+    config = experiment()
+    after = measure_form(FASTER_FORMS["pack"]._replace(copy=copy), samples, config, None)
+    assert all(sample.stored for sample in made) and len(made) == len(samples)
+    assert 0 < after.decode_ms < measure_stages(samples, config, None, 10.0).cost.decode_ms
+    stored = [sample.stored.num_bytes for sample in made if sample.stored]
+    assert 0 < after.read_bytes < max(stored)  # eight of the frames, not all
+
+
+def test_a_form_that_cannot_be_made_is_an_error_that_names_the_video(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.mp4"):
+        measure_form(FASTER_FORMS["reencode"], [Sample(tmp_path / "gone.mp4", 0)], experiment(), None)
