@@ -260,7 +260,7 @@ def check(
         bool, typer.Option("--every-frame", help="Decode all frames of each video, not only its two ends.")
     ] = False,
     decoder: Annotated[
-        str, typer.Option(help="Decoder, as in data.decoder: decord, pyav or torchcodec.")
+        str, typer.Option(help="decord (independent of runs, which read with PyAV), pyav or torchcodec.")
     ] = "decord",
     timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds after which an unfinished video counts as broken.")

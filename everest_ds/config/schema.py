@@ -189,7 +189,7 @@ class DataConfig(ConfigSection):
         1.0, description="share of an epoch's videos that may be unreadable before the run stops"
     )
     decoder: Decoder = Field(
-        "decord", description="PyAV replaces the others for files whose frames they cannot locate exactly"
+        "pyav", description="PyAV replaces the others for files whose frames they cannot locate exactly"
     )
     decode_short_side: PositiveInt | None = Field(
         None, description="short side, in pixels, to which PyAV shrinks larger frames while decoding"

@@ -42,7 +42,9 @@ def needed_by(boxes: Sequence[Box], size: int) -> Need:
     """Return the part of a picture that is needed to cut `boxes` out of it and resize them to `size`."""
     smallest = min(min(box.height, box.width) for box in boxes)
     reduction = next(factor for factor in REDUCTIONS if smallest >= factor * size or factor == 1)
-    return Need(max(box.top + box.height for box in boxes), reduction)
+    rows = range(min(box.top for box in boxes), max(box.top + box.height for box in boxes))
+    columns = range(min(box.left for box in boxes), max(box.left + box.width for box in boxes))
+    return Need(rows, columns, reduction)
 
 
 def train_box(height: int, width: int, crop: str, rng: np.random.Generator) -> Box:
@@ -75,7 +77,8 @@ def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor
 
 def crop_pictures(pictures: Pictures, box: Box, size: int, flip: bool = False) -> Tensor:
     """Cut `box`, counted in the whole pictures, out of decoded pictures, as `crop_resize` does."""
-    return crop_resize(pictures.pixels, box.reduced(pictures.reduction), size, flip)
+    inner = box._replace(top=box.top - pictures.top, left=box.left - pictures.left)
+    return crop_resize(pictures.pixels, inner.reduced(pictures.reduction), size, flip)
 
 
 def _placed(height: int, width: int, box_height: int, box_width: int, rng: np.random.Generator) -> Box:

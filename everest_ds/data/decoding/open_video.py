@@ -20,7 +20,7 @@ from everest_ds.data.store.stored_video import StoredVideo
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
-DEFAULT_DECODER = "decord"
+DEFAULT_DECODER = "pyav"
 # Decoder -> the containers and codecs from which it returns every picture exactly, as found by the tests;
 # PyAV reads all others. For MPEG-4 and HEVC in MP4, decord 0.6.0 returns neighbouring pictures; for VP8,
 # torchcodec counts pictures that are never shown; for AVI with reordered pictures, neither is right.
@@ -78,7 +78,7 @@ def require_decoder(decoder: str) -> None:
             "data.decoder=torchcodec cannot be used",
             given=given or f"installed, but: {str(error).strip().splitlines()[0]}",
             fix="pip install 'everest-ds[torchcodec]' and FFmpeg's libraries (apt-get install ffmpeg),"
-            " or use data.decoder=decord",
+            " or use data.decoder=pyav",
         ) from None
 
 

@@ -25,7 +25,7 @@ def display_matrix(frame: Any) -> tuple[int, ...]:
     """Return the display matrix of a decoded frame of PyAV: 9 numbers, the first 6 in 16.16 fixed point."""
     # PyAV's side data and their frame refer to each other, and so would keep a whole picture until the next
     # garbage collection; a tiny copy has the same side data.
-    stored = frame.reformat(width=16, height=16, format="gray").side_data.get("DISPLAYMATRIX")
+    stored = frame.reformat(width=16, height=16, format="gray", threads=1).side_data.get("DISPLAYMATRIX")
     return IDENTITY if stored is None else tuple(np.frombuffer(bytes(stored), np.int32).tolist())
 
 

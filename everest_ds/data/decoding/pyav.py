@@ -9,7 +9,7 @@ because loaders run many processes.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from itertools import groupby
@@ -19,13 +19,15 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from everest_ds.data.decoding.orientation import Picture, Transform, display_matrix, transform_of
-from everest_ds.data.decoding.video import FIX, Size, Video, in_parts, shrunk
+from everest_ds.data.decoding.orientation import Picture
+from everest_ds.data.decoding.to_rgb import Cutout, RgbConverter, part_with
+from everest_ds.data.decoding.video import FIX, Need, Pictures, Size, Video, in_parts
 from everest_ds.errors import DataError
 
 # An intact file may be a little shorter than its header states. It has at least this share of the stated
 # length, less the duration of the last frame, which some files do not state.
 _LEAST_LENGTH, _LAST_FRAME_S = 0.95, 0.1
+_PartOf = Callable[[Size], Cutout] | None
 
 
 class Packet(NamedTuple):
@@ -41,8 +43,7 @@ class PyAVVideo(Video):
 
     def __init__(self, path: Path, short_side: int | None = None) -> None:
         self.path = path
-        self._short_side = short_side
-        self._transform: Transform | None = None  # known from the first picture that is read
+        self._to_rgb = RgbConverter(short_side)
         self._container, self._stream = open_stream(path)
         try:
             self.num_frames = self._index()
@@ -55,6 +56,25 @@ class PyAVVideo(Video):
     def close(self) -> None:
         """Close the file and free the decoder."""
         self._container.close()
+
+    def read_needed(self, indices: Sequence[int], need: Callable[[Size], Need]) -> Pictures:
+        """Decode the pictures `indices`, and convert only the part of them that `need` names to RGB.
+
+        Raises:
+            DataError: as `read`.
+        """
+        self._check_range(indices)
+        parts: dict[Size, Cutout] = {}
+
+        def part_of(size: Size) -> Cutout:
+            if size not in parts:
+                parts[size] = part_with(need(size), size)
+            return parts[size]
+
+        pixels = self._joined(self._pictures(sorted(set(indices)), part_of), indices)
+        self._check_sizes(list(parts))
+        [(size, part)] = parts.items()
+        return Pictures(pixels, size, 1, part.rows.start, part.columns.start)
 
     def read_all(self, every: int = 1) -> Iterator[torch.Tensor]:
         """Decode as `Video.read_all` does, in one pass over the file."""
@@ -69,10 +89,13 @@ class PyAVVideo(Video):
         return self._joined(self._pictures(list(indices)), indices)
 
     def _joined(self, pictures: dict[int, Picture], indices: Sequence[int]) -> torch.Tensor:
-        sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures.values()})
-        if len(sizes) > 1:
-            raise DataError(f"{self.path}: the picture size changes within the video", given=sizes, fix=FIX)
+        self._check_sizes([Size(picture.shape[1], picture.shape[0]) for picture in pictures.values()])
         return torch.from_numpy(np.stack([pictures[i] for i in indices]))
+
+    def _check_sizes(self, sizes: Sequence[Size]) -> None:
+        if len(set(sizes)) > 1:
+            given = [f"{size.width}x{size.height}" for size in sorted(set(sizes))]
+            raise DataError(f"{self.path}: the picture size changes within the video", given=given, fix=FIX)
 
     def _index(self) -> int:
         """Index the pictures by timestamp and key frame, and return their number."""
@@ -86,17 +109,20 @@ class PyAVVideo(Video):
             self._numbers = {packet.pts: number for number, packet in enumerate(shown)}
             self._keys = [(number, packet) for number, packet in enumerate(shown) if packet.is_key]
             # x264 writes its version into the first packet only, and FFmpeg needs it for 4:4:4 files of older
-            # versions: without this call, everything after the second key frame is garbage.
+            # versions: without this call, everything after the second key frame is garbage. H.264 keeps the
+            # version even if the picture itself is skipped.
             if first is not None:
+                context = self._stream.codec_context
+                context.skip_frame = "ALL" if context.name == "h264" else "DEFAULT"
                 self._stream.decode(first)
             return len(shown)
 
-    def _pictures(self, wanted: list[int]) -> dict[int, Picture]:
+    def _pictures(self, wanted: list[int], part_of: _PartOf = None) -> dict[int, Picture]:
         """Decode the pictures `wanted` (ascending numbers); return them by number."""
         found: dict[int, Picture] = {}
         with naming(self.path):
             for key, group in groupby(wanted, self._key_before):
-                found |= self._pictures_after(key, list(group))
+                found |= self._pictures_after(key, list(group), part_of)
         return self._all_of(found, wanted)
 
     def _all_of(self, found: dict[int, Picture], wanted: Sequence[int]) -> dict[int, Picture]:
@@ -111,40 +137,37 @@ class PyAVVideo(Video):
         rank = bisect_right(self._keys, number, key=lambda key: key[0])
         return self._keys[rank - 1][1] if rank else None
 
-    def _pictures_after(self, key: Packet | None, wanted: list[int]) -> dict[int, Picture]:
+    def _pictures_after(self, key: Packet | None, wanted: list[int], part_of: _PartOf) -> dict[int, Picture]:
         # Some containers seek by presentation timestamp, others by decoding timestamp; a seek by the wrong
         # kind may miss the key frame.
         times = (key.pts, key.dts) if key else ()
         for time in times:
             if time is not None:
                 self._container.seek(time, stream=self._stream)
-                found = self._collect(_from_key_frame(self._decoded(set(wanted)), wanted[0]), wanted)
+                decoded = _from_key_frame(self._decoded(set(wanted)), wanted[0])
+                found = self._collect(decoded, wanted, part_of)
                 if len(found) == len(wanted):
                     return found
-        return self._collect(self._from_start(set(wanted)), wanted)
+        return self._collect(self._from_start(set(wanted)), wanted, part_of)
 
-    def _collect(self, decoded: Iterator[tuple[int, Any]], wanted: list[int]) -> dict[int, Picture]:
+    def _collect(
+        self, decoded: Iterator[tuple[int, Any]], wanted: list[int], part_of: _PartOf = None
+    ) -> dict[int, Picture]:
         """Collect the pictures `wanted` (ascending numbers) that were decoded without damage."""
         found: dict[int, Picture] = {}
         numbers = set(wanted)
         for number, frame in decoded:
             if number in numbers and not frame.is_corrupt:
-                found[number] = self._rgb(frame)
+                found[number] = self._rgb(frame, part_of)
             if number >= wanted[-1]:
                 break
         return found
 
-    def _rgb(self, frame: Any) -> Picture:
-        """Convert a frame to RGB, and turn and mirror it as the file states."""
-        stored = Size(frame.width, frame.height)
-        width, height = shrunk(stored, self._short_side) or stored
-        picture: Picture = frame.to_ndarray(format="rgb24", width=width, height=height)
-        if self._transform is None:
-            try:
-                self._transform = transform_of(display_matrix(frame))
-            except DataError as error:
-                raise DataError(f"{self.path}: {error}") from None
-        return self._transform(picture)
+    def _rgb(self, frame: Any, part_of: _PartOf) -> Picture:
+        try:
+            return self._to_rgb.convert(frame, part_of)
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from None
 
     def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
@@ -185,7 +208,10 @@ def open_stream(path: Path) -> tuple[Any, Any]:
     with naming(path):
         # The path is absolute because FFmpeg reads a relative `a:b.mp4` as protocol `a`. Undecodable metadata
         # is replaced because titles in other encodings are common.
-        container = av.open(str(path.absolute()), metadata_errors="replace")
+        # FFmpeg decodes a few pictures to learn their order, and their quality does not matter there. The
+        # decoder of the stream, which decodes the wanted pictures, does not have this option.
+        fast = {"skip_loop_filter": "all"}
+        container = av.open(str(path.absolute()), metadata_errors="replace", options=fast)
     stream = next(iter(container.streams.video), None)
     if stream is None:
         container.close()

@@ -30,11 +30,13 @@ class Need(NamedTuple):
     """The part of a clip's pictures that its crops need.
 
     Attributes:
-        rows: number of rows from the top; the rows below may be missing.
+        rows: the needed rows; the others may be missing.
+        columns: the needed columns; the others may be missing.
         reduction: one of `REDUCTIONS`; the pictures may be this many times smaller.
     """
 
-    rows: int
+    rows: range
+    columns: range
     reduction: int
 
 
@@ -42,14 +44,18 @@ class Pictures(NamedTuple):
     """The decoded pictures of a clip, whole or the part that was needed.
 
     Attributes:
-        pixels: uint8 (F, rows / reduction, width / reduction, 3), RGB.
+        pixels: uint8 (F, rows / reduction, columns / reduction, 3), RGB.
         size: size of the whole pictures, before they were reduced.
         reduction: the factor by which they were reduced.
+        top: first row of the whole pictures that `pixels` holds.
+        left: first column of the whole pictures that `pixels` holds.
     """
 
     pixels: torch.Tensor
     size: Size
     reduction: int
+    top: int = 0
+    left: int = 0
 
 
 class Video(ABC):
@@ -137,6 +143,11 @@ class Window(Video):
     def close(self) -> None:
         """Close the underlying video."""
         self._video.close()
+
+    def read_needed(self, indices: Sequence[int], need: Callable[[Size], Need]) -> Pictures:
+        """Decode as `Video.read_needed` does."""
+        self._check_range(indices)
+        return self._video.read_needed([self._first + i for i in indices], need)
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         return self._video.read([self._first + i for i in indices])

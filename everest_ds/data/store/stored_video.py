@@ -61,7 +61,7 @@ class StoredVideo(Video):
             return super().read_needed(indices, need)
         self._check_range(indices)
         part = need(self._size)
-        return Pictures(self._decode(indices, part.rows, part.reduction), self._size, part.reduction)
+        return Pictures(self._decode(indices, part.rows.stop, part.reduction), self._size, part.reduction)
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         pixels = self._decode(indices, self._frames.height, 1)

@@ -14,6 +14,7 @@ import pytest
 from everest_ds.config import DataConfig
 from everest_ds.config.schema import DECODERS
 from everest_ds.data.decoding.open_video import open_sample, open_video, require_decoder
+from everest_ds.data.decoding.video import Need, Video
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 from tests.data.conftest import all_frames, lay_down, noisy_pictures, write_video
@@ -110,6 +111,20 @@ def assert_exact(path: Path, decoder: str) -> None:
         for count in (1, 5, 12):
             indices = [rng.randrange(len(expected)) for _ in range(count)]
             np.testing.assert_array_equal(video.read(indices).numpy(), expected[indices])
+            assert_part_exact(video, indices, expected, rng)
+
+
+def assert_part_exact(video: Video, indices: list[int], expected: np.ndarray, rng: random.Random) -> None:
+    """Assert that a random part of the pictures, read alone, equals that part of the whole pictures."""
+    height, width = expected.shape[1:3]
+    rows = range(*sorted(rng.sample(range(height + 1), 2)))
+    columns = range(*sorted(rng.sample(range(width + 1), 2)))
+    found = video.read_needed(indices, lambda size: Need(rows, columns, 1))
+    assert found.size == (width, height)
+    top, left = rows.start - found.top, columns.start - found.left
+    part = found.pixels[:, top : top + len(rows), left : left + len(columns)].numpy()
+    wanted = expected[indices][:, rows.start : rows.stop, columns.start : columns.stop]
+    np.testing.assert_array_equal(part, wanted)
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
