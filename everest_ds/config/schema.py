@@ -175,8 +175,14 @@ class DataConfig(ConfigSection):
     repeats: PositiveInt = Field(
         1, description="random crops per decoded clip in training; an epoch decodes each video once"
     )
+    draws: PositiveInt | None = Field(
+        None, description="epochs cycle through N draws of clips; null: all new"
+    )
     pack_tokens: bool = Field(
-        False, description="workers select tokens and send only these; needs tokens.score=pixel"
+        False, description="workers send selected tokens only; needs tokens.score=pixel"
+    )
+    token_cache: Path | None = Field(
+        None, description="read kept tokens from this folder: `data cache` fills it"
     )
     read_timeout_s: PositiveInt = Field(
         60, description="a video that takes longer to read counts as unreadable"
@@ -190,6 +196,11 @@ class DataConfig(ConfigSection):
     decode_short_side: PositiveInt | None = Field(
         None, description="short side, in pixels, to which PyAV shrinks larger frames while decoding"
     )
+
+    @property
+    def sends_tokens(self) -> bool:
+        """True if workers send kept tokens, selected by them or read from a token cache."""
+        return self.pack_tokens or self.token_cache is not None
 
 
 class AugmentConfig(ConfigSection):

@@ -15,7 +15,7 @@ _INDEX_BYTES = 4
 def batch_bytes(config: Experiment) -> int:
     """Return the bytes of one rank's micro-batch as workers send it: uint8 clips, or their kept tubelets."""
     geometry, values = config.candidate_geometry, config.model.geometry.tubelet_values
-    if config.data.pack_tokens:
+    if config.data.sends_tokens:
         clip_bytes = config.token_counts.num_kept * (values + _INDEX_BYTES)
     else:
         clip_bytes = 3 * geometry.num_frames * geometry.image_size**2

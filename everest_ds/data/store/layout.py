@@ -38,7 +38,8 @@ class StoreKind(NamedTuple):
         facts_file: the file that makes the folder valid; it names the index.
         form: identifies the kind and the version of the format in that file.
         folder_option: the option or config key by which a user names the folder to write.
-        fix: what writes a damaged folder again.
+        fix: what writes a damaged description or index again.
+        repair: what writes damaged samples again.
         other_files: names of further files of the folder.
     """
 
@@ -47,6 +48,7 @@ class StoreKind(NamedTuple):
     form: str
     folder_option: str
     fix: str
+    repair: str
     other_files: tuple[str, ...] = ()
 
 
@@ -56,6 +58,7 @@ FRAMES = StoreKind(
     "everest-ds frame store, version 1",
     "--out",
     "repeat `everest-ds data pack` with the same manifest and folder; it writes this file again",
+    "pack the store again: `everest-ds data pack` repairs it and keeps what is intact",
 )
 
 
