@@ -105,6 +105,7 @@ class CacheFiller:
         self._shard_bytes = shard_bytes
         self._rows: dict[int, CachedSample] = {}
         with naming_errors(out, CACHE):
+            out.mkdir(parents=True, exist_ok=True)
             self._read_log()
             lost = repair_shards(out / SHARDS, self._rows.values(), self._is_intact)
         for row in lost:
