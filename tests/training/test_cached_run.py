@@ -1,4 +1,4 @@
-"""Tests of runs that read a token cache: bit-equal to runs that decode, also when one takes over the other."""
+"""Tests of runs that read a token cache: bit-equal to runs that decode, also when one resumes the other."""
 
 from __future__ import annotations
 
