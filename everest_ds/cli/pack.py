@@ -18,7 +18,7 @@ from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoo
 from everest_ds.config import DataConfig
 from everest_ds.console import print_facts, print_problems, progress_of, write_json
 from everest_ds.data.data_set import read_data_set
-from everest_ds.data.store.layout import FRAMES, Packing
+from everest_ds.data.store.layout import Packing
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ExitCode
 from everest_ds.units import format_bytes
@@ -86,7 +86,7 @@ def _pack(samples: Sequence[Sample], base: Path, out: Path, packing: Packing, wo
     from everest_ds.data.store.shards import packing_into
 
     inputs = {sample.file for sample in samples[:: max(1, len(samples) // 100)]}
-    with packing_into(out, inputs, FRAMES):
+    with packing_into(out, inputs):
         packer = StorePacker(samples, base, out, packing, workers)
         if packer.num_left:
             _plan(packer, packer.num_left, workers, out)

@@ -6,17 +6,15 @@ leave out high frequencies, which gives a picture of a half, a quarter or an eig
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
 
-from everest_ds.data.decoding.video import REDUCTIONS
+from everest_ds.data.decoding.video import Size
 
 _SUBSAMPLING = "420"  # like the videos that the pictures come from
 _BLOCK_ROWS = 16  # rows of the smallest part of a picture that can be decoded, with this subsampling
-_MARKER, _FRAME_HEADER = 0xFF, 0xC0  # the frame header of a baseline JPEG holds the number of rows
+_MARKER, _FRAME_HEADER = b"\xff", b"\xc0"  # the frame header of a baseline JPEG holds the number of rows
 _ROWS_AT = 5  # offset of that number from the marker
 
 
@@ -28,12 +26,12 @@ def encode(picture: NDArray[np.uint8], quality: int) -> bytes:
     return data
 
 
-def decode(data: bytes, height: int, rows: int | None = None, reduction: int = 1) -> NDArray[np.uint8]:
+def decode(data: bytes, size: Size, rows: int | None = None, reduction: int = 1) -> NDArray[np.uint8]:
     """Decode at least the upper `rows` of an RGB picture that `encode` has encoded.
 
     Args:
         data: the encoded picture.
-        height: number of rows of the whole picture.
+        size: size of the whole picture.
         rows: number of rows that are needed; None for all. They are the same as in the whole picture.
         reduction: one of `REDUCTIONS`: the picture is reduced by this factor, its sides are rounded up.
 
@@ -43,25 +41,29 @@ def decode(data: bytes, height: int, rows: int | None = None, reduction: int = 1
     Raises:
         ValueError: if the data are not a JPEG picture.
     """
-    assert reduction in REDUCTIONS
     # One more row, because chroma is interpolated between rows.
-    kept = height if rows is None else min(height, -(-(rows + 1) // _BLOCK_ROWS) * _BLOCK_ROWS)
-    if kept < height:
-        place = _rows_at(data)
-        data = data[:place] + kept.to_bytes(2, "big") + data[place + 2 :]
-    smallest: dict[str, Any] = {}
-    if reduction > 1:
-        smallest = {"min_height": -(-kept // reduction), "min_factor": reduction}
-    # A cut picture ends before its data do, which is no error.
-    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(data, "RGB", strict=kept == height, **smallest)
+    needed = size.height if rows is None else -(-(rows + 1) // _BLOCK_ROWS) * _BLOCK_ROWS
+    if needed < size.height:
+        place = _place_of_rows(data)
+        data = data[:place] + needed.to_bytes(2, "big") + data[place + 2 :]
+    # The decoder takes the smallest scale at which the picture is as large as this.
+    smallest = -(-min(needed, size.height) // reduction), -(-size.width // reduction)
+    picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
+        data,
+        "RGB",
+        min_height=smallest[0],
+        min_width=smallest[1],
+        min_factor=reduction,
+        strict=needed >= size.height,  # a cut picture ends before its data do, which is no error
+    )
     return picture
 
 
-def _rows_at(data: bytes) -> int:
+def _place_of_rows(data: bytes) -> int:
     """Return the place of the number of rows in an encoded picture."""
     place = 2  # the first marker has no content
-    while data[place] == _MARKER and data[place + 1] != _FRAME_HEADER:
+    while data[place : place + 1] == _MARKER and data[place + 1 : place + 2] != _FRAME_HEADER:
         place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
-    if data[place] != _MARKER:
+    if data[place : place + 1] != _MARKER:
         raise ValueError("not a baseline JPEG picture")
     return place + _ROWS_AT

@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, Protocol, TypeVar
 
-from everest_ds.data.store.layout import END_OF_TAR, LIST_FILE, SHARDS, StoreKind, shard_name
+from everest_ds.data.store.layout import END_OF_TAR, FRAMES, LIST_FILE, SHARDS, StoreKind, shard_name
 from everest_ds.errors import DataError, UsageError
 
 SHARD_BYTES = 1 << 30  # a shard that has reached this size is closed
@@ -138,7 +138,7 @@ def _repair(file: Path, rows: list[Row], is_intact: Callable[[Row], bool]) -> in
 
 
 @contextmanager
-def packing_into(out: Path, inputs: Iterable[Path], kind: StoreKind) -> Iterator[None]:
+def packing_into(out: Path, inputs: Iterable[Path], kind: StoreKind = FRAMES) -> Iterator[None]:
     """Lock the folder of a store while it is written.
 
     Args:
@@ -181,10 +181,12 @@ def naming_errors(out: Path, kind: StoreKind) -> Iterator[None]:
     """Turn an error of the file system within the context into a DataError that says what to do."""
     try:
         yield
+    except ChildProcessError:
+        raise  # the workers cannot be started
     except OSError as error:
         raise DataError(
             f"{out}: the {kind.title} cannot be written",
             given=error.strerror or str(error),
             fix=f"free disk space or choose another {kind.folder_option}; repeat the command, which keeps"
-            " what is there",
+            " what is packed",
         ) from None

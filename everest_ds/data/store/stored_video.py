@@ -44,8 +44,8 @@ class StoredVideo(Video):
         self.path = path
         self.num_frames = frames.num_frames
         self._frames = frames
-        stored = Size(frames.width, frames.height)
-        self._size = shrunk(stored, short_side) or stored
+        self._stored_size = Size(frames.width, frames.height)
+        self._size = shrunk(self._stored_size, short_side) or self._stored_size
         self._lengths, self._checksums = self._read_records()
         spans = -(-self._lengths // BLOCK_BYTES) * BLOCK_BYTES
         self._starts = frames.start + np.cumsum(BLOCK_BYTES + spans) - spans
@@ -59,7 +59,7 @@ class StoredVideo(Video):
         Raises:
             DataError: as `read`.
         """
-        if self._size != (self._frames.width, self._frames.height):
+        if self._size != self._stored_size:
             return super().read_needed(indices, need)
         self._check_range(indices)
         part = need(self._size)
@@ -67,7 +67,7 @@ class StoredVideo(Video):
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         pixels = self._decode(indices, self._frames.height, 1)
-        if self._size == (self._frames.width, self._frames.height):
+        if self._size == self._stored_size:
             return pixels
         planes = pixels.permute(0, 3, 1, 2)
         sides = (self._size.height, self._size.width)
@@ -84,7 +84,7 @@ class StoredVideo(Video):
         try:
             if zlib.crc32(data) != self._checksums[kept]:
                 raise ValueError("the checksum differs")
-            return jpeg.decode(data, self._frames.height, rows, reduction)
+            return jpeg.decode(data, self._stored_size, rows, reduction)
         except ValueError as error:
             frame = kept * self._frames.every
             raise DataError(
