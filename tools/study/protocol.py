@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everest_ds.config import Experiment
-from everest_ds.config.schema import REFERENCE_BATCH
+from everest_ds.config.sections import REFERENCE_BATCH
 from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
 

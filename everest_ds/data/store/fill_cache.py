@@ -26,7 +26,7 @@ from everest_ds.data.loader import load
 from everest_ds.data.order import Visit
 from everest_ds.data.reading import Failure
 from everest_ds.data.store.cached_draws import draw_members, read_draw
-from everest_ds.data.store.index import write_index
+from everest_ds.data.store.index import replace_index
 from everest_ds.data.store.layout import LIST_FILE, SHARDS, folder_of, shard_name
 from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, naming_errors, repair_shards
 from everest_ds.data.store.token_cache import CACHE, DrawShape, TokenCache, check_content, content_of
@@ -234,7 +234,7 @@ class CacheFiller:
             "replaced": replaced,
         }
         with naming_errors(self._out, CACHE):
-            write_index(self._out, arrays, facts, CACHE)
+            replace_index(self._out, arrays, facts, CACHE)
             replace_file(self._out / LIST_FILE, self._list_text(rows))
         return {name: facts[name] for name in ("bytes", "shards")} | {"replaced_draws": len(replaced)}
 

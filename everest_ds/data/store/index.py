@@ -153,7 +153,7 @@ def read_arrays(folder: Path, facts: dict[str, Any], kind: StoreKind) -> dict[st
 def write_store_index(
     folder: Path, columns: SampleColumns, places: PlaceColumns, facts: dict[str, Any]
 ) -> None:
-    """Write the index of a frame store, like `write_index`.
+    """Write the index of a frame store, like `replace_index`.
 
     Args:
         folder: the store.
@@ -163,10 +163,10 @@ def write_store_index(
     """
     arrays = {f"sample_{name}": column for name, column in columns._asdict().items()}
     arrays |= {f"place_{name}": column for name, column in places._asdict().items()}
-    write_index(folder, arrays, facts, FRAMES)
+    replace_index(folder, arrays, facts, FRAMES)
 
 
-def write_index(
+def replace_index(
     folder: Path, arrays: Mapping[str, NDArray[Any]], facts: dict[str, Any], kind: StoreKind
 ) -> None:
     """Write the index of a store, make it valid, and remove older ones.
