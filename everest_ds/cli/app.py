@@ -49,12 +49,13 @@ COMMANDS: dict[str, Row] = {
     "doctor": "preflight:doctor",
     "preflight": "preflight:preflight",
     "data": CommandGroup(
-        "Create, index, check, re-encode and pack data sets of videos.",
+        "Create, index, check, re-encode, pack and cache data sets of videos.",
         {
             "synth": "data:synth",
             "index": "data:index",
             "reencode": "data:reencode",
             "pack": "pack:pack",
+            "cache": "fill:cache",
             "check": "data:check",
         },
     ),

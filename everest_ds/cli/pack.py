@@ -82,7 +82,8 @@ def pack(
 def _pack(samples: Sequence[Sample], base: Path, out: Path, packing: Packing, workers: int) -> dict[str, Any]:
     """Pack the samples into `out`; print and return the result."""
     from everest_ds.data.maintenance.gain import measure_gain
-    from everest_ds.data.store.pack import StorePacker, packing_into
+    from everest_ds.data.store.pack import StorePacker
+    from everest_ds.data.store.shards import packing_into
 
     inputs = {sample.file for sample in samples[:: max(1, len(samples) // 100)]}
     with packing_into(out, inputs):

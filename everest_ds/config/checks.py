@@ -99,32 +99,32 @@ def _check_micro_batch(config: Experiment) -> None:
         )
 
 
-def selects_by_pixels(config: Experiment) -> bool:
-    """Return whether tokens are selected by their pixels alone, which needs no weights of the model."""
-    tokens = config.tokens
-    return tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
-
-
 def can_pack_tokens(config: Experiment) -> bool:
     """Return whether a run may set `data.pack_tokens`."""
     return _selects_by_pixels(config) and not config.augment.changes
 
 
 def _selects_by_pixels(config: Experiment) -> bool:
+    """Return whether tokens are selected by their pixels alone, which needs no weights of the model."""
     tokens = config.tokens
     return tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
 
 
 def _check_packing(config: Experiment) -> None:
-    if config.data.pack_tokens and not _selects_by_pixels(config):
+    data = config.data
+    key = "data.pack_tokens" if data.token_cache is None else "data.token_cache"
+    if data.sends_tokens and not _selects_by_pixels(config):
         packing = " or ".join(name for name, rule in SELECTIONS.items() if rule.packs)
         raise ValueError(
-            "data.pack_tokens lets data-loading workers select tokens, but they have no model weights to"
+            f"{key} lets data-loading workers select tokens, but they have no model weights to"
             f" score tokens with; use tokens.selection={packing}, score=pixel and frame_oversampling=1"
         )
-    if config.data.pack_tokens and config.augment.changes:
+    if data.sends_tokens and config.augment.changes:
+        raise ValueError(f"{key} selects tokens before augment changes the clips; turn one of the two off")
+    if data.token_cache is not None and data.draws is None:
         raise ValueError(
-            "data.pack_tokens selects tokens before augment changes the clips; turn one of the two off"
+            "data.token_cache holds a few draws of each sample, but data.draws is not set: set it to their"
+            " number, for example data.draws=4"
         )
 
 

@@ -10,12 +10,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from everest_ds.config.backbones import BACKBONES, LAYER_NORM_EPS, Backbone
 from everest_ds.config.checks import check_sections_agree
 from everest_ds.config.mesh_shape import TensorDegree
 from everest_ds.config.position_clip import PositionClip
+from everest_ds.config.sections import (
+    ConfigSection,
+    Epsilon,
+    LossConfig,
+    NonNegative,
+    OptimizerConfig,
+    PositiveInt,
+    Probability,
+    Ratio,
+    ScheduleConfig,
+)
 from everest_ds.config.selections import (
     SCORES,
     SELECTIONS,
@@ -28,20 +39,9 @@ from everest_ds.config.selections import (
 )
 from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 
-Ratio = Annotated[float, Field(gt=0.0, le=1.0)]
-Probability = Annotated[float, Field(ge=0.0, lt=1.0)]
-PositiveInt = Annotated[int, Field(ge=1)]
 Decoder = Literal["decord", "pyav", "torchcodec"]
 DECODERS: tuple[str, ...] = get_args(Decoder)
-NonNegative = Annotated[float, Field(ge=0.0)]
-Epsilon = Annotated[float, Field(gt=0.0)]
 _SHARING = [name for name, rule in SELECTIONS.items() if rule.keeps_share]
-
-
-class ConfigSection(BaseModel):
-    """A section of the config: immutable, and unknown keys are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class ModelConfig(ConfigSection):
@@ -179,8 +179,18 @@ class DataConfig(ConfigSection):
     repeats: PositiveInt = Field(
         1, description="random crops per decoded clip in training; an epoch decodes each video once"
     )
+    draws: PositiveInt | None = Field(
+        None,
+        description="random draws (frames, crops, flips) per sample, through which epochs cycle; null: a new"
+        " draw in every epoch",
+    )
     pack_tokens: bool = Field(
         False, description="workers select tokens and send only these; needs tokens.score=pixel"
+    )
+    token_cache: Path | None = Field(
+        None,
+        description="folder with the kept tokens of data.draws draws, which training reads instead of"
+        " videos; `everest-ds data cache` fills it",
     )
     read_timeout_s: PositiveInt = Field(
         60, description="a video that takes longer to read counts as unreadable"
@@ -194,6 +204,11 @@ class DataConfig(ConfigSection):
     decode_short_side: PositiveInt | None = Field(
         None, description="short side, in pixels, to which PyAV shrinks larger frames while decoding"
     )
+
+    @property
+    def sends_tokens(self) -> bool:
+        """True if workers send kept tokens, selected by them or read from a token cache."""
+        return self.pack_tokens or self.token_cache is not None
 
 
 class AugmentConfig(ConfigSection):
@@ -220,45 +235,6 @@ class AugmentConfig(ConfigSection):
     def mixes(self) -> bool:
         """True if clips are mixed, so that a target holds a share of each class."""
         return self.mixup_alpha > 0 or self.cutmix_alpha > 0
-
-
-class LossConfig(ConfigSection):
-    """The settings of the training loss."""
-
-    normalize_targets: bool = Field(True, description="normalise target pixels per tubelet (pre-training)")
-    label_smoothing: Probability = Field(0.0, description="fine-tuning only")
-
-
-class OptimizerConfig(ConfigSection):
-    """The settings of AdamW. Biases, norms and the mask token get no weight decay."""
-
-    betas: tuple[Probability, Probability] = Field((0.9, 0.95), description="decay rates of the moments")
-    eps: Epsilon = Field(1e-8, description="added to the denominator of the update")
-    weight_decay: NonNegative = Field(0.05, description="decay of the weight matrices")
-    layer_decay: Ratio = Field(
-        1.0, description="learning-rate factor from each encoder block to the block below"
-    )
-    clip_grad_norm: Annotated[float, Field(gt=0)] | None = Field(None, description="largest global norm")
-
-
-REFERENCE_BATCH = 256  # samples per optimiser step for which learning rates are configured, as in VideoMAE
-
-
-class ScheduleConfig(ConfigSection):
-    """The learning-rate schedule: linear warm-up, then cosine decay.
-
-    All three rates are scaled by `rate_scale`.
-    """
-
-    epochs: PositiveInt = Field(800, description="passes over the training videos, warm-up included")
-    warmup_epochs: NonNegative = Field(40, description="epochs of the linear warm-up; may be a fraction")
-    base_lr: Annotated[float, Field(gt=0)] = Field(1.5e-4, description="rate at the peak, for 256 samples")
-    warmup_lr: NonNegative = Field(1e-6, description="rate of the first step")
-    min_lr: NonNegative = Field(1e-5, description="rate at the end of the cosine decay")
-
-    def rate_scale(self, samples_per_step: int) -> float:
-        """Return the factor that scales all three rates at this number of samples per optimiser step."""
-        return samples_per_step / REFERENCE_BATCH
 
 
 class BatchConfig(ConfigSection):

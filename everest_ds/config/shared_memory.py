@@ -14,7 +14,7 @@ _INDEX_BYTES = 4
 
 def batch_bytes(config: Experiment) -> int:
     """Return the bytes of one rank's micro-batch as workers send it: uint8 clips, or their kept tubelets."""
-    return config.batch.micro_batch_size * clip_bytes(config, config.data.pack_tokens)
+    return config.batch.micro_batch_size * clip_bytes(config, config.data.sends_tokens)
 
 
 def clip_bytes(config: Experiment, packed: bool) -> int:

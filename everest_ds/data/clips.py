@@ -20,7 +20,9 @@ from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import LoadedItem, load
 from everest_ds.data.order import EvaluationPlan, Visit, sample_key, stand_ins, training_visits
-from everest_ds.data.reading import Failure, SampleReader
+from everest_ds.data.reading import DamagedCopyError, Failure, SampleReader
+from everest_ds.data.store.cached_draws import read_draw
+from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.data.transforms import Box, crop_pictures, needed_by, train_box, view_box
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
@@ -105,15 +107,18 @@ class View(NamedTuple):
 
 
 class _Crop(NamedTuple):
-    """The random crop of one clip: the clip's key, the place of the crop, and whether it is mirrored."""
+    """The random crop of one clip: its place, and whether it is mirrored."""
 
-    key: int
     box: Box
     flip: bool
 
 
 class TrainingClips:
-    """A data set of random clips, `data.repeats` per sample, determined by (seed, epoch, sample)."""
+    """A data set of random clips, `data.repeats` per sample, determined by (seed, epoch, sample).
+
+    If `data.draws` is set, the pixels of a clip are those of the epoch modulo `data.draws`, while its key,
+    from which a model draws masks and dropped paths, still differs from epoch to epoch.
+    """
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
         self.reader = SampleReader(samples, config.data)
@@ -131,19 +136,28 @@ class TrainingClips:
             DataError: if neither the sample nor any replacement can be read.
         """
         failures: list[Failure] = []
-        others = stand_ins(self.seed, visit.epoch, visit.sample, len(self.samples))
+        others = stand_ins(self.seed, *visit.drawn(self.data.draws), len(self.samples))
         for candidate in chain([visit.sample], others):
             try:
-                pictures = self.reader.read(candidate, partial(self.choose, visit), partial(self.need, visit))
+                read = self.read(visit, candidate)
             except DataError as error:
                 failures.append(Failure.of(error, epoch=visit.epoch, slot=visit.sample, sample=candidate))
             else:
-                return LoadedItem(self.crops(pictures, visit, candidate), failures)
+                return LoadedItem(read.clips, failures + read.failures)
         raise DataError(
             f"{self.samples[visit.sample].name}: cannot be read, nor can {len(failures) - 1} replacements",
             given=failures[0].reason,
             fix="check the storage; `everest-ds data check` lists all such files",
         )
+
+    def read(self, visit: Visit, sample: int) -> LoadedItem:
+        """Return the clips of a visit, cut from `sample`.
+
+        Raises:
+            DataError: if the sample cannot be read.
+        """
+        pictures = self.reader.read(sample, partial(self.choose, visit), partial(self.need, visit))
+        return LoadedItem(self.crops(pictures, visit, sample), [])
 
     def name_of(self, visit: Visit) -> str:
         """Return the name of the visit's sample, for messages."""
@@ -151,7 +165,7 @@ class TrainingClips:
 
     def choose(self, visit: Visit, video_frames: int) -> list[int]:
         """Return the indices of the frames that this visit reads from a video of `video_frames` frames."""
-        rng = np.random.default_rng(sample_key(self.seed, *visit))
+        rng = np.random.default_rng(sample_key(self.seed, *visit.drawn(self.data.draws)))
         return self.frames.for_training(video_frames, rng)
 
     def need(self, visit: Visit, size: Size) -> Need:
@@ -164,19 +178,47 @@ class TrainingClips:
         return [self._clip(pictures, visit, sample, repeat) for repeat in range(self.data.repeats)]
 
     def _crop(self, size: Size, visit: Visit, repeat: int) -> _Crop:
-        key = sample_key(self.seed, *visit, repeat)
+        key = sample_key(self.seed, *visit.drawn(self.data.draws), repeat)
         rng = np.random.default_rng((key, _SPACE))
         box = train_box(size.height, size.width, self.data.train_crop, rng)
-        return _Crop(key, box, self.data.horizontal_flip and rng.random() < 0.5)
+        return _Crop(box, self.data.horizontal_flip and rng.random() < 0.5)
 
     def _clip(self, pictures: Pictures, visit: Visit, sample: int, repeat: int) -> Batch:
-        key, box, flip = self._crop(pictures.size, visit, repeat)
+        box, flip = self._crop(pictures.size, visit, repeat)
         clip = crop_pictures(pictures, box, self.geometry.image_size, flip)
+        key = sample_key(self.seed, *visit, repeat)
         single = _single(clip, self.samples[sample].label, key, sample)
         if self.pack is None:
             return single
         tubelets, kept = self.pack(clip)
         return PackedBatch(tubelets, *single[1:], kept)
+
+
+class CachedClips(TrainingClips):
+    """A data set of the clips that `TrainingClips` packs, read from a token cache."""
+
+    def __init__(self, samples: Sequence[Sample], config: Experiment, cache: TokenCache) -> None:
+        super().__init__(samples, config)
+        self.cache = cache
+
+    def read(self, visit: Visit, sample: int) -> LoadedItem:
+        """Return the clips of a visit from the draw of `sample`.
+
+        Raises:
+            DamagedCopyError: if the draw cannot be read.
+        """
+        draw = Visit(visit.epoch, sample).drawn(self.data.draws)
+        try:
+            tubelets, kept = self.reader.attempt(sample, partial(read_draw, self.cache, draw))
+        except DataError as error:
+            raise DamagedCopyError(str(error)) from None
+        item, unread = self.cache.replaced.get(draw, (sample, ()))
+        label = self.samples[item].label
+        clips = [
+            PackedBatch(*_single(tubelets[i], label, sample_key(self.seed, *visit, i), item), kept[i])
+            for i in range(len(kept))
+        ]
+        return LoadedItem(clips, [Failure(visit.epoch, visit.sample, *each) for each in unread])
 
 
 class EvaluationClips:
@@ -283,6 +325,7 @@ def training_batches(
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
     pack: Pack | None = None,
+    cache: TokenCache | None = None,
     turn: Turn = Turn(),
 ) -> Iterator[Any]:
     """Yield this rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
@@ -296,10 +339,12 @@ def training_batches(
         pin_memory: deliver the batches in pinned memory.
         on_failure: called for each sample that could not be read, when the affected batch is delivered.
         pack: called in the workers on each clip; the batches are then `PackedBatch`, otherwise `ClipBatch`.
+        cache: the token cache to read from; the batches are then `PackedBatch`.
         turn: the turn of this rank among those that read the micro-batches of `rank`.
     """
+    source = TrainingClips(samples, config, pack) if cache is None else CachedClips(samples, config, cache)
     visits = training_visits(len(samples), plan, config.run.seed, rank, steps.start, steps.stop)
-    return load(TrainingClips(samples, config, pack), turn.own(visits), config.data, pin_memory, on_failure)
+    return load(source, turn.own(visits), config.data, pin_memory, on_failure)
 
 
 def evaluation_views(

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from everest_ds.config.schema import REFERENCE_BATCH
+from everest_ds.config.sections import REFERENCE_BATCH
 from everest_ds.data.official.write import write_recipes
 from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import DataError

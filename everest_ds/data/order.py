@@ -30,6 +30,10 @@ class Visit(NamedTuple):
     epoch: int
     sample: int  # index in the manifest
 
+    def drawn(self, draws: int | None) -> Visit:
+        """Return the visit with the same clips in an earlier epoch, if epochs cycle through `draws` draws."""
+        return self if draws is None else self._replace(epoch=self.epoch % draws)
+
 
 def sample_key(seed: int, epoch: int, index: int, repeat: int = 0) -> int:
     """Return the 63-bit random key of a clip, which determines all random choices about the clip."""

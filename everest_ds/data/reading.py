@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
@@ -16,8 +16,14 @@ from everest_ds.data.frames import TooShortError
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
+T = TypeVar("T")
+
 _ATTEMPTS = 2
 _PAUSE_S = 0.1  # before the next attempt: gives network storage time to fail over to another path
+
+
+class DamagedCopyError(DataError):
+    """Error for a sample of which a copy is damaged that was made to be read faster."""
 
 
 class Failure(NamedTuple):
@@ -28,7 +34,8 @@ class Failure(NamedTuple):
         slot: index of the sample that the epoch's order names, either `sample` or the one that it replaces.
         sample: index of the sample that could not be read.
         reason: what is wrong with it.
-        damaged: False if the video is only too short for this clip.
+        damaged: False if the video is intact: it is only too short for this clip, or its copy in a token
+            cache is damaged.
     """
 
     epoch: int
@@ -40,7 +47,8 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: DataError, *, epoch: int, slot: int, sample: int) -> Failure:
         """Describe the failure of reading `sample` that `error` reports."""
-        return cls(epoch, slot, sample, str(error), not isinstance(error, TooShortError))
+        intact = isinstance(error, (TooShortError, DamagedCopyError))
+        return cls(epoch, slot, sample, str(error), not intact)
 
 
 class SampleReader:
@@ -70,6 +78,19 @@ class SampleReader:
         Raises:
             DataError: if the sample cannot be read or is too short; the message does not name the file.
         """
+
+        def pictures() -> Pictures:
+            with open_sample(self.samples[index], self.data) as video:
+                return video.read_needed(choose(video.num_frames), need)
+
+        return self.attempt(index, pictures)
+
+    def attempt(self, index: int, read: Callable[[], T]) -> T:
+        """Call `read`, which reads sample `index`, twice if the first call fails.
+
+        Raises:
+            DataError: if both calls fail, or the sample is too short; the message does not name the file.
+        """
         if index in self.given_up:
             raise DataError(self.given_up[index])
         reason = ""
@@ -78,8 +99,7 @@ class SampleReader:
                 time.sleep(_PAUSE_S)
             self.watch(index)
             try:
-                with open_sample(self.samples[index], self.data) as video:
-                    return video.read_needed(choose(video.num_frames), need)
+                return read()
             except TooShortError:
                 raise
             except (DataError, OSError) as error:

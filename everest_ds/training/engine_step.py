@@ -177,7 +177,7 @@ def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batc
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     item = torch.arange(size) + size * seed
     label = (item % (config.model.num_classes or 1)).to(device)
-    if not config.data.pack_tokens:
+    if not config.data.sends_tokens:
         return ClipBatch(clip, label, item, item)
     tubelets, kept = zip(*map(Packer(config), clip), strict=True)
     return PackedBatch(torch.stack(tubelets), label, item, item, torch.stack(kept))

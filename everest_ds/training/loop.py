@@ -22,6 +22,7 @@ from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
 from everest_ds.data.reading import Failure
 from everest_ds.data.store.staging import read_from_stage
+from everest_ds.data.store.token_cache import TokenCache, open_token_cache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
@@ -86,6 +87,7 @@ def train(
     world.share(lambda: check_evaluation_inputs(config))
     world.share(lambda: check_initial_weights_exist(config))
     samples = usable.samples
+    cache = world.share(lambda: open_token_cache(config, samples))
     steps_per_epoch(len(samples), plan)
     ds_config = world.share(lambda: resolve_ds_config(config, world.size, len(samples)))
     world.share(lambda: folder.open(config, ds_config, world.size))
@@ -101,7 +103,7 @@ def train(
         with initial_weights(config, init_from) as weights:
             engine = build_engine(model, groups, config, ds_config, mesh, weights)
         grace = Grace(signal_s, folder.path / GRACE_FILE if world.is_main else None)
-        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace)
+        run = TrainingRun(config, plan, samples, engine, folder, mesh, cost, grace, cache)
         watchdog = Watchdog(folder.stacks(world.rank), config.run.hang_timeout_s)
         with StopRequest(folder.path if world.is_main else None) as stop, watchdog:
             run.to_the_end(stop, watchdog)
@@ -125,6 +127,7 @@ class TrainingRun:
         mesh: Mesh,
         cost: ClipCost | None,
         grace: Grace,
+        cache: TokenCache | None,
     ) -> None:
         self.config = config
         self.plan = plan
@@ -137,6 +140,7 @@ class TrainingRun:
         self.grace = grace
         self.objective: Objective = build_objective(config)
         self.prepare = Preparation(config, mesh.world.device)
+        self.cache = cache
         self.pack = Packer(config) if config.data.pack_tokens else None
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
@@ -368,6 +372,7 @@ class TrainingRun:
             on_failure=noted.append,
             pack=self.pack,
             turn=self.mesh.turn,
+            cache=self.cache,
         )
         return Prefetcher(
             Waited(batches, self.timer),

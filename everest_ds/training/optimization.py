@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
-from everest_ds.config.schema import OptimizerConfig, ScheduleConfig
+from everest_ds.config.sections import OptimizerConfig, ScheduleConfig
 from everest_ds.data.clips import Batch
 
 Forward = Callable[..., Any]

@@ -21,6 +21,7 @@ from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.official.registry import DATASETS
 from everest_ds.data.order import steps_per_epoch
 from everest_ds.data.store.staging import STAGE_FIX, StageRoom, plan_copies, stage_folder
+from everest_ds.data.store.token_cache import open_token_cache
 from everest_ds.errors import ConfigError
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.parallel.ds_config import resolve_ds_config
@@ -31,6 +32,7 @@ from everest_ds.training.input_files import (
     splits_of,
     stores_to_stage,
 )
+from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes, format_count
 
 if TYPE_CHECKING:
@@ -81,6 +83,7 @@ def describe_plan(
         "shared_memory": _shared_memory(config, ranks_per_node or min(num_ranks, _RANKS_PER_NODE)),
         "sharding": f"ZeRO-{config.parallelism.zero_stage}, {config.precision}",
         **_own_file(config, num_ranks, epoch),
+        **_token_cache(config, planned),
         "recompute": config.recompute.mode,
         "compile": _compile(config),
         "forward_gmacs_per_clip": round(macs.forward_macs / 1e9, 3),
@@ -97,6 +100,21 @@ def _own_file(config: Experiment, num_ranks: int, epoch: Epoch | None) -> dict[s
     resolve_ds_config(config, num_ranks, epoch and epoch.num_samples)
     notes = notes_on(read_deepspeed_file(config))
     return {"deepspeed_file": "; ".join([str(config.parallelism.ds_config), *notes])}
+
+
+def _token_cache(config: Experiment, planned: bool) -> dict[str, str]:
+    """Check the token cache, if the config names one, and describe it."""
+    folder = config.data.token_cache
+    if folder is None:
+        return {}
+    if planned and not folder.exists():
+        return {"token_cache": f"{folder} does not exist yet: `everest-ds data cache` fills it"}
+    from everest_ds.training.samples import read_training_samples  # imports torch, which is slow
+
+    usable = read_training_samples(config, RunFolder(config.run.dir).excluded)
+    cache = open_token_cache(config, usable.samples)
+    assert cache is not None
+    return {"token_cache": f"{config.data.draws} of {cache.checksum.shape[1]} draws per sample in {folder}"}
 
 
 def _compile(config: Experiment) -> str:

@@ -25,6 +25,7 @@ from everest_ds.data.store.staging import (
     read_from_stage,
     stage_folder,
 )
+from everest_ds.data.store.token_cache import CACHE
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import BadNodeError, DataError, RunFolderError, StoppedError
 from everest_ds.launch.node_facts import NodeFacts, clock_spread_s, collect_facts, compare_nodes, node_name
@@ -92,12 +93,14 @@ def _write_token(run: Path) -> Path:
 
 
 def _needed_files(config: Experiment) -> list[Path]:
-    """Return the files that every node must see: manifests or stores, and three of the training videos."""
+    """Return the files that every node must see: manifests or stores, and three videos or the token cache."""
     from everest_ds.training.samples import read_samples
 
     data = config.data
     files = [file for file in (data.train, data.val, data.test, data.class_names) if file is not None]
-    if data.train is not None:
+    if data.token_cache is not None:
+        files.append(data.token_cache / CACHE.facts_file)
+    elif data.train is not None:
         samples = read_samples(config, "train").samples
         files += [samples[row].file for row in (0, len(samples) // 2, -1)]
     return files

@@ -21,6 +21,7 @@ from everest_ds.data.decoding.open_video import require_decoder
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
+from everest_ds.data.store.token_cache import EXCLUDED_FILE
 from everest_ds.data.video_list import Sample, leave_out, names_and_labels
 from everest_ds.durable_files import append_row, read_json_rows, replace_json, replace_rows
 from everest_ds.errors import DataError, RunFolderError
@@ -56,13 +57,16 @@ def read_training_samples(config: Experiment, settled: Path) -> Usable:
 
     Args:
         config: the run config.
-        settled: the run's `excluded.json`; if it is missing, the ledger decides, as in `read_samples`.
+        settled: the run's `excluded.json`. If it is missing, that of the token cache takes its place, and
+            without a cache the ledger decides, as in `read_samples`.
 
     Raises:
         ConfigError: as `read_samples`.
         DataError: as `read_samples`, and if an excluded sample is no longer in the manifest.
     """
     usable = read_samples(config, "train")
+    if not settled.is_file() and config.data.token_cache is not None:
+        settled = config.data.token_cache / EXCLUDED_FILE
     if not settled.is_file():
         return usable
     reasons = _read_excluded(settled)

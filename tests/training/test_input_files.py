@@ -87,7 +87,7 @@ def test_a_missing_manifest_names_its_key_and_the_command_that_writes_it(
     folder = tmp_path / "my videos"
     folder.mkdir()
     message = refusal(manifest_of, finetuning(motion_data, tmp_path, **{split: str(folder)}), split)
-    assert f"data.{split}: this is a folder, not a manifest; given: {folder}" in message
+    assert f"data.{split}: this folder is not a frame store; given: {folder}" in message
     assert f"`everest-ds data index '{folder}' --out LISTS`" in message
     assert (f"data.{split}=null" in message) == (split != "train")
     message = refusal(manifest_of, finetuning(motion_data, tmp_path, **{split: None}), split)

@@ -16,7 +16,8 @@ from everest_ds.config import Experiment
 from everest_ds.data.data_set import read_data_set
 from everest_ds.data.store.index import StoredSamples, open_store, shards_of
 from everest_ds.data.store.layout import Packing
-from everest_ds.data.store.pack import StorePacker, packing_into
+from everest_ds.data.store.pack import StorePacker
+from everest_ds.data.store.shards import packing_into
 from everest_ds.errors import ConfigError, EverestError
 from everest_ds.parallel.world import World
 from everest_ds.training import preflight

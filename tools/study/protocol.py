@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from everest_ds.config import Experiment
-from everest_ds.config.schema import REFERENCE_BATCH
+from everest_ds.config.sections import REFERENCE_BATCH
 from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
 
@@ -141,19 +141,28 @@ class Study:
         """Yield EVEREST's chains, by far the longest, then those with which its pre-training is compared."""
         places = [(kind, seed) for seed in self.scale.seeds for kind in (PLAIN, BUSY)]
         for kind, seed in places:
-            everest = _Chain(self, kind, seed, EVEREST, "steps")
+            everest = Chain(self, kind, seed, EVEREST, "steps")
             yield [*everest.pretrained_and_tuned(), *everest.by_tokens()]
         for kind, seed in places:
-            yield list(_Chain(self, kind, seed, NOTHING, "steps").pretrained_and_tuned())
+            yield list(Chain(self, kind, seed, NOTHING, "steps").pretrained_and_tuned())
             for selection in SELECTIONS[1:]:
-                chain = _Chain(self, kind, seed, selection, "steps")
+                chain = Chain(self, kind, seed, selection, "steps")
                 control = [chain.kept("random", KEEP_RATIO)] if selection == "random" else []
                 yield [*chain.pretrained_and_tuned(), *control]
-                yield list(_Chain(self, kind, seed, selection, "compute").pretrained_and_tuned())
+                yield list(Chain(self, kind, seed, selection, "compute").pretrained_and_tuned())
 
 
 @dataclass(frozen=True)
-class _Chain:
+class Chain:
+    """A pre-training and the fine-tunings that start from it.
+
+    Attributes:
+        study: the study, which has the sizes.
+        kind, seed: kind of data, and seed of the runs.
+        selection: token selection of the pre-training, NOTHING for none, or another name of the chain.
+        budget: quantity in which the pre-training equals the others.
+    """
+
     study: Study
     kind: str
     seed: int
@@ -162,27 +171,29 @@ class _Chain:
 
     @property
     def folder(self) -> Path:
+        """Return the folder of the chain's runs."""
         return self.study.out / "runs" / f"{self.kind}-{self.seed}" / f"{self.selection}-{self.budget}"
 
     def pretrained_and_tuned(self) -> Iterator[Run]:
+        """Yield the pre-training and the short fine-tuning that judges it."""
         scale = self.study.scale
         if self.selection != NOTHING:
-            tokens, everest = _pretrain_tokens(self.selection), _pretrain_tokens(EVEREST)
+            tokens, everest = pretrain_tokens(self.selection), pretrain_tokens(EVEREST)
             share = self._cost("pretrain", everest) / self._cost("pretrain", tokens)
             steps = scale.pretrain_steps * (share if self.budget == "compute" else 1)
-            yield self._run("pretrain", "pretrain", round(steps), tokens)
-        yield self._run(SHORT, "finetune", scale.short_steps, DENSE)
+            yield self.run("pretrain", "pretrain", round(steps), tokens)
+        yield self.run(SHORT, "finetune", scale.short_steps, DENSE)
 
     def by_tokens(self) -> Iterator[Run]:
         """Yield fine-tunings of the same weights on more or fewer tokens."""
         steps = self.study.scale.finetune_steps
-        yield self._run("dense", "finetune", steps, DENSE)
+        yield self.run("dense", "finetune", steps, DENSE)
         for selection in (EVEREST, "random"):
             for ratio in KEEP_RATIOS:
                 yield self.kept(selection, ratio)
         everest = {"selection": EVEREST, "keep_ratio": KEEP_RATIO}
         share = self._cost("finetune", DENSE) / self._cost("finetune", everest)
-        yield self._run(f"{EVEREST}-{KEEP_RATIO}-compute", "finetune", round(steps * share), everest)
+        yield self.run(f"{EVEREST}-{KEEP_RATIO}-compute", "finetune", round(steps * share), everest)
         if self.kind == PLAIN:
             yield from self._on_pauses()
 
@@ -190,12 +201,12 @@ class _Chain:
         for alpha, ratio in product(OVERSAMPLINGS, PAUSES_KEEP_RATIOS):
             tokens = {"selection": EVEREST, "keep_ratio": ratio, "frame_oversampling": alpha}
             steps = self.study.scale.finetune_steps
-            yield self._run(f"iifs-{alpha}-{ratio}", "finetune", steps, tokens, PAUSES)
+            yield self.run(f"iifs-{alpha}-{ratio}", "finetune", steps, tokens, PAUSES)
 
     def kept(self, selection: str, ratio: float) -> Run:
         """Return a fine-tuning on this share of the tokens."""
         tokens = {"selection": selection, "keep_ratio": ratio}
-        return self._run(f"{selection}-{ratio}", "finetune", self.study.scale.finetune_steps, tokens)
+        return self.run(f"{selection}-{ratio}", "finetune", self.study.scale.finetune_steps, tokens)
 
     def _cost(self, task: str, tokens: Tokens) -> int:
         return predict_macs(Experiment.model_validate(self._tree(task, tokens))).training_macs
@@ -216,7 +227,8 @@ class _Chain:
             "parallelism": {"zero_stage": 1},
         }
 
-    def _run(self, name: str, task: str, steps: int, tokens: Tokens, kind: str | None = None) -> Run:
+    def run(self, name: str, task: str, steps: int, tokens: Tokens, kind: str | None = None) -> Run:
+        """Return a run of this chain, whose manifest lists a video for each of its clips."""
         kind = kind or self.kind
         tree, data = self._tree(task, tokens), self.study.data(kind)
         if task == "finetune" and self.selection != NOTHING:
@@ -239,5 +251,6 @@ class _Chain:
         return Run(name, kind, self.seed, self.selection, self.budget, steps, config)
 
 
-def _pretrain_tokens(selection: str) -> Tokens:
+def pretrain_tokens(selection: str) -> Tokens:
+    """Return the `tokens` section of a pre-training with this selection."""
     return {"selection": selection, "keep_ratio": _PRETRAIN_KEEP_RATIO, "mask_ratio": _MASK_RATIO}

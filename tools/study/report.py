@@ -89,15 +89,15 @@ def render(rows: Rows, num_runs: int, shares: Shares) -> str:
     lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]
     parts = [
         "### Pre-training: which tokens to learn from",
-        _table(row for kind in kinds for row in _pretrainings(rows, kind)),
+        table(row for kind in kinds for row in _pretrainings(rows, kind)),
         "### Fine-tuning: how many tokens to keep",
-        _table(row for kind in kinds for row in _keep_ratios(rows, kind)),
+        table(row for kind in kinds for row in _keep_ratios(rows, kind)),
         "Share of the moving object's pixels, over all frames, that ReRo keeps (random drop keeps ρ):",
-        _table(
+        table(
             {"data": kind} | {f"ρ {r}": f"{s:.1f} %" for r, s in of.items()} for kind, of in shares.items()
         ),
         "### Frames: IIFS on videos that mostly pause",
-        _table(_oversamplings(rows)),
+        table(_oversamplings(rows)),
         "### Where ReRo does not win",
         "\n".join(lost) or "Nowhere, among the runs that have ended.",
         f"{len(rows)} of {num_runs} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
@@ -200,7 +200,8 @@ def _share_of_dense(rows: Rows, kind: str, name: str) -> str:
     return f"{own.mean / dense.mean:.2f}" if own.by_seed and dense.by_seed else "-"
 
 
-def _table(rows: Iterable[dict[str, str]]) -> str:
+def table(rows: Iterable[dict[str, str]]) -> str:
+    """Return the rows as a Markdown table, whose columns are those of the first row."""
     shown = list(rows)
     if not shown:
         return ""

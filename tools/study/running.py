@@ -82,13 +82,13 @@ def _shift(on_progress: Progress, before: int, done: int) -> None:
 
 
 def _list_visits(run: Run, folder: Path, seed: int) -> None:
-    """Write a run's manifest: passes over the videos, each in its own order, cut at the run's length."""
+    """Write a run's manifest: passes over the videos, each in its own order, cut at an epoch's length."""
     file = run.config.data.train
     if file is None or file.is_file():
         return
     samples = read_manifest(folder / "train.txt", root=None, num_classes=None, labelled=True)
     passes = (np.random.default_rng([seed, number]).permutation(len(samples)) for number in count())
-    order = islice(chained.from_iterable(passes), run.num_clips)
+    order = islice(chained.from_iterable(passes), run.num_clips // run.config.schedule.epochs)
     write_manifest(file, (samples[index] for index in order), folder)
 
 

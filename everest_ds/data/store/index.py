@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,13 +19,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.data.manifest_lines import SampleColumns
-from everest_ds.data.store.layout import FACTS_FILE, SHARDS, Packing, StoredFrames, shard_name
+from everest_ds.data.store.layout import (
+    FACTS_FILE,
+    FRAMES,
+    SHARDS,
+    Packing,
+    StoredFrames,
+    StoreKind,
+    shard_name,
+)
 from everest_ds.data.video_list import SampleTable
 from everest_ds.durable_files import replace_json, replacing
 from everest_ds.errors import DataError
-
-_FORM = "everest-ds frame store, version 1"
-_FIX = "repeat `everest-ds data pack` with the same manifest and folder; it goes on where it stopped"
 
 
 class PlaceColumns(NamedTuple):
@@ -81,7 +86,7 @@ def is_store(folder: Path) -> bool:
     if (folder / FACTS_FILE).is_file():
         return True
     if (folder / SHARDS).is_dir() and next(folder.glob("packing-*.jsonl"), None) is not None:
-        raise DataError(f"{folder}: packing this frame store was interrupted", fix=_FIX)
+        raise DataError(f"{folder}: packing this frame store was interrupted", fix=FRAMES.fix)
     return False
 
 
@@ -91,64 +96,107 @@ def open_store(folder: Path) -> StoredSamples:
     Raises:
         DataError: if the store is damaged, or belongs to another version of this program.
     """
-    facts = read_facts(folder)
-    file = folder / facts["index"]
-    try:
-        if _digest(file) != facts["index_digest"]:
-            raise DataError(f"{file}: the index of the frame store is damaged", fix=_FIX)
-        with np.load(file) as arrays:
-            columns = SampleColumns._make(arrays[f"sample_{name}"] for name in SampleColumns._fields)
-            places = PlaceColumns._make(arrays[f"place_{name}"] for name in PlaceColumns._fields)
-    except FileNotFoundError:
-        raise DataError(f"{file}: the index of the frame store is missing", fix=_FIX) from None
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read", given=error.strerror) from None
+    facts = read_store_facts(folder)
+    arrays = read_arrays(folder, facts, FRAMES)
+    columns = SampleColumns._make(arrays[f"sample_{name}"] for name in SampleColumns._fields)
+    places = PlaceColumns._make(arrays[f"place_{name}"] for name in PlaceColumns._fields)
     return StoredSamples(folder, columns, places, Packing(**facts["packing"]), folder / SHARDS)
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Read the settings and totals of a frame store from its `store.json`.
+def read_store_facts(folder: Path) -> dict[str, Any]:
+    """Read the settings and totals of a frame store from its `store.json`, like `read_facts`."""
+    facts = read_facts(folder, FRAMES)
+    try:
+        Packing(**facts["packing"])
+    except (KeyError, TypeError):
+        raise _damaged(folder, FRAMES) from None
+    return facts
+
+
+def read_facts(folder: Path, kind: StoreKind) -> dict[str, Any]:
+    """Read the settings and totals of a store.
 
     Raises:
         DataError: if the file is damaged, or belongs to another version of this program.
     """
-    file = folder / FACTS_FILE
+    file = folder / kind.facts_file
     try:
         facts = json.loads(file.read_bytes())
-        Packing(**facts["packing"])
         str(facts["index"]), str(facts["index_digest"])
     except OSError as error:
         raise DataError(f"{file}: cannot be read", given=error.strerror) from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{file}: the description of the frame store is damaged", fix=_FIX) from None
-    if facts.get("form") != _FORM:
-        raise DataError(f"{file}: not a frame store of this version", given=facts.get("form"), allowed=_FORM)
+        raise _damaged(folder, kind) from None
+    if facts.get("form") != kind.form:
+        raise DataError(
+            f"{file}: not a {kind.title} of this version", given=facts.get("form"), allowed=kind.form
+        )
     return dict(facts)
+
+
+def _damaged(folder: Path, kind: StoreKind) -> DataError:
+    return DataError(
+        f"{folder / kind.facts_file}: the description of the {kind.title} is damaged", fix=kind.fix
+    )
+
+
+def read_arrays(folder: Path, facts: dict[str, Any], kind: StoreKind) -> dict[str, NDArray[Any]]:
+    """Read the arrays of a store's index.
+
+    Raises:
+        DataError: if the index is missing or damaged.
+    """
+    file = folder / facts["index"]
+    try:
+        if _digest(file) != facts["index_digest"]:
+            raise DataError(f"{file}: the index of the {kind.title} is damaged", fix=kind.fix)
+        with np.load(file) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        raise DataError(f"{file}: the index of the {kind.title} is missing", fix=kind.fix) from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read", given=error.strerror) from None
 
 
 def write_store_index(
     folder: Path, columns: SampleColumns, places: PlaceColumns, facts: dict[str, Any]
 ) -> None:
-    """Write the index of a store, make it valid, and remove older ones.
+    """Write the index of a frame store, like `replace_index`.
 
     Args:
         folder: the store.
         columns: its samples; the line of each is the number of its row, from 1.
         places: the places of their frames.
         facts: the settings (`packing`) and totals for `store.json`.
+    """
+    arrays = {f"sample_{name}": column for name, column in columns._asdict().items()}
+    arrays |= {f"place_{name}": column for name, column in places._asdict().items()}
+    replace_index(folder, arrays, facts, FRAMES)
+
+
+def replace_index(
+    folder: Path, arrays: Mapping[str, NDArray[Any]], facts: dict[str, Any], kind: StoreKind
+) -> None:
+    """Write the index of a store, make it valid, and remove older ones.
+
+    Args:
+        folder: the store.
+        arrays: the index.
+        facts: the settings and totals of the store.
+        kind: the kind of store.
 
     Raises:
         OSError: if a file cannot be written; the store is then what it was before.
     """
-    arrays = {f"sample_{name}": column for name, column in columns._asdict().items()}
-    arrays |= {f"place_{name}": column for name, column in places._asdict().items()}
     new = folder / f"index-new.{os.getpid()}.npz"
     with replacing(new) as stream:
-        np.savez(stream, **arrays)
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
     digest = _digest(new)
     name = f"index-{digest}.npz"
     os.replace(new, folder / name)
-    replace_json(folder / FACTS_FILE, {"form": _FORM, **facts, "index": name, "index_digest": digest})
+    replace_json(
+        folder / kind.facts_file, {"form": kind.form, **facts, "index": name, "index_digest": digest}
+    )
     for other in folder.glob("index-*.npz"):
         if other.name != name:
             with suppress(OSError):

@@ -30,6 +30,38 @@ RECORD_BYTES = 8  # of the size and checksum of a frame
 END_OF_TAR = bytes(2 * BLOCK_BYTES)
 
 
+class StoreKind(NamedTuple):
+    """A kind of folder that holds samples in shards.
+
+    Attributes:
+        title: its name in messages.
+        facts_file: the file that makes the folder valid; it names the index.
+        form: identifies the kind and the version of the format in that file.
+        folder_option: the option or config key by which a user names the folder to write.
+        fix: what writes a damaged description or index again.
+        repair: what writes damaged samples again.
+        other_files: names of further files of the folder.
+    """
+
+    title: str
+    facts_file: str
+    form: str
+    folder_option: str
+    fix: str
+    repair: str
+    other_files: tuple[str, ...] = ()
+
+
+FRAMES = StoreKind(
+    "frame store",
+    FACTS_FILE,
+    "everest-ds frame store, version 1",
+    "--out",
+    "repeat `everest-ds data pack` with the same manifest and folder; it goes on where it stopped",
+    "pack the store again: `everest-ds data pack` repairs it and keeps what is intact",
+)
+
+
 @dataclass(frozen=True)
 class Packing:
     """The settings by which frames are put into a store.
@@ -85,6 +117,11 @@ def member_header(name: str, num_bytes: int) -> bytes:
     member = tarfile.TarInfo(name)
     member.size = num_bytes
     return member.tobuf(tarfile.USTAR_FORMAT)
+
+
+def tar_member(name: str, content: bytes) -> bytes:
+    """Return a tar member: its header, and its content padded to whole blocks."""
+    return member_header(name, len(content)) + content + bytes(padded(len(content)) - len(content))
 
 
 def padded(num_bytes: int) -> int:

@@ -7,16 +7,14 @@ shards and records each. The store becomes valid, or changes, in one step at the
 from __future__ import annotations
 
 import csv
-import fcntl
 import io
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,17 +22,16 @@ from everest_ds.data.ledger import Ledger, stamp
 from everest_ds.data.maintenance.isolation import Lost, map_isolated
 from everest_ds.data.manifest_lines import NO_LABEL, SampleColumns
 from everest_ds.data.store.index import PlaceColumns, write_store_index
-from everest_ds.data.store.layout import FACTS_FILE, LIST_FILE, SHARDS, Packing, folder_of, shard_name
-from everest_ds.data.store.packing_log import PackedSample, PackingLog, close_shard
+from everest_ds.data.store.layout import FRAMES, LIST_FILE, SHARDS, Packing, folder_of, shard_name
+from everest_ds.data.store.packing_log import PackedSample, PackingLog
 from everest_ds.data.store.sample_members import PackedPart, PackTask, append_part, write_part
+from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, naming_errors
 from everest_ds.data.video_list import Sample
 from everest_ds.durable_files import replace_file
-from everest_ds.errors import DataError, UsageError
+from everest_ds.errors import DataError
 
-SHARD_BYTES = 1 << 30  # a shard that has reached this size is closed
 PACK_TIMEOUT_S = 1800.0  # a sample that takes longer counts as failed
 _PARTS = ".parts"  # folder of the files that wait to be appended
-_OWN = (".", "index-", "packing-")  # beginnings of the names of other files in a store
 _NUM_PROBED = 12  # samples from which the rest is predicted
 
 
@@ -53,7 +50,7 @@ class Estimate(NamedTuple):
 
 
 class StorePacker:
-    """The packing of a list of samples into a store; see `packing_into`.
+    """The packing of a list of samples into a store; see `shards.packing_into`.
 
     Attributes:
         failed: reasons by sample name for the samples that could not be packed.
@@ -175,7 +172,7 @@ class StorePacker:
             raise DataError(f"{self._out}: no sample could be packed", given=f"{name}: {reason}")
         packed = [row for _, row in rows]
         facts = self._facts(packed)
-        with _naming(self._out):
+        with naming_errors(self._out, FRAMES):
             write_store_index(self._out, _columns(rows), _places(packed), facts)
             replace_file(self._out / LIST_FILE, _list_text(rows))
             shutil.rmtree(self._out / _PARTS, ignore_errors=True)
@@ -184,7 +181,7 @@ class StorePacker:
     def _pack(self, places: Sequence[int], on_progress: Callable[[int], None]) -> None:
         done = len(self._names) - len(self._left)
         on_progress(done)
-        with _naming(self._out):
+        with naming_errors(self._out, FRAMES):
             tasks = list(self._tasks(places))
             outcomes = map_isolated(
                 partial(write_part, packing=self._packing),
@@ -192,7 +189,7 @@ class StorePacker:
                 workers=self._workers,
                 timeout_s=PACK_TIMEOUT_S,
             )
-            with _Shards(self._out / SHARDS, self._next_shard, self._shard_bytes) as shards:
+            with ShardWriter(self._out / SHARDS, self._next_shard, self._shard_bytes) as shards:
                 for place, outcome in outcomes:
                     self._note(tasks[place], outcome, shards)
                     done += 1
@@ -211,9 +208,10 @@ class StorePacker:
             yield PackTask(self._samples[place], name, self._next_number, part)
             self._next_number += 1
 
-    def _note(self, task: PackTask, outcome: PackedPart | str | Lost, shards: _Shards) -> None:
+    def _note(self, task: PackTask, outcome: PackedPart | str | Lost, shards: ShardWriter) -> None:
         if isinstance(outcome, PackedPart):
-            shard, start = shards.append(task.part, outcome)
+            stream, shard, start = shards.begin()
+            append_part(task.part, stream, outcome)
             row = PackedSample(task.name, stamp(task.sample.file), task.number, shard, start, outcome)
             self._log.add(row)
         else:
@@ -238,93 +236,10 @@ class StorePacker:
         }
 
 
-@contextmanager
-def packing_into(out: Path, inputs: Iterable[Path]) -> Iterator[None]:
-    """Lock the folder of a store while it is written.
-
-    Args:
-        out: the folder; it is created.
-        inputs: the files that are read, none of which may lie in the folder.
-
-    Raises:
-        UsageError: if another process packs into the folder, or it holds other things than a store.
-        DataError: if the folder cannot be written.
-    """
-    own = (FACTS_FILE, LIST_FILE, SHARDS)
-    names = sorted(entry.name for entry in out.glob("*"))
-    foreign = [name for name in names if name not in own and not name.startswith(_OWN)]
-    if foreign:
-        raise UsageError(
-            f"{out}: this folder holds other things than a frame store", given=foreign[0], fix="another --out"
-        )
-    if any(file.resolve().is_relative_to(out.resolve()) for file in inputs):
-        raise UsageError(f"{out}: an input of the command lies in this folder", fix="choose another --out")
-    with _naming(out):
-        out.mkdir(parents=True, exist_ok=True)
-        lock = open(out / ".lock", "w")
-    with lock:
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, PermissionError):
-            raise UsageError(f"{out}: another process packs into this folder", fix="wait for it") from None
-        except OSError:
-            pass  # a file system without locks
-        yield
-
-
 def name_in_store(sample: Sample, root: Path) -> str:
     """Return the name of a sample in a store: its path below `root`, and its span."""
     name, top = os.path.normpath(Path(sample.name).absolute()), os.path.normpath(root.absolute())
     return os.path.relpath(name, top) if Path(name).is_relative_to(top) else name.lstrip("/")
-
-
-class _Shards:
-    """The shard that samples are appended to, and the following ones once it is full."""
-
-    def __init__(self, folder: Path, next_shard: int, shard_bytes: int) -> None:
-        self.next_shard = next_shard
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._stream: BinaryIO | None = None
-        self._size = 0
-
-    def __enter__(self) -> _Shards:
-        return self
-
-    def __exit__(self, kind: object, *rest: object) -> None:
-        if self._stream is not None:
-            with self._stream:
-                if kind is None:
-                    close_shard(self._stream)
-
-    def append(self, part: Path, expected: PackedPart) -> tuple[int, int]:
-        """Append the file of a sample; return the number of the shard and the offset in it."""
-        if self._stream is not None and self._size >= self._shard_bytes:
-            with self._stream as full:
-                self._stream = None
-                close_shard(full)
-        if self._stream is None:
-            self._stream, self._size = open(self._folder / shard_name(self.next_shard), "xb"), 0
-            self.next_shard += 1
-        start = self._size
-        append_part(part, self._stream, expected)
-        self._size += expected.num_bytes
-        return self.next_shard - 1, start
-
-
-@contextmanager
-def _naming(out: Path) -> Iterator[None]:
-    """Turn an error of the file system within the context into a DataError that says what to do."""
-    try:
-        yield
-    except ChildProcessError:
-        raise  # the workers cannot be started
-    except OSError as error:
-        raise DataError(
-            f"{out}: the frame store cannot be written",
-            given=error.strerror or str(error),
-            fix="free disk space or choose another --out; repeat the command, which keeps what is packed",
-        ) from None
 
 
 def _columns(rows: Sequence[tuple[Sample, PackedSample]]) -> SampleColumns:

@@ -7,15 +7,14 @@ settings never meet in one store.
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from everest_ds.data.ledger import Stamp, stamp
-from everest_ds.data.store.layout import END_OF_TAR, SHARDS, Packing, StoredFrames, shard_name
+from everest_ds.data.store.layout import SHARDS, Packing, StoredFrames, shard_name
 from everest_ds.data.store.sample_members import PackedPart
+from everest_ds.data.store.shards import repair_shards
 from everest_ds.data.store.stored_video import check_stored
 from everest_ds.data.video_list import Sample
 from everest_ds.durable_files import append_row, iterate_json_rows
@@ -123,57 +122,19 @@ class PackingLog:
     def repair_shards(self) -> int:
         """Make the shards agree with the record after an interruption, and return the next shard's number.
 
-        What a shard holds behind its last recorded sample is cut off. Samples are forgotten if their shard
-        is missing or too short, or if it was not closed and their content is not what was written.
-
         Raises:
             OSError: if a shard cannot be written.
         """
-        by_shard: dict[int, list[PackedSample]] = {}
-        for row in self.packed.values():
-            by_shard.setdefault(row.shard, []).append(row)
-        shards = self._folder / SHARDS
-        shards.mkdir(parents=True, exist_ok=True)
-        on_disk = {int(file.stem): file for file in shards.glob("*.tar") if file.stem.isdecimal()}
-        for shard in on_disk.keys() | by_shard.keys():
-            file = shards / shard_name(shard)
-            rows = sorted(by_shard.get(shard, []), key=lambda row: row.start)
-            size = file.stat().st_size if file.is_file() else 0
-            closed = rows and size == rows[-1].stop + len(END_OF_TAR)
-            kept = rows if closed else self._intact(rows, size)
-            for row in rows[len(kept) :]:
-                self.forget(row.name)
-            if not kept:
-                with suppress(FileNotFoundError):
-                    file.unlink()
-            elif not closed:
-                with open(file, "r+b") as stream:
-                    stream.truncate(kept[-1].stop)
-                    close_shard(stream)
+        for row in repair_shards(self._folder / SHARDS, self.packed.values(), self._is_intact):
+            self.forget(row.name)
         return 1 + max((row.shard for row in self.packed.values()), default=-1)
 
-    def _intact(self, rows: list[PackedSample], size: int) -> list[PackedSample]:
-        """Return the samples at the beginning of a shard of this size that are as they were written."""
-        for place, row in enumerate(rows):
-            try:
-                if row.stop > size:
-                    return rows[:place]
-                check_stored(self._folder / row.name, row.place(self._folder, self._packing))
-            except DataError:
-                return rows[:place]
-        return rows
-
-
-def close_shard(stream: BinaryIO) -> None:
-    """Write the end of a tar file and wait until the file is on the disk.
-
-    Raises:
-        OSError: if the disk is full.
-    """
-    stream.seek(0, os.SEEK_END)
-    stream.write(END_OF_TAR)
-    stream.flush()
-    os.fsync(stream.fileno())
+    def _is_intact(self, row: PackedSample) -> bool:
+        try:
+            check_stored(self._folder / row.name, row.place(self._folder, self._packing))
+        except DataError:
+            return False
+        return True
 
 
 def log_name(packing: Packing | None) -> str:

@@ -17,7 +17,7 @@ from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.video import Size, Video
 from everest_ds.data.picture_error import check_psnr, psnr_db
 from everest_ds.data.store import jpeg
-from everest_ds.data.store.layout import Packing, folder_of, member_header, padded
+from everest_ds.data.store.layout import BLOCK_BYTES, Packing, folder_of, tar_member
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
@@ -113,12 +113,11 @@ class _Members:
 
     def add(self, name: str, content: bytes) -> int:
         """Add a member, and return the offset of its content."""
-        header = member_header(f"{self._folder}/{name}", len(content))
-        block = header + content + bytes(padded(len(content)) - len(content))
-        self._stream.write(block)
-        self.checksum = zlib.crc32(block, self.checksum)
-        self.num_bytes += len(block)
-        return self.num_bytes - len(block) + len(header)
+        member = tar_member(f"{self._folder}/{name}", content)
+        self._stream.write(member)
+        self.checksum = zlib.crc32(member, self.checksum)
+        self.num_bytes += len(member)
+        return self.num_bytes - len(member) + BLOCK_BYTES
 
 
 def _write_frames(video: Video, written: _Members, packing: Packing) -> float:

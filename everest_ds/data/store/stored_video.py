@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -20,13 +21,14 @@ from everest_ds.data.decoding.video import Need, Pictures, Size, Video, shrunk
 from everest_ds.data.store import jpeg
 from everest_ds.data.store.layout import (
     BLOCK_BYTES,
+    FRAMES,
     NPY_HEADER_BYTES,
     RECORD_BYTES,
     StoredFrames,
+    StoreKind,
 )
 from everest_ds.errors import DataError
 
-FIX = "pack the store again: `everest-ds data pack` repairs it and keeps what is intact"
 _AT_ONCE_BYTES = 1 << 26  # of a sample that is compared with its checksum
 _MOST_OPEN = 64  # shards that a process keeps open; opening a file takes long on a network file system
 
@@ -86,7 +88,9 @@ class StoredVideo(Video):
         except ValueError as error:
             frame = kept * self._frames.every
             raise DataError(
-                f"{self.path}: frame {frame} is damaged in {self._frames.shard}", given=error, fix=FIX
+                f"{self.path}: frame {frame} is damaged in {self._frames.shard}",
+                given=error,
+                fix=FRAMES.repair,
             ) from None
 
     def _read_records(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -96,7 +100,7 @@ class StoredVideo(Video):
         content = read_part(self._frames.shard, self._frames.records_at, size)
         if zlib.crc32(content) != self._frames.records_checksum:
             raise DataError(
-                f"{self.path}: the list of its frames is damaged in {self._frames.shard}", fix=FIX
+                f"{self.path}: the list of its frames is damaged in {self._frames.shard}", fix=FRAMES.repair
             )
         records = np.frombuffer(content, "<u4", offset=NPY_HEADER_BYTES).reshape(-1, 2).astype(np.int64)
         return records[:, 0], records[:, 1]
@@ -120,7 +124,9 @@ def check_stored(path: Path, frames: StoredFrames) -> None:
         size = min(_AT_ONCE_BYTES, frames.num_bytes - start)
         checksum = zlib.crc32(read_part(frames.shard, frames.start + start, size), checksum)
     if checksum != frames.checksum:
-        raise DataError(f"{path}: a header or description of it is damaged in {frames.shard}", fix=FIX)
+        raise DataError(
+            f"{path}: a header or description of it is damaged in {frames.shard}", fix=FRAMES.repair
+        )
 
 
 def read_part(shard: Path, start: int, num_bytes: int) -> bytes:
@@ -129,21 +135,43 @@ def read_part(shard: Path, start: int, num_bytes: int) -> bytes:
     Raises:
         DataError: if the shard is missing, cannot be read, or ends before that part does.
     """
-    try:
+    with _naming(shard, FRAMES):
         content = os.pread(_opened(shard).descriptor, num_bytes, start)
+    _check_whole(shard, start, len(content), num_bytes, FRAMES)
+    return content
+
+
+def read_into(shard: Path, start: int, buffer: NDArray[np.uint8], kind: StoreKind) -> None:
+    """Fill a buffer with the part of a shard that begins at `start`, in a store of this kind.
+
+    Raises:
+        DataError: as `read_part`.
+    """
+    with _naming(shard, kind):
+        num_read = os.preadv(_opened(shard).descriptor, [buffer.data], start)
+    _check_whole(shard, start, num_read, len(buffer), kind)
+
+
+@contextmanager
+def _naming(shard: Path, kind: StoreKind) -> Iterator[None]:
+    """Turn an error of the file system within the context into a DataError that names the shard."""
+    try:
+        yield
     except FileNotFoundError:
-        raise DataError(f"{shard}: this shard of the frame store is missing", fix=FIX) from None
+        raise DataError(f"{shard}: this shard of the {kind.title} is missing", fix=kind.repair) from None
     except OSError as error:
         _opened.cache_clear()  # network storage may have replaced the file
         raise DataError(f"{shard}: cannot be read", given=error.strerror) from None
-    if len(content) < num_bytes:
+
+
+def _check_whole(shard: Path, start: int, num_read: int, num_bytes: int, kind: StoreKind) -> None:
+    if num_read < num_bytes:
         raise DataError(
-            f"{shard}: this shard of the frame store is cut off",
-            given=f"{start + len(content)} bytes",
+            f"{shard}: this shard of the {kind.title} is cut off",
+            given=f"{start + num_read} bytes",
             allowed=f"{start + num_bytes} or more",
-            fix=FIX,
+            fix=kind.repair,
         )
-    return content
 
 
 class _OpenShard:

@@ -9,7 +9,8 @@ import pytest
 from everest_ds.data.data_set import read_data_set
 from everest_ds.data.store.index import StoredSamples
 from everest_ds.data.store.layout import Packing
-from everest_ds.data.store.pack import StorePacker, packing_into
+from everest_ds.data.store.pack import StorePacker
+from everest_ds.data.store.shards import packing_into
 from everest_ds.data.video_list import SampleTable
 
 

@@ -226,7 +226,8 @@ _PACK = """
 import sys
 from pathlib import Path
 from everest_ds.data.store.layout import Packing
-from everest_ds.data.store.pack import StorePacker, packing_into
+from everest_ds.data.store.pack import StorePacker
+from everest_ds.data.store.shards import packing_into
 from everest_ds.data.data_set import read_data_set
 if __name__ == "__main__":
     manifest, out = map(Path, sys.argv[1:])
@@ -304,7 +305,8 @@ def test_twenty_kills_at_random_moments_lose_nothing(tmp_path: Path, motion_data
 
 def test_a_reader_never_meets_a_store_in_the_making(tmp_path: Path, motion_data: Path) -> None:
     from everest_ds.data.store.index import is_store
-    from everest_ds.data.store.pack import StorePacker, packing_into
+    from everest_ds.data.store.pack import StorePacker
+    from everest_ds.data.store.shards import packing_into
 
     samples, out = samples_of(motion_data / "val.txt"), tmp_path / "store"
     with packing_into(out, []):
@@ -322,7 +324,7 @@ def test_a_reader_never_meets_a_store_in_the_making(tmp_path: Path, motion_data:
 def _in_another_process(out: Path) -> None:
     script = f"""
 from pathlib import Path
-from everest_ds.data.store.pack import packing_into
+from everest_ds.data.store.shards import packing_into
 with packing_into(Path({str(out)!r}), []):
     pass
 """

@@ -78,7 +78,9 @@ def test_pictures_shrink_as_those_of_a_file_do(tmp_path: Path) -> None:
     for source in ("list.txt", "store"):
         (sample,) = samples_of(tmp_path / source)
         with open_sample(sample, data) as video:
-            pictures.append(video.read_needed([0, 1], lambda size: Need(1, 8)))  # smaller is not needed
+            pictures.append(
+                video.read_needed([0, 1], lambda size: Need(range(1), range(1), 8))
+            )  # smaller is not needed
     assert pictures[0].size == pictures[1].size == Size(65, 48)
     assert pictures[0].pixels.shape == pictures[1].pixels.shape
     assert (pictures[0].pixels.float() - pictures[1].pixels.float()).abs().mean() < 12  # of a noisy texture
@@ -89,7 +91,7 @@ def test_only_the_needed_part_is_decoded(packed_motion: StoredSamples) -> None:
 
     def need(size: Size) -> Need:
         asked.append(size)
-        return Need(rows=6, reduction=2)
+        return Need(range(6), range(32), 2)
 
     with open_sample(packed_motion[3], DataConfig()) as video:
         part = video.read_needed([4, 2], need)

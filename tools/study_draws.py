@@ -1,0 +1,61 @@
+"""Run the study of `data.draws`: how much accuracy it costs to train on the same few clips of each video.
+
+python tools/study_draws.py runs/draws              # the CPU study of docs/study.md
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from study.draws import DrawsStudy, render
+from study.protocol import BUSY, PLAIN, SCALES
+from study.running import claim, make_data, read_rows, run_study
+
+from everest_ds.cli.options import JsonFile
+from everest_ds.cli.program import run_program
+from everest_ds.console import progress_of, write_json
+from everest_ds.training.run_folder import describe_environment
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder of the study: videos, runs, table.")],
+    scale: Annotated[Literal["smoke", "small"], typer.Option(help="Size of the study.")] = "small",
+    jobs: Annotated[int, typer.Option(min=1, help="Number of pre-trainings to run at a time.")] = 2,
+    seed: Annotated[
+        list[int] | None,
+        typer.Option(help="Seed of the runs; repeat for several. Default: the seeds of the scale."),
+    ] = None,
+    data_seed: Annotated[int, typer.Option(help="Seed of the synthetic videos.")] = 1,
+    busy: Annotated[bool, typer.Option("--busy", help="Also study the busy videos.")] = False,
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="Only write the table, from the runs that have ended.")
+    ] = False,
+    json_file: JsonFile = None,
+) -> None:
+    """Pre-train and fine-tune on 1, 4 and 16 draws of each video, and on fresh ones; write draws.md.
+
+    After an interruption, the same command resumes the study. Each run has an ordinary run folder.
+
+    Example: python tools/study_draws.py runs/draws --jobs 2
+    """
+    chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
+    kinds = (PLAIN, BUSY) if busy else (PLAIN,)
+    study = DrawsStudy(chosen, out, data_seed, kinds)
+    claim(study)
+    if not table_only:
+        with progress_of("videos", study.num_videos) as on_progress:
+            make_data(study, jobs, on_progress)
+        with progress_of("runs", study.num_runs) as on_progress:
+            run_study(study, jobs, on_progress)
+    rows = read_rows(study)
+    text = render(rows, study.num_runs, kinds)
+    (out / "draws.md").write_text(text)
+    typer.echo(f"{text}\n{out / 'draws.md'}")
+    write_json(json_file, {"environment": describe_environment(1), "rows": rows})
+
+
+if __name__ == "__main__":
+    run_program(main)
