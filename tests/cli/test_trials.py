@@ -80,6 +80,13 @@ def test_the_users_own_videos_are_taken_as_often_as_a_trial_needs(setup: Setup, 
     lines = Path(yaml.safe_load(text.partition("=")[2])).read_text().splitlines()
     assert len(lines) == own.steps * 8
     assert lines[0].startswith(str(motion_data / "train"))
+    assert "data.stage=null" not in words
+
+
+def test_synthetic_clips_are_not_staged(setup: Setup) -> None:
+    staged = replace(setup, overrides=("data.stage=/local",))
+    words = trial_overrides(staged, candidate(staged).config)
+    assert words.index("data.stage=null") > words.index("data.stage=/local")
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,11 @@ class ShardCopier:
                 written = stream.write(left)  # less than all of it on a disk that is nearly full
                 self._note(copied=written)
                 left = left[written:]
+        if stream.tell() != shard.num_bytes:
+            raise DataError(
+                f"{shard.source}: the shard changed while it was copied",
+                fix="wait until `everest-ds data pack` has ended, and start again",
+            )
         stream.truncate()
         os.fsync(stream.fileno())
 
@@ -178,7 +183,7 @@ class ShardCopier:
                 f"{shard.target}: the copy differs from {shard.source}",
                 fix="name a folder on another disk in data.stage",
             )
-        logger.warning("%s: %d samples in this shard of the store are damaged", shard.source, len(damaged))
+        logger.warning("%s: damaged samples in this shard of the store: %d", shard.source, len(damaged))
 
     def _damaged(self, file: Path, parts: NDArray[np.int64]) -> list[int]:
         """Return the starts of the samples whose content differs from their checksum."""

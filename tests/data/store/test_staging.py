@@ -238,7 +238,7 @@ def test_damage_in_the_store_is_copied_and_left_to_the_readers(
     stage(store, tmp_path / "local")
     assert_staged(store, tmp_path / "local")
     warned = sorted(record.getMessage() for record in caplog.records)
-    assert warned == [f"{shard}: 1 samples in this shard of the store are damaged" for shard in shards[:2]]
+    assert warned == [f"{shard}: damaged samples in this shard of the store: 1" for shard in shards[:2]]
 
 
 @pytest.mark.parametrize("times", [1, 9])
@@ -273,6 +273,21 @@ def test_a_shard_that_is_missing_or_unreadable_is_named(store: StoredSamples, tm
     shard.mkdir()
     with pytest.raises(DataError, match=f"{shard}: cannot be read; given: Is a directory"):
         stage(store, tmp_path / "local")
+
+
+def test_a_store_that_changes_in_the_meantime_is_refused(store: StoredSamples, tmp_path: Path) -> None:
+    copies = plan_copies(tmp_path / "local", [store])
+    with open(copies[3].source, "ab") as stream:
+        stream.write(bytes(512))
+    with (
+        ShardCopier(copies, 60.0) as copier,
+        pytest.raises(
+            DataError, match=f"{copies[3].source}: the shard changed while it was copied; fix: wait"
+        ),
+    ):
+        while not copier.progress(0.05).finished:
+            pass
+    assert not copies[3].target.exists()
 
 
 def test_storage_that_no_longer_answers_ends_the_copying(store: StoredSamples, tmp_path: Path) -> None:
