@@ -152,6 +152,10 @@ class DataConfig(ConfigSection):
     root: Path | None = Field(
         None, description="base folder of relative paths in manifests; default: the manifest's folder"
     )
+    stage: Path | None = Field(
+        None,
+        description="local folder of every node to copy frame stores to before the run, e.g. $SLURM_TMPDIR",
+    )
     class_names: Path | None = Field(
         None, description="text file of class names, one per line, in label order"
     )
