@@ -3,8 +3,7 @@
 Four resources work at the same time: the CPU cores of the loader's workers, the disk that the videos lie on,
 the copies of batches to the device, and the device that trains. Each has a rate in clips per second, and a
 rank gets clips at the lowest of these rates. Only a rank without a core to spare for its workers decodes and
-trains in turn. Tensor-parallel ranks of a group train on the same clips and decode them in turn: all ranks at
-once if they have workers.
+trains in turn. Tensor-parallel ranks of a group train on the same clips; the workers of the group share them.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Supply:
         packs: True if workers send kept tokens only.
         clip_bytes, packed_bytes: size of a clip as workers send it, whole and packed.
         ranks_per_node: ranks that share a node's disk.
-        tensor: tensor-parallel degree; the ranks of a group read the same files, once from the disk.
+        tensor: tensor-parallel degree; the ranks of a group read their clips once, in turn.
         disk_bytes_per_s: rate of a node's disk; None if unknown, which counts as no limit.
         copy_bytes_per_s: rate of a rank's copies; None if there are none.
         model_clips_per_s: clips per second that a rank trains on if it never waits; None if unknown.
@@ -120,9 +119,8 @@ class Supply:
     def rates(self, cost: LoadingCost) -> dict[Resource, float]:
         """Return the clips per second that each resource with a known rate delivers to a rank."""
         readers = self.tensor if self.workers else 1
-        found: dict[Resource, float] = {
-            "decoding": 1e3 * readers * self.decoding_cores / cost.clip_ms(self.repeats, self.packs)
-        }
+        clips_per_s = 1e3 * self.decoding_cores / cost.clip_ms(self.repeats, self.packs)
+        found: dict[Resource, float] = {"decoding": readers * clips_per_s}
         if self.disk_bytes_per_s and cost.read_bytes:
             groups = max(1.0, self.ranks_per_node / self.tensor)
             found["disk"] = self.disk_bytes_per_s / groups / (cost.read_bytes / self.repeats)

@@ -202,8 +202,8 @@ class RunFolder:
                 given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
                 allowed="the same config, except for parallelism.*, recompute.*, batch.* (with the same"
                 " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
-                " data.token_cache, data.stage, data.read_timeout_s, data.max_broken_pct, and run.* other than"
-                " run.seed, run.max_skipped_steps and run.validate_every_epochs",
+                " data.token_cache, data.stage, data.read_timeout_s, data.max_broken_pct, and run.* other"
+                " than run.seed, run.max_skipped_steps and run.validate_every_epochs",
                 fix=fix,
             )
 

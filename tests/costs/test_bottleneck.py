@@ -41,7 +41,7 @@ def simulated_clips_per_s(cost: LoadingCost, supply: Supply, clips: int = 4000) 
         return times[name]
 
     groups_on_disk = supply.ranks_per_node // supply.tensor
-    free = [0.0] * min(supply.workers, int(supply.cores))
+    free = [0.0] * min(supply.workers, int(supply.cores)) * supply.tensor
     for number in range(clips):
         arrival = min(free)
         if number % supply.repeats == 0:  # one sample of each rank of the node, read in turn
@@ -64,6 +64,7 @@ def simulated_clips_per_s(cost: LoadingCost, supply: Supply, clips: int = 4000) 
     [
         ("decoding", {}),
         ("decoding", {"repeats": 4, "packs": True}),
+        ("decoding", {"tensor": 2, "ranks_per_node": 2}),
         ("disk", {"disk_bytes_per_s": 2e8, "ranks_per_node": 8}),
         ("disk", {"disk_bytes_per_s": 1e8, "ranks_per_node": 8, "tensor": 2, "repeats": 2}),
         ("copies", {"copy_bytes_per_s": 5e7}),

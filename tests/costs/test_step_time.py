@@ -264,6 +264,7 @@ def test_the_workers_of_a_tensor_group_share_its_clips(workers: int, videos: int
     """Two ranks decode two of the group's four clips each; without workers, one waits for the other."""
     split = experiment(parallelism={"tensor": 2}, data={"num_workers": workers})
     found = predict_step(split, 2, replace(CPU, decode_s=10.0)).term("data")
+    assert found.busy_s == pytest.approx(10 * videos, rel=0.05)
     assert found.seconds == pytest.approx(videos * 10, rel=0.05)
 
 
