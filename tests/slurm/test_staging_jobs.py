@@ -10,7 +10,8 @@ import pytest
 
 from everest_ds.data.data_set import read_data_set
 from everest_ds.data.store.layout import Packing
-from everest_ds.data.store.pack import StorePacker, packing_into
+from everest_ds.data.store.pack import StorePacker
+from everest_ds.data.store.shards import packing_into
 from tests.slurm.cluster import SCRIPTS, LocalCluster, Run, wait_for
 from tests.training.runs import losses
 
