@@ -20,7 +20,7 @@ from everest_ds.launch.environment import detect_environment
 from everest_ds.launch.local import launch_local
 from everest_ds.parallel.nvme import check_nvme
 from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_exist
-from everest_ds.training.plan import check_plan, count_samples, describe_plan
+from everest_ds.training.plan import check_plan, count_samples, describe_plan, describe_staging
 from everest_ds.training.prediction import REFERENCE, Gpus, describe_prediction, parse_gpus
 
 PlannedGpus = Annotated[
@@ -83,7 +83,7 @@ def evaluate(
     """
     config = load_task("evaluate", source, overrides or [])
     if dry_run:
-        _show_plan(config, _planned_gpus(config, nproc, None), json_file, trains=False)
+        _show_plan("evaluate", config, _planned_gpus(config, nproc, None), json_file)
     elif not _started_ranks("evaluate", source, overrides or [], nproc, config, json_file):
         evaluate_as_rank(config, json_file)
 
@@ -105,14 +105,14 @@ def _train(
             fix="add --dry-run, or replace --on by --nproc",
         )
     if dry_run:
-        _show_plan(config, _planned_gpus(config, nproc, on), json_file)
+        _show_plan(task, config, _planned_gpus(config, nproc, on), json_file)
     elif not _started_ranks(task, source, overrides, nproc, config, json_file):
         train_as_rank(config, json_file)
 
 
-def _show_plan(config: Experiment, gpus: Gpus, json_file: Path | None, trains: bool = True) -> None:
-    plan = {"plan": check_plan(config, gpus.count, planned=True)}
-    if trains:
+def _show_plan(command: str, config: Experiment, gpus: Gpus, json_file: Path | None) -> None:
+    plan = {"plan": check_plan(config, gpus.count, planned=True) | describe_staging(config, command)}
+    if command != "evaluate":
         epoch = count_samples(config, planned=True)
         plan["predicted"] = describe_prediction(config, gpus, epoch and epoch.num_samples)
     typer.echo(dump_experiment(config))

@@ -13,10 +13,11 @@ To add an axis, add a field to `PerAxis`, in the order of nesting, and set its d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from math import prod
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar, get_args
 
 from everest_ds.errors import ConfigError, UsageError
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 Axis = Literal["data", "tensor"]
 TensorDegree = Literal[1, 2, 4, 8]
 TENSOR_DEGREES: tuple[int, ...] = get_args(TensorDegree)
+T = TypeVar("T")
 
 
 class PerAxis(NamedTuple):
@@ -33,6 +35,22 @@ class PerAxis(NamedTuple):
 
     data: int
     tensor: int
+
+
+class Turn(NamedTuple):
+    """The turn of a rank among the ranks of its tensor group, which read the batches of the group in turn.
+
+    Attributes:
+        place: index of the rank in its group.
+        ranks: number of ranks in the group.
+    """
+
+    place: int = 0
+    ranks: int = 1
+
+    def own(self, batches: Iterable[T]) -> Iterator[T]:
+        """Return those of the group's batches that this rank reads."""
+        return islice(batches, self.place, None, self.ranks)
 
 
 @dataclass(frozen=True)
@@ -95,11 +113,11 @@ class MeshShape:
 
     @property
     def num_shares(self) -> int:
-        """The number of shares into which the clips of a step are divided; a tensor group reads one share."""
+        """The number of shares into which the clips of a step are divided; a tensor group gets one share."""
         return self.degrees.data
 
     def share_of(self, rank: int) -> int:
-        """Return the index of the share of clips that `rank` reads."""
+        """Return the index of the share of clips that `rank` computes on."""
         return self.coordinates(rank).data
 
     @property

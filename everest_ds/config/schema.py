@@ -144,13 +144,17 @@ class TokensConfig(ConfigSection):
 
 
 class DataConfig(ConfigSection):
-    """The manifests of a dataset (`path label` lines), and how clips are cut from its videos."""
+    """The manifests (`path label` lines) or frame stores of a data set, and how clips are cut from them."""
 
-    train: Path | None = Field(None, description="manifest of the training videos")
-    val: Path | None = Field(None, description="manifest of the videos for validation; null: no validation")
-    test: Path | None = Field(None, description="manifest of the videos for `everest-ds evaluate`")
+    train: Path | None = Field(None, description="manifest or frame store of the training videos")
+    val: Path | None = Field(None, description="manifest or frame store for validation; null: no validation")
+    test: Path | None = Field(None, description="manifest or frame store for `everest-ds evaluate`")
     root: Path | None = Field(
         None, description="base folder of relative paths in manifests; default: the manifest's folder"
+    )
+    stage: Path | None = Field(
+        None,
+        description="local folder of every node to copy frame stores to before the run, e.g. $SLURM_TMPDIR",
     )
     class_names: Path | None = Field(
         None, description="text file of class names, one per line, in label order"

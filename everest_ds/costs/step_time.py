@@ -252,11 +252,15 @@ def _host_terms(
 
 
 def _data_term(config: Experiment, plan: BatchPlan, machine: Machine, step_s: float) -> Term:
-    """Return the term of decoding a rank's clips, hidden behind compute if workers have their own cores."""
+    """Return the term of decoding a rank's clips, hidden behind compute if workers have their own cores.
+
+    The ranks of a tensor group decode the clips of their group in turn: all at once if they have workers.
+    """
     clip, data = config.candidate_geometry, config.data
     frames = clip.num_frames * data.frame_stride
     pixels = frames * clip.image_size**2 * _STORED_HEIGHT * _STORED_WIDTH
-    videos = plan.micro_batch_size * plan.grad_accum_steps / data.repeats
+    readers = config.parallelism.tensor if data.num_workers else 1
+    videos = plan.micro_batch_size * plan.grad_accum_steps / data.repeats / readers
     each = machine.decode_s + pixels / machine.decode_pixels_per_s
     workers = max(1.0, min(data.num_workers, machine.spare_cores))
     busy = videos * each / workers

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
-from itertools import chain, groupby
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
+from everest_ds.config.mesh_shape import Turn
 from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import LoadedItem, load
-from everest_ds.data.order import Visit, evaluation_batches, sample_key, stand_ins, training_visits
+from everest_ds.data.order import EvaluationPlan, Visit, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import DamagedCopyError, Failure, SampleReader
 from everest_ds.data.store.cached_draws import read_draw
 from everest_ds.data.store.token_cache import TokenCache
@@ -268,12 +269,21 @@ class EvaluationClips:
             pictures = self.reader.read(sample, choose, need)
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
-            side = self.geometry.image_size
-            black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
-            return LoadedItem([self._single(black, item, MISSING) for item in items], [failure])
+            return LoadedItem([self.unread(item) for item in items], [failure])
         parts = (pictures._replace(pixels=part) for part in pictures.pixels.split(self.geometry.num_frames))
         by_segment = dict(zip(segments, parts, strict=True))
         return LoadedItem([self._clip(by_segment[self.view(i).segment], i) for i in items], [])
+
+    def unread(self, item: int) -> ClipBatch:
+        """Return the black clip that stands for a view which was not read, marked as `MISSING`."""
+        side = self.geometry.image_size
+        black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
+        return self._single(black, item, MISSING)
+
+    def items_of(self, sample: int) -> range:
+        """Return the indices of all views of a sample."""
+        num_views = self.segments * self.crops
+        return range(sample * num_views, (sample + 1) * num_views)
 
     def check_complete(self, seen: Collection[int], missing: Collection[int]) -> None:
         """Raise an error if the results lack a view of a sample that could be read.
@@ -316,6 +326,7 @@ def training_batches(
     on_failure: Callable[[Failure], None],
     pack: Pack | None = None,
     cache: TokenCache | None = None,
+    turn: Turn = Turn(),
 ) -> Iterator[Any]:
     """Yield this rank's micro-batches for the given optimiser steps, across epochs, decoded ahead of use.
 
@@ -329,31 +340,48 @@ def training_batches(
         on_failure: called for each sample that could not be read, when the affected batch is delivered.
         pack: called in the workers on each clip; the batches are then `PackedBatch`, otherwise `ClipBatch`.
         cache: the token cache to read from; the batches are then `PackedBatch`.
+        turn: the turn of this rank among those that read the micro-batches of `rank`.
     """
     source = TrainingClips(samples, config, pack) if cache is None else CachedClips(samples, config, cache)
     visits = training_visits(len(samples), plan, config.run.seed, rank, steps.start, steps.stop)
-    return load(source, visits, config.data, pin_memory, on_failure)
+    return load(source, turn.own(visits), config.data, pin_memory, on_failure)
 
 
 def evaluation_views(
     clips: EvaluationClips,
-    batch_size: int,
+    max_batch_size: int,
     rank: int,
     num_ranks: int,
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
+    turn: Turn = Turn(),
+    exchange: Callable[[Iterator[ClipBatch]], Iterator[ClipBatch]] = iter,
 ) -> Iterator[ClipBatch]:
-    """Yield this rank's share of the views, in batches of one common size of at most `batch_size`.
+    """Yield this rank's share of the views, in batches of one common size of at most `max_batch_size`.
 
-    The views are spread evenly over the batches and short batches are padded, because kernels are selected,
-    and models compiled, for one shape. See `evaluation_batches`.
+    One worker reads all views of a sample, so that each file is opened once and each frame decoded once.
+    Short batches are padded, because kernels are selected, and models compiled, for one shape.
+
+    Args:
+        clips: the views.
+        max_batch_size: the most views per batch.
+        rank: data-parallel rank of this process.
+        num_ranks: number of data-parallel ranks.
+        pin_memory: deliver the batches in pinned memory, except for padded ones.
+        on_failure: called for each sample that this rank could not read.
+        turn: the turn of this rank among those that read the share of `rank`.
+        exchange: adds the reads of those other ranks to the reads of this rank.
     """
-    num_batches = -(-len(clips) // batch_size)
-    size = -(-len(clips) // num_batches) if num_batches else batch_size
-    batches = evaluation_batches(len(clips), size, rank, num_ranks)
-    by_sample = ([list(group) for _, group in groupby(batch, clips.sample_of)] for batch in batches)
-    for batch in load(clips, by_sample, clips.data, pin_memory, on_failure):
-        yield batch.padded(size)
+    plan = EvaluationPlan.of(len(clips.samples), clips.segments * clips.crops, max_batch_size)
+    reads = [[clips.items_of(sample) for sample in read] for read in plan.reads(rank, num_ranks)]
+    own = turn.own(filter(None, reads))
+    loaded = exchange(load(clips, own, clips.data, pin_memory, on_failure))
+    num_views = plan.batches_per_read * plan.batch_size
+    idle = (ClipBatch(*(tensor[None] for tensor in clips.unread(0))) for read in reads if not read)
+    for read in chain(loaded, (clip.padded(num_views) for clip in idle)):
+        for first in range(0, num_views, plan.batch_size):
+            batch = ClipBatch(*(tensor[first : first + plan.batch_size] for tensor in read))
+            yield batch.padded(plan.batch_size)
 
 
 def _single(clip: Tensor, label: int | None, key: int, item: int) -> ClipBatch:

@@ -125,14 +125,45 @@ def training_visits(
             yield [Visit(epoch, int(index)) for index in share]
 
 
-def evaluation_batches(num_items: int, batch_size: int, rank: int, num_ranks: int) -> list[list[int]]:
-    """Return the batches of one rank; every rank gets the same number, as sharded models compute together.
+class EvaluationPlan(NamedTuple):
+    """The division of an evaluation into reads of whole samples, and of each read into batches of one size.
 
-    The batches do not depend on the number of ranks, so neither do the results. If the last round has fewer
-    batches than ranks, the first batches are repeated to complete it.
+    The plan does not depend on the number of ranks, so neither do the results.
+
+    Attributes:
+        num_samples: samples of the evaluation.
+        samples_per_read: samples of which a loader's worker reads all views for one read.
+        batches_per_read: batches into which the views of a read are divided.
+        batch_size: views per batch.
     """
-    batches = [
-        list(range(first, min(first + batch_size, num_items))) for first in range(0, num_items, batch_size)
-    ]
-    rounds = -(-len(batches) // num_ranks)
-    return [batches[(r * num_ranks + rank) % len(batches)] for r in range(rounds)]
+
+    num_samples: int
+    samples_per_read: int
+    batches_per_read: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, num_samples: int, num_views: int, max_batch_size: int) -> EvaluationPlan:
+        """Plan batches of at most `max_batch_size` views: as large as reads of equal size allow.
+
+        Args:
+            num_samples: samples of the evaluation.
+            num_views: views per sample.
+            max_batch_size: the most views per batch; a sample with more views is divided into batches.
+        """
+        most = max(1, max_batch_size // num_views)
+        num_reads = max(1, -(-num_samples // most))
+        samples = max(1, -(-num_samples // num_reads))
+        batches = -(-samples * num_views // max_batch_size)
+        return cls(num_samples, samples, batches, -(-samples * num_views // batches))
+
+    def reads(self, share: int, num_shares: int) -> list[range]:
+        """Return the samples of each read of a share.
+
+        Every share has the same number of reads, as sharded models compute together. A read without samples
+        completes the last round.
+        """
+        first, step = share * self.samples_per_read, num_shares * self.samples_per_read
+        num_rounds = -(-self.num_samples // step)
+        starts = (first + index * step for index in range(num_rounds))
+        return [range(start, min(start + self.samples_per_read, self.num_samples)) for start in starts]

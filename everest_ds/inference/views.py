@@ -90,8 +90,9 @@ def over_views(
             if item != MISSING:
                 found.setdefault(clips.sample_of(item), []).append(output)
         seen.update(batch.item.tolist())
-        num_done += len(batch.item)
-        on_progress(min(num_done, len(clips)))  # the last batch may be padded
-        for index in [index for index, rows in found.items() if len(rows) == views.num_views]:
+        complete = [index for index, rows in found.items() if len(rows) == views.num_views]
+        num_done += len(complete)
+        on_progress((num_done + len(missing)) * views.num_views)
+        for index in complete:
             yield index, torch.stack(found.pop(index)).mean(dim=0)
     clips.check_complete(seen, missing)

@@ -22,14 +22,12 @@ from everest_ds.training.input_files import (
     check_initial_weights_exist,
     check_initial_weights_fit,
     manifest_of,
+    splits_of,
 )
-from everest_ds.training.plan import describe_plan
+from everest_ds.training.plan import describe_plan, describe_staging
 from everest_ds.training.prediction import memory_text
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes
-
-# Splits `data.<split>` that each command opens.
-_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -94,19 +92,19 @@ def check_run(command: str, config: Experiment, target: Target) -> dict[str, Any
     if command != "evaluate" and config.parallelism.ds_config is not None:
         resolve_ds_config(config, shape.num_ranks)
     _check_weights(command, config, target.inputs_follow)
+    staging = describe_staging(config, command)
     if command == "evaluate":
-        return {"run": str(config.run.dir), "ranks": str(shape.num_ranks)}
+        return {"run": str(config.run.dir), "ranks": str(shape.num_ranks), **staging}
     RunFolder(config.run.dir).check_same_config(config)
     plan_ranks(config, shape.num_ranks)
     memory = _check_memory(config, target)
     plan = describe_plan(config, shape.num_ranks, ranks_per_node=shape.ranks_per_node)
-    return {"run": str(config.run.dir), **plan, "memory": memory}
+    return {"run": str(config.run.dir), **plan, **staging, "memory": memory}
 
 
 def _check_files(command: str, config: Experiment) -> None:
-    for split in _SPLITS[command]:
-        if split != "val" or config.data.val is not None:
-            manifest_of(config, split)
+    for split in splits_of(command, config):
+        manifest_of(config, split)
     check_evaluation_inputs(config)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fairscale.nn.model_parallel import initialize as fairscale_groups
 
-from everest_ds.config.mesh_shape import MeshShape, PerAxis
+from everest_ds.config.mesh_shape import MeshShape, PerAxis, Turn
 from everest_ds.parallel.world import World
 
 
@@ -32,8 +32,13 @@ class Mesh:
 
     @property
     def share(self) -> int:
-        """The index of the share of clips that this rank reads."""
+        """The index of the share of clips that this rank computes on."""
         return self.shape.share_of(self.world.rank)
+
+    @property
+    def turn(self) -> Turn:
+        """The turn at which this rank reads batches for its tensor group; see `exchange_batches`."""
+        return Turn(self.coordinates.tensor, self.degrees.tensor)
 
     @property
     def mpu(self) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,13 @@ from everest_ds.errors import DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
 from everest_ds.models.matmul_precision import set_matmul_precision
+from everest_ds.parallel.batch_exchange import exchange_batches
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.input_files import class_names
+from everest_ds.training.preflight import stage_samples
 from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
@@ -93,7 +96,7 @@ def evaluate_views(
         model: an engine or a bare module; its training mode is restored afterwards.
         samples: labelled samples.
         config: the run config.
-        mesh: how the ranks share the model; all ranks of a tensor group read the same views.
+        mesh: how the ranks share the model; all ranks of a tensor group compute on the same views.
         segments: temporal views per sample.
         crops: spatial views per temporal view.
         show_progress: show a progress display on rank 0.
@@ -106,8 +109,16 @@ def evaluate_views(
     model.eval()
     clips = EvaluationClips(samples, config, segments, crops)
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
-    share, shares = mesh.share, mesh.shape.num_shares
-    loader = evaluation_views(clips, config.batch.micro_batch_size, share, shares, on_gpu, failures.append)
+    loader = evaluation_views(
+        clips,
+        config.batch.micro_batch_size,
+        mesh.share,
+        mesh.shape.num_shares,
+        on_gpu,
+        failures.append,
+        mesh.turn,
+        partial(exchange_batches, mesh=mesh),
+    )
     own = dict(_predict(model, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
@@ -129,7 +140,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """
     file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
     usable = world.share(lambda: read_samples(config, "test"))
-    samples = usable.samples
+    samples = stage_samples(config, "evaluate", usable.samples, world)
     names = world.share(lambda: class_names(config))
     model = build_model(config)
     tensors, _ = world.together(lambda: load_weights(file))

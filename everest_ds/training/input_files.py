@@ -11,23 +11,36 @@ from pathlib import Path
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import Experiment
 from everest_ds.data.data_set import read_data_set
-from everest_ds.data.store.index import is_store
+from everest_ds.data.store.index import StoredSamples, is_store, open_store
 from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError, ConfigError, DataError
+from everest_ds.log import logger
+
+_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
 
 
 def manifest_of(config: Experiment, split: str) -> Path:
     """Return the manifest, or the frame store, of `data.<split>`.
 
     Raises:
-        ConfigError: if the config names no manifest for the split.
+        ConfigError: if the config names no manifest for the split, or wants to stage videos that are not in a
+            store.
         DataError: if there is no such file or store.
     """
     manifest: Path | None = getattr(config.data, split)
     key = f"data.{split}"
     if manifest is None:
         raise ConfigError(f"{key} is not set", fix=f"name a manifest: {key}=path/to/list.txt")
-    if manifest.is_file() or is_store(manifest):
+    if is_store(manifest):
+        return manifest
+    if manifest.is_file():
+        if split == "train" and config.data.stage is not None:
+            raise ConfigError(
+                "data.stage is set, but data.train is not a frame store",
+                given=str(manifest),
+                fix=f"`everest-ds data pack {shlex.quote(str(manifest))} --out STORE` makes a store, for"
+                " data.train=STORE; data.stage=null reads the videos where they are",
+            )
         return manifest
     is_folder = manifest.is_dir()
     source = shlex.quote(str(manifest)) if is_folder else "FOLDER"
@@ -37,6 +50,24 @@ def manifest_of(config: Experiment, split: str) -> Path:
         given=str(manifest.absolute()),
         fix=f"`everest-ds data index {source} --out LISTS` writes manifests of a folder of videos{without}",
     )
+
+
+def splits_of(command: str, config: Experiment) -> list[str]:
+    """Return the splits `data.<split>` that the command `pretrain`, `finetune` or `evaluate` reads."""
+    return [split for split in _SPLITS[command] if split != "val" or config.data.val is not None]
+
+
+def stores_to_stage(config: Experiment, command: str) -> list[StoredSamples]:
+    """Open the frame stores that `command` reads; the videos of a manifest cannot be staged.
+
+    Raises:
+        DataError: if a store cannot be read.
+    """
+    sources = [manifest_of(config, split) for split in splits_of(command, config)]
+    for source in sources:
+        if not is_store(source):
+            logger.info("%s is not a frame store, so data.stage does not apply to its videos", source)
+    return [open_store(source) for source in sources if is_store(source)]
 
 
 def class_names(config: Experiment) -> list[str]:

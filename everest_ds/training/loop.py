@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,14 @@ from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clips import Batch, training_batches
 from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
 from everest_ds.data.reading import Failure
+from everest_ds.data.store.staging import read_from_stage
 from everest_ds.data.store.token_cache import TokenCache, open_token_cache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
 from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial_weights import outline
+from everest_ds.parallel.batch_exchange import announce_batches, receive_batch
 from everest_ds.parallel.checkpointing import load_checkpoint, newest_complete, save_model
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_learning_rate, step_skipped
@@ -47,6 +50,7 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
+from everest_ds.training.preflight import stage_samples
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, record_excluded
 from everest_ds.training.saver import Saver
@@ -92,6 +96,7 @@ def train(
     for note in notes_on(read_deepspeed_file(config)) if world.is_main else ():
         logger.info("%s: %s", config.parallelism.ds_config, note)
     try:
+        samples = stage_samples(config, config.task, samples, world, folder.path)
         model = outline(config)  # on the meta device: no rank needs memory for more than its share
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from
@@ -191,7 +196,7 @@ class TrainingRun:
         for _ in range(self.plan.grad_accum_steps):
             # An error of one rank's loader is raised on all; otherwise the others would wait in a collective.
             ready = self.world.together(batches.take)
-            self.batch = ready.batch
+            self.batch = receive_batch(ready, self.mesh)
             loss = self.objective(self.engine, self.batch)
             self.losses.note(self.step + 1, loss.detach(), ready.items)
             # The next batch is fetched while a GPU computes the forward pass. After backward() may be too
@@ -253,7 +258,8 @@ class TrainingRun:
     def _validate_now(self) -> None:
         self.losses.check()
         usable = self.world.share(lambda: read_samples(self.config, "val"))
-        result = evaluate_views(self.engine, usable.samples, self.config, self.mesh, segments=1, crops=1)
+        samples = read_from_stage(usable.samples, self.config.data.stage)
+        result = evaluate_views(self.engine, samples, self.config, self.mesh, segments=1, crops=1)
         report = ValidationReport(
             step=self.step,
             epoch=self.step / self.steps_per_epoch,
@@ -366,6 +372,7 @@ class TrainingRun:
             on_failure=noted.append,
             pack=self.pack,
             cache=self.cache,
+            turn=self.mesh.turn,
         )
         return Prefetcher(
             Waited(batches, self.timer),
@@ -374,6 +381,7 @@ class TrainingRun:
             self.broken.note,
             self.prepare,
             self.world.device,
+            partial(announce_batches, mesh=self.mesh, waiting=self.timer.waiting),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everest_ds.config import (
@@ -19,10 +20,18 @@ from everest_ds.costs.compute import count_parameters, predict_macs
 from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.official.registry import DATASETS
 from everest_ds.data.order import steps_per_epoch
+from everest_ds.data.store.staging import STAGE_FIX, StageRoom, plan_copies, stage_folder
 from everest_ds.data.store.token_cache import open_token_cache
+from everest_ds.errors import ConfigError
 from everest_ds.launch.doctor import check_shared_memory
 from everest_ds.parallel.ds_config import resolve_ds_config
-from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_fit, manifest_of
+from everest_ds.training.input_files import (
+    check_evaluation_inputs,
+    check_initial_weights_fit,
+    manifest_of,
+    splits_of,
+    stores_to_stage,
+)
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.units import format_bytes, format_count
 
@@ -126,6 +135,29 @@ def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
         f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two in use"
         + (f"; WARNING: this machine has {found.detail}; fix: {found.fix}" if found.fix else "")
     )
+
+
+def describe_staging(config: Experiment, command: str) -> dict[str, str]:
+    """Describe the shards that `command` stages on each node, and the room here, as a row of a table.
+
+    Without `data.stage`, or if a store does not exist yet, there is no such row.
+    """
+    stage = config.data.stage
+    sources = [getattr(config.data, split) for split in splits_of(command, config)]
+    if stage is None or not all(source is not None and source.exists() for source in sources):
+        return {}
+    try:
+        folder = stage_folder(stage)
+    except ConfigError:  # a variable that exists on the nodes only
+        folder = Path(stage)
+    copies = plan_copies(folder, stores_to_stage(config, command))
+    total_bytes = sum(shard.num_bytes for shard in copies)
+    text = f"{format_bytes(total_bytes)} in {len(copies)} shards, copied to {stage} on each node"
+    if not folder.is_dir():
+        return {"stage": f"{text}, where the free space is checked before training"}
+    room = StageRoom.of(folder, copies)
+    warning = f"; WARNING: too little space here; fix: {STAGE_FIX}" if room.is_short else ""
+    return {"stage": f"{text}; here, {room}{warning}"}
 
 
 def _steps(config: Experiment, plan: BatchPlan, epoch: Epoch | None) -> str:

@@ -7,31 +7,19 @@ from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from everest_ds.config import Experiment
 from everest_ds.data.augment import Augmentation
 from everest_ds.data.clips import Batch, PackedBatch
 from everest_ds.data.reading import Failure
+from everest_ds.parallel.batch_exchange import ReadBatch
 from everest_ds.training.token_packing import unpack
-
-
-class Ready(NamedTuple):
-    """A batch that is ready for the model.
-
-    Attributes:
-        batch: the augmented batch on the device.
-        items: int64 (B,) on the host, the sample index of each clip.
-    """
-
-    batch: Batch
-    items: Tensor
 
 
 class _Prepared(NamedTuple):
     """A prepared batch or the error that prevented it, and the samples that could not be read for it."""
 
-    ready: Ready | None
+    ready: ReadBatch | None
     error: Exception | None
     failures: list[Failure]
 
@@ -68,6 +56,7 @@ class Prefetcher:
         on_failure: called with each failure when its batch is taken.
         prepare: copies a batch to the device without waiting, and augments it.
         device: the device of the step.
+        exchange: adds the batches that other ranks read for this rank.
     """
 
     def __init__(
@@ -78,8 +67,9 @@ class Prefetcher:
         on_failure: Callable[[Failure], None],
         prepare: Callable[[Batch], Batch],
         device: torch.device,
+        exchange: Callable[[Iterator[ReadBatch]], Iterator[ReadBatch]] = iter,
     ) -> None:
-        self._batches = batches
+        self._ready = exchange(map(self._read, batches))
         self._num_left = num_batches
         self._failures = failures
         self._on_failure = on_failure
@@ -92,8 +82,8 @@ class Prefetcher:
         if self._num_left:
             self._prepared = self._next()
 
-    def take(self) -> Ready:
-        """Return the next batch.
+    def take(self) -> ReadBatch:
+        """Return the next batch, to be passed to `receive_batch` under tensor parallelism.
 
         Raises:
             DataError: if its clips could not be read. Any other error of its preparation is raised unchanged.
@@ -107,13 +97,15 @@ class Prefetcher:
         self._hand_over(prepared.ready.batch)
         return prepared.ready
 
+    def _read(self, batch: Batch) -> ReadBatch:
+        return ReadBatch(self._prepare(batch), batch.item)
+
     def _next(self) -> _Prepared:
         self._num_left -= 1
         ready, error = None, None
         try:
-            batch = next(self._batches)
             with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-                ready = Ready(self._prepare(batch), batch.item)
+                ready = next(self._ready)
         except Exception as failure:  # raised by `take`
             error = failure
         noted = self._failures.copy()

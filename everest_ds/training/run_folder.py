@@ -35,6 +35,7 @@ FREE_KEYS = (
     *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_", "run.max_steps"),
     *("data.num_workers", "data.decoder", "data.pack_tokens", "data.token_cache"),
     *("data.read_timeout_s", "data.max_broken_pct"),
+    "data.stage",
     *("parallelism.", "recompute.", "batch.", "model.compile"),
 )
 _FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
@@ -202,7 +203,8 @@ class RunFolder:
                 given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
                 allowed="the same config, except for parallelism.*, recompute.*, batch.* (with the same"
                 " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
-                " data.token_cache, data.read_timeout_s, data.max_broken_pct, and run.* other than run.seed,"
+                " data.token_cache, data.read_timeout_s, data.max_broken_pct, data.stage, and run.*"
+                " other than run.seed,"
                 " run.max_skipped_steps and run.validate_every_epochs",
                 fix=fix,
             )

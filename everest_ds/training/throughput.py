@@ -57,6 +57,13 @@ class StepTimer:
             self._finish()
             self._paused += time.perf_counter() - started
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count the time within this context as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self.waited += time.perf_counter() - started
+
     def _finish(self) -> None:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -73,10 +80,8 @@ class Waited(Generic[T]):
         return self
 
     def __next__(self) -> T:
-        started = time.perf_counter()
-        item = next(self._items)
-        self._timer.waited += time.perf_counter() - started
-        return item
+        with self._timer.waiting():
+            return next(self._items)
 
 
 @dataclass(frozen=True)

@@ -259,6 +259,15 @@ def test_data_count_where_they_take_longer_than_the_rest() -> None:
     assert waits.term("data").busy_s == pytest.approx(10, rel=0.05)
 
 
+@pytest.mark.parametrize(("workers", "videos"), [(4, 2), (0, 4)])
+def test_the_workers_of_a_tensor_group_share_its_clips(workers: int, videos: int) -> None:
+    """Two ranks decode two of the group's four clips each; without workers, one waits for the other."""
+    split = experiment(parallelism={"tensor": 2}, data={"num_workers": workers})
+    found = predict_step(split, 2, replace(CPU, decode_s=10.0)).term("data")
+    assert found.numbers["videos"] == videos
+    assert found.seconds == pytest.approx(videos * 10, rel=0.05)
+
+
 def test_clips_a_second_and_mfu() -> None:
     config = experiment(batch={"grad_accum_steps": 2})
     found = predict_step(config, 2, replace(CPU, peak_flops_per_s={"fp32": 1e14}))

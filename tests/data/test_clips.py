@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan
 from everest_ds.data.clips import EvaluationClips, TrainingClips, training_batches
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.order import Visit, evaluation_batches, sample_key, training_visits
+from everest_ds.data.order import EvaluationPlan, Visit, sample_key, training_visits
 from everest_ds.data.transforms import Box, crop_resize, train_box, view_box
 from everest_ds.data.video_list import read_manifest
 from everest_ds.errors import DataError
@@ -119,15 +120,20 @@ def test_any_number_of_ranks_sees_the_same_global_batches(
         assert set(seen.values()) <= {1}
 
 
-@given(st.integers(1, 50), st.integers(1, 8), st.integers(1, 5))
-def test_evaluation_gives_every_rank_as_many_batches_and_misses_none(
-    items: int, batch: int, ranks: int
+@given(st.integers(0, 50), st.integers(1, 20), st.integers(1, 40), st.integers(1, 5))
+def test_evaluation_reads_each_sample_once_in_as_many_reads_on_every_rank(
+    samples: int, views: int, batch: int, ranks: int
 ) -> None:
-    shares = [evaluation_batches(items, batch, rank, ranks) for rank in range(ranks)]
+    plan = EvaluationPlan.of(samples, views, batch)
+    shares = [plan.reads(rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
-    assert {item for share in shares for part in share for item in part} == set(range(items))
-    alone = evaluation_batches(items, batch, 0, 1)
-    assert all(part in alone for share in shares for part in share)
+    in_order = [read for round_ in zip(*shares, strict=True) for read in round_ if read]
+    assert in_order == plan.reads(0, 1) and list(chain(*in_order)) == list(range(samples))
+    # The batches of a read hold its views and at most one padded batch, and none of them is empty.
+    whole = plan.samples_per_read * views
+    assert plan.batch_size <= batch
+    assert (plan.batches_per_read - 1) * plan.batch_size < whole <= plan.batches_per_read * plan.batch_size
+    assert all(len(read) * views > (plan.batches_per_read - 1) * plan.batch_size for read in in_order)
 
 
 def test_keys_differ_by_seed_epoch_and_sample() -> None:

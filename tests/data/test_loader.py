@@ -7,7 +7,9 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from hypothesis import strategies as st
 from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
 from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
+from everest_ds.data.decoding.decord import DecordVideo
+from everest_ds.data.decoding.pyav import PyAVVideo
 from everest_ds.data.decoding.video import Video
 from everest_ds.data.order import (
     FINGERPRINT,
@@ -32,6 +36,7 @@ from everest_ds.data.order import (
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
+from tests.training.faults import replaced
 from tests.training.runs import experiment
 
 
@@ -259,6 +264,82 @@ def test_evaluation_batches_have_one_size_and_each_view_once(
     assert [item for item in items if item != MISSING] == list(range(24))
     padding = torch.cat([b.clip[b.item == MISSING] for b in batches])
     assert torch.equal(padding, batches[-1].clip[-1:].expand_as(padding))
+
+
+class DecodingNotes:
+    """A file with a line for each file that any process opens and each picture that it decodes."""
+
+    def __init__(self, file: Path) -> None:
+        self.lines = open(file, "a", buffering=1)
+
+    def opened(self, open_sample: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(sample: Sample, data: DataConfig) -> Any:
+            print("opened", sample.path, file=self.lines)
+            return open_sample(sample, data)
+
+        return noted
+
+    def decoded(self, decode: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(video: PyAVVideo, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
+            for number, frame in decode(video, wanted):
+                print("decoded", video.path, number, file=self.lines)
+                yield number, frame
+
+        return noted
+
+    def asked(self, read: Callable[..., Any]) -> Callable[..., Any]:
+        """Note what decord is asked for, as its own decoding cannot be seen; it decodes again to go back."""
+
+        def noted(video: DecordVideo, indices: Sequence[int]) -> Any:
+            for before, number in pairwise([-1, *indices]):
+                print("decoded", video.path, number if number > before else "again", file=self.lines)
+            return read(video, indices)
+
+        return noted
+
+
+@contextmanager
+def noted_decoding(file: Path) -> Iterator[None]:
+    notes = DecodingNotes(file)
+    with notes.lines, replaced(reading, "open_sample", notes.opened):
+        with replaced(PyAVVideo, "_decoded", notes.decoded), replaced(DecordVideo, "_read", notes.asked):
+            yield
+
+
+@pytest.mark.parametrize("decoder", ["pyav", "decord"])
+@pytest.mark.parametrize(
+    ("batch_size", "ranks", "workers"), [(4, 3, 0), (7, 2, 2), (15, 1, 2), (33, 2, 1), (99, 4, 0)]
+)
+def test_evaluation_opens_each_file_once_and_decodes_each_frame_once(
+    samples: list[Sample],
+    motion_data: Path,
+    tmp_path: Path,
+    decoder: str,
+    batch_size: int,
+    ranks: int,
+    workers: int,
+) -> None:
+    """The segments overlap, and batches end within a sample's views; every clip is as if read alone."""
+    few = samples[:7]
+    config = experiment(motion_data, tmp_path, data={"num_workers": workers, "decoder": decoder})
+    clips = EvaluationClips(few, config, segments=5, crops=3)
+    with noted_decoding(tmp_path / "notes"):
+        shares = [
+            list(evaluation_views(clips, batch_size, rank, ranks, False, print)) for rank in range(ranks)
+        ]
+    notes = Counter((tmp_path / "notes").read_text().splitlines())
+    opened = {line: count for line, count in notes.items() if line.startswith("opened")}
+    assert opened == {f"opened {sample.path}": 1 for sample in few}
+    assert len(notes) > 5 * len(opened) and set(notes.values()) == {1}
+    assert not any(line.endswith("again") for line in notes)
+    assert len({len(share) for share in shares}) == 1
+    batches = [batch for share in shares for batch in share]
+    (size,) = {len(batch.item) for batch in batches}
+    assert size <= batch_size
+    found = [(int(i), clip) for batch in batches for i, clip in zip(batch.item, batch.clip, strict=True)]
+    views = {item: clip for item, clip in found if item != MISSING}
+    assert sorted(item for item, _ in found if item != MISSING) == list(range(len(clips))) == sorted(views)
+    assert all(torch.equal(views[item], clips[[item]].clips[0].clip) for item in range(0, len(clips), 8))
 
 
 def test_resuming_decodes_nothing_that_was_seen(

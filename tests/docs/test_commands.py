@@ -75,7 +75,7 @@ def test_a_training_command_dry_runs(command: Command, folder: Path, monkeypatch
 
 @pytest.mark.parametrize("command", OTHERS, ids=str)
 def test_another_programs_command_names_what_there_is(command: Command, folder: Path) -> None:
-    program, *words = command.text.split()
+    program, *words = command.words
     if program == "make":
         assert f"\n{words[0]}:" in (ROOT / "Makefile").read_text()
     elif program == "tools/local_slurm":

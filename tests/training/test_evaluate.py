@@ -108,13 +108,20 @@ def kill_worker(clips: EvaluationClips, items: Sequence[int]) -> LoadedItem:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", [train, run_test], ids=["validation", "test"])
+@pytest.mark.parametrize(
+    ("act", "tensor"), [(train, 1), (train, 2), (run_test, 1)], ids=["validation", "in a group", "test"]
+)
 def test_killed_workers_end_evaluation_on_every_rank(
-    act: Callable[[Experiment, World], object], motion_data: Path, tmp_path: Path
+    act: Callable[[Experiment, World], object], tensor: int, motion_data: Path, tmp_path: Path
 ) -> None:
     """No rank waits for the one whose workers are gone, and all report the same reason and exit code."""
     config = experiment(
-        motion_data, tmp_path, "finetune", data={"num_workers": 2}, schedule={"epochs": 1, "warmup_epochs": 0}
+        motion_data,
+        tmp_path,
+        "finetune",
+        data={"num_workers": 2},
+        parallelism={"tensor": tensor},
+        schedule={"epochs": 1, "warmup_epochs": 0},
     )
     if act is run_test:
         run_ranks(train_rank, 1, config)

@@ -134,11 +134,17 @@ def fail_in_epoch_1(world: World, config: Experiment) -> str:
         return outcome(world, config)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("workers", "tensor"), [(0, 1), (2, 1), pytest.param(2, 2, marks=pytest.mark.slow)])
 def test_an_error_ends_all_ranks_at_the_step_of_its_batch(
-    motion_data: Path, tmp_path: Path, workers: int
+    motion_data: Path, tmp_path: Path, workers: int, tensor: int
 ) -> None:
-    config = experiment(motion_data, tmp_path, data={"num_workers": workers}, run={"save_every_steps": 3})
+    config = experiment(
+        motion_data,
+        tmp_path,
+        data={"num_workers": workers},
+        parallelism={"tensor": tensor},
+        run={"save_every_steps": 3},
+    )
     messages = run_ranks(fail_in_epoch_1, 2, config)
     assert messages[0] == messages[1] and "given: RuntimeError: simulated failure" in messages[0]
     assert list(losses(tmp_path)) == [1, 2, 3]  # the first epoch is complete

@@ -66,7 +66,7 @@ class PyAVVideo(Video):
                 yield self._joined(self._all_of(found, part), part)
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        return self._joined(self._pictures(sorted(set(indices))), indices)
+        return self._joined(self._pictures(list(indices)), indices)
 
     def _joined(self, pictures: dict[int, Picture], indices: Sequence[int]) -> torch.Tensor:
         sizes = sorted({f"{p.shape[1]}x{p.shape[0]}" for p in pictures.values()})

@@ -72,13 +72,19 @@ class Video(ABC):
         self.close()
 
     def read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Decode the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+        """Return the pictures `indices`, in that order, repeats allowed: RGB, uint8 (len(indices), H, W, 3).
+
+        Each picture is decoded once.
 
         Raises:
             DataError: if an index lies outside 0..num_frames-1, or the file is damaged at these pictures.
         """
         self._check_range(indices)
-        return self._read(indices)
+        ascending = sorted(set(indices))
+        if ascending == list(indices):
+            return self._read(ascending)
+        place = {index: row for row, index in enumerate(ascending)}
+        return self._read(ascending)[[place[index] for index in indices]]
 
     def read_needed(self, indices: Sequence[int], need: Callable[[Size], Need]) -> Pictures:
         """Decode at least the part of the pictures `indices` that `need` names for pictures of this size.
@@ -110,7 +116,7 @@ class Video(ABC):
 
     @abstractmethod
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        """Decode the pictures `indices`, which `read` has checked to be in range."""
+        """Decode the pictures `indices`, which are in range and ascend without repeats."""
 
 
 class Window(Video):

@@ -78,8 +78,16 @@ class StoredSamples(SampleTable):
 
 
 def is_store(folder: Path) -> bool:
-    """Return whether a folder is a complete frame store."""
-    return (folder / FACTS_FILE).is_file()
+    """Return whether a path is a frame store.
+
+    Raises:
+        DataError: if it is one that is not complete yet.
+    """
+    if (folder / FACTS_FILE).is_file():
+        return True
+    if (folder / SHARDS).is_dir() and next(folder.glob("packing-*.jsonl"), None) is not None:
+        raise DataError(f"{folder}: packing this frame store was interrupted", fix=FRAMES.fix)
+    return False
 
 
 def open_store(folder: Path) -> StoredSamples:

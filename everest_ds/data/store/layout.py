@@ -57,7 +57,7 @@ FRAMES = StoreKind(
     FACTS_FILE,
     "everest-ds frame store, version 1",
     "--out",
-    "repeat `everest-ds data pack` with the same manifest and folder; it writes this file again",
+    "repeat `everest-ds data pack` with the same manifest and folder; it goes on where it stopped",
     "pack the store again: `everest-ds data pack` repairs it and keeps what is intact",
 )
 

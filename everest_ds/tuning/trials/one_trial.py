@@ -72,6 +72,7 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
         f"data.train={json.dumps(str(manifest))}",
         "data.root=null",
         "data.val=null",
+        *(("data.stage=null",) if reads_synthetic_clips(config) else ()),  # only stores can be staged
         "model.init_from=null",
         "schedule.epochs=1",
         "schedule.warmup_epochs=0",

@@ -1,0 +1,164 @@
+"""Staging: the shards of a store are copied to a local folder of a node, and its ranks read the copies.
+
+    STAGE/everest-ds-DIGEST/00000.tar             a copy: it gets this name once it is checked and on the disk
+    STAGE/everest-ds-DIGEST/.00000.tar.partial    a copy in progress, locked by the process that writes it
+
+The digest stands for the folder of the store's shards and for the user. A copy has the size and modification
+time of its shard, which tell whether it is up to date, and by which ledgers identify the file. Any number of
+processes may stage into one folder at once: each shard is copied by one of them, and the others wait.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from copy import copy
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from everest_ds.data.ledger import Stamp, stamp
+from everest_ds.data.store.index import StoredSamples
+from everest_ds.data.store.layout import shard_name
+from everest_ds.data.video_list import Sample
+from everest_ds.errors import ConfigError, DataError
+from everest_ds.units import format_bytes
+
+STAGE_FIX = "free disk space, name another folder in data.stage, or read the store in place: data.stage=null"
+_COARSE_NS = 10**9  # some file systems keep whole seconds only
+
+
+class ShardCopy(NamedTuple):
+    """A shard and its copy on this node.
+
+    Attributes:
+        source: the shard in the store.
+        target: the copy.
+        version: size and modification time of the shard.
+        parts: int64 (samples, 3): start, size in bytes and CRC-32 of each sample in the shard.
+    """
+
+    source: Path
+    target: Path
+    version: Stamp
+    parts: NDArray[np.int64]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the shard."""
+        return self.version[0]
+
+    @property
+    def partial(self) -> Path:
+        """The copy in progress."""
+        return self.target.with_name(f".{self.target.name}.partial")
+
+    @property
+    def is_staged(self) -> bool:
+        """True if the copy exists and is up to date."""
+        size, changed = stamp(self.target)
+        return size == self.num_bytes and 0 <= self.version[1] - changed < _COARSE_NS
+
+    @property
+    def missing_bytes(self) -> int:
+        """Additional disk space that the copy needs."""
+        if self.is_staged:
+            return 0
+        replaced = sum(max(0, stamp(file)[0]) for file in (self.target, self.partial))
+        return max(0, self.num_bytes - replaced)
+
+
+class StageRoom(NamedTuple):
+    """The disk space for staging on one node, in bytes.
+
+    Attributes:
+        missing_bytes: additional space that the shards need.
+        free_bytes: free space.
+    """
+
+    missing_bytes: int
+    free_bytes: int
+
+    @classmethod
+    def of(cls, folder: Path, copies: Sequence[ShardCopy]) -> StageRoom:
+        """Compare the space that `copies` need with the free space of the existing `folder`."""
+        return cls(sum(shard.missing_bytes for shard in copies), shutil.disk_usage(folder).free)
+
+    @property
+    def is_short(self) -> bool:
+        """True if the shards do not fit."""
+        return self.missing_bytes > self.free_bytes
+
+    def __str__(self) -> str:
+        return f"{format_bytes(self.missing_bytes)} to copy, {format_bytes(self.free_bytes)} free"
+
+
+def stage_folder(stage: Path) -> Path:
+    """Return the folder that `data.stage` names on this node, with environment variables and ~ replaced.
+
+    Raises:
+        ConfigError: if a variable is not set.
+    """
+    folder = os.path.expanduser(os.path.expandvars(stage))
+    if "$" in folder:
+        raise ConfigError(
+            "data.stage names an environment variable that is not set on this node",
+            given=str(stage),
+            fix="name a local folder of every node, or read the store in place: data.stage=null",
+        )
+    return Path(folder).absolute()
+
+
+def read_from_stage(samples: Sequence[Sample], stage: Path | None) -> Sequence[Sample]:
+    """Return the samples of a store as they are read from this node's copy of its shards.
+
+    They are the same in all but the files that hold their frames. Samples of a manifest, and all samples if
+    `stage` is None, are returned as they are.
+    """
+    if stage is None or not isinstance(samples, StoredSamples):
+        return samples
+    staged = copy(samples)
+    staged.shards = _staged_shards(stage_folder(stage), samples.shards)
+    return staged
+
+
+def plan_copies(folder: Path, stores: Iterable[StoredSamples]) -> list[ShardCopy]:
+    """Return the copies that `folder`, from `stage_folder`, needs of the shards that hold the samples.
+
+    Raises:
+        DataError: if a shard is missing.
+    """
+    copies: dict[Path, ShardCopy] = {}
+    for samples in stores:
+        staged = _staged_shards(folder, samples.shards)
+        for shard, parts in _parts_by_shard(samples):
+            source, target = samples.shards / shard_name(shard), staged / shard_name(shard)
+            version = stamp(source)
+            if version[0] < 0:
+                raise DataError(
+                    f"{source}: this shard of the frame store is missing",
+                    fix="restore the file, or pack the store again",
+                )
+            copies[target] = ShardCopy(source, target, version, parts)
+    return list(copies.values())
+
+
+def _staged_shards(folder: Path, shards: Path) -> Path:
+    """Return the folder for the copies of the shards in `shards`."""
+    identity = f"{os.getuid()} {shards.resolve()}"
+    return folder / f"everest-ds-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def _parts_by_shard(samples: StoredSamples) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Yield the number of each shard that holds samples, and their parts of it as in `ShardCopy`."""
+    rows = np.unique(samples.columns.lines) - 1
+    places = samples.places
+    columns = (places.shard, places.start, places.num_bytes, places.checksum)
+    table = np.unique(np.stack([column[rows].astype(np.int64) for column in columns], axis=1), axis=0)
+    numbers, firsts = np.unique(table[:, 0], return_index=True)
+    for shard, rows_of_shard in zip(numbers.tolist(), np.split(table, firsts[1:]), strict=True):
+        yield shard, rows_of_shard[:, 1:]
