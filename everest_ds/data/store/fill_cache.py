@@ -29,12 +29,18 @@ from everest_ds.data.store.cached_draws import draw_members, read_draw
 from everest_ds.data.store.index import replace_index
 from everest_ds.data.store.layout import LIST_FILE, SHARDS, folder_of, shard_name
 from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, naming_errors, repair_shards
-from everest_ds.data.store.token_cache import CACHE, DrawShape, TokenCache, check_content, content_of
+from everest_ds.data.store.token_cache import (
+    CACHE,
+    LOG_FILE,
+    DrawShape,
+    TokenCache,
+    check_content,
+    content_of,
+)
 from everest_ds.data.video_list import Sample, names_and_labels
 from everest_ds.durable_files import append_row, iterate_json_rows, replace_file
 from everest_ds.errors import DataError
 
-_LOG_FILE = "packing-clips.jsonl"
 _NUM_TIMED = 8  # draws from which the time is predicted
 
 
@@ -214,7 +220,7 @@ class CacheFiller:
                 noted.clear()
         stream.flush()
         row = CachedSample(sample, shard, start, stream.tell(), checksums, replaced)
-        append_row(self._out / _LOG_FILE, asdict(row))
+        append_row(self._out / LOG_FILE, asdict(row))
         self._rows[sample] = row
 
     def finish(self) -> dict[str, Any]:
@@ -240,7 +246,7 @@ class CacheFiller:
 
     def _read_log(self) -> None:
         """Read the record, whose first line says what the cache holds, or begin one."""
-        file = self._out / _LOG_FILE
+        file = self._out / LOG_FILE
         lines = [line for line in iterate_json_rows(file) if line is not None]
         if not lines:
             append_row(file, content_of(self._config, self._samples))

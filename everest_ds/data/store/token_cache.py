@@ -4,7 +4,7 @@
     CACHE/index-DIGEST.npz        the place of every sample and the checksums of its draws
     CACHE/samples.csv             names, labels, shards and folders, for people
     CACHE/excluded.json           the samples that the ledger excluded when the cache was begun
-    CACHE/packing-clips.jsonl     the record of filling, from which it resumes
+    CACHE/filling.jsonl           the record of filling, from which it resumes
     CACHE/shards/00000.tar        the draws
 
 All draws have the same size, so the draws of a sample lie at equal distances, and each is read at once:
@@ -39,7 +39,7 @@ from everest_ds.data.store.layout import (
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 
-EXCLUDED_FILE = "excluded.json"
+EXCLUDED_FILE, LOG_FILE = "excluded.json", "filling.jsonl"
 CACHE = StoreKind(
     "token cache",
     "cache.json",
@@ -47,7 +47,7 @@ CACHE = StoreKind(
     "data.token_cache",
     "repeat `everest-ds data cache` with the same config; it writes this file again",
     "repeat `everest-ds data cache` with the same config; it repairs the cache and keeps what is intact",
-    (EXCLUDED_FILE,),
+    (EXCLUDED_FILE, LOG_FILE),
 )
 INDEX_BYTES = 4  # of the index of a kept token
 # The config keys that decide the content of a cache, beside the samples and the number of draws.
