@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
 from everest_ds.cache import cache_folder
 from everest_ds.config import Experiment
-from everest_ds.costs.bottleneck import MeasuredLoading
+from everest_ds.costs.bottleneck import MeasuredLoading, store_speedup
+from everest_ds.costs.hardware.machine import Machine
+from everest_ds.data.store.index import is_store
 from everest_ds.errors import UsageError
 
 # The settings of `data` that decide how long a clip takes to load, beside the size of the clip.
@@ -49,6 +52,18 @@ def recorded_loading(config: Experiment) -> MeasuredLoading | None:
         return MeasuredLoading.from_json(tree["loading"]) if is_current else None
     except (OSError, ValueError, KeyError, TypeError):
         return None  # a record is optional: without a readable one, predictions use the defaults
+
+
+def knowing_data(machine: Machine, config: Experiment) -> Machine:
+    """Return the machine with the measured loading of the config's data.
+
+    If it was not measured and the data set is a frame store, the machine decodes as fast as is usual for one.
+    """
+    data, loading = config.data, recorded_loading(config)
+    if loading is None and data.train is not None and is_store(data.train):
+        faster = machine.decode_pixels_per_s * store_speedup(data.frame_stride)
+        machine = replace(machine, decode_pixels_per_s=faster)
+    return replace(machine, loading=loading)
 
 
 def _file(data: Path, config: Experiment) -> Path:

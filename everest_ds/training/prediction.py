@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from everest_ds.config import Experiment, plan_ranks
@@ -14,7 +14,8 @@ from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import MemoryPrediction, predict_memory
 from everest_ds.costs.step_time import StepPrediction, predict_step, supply_of_step
-from everest_ds.profiling.loading_record import recorded_loading
+from everest_ds.data.store.index import is_store
+from everest_ds.profiling.loading_record import knowing_data
 from everest_ds.units import format_bytes, format_duration
 
 REFERENCE = "8xA100-80GB"  # the largest machine of the paper
@@ -65,7 +66,7 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
     share = needed.peak_bytes / device.memory_bytes
     memory = f"a GPU's {device.memory_gib} GB"
     fits = f"{100 * share:.0f} % of {memory}" if share <= 1 else f"does NOT fit into {memory}"
-    machine = replace(machine_from_sheet(gpus.product, device), loading=recorded_loading(config))
+    machine = knowing_data(machine_from_sheet(gpus.product, device), config)
     step = predict_step(config, gpus.count, machine)
     run = {}
     if num_samples is not None:
@@ -90,12 +91,12 @@ def describe_supply(step: StepPrediction, config: Experiment, num_ranks: int, ma
     cost, supply = loading_cost(config, machine), supply_of_step(step, config, num_ranks, machine)
     remedies = find_remedies(cost, supply, changed_settings(cost, supply, can_pack_tokens(config)))
     helpful = [f"with {remedy.phrase()}" for remedy in remedies if remedy.gain >= _WORTHWHILE]
-    if machine.loading is None:
-        source = (
-            "The loader's rate is that of videos as `everest-ds data reencode` writes them;"
-            " `everest-ds doctor --data` measures yours"
-        )
-    else:
+    train = config.data.train
+    form = (
+        "a frame store" if train and is_store(train) else "videos as `everest-ds data reencode` writes them"
+    )
+    source = f"The loader's rate is that of {form}; `everest-ds doctor --data` measures yours"
+    if machine.loading is not None:
         source = f"The loader was measured {machine.loading.place}"
     said = [find_bottleneck(cost, supply).sentence(), *helpful]
     return f"{'; '.join(said)}. {source}."

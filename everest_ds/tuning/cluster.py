@@ -11,7 +11,7 @@ from everest_ds.costs.hardware.gpus import device_of
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.memory import MemoryPrediction
 from everest_ds.errors import UsageError
-from everest_ds.profiling.loading_record import recorded_loading
+from everest_ds.profiling.loading_record import knowing_data
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Cluster:
         return self.machine.baseline_bytes + memory.peak_bytes + memory.host_bytes
 
     def loading_data_of(self, config: Experiment) -> Cluster:
-        """Return the cluster with the measured loading of the config's data, if they have been measured."""
-        return replace(self, machine=replace(self.machine, loading=recorded_loading(config)))
+        """Return the cluster with what is known of loading the config's data."""
+        return replace(self, machine=knowing_data(self.machine, config))
 
     def free_pct(self, needed_bytes: float) -> float:
         """Return the share of a rank's usable memory, in percent, that `needed_bytes` leave free."""
