@@ -26,7 +26,18 @@ def encode(picture: NDArray[np.uint8], quality: int) -> bytes:
     return data
 
 
-def decode(data: bytes, size: Size, rows: int | None = None, reduction: int = 1) -> NDArray[np.uint8]:
+def decoded_size(size: Size, rows: int | None, reduction: int) -> tuple[int, int]:
+    """Return the height and width of the picture that `decode` returns with these arguments."""
+    return -(-min(_needed_rows(size, rows), size.height) // reduction), -(-size.width // reduction)
+
+
+def decode(
+    data: bytes,
+    size: Size,
+    rows: int | None = None,
+    reduction: int = 1,
+    out: NDArray[np.uint8] | None = None,
+) -> NDArray[np.uint8]:
     """Decode at least the upper `rows` of an RGB picture that `encode` has encoded.
 
     Args:
@@ -34,6 +45,7 @@ def decode(data: bytes, size: Size, rows: int | None = None, reduction: int = 1)
         size: size of the whole picture.
         rows: number of rows that are needed; None for all. They are the same as in the whole picture.
         reduction: one of `REDUCTIONS`: the picture is reduced by this factor, its sides are rounded up.
+        out: contiguous array of the picture's shape to decode into; None for a new one.
 
     Returns:
         The picture (rows or more / reduction, W / reduction, 3).
@@ -41,22 +53,27 @@ def decode(data: bytes, size: Size, rows: int | None = None, reduction: int = 1)
     Raises:
         ValueError: if the data are not a JPEG picture.
     """
-    # One more row, because chroma is interpolated between rows.
-    needed = size.height if rows is None else -(-(rows + 1) // _BLOCK_ROWS) * _BLOCK_ROWS
+    needed = _needed_rows(size, rows)
     if needed < size.height:
         place = _place_of_rows(data)
         data = data[:place] + needed.to_bytes(2, "big") + data[place + 2 :]
     # The decoder takes the smallest scale at which the picture is as large as this.
-    smallest = -(-min(needed, size.height) // reduction), -(-size.width // reduction)
+    smallest = decoded_size(size, rows, reduction)
     picture: NDArray[np.uint8] = simplejpeg.decode_jpeg(
         data,
         "RGB",
         min_height=smallest[0],
         min_width=smallest[1],
         min_factor=reduction,
+        buffer=out,
         strict=needed >= size.height,  # a cut picture ends before its data do, which is no error
     )
     return picture
+
+
+def _needed_rows(size: Size, rows: int | None) -> int:
+    """Return the number of rows to decode: whole blocks, and a row more, for the interpolation of chroma."""
+    return size.height if rows is None else -(-(rows + 1) // _BLOCK_ROWS) * _BLOCK_ROWS
 
 
 def _place_of_rows(data: bytes) -> int:

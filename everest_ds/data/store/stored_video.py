@@ -76,15 +76,20 @@ class StoredVideo(Video):
 
     def _decode(self, indices: Sequence[int], rows: int, reduction: int) -> torch.Tensor:
         wanted = [index // self._frames.every for index in indices]
-        pictures = {kept: self._picture(kept, rows, reduction) for kept in sorted(set(wanted))}
-        return torch.from_numpy(np.stack([pictures[kept] for kept in wanted]))
+        row_of = {kept: row for row, kept in enumerate(sorted(set(wanted)))}
+        height, width = jpeg.decoded_size(self._stored_size, rows, reduction)
+        pictures = np.empty((len(row_of), height, width, 3), np.uint8)
+        for kept, row in row_of.items():
+            self._decode_into(pictures[row], kept, rows, reduction)
+        decoded = torch.from_numpy(pictures)
+        return decoded if list(row_of) == wanted else decoded[[row_of[kept] for kept in wanted]]
 
-    def _picture(self, kept: int, rows: int, reduction: int) -> NDArray[np.uint8]:
+    def _decode_into(self, out: NDArray[np.uint8], kept: int, rows: int, reduction: int) -> None:
         data = read_part(self._frames.shard, int(self._starts[kept]), int(self._lengths[kept]))
         try:
             if zlib.crc32(data) != self._checksums[kept]:
                 raise ValueError("the checksum differs")
-            return jpeg.decode(data, self._stored_size, rows, reduction)
+            jpeg.decode(data, self._stored_size, rows, reduction, out)
         except ValueError as error:
             frame = kept * self._frames.every
             raise DataError(
