@@ -19,6 +19,7 @@ REPEATS = 4  # value of `data.repeats` that is suggested
 # CPU time in ms of decoding 16 frames at stride 4, by the form of the same five videos: as given (key frames
 # up to 250 apart), re-encoded (key frames 8 apart, short side 256), and as JPEG frames (short side 256).
 _DECODE_MS = {"given": 386.0, "reencode": 66.0, "pack": 6.8}
+_CACHED_MS_PER_MB = 0.8  # CPU time of reading, checking and collating a megabyte of kept tokens
 
 
 @dataclass(frozen=True)
@@ -247,6 +248,33 @@ def changed_settings(cost: LoadingCost, supply: Supply, can_pack: bool) -> Itera
         yield Change("repeats", f"data.repeats={REPEATS}", cost, more)
     if can_pack and not supply.packs:
         yield Change("pack_tokens", "data.pack_tokens=true", cost, replace(supply, packs=True))
+
+
+def changed_data(
+    cost: LoadingCost, supply: Supply, pack_share: float | None, can_cache: bool
+) -> Iterator[Change]:
+    """Yield the changes of the form of the data, at their usual cost.
+
+    Args:
+        cost: work of loading a clip.
+        supply: settings and machine at present.
+        pack_share: time to decode a clip from a frame store over that at present; None if it is one already.
+        can_cache: True if the run's token score allows `data.token_cache`.
+    """
+    if pack_share is not None:
+        packed = replace(cost, decode_ms=pack_share * cost.decode_ms)
+        yield Change("pack", "`everest-ds data pack`", packed, supply, "the usual time (docs/loader.md)")
+    if can_cache:
+        read = LoadingCost(0.0, collate_ms=_CACHED_MS_PER_MB * supply.packed_bytes / 1e6)
+        from_cache = replace(supply, packs=True, repeats=1)
+        # Each clip is read in full, also if several are cut from a sample.
+        yield Change(
+            "cache",
+            "`everest-ds data cache`",
+            replace(read, read_bytes=supply.packed_bytes),
+            from_cache,
+            "the usual time (docs/loader.md)",
+        )
 
 
 def find_remedies(cost: LoadingCost, supply: Supply, changes: Iterable[Change]) -> list[Remedy]:

@@ -7,7 +7,14 @@ from typing import Any
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.checks import can_pack_tokens
-from everest_ds.costs.bottleneck import changed_settings, find_bottleneck, find_remedies
+from everest_ds.costs.bottleneck import (
+    changed_data,
+    changed_settings,
+    find_bottleneck,
+    find_remedies,
+    store_speedup,
+    usual_share,
+)
 from everest_ds.costs.clip_supply import loading_cost
 from everest_ds.costs.hardware.data_sheet import machine_from_sheet
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
@@ -89,12 +96,16 @@ def describe_prediction(config: Experiment, gpus: Gpus, num_samples: int | None)
 def describe_supply(step: StepPrediction, config: Experiment, num_ranks: int, machine: Machine) -> str:
     """Say which resource limits a rank whose predicted step is `step`, by how much, and what would help."""
     cost, supply = loading_cost(config, machine), supply_of_step(step, config, num_ranks, machine)
-    remedies = find_remedies(cost, supply, changed_settings(cost, supply, can_pack_tokens(config)))
+    can_pack, train = can_pack_tokens(config), config.data.train
+    stored = train is not None and is_store(train)
+    usual = 1 / store_speedup(config.data.frame_stride) if machine.loading is None else usual_share("pack")
+    changes = [
+        *changed_settings(cost, supply, can_pack),
+        *changed_data(cost, supply, None if stored else usual, can_pack),
+    ]
+    remedies = find_remedies(cost, supply, changes)
     helpful = [f"with {remedy.phrase()}" for remedy in remedies if remedy.gain >= _WORTHWHILE]
-    train = config.data.train
-    form = (
-        "a frame store" if train and is_store(train) else "videos as `everest-ds data reencode` writes them"
-    )
+    form = "a frame store" if stored else "videos as `everest-ds data reencode` writes them"
     source = f"The loader's rate is that of {form}; `everest-ds doctor --data` measures yours"
     if machine.loading is not None:
         source = f"The loader was measured {machine.loading.place}"

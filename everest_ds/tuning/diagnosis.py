@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -16,9 +18,11 @@ from everest_ds.config.checks import can_pack_tokens
 from everest_ds.costs.bottleneck import (
     Bottleneck,
     Change,
+    LoadingCost,
     MeasuredLoading,
     Remedy,
     Supply,
+    changed_data,
     changed_settings,
     find_bottleneck,
     find_remedies,
@@ -31,6 +35,7 @@ from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.step_time import predict_step, supply_of_step
 from everest_ds.data.clips import Pack
 from everest_ds.data.data_set import list_samples, read_data_set
+from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError, UsageError
 from everest_ds.launch.local import available_cores
 from everest_ds.profiling.device import num_gpus, this_device
@@ -44,6 +49,7 @@ from everest_ds.training.token_packing import Packer
 from everest_ds.tuning.calibration.local_machine import machine_here
 from everest_ds.units import format_bytes
 
+_LOCAL_BYTES = 2**27  # size of the file by which the rate of this machine's own disk is measured
 _BUDGET_S = 8.0  # CPU time of reading the videos as they are
 
 
@@ -125,6 +131,8 @@ def diagnose(
     changes = [
         *changed_settings(stages.cost, supply, pack is not None),
         *_other_forms(data, stages, supply, config, pack, on_progress),
+        *changed_data(stages.cost, supply, None, pack is not None),
+        *_staged(stages.cost, supply, samples),
     ]
     remedies = find_remedies(stages.cost, supply, changes)
     return Diagnosis(ranks, stages, disk, loading, supply, remedies, write_loading(data, config, loading))
@@ -180,6 +188,22 @@ def _other_forms(
             cost = replace(stages.cost, decode_ms=stages.cost.decode_ms * usual_share(name))
             note = "the usual share of decoding time (docs/loader.md), because no copy could be made"
         yield Change(name, form.apply.format(data=shlex.quote(str(data))), cost, supply, note)
+
+
+def _staged(cost: LoadingCost, supply: Supply, samples: Sequence[Sample]) -> Iterator[Change]:
+    """Yield the change to a copy of the shards on this machine's own disk, whose rate is measured."""
+    if samples[0].stored is None or supply.disk_bytes_per_s is None:
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "bytes")
+        with open(file, "wb") as stream:
+            stream.write(os.urandom(_LOCAL_BYTES))
+            os.fsync(stream.fileno())
+        local = disk_rate([file])
+    if local is not None and local.cold:
+        there = replace(supply, disk_bytes_per_s=local.bytes_per_s)
+        note = f"measured in {tempfile.gettempdir()}"
+        yield Change("stage", f"data.stage={tempfile.gettempdir()}", cost, there, note)
 
 
 def stage_rows(found: Diagnosis) -> list[dict[str, Any]]:

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from everest_ds.profiling import storage_rates
+from everest_ds.profiling.storage_rates import DiskRate
 from everest_ds.tuning import diagnosis
 from tests.cli.test_cli import run_main
+from tests.data.store.conftest import pack
 
 
 def measure_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,6 +54,26 @@ def test_without_gpus_or_a_calibration_the_models_rate_is_unknown(
     assert run_main(monkeypatch, "doctor", *words) == 0
     said = capsys.readouterr().out
     assert "is unknown" in said and "--on 8xa100-80gb" in said
+
+
+def test_a_store_can_be_staged_or_cached_but_not_packed(
+    motion_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measure_briefly(tmp_path, monkeypatch)
+    pack(motion_data / "val.txt", tmp_path / "store")
+    # A test cannot slow a disk down: the shards' disk is reported to be slower than this machine's own.
+    rates = iter([DiskRate(1e6, cold=True), DiskRate(1e9, cold=True)])
+    monkeypatch.setattr(diagnosis, "disk_rate", lambda files: next(rates))
+    file = tmp_path / "found.json"
+    words = ("demo_pretrain", "tokens.score=pixel", "--data", str(tmp_path / "store"), "--on", "8xa100-80gb")
+    assert run_main(monkeypatch, "doctor", *words, "--json", str(file)) == 0
+    found = json.loads(file.read_text())
+    remedies = {remedy["name"]: remedy for remedy in found["remedies"]}
+    assert found["bottleneck"]["binds"] == "disk"
+    assert remedies["stage"]["apply"].startswith("data.stage=/")
+    assert remedies["stage"]["gain"] > 10
+    assert "cache" in remedies
+    assert not {"pack", "reencode"} & remedies.keys()
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from everest_ds.costs.bottleneck import (
     LoadingCost,
     MeasuredLoading,
     Supply,
+    changed_data,
     changed_settings,
     find_bottleneck,
     find_remedies,
@@ -119,6 +120,18 @@ def test_remedies_are_what_the_changed_settings_give_and_the_best_comes_first() 
     assert found["reencode"].gain == pytest.approx(4 / 0.018 / now)
     assert found["pack_tokens"].gain == pytest.approx(90 / 100)  # selecting costs time where decoding binds
     assert list(found) == ["reencode", "repeats", "workers", "pack_tokens"]
+
+
+def test_other_forms_of_the_data_cost_their_usual_share() -> None:
+    supply = replace(SUPPLY, packed_bytes=2e6, disk_bytes_per_s=1e9, ranks_per_node=4)
+    changes = list(changed_data(COST, supply, 0.1, can_cache=True))
+    found = {remedy.name: remedy for remedy in find_remedies(COST, supply, changes)}
+    rest_ms = COST.crop_ms + COST.collate_ms
+    assert found["pack"].loader_clips_per_s == pytest.approx(4e3 / (0.1 * COST.decode_ms + rest_ms))
+    # The four ranks of a node read 2 MB for each clip: the disk binds, and not the 1.6 ms of a core.
+    assert found["cache"].loader_clips_per_s == pytest.approx(1e9 / 4 / 2e6)
+    assert found["cache"].binding == "disk"
+    assert not list(changed_data(COST, supply, None, can_cache=False))
 
 
 def test_no_gain_is_promised_beyond_what_binds_next() -> None:
