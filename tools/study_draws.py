@@ -1,4 +1,4 @@
-"""Run the study of `data.draws`: how much accuracy it costs to train on the same few clips of each video.
+"""Run the study of the forms of data: the accuracy that few clips of each video cost, and a frame store.
 
 python tools/study_draws.py runs/draws              # the CPU study of docs/study.md
 """
@@ -35,7 +35,7 @@ def main(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Pre-train and fine-tune on 1, 4 and 16 draws of each video, and on fresh ones; write draws.md.
+    """Pre-train and fine-tune on few draws of each video, on fresh ones, and from a store; write draws.md.
 
     After an interruption, the same command resumes the study. Each run has an ordinary run folder.
 

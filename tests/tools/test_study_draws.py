@@ -1,4 +1,4 @@
-"""Tests of the study of draws: arms that differ in draws alone, and a table of the runs that have ended."""
+"""Tests of the study of forms of data: arms differ in it alone; the table has the runs that have ended."""
 
 from __future__ import annotations
 
@@ -15,10 +15,15 @@ def test_arms_differ_in_their_draws_alone_and_recur(tmp_path: Path) -> None:
         [run for run in runs if run.name == "pretrain"],
         [run for run in runs if run.name.startswith("tuned")],
     ):
-        assert [run.config.data.draws for run in arms] == [None, 16, 4, 1]
-        exclude: Any = {"data": {"draws"}, "run": {"dir"}}
+        assert [run.config.data.draws for run in arms] == [None, None, 16, 4, 1]
+        exclude: Any = {"data": {"draws", "train"}, "run": {"dir"}}
         trees = [run.config.model_dump(mode="json", exclude=exclude) for run in arms]
         assert all(tree == trees[0] for tree in trees)
+        assert [run.config.data.train.name for run in arms if run.config.data.train] == [
+            "visits-320.txt",
+            "visits-320.store",
+            *3 * ["visits-320.txt"],
+        ]
         assert all(run.config.schedule.epochs > 2 * 16 for run in arms)
         assert all(run.num_clips % run.config.schedule.epochs == 0 for run in arms)
 

@@ -1,4 +1,4 @@
-"""The study of `data.draws`: what it costs to train again and again on the same few clips of each video.
+"""The study of the forms of data: what it costs to train on few clips of each video, or from a frame store.
 
 A run on a token cache is bit-equal to one with the same `data.draws` and no cache, so these runs need none.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment
 from everest_ds.data.synthetic import SyntheticSpec
@@ -17,6 +17,7 @@ from study.protocol import (
     KEEP_RATIO,
     PLAIN,
     SHORT,
+    STORE,
     Chain,
     Run,
     Study,
@@ -25,15 +26,34 @@ from study.protocol import (
 )
 from study.report import FIGURES, Scores, scores, table
 
-FRESH = "fresh"  # name of the arm that draws new clips in every epoch
-ARMS: dict[str, int | None] = {FRESH: None, "16 draws": 16, "4 draws": 4, "1 draw": 1}
+
+class Arm(NamedTuple):
+    """A form of the training data.
+
+    Attributes:
+        draws: `data.draws`; None for new clips in every epoch.
+        stored: True if the frames come from a store with the default settings.
+    """
+
+    draws: int | None = None
+    stored: bool = False
+
+
+FRESH = "fresh"  # name of the arm that draws new clips from the files in every epoch
+ARMS = {
+    FRESH: Arm(),
+    "frame store": Arm(stored=True),
+    "16 draws": Arm(16),
+    "4 draws": Arm(4),
+    "1 draw": Arm(1),
+}
 _STEPS_PER_EPOCH = 10  # few videos and many epochs, so that even 16 draws recur
 _TUNED_STEPS = 2  # times as many steps of fine-tuning as in the study of selections
 
 
 @dataclass(frozen=True)
 class DrawsStudy(Study):
-    """The runs with each number of draws: chains that differ in pre-training, and fine-tunings of the first.
+    """The runs on each form of the data: chains that differ in pre-training, and fine-tunings of the first.
 
     Attributes:
         kinds: kinds of data.
@@ -47,7 +67,7 @@ class DrawsStudy(Study):
         return SyntheticSpec(2 * frames, size, self.data_seed, kind, pace=4.0)
 
     def chains(self) -> Iterator[list[Run]]:
-        """Yield a chain for each kind of data, seed and number of draws."""
+        """Yield a chain for each kind of data, seed and form of the data."""
         for kind in self.kinds:
             for seed in self.scale.seeds:
                 for arm in ARMS:
@@ -68,14 +88,14 @@ _TUNED: Tokens = {"selection": EVEREST, "keep_ratio": KEEP_RATIO, "score": "pixe
 
 
 def _cycling(run: Run, arm: str) -> Run:
-    """Return the run on a few videos in many epochs that cycle through the draws of `arm`, with crops."""
+    """Return the run on a few videos in many epochs, with crops, on the form of the data that `arm` names."""
     tree = run.config.model_dump()
     clips = _STEPS_PER_EPOCH * run.config.batch.micro_batch_size
     epochs = max(1, run.num_steps // _STEPS_PER_EPOCH)
     assert run.config.data.train is not None
     tree["data"] |= {
-        "train": run.config.data.train.with_name(f"visits-{clips}.txt"),
-        "draws": ARMS[arm],
+        "train": run.config.data.train.with_name(f"visits-{clips}{STORE if ARMS[arm].stored else '.txt'}"),
+        "draws": ARMS[arm].draws,
         "train_crop": "multi_scale",
     }
     tree["schedule"] |= {"epochs": epochs, "warmup_epochs": epochs / 10}
@@ -91,11 +111,11 @@ def render(rows: Sequence[Mapping[str, Any]], num_runs: int, kinds: Sequence[str
 
 def _row(rows: Sequence[Mapping[str, Any]], kind: str, arm: str) -> Iterator[tuple[str, str]]:
     yield "data", kind
-    yield "clips of a video", arm
+    yield "clips", arm
     for figure, what in FIGURES.items():
         yield from _against(what, *(_of_pretraining(rows, kind, each, figure) for each in (arm, FRESH)))
     tuned = (scores(rows, kind, f"tuned, {each}", pretrained=FRESH) for each in (arm, FRESH))
-    yield from _against("fine-tuned on draws", *tuned)
+    yield from _against("fine-tuned on these clips", *tuned)
 
 
 def _of_pretraining(rows: Sequence[Mapping[str, Any]], kind: str, arm: str, figure: str) -> Scores:

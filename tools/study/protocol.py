@@ -29,6 +29,7 @@ OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's value, and
 # IIFS draws slots by their kept tokens: the lower the keep ratio, the better it tells slots apart.
 PAUSES_KEEP_RATIOS = (KEEP_RATIO, 0.2)
 DENSE: Tokens = {"selection": "none"}
+STORE = ".store"  # ending of the name of a folder of frames that stands for the manifest beside it
 SHORT = "short"  # name of the fine-tuning that, with the probe, judges a pre-training
 
 # These values were chosen on seeds of runs and videos that no study reports.

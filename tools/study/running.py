@@ -27,6 +27,8 @@ import torch
 from everest_ds.data import reading
 from everest_ds.data.decoding.open_video import open_video
 from everest_ds.data.decoding.video import Video
+from everest_ds.data.store.layout import Packing
+from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.synthetic import synthesize
 from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
@@ -36,7 +38,7 @@ from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
 from study.probe import probe
-from study.protocol import KINDS, SHORT, Run, Study
+from study.protocol import KINDS, SHORT, STORE, Run, Study
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
@@ -82,14 +84,23 @@ def _shift(on_progress: Progress, before: int, done: int) -> None:
 
 
 def _list_visits(run: Run, folder: Path, seed: int) -> None:
-    """Write a run's manifest: passes over the videos, each in its own order, cut at an epoch's length."""
-    file = run.config.data.train
-    if file is None or file.is_file():
+    """Write a run's manifest: passes over the videos, each in its own order, cut at an epoch's length.
+
+    If the run reads a store, the manifest is packed with the default settings.
+    """
+    train = run.config.data.train
+    if train is None or train.exists():
         return
+    file = train.with_suffix(".txt")
     samples = read_manifest(folder / "train.txt", root=None, num_classes=None, labelled=True)
     passes = (np.random.default_rng([seed, number]).permutation(len(samples)) for number in count())
     order = islice(chained.from_iterable(passes), run.num_clips // run.config.schedule.epochs)
     write_manifest(file, (samples[index] for index in order), folder)
+    if train.suffix == STORE:
+        listed = read_manifest(file, root=None, num_classes=None, labelled=True)
+        packer = StorePacker(listed, folder, train, Packing(), os.cpu_count() or 1)
+        packer.pack_all(lambda done: None)
+        packer.finish()
 
 
 def run_study(study: Study, jobs: int, on_progress: Progress) -> None:
