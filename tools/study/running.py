@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from everest_ds.config import DataConfig
 from everest_ds.data import reading
-from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.video import Video
 from everest_ds.data.store.layout import Packing
 from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.synthetic import synthesize
-from everest_ds.data.video_list import read_manifest, write_manifest
+from everest_ds.data.video_list import Sample, read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world
@@ -181,8 +182,8 @@ def _become_rank(log: Path) -> None:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
-    # The trainer opens video files only through this function.
-    reading.open_sample = lambda sample, data: _Kept(sample.path)
+    # The trainer opens videos only through this function.
+    reading.open_sample = lambda sample, data: _Kept(sample)
 
 
 def _end_with_parent() -> None:
@@ -195,9 +196,9 @@ def _end_with_parent() -> None:
 class _Kept(Video):
     """A video in memory, because decoding such a small file takes as long as training on it."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._frames = _decoded(path)
+    def __init__(self, sample: Sample) -> None:
+        self.path = sample.path
+        self._frames = _decoded(sample)
         self.num_frames = len(self._frames)
 
     def close(self) -> None:
@@ -208,6 +209,6 @@ class _Kept(Video):
 
 
 @cache
-def _decoded(path: Path) -> torch.Tensor:
-    with open_video(path) as video:
+def _decoded(sample: Sample) -> torch.Tensor:
+    with open_sample(sample, DataConfig()) as video:
         return video.read(range(video.num_frames))
