@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from everest_ds.config import DataConfig, Experiment
-from everest_ds.data.clips import TrainingClips
+from everest_ds.data.clips import EvaluationClips, TrainingClips
 from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.order import Visit
@@ -59,6 +60,24 @@ def on_store(config: Experiment, twins: dict[str, Path], folder: Path) -> Experi
     )
 
 
+def test_clips_of_a_store_equal_those_of_its_frames(twins: dict[str, Path], tmp_path: Path) -> None:
+    data = {"repeats": 2, "horizontal_flip": True, "train_crop": "random_resized"}
+    on_videos = experiment(twins["videos"], tmp_path, data=data)
+    configs = (on_videos, on_store(on_videos, twins, tmp_path))
+    sources = [read_samples(config, "train").samples for config in configs]
+    drawn = [TrainingClips(samples, on_videos) for samples in sources]
+    views = [EvaluationClips(samples, on_videos, 2, 3) for samples in sources]
+    for row in range(len(sources[0])):
+        theirs, ours = (clips[Visit(1, row)] for clips in drawn)
+        assert not theirs.failures and not ours.failures and len(ours.clips) == 2
+        pairs = list(zip(theirs.clips, ours.clips, strict=True))
+        theirs, ours = (clips[clips.items_of(row)] for clips in views)
+        pairs += zip(theirs.clips, ours.clips, strict=True)
+        assert len(pairs) == 8
+        assert all(torch.equal(*fields) for pair in pairs for fields in zip(*pair, strict=True))
+
+
+@pytest.mark.slow
 def test_pre_training_on_a_store_even_stopped_equals_that_on_its_frames(
     twins: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -76,6 +95,7 @@ def test_pre_training_on_a_store_even_stopped_equals_that_on_its_frames(
     assert len(ours) == 12
 
 
+@pytest.mark.slow
 def test_fine_tuning_and_test_on_a_store_equal_those_on_its_frames(
     twins: dict[str, Path], tmp_path: Path
 ) -> None:
