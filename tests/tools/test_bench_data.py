@@ -23,7 +23,7 @@ def test_predicted_gains_stand_beside_measured_ones(tmp_path: Path) -> None:
     subprocess.run(words, check=True, capture_output=True, text=True)
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {row["remedy"]: row for row in found["remedies"]}
-    assert set(rows) == {"workers 1 -> 2", "repeats 1 -> 2", "source as given -> gop 8"}
+    assert set(rows) == {"workers 1 -> 2", "repeats 1 -> 2", "reencode"}
     given = next(row for row in found["stages"] if (row["source"], row["repeats"]) == ("as given", 1))
     halved = given["total"] / (given["total"] - given["decode"] / 2)
     assert rows["repeats 1 -> 2"]["predicted_gain"] == pytest.approx(halved, abs=0.02)
