@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 import typer
 from study.draws import DrawsStudy, render
 from study.protocol import BUSY, PLAIN, SCALES
-from study.running import claim, make_data, read_rows, run_study
+from study.running import rows_of
 
 from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
-from everest_ds.console import progress_of, write_json
+from everest_ds.console import write_json
 from everest_ds.training.run_folder import describe_environment
 
 
@@ -44,13 +44,7 @@ def main(
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     kinds = (PLAIN, BUSY) if busy else (PLAIN,)
     study = DrawsStudy(chosen, out, data_seed, kinds)
-    claim(study)
-    if not table_only:
-        with progress_of("videos", study.num_videos) as on_progress:
-            make_data(study, jobs, on_progress)
-        with progress_of("runs", study.num_runs) as on_progress:
-            run_study(study, jobs, on_progress)
-    rows = read_rows(study)
+    rows = rows_of(study, jobs, table_only)
     text = render(rows, study.num_runs, kinds)
     (out / "draws.md").write_text(text)
     typer.echo(f"{text}\n{out / 'draws.md'}")

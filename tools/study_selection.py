@@ -14,11 +14,11 @@ import typer
 from study.kept import object_shares
 from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
 from study.report import draw, render
-from study.running import claim, make_data, read_rows, run_study
+from study.running import rows_of
 
 from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
-from everest_ds.console import progress_of, write_json
+from everest_ds.console import write_json
 from everest_ds.training.run_folder import describe_environment
 
 
@@ -53,13 +53,7 @@ def main(
     """
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     study = Study(chosen, out, data_seed)
-    claim(study)
-    if not table_only:
-        with progress_of("videos", study.num_videos) as on_progress:
-            make_data(study, jobs, on_progress)
-        with progress_of("runs", study.num_runs) as on_progress:
-            run_study(study, jobs, on_progress)
-    rows = read_rows(study)
+    rows = rows_of(study, jobs, table_only)
     shares = {kind: object_shares(study, kind, KEEP_RATIOS) for kind in (PLAIN, BUSY)}
     text = render(rows, study.num_runs, shares)
     (out / "study.md").write_text(text)

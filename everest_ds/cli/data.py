@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, Workers
+from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, ShortSide, Workers
 from everest_ds.config import DataConfig, load_experiment
 from everest_ds.config.schema import DECODERS
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_json
@@ -193,10 +193,7 @@ def reencode(
     manifest: ManifestArg,
     out: Annotated[Path, typer.Option(help="Folder to write the videos and their manifest to.")],
     root: ManifestRoot = None,
-    short_side: Annotated[
-        int,
-        typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged."),
-    ] = 256,
+    short_side: ShortSide = 256,
     gop: Annotated[
         int,
         typer.Option(min=1, help="Distance between key frames, in frames; a shorter one decodes faster."),

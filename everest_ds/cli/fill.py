@@ -90,8 +90,7 @@ def _plan(filler: Any, config: Experiment, out: Path) -> dict[str, Any]:
     Raises:
         DataError: if the disk of `out` has too little room.
     """
-    existing = next(place for place in [out, *out.absolute().parents] if place.is_dir())
-    filler.check_room(existing)
+    filler.check_room(out)
     estimate = filler.estimate()
     plan = {"samples_left": filler.num_left, "draws": config.data.draws, "bytes": estimate.num_bytes}
     plan |= {"minutes": estimate.minutes, "workers": config.data.num_workers}

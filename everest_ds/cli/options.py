@@ -46,6 +46,9 @@ ManifestRoot = Annotated[
         "--root", help="Folder that relative paths start from; default: the folder of the manifest."
     ),
 ]
+ShortSide = Annotated[
+    int, typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged.")
+]
 NUM_CORES = available_cores()
 Workers = Annotated[int, typer.Option(min=1, help="Number of worker processes.")]
 JsonFile = Annotated[

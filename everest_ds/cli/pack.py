@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, Workers
+from everest_ds.cli.options import NUM_CORES, JsonFile, ManifestArg, ManifestRoot, ShortSide, Workers
 from everest_ds.config import DataConfig
 from everest_ds.console import print_facts, print_problems, progress_of, write_json
 from everest_ds.data.data_set import read_data_set
@@ -31,10 +31,7 @@ def pack(
     manifest: ManifestArg,
     out: Annotated[Path, typer.Option(help="Folder to write the frame store to.")],
     root: ManifestRoot = None,
-    short_side: Annotated[
-        int,
-        typer.Option(min=32, help="Length of the shorter side, in pixels; smaller videos are not enlarged."),
-    ] = 256,
+    short_side: ShortSide = 256,
     quality: Annotated[
         int, typer.Option(min=1, max=100, help="JPEG quality; lower means smaller and worse pictures.")
     ] = 85,
@@ -121,6 +118,5 @@ def _plan(packer: Any, num_left: int, workers: int, out: Path) -> dict[str, Any]
     plan |= {"workers": workers, "spread_pct": round(estimate.spread_pct)}
     plan |= {} if gain is None else gain.rates(_CLIPS)
     print_facts("Predicted", plan | {"bytes": format_bytes(estimate.num_bytes)})
-    existing = next(place for place in [out, *out.absolute().parents] if place.is_dir())
-    packer.check_room(existing, num_left)
+    packer.check_room(out, num_left)
     return plan

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from everest_ds.config import DataConfig
+from everest_ds.console import progress_of
 from everest_ds.data import reading
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.video import Video
@@ -102,6 +103,21 @@ def _list_visits(run: Run, folder: Path, seed: int) -> None:
         packer = StorePacker(listed, folder, train, Packing(), os.cpu_count() or 1)
         packer.pack_all(lambda done: None)
         packer.finish()
+
+
+def rows_of(study: Study, jobs: int, table_only: bool) -> list[Row]:
+    """Run what is missing of a study, unless only its table is wanted, and return the rows of its runs.
+
+    Raises:
+        EverestError: as `claim` and `run_study`.
+    """
+    claim(study)
+    if not table_only:
+        with progress_of("videos", study.num_videos) as on_progress:
+            make_data(study, jobs, on_progress)
+        with progress_of("runs", study.num_runs) as on_progress:
+            run_study(study, jobs, on_progress)
+    return read_rows(study)
 
 
 def run_study(study: Study, jobs: int, on_progress: Progress) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import shutil
 import time
 import zlib
 from collections import Counter
@@ -28,7 +27,7 @@ from everest_ds.data.reading import Failure
 from everest_ds.data.store.cached_draws import draw_members, read_draw
 from everest_ds.data.store.index import replace_index
 from everest_ds.data.store.layout import LIST_FILE, SHARDS, folder_of, shard_name
-from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, naming_errors, repair_shards
+from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, check_room, naming_errors, repair_shards
 from everest_ds.data.store.token_cache import (
     CACHE,
     LOG_FILE,
@@ -169,14 +168,8 @@ class CacheFiller:
             DataError: if it does not.
         """
         needed = self.num_left * self._draws * self._shape.num_bytes
-        free = shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: too little disk space for the token cache",
-                given=f"{free / 1e9:.1f} GB free",
-                allowed=f"{needed / 1e9:.1f} GB more",
-                fix="choose another data.token_cache, or lower data.draws, data.repeats or tokens.keep_ratio",
-            )
+        fix = "choose another data.token_cache, or lower data.draws, data.repeats or tokens.keep_ratio"
+        check_room(folder, needed, CACHE, fix)
 
     def fill(self, on_progress: Callable[[int], None]) -> None:
         """Read and write the draws of all samples that are not in the cache yet.

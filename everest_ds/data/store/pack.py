@@ -25,7 +25,7 @@ from everest_ds.data.store.index import PlaceColumns, write_store_index
 from everest_ds.data.store.layout import FRAMES, LIST_FILE, SHARDS, Packing, folder_of, shard_name
 from everest_ds.data.store.packing_log import PackedSample, PackingLog
 from everest_ds.data.store.sample_members import PackedPart, PackTask, append_part, write_part
-from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, naming_errors
+from everest_ds.data.store.shards import SHARD_BYTES, ShardWriter, check_room, naming_errors
 from everest_ds.data.video_list import Sample
 from everest_ds.durable_files import replace_file
 from everest_ds.errors import DataError
@@ -138,14 +138,8 @@ class StorePacker:
         Raises:
             DataError: if it does not.
         """
-        needed, free = self.estimate(num_left).num_bytes, shutil.disk_usage(folder).free
-        if needed > free:
-            raise DataError(
-                f"{folder}: too little disk space for the frame store",
-                given=f"{free / 1e9:.1f} GB free",
-                allowed=f"about {needed / 1e9:.1f} GB more",
-                fix="choose another --out, or lower --quality or --short-side, or raise --every",
-            )
+        fix = "choose another --out, or lower --quality or --short-side, or raise --every"
+        check_room(folder, self.estimate(num_left).num_bytes, FRAMES, fix)
 
     def pairs(self) -> list[tuple[Sample, Sample]]:
         """Return packed samples with their sources, as (source, packed), spread over the list."""

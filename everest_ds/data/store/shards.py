@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -135,6 +136,29 @@ def _repair(file: Path, rows: list[Row], is_intact: Callable[[Row], bool]) -> in
             stream.truncate(rows[num_kept - 1].stop)
             close_shard(stream)
     return num_kept
+
+
+def check_room(folder: Path, needed_bytes: float, kind: StoreKind, fix: str) -> None:
+    """Check that the disk of `folder`, which need not exist yet, has room for so many bytes.
+
+    Args:
+        folder: folder to write to.
+        needed_bytes: bytes that will be written.
+        kind: the kind of store.
+        fix: what to do if the room does not suffice.
+
+    Raises:
+        DataError: if it does not suffice.
+    """
+    existing = next(place for place in [folder, *folder.absolute().parents] if place.is_dir())
+    free = shutil.disk_usage(existing).free
+    if needed_bytes > free:
+        raise DataError(
+            f"{folder}: too little disk space for the {kind.title}",
+            given=f"{free / 1e9:.1f} GB free",
+            allowed=f"about {needed_bytes / 1e9:.1f} GB",
+            fix=fix,
+        )
 
 
 @contextmanager
