@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from study.draws import DrawsStudy, render
+from study.draws import ARMS, DrawsStudy, render
 from study.protocol import BUSY, PLAIN, SCALES
 from study.running import rows_of
 
@@ -29,6 +29,10 @@ def main(
         typer.Option(help="Seed of the runs; repeat for several. Default: the seeds of the scale."),
     ] = None,
     data_seed: Annotated[int, typer.Option(help="Seed of the synthetic videos.")] = 1,
+    arm: Annotated[
+        Literal["frame store", "16 draws", "4 draws", "1 draw"] | None,
+        typer.Option(help="The form of the data to compare with new clips from the files. Default: all."),
+    ] = None,
     busy: Annotated[bool, typer.Option("--busy", help="Also study the busy videos.")] = False,
     table_only: Annotated[
         bool, typer.Option("--table-only", help="Only write the table, from the runs that have ended.")
@@ -43,9 +47,9 @@ def main(
     """
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     kinds = (PLAIN, BUSY) if busy else (PLAIN,)
-    study = DrawsStudy(chosen, out, data_seed, kinds)
+    study = DrawsStudy(chosen, out, data_seed, kinds, (arm,) if arm else tuple(ARMS))
     rows = rows_of(study, jobs, table_only)
-    text = render(rows, study.num_runs, kinds)
+    text = render(rows, study)
     (out / "draws.md").write_text(text)
     typer.echo(f"{text}\n{out / 'draws.md'}")
     write_json(json_file, {"environment": describe_environment(1), "rows": rows})

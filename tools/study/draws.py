@@ -57,9 +57,16 @@ class DrawsStudy(Study):
 
     Attributes:
         kinds: kinds of data.
+        arms: the forms of the data that are compared with new clips from the files.
     """
 
     kinds: tuple[str, ...] = (PLAIN,)
+    arms: tuple[str, ...] = tuple(ARMS)
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """Return the arms to run: new clips from the files, and those compared with them."""
+        return FRESH, *(arm for arm in self.arms if arm != FRESH)
 
     def spec(self, kind: str) -> SyntheticSpec:
         """Return the spec of a kind's videos: twice as long as a clip, so that clips differ in time too."""
@@ -70,7 +77,7 @@ class DrawsStudy(Study):
         """Yield a chain for each kind of data, seed and form of the data."""
         for kind in self.kinds:
             for seed in self.scale.seeds:
-                for arm in ARMS:
+                for arm in self.compared:
                     yield list(self._chain(kind, seed, arm))
 
     def _chain(self, kind: str, seed: int, arm: str) -> Iterator[Run]:
@@ -79,7 +86,7 @@ class DrawsStudy(Study):
         yield chain.run(SHORT, "finetune", scale.short_steps, DENSE)
         if arm == FRESH:
             steps = _TUNED_STEPS * scale.finetune_steps
-            for other in ARMS:
+            for other in self.compared:
                 yield _cycling(chain.run(f"tuned, {other}", "finetune", steps, _TUNED), other)
 
 
@@ -103,10 +110,10 @@ def _cycling(run: Run, arm: str) -> Run:
     return run._replace(num_steps=epochs * _STEPS_PER_EPOCH, config=config)
 
 
-def render(rows: Sequence[Mapping[str, Any]], num_runs: int, kinds: Sequence[str]) -> str:
+def render(rows: Sequence[Mapping[str, Any]], study: DrawsStudy) -> str:
     """Return the table of the study as Markdown."""
-    lines = [dict(_row(rows, kind, arm)) for kind in kinds for arm in ARMS]
-    return f"{table(lines)}\n\n{len(rows)} of {num_runs} runs.\n"
+    lines = [dict(_row(rows, kind, arm)) for kind in study.kinds for arm in study.compared]
+    return f"{table(lines)}\n\n{len(rows)} of {study.num_runs} runs.\n"
 
 
 def _row(rows: Sequence[Mapping[str, Any]], kind: str, arm: str) -> Iterator[tuple[str, str]]:
