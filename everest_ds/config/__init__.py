@@ -10,7 +10,7 @@ from everest_ds.config.load import (
 )
 from everest_ds.config.recipes import recipe_names
 from everest_ds.config.schema import DataConfig, Experiment
-from everest_ds.config.shared_memory import BATCHES_AHEAD, batch_bytes, shared_memory_bytes
+from everest_ds.config.shared_memory import BATCHES_AHEAD, batch_bytes, shared_batches, shared_memory_bytes
 
 __all__ = [
     "BATCHES_AHEAD",
@@ -26,5 +26,6 @@ __all__ = [
     "plan_batch",
     "plan_ranks",
     "recipe_names",
+    "shared_batches",
     "shared_memory_bytes",
 ]

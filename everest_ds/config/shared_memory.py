@@ -8,6 +8,7 @@ from everest_ds.config.schema import Experiment
 # nothing and would hold more batches in shared and in pinned memory.
 BATCHES_AHEAD = 2
 # The batches of the current and the next step: on a CPU they stay in the shared memory that a worker filled.
+# A worker keeps memory for those that it had filled at one time: both for the only worker, else one.
 _BATCHES_HELD = 2
 _INDEX_BYTES = 4
 
@@ -30,7 +31,9 @@ def shared_memory_bytes(config: Experiment, num_ranks: int) -> int:
 
     Pinned copies for a GPU take the same amount again, outside shared memory.
     """
-    if config.data.num_workers == 0:
-        return 0
-    num_batches = config.data.num_workers * BATCHES_AHEAD + _BATCHES_HELD
-    return num_ranks * num_batches * batch_bytes(config)
+    return num_ranks * shared_batches(config.data.num_workers) * batch_bytes(config)
+
+
+def shared_batches(num_workers: int) -> int:
+    """Return the number of batches for which the workers of a rank keep memory."""
+    return num_workers * BATCHES_AHEAD + max(_BATCHES_HELD, num_workers) if num_workers else 0

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.config.mesh_shape import Turn
+from everest_ds.data.clip_source import LoadedItem, NewClip, new_clip
 from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import ClipFrames
-from everest_ds.data.loader import LoadedItem, load
+from everest_ds.data.loader import load
 from everest_ds.data.order import EvaluationPlan, Visit, sample_key, stand_ins, training_visits
 from everest_ds.data.reading import DamagedCopyError, Failure, SampleReader
 from everest_ds.data.store.cached_draws import read_draw
@@ -128,6 +129,7 @@ class TrainingClips:
         self.data = config.data
         self.seed = config.run.seed
         self.pack = pack
+        self.new_clip: NewClip = new_clip
 
     def __getitem__(self, visit: Visit) -> LoadedItem:
         """Return the clips of a visit, from its sample or else from the first replacement that can be read.
@@ -185,7 +187,10 @@ class TrainingClips:
 
     def _clip(self, pictures: Pictures, visit: Visit, sample: int, repeat: int) -> Batch:
         box, flip = self._crop(pictures.size, visit, repeat)
-        clip = crop_pictures(pictures, box, self.geometry.image_size, flip)
+        size, out = self.geometry.image_size, None
+        if self.pack is None:
+            out = self.new_clip((self.geometry.num_frames, size, size, 3))
+        clip = crop_pictures(pictures, box, size, flip, out)
         key = sample_key(self.seed, *visit, repeat)
         single = _single(clip, self.samples[sample].label, key, sample)
         if self.pack is None:
@@ -236,6 +241,7 @@ class EvaluationClips:
         self.data = config.data
         self.segments = segments
         self.crops = crops
+        self.new_clip: NewClip = new_clip
 
     def __len__(self) -> int:
         return len(self.samples) * self.segments * self.crops
@@ -308,8 +314,11 @@ class EvaluationClips:
         return view_box(size.height, size.width, self.view(item).crop, self.crops)
 
     def _clip(self, pictures: Pictures, item: int) -> ClipBatch:
-        box = self._box(pictures.size, item)
-        return self._single(crop_pictures(pictures, box, self.geometry.image_size), item, item)
+        size = self.geometry.image_size
+        out = self.new_clip((self.geometry.num_frames, size, size, 3))
+        return self._single(
+            crop_pictures(pictures, self._box(pictures.size, item), size, out=out), item, item
+        )
 
     def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
         label = self.samples[self.sample_of(view)].label

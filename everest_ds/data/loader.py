@@ -21,12 +21,14 @@ from collections.abc import Callable, Iterator
 from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from everest_ds.config import BATCHES_AHEAD, DataConfig
+from everest_ds.data.batch_memory import BatchMemory
+from everest_ds.data.clip_source import ClipSource, GuardedSource, LoadedItem
 from everest_ds.data.loader_errors import (
     Failed,
     blames_video,
@@ -35,8 +37,6 @@ from everest_ds.data.loader_errors import (
     explain_kills,
     explain_silence,
     explain_torch,
-    failed_item,
-    failed_join,
     full_memory,
     hush_lost_rank,
 )
@@ -53,30 +53,6 @@ _CRASHES = 2  # crashes until a video counts as broken: a single crash may have 
 _KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
 _TORCH_HANDLER = "torch.utils.data._utils.signal_handling"  # module of torch's handler of SIGCHLD
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
-
-
-class LoadedItem(NamedTuple):
-    """The result of reading one item, or of a batch of items.
-
-    Attributes:
-        clips: a list of clips for one item; the stacked clips for a batch.
-        failures: samples that could not be read in the process.
-    """
-
-    clips: Any
-    failures: list[Failure]
-
-
-class ClipSource(Protocol):
-    """A data set whose items are read by a `SampleReader`."""
-
-    reader: SampleReader
-
-    def __getitem__(self, item: Any) -> LoadedItem: ...
-
-    def name_of(self, item: Any) -> str:
-        """Return the name of the item's sample, for messages."""
-        ...
 
 
 def load(
@@ -205,11 +181,7 @@ class _Notes:
 
     def __init__(self, num_workers: int) -> None:
         # (process, sample + 1 or 0, start time) per worker; doubles hold integers exactly up to 2^53
-        table = torch.zeros(num_workers, 3, dtype=torch.float64)
-        try:
-            self._table = table.share_memory_()
-        except RuntimeError as error:
-            raise explain_torch("the loader's workers could not be started", error) from None
+        self._table = torch.zeros(num_workers, 3, dtype=torch.float64).share_memory_()
 
     def enter(self, worker: int) -> Callable[[int | None], None]:
         """Register the calling worker; return the function by which it notes the sample that it reads."""
@@ -240,24 +212,15 @@ class _Notes:
         return [(int(pid), int(sample) - 1, since) for pid, sample, since in rows if sample]
 
 
-class _Guarded:
-    """A wrapper of a source that returns errors as values: raised in a worker, they would arrive as text."""
-
-    def __init__(self, source: ClipSource) -> None:
-        self.source = source
-
-    def __getitem__(self, item: object) -> LoadedItem | Failed:
-        try:
-            return self.source[item]
-        except Exception as error:
-            return failed_item(self.source.name_of(item), error)
-
-
 def _pass(
     source: ClipSource, batches: _Undelivered, data: DataConfig, pin_memory: bool
 ) -> Iterator[LoadedItem | Failed | _Lost]:
     """Yield the batches from one set of workers, until they are complete or a worker is lost."""
-    notes = _Notes(data.num_workers)
+    try:
+        notes, memories = _Notes(data.num_workers), [BatchMemory() for _ in range(data.num_workers)]
+    except (OSError, RuntimeError) as error:
+        raise explain_torch("the loader's workers could not be started", error) from None
+    guarded = GuardedSource(source)
     # Linux ends a child with the thread that forked it, and other threads may end before the loader does.
     in_main_thread = threading.current_thread() is threading.main_thread()
     end_with_rank = end_with_parent(os.getpid()) if in_main_thread else None
@@ -269,11 +232,13 @@ def _pass(
         hush_lost_rank()
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
+        guarded.memory = memories[worker]
+        source.new_clip = guarded.memory.new_clip
 
     loader: DataLoader[Any] = DataLoader(
-        _Guarded(source),  # type: ignore[arg-type]
+        guarded,  # type: ignore[arg-type]
         batch_sampler=batches,
-        collate_fn=_collate,
+        collate_fn=guarded.joined,
         num_workers=data.num_workers,
         worker_init_fn=start,
         # Forked workers are children of the rank itself, so they can end with it. Python's default start
@@ -283,15 +248,16 @@ def _pass(
         prefetch_factor=BATCHES_AHEAD if data.num_workers else None,
         timeout=_POLL_S if data.num_workers else 0,
     )
-    crew = _Crew(notes, data.read_timeout_s)
+    crew = _Crew(notes, memories, data.read_timeout_s)
     return crew.deliver(loader)
 
 
 class _Crew:
     """The workers of one pass over the batches, and the thread that pins the batches in memory."""
 
-    def __init__(self, notes: _Notes, timeout_s: float) -> None:
+    def __init__(self, notes: _Notes, memories: list[BatchMemory], timeout_s: float) -> None:
         self._notes = notes
+        self._memories = memories  # batches are found in them as they arrive
         self._timeout_s = timeout_s
         self._num_waits = 0  # consecutive time-outs
 
@@ -382,17 +348,3 @@ def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _
         os.kill(process, signal.SIGKILL)  # the worker may be blocked in the decoder for ever
         return _Lost(sample, f"reading it takes longer than {timeout_s:g} s")
     return None
-
-
-def _collate(items: list[LoadedItem | Failed]) -> LoadedItem | Failed:
-    clips: list[Any] = []
-    failures: list[Failure] = []
-    for item in items:
-        if isinstance(item, Failed):
-            return item
-        clips += item.clips
-        failures += item.failures
-    try:
-        return LoadedItem(default_collate(clips), failures)
-    except Exception as error:
-        return failed_join(error)

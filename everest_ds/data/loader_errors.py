@@ -11,11 +11,11 @@ from itertools import takewhile
 from multiprocessing.queues import Queue
 from typing import NamedTuple, NoReturn
 
+from everest_ds.data.batch_memory import SHARED_MEMORY
 from everest_ds.errors import DataError, EverestError
 from everest_ds.log import logger
 from everest_ds.units import format_bytes
 
-_SHARED_MEMORY = "/dev/shm"
 _NO_SPACE = os.strerror(errno.ENOSPC)
 _LONGEST = 240  # characters quoted from another error's message
 # The signals by which a decoder ends its own process. Any other signal was sent from outside.
@@ -137,9 +137,9 @@ def _is_full(error: Exception) -> bool:
 
 
 def _shared_memory_full(detail: str) -> DataError:
-    size = format_bytes(shutil.disk_usage(_SHARED_MEMORY).total)
+    size = format_bytes(shutil.disk_usage(SHARED_MEMORY).total)
     return DataError(
-        f"{_SHARED_MEMORY} is full, and the loader's workers deliver their batches through it",
+        f"{SHARED_MEMORY} is full, and the loader's workers deliver their batches through it",
         given=f"{detail}; {size} in all",
         fix="enlarge it (docker run --shm-size=8g, or mount -o remount,size=8g /dev/shm), or lower"
         " data.num_workers or batch.micro_batch_size; --dry-run prints how much a run needs",

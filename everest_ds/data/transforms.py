@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from everest_ds.data.decoding.video import REDUCTIONS, Need, Pictures
@@ -63,22 +63,39 @@ def view_box(height: int, width: int, view: int, num_views: int) -> Box:
     return Box(round((height - side) * position), round((width - side) * position), side, side)
 
 
-def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False) -> Tensor:
-    """Cut `box` out of every frame and resize it to (size, size), bilinear with antialiasing, still uint8."""
+def crop_resize(clip: Tensor, box: Box, size: int, flip: bool = False, out: Tensor | None = None) -> Tensor:
+    """Cut `box` out of every frame and resize it to (size, size), bilinear with antialiasing.
+
+    Args:
+        clip: uint8 (F, H, W, 3).
+        box: the part of each frame.
+        size: height and width of the result.
+        flip: mirror the frames.
+        out: contiguous uint8 (F, size, size, 3) to put the result into; None for a new tensor.
+
+    Returns:
+        `out`, or the new tensor.
+    """
     cut = clip[:, box.top : box.top + box.height, box.left : box.left + box.width]
     if flip:
         cut = cut.flip(2)
-    if cut.shape[1:3] == (size, size):
-        return cut.contiguous()
-    frames = cut.permute(0, 3, 1, 2)  # stays channels-last in memory, the fastest layout for uint8
-    resized = F.interpolate(frames, (size, size), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).contiguous()
+    if out is None:
+        out = cut.new_empty(len(cut), size, size, 3)
+    if cut.shape == out.shape:
+        return out.copy_(cut)
+    # The colours of a pixel stay next to each other in memory, which is the fastest layout for uint8.
+    # `F.interpolate` calls the same function, but always into new memory.
+    frames, resized = cut.permute(0, 3, 1, 2), out.permute(0, 3, 1, 2)
+    torch.ops.aten._upsample_bilinear2d_aa.out(frames, (size, size), False, None, None, out=resized)
+    return out
 
 
-def crop_pictures(pictures: Pictures, box: Box, size: int, flip: bool = False) -> Tensor:
+def crop_pictures(
+    pictures: Pictures, box: Box, size: int, flip: bool = False, out: Tensor | None = None
+) -> Tensor:
     """Cut `box`, counted in the whole pictures, out of decoded pictures, as `crop_resize` does."""
     inner = box._replace(top=box.top - pictures.top, left=box.left - pictures.left)
-    return crop_resize(pictures.pixels, inner.reduced(pictures.reduction), size, flip)
+    return crop_resize(pictures.pixels, inner.reduced(pictures.reduction), size, flip, out)
 
 
 def _placed(height: int, width: int, box_height: int, box_width: int, rng: np.random.Generator) -> Box:

@@ -5,17 +5,19 @@ CPU time stays meaningful if other programs share the machine, and predicts what
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from statistics import fmean
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from everest_ds.config import Experiment
 from everest_ds.costs.bottleneck import LoadingCost
+from everest_ds.data.batch_memory import BatchMemory
 from everest_ds.data.clips import Pack, TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
@@ -89,6 +91,8 @@ class _Stopwatch:
         self._packs, self._pack, self._pack_s = config.data.pack_tokens, pack, 0.0
         self._clips = TrainingClips(samples, config, self._timed_pack if self._packs else None)
         self._clips.reader.watch = self._watch
+        self._memory = BatchMemory()
+        self._clips.new_clip = self._memory.new_clip
         self._decode_s, self._read_bytes = 0.0, 0
 
     def read(self, visit: Visit) -> _Reading | None:
@@ -98,7 +102,7 @@ class _Stopwatch:
         start = time.process_time()
         item = self._clips[visit]
         loaded = time.process_time()
-        _in_shared_memory([clip.clip for clip in item.clips])
+        self._hand_over(item.clips)
         collated = time.process_time()
         if item.failures:
             return None
@@ -116,18 +120,17 @@ class _Stopwatch:
         self._decode_s += sign * time.process_time()
         self._read_bytes += sign * io_count("rchar")
 
+    def _hand_over(self, clips: list[Any]) -> None:
+        """Join clips to a batch, send it and receive it, as a worker and its rank do."""
+        pickle.loads(pickle.dumps(self._memory.joined(clips)))
+        self._memory.end_batch()
+
     def _timed_pack(self, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._pack is not None
         start = time.process_time()
         packed = self._pack(clip)
         self._pack_s += time.process_time() - start
         return packed
-
-
-def _in_shared_memory(clips: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Return a batch in new shared memory, as the collate function of torch's loader does in a worker."""
-    shared = torch.empty((len(clips), *clips[0].shape), dtype=clips[0].dtype).share_memory_()
-    return torch.stack(list(clips), out=shared)
 
 
 def _summary(readings: Sequence[tuple[Sample, _Reading]], repeats: int) -> StageTimes:

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from everest_ds.config import (
-    BATCHES_AHEAD,
     BatchPlan,
     Experiment,
     batch_bytes,
     plan_ranks,
+    shared_batches,
     shared_memory_bytes,
 )
 from everest_ds.config.deepspeed_claims import notes_on
@@ -131,8 +131,9 @@ def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
     found = check_shared_memory(needed_bytes)
     return (
         f"{format_bytes(needed_bytes)} of /dev/shm on a node with {ranks_per_node} ranks, and the same amount"
-        f" of pinned memory if they use GPUs. Per rank: {workers} worker{'s' if workers > 1 else ''}"
-        f" x {BATCHES_AHEAD} batches of {format_bytes(batch_bytes(config))} in advance, and two in use"
+        f" of pinned memory if they use GPUs. Per rank: {shared_batches(workers)} batches of"
+        f" {format_bytes(batch_bytes(config))}, which {workers} worker{'s' if workers > 1 else ''} read in"
+        " advance or the rank uses"
         + (f"; WARNING: this machine has {found.detail}; fix: {found.fix}" if found.fix else "")
     )
 

@@ -35,5 +35,5 @@ def test_a_batch_has_the_predicted_bytes(
 
 def test_workers_and_ranks_multiply(motion_data: Path, tmp_path: Path) -> None:
     config = experiment(motion_data, tmp_path, data={"num_workers": 3})
-    assert shared_memory_bytes(config, 4) == 4 * (3 * 2 + 2) * batch_bytes(config)
+    assert shared_memory_bytes(config, 4) == 4 * (3 * 2 + 3) * batch_bytes(config)
     assert shared_memory_bytes(experiment(motion_data, tmp_path, data={"num_workers": 0}), 4) == 0

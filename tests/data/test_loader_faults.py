@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,8 +24,9 @@ from torch.utils.data._utils import signal_handling
 
 from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data import loader
+from everest_ds.data.clip_source import GuardedSource, LoadedItem, NewClip, new_clip
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import LoadedItem, load
+from everest_ds.data.loader import load
 from everest_ds.data.reading import SampleReader
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
@@ -51,6 +51,7 @@ class Numbers:
     def __init__(self, act: Callable[[int], object] = lambda item: None, size: int = 3) -> None:
         self.reader = SampleReader([Sample(Path(f"{i}.mp4"), None) for i in range(99)], DataConfig())
         self.act, self.size = act, size
+        self.new_clip: NewClip = new_clip
 
     def __getitem__(self, item: int) -> LoadedItem:
         self.reader.watch(item)
@@ -160,14 +161,14 @@ def test_a_batch_that_cannot_be_received_is_an_error(
     pins: None, monkeypatch: pytest.MonkeyPatch, pin_memory: bool
 ) -> None:
     """An error is raised though torch's loader would wait for ever once its pinning thread has ended."""
-    collate = loader._collate
+    joined = GuardedSource.joined
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(loader, "_POLL_S", 0.3)
     monkeypatch.setattr(loader, "_DEATH_S", 0.1)
     monkeypatch.setattr(
-        loader,
-        "_collate",
-        lambda items: Explosive(*collate(items)) if items[0].clips[0][0] == 2 else collate(items),
+        GuardedSource,
+        "joined",
+        lambda *args: Explosive(*joined(*args)) if args[1][0].clips[0][0] == 2 else joined(*args),
     )
     came, error = delivered(Numbers(), [[1], [2], [3]], workers=1, pin_memory=pin_memory)
     assert came == [[1]]
@@ -178,11 +179,12 @@ def test_a_batch_that_cannot_be_sent_is_an_error(monkeypatch: pytest.MonkeyPatch
     """An error is raised though the queue drops a batch it cannot pickle and the worker keeps running."""
     monkeypatch.setattr(loader, "_POLL_S", 0.4)
 
-    def act(item: int) -> None:
-        if item == 2:  # prevents opening files, so that no tensor can be shared
-            resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
+    class Unsendable(Numbers):
+        def __getitem__(self, item: int) -> LoadedItem:
+            failures: list[Any] = [threading.Lock()] if item == 2 else []
+            return super().__getitem__(item)._replace(failures=failures)
 
-    came, error = delivered(Numbers(act), [[1], [2], [3]], workers=1, timeout_s=1)
+    came, error = delivered(Unsendable(), [[1], [2], [3]], workers=1, timeout_s=1)
     assert came in ([], [[1]])  # a thread of the worker may still be sending the first
     assert "a batch was lost between a loader worker and its rank; given: no batch came for" in error
 

@@ -13,8 +13,8 @@ import pytest
 
 from everest_ds.config import Experiment
 from everest_ds.data import loader
+from everest_ds.data.clip_source import LoadedItem
 from everest_ds.data.clips import EvaluationClips
-from everest_ds.data.loader import LoadedItem
 from everest_ds.errors import DataError, EverestError, ExitCode
 from everest_ds.parallel.world import World
 from everest_ds.training.evaluate import Evaluation, run_test

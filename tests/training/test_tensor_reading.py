@@ -13,8 +13,8 @@ import pytest
 from everest_ds.config import DataConfig, Experiment
 from everest_ds.config.mesh_shape import Turn
 from everest_ds.data import reading
+from everest_ds.data.clip_source import LoadedItem
 from everest_ds.data.clips import TrainingClips
-from everest_ds.data.loader import LoadedItem
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import RankLostError

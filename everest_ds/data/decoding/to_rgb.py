@@ -71,8 +71,9 @@ class RgbConverter:
         width, height = size or (None, None)
         # One thread, because FFmpeg would otherwise start one per core.
         rgb = self._scaler.reformat(frame, width, height, "rgb24", threads=1)
-        picture: Picture = rgb.to_ndarray()
-        return picture
+        plane = rgb.planes[0]
+        # Without a copy: the callers join pictures in new memory, or leave parts of them out.
+        return np.ndarray((rgb.height, rgb.width, 3), np.uint8, plane, strides=(plane.line_size, 3, 1))
 
     def _copied(self, frame: Any, part: Cutout) -> Any:
         """Copy a part of a frame's planes to a frame of that size."""
