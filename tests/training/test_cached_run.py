@@ -22,15 +22,20 @@ def run(data: Path, folder: Path, cache: Path | None, /, **sections: dict[str, A
     return experiment(data, folder, tokens={"score": "pixel"}, data=ours, **sections)
 
 
+def fill_cache(config: Experiment) -> None:
+    """Fill the token cache of a run, as `everest-ds data cache` does."""
+    assert config.data.token_cache is not None
+    samples = read_training_samples(config, RunFolder(config.run.dir).excluded).samples
+    filler = CacheFiller(config, samples, Packer(config), config.data.token_cache)
+    filler.fill(lambda done: None)
+    filler.finish()
+
+
 @pytest.mark.slow  # half a minute on a busy machine
 def test_two_ranks_on_a_cache_train_as_two_that_decode_and_may_be_stopped_between(
     motion_data: Path, tmp_path: Path
 ) -> None:
-    config = run(motion_data, tmp_path / "decoded", tmp_path / "cache")
-    samples = read_training_samples(config, RunFolder(config.run.dir).excluded).samples
-    filler = CacheFiller(config, samples, Packer(config), tmp_path / "cache")
-    filler.fill(lambda done: None)
-    filler.finish()
+    fill_cache(run(motion_data, tmp_path / "decoded", tmp_path / "cache"))
     run_ranks(train_rank, 2, run(motion_data, tmp_path / "decoded", None))
     # The first steps decode, and the rest of the second epoch and the third read the cache.
     both = tmp_path / "both"
