@@ -1,4 +1,4 @@
-"""Tests of runs that read a token cache: bit-equal to runs that decode, also when one resumes the other."""
+"""Tests of runs on a token cache, staged or in place: bit-equal to runs that decode, also when resumed."""
 
 from __future__ import annotations
 
