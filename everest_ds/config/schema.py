@@ -154,7 +154,8 @@ class DataConfig(ConfigSection):
     )
     stage: Path | None = Field(
         None,
-        description="local folder of every node to copy frame stores to before the run, e.g. $SLURM_TMPDIR",
+        description="local folder of every node to copy frame stores and the token cache to before the run,"
+        " e.g. $SLURM_TMPDIR",
     )
     class_names: Path | None = Field(
         None, description="text file of class names, one per line, in label order"

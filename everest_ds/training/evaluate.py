@@ -35,7 +35,7 @@ from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.input_files import class_names
-from everest_ds.training.preflight import stage_samples
+from everest_ds.training.preflight import stage_shards
 from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
 from everest_ds.training.samples import read_samples
 from everest_ds.training.weights import copy_tensors
@@ -140,7 +140,7 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
     """
     file = world.share(lambda: find_weights(config.run.dir, prefer_best=True))
     usable = world.share(lambda: read_samples(config, "test"))
-    samples = stage_samples(config, "evaluate", usable.samples, world)
+    samples = stage_shards(config, "evaluate", usable.samples, world)
     names = world.share(lambda: class_names(config))
     model = build_model(config)
     tensors, _ = world.together(lambda: load_weights(file))

@@ -11,10 +11,13 @@ from pathlib import Path
 from everest_ds.checkpoints.names import list_checkpoints
 from everest_ds.config import Experiment
 from everest_ds.data.data_set import read_data_set
-from everest_ds.data.store.index import StoredSamples, is_store, open_store
+from everest_ds.data.store.index import is_store, open_store
+from everest_ds.data.store.layout import ShardedStore
+from everest_ds.data.store.token_cache import open_token_cache
 from everest_ds.data.video_list import read_class_names
 from everest_ds.errors import CheckpointError, ConfigError, DataError
 from everest_ds.log import logger
+from everest_ds.training.run_folder import RunFolder
 
 _SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
 
@@ -34,10 +37,11 @@ def manifest_of(config: Experiment, split: str) -> Path:
     if is_store(manifest):
         return manifest
     if manifest.is_file():
-        if split == "train" and config.data.stage is not None:
+        if split == "train" and config.data.stage is not None and config.data.token_cache is None:
             raise ConfigError(
                 "data.stage is set, but data.train is not a frame store",
                 given=str(manifest),
+                allowed="a frame store, or any videos with a token cache in data.token_cache",
                 fix=f"`everest-ds data pack {shlex.quote(str(manifest))} --out STORE` makes a store, for"
                 " data.train=STORE; data.stage=null reads the videos where they are",
             )
@@ -57,17 +61,26 @@ def splits_of(command: str, config: Experiment) -> list[str]:
     return [split for split in _SPLITS[command] if split != "val" or config.data.val is not None]
 
 
-def stores_to_stage(config: Experiment, command: str) -> list[StoredSamples]:
-    """Open the frame stores that `command` reads; the videos of a manifest cannot be staged.
+def stores_to_stage(config: Experiment, command: str) -> list[ShardedStore]:
+    """Open the frame stores and the token cache that `command` reads; videos of a manifest cannot be staged.
 
     Raises:
-        DataError: if a store cannot be read.
+        EverestError: if one of them cannot be read, or does not suit the run.
     """
-    sources = [manifest_of(config, split) for split in splits_of(command, config)]
+    splits, stores = splits_of(command, config), list[ShardedStore]()
+    if "train" in splits and config.data.token_cache is not None:
+        from everest_ds.training.samples import read_training_samples  # imports torch, which is slow
+
+        splits.remove("train")
+        usable = read_training_samples(config, RunFolder(config.run.dir).excluded)
+        cache = open_token_cache(config, usable.samples)
+        assert cache is not None
+        stores.append(cache)
+    sources = [manifest_of(config, split) for split in splits]
     for source in sources:
         if not is_store(source):
             logger.info("%s is not a frame store, so data.stage does not apply to its videos", source)
-    return [open_store(source) for source in sources if is_store(source)]
+    return stores + [open_store(source) for source in sources if is_store(source)]
 
 
 def class_names(config: Experiment) -> list[str]:

@@ -50,7 +50,7 @@ from everest_ds.training.observers import (
 )
 from everest_ds.training.optimization import Objective, build_objective, build_schedule, parameter_groups
 from everest_ds.training.prefetch import Prefetcher, Preparation
-from everest_ds.training.preflight import stage_samples
+from everest_ds.training.preflight import stage_shards
 from everest_ds.training.run_folder import RunFolder, package_versions, read_metrics
 from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, record_excluded
 from everest_ds.training.saver import Saver
@@ -96,7 +96,10 @@ def train(
     for note in notes_on(read_deepspeed_file(config)) if world.is_main else ():
         logger.info("%s: %s", config.parallelism.ds_config, note)
     try:
-        samples = stage_samples(config, config.task, samples, world, folder.path)
+        if cache is None:
+            samples = stage_shards(config, config.task, samples, world, folder.path)
+        else:
+            cache = stage_shards(config, config.task, cache, world, folder.path)
         model = outline(config)  # on the meta device: no rank needs memory for more than its share
         groups = parameter_groups(model, config.optimizer)
         init_from = None if list_checkpoints(folder.checkpoints) else config.model.init_from

@@ -141,10 +141,12 @@ def _shared_memory(config: Experiment, ranks_per_node: int) -> str:
 def describe_staging(config: Experiment, command: str) -> dict[str, str]:
     """Describe the shards that `command` stages on each node, and the room here, as a row of a table.
 
-    Without `data.stage`, or if a store does not exist yet, there is no such row.
+    Without `data.stage`, or if a store or the token cache does not exist yet, there is no such row.
     """
-    stage = config.data.stage
-    sources = [getattr(config.data, split) for split in splits_of(command, config)]
+    data, stage = config.data, config.data.stage
+    sources = [getattr(data, split) for split in splits_of(command, config)]
+    if data.token_cache is not None and "train" in splits_of(command, config):
+        sources.append(data.token_cache)
     if stage is None or not all(source is not None and source.exists() for source in sources):
         return {}
     try:

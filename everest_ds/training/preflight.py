@@ -1,4 +1,4 @@
-"""Checks of the nodes of a run before training starts, and the copying of frame stores to them."""
+"""Checks of the nodes of a run before training starts, and the copying of shards to them."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from everest_ds.data.store.shard_copier import CopyProgress, ShardCopier
 from everest_ds.data.store.staging import (
     STAGE_FIX,
     ShardCopy,
+    Staged,
     StageRoom,
     plan_copies,
     read_from_stage,
     stage_folder,
 )
-from everest_ds.data.store.token_cache import CACHE
+from everest_ds.data.store.token_cache import CACHE, TokenCache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import BadNodeError, DataError, RunFolderError, StoppedError
 from everest_ds.launch.node_facts import NodeFacts, clock_spread_s, collect_facts, compare_nodes, node_name
@@ -50,7 +51,7 @@ def check_nodes(config: Experiment, world: World) -> dict[str, Any]:
     Raises:
         BadNodeError: if a node differs from the others or has a faulty GPU; the error names the node.
         RunFolderError: if the disk has too little space for a checkpoint.
-        DataError: if frame stores are to be staged, and all nodes have too little space for them.
+        DataError: if shards are to be staged, and all nodes have too little space for them.
     """
     from everest_ds.parallel.self_test import all_reduce_bytes_per_s, device_digest
 
@@ -152,9 +153,9 @@ def _check_digests(world: World, digest: str) -> None:
         )
 
 
-def stage_samples(
-    config: Experiment, command: str, samples: Sequence[Sample], world: World, run: Path | None = None
-) -> Sequence[Sample]:
+def stage_shards(
+    config: Experiment, command: str, first: Staged, world: World, run: Path | None = None
+) -> Staged:
     """Copy the shards that a command reads to every node, if `data.stage` asks for it. Call on every rank.
 
     The first rank of each node copies; several runs that share a node share the work.
@@ -162,26 +163,26 @@ def stage_samples(
     Args:
         config: the run config.
         command: pretrain, finetune or evaluate.
-        samples: the samples that the command reads first.
+        first: the samples that the command reads first, or the token cache in place of them.
         world: the ranks of the run.
         run: the run folder, in which a file `kill` ends the copying, as a stop signal does.
 
     Returns:
-        The samples, as they are read from this node's copies.
+        `first`, as it is read from this node's copies.
 
     Raises:
         StoppedError: on every rank, after a stop request; the next start keeps the shards that are copied.
         EverestError: on every rank, if one of the nodes cannot copy the shards.
     """
     if config.data.stage is None:
-        return samples
+        return first
     plan = _plan_staging(config, command, world)
     stopping = StopRequest(run if world.is_main else None)
     with ShardCopier(plan.copies, config.run.hang_timeout_s) as copier, stopping as stop:
         _wait_for_copies(config, copier, world, stop)
     if stop.received is not None:  # after the ranks' last exchange
         signal.raise_signal(stop.received)
-    staged = read_from_stage(samples, config.data.stage)
+    staged = read_from_stage(first, config.data.stage)
     world.together(lambda: _check_visible(staged, world.rank))
     return staged
 
@@ -225,7 +226,7 @@ def _check_rooms(rooms: Sequence[tuple[str, StageRoom]]) -> str:
         node, room = min(rooms, key=lambda entry: entry[1].free_bytes - entry[1].missing_bytes)
         return f"{room} on the fullest node, {node}"
     names = sorted({node for node, _ in short})
-    subject = f"{', '.join(names)}: too little disk space to stage the frame stores"
+    subject = f"{', '.join(names)}: too little disk space to stage the shards"
     given = "; ".join(f"{node}: {room}" for node, room in short[:4])
     if len(short) < len(rooms):
         raise BadNodeError(subject, given=given, fix=STAGE_FIX, nodes=",".join(names))
@@ -241,7 +242,7 @@ def _wait_for_copies(config: Experiment, copier: ShardCopier, world: World, stop
         if reason.stops:
             stop.acknowledge(reason)
             raise StoppedError(
-                "stopped while frame stores were copied to the nodes",
+                "stopped while shards were copied to the nodes",
                 step=newest_step(config.run.dir),
                 by=reason.origin,
                 fix="run the same command again; it keeps the shards that are copied",
@@ -259,7 +260,7 @@ def _describe_progress(found: Sequence[tuple[str, CopyProgress]], seconds: float
     """Describe the progress of the slowest node after `seconds` of copying."""
     copying = [(node, progress) for node, progress in found if progress.total_bytes]
     if not copying:
-        return "no frame store to stage"
+        return "no shards to stage"
     node, slowest = min(copying, key=lambda entry: entry[1].done_bytes / entry[1].total_bytes)
     others = f", the slowest of {len(copying)} nodes" if len(copying) > 1 else ""
     text = f"{format_bytes(slowest.done_bytes)} of {format_bytes(slowest.total_bytes)} are on {node}{others}"
@@ -271,9 +272,9 @@ def _describe_progress(found: Sequence[tuple[str, CopyProgress]], seconds: float
     return f"staging: {text}"
 
 
-def _check_visible(staged: Sequence[Sample], rank: int) -> None:
+def _check_visible(staged: Sequence[Sample] | TokenCache, rank: int) -> None:
     """Check that a rank sees the copies that the first rank of its node has made."""
-    if not isinstance(staged, StoredSamples):
+    if not isinstance(staged, (StoredSamples, TokenCache)):
         return
     unseen = next((file for file in shards_of(staged) if not file.is_file()), None)
     if unseen is not None:

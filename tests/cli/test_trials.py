@@ -11,6 +11,7 @@ import yaml
 
 from everest_ds.config import dump_experiment, load_experiment
 from everest_ds.errors import ExitCode
+from everest_ds.training.input_files import manifest_of
 from everest_ds.tuning.candidate import Candidate
 from everest_ds.tuning.trials.one_trial import Setup, classify_exit, run_here, trial_overrides
 from everest_ds.tuning.trials.record import WARM_UP_STEPS
@@ -87,6 +88,14 @@ def test_synthetic_clips_are_not_staged(setup: Setup) -> None:
     staged = replace(setup, overrides=("data.stage=/local",))
     words = trial_overrides(staged, candidate(staged).config)
     assert words.index("data.stage=null") > words.index("data.stage=/local")
+
+
+def test_trials_of_a_run_on_a_staged_cache_decode_the_same_tokens(setup: Setup, motion_data: Path) -> None:
+    cache = ("tokens.score=pixel", "data.draws=2", "data.token_cache=/cache", "data.stage=/local")
+    own = replace(setup, overrides=(f"data.train={motion_data / 'train.txt'}", *cache))
+    tried = load_experiment(own.source, list(trial_overrides(own, candidate(own).config)))
+    assert tried.data.token_cache is None and tried.data.draws == 2 and tried.data.sends_tokens
+    assert manifest_of(tried, "train") == tried.data.train
 
 
 @pytest.mark.parametrize(

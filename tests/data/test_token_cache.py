@@ -113,6 +113,31 @@ def test_ordinary_tools_read_a_cache_whose_size_was_known_before(motion_data: Pa
     assert listed[8].endswith("train/00007.mp4,1,00000.tar,00000007")
 
 
+def test_the_size_of_many_shards_is_predicted_also_when_filling_resumes(
+    motion_data: Path, tmp_path: Path
+) -> None:
+    config, shards = cached(motion_data, tmp_path), tmp_path / "cache" / "shards"
+
+    def new_filler() -> CacheFiller:
+        return CacheFiller(config, samples_of(config), Packer(config), tmp_path / "cache", shard_bytes=50_000)
+
+    def interrupt(done: int) -> None:
+        if done == 9:
+            raise KeyboardInterrupt
+
+    def num_bytes() -> int:
+        """Return the size of the shards without the two empty blocks that end a tar file."""
+        return sum(shard.stat().st_size - 1024 for shard in shards.glob("*.tar"))
+
+    predicted = new_filler().estimate().num_bytes
+    with pytest.raises(KeyboardInterrupt):
+        new_filler().fill(interrupt)
+    resumed = new_filler()
+    assert resumed.num_left == 15 and resumed.estimate().num_bytes == predicted - num_bytes()
+    resumed.fill(lambda done: None)
+    assert num_bytes() == resumed.finish()["bytes"] == predicted and len(list(shards.iterdir())) > 5
+
+
 @pytest.mark.parametrize("place", [100, 700, -700])  # a header, a tubelet, and an index or padding
 def test_a_damaged_draw_is_named_replaced_and_repaired(motion_data: Path, tmp_path: Path, place: int) -> None:
     config = cached(motion_data, tmp_path)
@@ -253,6 +278,28 @@ def test_the_loader_delivers_the_batches_of_a_cache(filled: Experiment) -> None:
         return [list(batch) for batch in found]
 
     assert same(batches(opened(filled), None), batches(None, Packer(filled)))
+
+
+@pytest.mark.parametrize("ranks", [(1, 2), (2, 1)])
+def test_a_run_resumes_on_other_ranks_with_the_clips_that_it_would_have_decoded(
+    filled: Experiment, ranks: tuple[int, int]
+) -> None:
+    samples, stop = samples_of(filled), 4  # in the middle of epoch 1
+
+    def clips(num_ranks: int, steps: range, cache: TokenCache | None) -> list[list[Tensor]]:
+        """Return the clips of these steps in the order in which the steps name them."""
+        plan = plan_ranks(filled, num_ranks)
+        pack = Packer(filled) if cache is None else None
+        shares = [
+            list(training_batches(samples, filled, plan, rank, steps, False, print, pack, cache))
+            for rank in range(num_ranks)
+        ]
+        batches = [batch for of_ranks in zip(*shares, strict=True) for batch in of_ranks]
+        return [list(clip) for batch in batches for clip in zip(*batch, strict=True)]
+
+    parts = zip(ranks, (range(stop), range(stop, 11)), strict=True)
+    resumed = [clip for num_ranks, steps in parts for clip in clips(num_ranks, steps, opened(filled))]
+    assert len(resumed) == 8 * 11 and same(resumed, clips(1, range(11), None))
 
 
 def test_the_command_fills_what_its_config_names(motion_data: Path, tmp_path: Path) -> None:

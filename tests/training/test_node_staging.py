@@ -25,7 +25,7 @@ from everest_ds.training.evaluate import run_test
 from everest_ds.training.input_files import manifest_of
 from everest_ds.training.loop import train
 from everest_ds.training.plan import describe_staging
-from everest_ds.training.preflight import check_nodes, stage_samples
+from everest_ds.training.preflight import check_nodes, stage_shards
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, train_rank
 from tests.training.test_resume import stop_and_resume
@@ -70,7 +70,7 @@ def stage(world: World, config: Experiment, place: Path, ranks_per_node: int) ->
     here = on_node(world, place, ranks_per_node)
     assert config.data.train is not None
     try:
-        samples = stage_samples(config, config.task, open_store(config.data.train), here, config.run.dir)
+        samples = stage_shards(config, config.task, open_store(config.data.train), here, config.run.dir)
     except EverestError as error:
         assert error.on_every_rank
         return f"{type(error).__name__}: {error}"
@@ -120,9 +120,7 @@ def test_too_little_room_is_said_by_all_ranks_and_blames_a_node_if_others_have_r
     config = staging(data, tmp_path / "run")
     shard = next(iter(shards_of(open_store(data / "train.txt"))))
     for message in run_ranks(with_copy_on_one_node, 2, config, tmp_path, shard):
-        assert message.startswith(
-            "BadNodeError: node1: too little disk space to stage the frame stores; given:"
-        )
+        assert message.startswith("BadNodeError: node1: too little disk space to stage the shards; given:")
         assert "GiB to copy, " in message
         assert "GiB free; fix: free disk space, name another folder in data.stage" in message
     for message in run_ranks(stage, 2, config, tmp_path / "others", 1):
@@ -168,7 +166,7 @@ def with_folders_of_their_own(world: World, config: Experiment, place: Path) -> 
     here = on_node(world, place, 1)  # a folder for each rank
     samples = open_store(config.data.train or Path())
     try:
-        stage_samples(config, config.task, samples, replace(here, local_rank=world.rank, local_size=2))
+        stage_shards(config, config.task, samples, replace(here, local_rank=world.rank, local_size=2))
     except EverestError as error:
         return str(error)
     return ""
@@ -205,9 +203,7 @@ def test_a_stop_ends_the_copying_on_all_ranks(data: Path, tmp_path: Path, by: st
     shards[0].unlink()
     os.mkfifo(shards[0])
     for message in run_ranks(stopped, 2, config, tmp_path, by):
-        assert message.startswith(
-            "StoppedError: stopped while frame stores were copied to the nodes; fix: run"
-        )
+        assert message.startswith("StoppedError: stopped while shards were copied to the nodes; fix: run")
     assert not list(config.run.dir.iterdir())
     for copy in (tmp_path / "node0").glob("*/*/*.tar"):
         assert filecmp.cmp(copy, data / "train.txt" / "shards" / copy.name, shallow=False)
@@ -274,6 +270,11 @@ def test_only_stores_are_staged(motion_data: Path, stores: Path, tmp_path: Path)
         ConfigError, match="data.stage is set, but data.train is not a frame store; given: .*"
     ):
         manifest_of(staging(motion_data, tmp_path), "train")
+    tokens = {"score": "pixel"}
+    cached = experiment(
+        motion_data, tmp_path, tokens=tokens, data={"stage": STAGE, "draws": 1, "token_cache": tmp_path}
+    )
+    assert manifest_of(cached, "train") == motion_data / "train.txt"
     mixed = staging(stores, tmp_path, "finetune", val=str(motion_data / "val.txt"))
     assert [store.shards.parent for store in preflight.stores_to_stage(mixed, "finetune")] == [
         stores / "train.txt"

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from everest_ds.config import DataConfig, Experiment
-from everest_ds.data.clips import EvaluationClips, TrainingClips
+from everest_ds.cli.app import app
+from everest_ds.config import DataConfig, Experiment, dump_experiment
+from everest_ds.data.clips import CachedClips, EvaluationClips, TrainingClips
 from everest_ds.data.data_set import check_frames, read_data_set
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.order import Visit
 from everest_ds.data.store.index import StoredSamples, open_store
 from everest_ds.data.store.layout import Packing
+from everest_ds.data.store.token_cache import open_token_cache
 from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import ConfigError, DataError
-from everest_ds.training.samples import read_samples
+from everest_ds.training.samples import read_samples, read_training_samples
+from everest_ds.training.token_packing import Packer
 from tests.data.conftest import write_video
 from tests.data.store.conftest import pack
 from tests.ranks import run_ranks
@@ -58,6 +63,16 @@ def on_store(config: Experiment, twins: dict[str, Path], folder: Path) -> Experi
     return Experiment.model_validate(
         {**tree, "data": {**tree["data"], **data}, "run": {**tree["run"], "dir": str(folder)}}
     )
+
+
+def damage(sample: Sample) -> None:
+    """Flip a bit in the list of the frames of a sample of a store."""
+    assert sample.stored is not None
+    with open(sample.stored.shard, "r+b") as stream:
+        stream.seek(sample.stored.records_at + 130)
+        byte = stream.read(1)[0]
+        stream.seek(-1, os.SEEK_CUR)
+        stream.write(bytes([byte ^ 1]))
 
 
 def test_clips_of_a_store_equal_those_of_its_frames(twins: dict[str, Path], tmp_path: Path) -> None:
@@ -114,11 +129,7 @@ def test_a_damaged_sample_is_replaced_named_and_left_out_next_time(motion_data: 
     store = tmp_path / "store"
     pack(motion_data / "train.txt", store)
     samples = open_store(store)
-    victim = samples[3].stored
-    assert victim is not None
-    content = bytearray(victim.shard.read_bytes())
-    content[victim.records_at + 130] ^= 1
-    victim.shard.write_bytes(content)
+    damage(samples[3])
     config = on_store(
         experiment(motion_data, tmp_path / "run", data={"max_broken_pct": 10}),
         {"stores": tmp_path},
@@ -132,6 +143,32 @@ def test_a_damaged_sample_is_replaced_named_and_left_out_next_time(motion_data: 
     assert "the list of its frames is damaged" in broken[0]["reason"]
     again = read_samples(config.model_copy(update={"data": data}), "train")
     assert [problem.sample for problem in again.excluded] == [samples[3]]
+
+
+def test_a_cache_of_a_store_holds_the_clips_that_are_read_from_the_store(
+    twins: dict[str, Path], motion_data: Path, tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(twins["stores"] / "train", tmp_path / "store"))
+    damage(open_store(store)[3])
+    data = {"train": str(store), "draws": 2, "token_cache": str(tmp_path / "cache"), "repeats": 2}
+    data |= {"horizontal_flip": True, "max_broken_pct": 10}
+    config = experiment(motion_data, tmp_path / "run", data=data, tokens={"score": "pixel"})
+    file = tmp_path / "run.yaml"
+    file.write_text(dump_experiment(config))
+    done = CliRunner().invoke(app, ["data", "cache", str(file), "--workers", "1"])
+    assert done.exit_code == 3 and "00003.mp4" in done.output
+    samples = read_training_samples(config, tmp_path / "run" / "excluded.json").samples
+    cache = open_token_cache(config, samples)
+    assert cache is not None
+    from_store, from_cache = (
+        TrainingClips(samples, config, Packer(config)),
+        CachedClips(samples, config, cache),
+    )
+    for visit in (Visit(0, 0), Visit(1, 3), Visit(2, 3), Visit(3, 23)):
+        read, kept = from_store[visit], from_cache[visit]
+        assert kept.failures == read.failures and len(kept.failures) == (visit.sample == 3)
+        pairs = zip(kept.clips, read.clips, strict=True)
+        assert all(torch.equal(*fields) for pair in pairs for fields in zip(*pair, strict=True))
 
 
 def test_clips_use_the_smallest_pictures_that_suffice(motion_data: Path, tmp_path: Path) -> None:

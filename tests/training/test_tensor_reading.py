@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from everest_ds.config import DataConfig, Experiment
+from everest_ds.config import DataConfig, Experiment, plan_ranks
 from everest_ds.config.mesh_shape import Turn
-from everest_ds.data import reading
+from everest_ds.data import clips, reading
 from everest_ds.data.clip_source import LoadedItem
 from everest_ds.data.clips import TrainingClips
-from everest_ds.data.order import Visit
+from everest_ds.data.order import Visit, training_visits
+from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import RankLostError
 from everest_ds.parallel.mesh import Mesh
@@ -25,6 +26,7 @@ from everest_ds.training.loop import train
 from tests.ranks import run_ranks
 from tests.training.faults import kill_myself, long_run, outcome, replaced, stop_at
 from tests.training.runs import experiment, losses, metrics
+from tests.training.test_cached_run import fill_cache
 
 NAMES_OF_THE_EXCHANGE = [(loop, "announce_batches"), (evaluate, "exchange_batches")]
 BROKEN = 5  # sample that is no video
@@ -47,7 +49,10 @@ def manifest(motion_data: Path, tmp_path: Path) -> Callable[[str], str]:
 
 
 def train_and_note(world: World, config: Experiment, shares: bool) -> None:
-    """Train, and note each file that a reader opens; without `shares`, each rank reads all of its clips."""
+    """Train, and note each video that a reader opens, and each draw that it reads from a token cache.
+
+    Without `shares`, each rank reads all of its clips.
+    """
     opened = open(config.run.dir.parent / f"{config.run.dir.name}.opened", "a", buffering=1)
 
     def note(open_sample: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,8 +62,16 @@ def train_and_note(world: World, config: Experiment, shares: bool) -> None:
 
         return noted
 
+    def note_draw(read_draw: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(cache: TokenCache, draw: Visit) -> Any:
+            opened.write(f"{world.rank} {draw}\n")
+            return read_draw(cache, draw)
+
+        return noted
+
     with ExitStack() as patches:
         patches.enter_context(replaced(reading, "open_sample", note))
+        patches.enter_context(replaced(clips, "read_draw", note_draw))
         if not shares:
             Mesh.turn = Turn()  # type: ignore[method-assign, assignment]
             for user, name in NAMES_OF_THE_EXCHANGE:
@@ -88,6 +101,21 @@ def opened_files(tmp_path: Path, name: str) -> Counter[str]:
     return Counter(line.split(" ", 1)[1] for line in lines)
 
 
+def in_groups(
+    data: Path, folder: Path, task: str, manifest: str, workers: int, sections: dict[str, Any]
+) -> Experiment:
+    """Return a run in groups of two ranks, whose manifest names a broken video."""
+    settings = {"train": manifest, "num_workers": workers, "max_broken_pct": 10}
+    return experiment(
+        data,
+        folder,
+        task,
+        **{**sections, "data": {**sections.get("data", {}), **settings}},
+        batch={"micro_batch_size": 2, "global_batch_size": 8},
+        parallelism={"zero_stage": 2, "tensor": 2},
+    )
+
+
 FINE_TUNING: dict[str, Any] = {"augment": {"mixup_alpha": 0.8, "erase_probability": 0.5}}
 PACKED: dict[str, Any] = {
     "tokens": {"score": "pixel", "keep_ratio": 0.5, "mask_ratio": 0.75},
@@ -114,15 +142,7 @@ def test_a_group_opens_each_file_once_and_trains_bit_for_bit_as_if_each_rank_rea
     sections: dict[str, Any],
 ) -> None:
     for name, shares in (("shared", True), ("alone", False)):
-        data = {"train": manifest(name), "num_workers": workers, "max_broken_pct": 10}
-        config = experiment(
-            motion_data,
-            tmp_path / name,
-            task,
-            **{**sections, "data": {**sections.get("data", {}), **data}},
-            batch={"micro_batch_size": 2, "global_batch_size": 8},
-            parallelism={"zero_stage": 2, "tensor": 2},
-        )
+        config = in_groups(motion_data, tmp_path / name, task, manifest(name), workers, sections)
         run_ranks(train_and_note, ranks, config, shares)
     shared, alone = (reported(tmp_path / name) for name in ("shared", "alone"))
     assert shared == alone and len([row for row in shared if "loss" in row]) == 9
@@ -132,6 +152,29 @@ def test_a_group_opens_each_file_once_and_trains_bit_for_bit_as_if_each_rank_rea
     assert twice == Counter({path: 2 * count for path, count in once.items()})
     validations = 3 if task == "finetune" else 0
     assert {once[str(motion_data / f"val/{number:05d}.mp4")] for number in range(12)} == {validations}
+
+
+@pytest.mark.slow
+def test_a_group_reads_each_draw_of_a_cache_once_and_trains_bit_for_bit_as_without_the_cache(
+    manifest: Callable[[str], str], motion_data: Path, tmp_path: Path
+) -> None:
+    for name, cache in (("decoded", None), ("cached", tmp_path / "cache")):
+        sections = {**PACKED, "data": {"pack_tokens": True, "draws": 2, "token_cache": cache}}
+        config = in_groups(motion_data, tmp_path / name, "pretrain", manifest(name), 1, sections)
+        if cache is not None:
+            fill_cache(config)
+        run_ranks(train_and_note, 4, config, True)
+    decoded, cached = (reported(tmp_path / name) for name in ("decoded", "cached"))
+    assert cached == decoded and len(cached) == 9 and cached[-1]["replaced_videos"] == 1
+    broken = [(tmp_path / name / "broken.jsonl").read_text() for name in ("decoded", "cached")]
+    assert broken[0] == broken[1]
+    plan = plan_ranks(config, 4)
+    visits = [
+        visit for share in range(2) for batch in training_visits(24, plan, 0, share, 0, 9) for visit in batch
+    ]
+    assert opened_files(tmp_path, "cached") == Counter(str(visit.drawn(2)) for visit in visits)
+    readers = (tmp_path / "cached.opened").read_text().splitlines()
+    assert Counter(line.split(" ", 1)[0] for line in readers) == Counter(dict.fromkeys("0123", 18))
 
 
 def die_while_others_wait(world: World, config: Experiment) -> None:

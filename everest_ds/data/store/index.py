@@ -24,6 +24,7 @@ from everest_ds.data.store.layout import (
     FRAMES,
     SHARDS,
     Packing,
+    ShardedStore,
     StoredFrames,
     StoreKind,
     shard_name,
@@ -70,6 +71,24 @@ class StoredSamples(SampleTable):
         self.packing = packing
         self.shards = shards
         self.places = places
+
+    @property
+    def kind(self) -> StoreKind:
+        """The kind of store."""
+        return FRAMES
+
+    @property
+    def shard(self) -> NDArray[np.int32]:
+        """The number of the shard that holds each sample."""
+        return self.places.shard[self.columns.lines - 1]
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """The shard, the start, the size in bytes and the CRC-32 of each sample, (samples, 4)."""
+        rows = np.unique(self.columns.lines) - 1
+        places = self.places
+        columns = (places.shard, places.start, places.num_bytes, places.checksum)
+        return np.unique(np.stack([column[rows].astype(np.int64) for column in columns], axis=1), axis=0)
 
     def _stored(self, line: int) -> StoredFrames:
         row = {name: int(column[line - 1]) for name, column in self.places._asdict().items()}
@@ -223,12 +242,9 @@ def write_part_of_store(folder: Path, samples: StoredSamples, rows: Sequence[int
     write_store_index(folder, columns, places, {"packing": asdict(samples.packing), "samples": len(rows)})
 
 
-def shards_of(samples: StoredSamples) -> Sequence[Path]:
+def shards_of(store: ShardedStore) -> Sequence[Path]:
     """Return the shards that hold a store's samples."""
-    return [
-        samples.shards / shard_name(shard)
-        for shard in np.unique(samples.places.shard[samples.columns.lines - 1]).tolist()
-    ]
+    return [store.shards / shard_name(shard) for shard in np.unique(store.shard).tolist()]
 
 
 def _digest(file: Path) -> str:

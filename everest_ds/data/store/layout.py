@@ -19,7 +19,10 @@ from __future__ import annotations
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 FACTS_FILE = "store.json"
 LIST_FILE = "samples.csv"
@@ -50,6 +53,30 @@ class StoreKind(NamedTuple):
     fix: str
     repair: str
     other_files: tuple[str, ...] = ()
+
+
+class ShardedStore(Protocol):
+    """Samples that are kept in the shards of a folder: those of a frame store or of a token cache."""
+
+    @property
+    def kind(self) -> StoreKind:
+        """The kind of store."""
+        ...
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the shards: that of the store, or a copy on this node."""
+        ...
+
+    @property
+    def shard(self) -> NDArray[np.int32]:
+        """The number of the shard that holds each sample."""
+        ...
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """The shard, the start, the size in bytes and the CRC-32 of each part, (parts, 4)."""
+        ...
 
 
 FRAMES = StoreKind(

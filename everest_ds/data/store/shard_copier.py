@@ -84,9 +84,9 @@ class ShardCopier:
         silent_s = time.monotonic() - self._last_progress
         if not finished and silent_s > self._stall_s:
             raise DataError(
-                "copying of the frame store to this node makes no progress",
+                "copying of shards to this node makes no progress",
                 given=f"no byte for {silent_s:.0f} s",
-                fix="check the storage of the store, and the folder data.stage; or raise run.hang_timeout_s",
+                fix="check the storage of the shards, and the folder data.stage; or raise run.hang_timeout_s",
             )
         with self._lock:
             done = self._in_place_bytes + self._copied_bytes
@@ -165,15 +165,15 @@ class ShardCopier:
         if stream.tell() != shard.num_bytes:
             raise DataError(
                 f"{shard.source}: the shard changed while it was copied",
-                fix="wait until `everest-ds data pack` has ended, and start again",
+                fix="wait until `everest-ds data pack` or `data cache` has ended, and start again",
             )
         stream.truncate()
         os.fsync(stream.fileno())
 
     def _check(self, shard: ShardCopy) -> None:
-        """Compare the samples in a copy with their checksums.
+        """Compare the samples or draws in a copy with their checksums.
 
-        Samples that are damaged in the store as well are left to those who read them.
+        Those that are damaged in the store as well are left to those who read them.
         """
         damaged = self._damaged(shard.partial, shard.parts)
         if not damaged:
@@ -183,10 +183,10 @@ class ShardCopier:
                 f"{shard.target}: the copy differs from {shard.source}",
                 fix="name a folder on another disk in data.stage",
             )
-        logger.warning("%s: damaged samples in this shard of the store: %d", shard.source, len(damaged))
+        logger.warning("%s: damaged samples or draws in this shard: %d", shard.source, len(damaged))
 
     def _damaged(self, file: Path, parts: NDArray[np.int64]) -> list[int]:
-        """Return the starts of the samples whose content differs from their checksum."""
+        """Return the starts of the samples or draws whose content differs from their checksum."""
         damaged = []
         for start, num_bytes, expected in parts.tolist():
             checksum = length = 0
@@ -252,7 +252,7 @@ def _naming_folder(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{folder}: the frame store cannot be copied to this folder of data.stage",
+            f"{folder}: shards cannot be copied to this folder of data.stage",
             given=error.strerror or str(error),
             fix="free disk space there, or name another folder; the same command keeps what is copied",
         ) from None

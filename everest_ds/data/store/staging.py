@@ -1,4 +1,4 @@
-"""Staging: the shards of a store are copied to a local folder of a node, and its ranks read the copies.
+"""Staging: the shards of a frame store or token cache are copied to a node, and its ranks read the copies.
 
     STAGE/everest-ds-DIGEST/00000.tar             a copy: it gets this name once it is checked and on the disk
     STAGE/everest-ds-DIGEST/.00000.tar.partial    a copy in progress, locked by the process that writes it
@@ -15,20 +15,25 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from everest_ds.data.ledger import Stamp, stamp
 from everest_ds.data.store.index import StoredSamples
-from everest_ds.data.store.layout import shard_name
+from everest_ds.data.store.layout import ShardedStore, shard_name
+from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
 from everest_ds.units import format_bytes
 
-STAGE_FIX = "free disk space, name another folder in data.stage, or read the store in place: data.stage=null"
+# The samples of a data set, or its token cache.
+Staged = TypeVar("Staged", bound=Sequence[Sample] | TokenCache)
+
+STAGE_FIX = "free disk space, name another folder in data.stage, or read the shards in place: data.stage=null"
 _COARSE_NS = 10**9  # some file systems keep whole seconds only
 
 
@@ -39,7 +44,7 @@ class ShardCopy(NamedTuple):
         source: the shard in the store.
         target: the copy.
         version: size and modification time of the shard.
-        parts: int64 (samples, 3): start, size in bytes and CRC-32 of each sample in the shard.
+        parts: int64 (parts, 3): start, size in bytes and CRC-32 of each sample or draw in the shard.
     """
 
     source: Path
@@ -113,35 +118,38 @@ def stage_folder(stage: Path) -> Path:
     return Path(folder).absolute()
 
 
-def read_from_stage(samples: Sequence[Sample], stage: Path | None) -> Sequence[Sample]:
-    """Return the samples of a store as they are read from this node's copy of its shards.
+def read_from_stage(store: Staged, stage: Path | None) -> Staged:
+    """Return the samples of a store, or a token cache, as they are read from this node's copy of the shards.
 
-    They are the same in all but the files that hold their frames. Samples of a manifest, and all samples if
-    `stage` is None, are returned as they are.
+    They are the same in all but the files that are read. Samples of a manifest, and everything if `stage` is
+    None, are returned as they are.
     """
-    if stage is None or not isinstance(samples, StoredSamples):
-        return samples
-    staged = copy(samples)
-    staged.shards = _staged_shards(stage_folder(stage), samples.shards)
+    if stage is None or not isinstance(store, (StoredSamples, TokenCache)):
+        return store
+    shards = _staged_shards(stage_folder(stage), store.shards)
+    if isinstance(store, TokenCache):
+        return replace(store, shards=shards)
+    staged = copy(store)
+    staged.shards = shards
     return staged
 
 
-def plan_copies(folder: Path, stores: Iterable[StoredSamples]) -> list[ShardCopy]:
+def plan_copies(folder: Path, stores: Iterable[ShardedStore]) -> list[ShardCopy]:
     """Return the copies that `folder`, from `stage_folder`, needs of the shards that hold the samples.
 
     Raises:
         DataError: if a shard is missing.
     """
     copies: dict[Path, ShardCopy] = {}
-    for samples in stores:
-        staged = _staged_shards(folder, samples.shards)
-        for shard, parts in _parts_by_shard(samples):
-            source, target = samples.shards / shard_name(shard), staged / shard_name(shard)
+    for store in stores:
+        staged = _staged_shards(folder, store.shards)
+        for shard, parts in _parts_by_shard(store):
+            source, target = store.shards / shard_name(shard), staged / shard_name(shard)
             version = stamp(source)
             if version[0] < 0:
                 raise DataError(
-                    f"{source}: this shard of the frame store is missing",
-                    fix="restore the file, or pack the store again",
+                    f"{source}: this shard of the {store.kind.title} is missing",
+                    fix=f"restore the file, or {store.kind.repair}",
                 )
             copies[target] = ShardCopy(source, target, version, parts)
     return list(copies.values())
@@ -153,12 +161,10 @@ def _staged_shards(folder: Path, shards: Path) -> Path:
     return folder / f"everest-ds-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def _parts_by_shard(samples: StoredSamples) -> Iterator[tuple[int, NDArray[np.int64]]]:
+def _parts_by_shard(store: ShardedStore) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Yield the number of each shard that holds samples, and their parts of it as in `ShardCopy`."""
-    rows = np.unique(samples.columns.lines) - 1
-    places = samples.places
-    columns = (places.shard, places.start, places.num_bytes, places.checksum)
-    table = np.unique(np.stack([column[rows].astype(np.int64) for column in columns], axis=1), axis=0)
+    table = store.parts
+    table = table[np.lexsort((table[:, 1], table[:, 0]))]
     numbers, firsts = np.unique(table[:, 0], return_index=True)
     for shard, rows_of_shard in zip(numbers.tolist(), np.split(table, firsts[1:]), strict=True):
         yield shard, rows_of_shard[:, 1:]

@@ -125,6 +125,19 @@ class TokenCache:
     checksum: NDArray[np.uint32]
     replaced: Mapping[Visit, Replaced]
 
+    @property
+    def kind(self) -> StoreKind:
+        """The kind of store."""
+        return CACHE
+
+    @property
+    def parts(self) -> NDArray[np.int64]:
+        """The shard, the start, the size in bytes and the CRC-32 of each draw, (draws, 4)."""
+        size = np.int64(self.shape.num_bytes)
+        starts = self.start[:, None] + size * np.arange(self.checksum.shape[1])
+        columns = np.broadcast_arrays(self.shard[:, None], starts, size, self.checksum)
+        return np.stack([column.ravel().astype(np.int64) for column in columns], axis=1)
+
     def place(self, draw: Visit) -> tuple[Path, int]:
         """Return the shard that holds a draw, and the offset of the draw in it."""
         shard = self.shards / shard_name(int(self.shard[draw.sample]))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment, plan_ranks
+from everest_ds.data.store.index import is_store
 from everest_ds.errors import ExitCode, StoppedError
 from everest_ds.jobs.status import explain_exit_code
 from everest_ds.stop_signals import end_with_parent
@@ -72,7 +73,7 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
         f"data.train={json.dumps(str(manifest))}",
         "data.root=null",
         "data.val=null",
-        *(("data.stage=null",) if reads_synthetic_clips(config) else ()),  # only stores can be staged
+        *_storage_overrides(config),
         "model.init_from=null",
         "schedule.epochs=1",
         "schedule.warmup_epochs=0",
@@ -82,6 +83,19 @@ def trial_overrides(setup: Setup, config: Experiment) -> tuple[str, ...]:
         "run.log_every_steps=1",
         "run.save_every_steps=1000000",
         "run.image_every_steps=1000000",
+    )
+
+
+def _storage_overrides(config: Experiment) -> tuple[str, ...]:
+    """Return the overrides for a recipe whose token cache or staged copies lack a trial's samples.
+
+    Without the cache, workers decode the clips and send the same tokens. Only stores can be staged.
+    """
+    train, cached = config.data.train, config.data.token_cache is not None
+    in_files = reads_synthetic_clips(config) or (cached and train is not None and not is_store(train))
+    return (
+        *(("data.token_cache=null", "data.pack_tokens=true") if cached else ()),
+        *(("data.stage=null",) if in_files else ()),
     )
 
 

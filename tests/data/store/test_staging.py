@@ -21,6 +21,7 @@ from everest_ds.data.ledger import stamp
 from everest_ds.data.order import fingerprint
 from everest_ds.data.store import shard_copier
 from everest_ds.data.store.index import StoredSamples, open_store, shards_of
+from everest_ds.data.store.layout import ShardedStore
 from everest_ds.data.store.shard_copier import CopyProgress, ShardCopier
 from everest_ds.data.store.staging import ShardCopy, StageRoom, plan_copies, read_from_stage, stage_folder
 from everest_ds.errors import ConfigError, DataError
@@ -36,7 +37,7 @@ def store(packed_motion: StoredSamples, tmp_path: Path) -> StoredSamples:
     return open_store(Path(shutil.copytree(folder, tmp_path / folder.name)))
 
 
-def stage(store: StoredSamples, folder: Path, stall_s: float = 60.0) -> CopyProgress:
+def stage(store: ShardedStore, folder: Path, stall_s: float = 60.0) -> CopyProgress:
     with ShardCopier(plan_copies(folder, [store]), stall_s) as copier:
         while True:
             progress = copier.progress(0.05)
@@ -203,7 +204,7 @@ def test_a_disk_that_becomes_full_is_named(store: StoredSamples, tmp_path: Path)
     folder, told = tmp_path / "local", _forked.SimpleQueue()
     assert in_process(fail_on_a_full_disk, store, folder, told) == 0
     message = told.get()
-    assert re.match(rf"{folder}/everest-ds-\w+: the frame store cannot be copied to this folder", message)
+    assert re.match(rf"{folder}/everest-ds-\w+: shards cannot be copied to this folder", message)
     assert "given: File too large; fix: free disk space" in message
     assert not list(folder.glob("*/.*"))
     stage(store, folder)
@@ -238,7 +239,7 @@ def test_damage_in_the_store_is_copied_and_left_to_the_readers(
     stage(store, tmp_path / "local")
     assert_staged(store, tmp_path / "local")
     warned = sorted(record.getMessage() for record in caplog.records)
-    assert warned == [f"{shard}: damaged samples in this shard of the store: 1" for shard in shards[:2]]
+    assert warned == [f"{shard}: damaged samples or draws in this shard: 1" for shard in shards[:2]]
 
 
 @pytest.mark.parametrize("times", [1, 9])
