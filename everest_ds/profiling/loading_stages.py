@@ -66,7 +66,7 @@ def measure_stages(
     """
     order = np.random.default_rng(0).permutation(len(samples))  # its first part is a fair selection, too
     chosen = [samples[int(index)] for index in order[:_NUM_VIDEOS]]
-    with _one_thread():
+    with one_thread():
         stopwatch = _Stopwatch(chosen, config, pack)
         stopwatch.read(Visit(0, 0))  # imports the decoder
         readings: list[tuple[Sample, _Reading]] = []
@@ -98,7 +98,7 @@ class _Stopwatch:
         start = time.process_time()
         item = self._clips[visit]
         loaded = time.process_time()
-        _in_shared_memory([clip.clip for clip in item.clips])
+        in_shared_memory([clip.clip for clip in item.clips])
         collated = time.process_time()
         if item.failures:
             return None
@@ -124,7 +124,7 @@ class _Stopwatch:
         return packed
 
 
-def _in_shared_memory(clips: Sequence[torch.Tensor]) -> torch.Tensor:
+def in_shared_memory(clips: Sequence[torch.Tensor]) -> torch.Tensor:
     """Return a batch in new shared memory, as the collate function of torch's loader does in a worker."""
     shared = torch.empty((len(clips), *clips[0].shape), dtype=clips[0].dtype).share_memory_()
     return torch.stack(list(clips), out=shared)
@@ -152,7 +152,7 @@ def _mean(readings: Sequence[_Reading]) -> _Reading:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let torch compute with one thread, as in a worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
