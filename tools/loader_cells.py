@@ -21,10 +21,7 @@ from everest_ds.errors import DataError
 from everest_ds.profiling.storage_rates import drop_from_page_cache
 
 GIVEN, STORE, CACHE = "as given", "store", "cache"  # names of sources
-SLOW, STAGED = (
-    "slow store",
-    "staged store",
-)  # on a slow disk, and copied to a local one
+SLOW, STAGED = "slow store", "staged store"  # a store on a slow disk, and its copy on a local one
 JPEG, TOKENS = "jpeg", "tokens"  # names of what decodes a store and a cache
 _COLD = (SLOW, STAGED)  # sources that are read from the disk, not from the page cache
 _PASSES = {CACHE: 16}  # readings of every sample per measurement, where one would be over too soon
@@ -105,7 +102,7 @@ class Measurement:
         seconds, cpu_seconds: time of the pass; CPU time is that of the rank and its workers.
         loading_cpu_seconds: the workers' part of the CPU time, or all of it without workers.
         steady_clips_per_s: clips per second after each worker has delivered its first batch, without the time
-            in which the workers waited for a core that another program used.
+            in which the workers waited for a core that another program used, except for a slow disk.
     """
 
     clips: int
@@ -147,7 +144,9 @@ def _measure(bench: Bench, cell: Cell, number: int) -> Measurement:
             drop_from_page_cache(file)
     start, before = time.perf_counter(), _cpu_seconds()
     batches = _peer_batches(bench, cell) if cell.repeats == 0 else _our_batches(bench, cell, number)
-    arrivals = [(clips, time.perf_counter() - start - _seconds_without_core()) for clips in batches]
+    # A slow disk goes on delivering while a worker waits for a core.
+    lost_s = float if cell.source == SLOW else _seconds_without_core
+    arrivals = [(clips, time.perf_counter() - start - lost_s()) for clips in batches]
     seconds, first = time.perf_counter() - start, min(max(cell.workers, 1), len(arrivals) - 1)
     rank_s, workers_s = map(operator.sub, _cpu_seconds(), before)
     return Measurement(

@@ -50,10 +50,12 @@ def disk_rate(files: Iterable[Path]) -> DiskRate | None:
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         while (start := time.perf_counter()) < began + _READ_S and num_bytes < _READ_BYTES:
             read = sum(readers.map(partial(_read_cold, until=began + _READ_S), every))
-            if not read:
-                return None
+            if not read:  # no file can be read, or the time was over before the first chunk
+                break
             rates.append(read / (time.perf_counter() - start))
             num_bytes += read
+    if not rates:
+        return None
     return DiskRate(median(rates), io_count("read_bytes") - before >= _COLD_SHARE * num_bytes)
 
 

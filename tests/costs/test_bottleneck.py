@@ -109,6 +109,16 @@ def test_without_spare_cores_decoding_and_training_take_turns(changed: dict[str,
     assert "take turns" in found.sentence()
 
 
+@pytest.mark.parametrize("wait_ms, clip_s", [(None, 0.190), (30.0, 0.120), (0.0, 0.100)])
+def test_a_worker_waits_as_measured_or_else_for_all_bytes(wait_ms: float | None, clip_s: float) -> None:
+    """The disk needs 100 ms for a megabyte, and the worker 90 ms of its core, some of it at the same time."""
+    cost = replace(COST, wait_ms=wait_ms)
+    alone = replace(SUPPLY, workers=1, disk_bytes_per_s=1e7)
+    assert find_bottleneck(cost, alone).loader_clips_per_s == pytest.approx(1 / clip_s)
+    unknown = replace(alone, disk_bytes_per_s=None)
+    assert find_bottleneck(cost, unknown).loader_clips_per_s == pytest.approx(1 / 0.090)
+
+
 def test_a_sentence_names_what_binds_and_by_how_much() -> None:
     waits = find_bottleneck(COST, replace(SUPPLY, basis="measured")).sentence()
     assert waits.startswith("decoding binds: 44 clips/s per rank (measured)")
