@@ -9,8 +9,9 @@ machine affects all cells equally. Medians are over rounds; ratios to the peer a
 CPU time covers the rank and its workers, and stays meaningful even if other programs share the machine; the
 gains of remedies leave out the time in which workers waited for a core (Linux only).
 
-With `--workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8`, the gains of these remedies that
-`everest-ds doctor --data` predicts stand beside the measured ones.
+With `--workers 1 --workers 2 --repeats 1 --repeats 4 --gop 8 --store --cache --slow-folder FOLDER`, the gains
+of these remedies that `everest-ds doctor --data` predicts stand beside the measured ones. FOLDER lies on a
+slow disk, such as a parallel file system: a frame store there is compared with a staged copy of it.
 """
 
 from __future__ import annotations
@@ -68,7 +69,12 @@ def main(
     store: Annotated[bool, typer.Option("--store", help="Add a frame store of the videos.")] = False,
     cache: Annotated[bool, typer.Option("--cache", help="Add a token cache of the videos.")] = False,
     slow_folder: Annotated[
-        Path | None, typer.Option(help="Add a frame store in this folder of a slow disk, and a staged copy.")
+        Path | None,
+        typer.Option(
+            help="Add a frame store in this folder of a slow disk, and a staged copy.",
+            exists=True,
+            file_okay=False,
+        ),
     ] = None,
     short_side: Annotated[int, typer.Option(help="Short side of copies and store, in pixels.")] = 256,
     size: Annotated[int, typer.Option(help="Height and width of the clips, in pixels.")] = 224,
@@ -135,6 +141,7 @@ def tables_of(
     found = measure(bench, cells, rounds)
     timed = {way: stages_of(bench, *way) for way in ways if way[0] not in (CACHE, STAGED)}
     stages = [stage_row(*key, times.cost) for key, times in timed.items()]
+    known = {way: times for way, times in timed.items() if way[0] != SLOW}  # whose disk does not bind
     gains = [gain for d in decoders for gain in remedy_rows(bench, found, timed, d, min(workers))]
     if SLOW in bench.sources:
         gains += staging_rows(bench, found, timed[SLOW, JPEG, 1])
@@ -142,14 +149,14 @@ def tables_of(
         "cells": [row(cell, found, stages) for cell in cells],
         "stages": stages,
         "remedies": gains,
-        "feeds": feeding(timed, gpu_rates, cores),
+        "feeds": feeding(known, gpu_rates, cores),
     }
     print_table("Clips per second", tables["cells"])
     print_table("CPU time per clip by stage, in one process, ms", stages)
     if gains:
         print_table("Remedies: predicted against measured", gains)
     print_table(f"GPUs that {cores} cores feed", tables["feeds"])
-    advice = [line for key in timed for line in advise(bench, *key, timed[key].cost, cores)]
+    advice = [line for key in known for line in advise(bench, *key, known[key].cost, cores)]
     for line in advice:
         typer.echo(f"- {line}")
     raw = [{**asdict(cell), "runs": [asdict(run) for run in found[cell]]} for cell in cells]
