@@ -85,7 +85,7 @@ def staging_rows(
     Args:
         bench: the settings, with a store on a slow disk and a copy of its shards.
         found: the measurements, with both for several numbers of workers.
-        stages: CPU time of loading a clip from the store.
+        stages: CPU time of loading a clip from the store, and bytes that its decoder asks for.
     """
     disk = disk_rate(dict.fromkeys(sample.file for sample in bench.sources[SLOW]))
     if disk is None or not disk.cold:
@@ -93,7 +93,6 @@ def staging_rows(
         return
     config = experiment(Cell(SLOW, JPEG, 0, 1), bench.batch_size, bench.size)
     cost = measure_cold(stages.cost, representatives(stages.decode_ms), config)
-    stages = stages._replace(cost=cost)
     for before in (cell for cell in found if cell.source == SLOW):
         supply = run_supply(experiment(before, bench.batch_size, bench.size), available_cores(), 1, None)
         supply = replace(supply, disk_bytes_per_s=disk.bytes_per_s)

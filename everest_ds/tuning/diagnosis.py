@@ -120,10 +120,9 @@ def diagnose(
     root = config.data.root
     samples = read_data_set(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")
-    stages = measure_stages(samples, config, pack, _BUDGET_S)
+    asked = measure_stages(samples, config, pack, _BUDGET_S)
     on_progress("reading the disk")
-    cost = measure_cold(stages.cost, representatives(stages.decode_ms), config)
-    stages = stages._replace(cost=cost)
+    stages = asked._replace(cost=measure_cold(asked.cost, representatives(asked.decode_ms), config))
     disk = disk_rate(dict.fromkeys(sample.file for sample in stages.decode_ms))
     place = f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
     loading = MeasuredLoading(
@@ -134,7 +133,7 @@ def diagnose(
         *changed_settings(stages.cost, supply, pack is not None),
         *_other_forms(data, stages, supply, config, pack, on_progress),
         *_cached(supply, config, pack, on_progress),
-        *staged_samples(stages, supply, config),
+        *staged_samples(asked, supply, config),
     ]
     remedies = find_remedies(stages.cost, supply, changes)
     return Diagnosis(ranks, stages, disk, loading, supply, remedies, write_loading(data, config, loading))
@@ -203,7 +202,10 @@ def _cached(
 
 
 def staged_samples(stages: StageTimes, supply: Supply, config: Experiment) -> Iterator[Change]:
-    """Yield the change to a copy of the shards on this machine's own disk, measured on a few samples."""
+    """Yield the change to a copy of the shards on this machine's own disk, measured on a few samples.
+
+    The cost in `stages` counts the bytes that a decoder asks for, as `measure_cold` expects.
+    """
     few = representatives(stages.decode_ms)
     if few[0].stored is None or supply.disk_bytes_per_s is None:
         return
