@@ -2,8 +2,11 @@
 
 Four resources work at the same time: the CPU cores of the loader's workers, the disk that the videos lie on,
 the copies of batches to the device, and the device that trains. Each has a rate in clips per second, and a
-rank gets clips at the lowest of these rates. Only a rank without a core to spare for its workers decodes and
-trains in turn. Tensor-parallel ranks of a group train on the same clips; the workers of the group share them.
+rank gets clips at the lowest of these rates. Two pairs of resources can take turns instead. A worker waits
+while it reads and decodes afterwards, so one worker keeps neither the disk nor its core busy all the time.
+A rank without a core to spare for its workers decodes and trains in turn.
+
+Tensor-parallel ranks of a group train on the same clips; the workers of the group share them.
 """
 
 from __future__ import annotations
@@ -19,7 +22,8 @@ REPEATS = 4  # value of `data.repeats` that is suggested
 # CPU time in ms of decoding 16 frames at stride 4, by the form of the same five videos: as given (key frames
 # up to 250 apart), re-encoded (key frames 8 apart, short side 256), and as JPEG frames (short side 256).
 _DECODE_MS = {"given": 386.0, "reencode": 66.0, "pack": 6.8}
-_CACHED_MS_PER_MB = 0.8  # CPU time of reading, checking and collating a megabyte of kept tokens
+# CPU time in ms of reading, checking and writing into a batch in shared memory a megabyte of kept tokens.
+_CACHED_MS_PER_MB = 1.5
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class LoadingCost:
         collate_ms: time to write one clip into its batch.
         pack_ms: time to select the kept tokens of one clip, which only `data.pack_tokens` does.
         read_bytes: bytes of a sample that are read from the disk.
+        wait_ms: time in which a worker waits for a sample from an idle disk; None if it was not measured.
     """
 
     decode_ms: float
@@ -39,6 +44,7 @@ class LoadingCost:
     collate_ms: float = 0.0
     pack_ms: float = 0.0
     read_bytes: float = 0.0
+    wait_ms: float | None = None
 
     def clip_ms(self, repeats: int, packs: bool) -> float:
         """Return the time per clip if `repeats` clips are cut from each decoded sample."""
@@ -119,9 +125,8 @@ class Supply:
 
     def rates(self, cost: LoadingCost) -> dict[Resource, float]:
         """Return the clips per second that each resource with a known rate delivers to a rank."""
-        readers = self.tensor if self.workers else 1
         clips_per_s = 1e3 * self.decoding_cores / cost.clip_ms(self.repeats, self.packs)
-        found: dict[Resource, float] = {"decoding": readers * clips_per_s}
+        found: dict[Resource, float] = {"decoding": self._reading_ranks * clips_per_s}
         if self.disk_bytes_per_s and cost.read_bytes:
             groups = max(1.0, self.ranks_per_node / self.tensor)
             found["disk"] = self.disk_bytes_per_s / groups / (cost.read_bytes / self.repeats)
@@ -131,30 +136,50 @@ class Supply:
             found["compute"] = self.model_clips_per_s
         return found
 
+    def workers_clips_per_s(self, cost: LoadingCost) -> float:
+        """Return the clips per second of workers that wait for an idle disk and decode in turn."""
+        wait_ms = 0.0
+        if self.disk_bytes_per_s:
+            whole = 1e3 * cost.read_bytes / self.disk_bytes_per_s
+            wait_ms = (whole if cost.wait_ms is None else cost.wait_ms) / self.repeats
+        workers = self._reading_ranks * max(1, self.workers)
+        return 1e3 * workers / (wait_ms + cost.clip_ms(self.repeats, self.packs))
+
+    @property
+    def _reading_ranks(self) -> int:
+        """The ranks that read the clips of this rank."""
+        return self.tensor if self.workers else 1
+
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """The rates of all resources, of which the lowest binds.
+    """The rates of all resources, and the one that limits a rank.
 
     Attributes:
         rates: clips per second and rank, by resource.
+        workers_clips_per_s: clips per second of workers that wait for the disk and decode in turn.
         alternates: True if decoding and training take turns.
         basis: whether the loader's rates were measured; that of compute is always predicted.
     """
 
     rates: Mapping[Resource, float]
+    workers_clips_per_s: float
     alternates: bool
     basis: Basis
 
     @property
     def binding(self) -> Resource:
-        """The resource with the lowest rate."""
-        return min(self.rates, key=lambda name: self.rates[name])
+        """The resource with the lowest rate; compute only if the loader as a whole delivers more."""
+        model = self.rates.get("compute")
+        if model is not None and model <= self.loader_clips_per_s:
+            return "compute"
+        return min((name for name in self.rates if name != "compute"), key=lambda name: self.rates[name])
 
     @property
     def loader_clips_per_s(self) -> float:
         """The rate of all resources but compute."""
-        return min(rate for name, rate in self.rates.items() if name != "compute")
+        alone = (rate for name, rate in self.rates.items() if name != "compute")
+        return min(self.workers_clips_per_s, *alone)
 
     @property
     def clips_per_s(self) -> float:
@@ -229,7 +254,8 @@ class Remedy(NamedTuple):
 
 def find_bottleneck(cost: LoadingCost, supply: Supply) -> Bottleneck:
     """Return which resource limits a rank."""
-    return Bottleneck(supply.rates(cost), supply.alternates, supply.basis)
+    rates, turns = supply.rates(cost), supply.workers_clips_per_s(cost)
+    return Bottleneck(rates, turns, supply.alternates, supply.basis)
 
 
 def changed_settings(cost: LoadingCost, supply: Supply, can_pack: bool) -> Iterator[Change]:
@@ -262,19 +288,25 @@ def changed_data(
         can_cache: True if the run's token score allows `data.token_cache`.
     """
     if pack_share is not None:
-        packed = replace(cost, decode_ms=pack_share * cost.decode_ms)
+        packed = replace(cost, decode_ms=pack_share * cost.decode_ms, wait_ms=None)
         yield Change("pack", "`everest-ds data pack`", packed, supply, "the usual time (docs/loader.md)")
     if can_cache:
-        read = LoadingCost(0.0, collate_ms=_CACHED_MS_PER_MB * supply.packed_bytes / 1e6)
-        from_cache = replace(supply, packs=True, repeats=1)
-        # Each clip is read in full, also if several are cut from a sample.
-        yield Change(
-            "cache",
-            "`everest-ds data cache`",
-            replace(read, read_bytes=supply.packed_bytes),
-            from_cache,
-            "the usual time (docs/loader.md)",
-        )
+        usual = LoadingCost(0.0, collate_ms=_CACHED_MS_PER_MB * supply.packed_bytes / 1e6)
+        yield cached_tokens(usual, supply, "the usual time (docs/loader.md)")
+
+
+def cached_tokens(cost: LoadingCost, supply: Supply, note: str) -> Change:
+    """Return the change to a token cache.
+
+    Args:
+        cost: CPU time of loading a clip from the cache.
+        supply: settings and machine at present.
+        note: where this time comes from.
+    """
+    # Each clip is read in full, also if several are cut from a sample.
+    read = replace(cost, read_bytes=supply.packed_bytes)
+    from_cache = replace(supply, packs=True, repeats=1)
+    return Change("cache", "`everest-ds data cache`", read, from_cache, note)
 
 
 def find_remedies(cost: LoadingCost, supply: Supply, changes: Iterable[Change]) -> list[Remedy]:

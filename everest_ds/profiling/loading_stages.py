@@ -18,6 +18,7 @@ import torch
 from everest_ds.config import Experiment
 from everest_ds.costs.bottleneck import LoadingCost
 from everest_ds.data.batch_memory import BatchMemory
+from everest_ds.data.clip_source import ClipSource
 from everest_ds.data.clips import Pack, TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
@@ -68,7 +69,7 @@ def measure_stages(
     """
     order = np.random.default_rng(0).permutation(len(samples))  # its first part is a fair selection, too
     chosen = [samples[int(index)] for index in order[:_NUM_VIDEOS]]
-    with _one_thread():
+    with one_thread():
         stopwatch = _Stopwatch(chosen, config, pack)
         stopwatch.read(Visit(0, 0))  # imports the decoder
         readings: list[tuple[Sample, _Reading]] = []
@@ -91,8 +92,7 @@ class _Stopwatch:
         self._packs, self._pack, self._pack_s = config.data.pack_tokens, pack, 0.0
         self._clips = TrainingClips(samples, config, self._timed_pack if self._packs else None)
         self._clips.reader.watch = self._watch
-        self._memory = BatchMemory()
-        self._clips.new_clip = self._memory.new_clip
+        self._hand_over = HandOver(self._clips)
         self._decode_s, self._read_bytes = 0.0, 0
 
     def read(self, visit: Visit) -> _Reading | None:
@@ -120,17 +120,25 @@ class _Stopwatch:
         self._decode_s += sign * time.process_time()
         self._read_bytes += sign * io_count("rchar")
 
-    def _hand_over(self, clips: list[Any]) -> None:
-        """Join clips to a batch, send it and receive it, as a worker and its rank do."""
-        pickle.loads(pickle.dumps(self._memory.joined(clips)))
-        self._memory.end_batch()
-
     def _timed_pack(self, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         assert self._pack is not None
         start = time.process_time()
         packed = self._pack(clip)
         self._pack_s += time.process_time() - start
         return packed
+
+
+class HandOver:
+    """The way of the clips of a source from a worker to its rank, within one process."""
+
+    def __init__(self, source: ClipSource) -> None:
+        self._memory = BatchMemory()
+        source.new_clip = self._memory.new_clip
+
+    def __call__(self, clips: list[Any]) -> None:
+        """Join clips to a batch, send it and receive it."""
+        pickle.loads(pickle.dumps(self._memory.joined(clips)))
+        self._memory.end_batch()
 
 
 def _summary(readings: Sequence[tuple[Sample, _Reading]], repeats: int) -> StageTimes:
@@ -155,7 +163,7 @@ def _mean(readings: Sequence[_Reading]) -> _Reading:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let torch compute with one thread, as in a worker."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -50,10 +50,12 @@ def disk_rate(files: Iterable[Path]) -> DiskRate | None:
     with ThreadPoolExecutor(_NUM_READERS) as readers:
         while (start := time.perf_counter()) < began + _READ_S and num_bytes < _READ_BYTES:
             read = sum(readers.map(partial(_read_cold, until=began + _READ_S), every))
-            if not read:
-                return None
+            if not read:  # no file can be read, or the time was over before the first chunk
+                break
             rates.append(read / (time.perf_counter() - start))
             num_bytes += read
+    if not rates:
+        return None
     return DiskRate(median(rates), io_count("read_bytes") - before >= _COLD_SHARE * num_bytes)
 
 
@@ -67,6 +69,8 @@ def _read_cold(file: Path, until: float) -> int:
     try:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            # Reading ahead would leave bytes that were read, but do not count, when the time is over.
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
         while time.perf_counter() < until and (chunk := os.read(descriptor, _CHUNK_BYTES)):
             num_bytes += len(chunk)
     except OSError:
@@ -74,6 +78,13 @@ def _read_cold(file: Path, until: float) -> int:
     finally:
         os.close(descriptor)
     return num_bytes
+
+
+def drop_from_page_cache(file: Path) -> None:
+    """Ask the system, if it is Linux, to read the content of a file from the disk again."""
+    if hasattr(os, "posix_fadvise"):
+        with open(file, "rb") as stream:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def io_count(name: str) -> int:

@@ -6,7 +6,7 @@ import os
 import platform
 import shlex
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
@@ -18,11 +18,10 @@ from everest_ds.config.checks import can_pack_tokens
 from everest_ds.costs.bottleneck import (
     Bottleneck,
     Change,
-    LoadingCost,
     MeasuredLoading,
     Remedy,
     Supply,
-    changed_data,
+    cached_tokens,
     changed_settings,
     find_bottleneck,
     find_remedies,
@@ -35,9 +34,10 @@ from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.step_time import predict_step, supply_of_step
 from everest_ds.data.clips import Pack
 from everest_ds.data.data_set import list_samples, read_data_set
-from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError, UsageError
 from everest_ds.launch.local import available_cores
+from everest_ds.profiling.cache_reading import measure_cache
+from everest_ds.profiling.cold_reading import copies_of_stored, measure_cold
 from everest_ds.profiling.device import num_gpus, this_device
 from everest_ds.profiling.faster_copies import FASTER_FORMS, measure_form, representatives
 from everest_ds.profiling.loading_record import write_loading
@@ -120,8 +120,9 @@ def diagnose(
     root = config.data.root
     samples = read_data_set(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")
-    stages = measure_stages(samples, config, pack, _BUDGET_S)
+    asked = measure_stages(samples, config, pack, _BUDGET_S)
     on_progress("reading the disk")
+    stages = asked._replace(cost=measure_cold(asked.cost, representatives(asked.decode_ms), config))
     disk = disk_rate(dict.fromkeys(sample.file for sample in stages.decode_ms))
     place = f"on {platform.node()}, {datetime.now(timezone.utc).date().isoformat()}"
     loading = MeasuredLoading(
@@ -131,8 +132,8 @@ def diagnose(
     changes = [
         *changed_settings(stages.cost, supply, pack is not None),
         *_other_forms(data, stages, supply, config, pack, on_progress),
-        *changed_data(stages.cost, supply, None, pack is not None),
-        *_staged(stages.cost, supply, samples),
+        *_cached(supply, config, pack, on_progress),
+        *staged_samples(asked, supply, config),
     ]
     remedies = find_remedies(stages.cost, supply, changes)
     return Diagnosis(ranks, stages, disk, loading, supply, remedies, write_loading(data, config, loading))
@@ -185,25 +186,41 @@ def _other_forms(
             cost = measure_form(form, few, config, pack)
             note = f"measured on copies of {len(few)} videos"
         except DataError:
-            cost = replace(stages.cost, decode_ms=stages.cost.decode_ms * usual_share(name))
+            share = usual_share(name)
+            cost = replace(stages.cost, decode_ms=share * stages.cost.decode_ms, wait_ms=None)
             note = "the usual share of decoding time (docs/loader.md), because no copy could be made"
         yield Change(name, form.apply.format(data=shlex.quote(str(data))), cost, supply, note)
 
 
-def _staged(cost: LoadingCost, supply: Supply, samples: Sequence[Sample]) -> Iterator[Change]:
-    """Yield the change to a copy of the shards on this machine's own disk, whose rate is measured."""
-    if samples[0].stored is None or supply.disk_bytes_per_s is None:
+def _cached(
+    supply: Supply, config: Experiment, pack: Pack | None, on_progress: Callable[[str], None]
+) -> Iterator[Change]:
+    """Yield the change to a token cache, if the run's token score allows one."""
+    if pack is not None:
+        on_progress("reading random tokens from a cache")
+        yield cached_tokens(measure_cache(config), supply, "measured on a cache of random tokens")
+
+
+def staged_samples(stages: StageTimes, supply: Supply, config: Experiment) -> Iterator[Change]:
+    """Yield the change to a copy of the shards on this machine's own disk, measured on a few samples.
+
+    The cost in `stages` counts the bytes that a decoder asks for, as `measure_cold` expects.
+    """
+    few = representatives(stages.decode_ms)
+    if few[0].stored is None or supply.disk_bytes_per_s is None:
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory(prefix="everest-ds-") as folder:
+        local = replace(stages.cost, wait_ms=0.0)  # of a folder in memory, such as a tmpfs
+        local = measure_cold(local, copies_of_stored(few, Path(folder)), config)
         file = Path(folder, "bytes")
         with open(file, "wb") as stream:
             stream.write(os.urandom(_LOCAL_BYTES))
             os.fsync(stream.fileno())
-        local = disk_rate([file])
-    if local is not None and local.cold:
-        there = replace(supply, disk_bytes_per_s=local.bytes_per_s)
+        rate = disk_rate([file])
+    if rate is not None:
+        there = replace(supply, disk_bytes_per_s=rate.bytes_per_s)
         note = f"measured in {tempfile.gettempdir()}"
-        yield Change("stage", f"data.stage={tempfile.gettempdir()}", cost, there, note)
+        yield Change("stage", f"data.stage={tempfile.gettempdir()}", local, there, note)
 
 
 def stage_rows(found: Diagnosis) -> list[dict[str, Any]]:

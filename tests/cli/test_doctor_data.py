@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from everest_ds.profiling import storage_rates
+from everest_ds.profiling import cold_reading, storage_rates
 from everest_ds.profiling.storage_rates import DiskRate
 from everest_ds.tuning import diagnosis
 from tests.cli.test_cli import run_main
@@ -16,7 +16,8 @@ from tests.data.store.conftest import pack
 
 def measure_briefly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shorten the measurement, leave out packing, which starts processes, and keep the record in the test."""
-    monkeypatch.setattr(storage_rates, "_READ_S", 0.1)
+    for module in (storage_rates, cold_reading):
+        monkeypatch.setattr(module, "_READ_S", 0.1)
     monkeypatch.setattr(diagnosis, "FASTER_FORMS", {"reencode": diagnosis.FASTER_FORMS["reencode"]})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 

@@ -26,6 +26,17 @@ def test_a_disk_delivers_files_that_left_the_cache(tmp_path: Path, monkeypatch: 
     assert unknown is not None and not unknown.cold
 
 
+def test_a_last_round_that_the_time_cuts_off_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second round begins just before the time is over, and reads nothing."""
+    (tmp_path / "small").write_bytes(bytes(1000))
+    read, rounds = storage_rates._read_cold, iter([1, 0])
+    monkeypatch.setattr(storage_rates, "_read_cold", lambda file, until: next(rounds) * read(file, until))
+    found = disk_rate([tmp_path / "small"])
+    assert found is not None and found.bytes_per_s > 0
+
+
 def test_files_that_cannot_be_read_have_no_rate(tmp_path: Path) -> None:
     assert disk_rate([tmp_path / "missing", tmp_path]) is None
     assert disk_rate([]) is None

@@ -18,12 +18,17 @@ TOOL = Path(__file__).parents[2] / "tools" / "bench_data.py"
 def test_predicted_gains_stand_beside_measured_ones(tmp_path: Path) -> None:
     synthesize(tmp_path / "videos", {"train": 4}, SyntheticSpec(num_frames=64, size=96), workers=1)
     settings = "--decoder pyav --workers 1 --workers 2 --repeats 1 --repeats 2 --gop 8 --size 96 --rounds 1"
-    files = [tmp_path / "videos", "--json", tmp_path / "found.json"]
+    settings += " --cache"
+    files = [tmp_path / "videos", "--json", tmp_path / "found.json", "--slow-folder", tmp_path]
     words = [sys.executable, str(TOOL), *map(str, files), *settings.split()]
-    subprocess.run(words, check=True, capture_output=True, text=True)
+    said = subprocess.run(words, check=True, capture_output=True, text=True).stderr
     found = json.loads((tmp_path / "found.json").read_text())
     rows = {row["remedy"]: row for row in found["remedies"]}
-    assert set(rows) == {"workers 1 -> 2", "repeats 1 -> 2", "reencode"}
+    staged = set() if "no row for staging" in said else {"stage, workers 1", "stage, workers 2"}
+    assert set(rows) == {"workers 1 -> 2", "repeats 1 -> 2", "reencode", "cache", *staged}
+    assert rows["cache"]["predicted_gain"] > 1
+    for name in staged:  # from one disk to the same one, which other programs use meanwhile
+        assert 0.4 < rows[name]["predicted_gain"] < 2.5
     given = next(row for row in found["stages"] if (row["source"], row["repeats"]) == ("as given", 1))
     halved = given["total"] / (given["total"] - given["decode"] / 2)
     assert rows["repeats 1 -> 2"]["predicted_gain"] == pytest.approx(halved, abs=0.02)
