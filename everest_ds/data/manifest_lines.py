@@ -35,10 +35,11 @@ _SPAN = re.compile(rb"(.+)#([0-9]{1,12})-([0-9]{1,12})", re.DOTALL)
 _QUOTED_LABEL = re.compile(
     rb'("[^"]*(?:""[^"]*)*"(?:#[0-9]{1,12}-[0-9]{1,12})?(?:[ \t]*[,;][ \t]*|[ \t]+))"(-?[0-9]{1,18})"'
 )
+_PATHS = rb"(?:path|file|file_?name|file_?path|video|video_?path|video_?name|name|clip)"
+_LABELS = rb"(?:label|label_?id|class|class_?id|class_?index|target)"
+# Quotes are around whole names: a quoted line is a video of that name.
 _HEADER = re.compile(
-    rb"(?i)\"?(?:path|file|file_?name|file_?path|video|video_?path|video_?name|name|clip)\"?"
-    rb"[ \t]*[,; \t][ \t]*"
-    rb"\"?(?:label|label_?id|class|class_?id|class_?index|target)\"?"
+    rb"(?i)(?:%b|\"%b\")[ \t]*[,; \t][ \t]*(?:%b|\"%b\")" % (_PATHS, _PATHS, _LABELS, _LABELS)
 )
 _BEFORE_TEXT = re.compile(rb"(?i)\.(?:" + rb"|".join(s[1:] for s in _SUFFIXES) + rb")[ \t]*[,; \t]")
 _MARK = b"\xef\xbb\xbf"  # the byte order mark

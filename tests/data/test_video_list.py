@@ -159,7 +159,9 @@ names = st.text(
     ),
     min_size=1,
 ).filter(lambda name: name not in (".", ".."))
-names |= st.sampled_from(["path,label", "Video", "a.MKV 1.0", "b.mp4, walk", "#c.mp4", '"d.mp4","1"'])
+names |= st.sampled_from(
+    ["path,label", "Clip; Target", "Video", "a.MKV 1.0", "b.mp4, walk", "#c.mp4", '"d.mp4","1"']
+)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -172,6 +174,13 @@ def test_what_is_written_is_read_back(tmp_path: Path, paths: list[list[str]], da
     write_manifest(file, samples, tmp_path)
     labelled = all(sample.label is not None for sample in samples)
     assert read_manifest(file, root=None, num_classes=None, labelled=labelled) == samples
+
+
+@pytest.mark.parametrize("name", ["path,label", "Clip; Target", "file\tclass"])
+def test_a_video_called_like_a_header_is_read_back(tmp_path: Path, name: str) -> None:
+    samples = [Sample(tmp_path / name, None), Sample(tmp_path / "b", None)]
+    write_manifest(tmp_path / "list.txt", samples, tmp_path)
+    assert read_manifest(tmp_path / "list.txt", root=None, num_classes=None, labelled=False) == samples
 
 
 def test_a_line_may_stand_for_a_part_of_a_video(tmp_path: Path) -> None:
