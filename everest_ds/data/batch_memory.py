@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SHARED_MEMORY = "/dev/shm"
-_LARGE_BYTES = 2**16  # A tensor of this size or larger travels through shared memory.
+# Larger tensors travel through shared memory. A message below 4096 bytes enters the queue whole or not at
+# all, even if its worker is killed meanwhile.
+_LARGE_BYTES = 512
 _MOST_PLACES = 2**16  # one byte each, at the beginning of the file; many times as many as are ever in use
 _numbers = count()
 

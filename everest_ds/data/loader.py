@@ -18,7 +18,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from multiprocessing import active_children
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, TypeVar
@@ -284,7 +283,7 @@ class _Crew:
         yield lost
 
     def _start(self, loader: DataLoader[Any]) -> Iterator[Any]:
-        processes, threads = active_children(), threading.enumerate()
+        threads = threading.enumerate()
         handler = signal.getsignal(signal.SIGCHLD)
         if getattr(handler, "__module__", "") == _TORCH_HANDLER:  # set by another loader of this process
             handler = signal.SIG_DFL
@@ -297,7 +296,8 @@ class _Crew:
             signal.signal(signal.SIGCHLD, handler)
         except ValueError:
             pass  # This is not the main thread, so torch has set no handler.
-        self._workers = [child for child in active_children() if child not in processes]
+        # Torch has no public list of its workers, and multiprocessing forgets those that have ended already.
+        self._workers: list[BaseProcess] = getattr(iterator, "_workers", [])
         self._threads = [thread for thread in threading.enumerate() if thread not in threads]
         return iterator
 

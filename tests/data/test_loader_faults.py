@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import shutil
 import signal
@@ -197,6 +198,21 @@ def test_a_worker_that_ends_is_no_end_of_the_data(monkeypatch: pytest.MonkeyPatc
     assert came == [[i] for i in range(len(came))] and len(came) <= 5
     assert f"workers are killed again and again; given: exit code {code}" in error
     assert not idle.reader.given_up
+
+
+def test_a_worker_that_ends_while_the_others_start_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Slow(DataLoader[Any]):
+        def __iter__(self) -> Any:
+            iterator = super().__iter__()
+            time.sleep(0.3)
+            multiprocessing.active_children()  # forgets the children that have ended
+            return iterator
+
+    monkeypatch.setattr(loader, "_POLL_S", 0.3)
+    monkeypatch.setattr(loader, "DataLoader", Slow)
+    idle = Numbers(lambda item: item == 1 and (idle.reader.watch(None), os._exit(3)))
+    came, error = delivered(idle, [[i] for i in range(4)], workers=2)
+    assert came == [[0]] and "workers are killed again and again; given: exit code 3" in error
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
