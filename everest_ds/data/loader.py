@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
 
 from everest_ds.config import BATCHES_AHEAD, DataConfig
 from everest_ds.data.batch_memory import BatchMemory
@@ -50,7 +51,6 @@ _POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
 _DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
 _CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
 _KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
-_TORCH_HANDLER = "torch.utils.data._utils.signal_handling"  # module of torch's handler of SIGCHLD
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
 
 
@@ -284,18 +284,12 @@ class _Crew:
 
     def _start(self, loader: DataLoader[Any]) -> Iterator[Any]:
         threads = threading.enumerate()
-        handler = signal.getsignal(signal.SIGCHLD)
-        if getattr(handler, "__module__", "") == _TORCH_HANDLER:  # set by another loader of this process
-            handler = signal.SIG_DFL
+        if threading.current_thread() is threading.main_thread():
+            _keep_child_handler()
         try:
             iterator = iter(loader)
         except (OSError, RuntimeError) as error:
             raise explain_torch("the loader's workers could not be started", error) from None
-        try:
-            # When a worker dies, torch's handler would raise in the middle of the rank's computation.
-            signal.signal(signal.SIGCHLD, handler)
-        except ValueError:
-            pass  # This is not the main thread, so torch has set no handler.
         # Torch has no public list of its workers, and multiprocessing forgets those that have ended already.
         self._workers: list[BaseProcess] = getattr(iterator, "_workers", [])
         self._threads = [thread for thread in threading.enumerate() if thread not in threads]
@@ -333,6 +327,20 @@ class _Crew:
     @property
     def _pinning_ended(self) -> bool:
         return not all(thread.is_alive() for thread in self._threads)
+
+
+def _keep_child_handler() -> None:
+    """Keep torch's handler of SIGCHLD from raising in the middle of the rank's work when a worker dies.
+
+    Torch sets it once per process, with its first loader. Here it is replaced before there are workers.
+    """
+    handler = signal.getsignal(signal.SIGCHLD)
+    if (
+        getattr(handler, "__module__", "") == signal_handling.__name__
+    ):  # set by another loader of this process
+        handler = signal.SIG_DFL
+    signal_handling._set_SIGCHLD_handler()  # type: ignore[no-untyped-call,unused-ignore]
+    signal.signal(signal.SIGCHLD, handler)
 
 
 def _find_lost(workers: list[BaseProcess], notes: _Notes, timeout_s: float) -> _Lost | None:
