@@ -16,6 +16,7 @@ from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.store.layout import StoredFrames
 from everest_ds.data.video_list import Sample
+from everest_ds.profiling.loading_stages import one_thread
 from everest_ds.profiling.storage_rates import drop_from_page_cache, io_count
 
 _SCHEDULE = Path("/proc/self/schedstat")  # Linux only
@@ -37,11 +38,12 @@ def measure_cold(cost: LoadingCost, samples: Sequence[Sample], config: Experimen
     """
     clips = TrainingClips(samples, config)
     readings, began = [], time.perf_counter()
-    for number in count():
-        if (reading := _read_cold_clip(clips, Visit(*divmod(number, len(samples))))) is not None:
-            readings.append(reading)
-        if time.perf_counter() - began > _READ_S:
-            break
+    with one_thread():  # with more threads, CPU time could exceed the time that passes
+        for number in count():
+            if (reading := _read_cold_clip(clips, Visit(*divmod(number, len(samples))))) is not None:
+                readings.append(reading)
+            if time.perf_counter() - began > _READ_S:
+                break
     # A disk whose rate is limited is faster at first, for as long as its allowance lasts.
     steady = readings[len(readings) // 2 :]
     asked, delivered, idle_s = (
@@ -50,7 +52,7 @@ def measure_cold(cost: LoadingCost, samples: Sequence[Sample], config: Experimen
     if not delivered:
         return cost
     read_bytes = cost.read_bytes * delivered / asked
-    return replace(cost, read_bytes=read_bytes, wait_ms=1e3 * idle_s * read_bytes / delivered)
+    return replace(cost, read_bytes=read_bytes, wait_ms=1e3 * max(0.0, idle_s) * read_bytes / delivered)
 
 
 class _ColdReading(NamedTuple):
