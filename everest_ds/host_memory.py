@@ -1,12 +1,15 @@
-"""Resident memory of this process: its current size, and its peak since the last reset."""
+"""Resident memory of this process: its current size, its peak since the last reset, and what it keeps."""
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 from pathlib import Path
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+# Options of mallopt(3), a function of glibc.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 _RESET_PEAK = "5"  # proc(5): writing 5 sets the peak to the current size
 
 
@@ -37,3 +40,15 @@ def reset_peak() -> bool:
     except OSError:
         return False
     return True
+
+
+def keep_freed_memory(num_bytes: int) -> None:
+    """Let this process keep up to `num_bytes` of freed memory, so that the next large array takes it again.
+
+    By default, glibc returns the memory of an array of 32 MB or more to the system when it is freed, and the
+    system clears every page of the next one. Other C libraries are left as they are.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_TRIM_THRESHOLD, num_bytes)
+        mallopt(_MMAP_MAX, 0)

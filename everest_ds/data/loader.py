@@ -42,6 +42,7 @@ from everest_ds.data.loader_errors import (
 )
 from everest_ds.data.reading import Failure, SampleReader
 from everest_ds.errors import DataError
+from everest_ds.host_memory import keep_freed_memory
 from everest_ds.log import logger
 from everest_ds.stop_signals import end_with_parent, ignore_stop_signals
 
@@ -49,6 +50,7 @@ T = TypeVar("T")
 
 _POLL_S = 5.0  # longest delay before a dead or stuck worker is noticed
 _DEATH_S = 30.0  # time for a worker whose connection broke to exit: it may still be writing a core dump
+_KEPT_BYTES = 2**27  # of freed memory in a worker: the pictures of a clip of 1080p take 100 MB
 _CRASHES = 2  # crashes until a video counts as broken: a single crash may have had another cause
 _KILLS = 2  # workers killed from outside, without a batch in between, until the rank gives up
 _TIMED_OUT = "DataLoader timed out"  # beginning of torch's RuntimeError when no batch came within `timeout`
@@ -229,6 +231,7 @@ def _pass(
         if end_with_rank is not None:
             end_with_rank()
         hush_lost_rank()
+        keep_freed_memory(_KEPT_BYTES)
         torch.set_num_threads(1)
         source.reader.watch = notes.enter(worker)
         guarded.memory = memories[worker]

@@ -41,7 +41,7 @@ def measure_cache(config: Experiment) -> LoadingCost:
         cache = _random_cache(DrawShape.of(config), Path(folder))
         num_draws = len(cache.start)
         clips = CachedClips([Sample(Path(folder), 0)] * num_draws, config, cache)
-        hand_over = HandOver(clips)
+        hand_over = HandOver(clips, config.batch.micro_batch_size)
         passes = [_read_all(clips, num_draws, hand_over) for _ in range(1 + _PASSES)]
     num_clips = num_draws * cache.shape.repeats
     read_s, collate_s = (median(times) for times in zip(*passes[1:], strict=True))  # the first one warms up

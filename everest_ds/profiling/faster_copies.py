@@ -23,7 +23,7 @@ from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.profiling.loading_stages import measure_stages
 
-_NUM_VIDEOS = 4
+_NUM_VIDEOS = 8
 _MOST_FRAMES = 300  # of each video: all of the ten seconds of a video of Kinetics
 _BUDGET_S = 3.0  # CPU time of reading the copies
 

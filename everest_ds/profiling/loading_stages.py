@@ -26,7 +26,10 @@ from everest_ds.errors import DataError
 from everest_ds.profiling.storage_rates import io_count
 
 _NUM_VIDEOS = 32
-_PASSES = 3  # readings of each video, if the time allows
+# Readings in all, if the time allows. Decoding takes from a fifth to twice its mean, by the distance of a
+# clip's start from a key frame, so a mean over fewer readings would be off by a tenth and more.
+_READINGS = 96
+_MOST_CLIPS = 8  # of a batch, so that short measurements make a few batches
 
 
 class StageTimes(NamedTuple):
@@ -73,11 +76,16 @@ def measure_stages(
         stopwatch = _Stopwatch(chosen, config, pack)
         stopwatch.read(Visit(0, 0))  # imports the decoder
         readings: list[tuple[Sample, _Reading]] = []
+        unreadable: set[int] = set()  # each would be tried twice, with a pause
         began = time.process_time()
-        for number in range(_PASSES * len(chosen)):
+        for number in range(max(_READINGS, len(chosen))):
             visit = Visit(*divmod(number, len(chosen)))
+            if visit.sample in unreadable:
+                continue
             if (reading := stopwatch.read(visit)) is not None:
                 readings.append((chosen[visit.sample], reading))
+            else:
+                unreadable.add(visit.sample)
             if readings and time.process_time() - began > budget_s:
                 break
     if not readings:
@@ -92,7 +100,7 @@ class _Stopwatch:
         self._packs, self._pack, self._pack_s = config.data.pack_tokens, pack, 0.0
         self._clips = TrainingClips(samples, config, self._timed_pack if self._packs else None)
         self._clips.reader.watch = self._watch
-        self._hand_over = HandOver(self._clips)
+        self._hand_over = HandOver(self._clips, config.batch.micro_batch_size)
         self._decode_s, self._read_bytes = 0.0, 0
 
     def read(self, visit: Visit) -> _Reading | None:
@@ -129,16 +137,20 @@ class _Stopwatch:
 
 
 class HandOver:
-    """The way of the clips of a source from a worker to its rank, within one process."""
+    """The way of clips from a worker to its rank, within one process, in batches of `size`."""
 
-    def __init__(self, source: ClipSource) -> None:
-        self._memory = BatchMemory()
+    def __init__(self, source: ClipSource, size: int) -> None:
+        self._memory, self._size = BatchMemory(), min(size, _MOST_CLIPS)
+        self._clips: list[Any] = []
         source.new_clip = self._memory.new_clip
 
     def __call__(self, clips: list[Any]) -> None:
-        """Join clips to a batch, send it and receive it."""
-        pickle.loads(pickle.dumps(self._memory.joined(clips)))
-        self._memory.end_batch()
+        """Add clips to the batch in progress; once it is complete, join, send and receive it."""
+        self._clips += clips
+        if len(self._clips) >= self._size:
+            pickle.loads(pickle.dumps(self._memory.joined(self._clips)))
+            self._memory.end_batch()
+            self._clips.clear()
 
 
 def _summary(readings: Sequence[tuple[Sample, _Reading]], repeats: int) -> StageTimes:
