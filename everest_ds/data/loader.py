@@ -338,9 +338,7 @@ def _keep_child_handler() -> None:
     Torch sets it once per process, with its first loader. Here it is replaced before there are workers.
     """
     handler = signal.getsignal(signal.SIGCHLD)
-    if (
-        getattr(handler, "__module__", "") == signal_handling.__name__
-    ):  # set by another loader of this process
+    if getattr(handler, "__module__", "") == signal_handling.__name__:  # of a loader that is not ours
         handler = signal.SIG_DFL
     signal_handling._set_SIGCHLD_handler()  # type: ignore[no-untyped-call,unused-ignore]
     signal.signal(signal.SIGCHLD, handler)
