@@ -18,17 +18,17 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from bench_sources import fill_cache
 from torch.utils.data import default_collate
 
 from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
 from everest_ds.config import BatchPlan, Experiment
-from everest_ds.console import print_facts, progress_of, write_json
+from everest_ds.console import print_facts, write_json
 from everest_ds.data.clips import CachedClips, TrainingClips, training_batches
 from everest_ds.data.data_set import list_samples
 from everest_ds.data.order import Visit
-from everest_ds.data.store.fill_cache import CacheFiller
-from everest_ds.data.store.token_cache import TokenCache, open_token_cache
+from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.training.run_folder import describe_environment
@@ -49,7 +49,7 @@ def main(
     repeated = [given[i % len(given)] for i in range(samples)]
     with tempfile.TemporaryDirectory() as folder:
         config = experiment(Path(folder))
-        cache = fill(config, repeated)
+        cache = fill_cache(config, repeated)
         facts = measure(config, repeated, cache, rounds)
     print_facts("Token cache", facts)
     write_json(json_file, {"environment": describe_environment(1), **facts})
@@ -71,18 +71,6 @@ def experiment(cache: Path) -> Experiment:
             "batch": {"micro_batch_size": _BATCH},
         }
     )
-
-
-def fill(config: Experiment, samples: Sequence[Sample]) -> TokenCache:
-    """Fill the cache of a config and open it."""
-    assert config.data.token_cache is not None
-    filler = CacheFiller(config, samples, Packer(config), config.data.token_cache)
-    with progress_of("filling a token cache", len(samples)) as on_progress:
-        filler.fill(on_progress)
-    filler.finish()
-    cache = open_token_cache(config, samples)
-    assert cache is not None
-    return cache
 
 
 def measure(config: Experiment, samples: Sequence[Sample], cache: TokenCache, rounds: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 from loader_cells import CACHE, TOKENS, Cell, enough, experiment
 
+from everest_ds.config import Experiment
 from everest_ds.console import progress_of
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
@@ -97,10 +98,16 @@ def distinct(samples: Sequence[Sample], count: int, folder: Path) -> list[Sample
 
 
 def filled_cache(samples: Sequence[Sample], out: Path, batch_size: int, size: int) -> TokenCache:
-    """Fill a token cache with one draw of each sample, as `everest-ds data cache` does, and open it."""
+    """Fill a token cache with one draw of each sample, and open it."""
     config = experiment(Cell(CACHE, TOKENS, os.cpu_count() or 1, 1), batch_size, size)
-    config = config.model_copy(update={"data": config.data.model_copy(update={"token_cache": out})})
-    filler = CacheFiller(config, samples, Packer(config), out)
+    data = config.data.model_copy(update={"token_cache": out})
+    return fill_cache(config.model_copy(update={"data": data}), samples)
+
+
+def fill_cache(config: Experiment, samples: Sequence[Sample]) -> TokenCache:
+    """Fill the token cache of a config, as `everest-ds data cache` does, and open it."""
+    assert config.data.token_cache is not None
+    filler = CacheFiller(config, samples, Packer(config), config.data.token_cache)
     with progress_of("filling a token cache", len(samples)) as on_progress:
         filler.fill(on_progress)
     filler.finish()

@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from bench_sources import fill_cache
 
 from everest_ds.cli.options import JsonFile
 from everest_ds.cli.program import run_program
@@ -26,13 +27,11 @@ from everest_ds.config import Experiment
 from everest_ds.console import print_facts, write_json
 from everest_ds.data.data_set import read_data_set
 from everest_ds.data.manifest_lines import SampleColumns
-from everest_ds.data.store.fill_cache import CacheFiller
 from everest_ds.data.store.index import PlaceColumns, open_store, replace_index, write_store_index
 from everest_ds.data.store.layout import SHARDS, Packing
 from everest_ds.data.store.pack import StorePacker
-from everest_ds.data.store.token_cache import CACHE, content_of, open_token_cache
+from everest_ds.data.store.token_cache import CACHE, content_of
 from everest_ds.data.synthetic import SyntheticSpec, synthesize
-from everest_ds.training.token_packing import Packer
 
 _NUM_VIDEOS = 12
 _DRAWS = 4
@@ -134,11 +133,7 @@ def _large_store(folder: Path, num_samples: int) -> tuple[Path, Path]:
 def _large_cache(folder: Path, few: Path, many: Path) -> Experiment:
     """Fill a cache of a few samples, and write the index of one in which they have many names."""
     of_few = _experiment(few, draws=_DRAWS, token_cache=folder / "cache-of-few")
-    filler = CacheFiller(of_few, open_store(few), Packer(of_few), folder / "cache-of-few")
-    filler.fill(lambda done: None)
-    filler.finish()
-    filled = open_token_cache(of_few, open_store(few))
-    assert filled is not None
+    filled = fill_cache(of_few, open_store(few))
     config, samples = _experiment(many, draws=_DRAWS, token_cache=folder / "cache"), open_store(many)
     rows = np.arange(len(samples)) % len(filled.shard)
     arrays = {name: getattr(filled, name)[rows] for name in ("shard", "start", "checksum")}
