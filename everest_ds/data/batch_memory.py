@@ -1,7 +1,7 @@
 """Memory through which a loader worker hands its batches to its rank, used again and again.
 
 Torch's loader makes new shared memory for each tensor of each batch. The kernel has to clear and map its
-pages, which takes longer than to decode a clip from a frame store. Here a worker keeps the memory of its
+pages, which can take longer than to decode a clip from a frame store. Here a worker keeps the memory of its
 batches, and fills it again after the rank has dropped the last tensor that lies in it, however long that
 takes. Small tensors travel through the queue itself.
 """
