@@ -24,7 +24,9 @@ def neighbours(new: int, place: int, old: int) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kind", ["flat", "grid"])
-@pytest.mark.parametrize(("frames", "pixels"), [(4, 64), (16, 64), (8, 32), (8, 96), (12, 80), (6, 48)])
+@pytest.mark.parametrize(
+    ("frames", "pixels"), [(4, 64), (16, 64), (32, 64), (8, 32), (8, 96), (12, 80), (6, 48)]
+)
 def test_a_table_is_interpolated_over_slots_rows_and_columns(kind: str, frames: int, pixels: int) -> None:
     learned = {"num_frames": 8, "image_size": 64}
     model = ModelConfig(num_frames=frames, image_size=pixels, positions=kind, positions_from=learned)
