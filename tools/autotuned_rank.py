@@ -15,7 +15,7 @@ import torch
 
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import build_engine
 from everest_ds.parallel.mesh import form_mesh

@@ -31,8 +31,8 @@ from everest_ds.data.order import Visit
 from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.models.selection.packer import Packer
 from everest_ds.training.run_folder import describe_environment
-from everest_ds.training.token_packing import Packer
 
 _DRAWS, _BATCH = 2, 8
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.costs.compute import predict_macs
-from everest_ds.data.clips import Batch
+from everest_ds.data.clip_batches import Batch
 from everest_ds.parallel.world import World
 from everest_ds.training.engine_step import EngineStep, MeasuredStep
 from everest_ds.training.plain_step import PlainStep

@@ -17,7 +17,7 @@ from everest_ds.config import Experiment, load_experiment, plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.console import print_facts, print_table, write_json
 from everest_ds.costs.memory import predict_memory
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.host_memory import resident_bytes
 from everest_ds.launch.environment import detect_environment
 from everest_ds.models.initial_weights import draw_initial_weights, outline

@@ -19,7 +19,7 @@ from everest_ds.cli.program import run_program
 from everest_ds.config import Experiment, load_experiment
 from everest_ds.config.schema import RecomputeConfig
 from everest_ds.console import print_facts, print_table, write_json
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.launch.environment import detect_environment
 from everest_ds.models import build_model
 from everest_ds.parallel.engine import check_precision

@@ -25,7 +25,7 @@ from everest_ds.data.store.token_cache import TokenCache, open_token_cache
 from everest_ds.data.video_files import VIDEO_SUFFIXES
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import DataError
-from everest_ds.training.token_packing import Packer
+from everest_ds.models.selection.packer import Packer
 
 _STALL_S = 600.0
 

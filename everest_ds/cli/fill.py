@@ -55,10 +55,11 @@ def _run(config: Experiment, out: Path, dry_run: bool) -> dict[str, Any]:
     from everest_ds.data.store.fill_cache import CacheFiller
     from everest_ds.data.store.shards import packing_into
     from everest_ds.training.samples import read_training_samples, record_excluded
-    from everest_ds.training.token_packing import Packer
+    from everest_ds.training.token_packing import training_packer
 
     usable = read_training_samples(config, out / EXCLUDED_FILE)
-    samples, pack = usable.samples, Packer(config)
+    samples, pack = usable.samples, training_packer(config)
+    assert pack is not None
     if dry_run:
         with tempfile.TemporaryDirectory() as folder:
             return _plan(CacheFiller(config, samples, pack, Path(folder)), config, out)

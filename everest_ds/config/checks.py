@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from everest_ds.config.mesh_shape import check_degrees
-from everest_ds.config.selections import SELECTIONS
+from everest_ds.config.selections import CODEC_SAMPLES, SCORES, SELECTIONS
 
 if TYPE_CHECKING:
     from everest_ds.config.schema import Experiment
@@ -21,6 +21,7 @@ def check_sections_agree(config: Experiment) -> None:
     _check_tokens(config)
     _check_schedule(config)
     _check_micro_batch(config)
+    _check_motion(config)
     _check_packing(config)
     _check_zero_stage(config)
     check_degrees(config)
@@ -108,26 +109,44 @@ def _check_micro_batch(config: Experiment) -> None:
 
 def can_pack_tokens(config: Experiment) -> bool:
     """Return whether a run may set `data.pack_tokens`."""
-    return _selects_by_pixels(config) and not config.augment.changes
+    return _selects_without_weights(config) and not config.augment.changes
 
 
-def _selects_by_pixels(config: Experiment) -> bool:
-    """Return whether tokens are selected by their pixels alone, which needs no weights of the model."""
+def _selects_without_weights(config: Experiment) -> bool:
+    """Return whether tokens are selected by the clip alone, which needs no weights of the model."""
     tokens = config.tokens
     return tokens.rule.packs and not tokens.score_kind.num_maps and tokens.frame_oversampling == 1
+
+
+def _check_motion(config: Experiment) -> None:
+    tokens, model = config.tokens, config.model
+    if tokens.score_kind.reads_motion and tokens.frame_oversampling > 1:
+        raise ValueError(
+            f"tokens.score={tokens.score} needs frame_oversampling=1, because the loader's workers select the"
+            f" tokens before frames are drawn; given: {tokens.frame_oversampling:g}; use tokens.score=pixel"
+        )
+    if tokens.reads_motion and model.patch_size % CODEC_SAMPLES:
+        raise ValueError(
+            f"tokens.score={tokens.score} takes {CODEC_SAMPLES} samples along each side of a patch;"
+            f" model.patch_size={model.patch_size} is not a multiple of {CODEC_SAMPLES}"
+        )
 
 
 def _check_packing(config: Experiment) -> None:
     data = config.data
     key = "data.pack_tokens" if data.token_cache is None else "data.token_cache"
-    if data.sends_tokens and not _selects_by_pixels(config):
+    if data.sends_tokens and not _selects_without_weights(config):
         packing = " or ".join(name for name, rule in SELECTIONS.items() if rule.packs)
+        scores = " or ".join(name for name, kind in SCORES.items() if not kind.num_maps)
         raise ValueError(
             f"{key} lets data-loading workers select tokens, but they have no model weights to"
-            f" score tokens with; use tokens.selection={packing}, score=pixel and frame_oversampling=1"
+            f" score tokens with; use tokens.selection={packing}, score={scores} and frame_oversampling=1"
         )
-    if data.sends_tokens and config.augment.changes:
-        raise ValueError(f"{key} selects tokens before augment changes the clips; turn one of the two off")
+    selecting = key if data.sends_tokens else f"tokens.score={config.tokens.score}"
+    if (data.sends_tokens or config.tokens.reads_motion) and config.augment.changes:
+        raise ValueError(
+            f"{selecting} selects tokens before augment changes the clips; turn one of the two off"
+        )
     if data.token_cache is not None and data.draws is None:
         raise ValueError(
             "data.token_cache holds a few draws of each sample, but data.draws is not set: set it to their"

@@ -121,7 +121,9 @@ class TokensConfig(ConfigSection):
     )
     mask_ratio: Probability = Field(0.9, description="share of all tokens hidden from the encoder")
     score: ScoreName = Field(
-        "embedding", description="input of ReRo: embeddings (exact), a random projection of them, or pixels"
+        "embedding",
+        description="input of ReRo: embeddings (exact), a random projection of them, pixels, or the motion"
+        " vectors of the video file and a thumbnail",
     )
     distance: Literal["l2", "l1", "cosine"] = Field(
         "l2", description="distance between neighbouring slots in ReRo"
@@ -142,9 +144,14 @@ class TokensConfig(ConfigSection):
         return SCORES[self.score]
 
     @property
+    def reads_motion(self) -> bool:
+        """True if the loader's workers select the tokens, by the motion vectors of the video files."""
+        return self.rule.scores and self.score_kind.reads_motion
+
+    @property
     def scores(self) -> bool:
         """True if a model scores tokens, for its rule or to draw frames (IIFS)."""
-        return self.rule.scores or self.frame_oversampling > 1
+        return (self.rule.scores and not self.reads_motion) or self.frame_oversampling > 1
 
 
 class DataConfig(ConfigSection):
@@ -190,7 +197,7 @@ class DataConfig(ConfigSection):
         " draw in every epoch",
     )
     pack_tokens: bool = Field(
-        False, description="workers select tokens and send only these; needs tokens.score=pixel"
+        False, description="workers select tokens and send only these; needs tokens.score=pixel or codec"
     )
     token_cache: Path | None = Field(
         None,

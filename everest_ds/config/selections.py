@@ -20,6 +20,8 @@ from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 # Tokens that are scored at a time on a GPU: enough to fill a matrix product, few enough that their features
 # never set the memory peak (a quarter of a gigabyte with ViT-L). A CPU takes fewer; predictions are for GPUs.
 GPU_CHUNK_TOKENS = 2**15
+# Samples along each side of a patch from which the codec score takes brightness and texture.
+CODEC_SAMPLES = 4
 # In VideoMAE v2, the four places of a 2x2 cell take turns: each is predicted in 2 of 4 consecutive slots.
 RUNNING_CELL_PERIOD = 4
 
@@ -105,6 +107,8 @@ class ScoreKind:
         launches: operators that the host launches once per forward pass.
         chunk_launches: operators that the host launches for every chunk of scored tokens.
         distances: values of `tokens.distance` that the features preserve.
+        reads_motion: whether the loader's workers compute the score, from motion vectors that only they have;
+            the model then gets the indices of the kept tokens with each clip.
     """
 
     features: Callable[[int, int], int]
@@ -112,6 +116,7 @@ class ScoreKind:
     launches: int
     chunk_launches: int
     distances: tuple[str, ...] = ("l2", "l1", "cosine")
+    reads_motion: bool = False
 
     def map_macs(self, width: int, tubelet_values: int) -> int:
         """Return the multiply-accumulates that map one tubelet to its features."""
@@ -128,6 +133,9 @@ SCORES: dict[str, ScoreKind] = {
         distances=("l2", "cosine"),
     ),
     "pixel": ScoreKind(lambda _, values: values, num_maps=0, launches=2, chunk_launches=15),
+    "codec": ScoreKind(
+        lambda _, __: 0, num_maps=0, launches=0, chunk_launches=0, distances=("l2",), reads_motion=True
+    ),
 }
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch import Tensor
 from everest_ds.config import Experiment
 from everest_ds.config.schema import AugmentConfig
 from everest_ds.data.augment_ops import FILL, OPERATIONS
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 
 # Seeds beside a clip's key that make the draws for each purpose independent (`clips` uses 1).
 _COLOURS, _ERASING, _MIXING = 2, 3, 4

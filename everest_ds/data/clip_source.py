@@ -16,6 +16,24 @@ from everest_ds.data.reading import Failure, SampleReader
 NewClip = Callable[[tuple[int, ...]], Tensor]
 
 
+class Pack(Protocol):
+    """The selection of a clip's tokens in a worker.
+
+    Attributes:
+        keeps_clips: True if clips stay whole; otherwise they are replaced by their kept tubelets.
+    """
+
+    keeps_clips: bool
+
+    def __call__(self, clip: Tensor, moved: Tensor | None, /) -> tuple[Tensor, Tensor]:
+        """Map a clip (F, H, W, 3) and its motion, if the score needs it, to the clip or its tubelets (K, P).
+
+        Returns:
+            The clip or its kept tubelets, and the indices of their tokens (K,).
+        """
+        ...
+
+
 class LoadedItem(NamedTuple):
     """The result of reading one item, or of a batch of items.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from itertools import chain
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,9 @@ from torch import Tensor
 
 from everest_ds.config import BatchPlan, Experiment
 from everest_ds.config.mesh_shape import Turn
-from everest_ds.data.clip_source import LoadedItem, NewClip, new_clip
+from everest_ds.config.tokens import ClipGeometry
+from everest_ds.data.clip_batches import MISSING, Batch, ClipBatch, PackedBatch, map_tensors, padded_batch
+from everest_ds.data.clip_source import LoadedItem, NewClip, Pack, new_clip
 from everest_ds.data.decoding.video import Need, Pictures, Size
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.loader import load
@@ -24,79 +27,14 @@ from everest_ds.data.order import EvaluationPlan, Visit, sample_key, stand_ins, 
 from everest_ds.data.reading import DamagedCopyError, Failure, SampleReader
 from everest_ds.data.store.cached_draws import read_draw
 from everest_ds.data.store.token_cache import TokenCache
-from everest_ds.data.transforms import Box, crop_pictures, needed_by, train_box, view_box
+from everest_ds.data.transforms import Box, crop_motion, crop_pictures, needed_by, train_box, view_box
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 
-# Maps a clip (F, H, W, 3) to its kept tubelets (K, P) and the indices of their tokens (K,).
-Pack = Callable[[Tensor], tuple[Tensor, Tensor]]
 # A view and its random key are the same in every evaluation of every run.
 _VIEW_SEED = 0
 # Seed beside a clip's key, so that the draws in space are independent of those in time.
 _SPACE = 1
-MISSING = -1  # `ClipBatch.item` of a view whose video cannot be read
-
-
-class ClipBatch(NamedTuple):
-    """A batch of clips, the input of a model.
-
-    Attributes:
-        clip: uint8 (B, F, H, W, 3).
-        label: int64 (B,), -1 if the manifest has no label; float32 (B, classes) after clips were mixed.
-        key: int64 (B,), the random keys of the clips.
-        item: int64 (B,), indices of the samples (in training) or of the views (in evaluation).
-    """
-
-    clip: Tensor
-    label: Tensor
-    key: Tensor
-    item: Tensor
-
-    @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """The positional arguments of a model's forward pass: clips and keys."""
-        return self.clip, self.key
-
-    def padded(self, size: int) -> ClipBatch:
-        """Return the batch extended to `size` clips by copies of the last clip, marked as `MISSING`."""
-        lack = size - len(self.item)
-        if lack <= 0:
-            return self
-        longer = ClipBatch(*(torch.cat([t, t[-1:].expand(lack, *t.shape[1:])]) for t in self))
-        longer.item[-lack:] = MISSING
-        return longer
-
-    def to(self, device: torch.device) -> ClipBatch:
-        """Return the batch on `device`; the copy is asynchronous if the memory is pinned."""
-        return ClipBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-class PackedBatch(NamedTuple):
-    """A batch of clips reduced to the tokens that the loader's workers selected.
-
-    Attributes:
-        clip: uint8 (B, K, P), the kept tubelets; after unpacking (B, F, H, W, 3).
-        label, key, item: as in a `ClipBatch`.
-        kept: int32 (B, K), the indices of the kept tokens, ascending.
-    """
-
-    clip: Tensor
-    label: Tensor
-    key: Tensor
-    item: Tensor
-    kept: Tensor
-
-    @property
-    def arguments(self) -> tuple[Tensor, ...]:
-        """The positional arguments of a model's forward pass: clips, keys and kept tokens."""
-        return self.clip, self.key, self.kept
-
-    def to(self, device: torch.device) -> PackedBatch:
-        """Return the batch on `device`; the copy is asynchronous if the memory is pinned."""
-        return PackedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-Batch = ClipBatch | PackedBatch
 
 
 class View(NamedTuple):
@@ -122,7 +60,7 @@ class TrainingClips:
     """
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None = None) -> None:
-        self.reader = SampleReader(samples, config.data)
+        self.reader = SampleReader(samples, config.data, config.tokens.reads_motion)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
@@ -187,16 +125,8 @@ class TrainingClips:
 
     def _clip(self, pictures: Pictures, visit: Visit, sample: int, repeat: int) -> Batch:
         box, flip = self._crop(pictures.size, visit, repeat)
-        size, out = self.geometry.image_size, None
-        if self.pack is None:
-            out = self.new_clip((self.geometry.num_frames, size, size, 3))
-        clip = crop_pictures(pictures, box, size, flip, out)
-        key = sample_key(self.seed, *visit, repeat)
-        single = _single(clip, self.samples[sample].label, key, sample)
-        if self.pack is None:
-            return single
-        tubelets, kept = self.pack(clip)
-        return PackedBatch(tubelets, *single[1:], kept)
+        cut = _cut(pictures, box, flip, self.geometry, self.new_clip, self.pack)
+        return _single(cut, self.samples[sample].label, sample_key(self.seed, *visit, repeat), sample)
 
 
 class CachedClips(TrainingClips):
@@ -220,7 +150,7 @@ class CachedClips(TrainingClips):
         item, unread = self.cache.replaced.get(draw, (sample, ()))
         label = self.samples[item].label
         clips = [
-            PackedBatch(*_single(tubelets[i], label, sample_key(self.seed, *visit, i), item), kept[i])
+            _single((tubelets[i], kept[i]), label, sample_key(self.seed, *visit, i), item)
             for i in range(len(kept))
         ]
         return LoadedItem(clips, [Failure(visit.epoch, visit.sample, *each) for each in unread])
@@ -233,14 +163,23 @@ class EvaluationClips:
     video, and every rank still computes the same number of batches.
     """
 
-    def __init__(self, samples: Sequence[Sample], config: Experiment, segments: int, crops: int) -> None:
-        self.reader = SampleReader(samples, config.data)
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        config: Experiment,
+        segments: int,
+        crops: int,
+        pack: Pack | None = None,
+    ) -> None:
+        self.reader = SampleReader(samples, config.data, config.tokens.reads_motion)
         self.samples = samples
         self.geometry = config.candidate_geometry
         self.frames = ClipFrames.of(self.geometry.num_frames, config.data)
         self.data = config.data
         self.segments = segments
         self.crops = crops
+        self.num_kept = config.token_counts.num_kept
+        self.pack = pack
         self.new_clip: NewClip = new_clip
 
     def __len__(self) -> int:
@@ -276,15 +215,15 @@ class EvaluationClips:
         except DataError as error:
             failure = Failure.of(error, epoch=0, slot=sample, sample=sample)
             return LoadedItem([self.unread(item) for item in items], [failure])
-        parts = (pictures._replace(pixels=part) for part in pictures.pixels.split(self.geometry.num_frames))
-        by_segment = dict(zip(segments, parts, strict=True))
+        by_segment = dict(zip(segments, pictures.split(self.geometry.num_frames), strict=True))
         return LoadedItem([self._clip(by_segment[self.view(i).segment], i) for i in items], [])
 
-    def unread(self, item: int) -> ClipBatch:
+    def unread(self, item: int) -> Batch:
         """Return the black clip that stands for a view which was not read, marked as `MISSING`."""
         side = self.geometry.image_size
+        kept = torch.arange(self.num_kept, dtype=torch.int32)
         black = torch.zeros(self.geometry.num_frames, side, side, 3, dtype=torch.uint8)
-        return self._single(black, item, MISSING)
+        return self._single((black,) if self.pack is None else (black, kept), item, MISSING)
 
     def items_of(self, sample: int) -> range:
         """Return the indices of all views of a sample."""
@@ -313,16 +252,13 @@ class EvaluationClips:
     def _box(self, size: Size, item: int) -> Box:
         return view_box(size.height, size.width, self.view(item).crop, self.crops)
 
-    def _clip(self, pictures: Pictures, item: int) -> ClipBatch:
-        size = self.geometry.image_size
-        out = self.new_clip((self.geometry.num_frames, size, size, 3))
-        return self._single(
-            crop_pictures(pictures, self._box(pictures.size, item), size, out=out), item, item
-        )
+    def _clip(self, pictures: Pictures, item: int) -> Batch:
+        box = self._box(pictures.size, item)
+        return self._single(_cut(pictures, box, False, self.geometry, self.new_clip, self.pack), item, item)
 
-    def _single(self, clip: Tensor, view: int, item: int) -> ClipBatch:
+    def _single(self, cut: tuple[Tensor, ...], view: int, item: int) -> Batch:
         label = self.samples[self.sample_of(view)].label
-        return _single(clip, label, sample_key(_VIEW_SEED, 0, view), item)
+        return _single(cut, label, sample_key(_VIEW_SEED, 0, view), item)
 
 
 def training_batches(
@@ -364,8 +300,8 @@ def evaluation_views(
     pin_memory: bool,
     on_failure: Callable[[Failure], None],
     turn: Turn = Turn(),
-    exchange: Callable[[Iterator[ClipBatch]], Iterator[ClipBatch]] = iter,
-) -> Iterator[ClipBatch]:
+    exchange: Callable[[Iterator[Batch]], Iterator[Batch]] = iter,
+) -> Iterator[Batch]:
     """Yield this rank's share of the views, in batches of one common size of at most `max_batch_size`.
 
     One worker reads all views of a sample, so that each file is opened once and each frame decoded once.
@@ -386,14 +322,28 @@ def evaluation_views(
     own = turn.own(filter(None, reads))
     loaded = exchange(load(clips, own, clips.data, pin_memory, on_failure))
     num_views = plan.batches_per_read * plan.batch_size
-    idle = (ClipBatch(*(tensor[None] for tensor in clips.unread(0))) for read in reads if not read)
-    for read in chain(loaded, (clip.padded(num_views) for clip in idle)):
+    idle = (map_tensors(clips.unread(0), lambda tensor: tensor[None]) for read in reads if not read)
+    for read in chain(loaded, (padded_batch(clip, num_views) for clip in idle)):
         for first in range(0, num_views, plan.batch_size):
-            batch = ClipBatch(*(tensor[first : first + plan.batch_size] for tensor in read))
-            yield batch.padded(plan.batch_size)
+            part = slice(first, first + plan.batch_size)
+            yield padded_batch(map_tensors(read, itemgetter(part)), plan.batch_size)
 
 
-def _single(clip: Tensor, label: int | None, key: int, item: int) -> ClipBatch:
-    return ClipBatch(
-        clip, torch.tensor(-1 if label is None else label), torch.tensor(key), torch.tensor(item)
-    )
+def _cut(
+    pictures: Pictures, box: Box, flip: bool, geometry: ClipGeometry, new_clip: NewClip, pack: Pack | None
+) -> tuple[Tensor, ...]:
+    """Cut a clip out of decoded pictures; with `pack`, return its result."""
+    size, out = geometry.image_size, None
+    if pack is None or pack.keeps_clips:
+        out = new_clip((geometry.num_frames, size, size, 3))
+    clip = crop_pictures(pictures, box, size, flip, out)
+    if pack is None:
+        return (clip,)
+    motion = pictures.motion
+    return pack(clip, None if motion is None else crop_motion(motion, box, geometry, flip))
+
+
+def _single(cut: tuple[Tensor, ...], label: int | None, key: int, item: int) -> Batch:
+    """Return one clip, as `_cut` returns it, without the dimension of a batch."""
+    facts = torch.tensor(-1 if label is None else label), torch.tensor(key), torch.tensor(item)
+    return ClipBatch(*cut, *facts) if len(cut) == 1 else PackedBatch(cut[0], *facts, cut[1])

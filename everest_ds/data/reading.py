@@ -11,7 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
-from everest_ds.data.decoding.video import Need, Pictures, Size
+from everest_ds.data.decoding.video import Need, NoMotionError, Pictures, Size
 from everest_ds.data.frames import TooShortError
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
@@ -34,8 +34,8 @@ class Failure(NamedTuple):
         slot: index of the sample that the epoch's order names, either `sample` or the one that it replaces.
         sample: index of the sample that could not be read.
         reason: what is wrong with it.
-        damaged: False if the video is intact: it is only too short for this clip, or its copy in a token
-            cache is damaged.
+        damaged: False if the video is intact: it is only too short for this clip, has no motion vectors for
+            the codec score, or its copy in a token cache is damaged.
     """
 
     epoch: int
@@ -47,7 +47,7 @@ class Failure(NamedTuple):
     @classmethod
     def of(cls, error: DataError, *, epoch: int, slot: int, sample: int) -> Failure:
         """Describe the failure of reading `sample` that `error` reports."""
-        intact = isinstance(error, (TooShortError, DamagedCopyError))
+        intact = isinstance(error, (TooShortError, NoMotionError, DamagedCopyError))
         return cls(epoch, slot, sample, str(error), not intact)
 
 
@@ -58,12 +58,14 @@ class SampleReader:
         samples: the samples of the manifest.
         data: the data config.
         given_up: reasons by sample index for samples that crashed or hung a decoder and are not read again.
+        with_motion: whether pictures come with their motion.
         watch: called with the index of the sample before each read, and with None after it.
     """
 
-    def __init__(self, samples: Sequence[Sample], data: DataConfig) -> None:
+    def __init__(self, samples: Sequence[Sample], data: DataConfig, with_motion: bool = False) -> None:
         self.samples = samples
         self.data = data
+        self.with_motion = with_motion
         self.given_up: dict[int, str] = {}
         self.watch: Callable[[int | None], None] = lambda index: None
 
@@ -80,7 +82,7 @@ class SampleReader:
         """
 
         def pictures() -> Pictures:
-            with open_sample(self.samples[index], self.data) as video:
+            with open_sample(self.samples[index], self.data, self.with_motion) as video:
                 return video.read_needed(choose(video.num_frames), need)
 
         return self.attempt(index, pictures)
@@ -100,7 +102,7 @@ class SampleReader:
             self.watch(index)
             try:
                 return read()
-            except TooShortError:
+            except (TooShortError, NoMotionError):
                 raise
             except (DataError, OSError) as error:
                 reason = str(error)

@@ -12,9 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from everest_ds.data.decoding.video import REDUCTIONS, Need, Pictures
+from everest_ds.config.tokens import ClipGeometry
+from everest_ds.data.decoding.video import REDUCTIONS, Motion, Need, Pictures
 
 # VideoMAE's multi-scale crop: sides as fractions of the short side, height and width at most one scale apart.
 MULTI_SCALES = (1.0, 0.875, 0.75, 0.66)
@@ -96,6 +98,44 @@ def crop_pictures(
     """Cut `box`, counted in the whole pictures, out of decoded pictures, as `crop_resize` does."""
     inner = box._replace(top=box.top - pictures.top, left=box.left - pictures.left)
     return crop_resize(pictures.pixels, inner.reduced(pictures.reduction), size, flip, out)
+
+
+def crop_motion(motion: Motion, box: Box, geometry: ClipGeometry, flip: bool = False) -> Tensor:
+    """Return how far each tubelet of a clip has moved since the slot before, in pixels of the clip.
+
+    A cell of `motion` counts for a tubelet by the area that they share. A picture without vectors, as an
+    intra-coded one, counts as still.
+
+    Args:
+        motion: the motion in the whole pictures of the clip.
+        box: the part of the pictures that the clip shows.
+        geometry: the grid of tubelets of the clip.
+        flip: the clip is mirrored.
+
+    Returns:
+        float32 (T, G, G, 2), downwards and to the right; T slots of G x G places. The first slot takes the
+        time between itself and the second.
+    """
+    grid, size = geometry.grid_size, geometry.image_size
+    rows = _shares(motion.speed.shape[1], motion.cell, box.top - motion.top, box.height, grid)
+    columns = _shares(motion.speed.shape[2], motion.cell, box.left - motion.left, box.width, grid)
+    passed = np.diff(motion.number[:: geometry.tubelet_size])
+    passed = np.concatenate([passed[:1], passed])[:, None, None, None]
+    speed = motion.speed.reshape(-1, geometry.tubelet_size, *motion.speed.shape[1:]).mean(axis=1) * passed
+    along_rows = columns @ speed.astype(np.float32)  # (T, r, c, 2) -> (T, r, G, 2)
+    moved = (rows @ along_rows.reshape(*along_rows.shape[:2], -1)).reshape(-1, grid, grid, 2)
+    moved *= np.array([size / box.height, size / box.width], np.float32)
+    if flip:
+        moved = moved[:, :, ::-1] * np.array([1, -1], np.float32)
+    return torch.from_numpy(np.ascontiguousarray(moved))
+
+
+def _shares(num_cells: int, cell: float, start: float, length: int, grid: int) -> NDArray[np.float32]:
+    """Return the share (grid, cells) of each part of a side that each cell covers."""
+    edges = (start + np.arange(grid + 1) * (length / grid))[:, None]
+    cells = np.arange(num_cells + 1) * cell
+    shared = np.minimum(edges[1:], cells[1:]) - np.maximum(edges[:-1], cells[:-1])
+    return (np.maximum(shared, 0) * (grid / length)).astype(np.float32)
 
 
 def _placed(height: int, width: int, box_height: int, box_width: int, rng: np.random.Generator) -> Box:

@@ -123,8 +123,8 @@ def see(model: Any, video: Sample | Path) -> Sight:
     """
     batch, geometry = read_clip(video, model.config), model.config.model.geometry
     device = next(model.parameters()).device
-    embedding = model.encoder.embed()
-    pixels_1NP, _, keep_1K = model.selector.kept(batch.clip.to(device), embedding, batch.key.to(device))
+    clip, *choice = batch.to(device).arguments
+    pixels_1NP, _, keep_1K = model.selector.kept(clip, model.encoder.embed(), *choice)
     kept_N = torch.zeros(geometry.num_tokens, dtype=torch.bool)
     kept_N[keep_1K[0].cpu()] = True
     clip_1FHWC = from_tubelets(pixels_1NP, geometry).cpu()

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from everest_ds.config import Experiment
-from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
+from everest_ds.data.clip_batches import MISSING, Batch
+from everest_ds.data.clips import EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.models.selection.packer import evaluation_packer
 
 
 class Views(NamedTuple):
@@ -31,7 +33,7 @@ class Views(NamedTuple):
         return self.segments * self.crops
 
 
-def read_clip(video: Sample | Path | str, config: Experiment) -> ClipBatch:
+def read_clip(video: Sample | Path | str, config: Experiment) -> Batch:
     """Read the middle clip of a video as a batch of one clip.
 
     Args:
@@ -39,16 +41,18 @@ def read_clip(video: Sample | Path | str, config: Experiment) -> ClipBatch:
         config: config of the model that gets the clip: `load_model(...).config`.
 
     Returns:
-        A batch whose `clip` is uint8 (1, F, H, W, 3) and whose `key` is the random key (1,).
+        A batch whose `clip` is uint8 (1, F, H, W, 3) and whose `key` is the random key (1,); call the model
+        with its `arguments`.
 
     Raises:
         DataError: if the video cannot be read or is too short.
     """
     sample = video if isinstance(video, Sample) else Sample(Path(video), None)
-    loaded = EvaluationClips([sample], config, *Views())[[0]]
+    loaded = EvaluationClips([sample], config, *Views(), evaluation_packer(config))[[0]]
     if loaded.failures:
         raise DataError(f"{sample.name}: {loaded.failures[0].reason}")
-    return ClipBatch(*(tensor[None] for tensor in loaded.clips[0]))
+    clip: Batch = loaded.clips[0]
+    return type(clip)(*(tensor[None] for tensor in clip))
 
 
 @torch.no_grad()
@@ -76,7 +80,10 @@ def over_views(
         DataError: if the loader fails, or views of a readable sample are missing.
     """
     device = next(model.parameters()).device
-    clips, found = EvaluationClips(samples, config, *views), dict[int, list[Tensor]]()
+    clips, found = (
+        EvaluationClips(samples, config, *views, evaluation_packer(config)),
+        dict[int, list[Tensor]](),
+    )
     seen, missing, num_done = set[int](), set[int](), 0
 
     def note(failure: Failure) -> None:
@@ -85,7 +92,7 @@ def over_views(
 
     for batch in evaluation_views(clips, config.batch.micro_batch_size, 0, 1, device.type == "cuda", note):
         here = batch.to(device)
-        outputs = act(model(here.clip, here.key).float()).cpu()
+        outputs = act(model(*here.arguments).float()).cpu()
         for item, output in zip(batch.item.tolist(), outputs, strict=True):
             if item != MISSING:
                 found.setdefault(clips.sample_of(item), []).append(output)

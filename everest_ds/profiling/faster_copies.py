@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from everest_ds.config import Experiment
 from everest_ds.costs.bottleneck import LoadingCost
-from everest_ds.data.clips import Pack
+from everest_ds.data.clip_source import Pack
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.maintenance.reencode import Encoding, plan_jobs, write_verified

@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from everest_ds.config import Experiment
 from everest_ds.costs.bottleneck import LoadingCost
 from everest_ds.data.batch_memory import BatchMemory
-from everest_ds.data.clip_source import ClipSource
-from everest_ds.data.clips import Pack, TrainingClips
+from everest_ds.data.clip_source import ClipSource, Pack
+from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
@@ -97,16 +98,18 @@ class _Stopwatch:
     """Reads samples and times the stages of each reading."""
 
     def __init__(self, samples: Sequence[Sample], config: Experiment, pack: Pack | None) -> None:
-        self._packs, self._pack, self._pack_s = config.data.pack_tokens, pack, 0.0
-        self._clips = TrainingClips(samples, config, self._timed_pack if self._packs else None)
+        self._packs = config.data.pack_tokens or config.tokens.reads_motion
+        self._pack = None if pack is None else _TimedPack(pack)
+        self._clips = TrainingClips(samples, config, self._pack if self._packs else None)
         self._clips.reader.watch = self._watch
         self._hand_over = HandOver(self._clips, config.batch.micro_batch_size)
         self._decode_s, self._read_bytes = 0.0, 0
 
     def read(self, visit: Visit) -> _Reading | None:
         """Time one reading; return None if the sample cannot be read."""
-        self._decode_s = self._pack_s = 0.0
+        self._decode_s = 0.0
         self._read_bytes = 0
+        packed_s = self._pack.seconds if self._pack else 0.0
         start = time.process_time()
         item = self._clips[visit]
         loaded = time.process_time()
@@ -114,13 +117,16 @@ class _Stopwatch:
         collated = time.process_time()
         if item.failures:
             return None
-        crop_s = loaded - start - self._decode_s - self._pack_s
-        if self._pack is not None and not self._packs:
+        crop_s = loaded - start - self._decode_s
+        if self._pack and self._packs:
+            crop_s -= self._pack.seconds - packed_s
+        elif self._pack:
             for clip in item.clips:
-                self._timed_pack(clip.clip)
+                self._pack(clip.clip)
+        pack_s = self._pack.seconds - packed_s if self._pack else 0.0
         size = self._clips.samples[visit.sample].file.stat().st_size
         read_bytes = min(self._read_bytes or size, size)
-        return _Reading(self._decode_s, crop_s, self._pack_s, collated - loaded, read_bytes)
+        return _Reading(self._decode_s, crop_s, pack_s, collated - loaded, read_bytes)
 
     def _watch(self, index: int | None) -> None:
         """Start the clock of the decoder before a reading, and stop it after."""
@@ -128,11 +134,17 @@ class _Stopwatch:
         self._decode_s += sign * time.process_time()
         self._read_bytes += sign * io_count("rchar")
 
-    def _timed_pack(self, clip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        assert self._pack is not None
+
+class _TimedPack:
+    """A selection of tokens that adds up the CPU seconds that it takes."""
+
+    def __init__(self, pack: Pack) -> None:
+        self.keeps_clips, self._pack, self.seconds = pack.keeps_clips, pack, 0.0
+
+    def __call__(self, clip: Tensor, moved: Tensor | None = None) -> tuple[Tensor, Tensor]:
         start = time.process_time()
-        packed = self._pack(clip)
-        self._pack_s += time.process_time() - start
+        packed = self._pack(clip, moved)
+        self.seconds += time.process_time() - start
         return packed
 
 

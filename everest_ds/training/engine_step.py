@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.data.clips import Batch, ClipBatch, PackedBatch
+from everest_ds.data.clip_batches import Batch, ClipBatch, PackedBatch
 from everest_ds.models.initial_weights import NamedTensor, outline
+from everest_ds.models.selection.packer import Packer
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.parallel.engine import Engine, HasOptimizer, build_engine, set_learning_rate, step_skipped
 from everest_ds.parallel.mesh import form_mesh
@@ -24,7 +25,6 @@ from everest_ds.parallel.sharded_init import InitialWeights
 from everest_ds.parallel.world import World
 from everest_ds.training.optimization import Forward, build_objective, parameter_groups
 from everest_ds.training.prefetch import Preparation
-from everest_ds.training.token_packing import Packer
 
 _NOISE_RANGE = 0.03  # similar to the spread of initial weights
 
@@ -177,9 +177,11 @@ def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batc
     clip = torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
     item = torch.arange(size) + size * seed
     label = (item % (config.model.num_classes or 1)).to(device)
-    if not config.data.sends_tokens:
+    if not (config.data.sends_tokens or config.tokens.reads_motion):
         return ClipBatch(clip, label, item, item)
-    tubelets, kept = zip(*map(Packer(config), clip), strict=True)
+    moved = torch.zeros(g.num_slots, g.grid_size, g.grid_size, 2) if config.tokens.reads_motion else None
+    pack = Packer(config, keeps_clips=not config.data.sends_tokens)
+    tubelets, kept = zip(*(pack(each, moved) for each in clip), strict=True)
     return PackedBatch(torch.stack(tubelets), label, item, item, torch.stack(kept))
 
 

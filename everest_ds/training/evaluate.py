@@ -22,13 +22,15 @@ from torch import nn
 from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views
+from everest_ds.data.clip_batches import MISSING, Batch
+from everest_ds.data.clips import EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
 from everest_ds.models.matmul_precision import set_matmul_precision
+from everest_ds.models.selection.packer import evaluation_packer
 from everest_ds.parallel.batch_exchange import exchange_batches
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
@@ -107,7 +109,7 @@ def evaluate_views(
     world = mesh.world
     was_training = model.training
     model.eval()
-    clips = EvaluationClips(samples, config, segments, crops)
+    clips = EvaluationClips(samples, config, segments, crops, evaluation_packer(config))
     on_gpu, failures = world.device.type == "cuda", list[Failure]()
     loader = evaluation_views(
         clips,
@@ -184,13 +186,13 @@ def _average(
 
 
 def _predict(
-    model: nn.Module | Engine, loader: Iterator[ClipBatch], world: World, show: bool
+    model: nn.Module | Engine, loader: Iterator[Batch], world: World, show: bool
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     # An error of one rank's loader is raised on all ranks, which have the same number of batches.
-    batches = iter(lambda: world.together(lambda: next(loader, None)), None)
+    batches: Iterator[Batch] = iter(lambda: world.together(lambda: next(loader, None)), None)
     for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
         here = batch.to(world.device)
-        probabilities = model(here.clip, here.key).float().softmax(dim=1).cpu().numpy()
+        probabilities = model(*here.arguments).float().softmax(dim=1).cpu().numpy()
         pairs = zip(batch.item.tolist(), probabilities, strict=True)
         yield from (pair for pair in pairs if pair[0] != MISSING)
 

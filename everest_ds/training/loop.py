@@ -18,7 +18,8 @@ from everest_ds.config import BatchPlan, Experiment, plan_ranks
 from everest_ds.config.deepspeed_claims import notes_on
 from everest_ds.config.deepspeed_file import read_deepspeed_file
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.data.clips import Batch, training_batches
+from everest_ds.data.clip_batches import Batch
+from everest_ds.data.clips import training_batches
 from everest_ds.data.order import FINGERPRINT, fingerprint, steps_per_epoch, was_saved_with
 from everest_ds.data.reading import Failure
 from everest_ds.data.store.staging import read_from_stage
@@ -56,7 +57,7 @@ from everest_ds.training.samples import BrokenVideos, read_samples, read_trainin
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
 from everest_ds.training.throughput import ClipCost, StepTimer, Waited
-from everest_ds.training.token_packing import Packer
+from everest_ds.training.token_packing import training_packer
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
 
@@ -144,7 +145,7 @@ class TrainingRun:
         self.objective: Objective = build_objective(config)
         self.prepare = Preparation(config, mesh.world.device)
         self.cache = cache
-        self.pack = Packer(config) if config.data.pack_tokens else None
+        self.pack = training_packer(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.last_step = min(config.run.max_steps or self.schedule.total_steps, self.schedule.total_steps)

@@ -20,7 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from everest_ds.console import stderr_console
-from everest_ds.data.clips import Batch
+from everest_ds.data.clip_batches import Batch
 from everest_ds.durable_files import append_row
 from everest_ds.log import ON_LIVE_LINE, logger
 from everest_ds.models.watch import Seen, Watch

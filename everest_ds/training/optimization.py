@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from everest_ds.config import Experiment
 from everest_ds.config.sections import OptimizerConfig, ScheduleConfig
-from everest_ds.data.clips import Batch
+from everest_ds.data.clip_batches import Batch
 
 Forward = Callable[..., Any]
 Objective = Callable[[Forward, Batch], Tensor]

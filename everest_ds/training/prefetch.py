@@ -10,7 +10,7 @@ import torch
 
 from everest_ds.config import Experiment
 from everest_ds.data.augment import Augmentation
-from everest_ds.data.clips import Batch, PackedBatch
+from everest_ds.data.clip_batches import Batch, PackedBatch
 from everest_ds.data.reading import Failure
 from everest_ds.parallel.batch_exchange import ReadBatch
 from everest_ds.training.token_packing import unpack

@@ -1,46 +1,37 @@
-"""ReRo token selection in the loader's workers, so that only kept tubelets reach the rank and its device.
+"""Packing of clips in the loader's workers, and their restoring on the device.
 
-Packing is possible only for the score that needs no weights (`tokens.score=pixel`). The selection is the
-model's own function, so on a CPU training computes exactly the same with and without packing. A GPU sums
-scores in another order and may break a near tie differently.
-
-Shape legend: B clips, F frames, H x W pixels, N tokens, K kept tokens, P values of a tubelet.
+Shape legend: B clips, N tokens, K kept tokens, P values of a tubelet.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
 from everest_ds.config import Experiment
+from everest_ds.config.checks import can_pack_tokens
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.data.clips import PackedBatch
-from everest_ds.models.selection.rero import select_tokens, token_importance
-from everest_ds.models.tubelets import from_tubelets, gather_tokens, to_tubelets
+from everest_ds.data.clip_batches import PackedBatch
+from everest_ds.models.selection.packer import Packer
+from everest_ds.models.tubelets import from_tubelets
 
 
-class Packer:
-    """A callable that replaces a clip by its kept tubelets and their indices."""
+def training_packer(config: Experiment) -> Packer | None:
+    """Return what selects the tokens of training clips in the loader; None if the model does."""
+    if not (config.data.sends_tokens or config.tokens.reads_motion):
+        return None
+    return Packer(config, keeps_clips=not config.data.sends_tokens)
 
-    def __init__(self, config: Experiment) -> None:
-        self.geometry = config.model.geometry
-        self.distance = config.tokens.distance
-        self.num_kept = config.token_counts.num_kept
 
-    @torch.no_grad()
-    def __call__(self, clip_FHWC: Tensor) -> tuple[Tensor, Tensor]:
-        """Pack a clip: uint8 (F, H, W, 3) -> tubelets uint8 (K, P) and ascending indices int32 (K,)."""
-        pixels_1NP = to_tubelets(clip_FHWC[None], self.geometry)
-        scores = token_importance(pixels_1NP, self.geometry.num_slots, None, self.distance)
-        keep_1K = select_tokens(scores, self.num_kept)
-        return gather_tokens(pixels_1NP, keep_1K)[0], keep_1K[0].int()
+def possible_packer(config: Experiment) -> Packer | None:
+    """Return the packer of a run that may set `data.pack_tokens`, whether it does or not; None for others."""
+    return training_packer(config) or (Packer(config) if can_pack_tokens(config) else None)
 
 
 def unpack(batch: PackedBatch, geometry: ClipGeometry) -> PackedBatch:
-    """Restore the clips of a packed batch on its device.
+    """Restore the clips of a packed batch on its device; whole clips stay as they are.
 
     Discarded tubelets are black; the model does not read them.
     """
+    if batch.holds_clips:
+        return batch
     tubelets_BKP, keep_BK = batch.clip, batch.kept.long()
     pixels_BNP = tubelets_BKP.new_zeros(len(tubelets_BKP), geometry.num_tokens, tubelets_BKP.shape[2])
     pixels_BNP.scatter_(1, keep_BK[:, :, None].expand_as(tubelets_BKP), tubelets_BKP)

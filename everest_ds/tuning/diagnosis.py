@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from everest_ds.config import Experiment
-from everest_ds.config.checks import can_pack_tokens
 from everest_ds.costs.bottleneck import (
     Bottleneck,
     Change,
@@ -32,7 +31,7 @@ from everest_ds.costs.hardware.data_sheet import RANKS_PER_NODE, machine_from_sh
 from everest_ds.costs.hardware.gpus import DEVICES, find_product
 from everest_ds.costs.hardware.machine import Machine
 from everest_ds.costs.step_time import predict_step, supply_of_step
-from everest_ds.data.clips import Pack
+from everest_ds.data.clip_source import Pack
 from everest_ds.data.data_set import list_samples, read_data_set
 from everest_ds.errors import DataError, UsageError
 from everest_ds.launch.local import available_cores
@@ -45,7 +44,7 @@ from everest_ds.profiling.loading_stages import StageTimes, measure_stages
 from everest_ds.profiling.step_measurement import device_name
 from everest_ds.profiling.storage_rates import DiskRate, copy_rate, disk_rate
 from everest_ds.training.prediction import Gpus
-from everest_ds.training.token_packing import Packer
+from everest_ds.training.token_packing import possible_packer
 from everest_ds.tuning.calibration.local_machine import machine_here
 from everest_ds.units import format_bytes
 
@@ -116,7 +115,7 @@ def diagnose(
     """
     config = config.model_copy(update={"data": config.data.model_copy(update={"train": data})})
     ranks = ranks_here() if gpus is None else _ranks_of(gpus)
-    pack = Packer(config) if can_pack_tokens(config) else None
+    pack = possible_packer(config)
     root = config.data.root
     samples = read_data_set(data, root=root, num_classes=None, labelled=False) if root else list_samples(data)
     on_progress(f"decoding clips for {_BUDGET_S:.0f} s")

@@ -9,7 +9,7 @@ import pytest
 from everest_ds.config import BatchPlan, batch_bytes, shared_memory_bytes
 from everest_ds.data.clips import training_batches
 from everest_ds.data.video_list import read_manifest
-from everest_ds.training.token_packing import Packer
+from everest_ds.models.selection.packer import Packer
 from tests.training.runs import experiment
 
 PIXEL = {"score": "pixel", "keep_ratio": 0.5, "mask_ratio": 0.75}

@@ -15,7 +15,7 @@ from everest_ds.config import Experiment
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.costs.compute import count_parameters
 from everest_ds.costs.state_memory import state_memory
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.models import build_model
 from everest_ds.models.vit import Block
 from everest_ds.parallel.ds_config import resolve_ds_config

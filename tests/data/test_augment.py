@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from everest_ds.config.schema import AugmentConfig
 from everest_ds.data import augment_ops as ops
 from everest_ds.data.augment import Augmentation, erase, mix_clips, rand_augment
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from tests.training.runs import experiment
 
 ALL = {"rand_augment_ops": 4, "erase_probability": 0.7, "mixup_alpha": 0.8, "cutmix_alpha": 1.0}

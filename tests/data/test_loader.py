@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 
 from everest_ds.config import BatchPlan, DataConfig, Experiment
 from everest_ds.data import loader, reading
-from everest_ds.data.clips import MISSING, ClipBatch, EvaluationClips, evaluation_views, training_batches
+from everest_ds.data.clip_batches import MISSING, Batch, ClipBatch
+from everest_ds.data.clips import EvaluationClips, evaluation_views, training_batches
 from everest_ds.data.decoding.decord import DecordVideo
 from everest_ds.data.decoding.pyav import PyAVVideo
 from everest_ds.data.decoding.video import Video
@@ -169,11 +170,11 @@ def test_a_read_that_fails_once_is_tried_again(
     seen: Counter[Path] = Counter()
     open_sample = reading.open_sample
 
-    def stumbling(sample: Sample, data: DataConfig) -> Video:
+    def stumbling(sample: Sample, data: DataConfig, with_motion: bool) -> Video:
         seen[sample.path] += 1
         if seen[sample.path] == 1:
             raise OSError("stale file handle")
-        return open_sample(sample, data)
+        return open_sample(sample, data, with_motion)
 
     monkeypatch.setattr(reading, "open_sample", stumbling)
     config = experiment(motion_data, tmp_path, data={"num_workers": 0})
@@ -194,10 +195,10 @@ def test_a_video_that_takes_its_worker_along_is_named_and_replaced(
 ) -> None:
     open_sample = reading.open_sample
 
-    def deadly(sample: Sample, data: DataConfig) -> Video:
+    def deadly(sample: Sample, data: DataConfig, with_motion: bool) -> Video:
         if sample == samples[7]:
             os.kill(os.getpid(), signal.SIGSEGV) if deed == "crash" else time.sleep(600)
-        return open_sample(sample, data)
+        return open_sample(sample, data, with_motion)
 
     config = experiment(motion_data, tmp_path, data={"num_workers": 2, "read_timeout_s": 1})
     expected, _ = load_all(samples, config, 1, range(3))
@@ -238,7 +239,7 @@ def test_a_missing_video_leaves_evaluation_in_step_and_is_not_replaced(
     config = experiment(motion_data, tmp_path, data={"num_workers": 1})
     clips = EvaluationClips(broken, config, segments=1, crops=1)
 
-    def views(rank: int) -> Iterator[ClipBatch]:
+    def views(rank: int) -> Iterator[Batch]:
         return evaluation_views(clips, 5, rank, 2, False, failures.append)
 
     failures: list[Failure] = []
@@ -273,9 +274,9 @@ class DecodingNotes:
         self.lines = open(file, "a", buffering=1)
 
     def opened(self, open_sample: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(sample: Sample, data: DataConfig) -> Any:
+        def noted(sample: Sample, data: DataConfig, with_motion: bool) -> Any:
             print("opened", sample.path, file=self.lines)
-            return open_sample(sample, data)
+            return open_sample(sample, data, with_motion)
 
         return noted
 
@@ -348,9 +349,9 @@ def test_resuming_decodes_nothing_that_was_seen(
     opened: list[Path] = []
     open_sample = reading.open_sample
 
-    def open_and_note(sample: Sample, data: DataConfig) -> Any:
+    def open_and_note(sample: Sample, data: DataConfig, with_motion: bool) -> Any:
         opened.append(sample.path)
-        return open_sample(sample, data)
+        return open_sample(sample, data, with_motion)
 
     monkeypatch.setattr(reading, "open_sample", open_and_note)
     config = experiment(motion_data, tmp_path, data={"num_workers": 0})

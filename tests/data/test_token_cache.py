@@ -28,7 +28,7 @@ from everest_ds.data.store.fill_cache import CacheFiller
 from everest_ds.data.store.token_cache import DrawShape, TokenCache, open_token_cache
 from everest_ds.data.video_list import Sample, read_manifest
 from everest_ds.errors import ConfigError, DataError
-from everest_ds.training.token_packing import Packer
+from everest_ds.models.selection.packer import Packer
 from everest_ds.units import format_bytes
 from tests.training.runs import experiment
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from everest_ds.data.clips import Batch, ClipBatch
+from everest_ds.data.clip_batches import Batch, ClipBatch
 from everest_ds.training.prefetch import Prefetcher
 from tests.gpu import ON_CUDA
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.config.backbones import BACKBONES
 from everest_ds.config.mesh_shape import MeshShape
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.models import build_model, linear
 from everest_ds.models.initial_weights import draw_initial_weights, outline
 from everest_ds.parallel.ds_config import resolve_ds_config

@@ -14,7 +14,7 @@ from everest_ds.config import Experiment
 from everest_ds.config.backbones import TransformerShape
 from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.config.schema import RecomputeConfig
-from everest_ds.data.clips import ClipBatch
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.errors import ConfigError
 from everest_ds.models import build_model
 from everest_ds.models.vit import Blocks

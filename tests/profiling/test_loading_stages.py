@@ -14,10 +14,10 @@ import pytest
 from everest_ds.config import Experiment
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.models.selection.packer import Packer
 from everest_ds.profiling import faster_copies, loading_stages
 from everest_ds.profiling.faster_copies import FASTER_FORMS, measure_form, representatives
 from everest_ds.profiling.loading_stages import measure_stages
-from everest_ds.training.token_packing import Packer
 from tests.data.conftest import noisy_pictures, write_video
 
 

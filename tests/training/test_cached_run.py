@@ -21,13 +21,13 @@ from everest_ds.data.store.staging import read_from_stage
 from everest_ds.data.store.token_cache import TokenCache
 from everest_ds.errors import DataError
 from everest_ds.log import logger
+from everest_ds.models.selection.packer import Packer
 from everest_ds.parallel.world import World
 from everest_ds.training.input_files import stores_to_stage
 from everest_ds.training.loop import train
 from everest_ds.training.plan import describe_staging
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_samples, read_training_samples
-from everest_ds.training.token_packing import Packer
 from everest_ds.units import format_bytes
 from tests.data.store.test_staging import stage
 from tests.ranks import run_ranks

@@ -11,12 +11,12 @@ import torch
 from everest_ds.config import Experiment, plan_ranks
 from everest_ds.data.clips import training_batches
 from everest_ds.data.order import steps_per_epoch
+from everest_ds.models.selection.packer import Packer
 from everest_ds.parallel.world import World
 from everest_ds.training.engine_step import EngineStep, noise_weights
 from everest_ds.training.loop import train
 from everest_ds.training.optimization import build_schedule
 from everest_ds.training.samples import read_training_samples
-from everest_ds.training.token_packing import Packer
 from everest_ds.training.weights import initial_weights
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from everest_ds.config import Experiment
+from everest_ds.data.clip_batches import ClipBatch
 from everest_ds.data.clip_source import LoadedItem
-from everest_ds.data.clips import ClipBatch, TrainingClips
+from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit, epoch_order
 from everest_ds.data.reading import Failure
 from everest_ds.errors import DataError

@@ -23,8 +23,8 @@ from everest_ds.data.store.layout import Packing
 from everest_ds.data.store.token_cache import open_token_cache
 from everest_ds.data.video_list import Sample, write_manifest
 from everest_ds.errors import ConfigError, DataError
+from everest_ds.models.selection.packer import Packer
 from everest_ds.training.samples import read_samples, read_training_samples
-from everest_ds.training.token_packing import Packer
 from tests.data.conftest import write_video
 from tests.data.store.conftest import pack
 from tests.ranks import run_ranks

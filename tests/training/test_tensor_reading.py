@@ -56,9 +56,9 @@ def train_and_note(world: World, config: Experiment, shares: bool) -> None:
     opened = open(config.run.dir.parent / f"{config.run.dir.name}.opened", "a", buffering=1)
 
     def note(open_sample: Callable[..., Any]) -> Callable[..., Any]:
-        def noted(sample: Sample, data: DataConfig) -> Any:
+        def noted(sample: Sample, data: DataConfig, with_motion: bool) -> Any:
             opened.write(f"{world.rank} {sample.path}\n")
-            return open_sample(sample, data)
+            return open_sample(sample, data, with_motion)
 
         return noted
 

@@ -10,12 +10,14 @@ import torch
 from pydantic import ValidationError
 
 from everest_ds.config import plan_ranks
-from everest_ds.data.clips import Batch, training_batches
+from everest_ds.data.clip_batches import Batch
+from everest_ds.data.clips import training_batches
 from everest_ds.models import build_model
+from everest_ds.models.selection.packer import Packer
 from everest_ds.training.optimization import build_objective
 from everest_ds.training.run_folder import RunFolder
 from everest_ds.training.samples import read_training_samples
-from everest_ds.training.token_packing import Packer, unpack
+from everest_ds.training.token_packing import unpack
 from tests.ranks import run_ranks
 from tests.training.runs import experiment, losses, train_rank
 

@@ -9,7 +9,7 @@ from itertools import repeat
 import torch
 
 from everest_ds.config import Experiment
-from everest_ds.data.clips import Batch
+from everest_ds.data.clip_batches import Batch
 from everest_ds.parallel.world import World
 from everest_ds.profiling.device_rates import wait
 from everest_ds.training.engine_step import EngineStep, noise_batch

@@ -199,7 +199,7 @@ def _become_rank(log: Path) -> None:
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
     # The trainer opens videos only through this function.
-    reading.open_sample = lambda sample, data: _Kept(sample)
+    reading.open_sample = lambda sample, data, with_motion=False: _Kept(sample)
 
 
 def _end_with_parent() -> None:

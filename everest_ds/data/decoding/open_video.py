@@ -15,7 +15,7 @@ from everest_ds.data.decoding.decord import DecordVideo
 from everest_ds.data.decoding.probe import Header, probe
 from everest_ds.data.decoding.pyav import PyAVVideo
 from everest_ds.data.decoding.torchcodec import TorchcodecVideo, import_torchcodec
-from everest_ds.data.decoding.video import Video, Window, shrunk
+from everest_ds.data.decoding.video import NoMotionError, Video, Window, shrunk
 from everest_ds.data.store.stored_video import StoredVideo
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import ConfigError, DataError
@@ -33,32 +33,38 @@ _opened = count(1)
 _NOT_A_FILE = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket"}
 
 
-def open_video(path: Path, decoder: str = DEFAULT_DECODER, short_side: int | None = None) -> Video:
+def open_video(
+    path: Path, decoder: str = DEFAULT_DECODER, short_side: int | None = None, with_motion: bool = False
+) -> Video:
     """Open a video file with `decoder` if it reads the file exactly, else with PyAV.
 
     Args:
         path: the file.
         decoder: `decord`, `pyav` or `torchcodec`.
         short_side: shrink larger pictures to this short side as they are decoded, in pixels.
+        with_motion: also read the motion vectors, which only PyAV does.
 
     Raises:
         DataError: if the file is missing, empty, not a video, cut off, or holds no picture.
+        NoMotionError: if motion vectors are wanted and the stream has none.
         ConfigError: if the decoder is not installed.
     """
     _check_file(path)
     if next(_opened) % _TRIM_EVERY == 0:
         _give_back_memory()
-    if decoder in _EXACT and _is_exact(decoder, probe(path), short_side):
+    if decoder in _EXACT and not with_motion and _is_exact(decoder, probe(path), short_side):
         with suppress(DataError):  # PyAV, used next, reports faults more clearly
             return DecordVideo(path) if decoder == "decord" else TorchcodecVideo(path)
-    return PyAVVideo(path, short_side)
+    return PyAVVideo(path, short_side, with_motion)
 
 
-def open_sample(sample: Sample, data: DataConfig) -> Video:
+def open_sample(sample: Sample, data: DataConfig, with_motion: bool = False) -> Video:
     """Open a sample of a manifest with the decoder and picture size of `data`; see `open_video`."""
     if sample.stored is not None:
+        if with_motion:
+            raise NoMotionError(sample.path, "a frame store, whose pictures are coded one by one")
         return StoredVideo(sample.path, sample.stored, data.decode_short_side)
-    video = open_video(sample.path, data.decoder, data.decode_short_side)
+    video = open_video(sample.path, data.decoder, data.decode_short_side, with_motion)
     return video if sample.span is None else Window(video, sample.span)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,12 +21,51 @@ Transform = Callable[[Picture], Picture]
 IDENTITY = (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 
 
+class Axes(NamedTuple):
+    """How the axes of a shown picture lie in the stored one.
+
+    Attributes:
+        swapped: True if rows of the shown picture are columns of the stored one.
+        rows_reversed: True if, after that, the order of the rows is reversed.
+        columns_reversed: True if, after that, the order of the columns is reversed.
+    """
+
+    swapped: bool = False
+    rows_reversed: bool = False
+    columns_reversed: bool = False
+
+
+class Placement(NamedTuple):
+    """How a stored picture is shown.
+
+    Attributes:
+        height, width: size of the stored picture, in pixels.
+        axes: how it is turned and mirrored.
+        scale: factor by which it is shrunk.
+    """
+
+    height: int
+    width: int
+    axes: Axes
+    scale: float
+
+
 def display_matrix(frame: Any) -> tuple[int, ...]:
     """Return the display matrix of a decoded frame of PyAV: 9 numbers, the first 6 in 16.16 fixed point."""
-    # PyAV's side data and their frame refer to each other, and so would keep a whole picture until the next
-    # garbage collection; a tiny copy has the same side data.
-    stored = frame.reformat(width=16, height=16, format="gray", threads=1).side_data.get("DISPLAYMATRIX")
+    stored = side_data(frame, "DISPLAYMATRIX")
     return IDENTITY if stored is None else tuple(np.frombuffer(bytes(stored), np.int32).tolist())
+
+
+def side_data(frame: Any, kind: str) -> Any:
+    """Return the side data of this kind of a decoded frame of PyAV, or None.
+
+    `frame.side_data` would make the frame refer to its side data and these to the frame, which keeps the
+    whole picture in memory until the next garbage collection.
+    """
+    from av.sidedata.sidedata import SideDataContainer  # imported here because it is slow to import
+
+    wrap: Any = SideDataContainer
+    return wrap(frame).get(kind)
 
 
 @lru_cache
@@ -53,6 +92,22 @@ def transform_of(matrix: Sequence[int]) -> Transform:
     columns = slice(None, None, -1 if turn == 180 and matrix[0] < 0 else 1)
     rows = slice(None, None, -1 if matrix[4] < 0 else 1)
     return lambda picture: picture[rows, columns]
+
+
+@lru_cache
+def axes_of(matrix: Sequence[int]) -> Axes:
+    """Return how `transform_of(matrix)` moves the axes of a picture.
+
+    Raises:
+        DataError: as `transform_of`.
+    """
+    corners = transform_of(matrix)(np.arange(4, dtype=np.uint8).reshape(2, 2, 1))[..., 0].tolist()
+    (first, right), _ = corners
+    row, column = divmod(first, 2)
+    swapped = abs(right - first) == 2
+    if swapped:
+        row, column = column, row
+    return Axes(swapped, row == 1, column == 1)
 
 
 def _degrees(matrix: Sequence[int]) -> int:

@@ -19,9 +19,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from everest_ds.data.decoding.motion import CODECS_WITH_VECTORS, MotionReader, export_vectors
 from everest_ds.data.decoding.orientation import Picture
 from everest_ds.data.decoding.to_rgb import Cutout, RgbConverter, part_with
-from everest_ds.data.decoding.video import FIX, Need, Pictures, Size, Video, in_parts
+from everest_ds.data.decoding.video import FIX, Need, NoMotionError, Pictures, Size, Video, in_parts
 from everest_ds.errors import DataError
 
 # An intact file may be a little shorter than its header states. It has at least this share of the stated
@@ -41,14 +42,19 @@ class Packet(NamedTuple):
 class PyAVVideo(Video):
     """A video file opened with PyAV; see `decoding.open_video`."""
 
-    def __init__(self, path: Path, short_side: int | None = None) -> None:
+    def __init__(self, path: Path, short_side: int | None = None, with_motion: bool = False) -> None:
         self.path = path
         self._to_rgb = RgbConverter(short_side)
-        self._container, self._stream = open_stream(path)
+        self._with_motion = with_motion
+        self._motion: MotionReader | None = None
+        self._container, self._stream = self._open()
         try:
             self.num_frames = self._index()
             if self.num_frames == 0:
                 raise DataError(f"{path}: the video holds no picture", fix=FIX)
+            if with_motion:
+                self._check_motion()
+                self._motion = MotionReader(self._order)
         except BaseException:
             self.close()
             raise
@@ -74,7 +80,8 @@ class PyAVVideo(Video):
         pixels = self._joined(self._pictures(sorted(set(indices)), part_of), indices)
         self._check_sizes(list(parts))
         [(size, part)] = parts.items()
-        return Pictures(pixels, size, 1, part.rows.start, part.columns.start)
+        motion = self._motion.take(indices, self._placement) if self._motion else None
+        return Pictures(pixels, size, 1, part.rows.start, part.columns.start, motion)
 
     def read_all(self, every: int = 1) -> Iterator[torch.Tensor]:
         """Decode as `Video.read_all` does, in one pass over the file."""
@@ -87,6 +94,13 @@ class PyAVVideo(Video):
 
     def _read(self, indices: Sequence[int]) -> torch.Tensor:
         return self._joined(self._pictures(list(indices)), indices)
+
+    def _check_motion(self) -> None:
+        codec = self._stream.codec_context.name
+        if codec not in CODECS_WITH_VECTORS:
+            raise NoMotionError(self.path, f"the codec {codec}, whose vectors FFmpeg does not export")
+        if self._numbers is not None and len(self._keys) == self.num_frames > 1:
+            raise NoMotionError(self.path, "a video in which every picture is intra-coded")
 
     def _joined(self, pictures: dict[int, Picture], indices: Sequence[int]) -> torch.Tensor:
         self._check_sizes([Size(picture.shape[1], picture.shape[0]) for picture in pictures.values()])
@@ -103,9 +117,11 @@ class PyAVVideo(Video):
             packets, first, _ = read_packets(self.path, self._container, self._stream)
             self._numbers: dict[int | None, int] | None = None  # by timestamp, if reliable
             self._keys: list[tuple[int, Packet]] = []
+            self._order: list[int] | None = None  # place in decoding order, by number
             if not _timestamps_serve(self._container, self._stream, packets):
                 return sum(1 for _ in self._from_start())
-            shown = sorted(packets, key=lambda packet: packet.pts or 0)
+            self._order = sorted(range(len(packets)), key=lambda place: packets[place].pts or 0)
+            shown = [packets[place] for place in self._order]
             self._numbers = {packet.pts: number for number, packet in enumerate(shown)}
             self._keys = [(number, packet) for number, packet in enumerate(shown) if packet.is_key]
             # x264 writes its version into the first packet only, and FFmpeg needs it for 4:4:4 files of older
@@ -159,6 +175,9 @@ class PyAVVideo(Video):
         for number, frame in decoded:
             if number in numbers and not frame.is_corrupt:
                 found[number] = self._rgb(frame, part_of)
+                if self._motion:
+                    self._motion.note(number, frame)
+                    self._placement = self._to_rgb.placement(frame)
             if number >= wanted[-1]:
                 break
         return found
@@ -171,8 +190,14 @@ class PyAVVideo(Video):
 
     def _from_start(self, wanted: set[int] | None = None) -> Iterator[tuple[int, Any]]:
         self.close()
-        self._container, self._stream = open_stream(self.path)
+        self._container, self._stream = self._open()
         return self._decoded(wanted)
+
+    def _open(self) -> tuple[Any, Any]:
+        container, stream = open_stream(self.path)
+        if self._with_motion:
+            export_vectors(stream)
+        return container, stream
 
     def _decoded(self, wanted: set[int] | None) -> Iterator[tuple[int, Any]]:
         """Yield decoded pictures with their numbers; the number is -1 if the index lacks the picture.

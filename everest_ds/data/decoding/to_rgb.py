@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from everest_ds.data.decoding.orientation import IDENTITY, Picture, display_matrix, transform_of
+from everest_ds.data.decoding.orientation import (
+    IDENTITY,
+    Picture,
+    Placement,
+    axes_of,
+    display_matrix,
+    transform_of,
+)
 from everest_ds.data.decoding.video import Need, Size, shrunk
 
 # In these formats, FFmpeg converts a part of a progressive frame to the same pixels as the whole frame, if
@@ -59,13 +66,24 @@ class RgbConverter:
             DataError: if the file states an angle that is not a multiple of 90 degrees.
         """
         stored = Size(frame.width, frame.height)
+        matrix = self._matrix_of(frame)
+        smaller = shrunk(stored, self.short_side)
+        if part_of and smaller is None and matrix == IDENTITY and _is_pixel_local(frame):
+            return self._rgb(self._copied(frame, part_of(stored)))
+        picture = transform_of(matrix)(self._rgb(frame, smaller))
+        return picture if part_of is None else picture[part_of(Size(picture.shape[1], picture.shape[0]))]
+
+    def placement(self, frame: Any) -> Placement:
+        """Return how a frame's picture is shown."""
+        stored = Size(frame.width, frame.height)
+        smaller = shrunk(stored, self.short_side) or stored
+        axes = axes_of(self._matrix_of(frame))
+        return Placement(stored.height, stored.width, axes, min(smaller) / min(stored))
+
+    def _matrix_of(self, frame: Any) -> tuple[int, ...]:
         if self._matrix is None:
             self._matrix = display_matrix(frame)
-        smaller = shrunk(stored, self.short_side)
-        if part_of and smaller is None and self._matrix == IDENTITY and _is_pixel_local(frame):
-            return self._rgb(self._copied(frame, part_of(stored)))
-        picture = transform_of(self._matrix)(self._rgb(frame, smaller))
-        return picture if part_of is None else picture[part_of(Size(picture.shape[1], picture.shape[0]))]
+        return self._matrix
 
     def _rgb(self, frame: Any, size: Size | None = None) -> Picture:
         width, height = size or (None, None)

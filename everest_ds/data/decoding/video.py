@@ -8,7 +8,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from everest_ds.errors import DataError
 
@@ -40,6 +42,24 @@ class Need(NamedTuple):
     reduction: int
 
 
+class Motion(NamedTuple):
+    """The motion in a clip's pictures, as the encoder of the video found it.
+
+    Attributes:
+        speed: float32 (F, rows, columns, 2): pixels per picture, downwards and to the right, of the cells
+            that the whole pictures are cut into; 0 where the stream has no vector, as in intra-coded blocks.
+        number: int64 (F,), the numbers of the pictures in the video.
+        cell: height and width of a cell, in pixels of the whole pictures.
+        top, left: place of the first cell in the whole pictures, in pixels.
+    """
+
+    speed: NDArray[np.float32]
+    number: NDArray[np.int64]
+    cell: float
+    top: float = 0
+    left: float = 0
+
+
 class Pictures(NamedTuple):
     """The decoded pictures of a clip, whole or the part that was needed.
 
@@ -49,6 +69,7 @@ class Pictures(NamedTuple):
         reduction: the factor by which they were reduced.
         top: first row of the whole pictures that `pixels` holds.
         left: first column of the whole pictures that `pixels` holds.
+        motion: the motion in the pictures, if the video was opened for it.
     """
 
     pixels: torch.Tensor
@@ -56,6 +77,28 @@ class Pictures(NamedTuple):
     reduction: int
     top: int = 0
     left: int = 0
+    motion: Motion | None = None
+
+    def split(self, num_pictures: int) -> Iterator[Pictures]:
+        """Yield parts of this many pictures each."""
+        for first in range(0, len(self.pixels), num_pictures):
+            part = slice(first, first + num_pictures)
+            motion = self.motion
+            if motion is not None:
+                motion = motion._replace(speed=motion.speed[part], number=motion.number[part])
+            yield self._replace(pixels=self.pixels[part], motion=motion)
+
+
+class NoMotionError(DataError):
+    """Error for an intact video of which no motion vectors can be had."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(
+            f"{path}: no motion vectors",
+            given=reason,
+            allowed="a video file in H.264, MPEG-4 or another codec whose vectors FFmpeg exports",
+            fix="tokens.score=pixel scores any video",
+        )
 
 
 class Video(ABC):

@@ -23,7 +23,7 @@ from everest_ds.data.decoding.probe import probe
 from everest_ds.data.decoding.pyav import naming
 from everest_ds.data.ledger import Ledger
 from everest_ds.data.maintenance.isolation import REENCODE_TIMEOUT_S, Lost, map_isolated
-from everest_ds.data.picture_error import check_psnr, psnr_db
+from everest_ds.data.maintenance.picture_error import check_psnr, psnr_db
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.output_paths import output_below

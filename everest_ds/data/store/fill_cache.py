@@ -20,7 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from everest_ds.config import Experiment
-from everest_ds.data.clips import Pack, PackedBatch, TrainingClips
+from everest_ds.data.clip_batches import PackedBatch
+from everest_ds.data.clip_source import Pack
+from everest_ds.data.clips import TrainingClips
 from everest_ds.data.loader import load
 from everest_ds.data.order import Visit
 from everest_ds.data.reading import Failure

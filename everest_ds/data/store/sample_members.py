@@ -15,7 +15,7 @@ import numpy as np
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
 from everest_ds.data.decoding.video import Size, Video
-from everest_ds.data.picture_error import check_psnr, psnr_db
+from everest_ds.data.maintenance.picture_error import check_psnr, psnr_db
 from everest_ds.data.store import jpeg
 from everest_ds.data.store.layout import BLOCK_BYTES, Packing, folder_of, tar_member
 from everest_ds.data.video_list import Sample

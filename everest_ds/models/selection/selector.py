@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
+from everest_ds.errors import UsageError
 from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes, whole_slots
 from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
 from everest_ds.models.selection.run_length import run_change
@@ -214,6 +215,15 @@ class Selector(nn.Module):
         return RuleInput(pixels_BNP, key_B, self.geometry, self.counts, importance)
 
     def importance(self, pixels_BNP: Tensor, num_slots: int, embedding: PixelMap) -> Tensor:
-        """Compute the ReRo importance (B, N) with the configured score and distance."""
+        """Compute the ReRo importance (B, N) with the configured score and distance.
+
+        Raises:
+            UsageError: if only the loader's workers can compute this score.
+        """
+        if self.tokens.score_kind.reads_motion:
+            raise UsageError(
+                f"tokens.score={self.tokens.score} selects tokens by motion vectors, which clips do not hold",
+                fix="give the kept tokens to the model: model(*read_clip(video, model.config).arguments)",
+            )
         score = score_map(self.tokens.score, embedding)
         return token_importance(pixels_BNP, num_slots, score, self.tokens.distance)

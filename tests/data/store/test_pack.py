@@ -17,8 +17,8 @@ import pytest
 from everest_ds.cli.app import main
 from everest_ds.config import DataConfig
 from everest_ds.data.decoding.open_video import open_sample
+from everest_ds.data.maintenance.picture_error import psnr_db
 from everest_ds.data.order import fingerprint
-from everest_ds.data.picture_error import psnr_db
 from everest_ds.data.store.index import StoredSamples
 from everest_ds.data.store.layout import Packing
 from everest_ds.data.store.stored_video import check_stored
