@@ -26,8 +26,8 @@ def manifest_of(config: Experiment, split: str) -> Path:
     """Return the manifest, or the frame store, of `data.<split>`.
 
     Raises:
-        ConfigError: if the config names no manifest for the split, or wants to stage videos that are not in a
-            store.
+        ConfigError: if the config names no manifest for the split, wants to stage videos that are not in a
+            store, or names a store although its score reads motion vectors.
         DataError: if there is no such file or store.
     """
     manifest: Path | None = getattr(config.data, split)
@@ -35,6 +35,7 @@ def manifest_of(config: Experiment, split: str) -> Path:
     if manifest is None:
         raise ConfigError(f"{key} is not set", fix=f"name a manifest: {key}=path/to/list.txt")
     if is_store(manifest):
+        _check_score(config, split, manifest)
         return manifest
     if manifest.is_file():
         if split == "train" and config.data.stage is not None and config.data.token_cache is None:
@@ -54,6 +55,18 @@ def manifest_of(config: Experiment, split: str) -> Path:
         given=str(manifest.absolute()),
         fix=f"`everest-ds data index {source} --out LISTS` writes manifests of a folder of videos{without}",
     )
+
+
+def _check_score(config: Experiment, split: str, store: Path) -> None:
+    is_read = split != "train" or config.data.token_cache is None
+    if config.tokens.reads_motion and is_read:
+        raise ConfigError(
+            f"tokens.score={config.tokens.score} reads motion vectors, and data.{split} is a frame store,"
+            " whose pictures are coded one by one",
+            given=str(store),
+            allowed="a manifest of video files; for data.train also a token cache, filled from video files",
+            fix="tokens.score=pixel scores the frames of a store",
+        )
 
 
 def splits_of(command: str, config: Experiment) -> list[str]:

@@ -101,7 +101,7 @@ def describe_supply(step: StepPrediction, config: Experiment, num_ranks: int, ma
     usual = 1 / store_speedup(config.data.frame_stride) if machine.loading is None else usual_share("pack")
     changes = [
         *changed_settings(cost, supply, can_pack),
-        *changed_data(cost, supply, None if stored else usual, can_pack),
+        *changed_data(cost, supply, None if stored or config.tokens.reads_motion else usual, can_pack),
     ]
     remedies = find_remedies(cost, supply, changes)
     helpful = [f"with {remedy.phrase()}" for remedy in remedies if remedy.gain >= _WORTHWHILE]

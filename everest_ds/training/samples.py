@@ -17,7 +17,7 @@ from typing import Any
 
 from everest_ds.config import DataConfig, Experiment
 from everest_ds.data.data_set import check_frames, read_data_set
-from everest_ds.data.decoding.open_video import require_decoder
+from everest_ds.data.decoding.open_video import require_decoder, require_motion
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.ledger import Ledger, Problem, Usable, exclude
 from everest_ds.data.reading import Failure
@@ -36,7 +36,8 @@ def read_samples(config: Experiment, split: str) -> Usable:
     Raises:
         ConfigError: if the config names no manifest for the split, a decoder that is not installed, or a
             frame store that lacks frames of the clips.
-        DataError: if the manifest is missing or invalid, or all of its samples are broken.
+        DataError: if the manifest is missing or invalid, all of its samples are broken, or the codec score is
+            wanted and the first sample has no motion vectors.
     """
     require_decoder(config.data.decoder)
     samples = _read(config, split)
@@ -46,6 +47,8 @@ def read_samples(config: Experiment, split: str) -> Usable:
     usable = exclude(samples, Ledger.of_manifest(manifest, faults_below=needed), needed)
     if usable.excluded:
         logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
+    if usable.samples and config.tokens.reads_motion:
+        require_motion(usable.samples[0], config.data)
     if not usable.samples:
         first = usable.excluded[0]
         raise DataError(f"{manifest}: all samples are broken", given=f"{first.sample.name}: {first.reason}")

@@ -180,6 +180,8 @@ def _other_forms(
     if few[0].stored is not None:
         return  # a frame store is the fastest form
     for name, form in FASTER_FORMS.items():
+        if name == "pack" and config.tokens.reads_motion:
+            continue  # a frame store holds no motion vectors
         on_progress(f"trying `{name}` on {len(few)} videos")
         try:
             cost = measure_form(form, few, config, pack)

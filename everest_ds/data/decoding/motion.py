@@ -1,8 +1,9 @@
 """Motion vectors of a video's pictures, as its encoder found them and FFmpeg exports them.
 
 An encoder predicts blocks of a picture from other pictures of the stream; a vector says from where. FFmpeg
-does not say which picture a vector points to, only whether that is shown earlier or later. Here it is the
-nearest one in that direction that is decoded earlier and that other pictures refer to.
+does not say which picture a vector points to, only whether that is shown earlier or later. It is taken to be
+the nearest one in that direction that is decoded earlier and that other pictures refer to; encoders use
+others too, but seldom. FFmpeg gives vectors of length 0 for blocks of MPEG-4's B pictures in direct mode.
 
 Shape legend: F pictures, V vectors.
 """

@@ -88,6 +88,20 @@ def require_decoder(decoder: str) -> None:
         ) from None
 
 
+def require_motion(sample: Sample, data: DataConfig) -> None:
+    """Check that a sample has motion vectors; a sample that cannot be read passes.
+
+    Raises:
+        NoMotionError: if it has none.
+    """
+    try:
+        open_sample(sample, data, with_motion=True).close()
+    except NoMotionError:
+        raise
+    except DataError:
+        pass  # the loader reports it, and replaces the sample
+
+
 def _is_exact(decoder: str, header: Header, short_side: int | None) -> bool:
     """Return whether the decoder returns the same frames of this file as PyAV."""
     if shrunk(header.size, short_side) is not None:

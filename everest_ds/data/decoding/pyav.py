@@ -99,7 +99,8 @@ class PyAVVideo(Video):
         codec = self._stream.codec_context.name
         if codec not in CODECS_WITH_VECTORS:
             raise NoMotionError(self.path, f"the codec {codec}, whose vectors FFmpeg does not export")
-        if self._numbers is not None and len(self._keys) == self.num_frames > 1:
+        # Other codecs may mark every packet as a key frame.
+        if codec == "h264" and len(self._keys) == self.num_frames > 1:
             raise NoMotionError(self.path, "a video in which every picture is intra-coded")
 
     def _joined(self, pictures: dict[int, Picture], indices: Sequence[int]) -> torch.Tensor:
