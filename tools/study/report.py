@@ -240,6 +240,6 @@ def _draw_panel(axes: Axes, rows: Rows, comparison: Comparison, kind: str) -> di
         x = [gmacs * (1 + _ASIDE * (number - len(names) / 2)) for gmacs in points]
         values = list(points.values())
         half = [top1.half_width if len(top1.by_seed) > 1 else 0.0 for top1 in values]
-        style = {"fmt": "o--", "color": _COLORS[name], "capsize": 3, "markersize": 4}
+        style: dict[str, Any] = {"fmt": "o--", "color": _COLORS[name], "capsize": 3, "markersize": 4}
         handles[comparison.arms[name].label] = axes.errorbar(x, [top1.mean for top1 in values], half, **style)
     return handles
