@@ -1,23 +1,29 @@
-"""Compare the tokens that each ReRo score selects with those of the exact score, and their cost.
+"""Compare the tokens that every rule and score keeps on given clips: overlap, rebuilt motion and cost.
 
-    python tools/compare_scores.py clip1.mp4 clip2.avi --picture scores.png --json scores.json
+    python tools/compare_scores.py clip1.mp4 clip2.avi --pictures kept --json scores.json
 
-Without files, synthetic motion clips are made. The exact score is `embedding` with `l2`, in float32. The
-picture shows the selections on the first clip.
+Without files, synthetic motion clips are made. The overlap is the share of the tokens kept by the exact score
+(`embedding` with `l2`, in float32) that a rule keeps too. The error is that of the clip rebuilt from the kept
+tokens, over the pixels that move (study/rebuild.py); it needs no model.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 import typer
+from PIL import Image
+from study.kept import kept_tokens
+from study.rebuild import MOVING_LEVELS, moving_error
 from torch import Tensor
 
 from everest_ds.cli.program import run_program
@@ -25,25 +31,38 @@ from everest_ds.config import Experiment
 from everest_ds.console import print_table
 from everest_ds.costs.compute import predict_macs
 from everest_ds.data.decoding.open_video import open_video
+from everest_ds.data.decoding.video import NoMotionError, Size, Video
 from everest_ds.data.frames import ClipFrames
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, synthesize
-from everest_ds.data.transforms import crop_resize, view_box
+from everest_ds.data.transforms import crop_motion, crop_pictures, needed_by, view_box
 from everest_ds.models import Classifier
-from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import PixelMap, from_tubelets, to_tubelets
 from everest_ds.reports.figure import new_figure, to_png
 from everest_ds.training.weights import load_encoder
 
 EXACT = {"score": "embedding", "distance": "l2"}
-CHEAPER = [
-    {"score": score, "distance": distance}
-    for score in ("embedding", "sketch", "pixel")
-    for distance in ("l2", "l1", "cosine")
-    if (score, distance) not in (("embedding", "l2"), ("sketch", "l1"))
+ARMS = [
+    EXACT,
+    {"score": "embedding", "distance": "l1"},
+    {"score": "embedding", "distance": "cosine"},
+    {"score": "sketch", "distance": "l2"},
+    {"score": "sketch", "distance": "cosine"},
+    {"score": "pixel", "distance": "l2"},
+    {"score": "pixel", "distance": "l1"},
+    {"score": "pixel", "distance": "cosine"},
+    {"score": "codec", "distance": "l2"},
+    *({"selection": rule} for rule in ("rlt", "random", "tube", "uniform")),
 ]
-RANDOM = {"selection": "random"}
-DRAWN = [EXACT, {"score": "sketch", "distance": "l2"}, {"score": "pixel", "distance": "l2"}, RANDOM]
-_MISSED, _EXTRA = (230, 60, 60), (70, 110, 240)
+_PICTURES = 3  # clips that are drawn
+_DIM = 0.25  # brightness of discarded tokens
+_SIDE = 56  # of a frame in a picture, pixels
+
+
+class Clip(NamedTuple):
+    """A clip and the movement of its tubelets, None if its stream holds no motion vectors."""
+
+    pixels: Tensor
+    moved: Tensor | None
 
 
 def main(
@@ -55,30 +74,34 @@ def main(
     patch_size: Annotated[int, typer.Option(help="Height and width of a patch, pixels.")] = 16,
     keep_ratio: Annotated[float, typer.Option(help="Kept share of the tokens.")] = 0.3,
     stride: Annotated[int, typer.Option(help="Stride in frames between the 16 frames of a clip.")] = 2,
+    views: Annotated[int, typer.Option(min=1, help="Clips of each file, evenly spread over it.")] = 1,
     weights: Annotated[
         Path | None, typer.Option(help="Run folder or .safetensors; default: random weights.")
     ] = None,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the median counts.")] = 9,
-    picture: Annotated[Path | None, typer.Option(help="Draw the selections on the first clip.")] = None,
+    pictures: Annotated[
+        Path | None, typer.Option(help=f"Folder to draw the kept tokens of the first {_PICTURES} clips in.")
+    ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Also write the rows to this file.")
     ] = None,
 ) -> None:
-    """Print recall of the exact kept set, multiply-accumulates and time of every score and distance."""
+    """Print overlap, error of the rebuilt motion, multiply-accumulates and time of every rule and score."""
     shape = {"backbone": backbone, "image_size": image_size, "patch_size": patch_size, "num_classes": 2}
-    config = experiment(shape, keep_ratio, EXACT)
+    configs = [experiment(shape, keep_ratio, arm) for arm in ARMS]
     torch.manual_seed(0)
-    model = Classifier(config)
+    model = Classifier(configs[0])
     if weights is not None:
-        load_encoder(model, config, weights)
+        load_encoder(model, configs[0], weights)
     embedding = PixelMap(*(t.detach() for t in model.encoder.embed()))
-    batch = torch.stack([read(file, config, stride) for file in clips or draw_clips(image_size)])
-    arms = [EXACT, RANDOM, *CHEAPER]
-    configs = [experiment(shape, keep_ratio, arm) for arm in arms]
+    files = clips or draw_clips(image_size)
+    batch = [read(file, configs[0], stride, view, views) for file in files for view in range(views)]
     rows = compare(batch, configs, embedding, rounds)
-    print_table(f"{len(batch)} clips, {config.token_counts}", rows)
-    if picture is not None:
-        picture.write_bytes(draw(batch[:1], [configs[arms.index(arm)] for arm in DRAWN], embedding))
+    print_table(f"{len(batch)} clips, {configs[0].token_counts}; moving: over {MOVING_LEVELS} levels", rows)
+    if pictures is not None:
+        pictures.mkdir(parents=True, exist_ok=True)
+        for number, clip in enumerate(batch[:_PICTURES], start=1):
+            (pictures / f"kept_{number}.png").write_bytes(draw(clip, configs, embedding))
     if json_file is not None:
         json_file.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -89,14 +112,28 @@ def experiment(shape: dict[str, Any], keep_ratio: float, arm: dict[str, str]) ->
     return Experiment.model_validate({"task": "finetune", "model": shape, "tokens": tokens})
 
 
-def read(file: Path, config: Experiment, stride: int) -> Tensor:
-    """Read the middle clip of a video, with a smaller stride if the video is short: uint8 (F, H, W, 3)."""
-    count = config.model.num_frames
-    with open_video(file) as video:
-        fitting = max(1, min(stride, (video.num_frames - 1) // (count - 1)))
-        middle = ClipFrames(count, fitting, "stride", hold_last_frame=False)
-        clip = video.read(middle.for_view(video.num_frames, 0, 1))
-    return crop_resize(clip, view_box(clip.shape[1], clip.shape[2], 0, 1), config.model.image_size)
+def read(file: Path, config: Experiment, stride: int, view: int, views: int) -> Clip:
+    """Read a clip of a video, with a smaller stride if the video is short: uint8 (F, H, W, 3)."""
+    try:
+        with open_video(file, with_motion=True) as video:
+            return _clip(video, config, stride, view, views)
+    except NoMotionError:
+        with open_video(file) as video:
+            return _clip(video, config, stride, view, views)
+
+
+def _clip(video: Video, config: Experiment, stride: int, view: int, views: int) -> Clip:
+    geometry = config.model.geometry
+    fitting = max(1, min(stride, (video.num_frames - 1) // (geometry.num_frames - 1)))
+    frames = ClipFrames(geometry.num_frames, fitting, "stride", hold_last_frame=False)
+
+    def need(size: Size) -> Any:
+        return needed_by([view_box(size.height, size.width, 0, 1)], geometry.image_size)
+
+    found = video.read_needed(frames.for_view(video.num_frames, view, views), need)
+    box = view_box(found.size.height, found.size.width, 0, 1)
+    moved = None if found.motion is None else crop_motion(found.motion, box, geometry)
+    return Clip(crop_pictures(found, box, geometry.image_size, False, None), moved)
 
 
 def draw_clips(size: int) -> list[Path]:
@@ -108,67 +145,81 @@ def draw_clips(size: int) -> list[Path]:
 
 
 def compare(
-    batch: Tensor, configs: list[Experiment], embedding: PixelMap, rounds: int
+    batch: list[Clip], configs: list[Experiment], embedding: PixelMap, rounds: int
 ) -> list[dict[str, Any]]:
-    """Return a row for each config; recall is measured against the selection of the first."""
-    kept = [select(config, batch, embedding) for config in configs]
-    times = timed(configs, batch, embedding, rounds)
-    rows = []
-    for config, keep, seconds in zip(configs, kept, times, strict=True):
-        recalls = [len(exact & found) / len(exact) for exact, found in zip(kept[0], keep, strict=True)]
+    """Return a row for each config; the overlap is measured against the selection of the first."""
+    rows, geometry = [], configs[0].model.geometry
+    every = torch.stack([clip.pixels for clip in batch])
+    exact_BK = select(configs[0], batch, embedding)
+    exact_error_B = moving_error(every, exact_BK, geometry)
+    for config in configs:
+        usable = [
+            i for i, clip in enumerate(batch) if clip.moved is not None or not config.tokens.reads_motion
+        ]
+        used = [batch[i] for i in usable]
+        if not used:
+            continue
+        keep_BK = select(config, used, embedding)
+        pairs = zip(exact_BK[usable].tolist(), keep_BK.tolist(), strict=True)
+        overlaps = [len(set(exact) & set(keep)) / len(exact) for exact, keep in pairs]
+        error_B = moving_error(every[usable], keep_BK, geometry)
+        seconds = timed(config, used, embedding, rounds)
         rows.append(
             {
-                "score": config.tokens.score if config.tokens.rule.scores else "random",
+                "rule": config.tokens.selection,
+                "score": config.tokens.score if config.tokens.rule.scores else "-",
                 "distance": config.tokens.distance if config.tokens.rule.scores else "-",
-                "recall_pct": round(100 * statistics.fmean(recalls), 1),
-                "worst_clip_pct": round(100 * min(recalls), 1),
+                "clips": len(used),
+                "overlap_pct": round(100 * statistics.fmean(overlaps), 1),
+                "worst_clip_pct": round(100 * min(overlaps), 1),
+                "moving_rmse": round(error_B.mean().item(), 1),
+                "against_exact": round((error_B - exact_error_B[usable]).mean().item(), 1),
                 "mmacs_per_clip": round(predict_macs(config).score_macs / 1e6, 1),
-                "ms_per_clip": round(1000 * seconds / len(batch), 2),
+                "ms_per_clip": round(1000 * seconds / len(used), 2),
             }
         )
     return rows
 
 
-def select(config: Experiment, batch: Tensor, embedding: PixelMap) -> list[set[int]]:
-    """Return the kept tokens of each clip."""
-    chosen = Selector(config)(batch, embedding, torch.arange(len(batch)))
-    return [set(keep.tolist()) for keep in chosen.visible_BV]
+def select(config: Experiment, clips: list[Clip], embedding: PixelMap) -> Tensor:
+    """Return the kept tokens (B, K) of clips."""
+    moved = [clip.moved for clip in clips if clip.moved is not None]
+    pixels = torch.stack([clip.pixels for clip in clips])
+    return kept_tokens(config, pixels, moved, embedding)
 
 
-def timed(configs: list[Experiment], batch: Tensor, embedding: PixelMap, rounds: int) -> list[float]:
-    """Return the median seconds of each config's selection on the batch; configs take turns."""
-    keys = torch.arange(len(batch))
-    seconds: list[list[float]] = [[] for _ in configs]
+def timed(config: Experiment, clips: list[Clip], embedding: PixelMap, rounds: int) -> float:
+    """Return the median seconds of a config's selection on clips; motion vectors are already read."""
+    taken = []
     for _ in range(rounds):
-        for config, taken in zip(configs, seconds, strict=True):
-            started = time.perf_counter()
-            Selector(config)(batch, embedding, keys)
-            taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in seconds]
+        started = time.perf_counter()
+        select(config, clips, embedding)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken)
 
 
-def draw(clip: Tensor, configs: list[Experiment], embedding: PixelMap) -> bytes:
-    """Draw a PNG: a row per selection, a column per slot; discarded tokens dim, missed red, extra blue."""
-    geometry = configs[0].model.geometry
-    kept = [select(config, clip, embedding)[0] for config in configs]
-    pixels = to_tubelets(clip, geometry).float()
-    rows = []
-    for found in kept:
-        canvas = (
-            pixels * torch.tensor([0.25 + 0.75 * (t in found) for t in range(geometry.num_tokens)])[:, None]
-        )
-        for tokens, colour in ((kept[0] - found, _MISSED), (found - kept[0], _EXTRA)):
-            index = torch.tensor(sorted(tokens), dtype=torch.long)
-            tint = torch.tensor(colour).repeat(geometry.tubelet_values // 3)
-            canvas[:, index] = 0.5 * canvas[:, index] + 0.5 * tint
-        frames = from_tubelets(canvas, geometry)[0, :: geometry.tubelet_size]
-        rows.append(np.concatenate(list(frames.byte().numpy()), axis=1))
-    figure, axes = new_figure(12, 1.6 * len(rows))
-    axes.imshow(np.concatenate(rows))
-    labels = [f"{c.tokens.score}" if c.tokens.rule.scores else "random" for c in configs]
-    axes.set_yticks([(i + 0.5) * geometry.image_size for i in range(len(rows))], labels)
+def draw(clip: Clip, configs: list[Experiment], embedding: PixelMap) -> bytes:
+    """Draw a PNG of 128 colours: a row per rule and score, a column per slot; discarded tokens are dim."""
+    geometry, rows, labels = configs[0].model.geometry, [], []
+    pixels = to_tubelets(clip.pixels[None], geometry).float()
+    for config in configs:
+        tokens = config.tokens
+        if tokens.distance != "l2" or (tokens.reads_motion and clip.moved is None):
+            continue
+        light = torch.full((1, geometry.num_tokens), _DIM).scatter(1, select(config, [clip], embedding), 1.0)
+        frames = from_tubelets(pixels * light[..., None], geometry)[0, :: geometry.tubelet_size]
+        small = F.interpolate(frames.movedim(3, 1), (_SIDE, _SIDE), mode="area").movedim(1, 3)
+        rows.append(np.concatenate(list(small.byte().numpy()), axis=1))
+        labels.append(tokens.score if tokens.rule.scores else tokens.selection)
+    shown = np.concatenate(rows)
+    height, width = shown.shape[:2]
+    figure, axes = new_figure(width / 90 + 0.8, height / 90 + 0.2)
+    axes.imshow(shown)
+    axes.set_yticks([(i + 0.5) * _SIDE for i in range(len(rows))], labels)
     axes.set_xticks([])
-    return to_png(figure)
+    packed = io.BytesIO()
+    Image.open(io.BytesIO(to_png(figure))).convert("RGB").quantize(128).save(packed, "PNG", optimize=True)
+    return packed.getvalue()
 
 
 if __name__ == "__main__":

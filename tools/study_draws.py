@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
-from study.draws import ARMS, DrawsStudy, render
-from study.protocol import BUSY, PLAIN, SCALES
+from study.arms import BUSY, PLAIN
+from study.draws import SCALES, SOURCES, DrawsStudy, render
 from study.running import rows_of
 
 from everest_ds.cli.options import JsonFile
@@ -47,7 +47,7 @@ def main(
     """
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     kinds = (PLAIN, BUSY) if busy else (PLAIN,)
-    study = DrawsStudy(chosen, out, data_seed, kinds, (arm,) if arm else tuple(ARMS))
+    study = DrawsStudy(chosen, out, data_seed, kinds, (arm,) if arm else tuple(SOURCES))
     rows = rows_of(study, jobs, table_only)
     text = render(rows, study)
     (out / "draws.md").write_text(text)

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from study.arms import KINDS
 from study.kept import object_shares
-from study.protocol import BUSY, KEEP_RATIOS, PLAIN, SCALES, Study
+from study.protocol import SCALES, Study
 from study.report import draw, render
 from study.running import rows_of
 
@@ -45,7 +46,7 @@ def main(
     ] = False,
     json_file: JsonFile = None,
 ) -> None:
-    """Pre-train and fine-tune with every token selection on synthetic motion; write study.md and study.png.
+    """Train with every way to choose tokens on synthetic motion; write study.md and study.png.
 
     After an interruption, the same command resumes the study. Each run has an ordinary run folder.
 
@@ -54,7 +55,7 @@ def main(
     chosen = SCALES[scale] if seed is None else replace(SCALES[scale], seeds=tuple(seed))
     study = Study(chosen, out, data_seed)
     rows = rows_of(study, jobs, table_only)
-    shares = {kind: object_shares(study, kind, KEEP_RATIOS) for kind in (PLAIN, BUSY)}
+    shares = {kind: object_shares(study, kind) for kind in KINDS if study.has_data(kind)}
     text = render(rows, study.num_runs, shares)
     (out / "study.md").write_text(text)
     (out / "study.png").write_bytes(draw(rows))

@@ -41,7 +41,8 @@ def synth(
         str,
         typer.Option(
             help="Kind of video. plain: one object moves; busy: with camera motion, noise and other moving"
-            " objects; pauses: the object stands still most of the time."
+            " objects; pauses: the object stands still most of the time; panning: the camera moves over a"
+            " scene full of contrast."
         ),
     ] = "plain",
     workers: Workers = NUM_CORES,

@@ -68,6 +68,13 @@ def _check_tokens(config: Experiment) -> None:
             f" that {rule.slot_reason}; model.num_frames={config.model.num_frames} at"
             f" tubelet_size={config.model.tubelet_size} gives {num_slots}"
         )
+    whole = rule.whole_slots * config.model.geometry.tokens_per_slot
+    if counts.num_kept < whole:
+        raise ValueError(
+            f"tokens.selection={config.tokens.selection} keeps all {whole} tokens of {rule.whole_slots} slot,"
+            f" but keep_ratio={config.tokens.keep_ratio:g} leaves {counts.num_kept} of the clip; use at"
+            f" least {rule.whole_slots / num_slots:.3g}"
+        )
     where = f"keep_ratio={config.tokens.keep_ratio:g}, mask_ratio={config.tokens.mask_ratio:g}"
     if counts.num_kept < 1 or counts.num_visible < 1:
         raise ValueError(

@@ -41,7 +41,11 @@ from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 
 Decoder = Literal["decord", "pyav", "torchcodec"]
 DECODERS: tuple[str, ...] = get_args(Decoder)
-_SHARING = [name for name, rule in SELECTIONS.items() if rule.keeps_share]
+_SHARING = [
+    name if rule.shares == rule.tasks else f"{name} in {' and '.join(rule.shares)}"
+    for name, rule in SELECTIONS.items()
+    if rule.shares
+]
 
 
 class ModelConfig(ConfigSection):

@@ -34,12 +34,15 @@ class SelectionRule:
         tasks: tasks that may use the rule, `pretrain` and `finetune`.
         launches: operators that the host launches for the rule in a forward pass, without its scores, beyond
             those of `none`; counted by tests/costs/test_host_work.py.
-        keeps_share: whether the rule keeps ⌊keep_ratio·N⌋ tokens; otherwise it keeps all N, or those that
-            its mask shows or predicts.
+        finetune_launches: further ones in fine-tuning, where `none` draws no mask.
+        shares: tasks in which the rule keeps a share of the tokens: ⌊keep_ratio·N⌋, or ⌊keep_ratio·L⌋ places
+            of every slot under `masks_tubes`; in the others it keeps all N, or those that its mask shows or
+            predicts.
+        whole_slots: slots of which the rule keeps every token, so that the kept share must hold them.
         scores: whether the rule compares neighbouring slots by `tokens.score` and `tokens.distance`.
         packs: whether the loader's workers can apply the rule (training/token_packing.py).
-        masks_tubes: whether ⌊mask_ratio·L⌋ places are hidden in every slot; otherwise ⌊(1 - mask_ratio)·N⌋
-            of the kept tokens are visible.
+        masks_tubes: whether the selected places are the same in every slot. Pre-training then hides
+            ⌊mask_ratio·L⌋ of them; otherwise ⌊(1 - mask_ratio)·N⌋ of the kept tokens are visible.
         hidden_per_predicted: hidden tokens for each one that the decoder predicts, under `masks_tubes`.
         slot_multiple: number that must divide the slots of a clip.
         slot_reason: the purpose of `slot_multiple`, for the error message.
@@ -47,7 +50,9 @@ class SelectionRule:
 
     tasks: tuple[str, ...]
     launches: int
-    keeps_share: bool = False
+    finetune_launches: int = 0
+    shares: tuple[str, ...] = ()
+    whole_slots: int = 0
     scores: bool = False
     packs: bool = False
     masks_tubes: bool = False
@@ -59,11 +64,15 @@ class SelectionRule:
 _BOTH = ("pretrain", "finetune")
 SELECTIONS: dict[str, SelectionRule] = {
     # EVEREST: keep the tokens that change most.
-    "rero": SelectionRule(_BOTH, launches=1, keeps_share=True, scores=True, packs=True),
+    "rero": SelectionRule(_BOTH, launches=1, shares=_BOTH, scores=True, packs=True),
     # The control of EVEREST: keep as many tokens at random.
-    "random": SelectionRule(_BOTH, launches=29, keeps_share=True),
-    # The mask of VideoMAE.
-    "tube": SelectionRule(("pretrain",), launches=3, masks_tubes=True),
+    "random": SelectionRule(_BOTH, launches=29, shares=_BOTH),
+    # Run-Length Tokenization: keep the first slot, and the later tokens that change most.
+    "rlt": SelectionRule(_BOTH, launches=20, shares=_BOTH, whole_slots=1),
+    # Subsampling in time: keep whole slots, evenly spaced.
+    "uniform": SelectionRule(_BOTH, launches=39, shares=_BOTH),
+    # The mask of VideoMAE; in fine-tuning, keep the places that it would show.
+    "tube": SelectionRule(_BOTH, launches=3, finetune_launches=32, shares=("finetune",), masks_tubes=True),
     # The mask of VideoMAE v2.
     "dual": SelectionRule(
         ("pretrain",),
@@ -156,13 +165,16 @@ def pretrain_counts(
         predicted = hidden_places * geometry.num_slots // rule.hidden_per_predicted
         visible = geometry.num_slots * (geometry.tokens_per_slot - hidden_places)
         return TokenCounts(num_tokens, visible + predicted, visible)
-    kept = classify_counts(geometry, selection, keep_ratio).num_kept
+    kept = exact_floor(keep_ratio, num_tokens) if "pretrain" in rule.shares else num_tokens
     return TokenCounts(num_tokens, kept, int((1 - Fraction(repr(mask_ratio))) * num_tokens))
 
 
 @lru_cache
 def classify_counts(geometry: ClipGeometry, selection: str, keep_ratio: float) -> TokenCounts:
     """Return the token counts of fine-tuning and inference: all kept tokens are visible."""
-    num_tokens = geometry.num_tokens
-    kept = exact_floor(keep_ratio, num_tokens) if SELECTIONS[selection].keeps_share else num_tokens
+    rule, num_tokens = SELECTIONS[selection], geometry.num_tokens
+    if "finetune" in rule.shares and rule.masks_tubes:
+        kept = geometry.num_slots * exact_floor(keep_ratio, geometry.tokens_per_slot)
+    else:
+        kept = exact_floor(keep_ratio, num_tokens) if "finetune" in rule.shares else num_tokens
     return TokenCounts(num_tokens, kept, kept)

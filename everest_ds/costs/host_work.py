@@ -122,7 +122,8 @@ def engine_launches(config: Experiment, data_degree: int, zero: ZeroSettings) ->
 
 def _selection_launches(config: Experiment) -> int:
     rule, kind = config.tokens.rule, config.tokens.score_kind
+    launches = rule.launches + (rule.finetune_launches if config.task == "finetune" else 0)
     if not rule.scores:
-        return rule.launches
+        return launches
     all_tokens = config.batch.micro_batch_size * config.candidate_geometry.num_tokens
-    return rule.launches + kind.launches + kind.chunk_launches * -(-all_tokens // GPU_CHUNK_TOKENS)
+    return launches + kind.launches + kind.chunk_launches * -(-all_tokens // GPU_CHUNK_TOKENS)

@@ -53,18 +53,24 @@ class SceneStyle:
         distractors: number of smaller objects that drift along straight lines of their own.
         moving: share of the frames in which the object moves, as one contiguous stretch; the object rests
             before and after it.
+        pan: speed of a panning camera, in sides of the frame per frame; None draws a speed for each video.
+        scene: cells along the side of a background, between which colours are interpolated, and their range.
     """
 
     background: str | None = None
     noise: float = 0.0
     distractors: int = 0
     moving: float = 1.0
+    pan: float | None = None
+    scene: tuple[int, tuple[float, float]] = (6, BACKGROUND_LEVELS)
 
 
 KINDS: dict[str, SceneStyle] = {
     "plain": SceneStyle(),
     "busy": SceneStyle("panning", noise=8.0, distractors=2),
     "pauses": SceneStyle("still", moving=0.25),
+    # The camera moves as fast as the object, over a background with as much contrast: everything changes.
+    "panning": SceneStyle("panning", pan=0.025, scene=(12, OBJECT_LEVELS)),
 }
 
 
@@ -102,21 +108,37 @@ def render_video(
         spec: the parameters of the data set.
         show_object: False leaves the object out and draws the rest as an equal generator would with it.
     """
-    size, kind = spec.size, KINDS[spec.kind]
-    time = spec.pace * _moving_time(rng, spec.num_frames, kind.moving)
-    speed = rng.uniform(*_SPEEDS) * size
-    phase = rng.uniform(0, 2 * np.pi)
-    origin = rng.uniform(0, size, 2)
-    sprite, mask = _sprites(spec.seed, round(_OBJECT * size))[rng.integers(NUM_SPRITES)]
+    kind = KINDS[spec.kind]
+    sprite, mask, centers = _moving_object(label, rng, spec)
     mask = mask * show_object
-    frames = _background(rng, spec, _scenes(spec.seed, size)[rng.integers(NUM_SCENES)])
+    frames = _background(rng, spec, _scenes(spec.seed, spec.size, *kind.scene)[rng.integers(NUM_SCENES)])
     for _ in range(kind.distractors):
         frames = _with_distractor(list(frames), rng, spec)
-    centers = origin + _path(MOTIONS[label], time, speed, phase, 0.12 * size)
     shown = np.stack([_paste(b, sprite, mask, c) for b, c in zip(frames, centers, strict=True)])
     if kind.noise:
         shown = shown + rng.normal(0, kind.noise, shown.shape).astype(np.float32)
     return shown.clip(0, 255).astype(np.uint8)
+
+
+def object_cover(label: int, rng: np.random.Generator, spec: SyntheticSpec) -> Floats:
+    """Return the share of each pixel that the object covers in the clip that `render_video` would draw.
+
+    Args:
+        label: index of the motion in MOTIONS.
+        rng: random generator of the clip.
+        spec: the parameters of the data set.
+
+    Returns:
+        float32 (F, size, size).
+    """
+    _, mask, centers = _moving_object(label, rng, spec)
+    empty = np.zeros((spec.size, spec.size, 1), dtype=np.float32)
+    return np.stack([_paste(empty, np.ones_like(mask), mask, center)[..., 0] for center in centers])
+
+
+def video_generator(spec: SyntheticSpec, split: str, index: int) -> np.random.Generator:
+    """Return the random generator of a data set's video, whose label is `index` modulo the motions."""
+    return np.random.default_rng([spec.seed, SPLITS.index(split), index])
 
 
 def synthesize(
@@ -168,8 +190,7 @@ def _relative_path(split: str, index: int) -> str:
 
 def _write_one(job: tuple[Path, str, int, SyntheticSpec]) -> None:
     folder, split, index, spec = job
-    rng = np.random.default_rng([spec.seed, SPLITS.index(split), index])
-    frames = render_video(index % len(MOTIONS), rng, spec)
+    frames = render_video(index % len(MOTIONS), video_generator(spec, split, index), spec)
     write_video(folder / _relative_path(split, index), frames)
 
 
@@ -196,6 +217,19 @@ def write_video(path: Path, frames: Frames, fps: int = 15, gop: int = 12) -> Non
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _moving_object(
+    label: int, rng: np.random.Generator, spec: SyntheticSpec
+) -> tuple[Floats, Floats, Floats]:
+    """Draw the object of a clip: texture, outline, and the centre (row, column) in every frame (F, 2)."""
+    size = spec.size
+    time = spec.pace * _moving_time(rng, spec.num_frames, KINDS[spec.kind].moving)
+    speed = rng.uniform(*_SPEEDS) * size
+    phase = rng.uniform(0, 2 * np.pi)
+    origin = rng.uniform(0, size, 2)
+    sprite, mask = _sprites(spec.seed, round(_OBJECT * size))[rng.integers(NUM_SPRITES)]
+    return sprite, mask, origin + _path(MOTIONS[label], time, speed, phase, 0.12 * size)
 
 
 def _moving_time(rng: np.random.Generator, num_frames: int, moving: float) -> Floats:
@@ -247,17 +281,20 @@ def _sprites(seed: int, side: int) -> list[tuple[Floats, Floats]]:
 
 
 @lru_cache(maxsize=1)
-def _scenes(seed: int, size: int) -> list[Floats]:
+def _scenes(seed: int, size: int, cells: int, levels: tuple[float, float]) -> list[Floats]:
     """Return the backgrounds of a data set, periodic pictures (size, size, 3)."""
     rng = np.random.default_rng([seed, 2])
-    return [_smooth_noise(rng, size, 6, BACKGROUND_LEVELS) for _ in range(NUM_SCENES)]
+    return [_smooth_noise(rng, size, cells, levels) for _ in range(NUM_SCENES)]
 
 
 def _background(rng: np.random.Generator, spec: SyntheticSpec, scene: Floats) -> Iterator[Floats]:
-    kind = KINDS[spec.kind].background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    style = KINDS[spec.kind]
+    kind = style.background or BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     size = scene.shape[0]
     scene = np.roll(scene, rng.integers(size, size=2), axis=(0, 1))
     drift = spec.pace * rng.uniform(-0.02, 0.02, 2) * size
+    if style.pan is not None:
+        drift *= spec.pace * style.pan * size / np.hypot(*drift)
     noise = rng.normal(0, 8, (spec.num_frames, size, size, 1)).astype(np.float32)
     grid = np.meshgrid(*[np.arange(size, dtype=np.float32)] * 2, indexing="ij")
     for i in range(spec.num_frames):
@@ -282,8 +319,9 @@ def _paste(background: Floats, sprite: Floats, mask: Floats, center: Floats) -> 
     """Paste the sprite centred at fractional `center` (row, column), wrapping around the frame's edges."""
     size, side = background.shape[0], sprite.shape[0]
     offset = (np.arange(size)[None, :] - center[:, None] + side / 2) % size
-    row, column = np.meshgrid(offset[0], offset[1], indexing="ij")
-    inside = ((row <= side - 1) & (column <= side - 1))[..., None]
-    row, column = np.minimum(row, side - 1), np.minimum(column, side - 1)
-    alpha = _bilinear(mask, row, column) * inside
-    return background * (1 - alpha) + _bilinear(sprite, row, column) * alpha
+    rows, columns = (np.flatnonzero(along <= side - 1) for along in offset)
+    row, column = np.meshgrid(offset[0][rows], offset[1][columns], indexing="ij")
+    alpha, window = _bilinear(mask, row, column), np.ix_(rows, columns)
+    pasted = background.copy()
+    pasted[window] = background[window] * (1 - alpha) + _bilinear(sprite, row, column) * alpha
+    return pasted

@@ -110,7 +110,7 @@ def convert_weights(
 def conversion_facts(done: Conversion) -> dict[str, str]:
     """Describe a conversion as the rows of a table."""
     model, tokens = done.config.model, done.config.tokens
-    kept = f", keep_ratio {tokens.keep_ratio:g}" if tokens.rule.keeps_share else ""
+    kept = f", keep_ratio {tokens.keep_ratio:g}" if done.config.task in tokens.rule.shares else ""
     counts = Counter(key.status for key in done.keys)
     return {
         "from": done.source,
@@ -221,7 +221,7 @@ def _notes(source: WeightSource, system: str) -> list[str]:
         notes.append(
             f"LayerNorms have epsilon {LAYER_NORM_EPS:g} in {system} and {model.norm_eps:g} in this model"
         )
-    if system != "everest" and tokens.rule.keeps_share and tokens.keep_ratio < 1:
+    if system != "everest" and source.config.task in tokens.rule.shares and tokens.keep_ratio < 1:
         notes.append(
             f"this model keeps {tokens.keep_ratio:g} of the tokens ({tokens.selection}), which the written"
             " weights do not record"

@@ -197,7 +197,7 @@ def _tokens(said: Mapping[str, Any]) -> InferredTree:
     if said.get("mask_type") not in _MASKS:
         return {}
     tokens: InferredTree = {"selection": _MASKS[said["mask_type"]], "mask_ratio": said["mask_ratio"]}
-    if SELECTIONS[tokens["selection"]].keeps_share:
+    if "pretrain" in SELECTIONS[tokens["selection"]].shares:
         tokens["keep_ratio"] = _kept(said["motion_centric_masking_ratio"])
     return tokens
 

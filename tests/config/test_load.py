@@ -200,8 +200,8 @@ DISAGREEMENTS = [
     (["model.num_frames=15"], ("num_frames=15", "tubelet_size=2")),
     (["model.image_size=65"], ("image_size=65", "patch_size=16")),
     (
-        ["task=finetune", "model.num_classes=2", "tokens.selection=tube"],
-        ("tokens.selection=tube", "finetune", "allowed: rero, random, none"),
+        ["task=finetune", "model.num_classes=2", "tokens.selection=dual"],
+        ("tokens.selection=dual", "finetune", "allowed: rero, random, rlt, uniform, tube, none"),
     ),
     (["tokens.selection=dual", "model.num_frames=12"], ("selection=dual", "multiple of 4", "gives 6")),
     (

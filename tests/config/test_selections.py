@@ -39,7 +39,9 @@ def test_pretraining_counts_of_videomae() -> None:
     assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (1568, 160, 1408)
 
 
-@pytest.mark.parametrize(("selection", "kept"), [("rero", 940), ("none", 1568)])
+@pytest.mark.parametrize(
+    ("selection", "kept"), [("rero", 940), ("rlt", 940), ("uniform", 940), ("tube", 8 * 117), ("none", 1568)]
+)
 def test_finetuning_counts(selection: str, kept: int) -> None:
     counts = classify_counts(CLIP, selection, keep_ratio=0.6)
     assert (counts.num_kept, counts.num_visible, counts.num_predicted) == (kept, kept, 0)

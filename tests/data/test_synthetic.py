@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from everest_ds.data.decoding.open_video import open_video
-from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, render_video, synthesize
+from everest_ds.data.synthetic import KINDS, MOTIONS, SyntheticSpec, object_cover, render_video, synthesize
 from everest_ds.data.video_list import read_class_names, read_manifest
 
 SPEC = SyntheticSpec(num_frames=12, size=48)
@@ -67,6 +67,29 @@ def test_in_a_busy_video_everything_changes_and_the_object_is_not_alone() -> Non
     assert (change > 0).mean() > 0.95
     lone = np.abs(np.diff(video(0, 1), axis=0)).mean(axis=-1)
     assert (change > 25).sum() > (lone > 25).sum()
+
+
+def test_in_a_panning_video_the_background_changes_as_much_as_the_object() -> None:
+    spec = replace(SPEC, kind="panning")
+    changes = [
+        np.abs(np.diff(video(seed % len(MOTIONS), seed, spec), axis=0)).mean(axis=-1) for seed in range(6)
+    ]
+    assert np.mean([change > 10 for change in changes]) > 0.7
+    covered = [object_cover(i % len(MOTIONS), np.random.default_rng(i), spec)[1:] > 0.5 for i in range(6)]
+    inside, outside = (
+        np.mean([c[m].mean() for c, m in zip(changes, masks, strict=True)])
+        for masks in (covered, [~mask for mask in covered])
+    )
+    assert 0.5 < inside / outside < 1.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cover_is_where_the_object_changes_the_picture(kind: str) -> None:
+    spec = replace(SPEC, kind=kind)
+    shown, empty = (render_video(4, np.random.default_rng(5), spec, show) for show in (True, False))
+    differs = (shown != empty).any(axis=-1)
+    covered = object_cover(4, np.random.default_rng(5), spec)
+    assert not differs[covered == 0].any() and differs[covered == 1].mean() > 0.95
 
 
 def test_pace_is_how_much_happens_between_frames() -> None:

@@ -11,7 +11,13 @@ from torch import Tensor
 
 from everest_ds.config.selections import pretrain_counts
 from everest_ds.config.tokens import ClipGeometry
-from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.selection.masks import (
+    random_tokens,
+    split_dual,
+    split_kept,
+    split_tubes,
+    whole_slots,
+)
 
 
 def grid_of(num_slots: int, side: int) -> ClipGeometry:
@@ -65,6 +71,26 @@ def test_tubes_show_the_same_places_in_every_slot(slots: int, side: int, data: s
     everything = torch.cat([visible, predicted], dim=1).sort(dim=1).values
     assert everything.tolist() == [list(range(slots * places))] * 2
     assert bool((visible.diff(dim=1) > 0).all()) and bool((predicted.diff(dim=1) > 0).all())
+
+
+@settings(deadline=None)
+@given(slots=st.integers(1, 12), side=st.integers(1, 4), data=st.data())
+def test_whole_slots_are_evenly_spaced_and_lack_the_surplus_only(
+    slots: int, side: int, data: st.DataObject
+) -> None:
+    num_kept = data.draw(st.integers(1, slots * side**2))
+    keep = whole_slots(grid_of(slots, side), num_kept, torch.arange(5))
+    assert keep.shape == (5, num_kept) and bool((keep.diff(dim=1) > 0).all())
+    count = math.ceil(num_kept / side**2)
+    middles = [math.floor((i + 0.5) * slots / count) for i in range(count)]
+    for tokens in keep.tolist():
+        assert {token // side**2 for token in tokens} <= set(middles)
+
+
+def test_every_token_of_the_whole_slots_is_equally_often_dropped() -> None:
+    draws = 5000
+    keep = whole_slots(grid_of(8, 3), 14, torch.arange(draws))  # of the 18 tokens of slots 2 and 6
+    assert_equally_often(torch.bincount(keep.flatten() % 36 - 18, minlength=9), 2 * draws, 7)
 
 
 def running_cells(start: int, num_slots: int, side: int) -> set[int]:

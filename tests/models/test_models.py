@@ -167,8 +167,10 @@ def test_any_geometry_computes_on_its_counts_or_is_refused_with_a_reason(
     except ValidationError as error:
         if mode == ("pretrain", "dual"):
             assert clip["num_frames"] // clip["tubelet_size"] % 4 and "multiple of 4 slots" in str(error)
+        elif mode[1] == "rlt" and "tokens of 1 slot, but" in str(error):
+            assert keep_ratio < clip["tubelet_size"] / clip["num_frames"]
         else:
-            assert mode in (("pretrain", "rero"), ("pretrain", "random")) and keep_ratio < 0.1
+            assert mode[0] == "pretrain" and mode[1] not in ("tube", "dual", "none") and keep_ratio < 0.1
             assert "keep_ratio must exceed 1 - mask_ratio" in str(error)
         return
     frames, size, counts = clip["num_frames"], clip["image_size"], config.token_counts

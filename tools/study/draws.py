@@ -11,23 +11,12 @@ from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment
 from everest_ds.data.synthetic import SyntheticSpec
-from study.protocol import (
-    DENSE,
-    EVEREST,
-    KEEP_RATIO,
-    PLAIN,
-    SHORT,
-    STORE,
-    Chain,
-    Run,
-    Study,
-    Tokens,
-    pretrain_tokens,
-)
-from study.report import FIGURES, Scores, scores, table
+from study.arms import DENSE, EVEREST, PLAIN, PRETRAINED, Tokens
+from study.protocol import PRETRAIN, STORE, TUNE, Chain, Run, Scale, Study, pretrain_tokens
+from study.report import Scores, scores, table
 
 
-class Arm(NamedTuple):
+class Source(NamedTuple):
     """A form of the training data.
 
     Attributes:
@@ -40,15 +29,23 @@ class Arm(NamedTuple):
 
 
 FRESH = "fresh"  # name of the arm that draws new clips from the files in every epoch
-ARMS = {
-    FRESH: Arm(),
-    "frame store": Arm(stored=True),
-    "16 draws": Arm(16),
-    "4 draws": Arm(4),
-    "1 draw": Arm(1),
+SOURCES = {
+    FRESH: Source(),
+    "frame store": Source(stored=True),
+    "16 draws": Source(16),
+    "4 draws": Source(4),
+    "1 draw": Source(1),
 }
+_MODEL = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 32, "patch_size": 8}
+SCALES = {
+    "smoke": Scale(_MODEL, {"train": 24, "test": 24}, (0,), 2, 6, 8, "bf16"),
+    "small": Scale(_MODEL, {"train": 1500, "test": 900}, (1, 2, 3), 700, 360, 32, "bf16"),
+}
+FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
+SHORT = "short"  # name of the dense fine-tuning that, with a linear probe, judges a pre-training
+_SHORT_STEPS = 80  # few, so that the pre-training matters
+_KEEP_RATIO = 0.6
 _STEPS_PER_EPOCH = 10  # few videos and many epochs, so that even 16 draws recur
-_TUNED_STEPS = 2  # times as many steps of fine-tuning as in the study of selections
 
 
 @dataclass(frozen=True)
@@ -61,16 +58,16 @@ class DrawsStudy(Study):
     """
 
     kinds: tuple[str, ...] = (PLAIN,)
-    arms: tuple[str, ...] = tuple(ARMS)
+    arms: tuple[str, ...] = tuple(SOURCES)
 
     @property
     def compared(self) -> tuple[str, ...]:
         """Return the arms to run: new clips from the files, and those compared with them."""
         return FRESH, *(arm for arm in self.arms if arm != FRESH)
 
-    def spec(self, kind: str) -> SyntheticSpec:
+    def spec(self, kind: str, enlargement: int = 1) -> SyntheticSpec:
         """Return the spec of a kind's videos: twice as long as a clip, so that clips differ in time too."""
-        frames, size = self.scale.model["num_frames"], self.scale.model["image_size"]
+        frames, size = self.scale.model["num_frames"], enlargement * self.scale.model["image_size"]
         return SyntheticSpec(2 * frames, size, self.data_seed, kind, pace=4.0)
 
     def chains(self) -> Iterator[list[Run]]:
@@ -81,17 +78,18 @@ class DrawsStudy(Study):
                     yield list(self._chain(kind, seed, arm))
 
     def _chain(self, kind: str, seed: int, arm: str) -> Iterator[Run]:
-        chain, scale = Chain(self, kind, seed, arm.replace(" ", "-"), "steps"), self.scale
-        yield _cycling(chain.run("pretrain", "pretrain", scale.pretrain_steps, _PRETRAINED), arm)
-        yield chain.run(SHORT, "finetune", scale.short_steps, DENSE)
+        chain, scale = Chain(self, kind, seed, arm.replace(" ", "-")), self.scale
+        yield _cycling(chain.run("pretrain", PRETRAIN, scale.pretrain_steps, _PRETRAINED), arm)
+        short = chain.run(SHORT, TUNE, min(_SHORT_STEPS, scale.pretrain_steps), DENSE)
+        yield short._replace(probed=short.config)
         if arm == FRESH:
-            steps = _TUNED_STEPS * scale.finetune_steps
             for other in self.compared:
-                yield _cycling(chain.run(f"tuned, {other}", "finetune", steps, _TUNED), other)
+                tuned = chain.run(f"tuned, {other}", TUNE, scale.finetune_steps, _TUNED)
+                yield _cycling(tuned._replace(arm=other), other)
 
 
-_PRETRAINED: Tokens = {**pretrain_tokens(EVEREST), "score": "pixel"}
-_TUNED: Tokens = {"selection": EVEREST, "keep_ratio": KEEP_RATIO, "score": "pixel"}
+_PRETRAINED: Tokens = {**pretrain_tokens(PRETRAINED[EVEREST]), "score": "pixel"}
+_TUNED: Tokens = {"selection": EVEREST, "keep_ratio": _KEEP_RATIO, "score": "pixel"}
 
 
 def _cycling(run: Run, arm: str) -> Run:
@@ -101,8 +99,8 @@ def _cycling(run: Run, arm: str) -> Run:
     epochs = max(1, run.num_steps // _STEPS_PER_EPOCH)
     assert run.config.data.train is not None
     tree["data"] |= {
-        "train": run.config.data.train.with_name(f"visits-{clips}{STORE if ARMS[arm].stored else '.txt'}"),
-        "draws": ARMS[arm].draws,
+        "train": run.config.data.train.with_name(f"visits-{clips}{STORE if SOURCES[arm].stored else '.txt'}"),
+        "draws": SOURCES[arm].draws,
         "train_crop": "multi_scale",
     }
     tree["schedule"] |= {"epochs": epochs, "warmup_epochs": epochs / 10}
@@ -121,12 +119,12 @@ def _row(rows: Sequence[Mapping[str, Any]], kind: str, arm: str) -> Iterator[tup
     yield "clips", arm
     for figure, what in FIGURES.items():
         yield from _against(what, *(_of_pretraining(rows, kind, each, figure) for each in (arm, FRESH)))
-    tuned = (scores(rows, kind, f"tuned, {each}", pretrained=FRESH) for each in (arm, FRESH))
+    tuned = (scores(rows, "top1", kind=kind, name=f"tuned, {each}") for each in (arm, FRESH))
     yield from _against("fine-tuned on these clips", *tuned)
 
 
 def _of_pretraining(rows: Sequence[Mapping[str, Any]], kind: str, arm: str, figure: str) -> Scores:
-    return scores(rows, kind, SHORT, figure, pretrained=arm.replace(" ", "-"))
+    return scores(rows, figure, kind=kind, name=SHORT, arm=arm.replace(" ", "-"))
 
 
 def _against(what: str, mine: Scores, fresh: Scores) -> Iterator[tuple[str, str]]:

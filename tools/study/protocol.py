@@ -8,33 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from everest_ds.config import Experiment
 from everest_ds.config.sections import REFERENCE_BATCH
 from everest_ds.costs.compute import predict_macs
 from everest_ds.data.synthetic import MOTIONS, SyntheticSpec
+from study.arms import CHEAPEST, DENSE, EVEREST, KINDS, PAUSES, PRETRAINED, TUNED, Arm, Tokens
 
-Tokens = dict[str, Any]  # the section of a config
-Budget = Literal["steps", "compute"]  # the quantity that is equal for all arms of a comparison
-
-KINDS = PLAIN, BUSY, PAUSES = ("plain", "busy", "pauses")  # kinds of data
-EVEREST, NOTHING = "rero", "nothing"
-SELECTIONS = (EVEREST, "tube", "dual", "random", "none")  # in pre-training
-KEEP_RATIOS = (0.2, 0.4, 0.6, 0.8)  # in fine-tuning; at 1, every selection is dense
-KEEP_RATIO = 0.6  # EVEREST's value
-OVERSAMPLINGS = (1.0, 1.5, 3.0)  # of frames: without IIFS, EVEREST's value, and all frames of a paused video
-# IIFS draws slots by their kept tokens: the lower the keep ratio, the better it tells slots apart.
-PAUSES_KEEP_RATIOS = (KEEP_RATIO, 0.2)
-DENSE: Tokens = {"selection": "none"}
+BUDGETS = STEPS, COMPUTE = ("steps", "compute")  # the quantity that is equal for all arms of a comparison
+KEEP_RATIO = 0.25  # in fine-tuning: whole slots and whole tubes, so that all arms keep equally many tokens
+PRETRAIN, TUNE = ("pretrain", "finetune")
 STORE = ".store"  # ending of the name of a folder of frames that stands for the manifest beside it
-SHORT = "short"  # name of the fine-tuning that, with the probe, judges a pre-training
 
 # These values were chosen on seeds of runs and videos that no study reports.
 _PRETRAIN_LR, _FINETUNE_LR = 2e-3, 1.5e-3
 _PRETRAIN_KEEP_RATIO, _MASK_RATIO = 0.3, 0.875
+_SAME_COMPUTE = 0.005  # compute that differs by less counts as equal
+# Videos are rendered larger than clips, so that macroblocks of 16 pixels are smaller than patches.
+_ENLARGEMENT = 3
 
 
 @dataclass(frozen=True)
@@ -46,27 +39,26 @@ class Scale:
         videos: number of videos of each kind of data, by split.
         seeds: seeds of the chains.
         pretrain_steps: steps of every pre-training at equal steps, and of EVEREST's at equal compute.
-        short_steps: steps of the dense fine-tunings that compare pre-trainings: few, so that these matter.
-        finetune_steps: steps of the fine-tunings that compare kept tokens; the run at equal compute takes
-            more.
+        finetune_steps: steps of every fine-tuning at equal steps, and of the cheapest arm at equal compute.
         clips: clips per step.
+        precision: precision of all runs; float32 is the faster one for small models on a CPU.
     """
 
     model: dict[str, Any]
     videos: dict[str, int]
     seeds: tuple[int, ...]
     pretrain_steps: int
-    short_steps: int
     finetune_steps: int
     clips: int
+    precision: str
 
 
-_TINY = {"backbone": "vit_tiny", "num_frames": 8, "image_size": 32, "patch_size": 8}
+_TINY = {"backbone": "vit_tiny", "num_frames": 16, "image_size": 32, "patch_size": 8}
 _SMALL = {"backbone": "vit_small", "num_frames": 16, "image_size": 64, "patch_size": 8}
 SCALES = {
-    "smoke": Scale(_TINY, {"train": 24, "test": 24}, (0,), 2, 2, 3, 8),
-    "small": Scale(_TINY, {"train": 1500, "test": 900}, (1, 2, 3), 700, 80, 180, 32),
-    "large": Scale(_SMALL, {"train": 9000, "test": 3000}, (1, 2, 3, 4, 5), 9000, 1500, 3000, 128),
+    "smoke": Scale(_TINY, {"train": 24, "test": 24}, (0,), 2, 3, 8, "fp32"),
+    "small": Scale(_TINY, {"train": 1500, "test": 900}, (1, 2, 3), 500, 180, 32, "fp32"),
+    "large": Scale(_SMALL, {"train": 9000, "test": 3000}, (1, 2, 3, 4, 5), 9000, 3000, 128, "bf16"),
 }
 
 
@@ -77,20 +69,24 @@ class Run(NamedTuple):
         name: place of the run in its chain.
         kind: kind of data.
         seed: seed of the chain.
-        pretrained: token selection of the chain's pre-training, or NOTHING.
-        budget: quantity in which the chain's pre-training equals the others.
+        arm: the arm that the run belongs to.
+        budgets: the comparisons that the run belongs to; empty if its weights only start others.
         num_steps: optimiser steps.
         config: config for the trainer: one epoch over a manifest with a line per clip, so that any number of
             steps is possible.
+        oracle: whether the loader hands out the true motion of the scene.
+        probed: dense fine-tuning from a pre-training that a linear probe judges; None: no probe.
     """
 
     name: str
     kind: str
     seed: int
-    pretrained: str
-    budget: Budget
+    arm: str
+    budgets: tuple[str, ...]
     num_steps: int
     config: Experiment
+    oracle: bool = False
+    probed: Experiment | None = None
 
     @property
     def training_macs(self) -> int:
@@ -111,27 +107,32 @@ class Study:
         scale: size of the study.
         out: folder of the study.
         data_seed: seed of the videos.
+        kinds: kinds of data that the runs read.
     """
 
     scale: Scale
     out: Path
     data_seed: int = 1
+    kinds: tuple[str, ...] = KINDS
 
     def data(self, kind: str) -> Path:
         """Return the folder of a kind's videos and manifests."""
         return self.out / "data" / kind
 
-    def spec(self, kind: str) -> SyntheticSpec:
+    def has_data(self, kind: str) -> bool:
+        """Return whether all videos of a kind have been written."""
+        return (self.data(kind) / "test.txt").is_file()  # written last
+
+    def spec(self, kind: str, enlargement: int = _ENLARGEMENT) -> SyntheticSpec:
         """Return the spec of a kind's videos: clips plus two frames, or three clips long with pauses."""
-        frames, size = self.scale.model["num_frames"], self.scale.model["image_size"]
-        if kind == PAUSES:
-            return SyntheticSpec(3 * frames, size, self.data_seed, kind, pace=2.0)
-        return SyntheticSpec(frames + 2, size, self.data_seed, kind, pace=4.0)
+        frames, size = self.scale.model["num_frames"], enlargement * self.scale.model["image_size"]
+        length = 3 * frames if kind == PAUSES else frames + 2
+        return SyntheticSpec(length, size, self.data_seed, kind, pace=2.0)
 
     @property
     def num_videos(self) -> int:
         """Return the number of videos of all kinds and splits."""
-        return len(KINDS) * sum(self.scale.videos.values())
+        return len(self.kinds) * sum(self.scale.videos.values())
 
     @property
     def num_runs(self) -> int:
@@ -139,18 +140,12 @@ class Study:
         return sum(len(chain) for chain in self.chains())
 
     def chains(self) -> Iterator[list[Run]]:
-        """Yield EVEREST's chains, by far the longest, then those with which its pre-training is compared."""
-        places = [(kind, seed) for seed in self.scale.seeds for kind in (PLAIN, BUSY)]
+        """Yield EVEREST's chains, by far the longest, then the pre-trainings that rival its own."""
+        places = [(kind, seed) for kind in self.kinds for seed in self.scale.seeds]
         for kind, seed in places:
-            everest = Chain(self, kind, seed, EVEREST, "steps")
-            yield [*everest.pretrained_and_tuned(), *everest.by_tokens()]
+            yield list(Chain(self, kind, seed).pretrained_and_tuned())
         for kind, seed in places:
-            yield list(Chain(self, kind, seed, NOTHING, "steps").pretrained_and_tuned())
-            for selection in SELECTIONS[1:]:
-                chain = Chain(self, kind, seed, selection, "steps")
-                control = [chain.kept("random", KEEP_RATIO)] if selection == "random" else []
-                yield [*chain.pretrained_and_tuned(), *control]
-                yield list(Chain(self, kind, seed, selection, "compute").pretrained_and_tuned())
+            yield from Chain(self, kind, seed).other_pretrainings()
 
 
 @dataclass(frozen=True)
@@ -160,61 +155,63 @@ class Chain:
     Attributes:
         study: the study, which has the sizes.
         kind, seed: kind of data, and seed of the runs.
-        selection: token selection of the pre-training, NOTHING for none, or another name of the chain.
-        budget: quantity in which the pre-training equals the others.
+        name: name of the pre-training: EVEREST, or that of another chain.
     """
 
     study: Study
     kind: str
     seed: int
-    selection: str
-    budget: Budget
+    name: str = EVEREST
 
     @property
     def folder(self) -> Path:
         """Return the folder of the chain's runs."""
-        return self.study.out / "runs" / f"{self.kind}-{self.seed}" / f"{self.selection}-{self.budget}"
+        return self.study.out / "runs" / f"{self.kind}-{self.seed}" / self.name
 
     def pretrained_and_tuned(self) -> Iterator[Run]:
-        """Yield the pre-training and the short fine-tuning that judges it."""
+        """Yield EVEREST's pre-training and the fine-tunings of its weights in all arms."""
+        compared = BUDGETS if self.kind in PRETRAINED[EVEREST].kinds else ()
+        yield self._pretraining(EVEREST, compared, self.study.scale.pretrain_steps)
+        for name, arm in TUNED.items():
+            if self.kind in arm.kinds:
+                for budgets, steps in self._steps(TUNE, arm, TUNED[CHEAPEST]):
+                    run = self.run(f"{name}-{steps}", TUNE, steps, finetune_tokens(arm))
+                    yield run._replace(arm=name, budgets=budgets, oracle=arm.oracle)
+
+    def other_pretrainings(self) -> Iterator[list[Run]]:
+        """Yield a chain for each pre-training that is compared with EVEREST's."""
+        for name, arm in PRETRAINED.items():
+            if name != EVEREST and self.kind in arm.kinds:
+                for budgets, steps in self._steps(PRETRAIN, arm, PRETRAINED[EVEREST]):
+                    chain = Chain(self.study, self.kind, self.seed, f"{name}-{steps}")
+                    yield [chain._pretraining(name, budgets, steps)]
+
+    def _pretraining(self, name: str, budgets: tuple[str, ...], steps: int) -> Run:
+        arm = PRETRAINED[name]
+        run = self.run("pretrain", PRETRAIN, steps, pretrain_tokens(arm))
+        probed = self.run("probe", TUNE, steps, DENSE).config if budgets else None
+        return run._replace(arm=name, budgets=budgets, oracle=arm.oracle, probed=probed)
+
+    def _steps(self, task: str, arm: Arm, reference: Arm) -> Iterator[tuple[tuple[str, ...], int]]:
+        """Yield the budgets and the steps of each run of an arm: one if both budgets mean the same steps."""
         scale = self.study.scale
-        if self.selection != NOTHING:
-            tokens, everest = pretrain_tokens(self.selection), pretrain_tokens(EVEREST)
-            share = self._cost("pretrain", everest) / self._cost("pretrain", tokens)
-            steps = scale.pretrain_steps * (share if self.budget == "compute" else 1)
-            yield self.run("pretrain", "pretrain", round(steps), tokens)
-        yield self.run(SHORT, "finetune", scale.short_steps, DENSE)
+        steps = scale.pretrain_steps if task == PRETRAIN else scale.finetune_steps
+        share = self._cost(task, reference) / self._cost(task, arm)
+        affordable = steps if abs(share - 1) < _SAME_COMPUTE else max(1, round(steps * share))
+        if not arm.at_equal_steps:
+            yield (COMPUTE,), affordable
+        elif affordable == steps:
+            yield BUDGETS, steps
+        else:
+            yield from (((STEPS,), steps), ((COMPUTE,), affordable))
 
-    def by_tokens(self) -> Iterator[Run]:
-        """Yield fine-tunings of the same weights on more or fewer tokens."""
-        steps = self.study.scale.finetune_steps
-        yield self.run("dense", "finetune", steps, DENSE)
-        for selection in (EVEREST, "random"):
-            for ratio in KEEP_RATIOS:
-                yield self.kept(selection, ratio)
-        everest = {"selection": EVEREST, "keep_ratio": KEEP_RATIO}
-        share = self._cost("finetune", DENSE) / self._cost("finetune", everest)
-        yield self.run(f"{EVEREST}-{KEEP_RATIO}-compute", "finetune", round(steps * share), everest)
-        if self.kind == PLAIN:
-            yield from self._on_pauses()
-
-    def _on_pauses(self) -> Iterator[Run]:
-        for alpha, ratio in product(OVERSAMPLINGS, PAUSES_KEEP_RATIOS):
-            tokens = {"selection": EVEREST, "keep_ratio": ratio, "frame_oversampling": alpha}
-            steps = self.study.scale.finetune_steps
-            yield self.run(f"iifs-{alpha}-{ratio}", "finetune", steps, tokens, PAUSES)
-
-    def kept(self, selection: str, ratio: float) -> Run:
-        """Return a fine-tuning on this share of the tokens."""
-        tokens = {"selection": selection, "keep_ratio": ratio}
-        return self.run(f"{selection}-{ratio}", "finetune", self.study.scale.finetune_steps, tokens)
-
-    def _cost(self, task: str, tokens: Tokens) -> int:
+    def _cost(self, task: str, arm: Arm) -> int:
+        tokens = pretrain_tokens(arm) if task == PRETRAIN else finetune_tokens(arm)
         return predict_macs(Experiment.model_validate(self._tree(task, tokens))).training_macs
 
     def _tree(self, task: str, tokens: Tokens) -> dict[str, Any]:
         """Return a config tree without the settings of one run (data and run folder)."""
-        pretrain, clips = task == "pretrain", self.study.scale.clips
+        pretrain, clips = task == PRETRAIN, self.study.scale.clips
         lr = (_PRETRAIN_LR if pretrain else _FINETUNE_LR) * REFERENCE_BATCH / clips
         return {
             "task": task,
@@ -225,21 +222,22 @@ class Chain:
             "optimizer": {"betas": (0.9, 0.95 if pretrain else 0.999), "clip_grad_norm": 1.0},
             "schedule": {"epochs": 1, "warmup_epochs": 0.1, "base_lr": lr},
             "batch": {"micro_batch_size": clips},
+            "precision": self.study.scale.precision,
             "parallelism": {"zero_stage": 1},
         }
 
-    def run(self, name: str, task: str, steps: int, tokens: Tokens, kind: str | None = None) -> Run:
+    def run(self, name: str, task: str, steps: int, tokens: Tokens) -> Run:
         """Return a run of this chain, whose manifest lists a video for each of its clips."""
-        kind = kind or self.kind
-        tree, data = self._tree(task, tokens), self.study.data(kind)
-        if task == "finetune" and self.selection != NOTHING:
+        tree, data = self._tree(task, tokens), self.study.data(self.kind)
+        if task == TUNE:
             tree["model"]["init_from"] = self.folder / "pretrain"
         tree["data"] = {
             "train": data / f"visits-{steps * self.study.scale.clips}.txt",
             "test": data / "test.txt",
             "class_names": data / "classes.txt",
+            "decode_short_side": self.study.scale.model["image_size"],
             "frame_stride": 1,
-            "sampling": "segments" if kind == PAUSES else "stride",
+            "sampling": "segments" if self.kind == PAUSES else "stride",
             "train_crop": "center",
             "test_segments": 1,
             "test_crops": 1,
@@ -249,9 +247,14 @@ class Chain:
         often = {"log_every_steps": 20, "save_every_steps": seldom, "image_every_steps": seldom}
         tree["run"] = {"dir": self.folder / name, "seed": self.seed, **often}
         config = Experiment.model_validate(tree)
-        return Run(name, kind, self.seed, self.selection, self.budget, steps, config)
+        return Run(name, self.kind, self.seed, self.name, (), steps, config)
 
 
-def pretrain_tokens(selection: str) -> Tokens:
-    """Return the `tokens` section of a pre-training with this selection."""
-    return {"selection": selection, "keep_ratio": _PRETRAIN_KEEP_RATIO, "mask_ratio": _MASK_RATIO}
+def pretrain_tokens(arm: Arm) -> Tokens:
+    """Return the `tokens` section of a pre-training in this arm."""
+    return {**arm.tokens, "keep_ratio": _PRETRAIN_KEEP_RATIO, "mask_ratio": _MASK_RATIO}
+
+
+def finetune_tokens(arm: Arm) -> Tokens:
+    """Return the `tokens` section of a fine-tuning in this arm."""
+    return {**arm.tokens, "keep_ratio": KEEP_RATIO}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,34 +12,27 @@ from matplotlib.figure import Figure
 
 from everest_ds.reports.figure import to_png
 from everest_ds.units import format_duration
-from study.protocol import (
-    BUSY,
-    EVEREST,
-    KEEP_RATIO,
-    KEEP_RATIOS,
-    NOTHING,
-    OVERSAMPLINGS,
-    PAUSES,
-    PAUSES_KEEP_RATIOS,
-    PLAIN,
-    SELECTIONS,
-    SHORT,
-)
+from study.arms import EVEREST, KINDS, PRETRAINED, TUNED, Arm
+from study.protocol import BUDGETS, KEEP_RATIO, STEPS
 
 Rows = Sequence[Mapping[str, Any]]
-Shares = Mapping[str, Mapping[float, float]]
-FIGURES = {"probe_top1": "linear probe", "top1": "fine-tuning"}
-_JUDGES = {"probe_top1": "linear probe", "top1": "the same short fine-tuning"}
-LONGER = f"{EVEREST}-{KEEP_RATIO}-compute"
-_TOLERANCE = 1.0  # points that fine-tuning on fewer tokens may lose against the dense one
-_COLORS = {EVEREST: "#d1603d", "tube": "#2a6f97", "dual": "#6a994e", "random": "#8d6cab", "none": "#1c2733"}
-_NAMES = {
-    EVEREST: "EVEREST (`rero`)",
-    "tube": "VideoMAE (`tube`)",
-    "dual": "VideoMAE v2 (`dual`)",
-    "random": "random drop (`random`)",
-    "none": "dense (`none`)",
-    NOTHING: "no pre-training",
+Shares = Mapping[str, Mapping[str, float]]
+# 97.5 % quantiles of Student's t by degrees of freedom, from 1.
+_T_QUANTILES = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+_ASIDE = 0.003  # share of the compute by which arms of equal compute are drawn apart
+_COLORS = {
+    EVEREST: "#d1603d",
+    "sketch": "#e09f3e",
+    "pixel": "#9c2c1c",
+    "codec": "#b5179e",
+    "rlt": "#2a6f97",
+    "random": "#8d6cab",
+    "tube": "#5fa8d3",
+    "uniform": "#6a994e",
+    "oracle": "#1c2733",
+    "dense": "#888888",
+    "iifs-1.5": "#f4a582",
+    "iifs-3": "#67001f",
 }
 
 
@@ -53,9 +47,12 @@ class Scores(NamedTuple):
         return statistics.fmean(self.by_seed.values())
 
     @property
-    def deviation(self) -> float:
-        """Return the sample standard deviation over the seeds, or 0 for a single seed."""
-        return statistics.stdev(self.by_seed.values()) if len(self.by_seed) > 1 else 0.0
+    def half_width(self) -> float:
+        """Return half of the 95 % confidence interval of the mean (Student's t); infinite for one seed."""
+        count = len(self.by_seed)
+        if count < 2:
+            return math.inf
+        return t_quantile(count - 1) * statistics.stdev(self.by_seed.values()) / math.sqrt(count)
 
     def minus(self, other: Scores) -> Scores:
         """Return the differences, seed by seed, for the seeds that both have."""
@@ -63,141 +60,137 @@ class Scores(NamedTuple):
         return Scores({seed: self.by_seed[seed] - other.by_seed[seed] for seed in sorted(common)})
 
     def text(self, sign: str = "") -> str:
-        """Return `mean ± deviation`, or a note that there is only one seed."""
+        """Return `mean ± half-width`, or a note that there is only one seed."""
         if not self.by_seed:
             return "-"
-        spread = f"± {self.deviation:.1f}" if len(self.by_seed) > 1 else "(1 seed)"
+        spread = f"± {self.half_width:.1f}" if len(self.by_seed) > 1 else "(1 seed)"
         return f"{self.mean:{sign}.1f} {spread}"
 
 
-def scores(rows: Rows, kind: str, name: str, figure: str = "top1", **wanted: str) -> Scores:
-    """Return `figure` of the runs called `name`, from EVEREST's chain unless `wanted` overrides that."""
-    wanted = {"pretrained": EVEREST, "budget": "steps", "kind": kind, "name": name, **wanted}
-    found = [row for row in rows if figure in row and all(row[k] == value for k, value in wanted.items())]
+def t_quantile(freedom: int) -> float:
+    """Return the 97.5 % quantile of Student's t; above 9 degrees of freedom by Fisher's expansion."""
+    if freedom <= len(_T_QUANTILES):
+        return _T_QUANTILES[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+class Comparison(NamedTuple):
+    """A set of arms that differ in one stage.
+
+    Attributes:
+        task: the task of its runs.
+        stage: name of the stage in sentences.
+        arms: its arms by name.
+        figure: the figure of a row that judges an arm.
+        title: heading of the table and the plots.
+    """
+
+    task: str
+    stage: str
+    arms: Mapping[str, Arm]
+    figure: str
+    title: str
+
+
+COMPARISONS = (
+    Comparison("finetune", "fine-tuning", TUNED, "top1", f"fine-tuning on {KEEP_RATIO:g} of the tokens"),
+    Comparison("pretrain", "pre-training", PRETRAINED, "probe_top1", "pre-training, by a linear probe"),
+)
+
+
+def scores(rows: Rows, figure: str, budget: str | None = None, **wanted: str) -> Scores:
+    """Return `figure` by seed of the rows with the `wanted` values, of one budget or of any."""
+    found = [
+        row
+        for row in rows
+        if figure in row
+        and (budget is None or budget in row["budgets"])
+        and all(row[key] == value for key, value in wanted.items())
+    ]
     return Scores({row["seed"]: row[figure] for row in found})
 
 
 def render(rows: Rows, num_runs: int, shares: Shares) -> str:
-    """Return all tables and findings, as Markdown.
+    """Return the findings and all tables, as Markdown.
 
     Args:
         rows: rows of the runs that have ended.
         num_runs: number of runs of the whole study.
-        shares: percent of the moving object that ReRo keeps, by kind of data and keep ratio.
+        shares: percent of the moving object that an arm keeps, by kind of data and name of the arm.
     """
-    kinds = [kind for kind in (PLAIN, BUSY) if any(row["kind"] == kind for row in rows)]
-    lost = [f"- {finding}." for kind in kinds for finding in findings(rows, kind)]
-    parts = [
-        "### Pre-training: which tokens to learn from",
-        table(row for kind in kinds for row in _pretrainings(rows, kind)),
-        "### Fine-tuning: how many tokens to keep",
-        table(row for kind in kinds for row in _keep_ratios(rows, kind)),
-        "Share of the moving object's pixels, over all frames, that ReRo keeps (random drop keeps ρ):",
-        table(
-            {"data": kind} | {f"ρ {r}": f"{s:.1f} %" for r, s in of.items()} for kind, of in shares.items()
-        ),
-        "### Frames: IIFS on videos that mostly pause",
-        table(_oversamplings(rows)),
-        "### Where ReRo does not win",
-        "\n".join(lost) or "Nowhere, among the runs that have ended.",
-        f"{len(rows)} of {num_runs} runs, {format_duration(sum(row['cpu_s'] for row in rows))} of CPU time.",
-    ]
+    cpu_s = sum(row["cpu_s"] for row in rows)
+    parts = [verdict(rows)]
+    for comparison in COMPARISONS:
+        lines = [
+            dict(_line(rows, comparison, kind, name, shares)) for kind, name in _places(rows, comparison)
+        ]
+        parts += [f"### {comparison.title.capitalize()}", table(lines)]
+    parts.append(f"{len(rows)} of {num_runs} runs, {format_duration(cpu_s)} of CPU time.")
     return "\n\n".join(parts) + "\n"
 
 
-def findings(rows: Rows, kind: str) -> Iterator[str]:
-    """Yield the comparisons that ReRo does not win.
+def verdict(rows: Rows) -> str:
+    """Return where ReRo by the embedding loses to another arm, the largest loss first, in one line.
 
-    ReRo wins if it is ahead of another selection in every seed, and within a point of dense on average.
+    A loss is clear if the confidence interval of the difference excludes 0.
     """
-    for budget in ("steps", "compute"):
-        for figure, what in FIGURES.items():
-            everest = scores(rows, kind, SHORT, figure)
-            for other in SELECTIONS[1:]:
-                lead = everest.minus(scores(rows, kind, SHORT, figure, pretrained=other, budget=budget))
-                where = f"{kind}, pre-training at equal {budget}, {what}"
-                yield from _not_ahead(where, lead, _NAMES[other])
-    for ratio in KEEP_RATIOS:
-        where = f"{kind}, fine-tuning at ρ {ratio}"
-        yield from _not_ahead(where, _lead(rows, kind, ratio, f"random-{ratio}"), "random drop")
-        loss = _lead(rows, kind, ratio, "dense")
-        if loss.by_seed and loss.mean < -_TOLERANCE:
-            yield f"{where}: {loss.text('+')} against dense"
+    behind = sorted(losses(rows), key=lambda loss: loss[0].mean)
+    clear, unclear = (
+        "; ".join(text for lead, text in behind if (lead.mean + lead.half_width < 0) == is_clear)
+        for is_clear in (True, False)
+    )
+    line = (
+        f"**ReRo loses** {clear}."
+        if clear
+        else "**ReRo clearly loses nowhere**, among the runs that have ended."
+    )
+    return f"{line} Behind, with an interval that includes 0: {unclear}." if unclear else line
 
 
-def _not_ahead(where: str, lead: Scores, other: str) -> Iterator[str]:
-    behind = sum(value <= 0 for value in lead.by_seed.values())
-    if behind:
-        seeds = f"{behind} of {len(lead.by_seed)} seeds"
-        yield f"{where}: not ahead of {other} in {seeds} ({lead.text('+')})"
+def losses(rows: Rows) -> Iterator[tuple[Scores, str]]:
+    """Yield the lead, in points, and a description of each comparison in which ReRo is behind on average."""
+    for comparison in COMPARISONS:
+        for kind, name in _places(rows, comparison):
+            for budget in BUDGETS:
+                lead = _lead(rows, comparison, kind, name, budget)
+                if lead.by_seed and lead.mean < 0:
+                    where = f"on {kind} in {comparison.stage} at equal {budget}"
+                    yield lead, f"to {comparison.arms[name].label} {where} ({lead.text('+')})"
 
 
-def _lead(rows: Rows, kind: str, ratio: float, other: str) -> Scores:
-    return scores(rows, kind, f"{EVEREST}-{ratio}").minus(scores(rows, kind, other))
+def _places(rows: Rows, comparison: Comparison) -> Iterator[tuple[str, str]]:
+    """Yield each kind of data and arm of a comparison of which a run has ended."""
+    ended = {(row["kind"], row["arm"]) for row in rows if row["task"] == comparison.task and row["budgets"]}
+    for kind in KINDS:
+        yield from ((kind, name) for name in comparison.arms if (kind, name) in ended)
 
 
-def _pretrainings(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
-    chains = [(EVEREST, "steps"), *((s, b) for b in ("steps", "compute") for s in SELECTIONS[1:])]
-    for selection, budget in [*chains, (NOTHING, "steps")]:
-        chain = {"pretrained": selection, "budget": budget}
-        yield {
-            "data": kind,
-            "pre-training": _NAMES[selection],
-            "equal": {EVEREST: "both", NOTHING: "-"}.get(selection, budget),
-            "GMACs": _gmacs(rows, kind, "pretrain", **chain),
-            **dict(_judged(rows, kind, chain)),
-        }
+def _of(rows: Rows, comparison: Comparison, kind: str, name: str, budget: str, figure: str = "") -> Scores:
+    wanted = {"kind": kind, "task": comparison.task, "arm": name}
+    return scores(rows, figure or comparison.figure, budget, **wanted)
 
 
-def _judged(rows: Rows, kind: str, chain: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    for figure, what in FIGURES.items():
-        mine = scores(rows, kind, SHORT, figure, **chain)
-        lead = scores(rows, kind, SHORT, figure).minus(mine)
-        yield f"{what}, top-1", mine.text()
-        yield f"{what}, EVEREST ahead", lead.text("+") if chain["pretrained"] != EVEREST else ""
+def _lead(rows: Rows, comparison: Comparison, kind: str, name: str, budget: str) -> Scores:
+    mine, other = (_of(rows, comparison, kind, each, budget) for each in (EVEREST, name))
+    return mine.minus(other)
 
 
-def _keep_ratios(rows: Rows, kind: str) -> Iterator[dict[str, str]]:
-    arms: list[tuple[str, str, str | None]] = [("1 (dense)", "dense", None)]
-    arms += [(f"{ratio}", f"{EVEREST}-{ratio}", f"random-{ratio}") for ratio in reversed(KEEP_RATIOS)]
-    for label, name, other in [*arms, (f"{KEEP_RATIO}, more steps", LONGER, None)]:
-        yield _against(rows, kind, label, name, scores(rows, kind, other) if other else Scores({}))
-    own, both = scores(rows, kind, f"random-{KEEP_RATIO}", pretrained="random"), f"{EVEREST}-{KEEP_RATIO}"
-    yield _against(rows, kind, f"{KEEP_RATIO}, each after its own pre-training", both, own)
-
-
-def _against(rows: Rows, kind: str, label: str, name: str, drop: Scores) -> dict[str, str]:
-    mine, dense = scores(rows, kind, name), scores(rows, kind, "dense")
-    return {
-        "data": kind,
-        "ρ": label,
-        "GMACs": _gmacs(rows, kind, name),
-        "of dense": _share_of_dense(rows, kind, name),
-        "ReRo, top-1": mine.text(),
-        "random drop": drop.text(),
-        "ReRo - dense": mine.minus(dense).text("+") if name != "dense" else "-",
-        "ReRo - random": mine.minus(drop).text("+"),
-    }
-
-
-def _oversamplings(rows: Rows) -> Iterator[dict[str, str]]:
-    for ratio in PAUSES_KEEP_RATIOS:
-        off = scores(rows, PAUSES, f"iifs-{OVERSAMPLINGS[0]}-{ratio}")
-        for alpha in OVERSAMPLINGS:
-            mine = scores(rows, PAUSES, f"iifs-{alpha}-{ratio}")
-            shown = f"{alpha:g}" if alpha > 1 else "1 (off)"
-            lead = mine.minus(off).text("+") if alpha > 1 else "-"
-            yield {"ρ": f"{ratio}", "α": shown, "top-1": mine.text(), "against off": lead}
-
-
-def _gmacs(rows: Rows, kind: str, name: str, **wanted: str) -> str:
-    macs = scores(rows, kind, name, "training_macs", **wanted)
-    return f"{macs.mean / 1e9:.0f}" if macs.by_seed else "-"
-
-
-def _share_of_dense(rows: Rows, kind: str, name: str) -> str:
-    own, dense = (scores(rows, kind, n, "training_macs") for n in (name, "dense"))
-    return f"{own.mean / dense.mean:.2f}" if own.by_seed and dense.by_seed else "-"
+def _line(
+    rows: Rows, comparison: Comparison, kind: str, name: str, shares: Shares
+) -> Iterator[tuple[str, str]]:
+    """Yield the cells of an arm's line: compute, accuracy and lead of ReRo under both budgets."""
+    yield "data", kind
+    yield "arm", comparison.arms[name].label
+    for budget in BUDGETS:
+        macs = _of(rows, comparison, kind, name, budget, "training_macs")
+        yield f"equal {budget}: GMACs", f"{macs.mean / 1e9:.0f}" if macs.by_seed else "-"
+        yield "top-1" if budget == STEPS else "top-1 ", _of(rows, comparison, kind, name, budget).text()
+        lead = "" if name == EVEREST else _lead(rows, comparison, kind, name, budget).text("+")
+        yield "ReRo ahead" if budget == STEPS else "ReRo ahead ", lead
+    if comparison.task == "finetune":
+        share = shares.get(kind, {}).get(name)
+        yield "object kept", "-" if share is None else f"{share:.0f} %"
 
 
 def table(rows: Iterable[dict[str, str]]) -> str:
@@ -206,60 +199,47 @@ def table(rows: Iterable[dict[str, str]]) -> str:
     if not shown:
         return ""
     lines = [list(shown[0]), ["---"] * len(shown[0]), *(list(row.values()) for row in shown)]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join(f"| {' | '.join(cell.strip() for cell in cells)} |" for cells in lines)
 
 
 def draw(rows: Rows) -> bytes:
-    """Draw accuracy over compute as a PNG: fine-tuning left, pre-training right, a row per kind of data."""
-    figure = Figure(figsize=(14, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, squeeze=False, width_ratios=(1, 2))[0]
-    tuned, pretrained = left.subplots(2, 1, squeeze=False), right.subplots(2, 2)
-    for number, kind in enumerate((PLAIN, BUSY)):
-        _draw_keep_ratios(tuned[number, 0], rows, kind)
-        for axes, judge in zip(pretrained[number], FIGURES, strict=True):
-            _draw_pretrainings(axes, rows, kind, judge)
-    for side, grid in ((left, tuned), (right, pretrained)):
-        for axes in grid.flat:
-            axes.set_ylabel("test top-1, %")
-            axes.grid(alpha=0.3)
-        handles, labels = grid[0, -1].get_legend_handles_labels()
-        side.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=9)
+    """Draw accuracy over compute with confidence intervals as a PNG: a panel per kind and comparison."""
+    panels = [
+        (comparison, kind)
+        for comparison in COMPARISONS
+        for kind in dict.fromkeys(kind for kind, _ in _places(rows, comparison))
+    ]
+    figure = Figure(figsize=(3.6 * max(1, len(panels)), 5), layout="constrained")
+    handles: dict[str, Any] = {}
+    for axes, (comparison, kind) in zip(
+        figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False
+    ):
+        handles |= _draw_panel(axes, rows, comparison, kind)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=6, fontsize=9)
     return to_png(figure)
 
 
-def _draw_keep_ratios(axes: Axes, rows: Rows, kind: str) -> None:
-    axes.set_title(f"{kind}: fine-tuned on ρ {', '.join(map(str, KEEP_RATIOS))}", fontsize=10)
-    axes.set_xlabel("compute of fine-tuning, GMACs")
-    arms = [("ReRo", EVEREST, "o-", [f"{EVEREST}-{ratio}" for ratio in KEEP_RATIOS])]
-    arms += [("random drop", "random", "o-", [f"random-{ratio}" for ratio in KEEP_RATIOS])]
-    arms += [(f"ReRo, ρ {KEEP_RATIO}, more steps", EVEREST, "s", [LONGER]), ("dense", "none", "D", ["dense"])]
-    for label, selection, style, names in arms:
-        points = [(scores(rows, kind, name, "training_macs"), scores(rows, kind, name)) for name in names]
-        _draw_points(axes, points, style, label, _COLORS[selection])
-
-
-def _draw_pretrainings(axes: Axes, rows: Rows, kind: str, judge: str) -> None:
-    axes.set_title(f"{kind}: each pre-training, by {_JUDGES[judge]}", fontsize=10)
-    axes.set_xlabel("compute of pre-training, GMACs")
-    for selection in SELECTIONS:
-        chains = [{"pretrained": selection, "budget": budget} for budget in ("compute", "steps")]
-        points = [
-            (
-                scores(rows, kind, "pretrain", "training_macs", **chain),
-                scores(rows, kind, SHORT, judge, **chain),
+def _draw_panel(axes: Axes, rows: Rows, comparison: Comparison, kind: str) -> dict[str, Any]:
+    """Draw the arms of a comparison on a kind of data; return the legend's handles by label."""
+    axes.set_title(f"{kind}: {comparison.title}", fontsize=9)
+    axes.set_xlabel("training compute, GMACs")
+    axes.set_ylabel("test top-1, %")
+    axes.grid(alpha=0.3)
+    handles = {}
+    names = [name for place, name in _places(rows, comparison) if place == kind]
+    for number, name in enumerate(names):
+        points = {}
+        for budget in BUDGETS:
+            macs, top1 = (
+                _of(rows, comparison, kind, name, budget, figure)
+                for figure in ("training_macs", comparison.figure)
             )
-            for chain in chains
-        ]
-        _draw_points(axes, points, "o--", _NAMES[selection].replace("`", ""), _COLORS[selection])
-    scratch = scores(rows, kind, SHORT, judge, pretrained=NOTHING)
-    if scratch.by_seed:
-        axes.axhline(scratch.mean, linestyle=":", color="black", linewidth=1, label=_NAMES[NOTHING])
-
-
-def _draw_points(
-    axes: Axes, points: Sequence[tuple[Scores, Scores]], style: str, label: str, color: str
-) -> None:
-    """Draw the measured means over compute, with their deviations as error bars."""
-    there = [(macs.mean / 1e9, top1) for macs, top1 in points if macs.by_seed and top1.by_seed]
-    x, y = [macs for macs, _ in there], [top1.mean for _, top1 in there]
-    axes.errorbar(x, y, [top1.deviation for _, top1 in there], fmt=style, label=label, color=color, capsize=3)
+            if top1.by_seed:
+                points[macs.mean / 1e9] = top1
+        # Arms of equal compute are drawn side by side.
+        x = [gmacs * (1 + _ASIDE * (number - len(names) / 2)) for gmacs in points]
+        values = list(points.values())
+        half = [top1.half_width if len(top1.by_seed) > 1 else 0.0 for top1 in values]
+        style: dict[str, Any] = {"fmt": "o--", "color": _COLORS[name], "capsize": 3, "markersize": 4}
+        handles[comparison.arms[name].label] = axes.errorbar(x, [top1.mean for top1 in values], half, **style)
+    return handles

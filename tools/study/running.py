@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import chain as chained
@@ -24,15 +25,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from everest_ds.config import DataConfig
 from everest_ds.console import progress_of
-from everest_ds.data import reading
-from everest_ds.data.decoding.open_video import open_sample
-from everest_ds.data.decoding.video import Video
 from everest_ds.data.store.layout import Packing
 from everest_ds.data.store.pack import StorePacker
 from everest_ds.data.synthetic import synthesize
-from everest_ds.data.video_list import Sample, read_manifest, write_manifest
+from everest_ds.data.video_list import read_manifest, write_manifest
 from everest_ds.errors import RunFolderError
 from everest_ds.launch.environment import detect_environment
 from everest_ds.parallel.world import World, join_world
@@ -40,7 +37,8 @@ from everest_ds.training.evaluate import run_test
 from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
 from study.probe import probe
-from study.protocol import KINDS, SHORT, STORE, Run, Study
+from study.protocol import STORE, Run, Study
+from study.videos import keep_videos_in_memory, true_motion
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
@@ -72,9 +70,9 @@ def claim(study: Study) -> None:
 
 def make_data(study: Study, workers: int, on_progress: Progress) -> None:
     """Synthesise the videos of every kind that is missing, and write every run's manifest."""
-    for number, kind in enumerate(KINDS):
+    for number, kind in enumerate(study.kinds):
         folder, counts = study.data(kind), study.scale.videos
-        if not (folder / "test.txt").is_file():  # test.txt is written last
+        if not study.has_data(kind):
             progress = partial(_shift, on_progress, number * sum(counts.values()))
             synthesize(folder, counts, study.spec(kind), workers, progress)
     for run in chained.from_iterable(study.chains()):
@@ -158,13 +156,13 @@ def read_rows(study: Study) -> list[Row]:
 
 def _perform(study: Study, run: Run) -> Row:
     started = time.process_time()
-    train(run.config, _world())
-    scores = _score(study, run) if run.config.task == "finetune" else {}
-    tokens = run.config.tokens.model_dump(include={"selection", "keep_ratio", "frame_oversampling"})
+    with true_motion(study.spec(run.kind, 1)) if run.oracle else nullcontext():
+        train(run.config, _world())
+        scores = _score(study, run)
     return {
-        **{name: value for name, value in run._asdict().items() if name != "config"},
+        **{name: value for name, value in run._asdict().items() if name not in ("config", "probed")},
         "task": run.config.task,
-        **tokens,
+        "tokens": run.config.tokens.model_dump(),
         "training_macs": run.training_macs,
         **scores,
         "cpu_s": time.process_time() - started,
@@ -172,15 +170,15 @@ def _perform(study: Study, run: Run) -> Row:
 
 
 def _score(study: Study, run: Run) -> Row:
-    config = run.config
-    top1 = run_test(config, _world())["top1"]
-    shutil.rmtree(RunFolder(config.run.dir).checkpoints)  # no other run starts from these checkpoints
-    pretrained = config.model.init_from
-    if run.name != SHORT or pretrained is None:
-        return {"top1": top1}
-    whole = config.data.model_copy(update={"train": study.data(run.kind) / "train.txt"})
-    probed = probe(config.model_copy(update={"data": whole}), pretrained, _world().device)
-    return {"top1": top1, "probe_top1": probed}
+    scores: Row = {}
+    if run.config.task == "finetune":
+        scores["top1"] = run_test(run.config, _world())["top1"]
+        shutil.rmtree(RunFolder(run.config.run.dir).checkpoints)  # no other run starts from these checkpoints
+    if run.probed is not None and run.probed.model.init_from is not None:
+        whole = run.probed.data.model_copy(update={"train": study.data(run.kind) / "train.txt"})
+        config = run.probed.model_copy(update={"data": whole})
+        scores["probe_top1"] = probe(config, run.probed.model.init_from, _world().device)
+    return scores
 
 
 @cache
@@ -191,15 +189,14 @@ def _world() -> World:
 
 
 def _become_rank(log: Path) -> None:
-    """Set up a process of the pool: one thread, output to `log`, videos cached; it ends with its parent."""
+    """Set up a process of the pool: one thread, output to `log`; it ends with its parent."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     sys.stdout.flush()
     with open(log, "a") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     torch.set_num_threads(1)
-    # The trainer opens videos only through this function.
-    reading.open_sample = lambda sample, data, with_motion=False: _Kept(sample)
+    keep_videos_in_memory()
 
 
 def _end_with_parent() -> None:
@@ -207,24 +204,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-class _Kept(Video):
-    """A video in memory, because decoding such a small file takes as long as training on it."""
-
-    def __init__(self, sample: Sample) -> None:
-        self.path = sample.path
-        self._frames = _decoded(sample)
-        self.num_frames = len(self._frames)
-
-    def close(self) -> None:
-        """Do nothing: no file is open."""
-
-    def _read(self, indices: Sequence[int]) -> torch.Tensor:
-        return self._frames[list(indices)]
-
-
-@cache
-def _decoded(sample: Sample) -> torch.Tensor:
-    with open_sample(sample, DataConfig()) as video:
-        return video.read(range(video.num_frames))

@@ -27,6 +27,17 @@ def random_tokens(num_tokens: int, num_kept: int, key_B: Tensor) -> Tensor:
     return random_permutation(key_B, KEEP_STREAM, num_tokens)[:, :num_kept].sort(dim=1).values
 
 
+def whole_slots(geometry: ClipGeometry, num_kept: int, key_B: Tensor) -> Tensor:
+    """Keep the tokens of ⌈K / L⌉ evenly spaced slots, less a uniform random surplus: int64 (B, K), ascending.
+
+    Of S slots, the i-th is the one at the middle of the i-th of S equal parts of the clip.
+    """
+    places, num_slots = geometry.tokens_per_slot, -(-num_kept // geometry.tokens_per_slot)
+    middle = (2 * torch.arange(num_slots, device=key_B.device) + 1) * geometry.num_slots // (2 * num_slots)
+    chosen = random_tokens(num_slots * places, num_kept, key_B)
+    return middle[chosen // places] * places + chosen % places
+
+
 def split_kept(keep_BK: Tensor, num_visible: int, key_B: Tensor) -> tuple[Tensor, Tensor]:
     """Split the kept tokens into a uniform random visible subset and a remainder to predict.
 

@@ -17,8 +17,9 @@ from everest_ds.config.schema import Experiment
 from everest_ds.config.selections import SELECTIONS
 from everest_ds.config.tokens import ClipGeometry, TokenCounts, exact_floor
 from everest_ds.errors import UsageError
-from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes
+from everest_ds.models.selection.masks import random_tokens, split_dual, split_kept, split_tubes, whole_slots
 from everest_ds.models.selection.rero import score_map, select_tokens, token_importance
+from everest_ds.models.selection.run_length import run_change
 from everest_ds.models.selection.slots import draw_slots, gather_slots, tokens_per_slot
 from everest_ds.models.tubelets import PixelMap, to_tubelets
 
@@ -29,7 +30,8 @@ class KeptTokens(NamedTuple):
     Attributes:
         pixels_BNP: uint8 tubelets of the T slots that the model sees.
         slots_BT: indices of these slots among the candidate slots.
-        keep_BK: indices of the kept tokens, ascending; all tokens for `none`, `tube` and `dual`.
+        keep_BK: indices of the kept tokens, ascending; all tokens for `none` and, in pre-training, for `tube`
+            and `dual`.
     """
 
     pixels_BNP: Tensor
@@ -81,6 +83,23 @@ def keep_at_random(clips: RuleInput) -> Tensor:
     return random_tokens(clips.counts.num_tokens, clips.counts.num_kept, clips.key_B)
 
 
+def keep_run_starts(clips: RuleInput) -> Tensor:
+    """Keep the first slot and, of the later tokens, those that differ most from their run."""
+    return select_tokens(run_change(clips.pixels_BNP, clips.geometry), clips.counts.num_kept)
+
+
+def keep_slots(clips: RuleInput) -> Tensor:
+    """Keep the tokens of evenly spaced slots."""
+    return whole_slots(clips.geometry, clips.counts.num_kept, clips.key_B)
+
+
+def keep_tubes(clips: RuleInput) -> Tensor:
+    """Keep the places in fine-tuning that VideoMAE's mask would show, and all tokens in pre-training."""
+    if clips.counts.num_predicted:
+        return keep_all(clips)
+    return split_tubes(clips.geometry, clips.counts.num_kept, clips.key_B)[0]
+
+
 def keep_all(clips: RuleInput) -> Tensor:
     """Keep all N tokens."""
     return torch.arange(clips.counts.num_tokens, device=clips.key_B.device).expand(len(clips.key_B), -1)
@@ -92,7 +111,9 @@ def show_at_random(clips: RuleInput, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def show_tubes(clips: RuleInput, keep_BK: Tensor) -> tuple[Tensor, Tensor]:
-    """Show VideoMAE's random tubes and predict the others."""
+    """Show VideoMAE's random tubes and predict the others; in fine-tuning, show all kept tokens."""
+    if not clips.counts.num_predicted:
+        return show_at_random(clips, keep_BK)
     return split_tubes(clips.geometry, clips.counts.num_visible, clips.key_B)
 
 
@@ -116,7 +137,9 @@ class Rule(NamedTuple):
 _FUNCTIONS = {
     "rero": Rule(keep_most_important),
     "random": Rule(keep_at_random),
-    "tube": Rule(split=show_tubes),
+    "rlt": Rule(keep_run_starts),
+    "uniform": Rule(keep_slots),
+    "tube": Rule(keep_tubes, show_tubes),
     "dual": Rule(split=show_tubes_predict_cells),
     "none": Rule(),
 }
