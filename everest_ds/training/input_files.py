@@ -19,7 +19,8 @@ from everest_ds.errors import CheckpointError, ConfigError, DataError
 from everest_ds.log import logger
 from everest_ds.training.run_folder import RunFolder
 
-_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
+PROBE_SPLITS = ("probe_train", "probe_test")
+_SPLITS = {"pretrain": ("train", *PROBE_SPLITS), "finetune": ("train", "val"), "evaluate": ("test",)}
 
 
 def manifest_of(config: Experiment, split: str) -> Path:
@@ -58,7 +59,13 @@ def manifest_of(config: Experiment, split: str) -> Path:
 
 def splits_of(command: str, config: Experiment) -> list[str]:
     """Return the splits `data.<split>` that the command `pretrain`, `finetune` or `evaluate` reads."""
-    return [split for split in _SPLITS[command] if split != "val" or config.data.val is not None]
+    unused = () if config.run.probe_every_steps is not None else PROBE_SPLITS
+    optional = ("val", *PROBE_SPLITS)
+    return [
+        split
+        for split in _SPLITS[command]
+        if split not in unused and (split not in optional or getattr(config.data, split) is not None)
+    ]
 
 
 def stores_to_stage(config: Experiment, command: str) -> list[ShardedStore]:
@@ -144,7 +151,7 @@ def _initial_weights(config: Experiment) -> Path | None:
 
 
 def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
-    """Check the files that only validation and test read: their manifests and the class names.
+    """Check the files that only validation, test and probes read: their manifests and the class names.
 
     Args:
         config: config of the run.
@@ -154,9 +161,13 @@ def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
         DataError: if a file does not exist or is invalid.
         ConfigError: if the number of names is not model.num_classes.
     """
-    if config.task == "pretrain":
-        return
     data, num_classes = config.data, config.model.num_classes
+    if config.task == "pretrain":
+        files = {split: getattr(data, split) for split in splits_of("pretrain", config)}
+        for split in PROBE_SPLITS:
+            if split in files and not (planned and not files[split].exists()):
+                read_data_set(manifest_of(config, split), root=data.root, num_classes=None, labelled=True)
+        return
     for split, file in (("val", data.val), ("test", data.test)):
         if file is not None and not (planned and not file.exists()):
             manifest = manifest_of(config, split)
