@@ -66,9 +66,7 @@ def fit_logistic(
         Logistic(x_ND.new_zeros(width, num_classes), x_ND.new_zeros(num_classes)) if start is None else start
     )
     weights = Logistic(*(tensor.detach().clone().requires_grad_() for tensor in first))
-    optimizer = torch.optim.LBFGS(
-        weights, max_iter=_ITERATIONS, tolerance_grad=1e-5, line_search_fn="strong_wolfe"
-    )
+    optimizer = torch.optim.LBFGS(weights, max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         optimizer.zero_grad()

@@ -42,7 +42,10 @@ def test_two_ranks_report_the_figures_of_one(motion_data: Path, tmp_path: Path) 
     manifest = tmp_path / "train.txt"  # with a video that cannot be read
     lines = [f"{motion_data}/{line}\n" for line in (motion_data / "train.txt").read_text().splitlines()]
     manifest.write_text("".join([f"{tmp_path}/gone.mp4 1\n", *lines]))
-    sections = {"data": {"probe_train": str(manifest)}, "schedule": {"epochs": 1, "warmup_epochs": 0}}
+    sections: dict[str, Any] = {
+        "data": {"probe_train": str(manifest)},
+        "schedule": {"epochs": 1, "warmup_epochs": 0},
+    }
     for ranks in (1, 2):
         run_ranks(train_rank, ranks, probed(motion_data, tmp_path / str(ranks), **sections))
     one, two = (probes(tmp_path / str(ranks)) for ranks in (1, 2))
