@@ -22,7 +22,19 @@ from everest_ds.probing.scores import NUM_PROBES, ProbeScores, score
 from everest_ds.probing.splits import train_and_test
 from everest_ds.reports.probe_plot import draw_probes
 
-__all__ = ["NUM_PROBES", "score", "train_and_test"]  # with the names below, the whole work of the command
+__all__ = [  # the whole work of the command
+    "NUM_PROBES",
+    "Encoded",
+    "ProbedWeights",
+    "Scored",
+    "encode_sets",
+    "find_probed",
+    "open_frozen",
+    "probe_folder",
+    "score",
+    "train_and_test",
+    "write_picture",
+]
 
 
 class ProbedWeights(NamedTuple):
@@ -39,7 +51,7 @@ class ProbedWeights(NamedTuple):
     @property
     def name(self) -> str:
         """The name in tables and pictures."""
-        return self.path.name
+        return self.path.name if self.step is None else f"step {self.step}"
 
 
 class Scored(NamedTuple):

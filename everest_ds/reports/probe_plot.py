@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from everest_ds.reports.charts import BASELINE, EVEREST, SOFT, finish
 from everest_ds.reports.figure import new_panels, to_png
 
+_MOST_TICKS = 7  # steps that are written in full without overlapping
 _COLORS = (EVEREST, BASELINE, SOFT)
 Interval = tuple[float, float, float]  # value, lower and upper end
 
@@ -32,14 +33,16 @@ def draw_probes(
         below = [value - low for value, low, _ in values]
         above = [high - value for value, _, high in values]
         left.errorbar(places, top1, [below, above], fmt="o-", color=color, label=name, capsize=3)
-    left.set_ylabel("top-1, % (bars: 95 % intervals)")
+    left.set_ylabel("top-1 and 95 % interval, %")
     right.plot(places, list(rankme), "o-", color=SOFT)
-    right.set_ylabel("RankMe, effective rank of the features")
+    right.set_ylabel("RankMe")
     right.set_ylim(bottom=0)
     for axes in (left, right):
         if steps is None:
             axes.set_xticks(places, list(names))
         else:
             axes.set_xlabel("optimiser step")
+            if len(places) <= _MOST_TICKS:
+                axes.set_xticks(places)
         finish(axes, legend=axes is left)
     return to_png(figure)

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from everest_ds.probing import attentive_probe, neighbours
+from everest_ds.probing import attentive_probe, linear_probe, neighbours
 from everest_ds.probing.accuracy import FeatureSet, TopOne
 from everest_ds.probing.attentive_probe import AttentivePool
 from everest_ds.probing.effective_rank import rank_me
 from everest_ds.probing.linear_probe import (
-    PENALTIES,
     Standardization,
-    choose_penalty,
+    choose_setting,
     fit_logistic,
-    linear_probe,
+    whitened,
 )
 from everest_ds.probing.neighbours import neighbour_probe, neighbour_votes
 from everest_ds.probing.scores import score
@@ -64,18 +67,34 @@ def test_the_linear_fit_has_the_weights_of_plain_gradient_descent() -> None:
     np.testing.assert_allclose((fit.bias_C - fit.bias_C.mean()).numpy(), bias - bias.mean(), atol=2e-4)
 
 
-def test_the_penalty_is_the_one_with_the_lowest_loss_on_the_held_out_fifth() -> None:
-    train = blobs(180, width=30, distance=1.5)
-    x = Standardization.of(train.clip_ND)(train.clip_ND)
+@pytest.mark.parametrize(
+    ("num_clips", "shared", "expected"), [(600, 20.0, whitened), (60, 0.0, Standardization.of)]
+)
+def test_the_setting_is_the_one_with_the_lowest_loss_on_the_held_out_fifth(
+    monkeypatch: pytest.MonkeyPatch, num_clips: int, shared: float, expected: Callable[[Tensor], Any]
+) -> None:
+    """Classes differ in directions of little variance, which whitening finds if there are enough clips."""
+    penalties = (1e-1, 1e-2, 1e-3)
+    monkeypatch.setattr(linear_probe, "PENALTIES", penalties)
+    train = blobs(num_clips, width=40, distance=1.5)
+    x = train.clip_ND @ (torch.eye(40) + shared * torch.ones(40, 40))
     inner, outer = held_out(train.label_N)
-    loss = {
-        penalty: torch.nn.functional.cross_entropy(
-            fit_logistic(x[inner], train.label_N[inner], 3, penalty)(x[outer]), train.label_N[outer]
-        )
-        for penalty in PENALTIES
-    }
-    assert choose_penalty(x, train.label_N, 3)[0] == min(loss, key=lambda penalty: float(loss[penalty]))
-    assert min(loss, key=lambda penalty: float(loss[penalty])) not in (PENALTIES[0], PENALTIES[-1])
+    loss = {}
+    for coordinates, penalty in product((whitened, Standardization.of), penalties):
+        move = coordinates(x[inner])
+        fit = fit_logistic(move(x[inner]), train.label_N[inner], 3, penalty)
+        value = torch.nn.functional.cross_entropy(fit(move(x[outer])), train.label_N[outer])
+        loss[coordinates, penalty] = float(value)
+    chosen = choose_setting(x, train.label_N, 3)
+    assert loss[chosen] == pytest.approx(min(loss.values()), rel=1e-2)
+    assert chosen.coordinates == expected
+
+
+def test_whitened_features_are_uncorrelated_with_unit_variance() -> None:
+    x = blobs(50, width=6).clip_ND @ torch.randn(6, 9, generator=torch.Generator().manual_seed(3))
+    z = whitened(x)(x)
+    assert z.shape == (50, 6)  # the other three directions are combinations of these
+    torch.testing.assert_close(z.T @ z / 50, torch.eye(6), rtol=0, atol=1e-3)
 
 
 def test_neighbours_vote_as_in_a_double_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +169,9 @@ def test_every_fifth_clip_of_each_class_is_held_out() -> None:
 
 def test_probes_learn_what_is_there_and_chance_otherwise() -> None:
     train, test = blobs(300), blobs(150, seed=1)
-    assert linear_probe(train, test).pct > 85 and neighbour_probe(train, test).pct > 80
+    assert linear_probe.linear_probe(train, test).pct > 85 and neighbour_probe(train, test).pct > 80
     shuffled = train._replace(
         label_N=train.label_N[torch.randperm(300, generator=torch.Generator().manual_seed(1))]
     )
-    low, high = linear_probe(shuffled, test).interval_pct
+    low, high = linear_probe.linear_probe(shuffled, test).interval_pct
     assert low < 100 / 3 < high
