@@ -12,6 +12,7 @@ Shape legend: N clips, D width, E directions in which features vary, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -27,7 +28,8 @@ _ITERATIONS = 200
 _SMALLEST_DEVIATION = 1e-6
 
 
-class Standardization(NamedTuple):
+@dataclass(frozen=True)
+class Standardization:
     """The mean and standard deviation of each feature, over a training set."""
 
     mean_D: Tensor
@@ -43,7 +45,8 @@ class Standardization(NamedTuple):
         return (x_ND - self.mean_D) / self.deviation_D
 
 
-class Whitening(NamedTuple):
+@dataclass(frozen=True)
+class Whitening:
     """A map to uncorrelated features of unit variance, over a training set."""
 
     standardize: Standardization
@@ -57,13 +60,21 @@ class Whitening(NamedTuple):
 Coordinates = Callable[[Tensor], Tensor]
 
 
-def whitened(x_ND: Tensor) -> Whitening:
+def whitened(x_ND: Tensor) -> Coordinates:
     """Return the whitening of a training set, without directions in which its features do not vary."""
     standardize = Standardization.of(x_ND)
     _, value_E, direction_ED = torch.linalg.svd(standardize(x_ND).double(), full_matrices=False)
     varies = value_E > _SMALLEST_DEVIATION * value_E[0]
     scale_E = len(x_ND) ** 0.5 / value_E[varies]
     return Whitening(standardize, (direction_ED[varies].T * scale_E).float())
+
+
+def standardized(x_ND: Tensor) -> Coordinates:
+    """Return the standardisation of a training set."""
+    return Standardization.of(x_ND)
+
+
+COORDINATES = (whitened, standardized)
 
 
 class Logistic(NamedTuple):
@@ -118,7 +129,7 @@ def choose_setting(x_ND: Tensor, label_N: Tensor, num_classes: int) -> Setting:
     """Return the setting with the lowest cross-entropy on a held-out fifth, after a fit on the rest."""
     inner, outer = held_out(label_N)
     found = list[tuple[float, Setting]]()
-    for coordinates in (whitened, Standardization.of):
+    for coordinates in COORDINATES:
         move = coordinates(x_ND[inner])
         inside, outside, fit = move(x_ND[inner]), move(x_ND[outer]), None
         for penalty in PENALTIES:

@@ -20,6 +20,7 @@ from everest_ds.probing.linear_probe import (
     Standardization,
     choose_setting,
     fit_logistic,
+    standardized,
     whitened,
 )
 from everest_ds.probing.neighbours import neighbour_probe, neighbour_votes
@@ -68,7 +69,7 @@ def test_the_linear_fit_has_the_weights_of_plain_gradient_descent() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_clips", "shared", "expected"), [(600, 20.0, whitened), (60, 0.0, Standardization.of)]
+    ("num_clips", "shared", "expected"), [(600, 20.0, whitened), (60, 0.0, standardized)]
 )
 def test_the_setting_is_the_one_with_the_lowest_loss_on_the_held_out_fifth(
     monkeypatch: pytest.MonkeyPatch, num_clips: int, shared: float, expected: Callable[[Tensor], Any]
@@ -79,8 +80,8 @@ def test_the_setting_is_the_one_with_the_lowest_loss_on_the_held_out_fifth(
     train = blobs(num_clips, width=40, distance=1.5)
     x = train.clip_ND @ (torch.eye(40) + shared * torch.ones(40, 40))
     inner, outer = held_out(train.label_N)
-    loss = {}
-    for coordinates, penalty in product((whitened, Standardization.of), penalties):
+    loss: dict[tuple[Any, ...], float] = {}
+    for coordinates, penalty in product(linear_probe.COORDINATES, penalties):
         move = coordinates(x[inner])
         fit = fit_logistic(move(x[inner]), train.label_N[inner], 3, penalty)
         value = torch.nn.functional.cross_entropy(fit(move(x[outer])), train.label_N[outer])
