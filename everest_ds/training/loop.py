@@ -385,7 +385,7 @@ class TrainingRun:
             steps,
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,
-            pack=self.pack,
+            pack=training_packer(self.config),
             turn=self.mesh.turn,
             cache=self.cache,
         )
