@@ -46,12 +46,12 @@ class GridFeatures(nn.Module):
         self.register_buffer("cell_N", cells, persistent=False)
         self.num_cells = int(cells[-1]) + 1
 
-    def forward(self, clip_BFHWC: Tensor, key_B: Tensor) -> Tensor:
+    def forward(self, clip_BFHWC: Tensor, key_B: Tensor, keep_BK: Tensor | None = None) -> Tensor:
         """Return the vector of each clip, followed by the means of its cells: (B, 1 + G, D).
 
         A cell without kept tokens is zero.
         """
-        x_BKD, keep_BK = self.model.tokens(clip_BFHWC, key_B)
+        x_BKD, keep_BK = self.model.tokens(clip_BFHWC, key_B, keep_BK)
         inside_BKG = nn.functional.one_hot(self.cell_N[keep_BK], self.num_cells).to(x_BKD.dtype)
         # A matrix product, because adding by index is not deterministic on a GPU.
         sum_BGD = inside_BKG.transpose(1, 2) @ x_BKD
