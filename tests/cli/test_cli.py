@@ -72,7 +72,7 @@ def write_config(data: Path, folder: Path, task: str = "pretrain", **sections: d
         ),
         (["pretrain", "demo_pretrain", "--on", "4xH100"], "--on was given without --dry-run"),
         (["pretrain", "ucf101", "--dry-run"], "did you mean ucf101_finetune_vit_base or"),
-        (["pretrain", "xyzzy", "--dry-run"], "such as demo_finetune, demo_pretrain, demo_scratch; fix:"),
+        (["pretrain", "xyzzy", "--dry-run"], "such as demo_finetune, demo_finetune_64f, demo_pretrain; fix:"),
         (["data", "check", "no-such-list.txt"], "no-such-list.txt"),
     ],
 )
