@@ -32,9 +32,9 @@ def cache(
     """Fill a token cache, from which training reads its clips without decoding videos.
 
     The config names the folder (data.token_cache) and the number of random draws of each sample (data.draws);
-    tokens.score must be pixel. Training with the same config then reads the cache. The exit code is 3 if a
-    video cannot be read; another one takes its place, as in training. Repeat the command to resume after an
-    interruption, or to repair a damaged cache.
+    tokens.score must be pixel or codec. Training with the same config then reads the cache. The exit code is
+    3 if a video cannot be read; another one takes its place, as in training. Repeat the command to resume
+    after an interruption, or to repair a damaged cache.
 
     Example: everest-ds data cache my.yaml tokens.score=pixel data.draws=4 data.token_cache=/fast/cache
     """

@@ -40,6 +40,12 @@ BACKBONES: dict[str, Backbone] = {
 }
 
 
-def heads_per_chunk(num_tokens: int) -> int:
-    """Return the number of attention heads that are computed at a time in bfloat16 on a CPU, at least two."""
-    return max(2, CHUNK_LOGITS // num_tokens**2)
+def logits_per_chunk(num_tokens: int) -> tuple[int, int]:
+    """Return the size of the pieces in which attention is computed in bfloat16 on a CPU.
+
+    Returns:
+        The number of heads, at least two, and the number of rows (query tokens) of each: all `num_tokens`, or
+        in clips of more than 2048 tokens, as many as have 4 · `CHUNK_LOGITS` logits.
+    """
+    heads = max(2, CHUNK_LOGITS // num_tokens**2)
+    return heads, max(1, min(num_tokens, 4 * CHUNK_LOGITS // num_tokens))

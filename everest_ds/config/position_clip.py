@@ -14,3 +14,6 @@ class PositionClip(BaseModel):
 
     num_frames: Annotated[int, Field(ge=1)]
     image_size: Annotated[int, Field(ge=1)]
+
+    def __str__(self) -> str:
+        return f"{self.num_frames} frames of {self.image_size}x{self.image_size}"

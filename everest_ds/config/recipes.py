@@ -6,9 +6,10 @@ A family file holds the settings that all its members share and, under `variants
       backbone: {vit_small: {...}, vit_base: {...}}    # `k400_pretrain_vit_small`, `k400_pretrain_vit_base`
       method: {everest: {...}, videomae: {...}}        # the first adds no suffix, the second adds `_videomae`
       pair: {vit_small_videomae: {...}}                # settings of this combination only
+      frames: {64f: {...}}                             # optional: adds members with the suffix `_64f`
 
 These parts are merged over the shared settings in this order. In a string, `{variant}` is replaced by the
-part of the recipe name that follows the family name.
+part of the recipe name that follows the family name, and `{model}` by the same part without the frames.
 """
 
 from __future__ import annotations
@@ -61,9 +62,12 @@ def choose(tree: ConfigTree, source: ConfigSource) -> ConfigTree:
             allowed=", ".join(members),
             fix=f"name one, such as {source.path.stem}_{next(iter(members))}",
         )
-    for part, choice in members[source.variant]:
+    chosen = members[source.variant]
+    for part, choice in chosen:
         tree = merge(tree, variants[part].get(choice) or {})
-    return _fill(tree, source.variant)
+    frames = dict(chosen).get("frames")
+    model = source.variant.removesuffix(f"_{frames}")
+    return _fill(tree, {"{variant}": source.variant, "{model}": model})
 
 
 def _names(path: Path) -> list[str]:
@@ -95,10 +99,17 @@ def _combine(variants: ConfigTree) -> Iterator[tuple[str, list[tuple[str, str]]]
             parts = [("backbone", backbone), ("method", method)]
             if pair in variants.get("pair", {}):
                 parts.append(("pair", pair))
-            yield (backbone if method == unnamed else pair), parts
+            name = backbone if method == unnamed else pair
+            yield name, parts
+            for frames in variants.get("frames", {}):
+                yield f"{name}_{frames}", [*parts, ("frames", frames)]
 
 
-def _fill(value: Any, variant: str) -> Any:
+def _fill(value: Any, names: dict[str, str]) -> Any:
+    """Replace the placeholders `names` in all strings of a tree."""
     if isinstance(value, dict):
-        return {key: _fill(below, variant) for key, below in value.items()}
-    return value.replace("{variant}", variant) if isinstance(value, str) else value
+        return {key: _fill(below, names) for key, below in value.items()}
+    if isinstance(value, str):
+        for placeholder, name in names.items():
+            value = value.replace(placeholder, name)
+    return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from everest_ds.config.backbones import heads_per_chunk
+from everest_ds.config.backbones import logits_per_chunk
 from everest_ds.config.precision import FLOAT32_BYTES, VALUE_BYTES
 from everest_ds.config.schema import Experiment
 from everest_ds.costs import block
@@ -164,12 +164,12 @@ def block_memory(config: Experiment, stack: block.Stack, recomputed: block.Recom
 
 
 def _chunk_bytes(config: Experiment, num_tokens: int, heads: int) -> int:
-    """Return the bytes of logits for the heads processed at once in bfloat16 on a CPU (models/attention.py).
+    """Return the bytes of logits that are processed at once in bfloat16 on a CPU (models/attention.py).
 
-    GPU kernels hold none of these tensors, so on a GPU the prediction is a few megabytes too high if the peak
-    is in attention.
+    GPU kernels hold none of these tensors, so on a GPU the prediction is at most 84 MB too high if the
+    peak is in attention.
     """
     if config.precision != "bf16":
         return 0
-    at_once = min(heads, heads_per_chunk(num_tokens))
-    return _CHUNK_TENSORS * at_once * num_tokens**2 * VALUE_BYTES["bf16"]
+    heads_at_once, rows = logits_per_chunk(num_tokens)
+    return _CHUNK_TENSORS * min(heads, heads_at_once) * rows * num_tokens * VALUE_BYTES["bf16"]

@@ -84,8 +84,9 @@ def _check_clip(path: Path, recorded: dict[str, Any], model: ModelConfig) -> Non
         return
     other = {key: value for key, value in recorded.items() if value != own[key]}
     frames = other.get("num_frames")
-    if other.keys() == {"num_frames"} and isinstance(frames, int) and frames > model.num_frames:
-        # A slot has the same positions in longer clips.
+    longer = isinstance(frames, int) and frames > model.num_frames
+    if other.keys() == {"num_frames"} and longer and model.positions_from is None:
+        # A slot has the same positions in longer clips, unless they are interpolated.
         logger.info("encoder of clips of %d frames, used for %d", frames, model.num_frames)
         return
     fix = f"set {_as_overrides(other)}"

@@ -6,13 +6,14 @@ Shape legend: B clips, h heads, n tokens, d width of one head, H = B·h.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from everest_ds.config.backbones import heads_per_chunk
+from everest_ds.config.backbones import logits_per_chunk
 
 
 def fused_attention(qkv_Bn3hd: Tensor) -> Tensor:
@@ -50,8 +51,9 @@ ATTENTION: dict[str, Callable[[Tensor], Tensor]] = {"fused": fused_attention, "u
 class _ChunkedAttention(torch.autograd.Function):
     """Attention computed for a few heads at a time, so that their logits stay in cache.
 
-    The backward pass recomputes the logits. Logits and weights are rounded to the precision of the inputs, as
-    in unfused attention under autocast.
+    In long clips, the logits of one head would exceed it, so its rows are also computed a few at a time. The
+    backward pass recomputes the logits. Logits and weights are rounded to the precision of the inputs, as in
+    unfused attention under autocast.
     """
 
     @staticmethod
@@ -61,9 +63,9 @@ class _ChunkedAttention(torch.autograd.Function):
         qkv_3Hnd[0].mul_(d**-0.5)
         ctx.save_for_backward(qkv_3Hnd)
         out_Hnd = torch.empty_like(qkv_3Hnd[0])
-        for some in _chunks(*qkv_3Hnd.shape[1:3]):
+        for some, rows in _chunks(*qkv_3Hnd.shape[1:3]):
             q, k, v = qkv_3Hnd[:, some]
-            torch.bmm((q @ k.transpose(1, 2)).softmax(dim=-1), v, out=out_Hnd[some])
+            torch.bmm((q[:, rows] @ k.transpose(1, 2)).softmax(dim=-1), v, out=out_Hnd[some, rows])
         return out_Hnd.view(num_clips, heads, n, d).transpose(1, 2).flatten(2)
 
     @staticmethod
@@ -73,21 +75,31 @@ class _ChunkedAttention(torch.autograd.Function):
         grad_Bnhd = grad_BnD.unflatten(-1, (-1, d))
         grad_Hnd = grad_Bnhd.transpose(1, 2).flatten(0, 1)
         grads_3Hnd = torch.empty_like(qkv_3Hnd)
-        for some in _chunks(*qkv_3Hnd.shape[1:3]):
+        for some, rows in _chunks(*qkv_3Hnd.shape[1:3]):
             q, k, v = qkv_3Hnd[:, some]
+            q, grad = q[:, rows], grad_Hnd[some, rows]
+            is_first = rows.start == 0
             weights = (q @ k.transpose(1, 2)).softmax(dim=-1)
-            torch.bmm(weights.transpose(1, 2), grad_Hnd[some], out=grads_3Hnd[2, some])
-            of_weights = grad_Hnd[some] @ v.transpose(1, 2)
+            _add_product(grads_3Hnd[2, some], weights.transpose(1, 2), grad, is_first)
+            of_weights = grad @ v.transpose(1, 2)
             of_logits = torch.ops.aten._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-            torch.bmm(of_logits, k, out=grads_3Hnd[0, some])
-            torch.bmm(of_logits.transpose(1, 2), q, out=grads_3Hnd[1, some])
+            torch.bmm(of_logits, k, out=grads_3Hnd[0, some, rows])
+            _add_product(grads_3Hnd[1, some], of_logits.transpose(1, 2), q, is_first)
         grads_3Hnd[0].mul_(d**-0.5)
         num_clips, _, heads, _ = grad_Bnhd.shape
         return grads_3Hnd.unflatten(1, (num_clips, heads)).permute(1, 3, 0, 2, 4)
 
 
-def _chunks(num_heads: int, num_tokens: int) -> Iterator[slice]:
-    """Yield slices over the B·h heads, each of `heads_per_chunk` heads."""
-    step = heads_per_chunk(num_tokens)
-    for first in range(0, num_heads, step):
-        yield slice(first, first + step)
+def _add_product(total: Tensor, left: Tensor, right: Tensor, is_first: bool) -> None:
+    """Write a batch of matrix products to `total` if it is the first of the sum, otherwise add it."""
+    if is_first:
+        torch.bmm(left, right, out=total)
+    else:
+        torch.baddbmm(total, left, right, out=total)
+
+
+def _chunks(num_heads: int, num_tokens: int) -> Iterator[tuple[slice, slice]]:
+    """Yield slices over the B·h heads and over the rows of each, of `logits_per_chunk`."""
+    num_at_once, num_rows = logits_per_chunk(num_tokens)
+    for head, row in product(range(0, num_heads, num_at_once), range(0, num_tokens, num_rows)):
+        yield slice(head, head + num_at_once), slice(row, row + num_rows)

@@ -68,12 +68,13 @@ def describe_plan(
     peak_lr = config.schedule.base_lr * config.schedule.rate_scale(plan.samples_per_step)
     tokens, model, candidates = config.tokens, config.model, config.candidate_geometry
     drawn = f", selected from {candidates.num_frames} by IIFS" if candidates != model.geometry else ""
+    learned = f", positions interpolated from {model.positions_from}" if model.positions_from else ""
     scored = f" by {tokens.score} {tokens.distance}" if tokens.rule.scores else ""
     step_flops = 2 * macs.training_macs * plan.global_batch_size
     epoch = count_samples(config, planned)
     return {
         "model": f"{config.model.backbone}, {format_count(count_parameters(config))} parameters",
-        "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}",
+        "clip": f"{model.num_frames} frames of {model.image_size}x{model.image_size}{drawn}{learned}",
         "tokens": f"{counts.num_tokens} in all, {counts.num_kept} kept ({config.tokens.selection}{scored}),"
         f" {counts.num_visible} in the encoder",
         "batch": str(plan),

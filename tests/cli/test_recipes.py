@@ -10,6 +10,7 @@ from torch import nn
 
 from everest_ds.config import load_experiment, recipe_names
 from everest_ds.costs.compute import count_parameters
+from everest_ds.costs.memory import predict_memory
 from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.ds_config import resolve_ds_config
 from everest_ds.training.plan import count_samples, describe_plan
@@ -39,7 +40,11 @@ def test_every_published_setting_has_a_recipe() -> None:
     assert set(published()) <= set(recipe_names())
 
 
-@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("demo")])
+# The members for 32 frames differ from those for 64 in numbers only.
+PLANNED = [name for name in recipe_names() if not name.startswith("demo") and not name.endswith("_32f")]
+
+
+@pytest.mark.parametrize("name", PLANNED)
 def test_a_recipe_dry_runs_on_the_papers_machine(name: str) -> None:
     config, gpus = load_experiment(name), parse_gpus(REFERENCE)
     epoch = count_samples(config, planned=True)
@@ -73,6 +78,28 @@ def test_a_recipe_says_what_its_script_says(
     ratio = {"rero": tokens.keep_ratio, "tube": tokens.mask_ratio, "none": None}[tokens.selection]
     schedule = config.schedule
     assert (config.batch.global_batch_size, schedule.base_lr, schedule.epochs, ratio) == expected
+
+
+@pytest.mark.parametrize("dataset", ["k400", "ssv2", "oscc"])
+@pytest.mark.parametrize("method", ["", "_videomae"])
+@pytest.mark.parametrize("num_frames", [32, 64])
+def test_a_recipe_for_long_clips_starts_from_16_frames_and_needs_about_their_memory(
+    dataset: str, method: str, num_frames: int
+) -> None:
+    """Members for long clips have the positions of their initial weights, and fit into the same memory."""
+    short, longer, start, start_of_long = (
+        load_experiment(f"{dataset}_{task}_vit_huge{method}{frames}")
+        for task in ("finetune", "pretrain")
+        for frames in ("", f"_{num_frames}f")
+    )
+    assert longer.model.init_from == start.run.dir
+    assert longer.model.position_geometry == start.model.geometry
+    assert start_of_long.model.positions_from is None
+    for before, now in ((short, longer), (start, start_of_long)):
+        assert now.model.num_frames == num_frames and now.schedule == before.schedule
+        assert now.tokens == before.tokens
+        assert now.batch.global_batch_size == before.batch.global_batch_size
+        assert predict_memory(now).peak_bytes == pytest.approx(predict_memory(before).peak_bytes, rel=0.02)
 
 
 def test_fewer_gpus_accumulate_the_published_batch_and_others_hear_the_nearest(

@@ -106,7 +106,7 @@ CHECKED = [
     experiment("finetune", recompute={"mode": "attention"}, attention="unfused"),
     experiment("finetune", recompute={"mode": "mlp"}),
     experiment("finetune", recompute={"mode": "blocks", "every": 5}),
-    experiment("pretrain", tokens={"frame_oversampling": 1.5}),
+    experiment("pretrain", tokens={"frame_oversampling": 1.5}, num_frames=64),
     experiment("pretrain", tokens={"score": "pixel"}, recompute={"mode": "full"}),
     experiment("pretrain", tokens={"score": "sketch"}, recompute={"mode": "full"}, clips=1),
 ]
@@ -114,7 +114,8 @@ CHECKED = [
 
 def name(config: Experiment) -> str:
     facts = (config.task, config.tokens.selection, config.tokens.score, config.recompute.mode)
-    return "-".join((*facts, config.model.attention, str(config.batch.micro_batch_size)))
+    clips = f"{config.batch.micro_batch_size}x{config.model.num_frames}"
+    return "-".join((*facts, config.model.attention, clips))
 
 
 def assert_predicted_as_counted(config: Experiment) -> None:
@@ -152,6 +153,7 @@ def test_prediction_holds_for_every_size_precision_attention_and_mode(task: str,
         experiment("pretrain", "vit_tiny"),
         experiment("finetune", "vit_tiny", precision="bf16", attention="unfused"),
         experiment("finetune", "vit_tiny", recompute={"mode": "full"}),
+        experiment("finetune", "vit_tiny", num_frames=64, image_size=112),
     ],
     ids=name,
 )

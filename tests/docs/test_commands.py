@@ -118,7 +118,7 @@ def test_what_one_machine_can_run_runs_in_the_order_of_the_documents(
     fine = ["finetune", "demo_finetune", *short, *tiny, "model.init_from=runs/pre", "run.dir=runs/fine"]
     names = f"data.class_names={motion_data}/classes.txt"
     assert run_main(monkeypatch, *fine, names, "--nproc", "1") == 0
-    for name in ("a", "b", "demo/finetune"):
+    for name in ("a", "b", "demo/finetune", "demo/finetune_64f"):
         shutil.copytree("runs/fine", f"runs/{name}")
     for command in runnable():
         words = re.sub(r"--nproc \d+", "--nproc 1", " ".join(command.words[1:])).split()

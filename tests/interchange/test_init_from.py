@@ -130,6 +130,10 @@ def test_the_encoder_of_interpolated_positions_starts_a_run_with_the_same_only(t
     with pytest.raises(CheckpointError, match=r"fix: set model\.\S+ model\.\S+$"):
         with initial_weights(finetuning(image_size=96), file):
             pass
+    # Unlike in a table that is not interpolated, a slot of a shorter clip has other positions.
+    with pytest.raises(CheckpointError, match=r"fix: set model\.num_frames=8$"):
+        with initial_weights(finetuning(num_frames=4, **interpolated), file):
+            pass
     for system in ("videomae", "transformers"):
         with pytest.raises(CheckpointError, match=f"{system} cannot compute the interpolated positions"):
             convert_weights(file, tmp_path / "out", system)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 
+from everest_ds.config import Experiment
 from everest_ds.config.schema import ModelConfig
+from everest_ds.models import build_model
 from everest_ds.models.positions import encoder_positions, fixed_positions
 
 _WIDTH = 32
@@ -24,7 +27,9 @@ def neighbours(new: int, place: int, old: int) -> list[tuple[int, float]]:
 
 
 @pytest.mark.parametrize("kind", ["flat", "grid"])
-@pytest.mark.parametrize(("frames", "pixels"), [(4, 64), (16, 64), (8, 32), (8, 96), (12, 80), (6, 48)])
+@pytest.mark.parametrize(
+    ("frames", "pixels"), [(4, 64), (16, 64), (32, 64), (8, 32), (8, 96), (12, 80), (6, 48)]
+)
 def test_a_table_is_interpolated_over_slots_rows_and_columns(kind: str, frames: int, pixels: int) -> None:
     learned = {"num_frames": 8, "image_size": 64}
     model = ModelConfig(num_frames=frames, image_size=pixels, positions=kind, positions_from=learned)
@@ -45,6 +50,18 @@ def test_the_own_clip_shape_needs_no_interpolation() -> None:
     own = ModelConfig(num_frames=8, image_size=64)
     same = ModelConfig(num_frames=8, image_size=64, positions_from={"num_frames": 8, "image_size": 64})
     assert torch.equal(encoder_positions(same, _WIDTH), encoder_positions(own, _WIDTH))
+
+
+@pytest.mark.parametrize("kind", ["flat", "grid"])
+def test_a_new_decoder_numbers_the_tokens_of_the_long_clip(kind: str) -> None:
+    """Pre-training goes on from an encoder of short clips, but its decoder has learned no positions yet."""
+    clip = {"backbone": "vit_tiny", "num_frames": 32, "image_size": 64, "positions": kind}
+    learned = {"num_frames": 8, "image_size": 64}
+    config = {"task": "pretrain", "model": {**clip, "positions_from": learned}}
+    model: Any = build_model(Experiment.model_validate(config))
+    own, width = ModelConfig(**clip), 64
+    assert torch.equal(model.decoder_positions, fixed_positions(kind, own.geometry, width))
+    assert not torch.equal(model.encoder.positions, encoder_positions(own, 128))
 
 
 @pytest.mark.parametrize(

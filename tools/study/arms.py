@@ -18,14 +18,15 @@ class Arm(NamedTuple):
         label: name in tables and plots.
         tokens: the `tokens` section of its configs, without the ratios that all arms share.
         kinds: kinds of data on which it is compared.
-        oracle: whether the loader ranks tokens by the true motion of the scene.
+        ranking: one of `RANKINGS` of study/videos.py, by which the loader ranks tokens in place of the codec
+            score; None for the rule and score of `tokens`.
         at_equal_steps: whether it is also compared at equal steps, besides equal compute.
     """
 
     label: str
     tokens: Tokens
     kinds: tuple[str, ...] = KINDS
-    oracle: bool = False
+    ranking: str | None = None
     at_equal_steps: bool = True
 
 
@@ -44,7 +45,8 @@ TUNED = {
     CHEAPEST: Arm("random", {"selection": "random"}),
     "tube": Arm("tube", {"selection": "tube"}),
     "uniform": Arm("uniform in time", {"selection": "uniform"}),
-    "oracle": Arm("oracle, true motion", _rero("codec"), oracle=True),
+    "camera": Arm("ReRo, pixel, less camera", _rero("codec"), ranking="camera"),
+    "oracle": Arm("oracle, true motion", _rero("codec"), ranking="motion"),
     "dense": Arm("dense", DENSE, at_equal_steps=False),
     "iifs-1.5": Arm("ReRo, IIFS α 1.5", _rero("embedding", frame_oversampling=1.5), (PAUSES,)),
     "iifs-3": Arm("ReRo, IIFS α 3", _rero("embedding", frame_oversampling=3.0), (PAUSES,)),

@@ -6,7 +6,6 @@ Shape legend: B clips, F frames, H x W pixels, T slots, G x G places of a slot, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from everest_ds.models.selection.selector import Selector
 from everest_ds.models.tubelets import PixelMap
 from study.arms import TUNED
 from study.protocol import Study
-from study.videos import keep_videos_in_memory, true_motion, whole_picture
+from study.videos import keep_videos_in_memory, ranked_by, whole_picture
 
 _CLIPS = 240
 
@@ -43,7 +42,7 @@ def object_shares(study: Study, kind: str) -> dict[str, float]:
         :_CLIPS
     ]
     scene = study.spec(kind, 1)
-    with true_motion(scene):
+    with ranked_by("motion", scene):
         _, moved_BTGG2 = read_clips(samples, configs["oracle"])
     object_BN = moved_BTGG2.abs().sum(dim=-1).flatten(1)
     torch.manual_seed(0)
@@ -51,7 +50,7 @@ def object_shares(study: Study, kind: str) -> dict[str, float]:
     shares = {}
     for name, config in configs.items():
         if config.candidate_geometry == config.model.geometry:
-            with true_motion(scene) if TUNED[name].oracle else nullcontext():
+            with ranked_by(TUNED[name].ranking, scene):
                 keep_BK = kept_tokens(config, *read_clips(samples, config), embedding)
             shares[name] = float(100 * object_BN.gather(1, keep_BK).sum() / object_BN.sum())
     return shares

@@ -74,7 +74,7 @@ class Run(NamedTuple):
         num_steps: optimiser steps.
         config: config for the trainer: one epoch over a manifest with a line per clip, so that any number of
             steps is possible.
-        oracle: whether the loader hands out the true motion of the scene.
+        ranking: as in `Arm`.
         probed: dense fine-tuning from a pre-training that a linear probe judges; None: no probe.
     """
 
@@ -85,7 +85,7 @@ class Run(NamedTuple):
     budgets: tuple[str, ...]
     num_steps: int
     config: Experiment
-    oracle: bool = False
+    ranking: str | None = None
     probed: Experiment | None = None
 
     @property
@@ -176,7 +176,7 @@ class Chain:
             if self.kind in arm.kinds:
                 for budgets, steps in self._steps(TUNE, arm, TUNED[CHEAPEST]):
                     run = self.run(f"{name}-{steps}", TUNE, steps, finetune_tokens(arm))
-                    yield run._replace(arm=name, budgets=budgets, oracle=arm.oracle)
+                    yield run._replace(arm=name, budgets=budgets, ranking=arm.ranking)
 
     def other_pretrainings(self) -> Iterator[list[Run]]:
         """Yield a chain for each pre-training that is compared with EVEREST's."""
@@ -190,7 +190,7 @@ class Chain:
         arm = PRETRAINED[name]
         run = self.run("pretrain", PRETRAIN, steps, pretrain_tokens(arm))
         probed = self.run("probe", TUNE, steps, DENSE).config if budgets else None
-        return run._replace(arm=name, budgets=budgets, oracle=arm.oracle, probed=probed)
+        return run._replace(arm=name, budgets=budgets, ranking=arm.ranking, probed=probed)
 
     def _steps(self, task: str, arm: Arm, reference: Arm) -> Iterator[tuple[tuple[str, ...], int]]:
         """Yield the budgets and the steps of each run of an arm: one if both budgets mean the same steps."""

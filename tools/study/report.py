@@ -25,6 +25,7 @@ _COLORS = {
     "sketch": "#e09f3e",
     "pixel": "#9c2c1c",
     "codec": "#b5179e",
+    "camera": "#f72585",
     "rlt": "#2a6f97",
     "random": "#8d6cab",
     "tube": "#5fa8d3",

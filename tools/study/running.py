@@ -14,7 +14,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import nullcontext
 from dataclasses import asdict
 from functools import cache, partial
 from itertools import chain as chained
@@ -38,7 +37,7 @@ from everest_ds.training.loop import train
 from everest_ds.training.run_folder import RunFolder
 from study.probe import probe
 from study.protocol import STORE, Run, Study
-from study.videos import keep_videos_in_memory, true_motion
+from study.videos import keep_videos_in_memory, ranked_by
 
 Row = dict[str, Any]
 Progress = Callable[[int], None]
@@ -156,7 +155,7 @@ def read_rows(study: Study) -> list[Row]:
 
 def _perform(study: Study, run: Run) -> Row:
     started = time.process_time()
-    with true_motion(study.spec(run.kind, 1)) if run.oracle else nullcontext():
+    with ranked_by(run.ranking, study.spec(run.kind, 1)):
         train(run.config, _world())
         scores = _score(study, run)
     return {

@@ -22,6 +22,11 @@ from everest_ds.data.synthetic import MOTIONS, SyntheticSpec, object_cover, vide
 from everest_ds.data.video_list import Sample
 from everest_ds.models.selection import packer
 from everest_ds.models.selection.codec import codec_importance
+from everest_ds.models.selection.rero import token_importance
+from everest_ds.models.tubelets import to_tubelets
+from study.camera import predecessors
+
+RANKINGS = ("motion", "camera")  # the true motion of the scene; the change of pixels less the camera's motion
 
 _scene: SyntheticSpec | None = None  # of the videos whose true motion is handed out
 
@@ -33,14 +38,18 @@ def keep_videos_in_memory() -> None:
 
 
 @contextmanager
-def true_motion(scene: SyntheticSpec) -> Iterator[None]:
-    """Within the context, hand out the true motion of the scene, and rank tokens by it alone.
+def ranked_by(ranking: str | None, scene: SyntheticSpec) -> Iterator[None]:
+    """Within the context, rank tokens by one of `RANKINGS` wherever the codec score is asked for.
 
     Args:
-        scene: spec of the videos, at the size of the clips.
+        ranking: the ranking; None leaves the codec score.
+        scene: spec of the videos, at the size of the clips, whose true motion `motion` ranks by.
     """
     global _scene
-    _scene, packer.codec_importance = scene, _moving_area
+    if ranking == "motion":
+        _scene, packer.codec_importance = scene, _moving_area
+    elif ranking == "camera":
+        packer.codec_importance = change_without_camera
     try:
         yield
     finally:
@@ -91,6 +100,17 @@ def _motion_of(split: str, name: str, scene: SyntheticSpec) -> Motion:
     moves_F = (np.diff(cover_FHW, axis=0) != 0).any(axis=(1, 2))
     speed_FHW = cover_FHW * np.append(moves_F[:1], moves_F)[:, None, None]
     return Motion(np.stack([speed_FHW, np.zeros_like(speed_FHW)], axis=-1), np.arange(len(cover_FHW)), cell=1)
+
+
+def change_without_camera(clip_FHWC: Tensor, moved_TGG2: Tensor, geometry: ClipGeometry) -> Tensor:
+    """Return the change of the pixels that the camera does not explain, in place of `codec_importance`."""
+    places = geometry.tokens_per_slot
+    tubelets_1NP = to_tubelets(clip_FHWC[None], geometry)
+    before_SLP = predecessors(tubelets_1NP, geometry)[0].unflatten(0, (-1, places))
+    here_SLP = tubelets_1NP[0, places:].unflatten(0, (-1, places))
+    pairs = torch.cat([before_SLP, here_SLP], dim=1)  # clips of two slots
+    change_SL = token_importance(pairs, 2, None, "l2")[:, places:]
+    return torch.cat([change_SL[:1], change_SL]).flatten()
 
 
 def _moving_area(clip_FHWC: Tensor, moved_TGG2: Tensor, geometry: ClipGeometry) -> Tensor:

@@ -25,7 +25,20 @@ from everest_ds.data.decoding.video import Motion
 CODECS_WITH_VECTORS = frozenset(
     {"flv", "h263", "h264", "mpeg1video", "mpeg2video", "mpeg4", "msmpeg4", "msmpeg4v2", "wmv1", "wmv2"}
 )
-_BLOCK = 16  # side of a macroblock in pixels, for which vectors are averaged
+_SHIFT = 4
+_BLOCK = 1 << _SHIFT  # side of a macroblock in pixels, for which vectors are averaged
+# FFmpeg's AVMotionVector.
+_EXPORTED = np.dtype(
+    [
+        ("source", np.int32),
+        *((name, np.uint8) for name in ("w", "h")),
+        *((name, np.int16) for name in ("src_x", "src_y", "dst_x", "dst_y")),
+        ("flags", np.uint64),
+        *((name, np.int32) for name in ("motion_x", "motion_y")),
+        ("motion_scale", np.uint16),
+    ],
+    align=True,
+)
 
 
 class References:
@@ -61,7 +74,7 @@ class References:
 class _Vectors(NamedTuple):
     """The vectors of a picture as FFmpeg exports them, and the distances of the pictures they point to."""
 
-    exported: NDArray[Any]
+    exported: bytes
     before: int
     after: int
 
@@ -82,21 +95,18 @@ class MotionReader:
         vectors = side_data(frame, "MOTION_VECTORS")
         if vectors is not None:
             distances = self._references.distances(number) if self._references else (1, 1)
-            self._vectors[number] = _Vectors(vectors.to_ndarray(), *distances)
+            self._vectors[number] = _Vectors(bytes(vectors), *distances)
 
     def take(self, numbers: Sequence[int], placement: Placement) -> Motion:
         """Return and forget the motion in the pictures `numbers`, which are shown as `placement` says."""
         rows, columns = -(-placement.height // _BLOCK), -(-placement.width // _BLOCK)
         pictures = [(index, self._vectors[n]) for index, n in enumerate(numbers) if n in self._vectors]
-        speed = np.zeros((len(numbers) * rows * columns, 2), np.float32)
+        speed = np.zeros((len(numbers), rows, columns, 2), np.float32)
         if pictures:
-            places, weights, speeds = _joined(pictures, rows, columns)
-            total = np.maximum(np.bincount(places, weights, len(speed)), 1)
-            for axis, each in enumerate(speeds):
-                speed[:, axis] = np.bincount(places, weights * each, len(speed)) / total
+            index, found = zip(*pictures, strict=True)
+            speed[list(index)] = _speeds(found, rows, columns)
         self._vectors.clear()
-        cells = speed.reshape(len(numbers), rows, columns, 2)
-        return _shown(Motion(cells, np.array(numbers), _BLOCK), placement)
+        return _shown(Motion(speed, np.array(numbers), _BLOCK), placement)
 
 
 def export_vectors(stream: Any) -> None:
@@ -106,23 +116,25 @@ def export_vectors(stream: Any) -> None:
     stream.codec_context.flags2 |= Flags2.export_mvs
 
 
-def _joined(
-    pictures: Sequence[tuple[int, _Vectors]], rows: int, columns: int
-) -> tuple[NDArray[np.int32], NDArray[np.float32], tuple[NDArray[np.float32], NDArray[np.float32]]]:
-    """Return the cells of the vectors of several pictures, the areas of their blocks, and their speeds.
+def _speeds(pictures: Sequence[_Vectors], rows: int, columns: int) -> NDArray[np.float64]:
+    """Return the mean speed of each cell (pictures, rows, columns, 2); its blocks count alike.
 
     FFmpeg gives vectors as the source minus the destination, in parts of a pixel.
     """
-    found = np.concatenate([vectors.exported for _, vectors in pictures])
-    facts = np.array([(index, -vectors.before, vectors.after) for index, vectors in pictures], np.int32)
-    picture, before, after = facts.repeat([len(vectors.exported) for _, vectors in pictures], axis=0).T
+    vectors = np.frombuffer(b"".join(picture.exported for picture in pictures), _EXPORTED)
+    lengths = [len(picture.exported) // _EXPORTED.itemsize for picture in pictures]
+    picture = np.repeat(np.arange(len(pictures)), lengths)
     # A stream may hold more than it shows, beyond the last row and column.
-    row = np.minimum(found["dst_y"] // _BLOCK, rows - 1)
-    column = np.minimum(found["dst_x"] // _BLOCK, columns - 1)
-    area = np.multiply(found["w"], found["h"], dtype=np.float32)
-    unit = np.float32(1) / (np.where(found["source"] < 0, before, after) * found["motion_scale"])
-    speeds = (found["motion_y"] * unit).astype(np.float32), (found["motion_x"] * unit).astype(np.float32)
-    return (picture * rows + row) * columns + column, area, speeds
+    row = np.minimum(vectors["dst_y"] >> _SHIFT, rows - 1)
+    column = np.minimum(vectors["dst_x"] >> _SHIFT, columns - 1)
+    place = ((2 * picture + (vectors["source"] > 0)) * rows + row) * columns + column
+    shape = (len(pictures), 2, rows, columns)
+    count = np.bincount(place, minlength=np.prod(shape)).reshape(shape).sum(axis=1)
+    moved = (np.bincount(place, vectors[axis], np.prod(shape)) for axis in ("motion_y", "motion_x"))
+    scale = int(vectors["motion_scale"][0])
+    unit = [[-1 / (scale * picture.before), 1 / (scale * picture.after)] for picture in pictures]
+    total = [np.einsum("pd,pdrc->prc", unit, each.reshape(shape)) for each in moved]
+    return np.stack(total, axis=-1) / np.maximum(count, 1)[..., None]
 
 
 def _shown(motion: Motion, placement: Placement) -> Motion:
