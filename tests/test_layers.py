@@ -28,9 +28,10 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config", "launch", "checkpoints", "models"},
     "profiling": {"config", "costs", "models", "data"},
     "inference": {"config", "reports", "checkpoints", "models", "data", "interchange"},
+    "probing": {"config", "reports", "checkpoints", "data", "inference"},
     "training": {
         *{"config", "launch", "reports", "checkpoints", "costs", "models", "data", "interchange"},
-        *{"parallel", "profiling"},
+        *{"parallel", "profiling", "probing"},
     },
     "jobs": {"config", "launch", "checkpoints", "costs", "parallel", "training"},
     "efficiency": {"config", "reports", "costs", "models", "parallel", "profiling", "training"},
@@ -38,8 +39,8 @@ ROOMS: dict[str, set[str]] = {
         *{"config", "launch", "reports", "costs", "data", "parallel", "profiling", "training", "jobs"},
     },
     "cli": {
-        *{"config", "launch", "checkpoints", "data", "interchange", "parallel", "inference", "training"},
-        *{"jobs", "efficiency", "tuning"},
+        *{"config", "launch", "checkpoints", "data", "interchange", "parallel", "inference", "probing"},
+        *{"training", "jobs", "efficiency", "tuning"},
     },
 }
 # Modules beside the rooms. They import no room, except for the two doors to the package.
@@ -59,8 +60,8 @@ BASE = {
 # Library -> the only folders that import it, with the folders in them.
 OWNERS: dict[str, set[str]] = {
     "torch": {
-        *{"checkpoints", "models", "data", "interchange", "parallel", "profiling", "inference", "training"},
-        "efficiency",
+        *{"checkpoints", "models", "data", "interchange", "parallel", "profiling", "inference", "probing"},
+        *{"training", "efficiency"},
     },
     "torch.distributed": {"parallel"},
     "deepspeed": {"parallel"},

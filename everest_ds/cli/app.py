@@ -33,6 +33,7 @@ COMMANDS: dict[str, Row] = {
     "finetune": "train:finetune",
     "evaluate": "train:evaluate",
     "features": "predict:features",
+    "probe": "predict:probe",
     "predict": "predict:predict",
     "profile": "profile:profile",
     "tune": "tune:tune",

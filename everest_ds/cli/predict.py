@@ -1,4 +1,4 @@
-"""The commands `everest-ds features`, `predict` and `visualize`, which apply a model to videos.
+"""The commands `everest-ds features`, `probe`, `predict` and `visualize`, which apply a model to videos.
 
 The functions import the library themselves, because it imports torch, which their help does not need.
 """
@@ -15,8 +15,8 @@ from everest_ds.cli.options import NUM_CORES, CsvFile, JsonFile
 from everest_ds.config import Experiment
 from everest_ds.console import print_facts, print_problems, print_table, progress_of, write_csv, write_json
 from everest_ds.data.data_set import list_samples
-from everest_ds.data.ledger import Problem
-from everest_ds.errors import ExitCode, UsageError
+from everest_ds.data.ledger import Problem, Usable
+from everest_ds.errors import CheckpointError, ExitCode, UsageError
 from everest_ds.output_paths import refuse_input
 
 Model = Annotated[
@@ -42,6 +42,37 @@ Crops = Annotated[
 ]
 DecodingWorkers = Annotated[
     int, typer.Option("--workers", min=0, help="Number of processes that decode videos.")
+]
+ProbeSource = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_WEIGHTS",
+        help="A run folder, whose checkpoints are all probed, a checkpoint, or a file of weights in any"
+        " layout that `predict` reads.",
+    ),
+]
+ProbeTrain = Annotated[
+    Path | None,
+    typer.Option(
+        "--train",
+        metavar="MANIFEST",
+        help="Labelled manifest or frame store to learn from; default: data.probe_train of the run, or its"
+        " data.train.",
+    ),
+]
+ProbeTest = Annotated[
+    Path | None,
+    typer.Option(
+        "--test",
+        metavar="MANIFEST",
+        help="Labelled manifest or frame store to test on; default: with --train, a fifth of it, or else"
+        " data.probe_test of the run, or its data.test.",
+    ),
+]
+ProbeLatest = Annotated[bool, typer.Option("--latest", help="Probe only the newest checkpoint of a run.")]
+ProbeFolder = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of the picture and the cached features; default: probe, in the run."),
 ]
 _NUM_WORKERS = min(8, NUM_CORES)
 _MOST_SHOWN = 20  # videos whose predictions are printed
@@ -85,6 +116,90 @@ def features(
     }
     print_facts(f"{out}", facts)
     _end_with(done.problems, len(samples), root, facts, json_file)
+
+
+def probe(
+    source: ProbeSource,
+    overrides: ModelOverrides = None,
+    train: ProbeTrain = None,
+    test: ProbeTest = None,
+    latest: ProbeLatest = False,
+    segments: Segments = 1,
+    crops: Crops = 1,
+    out: ProbeFolder = None,
+    workers: DecodingWorkers = _NUM_WORKERS,
+    csv_file: CsvFile = None,
+    json_file: JsonFile = None,
+) -> None:
+    """Measure how good the frozen features of an encoder are, without fine-tuning it.
+
+    The encoder sees all tokens of every clip once. Linear, attentive and nearest-neighbour (kNN) probes give
+    top-1 accuracies with 95 % intervals, and RankMe the effective rank of the features. probe.png shows them
+    over the checkpoints. Repeat the command to resume it; finished features are kept.
+
+    Example: everest-ds probe runs/pre --train lists/train.txt --test lists/test.txt
+    """
+    from everest_ds.inference import Views
+    from everest_ds.probing import probed_weights as work
+
+    views, folder = Views(segments, crops), out or work.probe_folder(source)
+    found = work.find_probed(source, latest)
+    settings = [f"data.num_workers={workers}", *_probe_sets(train, test), *(overrides or [])]
+    scored, problems, num_videos = list[work.Scored](), dict[str, Problem](), 0
+    for weights in found:
+        network = work.open_frozen(weights, settings, only=len(found) == 1)
+        if network is None:
+            continue
+        sets = _labelled_sets(network.config)
+        excluded = [problem for usable in sets for problem in usable.excluded]
+        num_videos = len(excluded) + sum(len(usable.samples) for usable in sets)
+        with progress_of(f"{weights.name}: encoding", num_videos - len(excluded)) as on_progress:
+            samples = [usable.samples for usable in sets]
+            features = work.encode_sets(network, samples, folder, views, on_progress)
+        with progress_of(f"{weights.name}: probing", work.NUM_PROBES) as on_progress:
+            scored.append(work.Scored(weights, work.score(*work.train_and_test(features.sets), on_progress)))
+        problems |= {problem.sample.name: problem for problem in (*excluded, *features.problems)}
+    if not scored:
+        raise CheckpointError(
+            f"{source}: no checkpoint is complete", given=f"{len(found)} damaged checkpoints"
+        )
+    rows = [one.figures for one in scored]
+    title = f"{source}: top-1 on {rows[0]['test_clips']} clips, with 95 % intervals"
+    print_table(title, [one.shown for one in scored], key="weights")
+    typer.echo(f"{work.write_picture(folder, scored)}: the same as a picture")
+    write_csv(csv_file, rows)
+    _end_with(list(problems.values()), num_videos, source, {"weights": rows}, json_file)
+
+
+def _probe_sets(train: Path | None, test: Path | None) -> list[str]:
+    """Return the settings that make probes learn from and be tested on the given data sets."""
+    if train is None:
+        if test is not None:
+            raise UsageError(
+                "--test was given without --train", fix="name a manifest to learn from with --train"
+            )
+        return []
+    return [
+        f"data.probe_train={train}",
+        f"data.probe_test={'null' if test is None else test}",
+        "data.root=null",
+    ]
+
+
+def _labelled_sets(config: Experiment) -> list[Usable]:
+    """Read the labelled samples to probe with: those that the config names for it, or else for training."""
+    from everest_ds.training.samples import read_probe_samples  # imports torch
+
+    data = config.data
+    if data.probe_train is None:
+        if data.train is None:
+            raise UsageError(
+                "the weights name no labelled videos to probe with",
+                fix="name a manifest: --train lists/train.txt",
+            )
+        sets = {"probe_train": data.train, "probe_test": data.test or data.val}
+        config = config.model_copy(update={"data": data.model_copy(update=sets)})
+    return read_probe_samples(config)
 
 
 def predict(

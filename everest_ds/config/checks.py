@@ -20,6 +20,7 @@ def check_sections_agree(config: Experiment) -> None:
     _check_task(config)
     _check_tokens(config)
     _check_schedule(config)
+    _check_probes(config)
     _check_micro_batch(config)
     _check_motion(config)
     _check_packing(config)
@@ -160,6 +161,22 @@ def _check_schedule(config: Experiment) -> None:
             f"schedule.warmup_epochs ({config.schedule.warmup_epochs:g}) must be smaller than schedule.epochs"
             f" ({config.schedule.epochs}); fix: lower schedule.warmup_epochs too, or set run.max_steps to try"
             " out the first steps of the whole schedule"
+        )
+
+
+def _check_probes(config: Experiment) -> None:
+    every_steps = config.run.probe_every_steps
+    if every_steps is None:
+        return
+    if config.task == "finetune":
+        raise ValueError(
+            f"run.probe_every_steps={every_steps} probes an encoder during pre-training, but the task is"
+            " finetune; leave it out, and set data.val to validate the classifier"
+        )
+    if config.data.probe_train is None:
+        raise ValueError(
+            f"run.probe_every_steps={every_steps} is set, but data.probe_train is not: name a manifest or"
+            " frame store of labelled videos"
         )
 
 

@@ -160,6 +160,12 @@ class DataConfig(ConfigSection):
     train: Path | None = Field(None, description="manifest or frame store of the training videos")
     val: Path | None = Field(None, description="manifest or frame store for validation; null: no validation")
     test: Path | None = Field(None, description="manifest or frame store for `everest-ds evaluate`")
+    probe_train: Path | None = Field(
+        None, description="labelled manifest or frame store that the probes of a frozen encoder learn from"
+    )
+    probe_test: Path | None = Field(
+        None, description="as probe_train, for testing the probes; null: a fifth of data.probe_train"
+    )
     root: Path | None = Field(
         None, description="base folder of relative paths in manifests; default: the manifest's folder"
     )
@@ -310,7 +316,7 @@ class RecomputeConfig(ConfigSection):
 
 
 class RunConfig(ConfigSection):
-    """The run folder, the seed, and how often a run logs, saves and validates.
+    """The run folder, the seed, and how often a run logs, saves, validates and probes.
 
     When a run is resumed, these settings may change, except `seed`, `max_skipped_steps` and
     `validate_every_epochs`.
@@ -335,6 +341,9 @@ class RunConfig(ConfigSection):
     )
     image_every_steps: PositiveInt = Field(500, description="interval of clip images in TensorBoard")
     validate_every_epochs: PositiveInt = Field(1, description="interval of validations; fine-tuning only")
+    probe_every_steps: PositiveInt | None = Field(
+        None, description="interval of probes of the encoder; pre-training only, needs data.probe_train"
+    )
     max_steps: PositiveInt | None = Field(
         None,
         description="save and end after this step of the schedule, as for a smoke test; default: its end",

@@ -71,7 +71,7 @@ def extract(
     Raises:
         DataError: if the table holds features of another model or other views, or cannot be written.
     """
-    store = _Store(file, _digest(model, views))
+    store = _Store(file, feature_digest(model, views))
     names = [_name(sample, root) for sample in samples]
     ledger = Ledger.read(file.with_name(file.name + SUFFIX))
     usable = exclude(samples, ledger)
@@ -144,7 +144,7 @@ def _name(sample: Sample, root: Path) -> str:
     return sample.name.removeprefix(f"{root}/")
 
 
-def _digest(model: nn.Module, views: Views) -> str:
+def feature_digest(model: nn.Module, views: Views) -> str:
     """Return a digest of all inputs of the features except the videos: settings, views and weights."""
     config: Any = model.config
     digest = hashlib.sha256(json.dumps([config_entry(config.model_dump(mode="json")), views]).encode())

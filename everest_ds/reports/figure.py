@@ -23,12 +23,12 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def new_panels(width: float, height: float, count: int) -> tuple[Figure, list[Axes]]:
-    """Create a figure of the given size in inches, with several pairs of axes that share the y scale."""
+def new_panels(width: float, height: float, count: int, share_y: bool = True) -> tuple[Figure, list[Axes]]:
+    """Create a figure of the given size in inches, with several pairs of axes, by default of one y scale."""
     from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    return figure, list(figure.subplots(1, count, sharey=True, squeeze=False)[0])
+    return figure, list(figure.subplots(1, count, sharey=share_y, squeeze=False)[0])
 
 
 def _take_texts_literally(figure: Figure) -> None:

@@ -1,4 +1,4 @@
-"""Evaluation of a classifier over all views of all samples, and the test of a run's best weights.
+"""Evaluation of a model by all ranks together: validation, the test of a run's best weights, and probes.
 
 The result is the same on any number of ranks.
 
@@ -8,16 +8,16 @@ A sample with an unreadable view is left out of every figure and reported by nam
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.progress import track
-from torch import nn
+from torch import Tensor, nn
 
 from everest_ds.checkpoints.export import find_weights, load_weights
 from everest_ds.config import Experiment
@@ -25,24 +25,31 @@ from everest_ds.config.mesh_shape import MeshShape
 from everest_ds.data.clip_batches import MISSING, Batch
 from everest_ds.data.clips import EvaluationClips, evaluation_views
 from everest_ds.data.reading import Failure
+from everest_ds.data.store.staging import read_from_stage
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
 from everest_ds.log import logger
 from everest_ds.models import build_model
+from everest_ds.models.feature_model import FeatureModel
 from everest_ds.models.matmul_precision import set_matmul_precision
 from everest_ds.models.selection.packer import evaluation_packer
 from everest_ds.parallel.batch_exchange import exchange_batches
 from everest_ds.parallel.engine import Engine
 from everest_ds.parallel.mesh import Mesh
 from everest_ds.parallel.world import World
+from everest_ds.probing.accuracy import FeatureSet
+from everest_ds.probing.frozen_encoder import see_all_tokens
+from everest_ds.probing.scores import ProbeScores, score
+from everest_ds.probing.splits import train_and_test
 from everest_ds.reports.confusion import draw_confusion
 from everest_ds.training.input_files import class_names
 from everest_ds.training.preflight import stage_shards
 from everest_ds.training.run_folder import EVALUATION_FILE, RunFolder
-from everest_ds.training.samples import read_samples
+from everest_ds.training.samples import read_probe_samples, read_samples
 from everest_ds.training.weights import copy_tensors
 
 CONFUSION_FILE = "confusion.png"
+_PROBE_BATCH = 8  # clips, whatever the micro-batch of the ranks is, so that features do not depend on it
 
 
 @dataclass(frozen=True)
@@ -82,7 +89,18 @@ class Evaluation:
         return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
 
 
-@torch.no_grad()
+class ViewOutputs(NamedTuple):
+    """The outputs of a model, gathered from all ranks.
+
+    Attributes:
+        by_view: index of each view that could be read -> output.
+        missing: index of each unreadable sample -> reason.
+    """
+
+    by_view: dict[int, NDArray[np.float32]]
+    missing: dict[int, str]
+
+
 def evaluate_views(
     model: nn.Module | Engine,
     samples: Sequence[Sample],
@@ -106,27 +124,65 @@ def evaluate_views(
     Raises:
         DataError: if none of the samples can be read.
     """
-    world = mesh.world
-    was_training = model.training
-    model.eval()
     clips = EvaluationClips(samples, config, segments, crops, evaluation_packer(config))
-    on_gpu, failures = world.device.type == "cuda", list[Failure]()
+    size = config.batch.micro_batch_size
+    outputs = _run_views(model, lambda logits: logits.softmax(dim=1), clips, size, mesh, show_progress)
+    return Evaluation(*_average(outputs, samples, segments * crops), outputs.missing)
+
+
+def probe_encoder(engine: Engine, config: Experiment, mesh: Mesh) -> tuple[ProbeScores, int]:
+    """Run the cheap probes on the frozen encoder of a pre-training. Call on every rank.
+
+    All ranks encode their shares of the middle clips, and rank 0 fits the probes.
+
+    Returns:
+        The scores, and the number of videos that they lack.
+
+    Raises:
+        DataError: if none of the videos of a set can be read.
+    """
+    world, settings = mesh.world, see_all_tokens(config)
+    encoder, sets, num_missing = FeatureModel.around(engine.module, settings), list[FeatureSet](), 0
+    # Eager, because blocks that are compiled for the tokens of pre-training would be compiled again.
+    with torch.compiler.set_stance("force_eager"):
+        for usable in world.share(lambda: read_probe_samples(config)):
+            samples = read_from_stage(usable.samples, config.data.stage)
+            clips = EvaluationClips(samples, settings, segments=1, crops=1)
+            outputs = _run_views(encoder, lambda features: features, clips, _PROBE_BATCH, mesh)
+            features, labels = _average(outputs, samples, num_views=1)
+            sets.append(FeatureSet(torch.from_numpy(features), torch.from_numpy(labels)))
+            num_missing += len(usable.excluded) + len(outputs.missing)
+    return world.share(lambda: score(*train_and_test(sets))), num_missing
+
+
+@torch.no_grad()
+def _run_views(
+    model: nn.Module | Engine,
+    act: Callable[[Tensor], Tensor],
+    clips: EvaluationClips,
+    max_batch_size: int,
+    mesh: Mesh,
+    show_progress: bool = False,
+) -> ViewOutputs:
+    """Run `model` on this rank's share of the views, and gather what `act` makes of its outputs."""
+    world, failures, was_training = mesh.world, list[Failure](), model.training
+    model.eval()
     loader = evaluation_views(
         clips,
-        config.batch.micro_batch_size,
+        max_batch_size,
         mesh.share,
         mesh.shape.num_shares,
-        on_gpu,
+        world.device.type == "cuda",
         failures.append,
         mesh.turn,
         partial(exchange_batches, mesh=mesh),
     )
-    own = dict(_predict(model, loader, world, show_progress and world.is_main))
+    own = dict(_outputs(model, act, loader, world, show_progress and world.is_main))
     model.train(was_training)
     missing = {f.sample: f.reason for part in world.gather(failures) for f in part}
     by_view = {item: p for part in world.gather(own) for item, p in part.items()}
     clips.check_complete(by_view, missing)
-    return _average(by_view, samples, segments * crops, missing)
+    return ViewOutputs(by_view, dict(sorted(missing.items())))
 
 
 def run_test(config: Experiment, world: World) -> dict[str, Any]:
@@ -172,28 +228,34 @@ def run_test(config: Experiment, world: World) -> dict[str, Any]:
 
 
 def _average(
-    by_view: dict[int, NDArray[np.float32]], samples: Sequence[Sample], views: int, missing: dict[int, str]
-) -> Evaluation:
+    outputs: ViewOutputs, samples: Sequence[Sample], num_views: int
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Return the outputs of the readable samples, averaged over their views, and their labels."""
+    by_view, missing = outputs
     present = [index for index in range(len(samples)) if index not in missing]
-    for index, reason in sorted(missing.items()):
+    for index, reason in missing.items():
         logger.warning("missing from the evaluation: %s: %s", samples[index].name, reason)
     if not present:
         name, reason = samples[0].name, missing[0]
         raise DataError("none of the evaluation videos can be read", given=f"{name}: {reason}")
-    means = [np.mean([by_view[index * views + view] for view in range(views)], axis=0) for index in present]
-    labels = np.array([samples[index].label for index in present])
-    return Evaluation(np.stack(means), labels, dict(sorted(missing.items())))
+    views = range(num_views)
+    means = [np.mean([by_view[index * num_views + view] for view in views], axis=0) for index in present]
+    return np.stack(means), np.array([samples[index].label for index in present])
 
 
-def _predict(
-    model: nn.Module | Engine, loader: Iterator[Batch], world: World, show: bool
+def _outputs(
+    model: nn.Module | Engine,
+    act: Callable[[Tensor], Tensor],
+    loader: Iterator[Batch],
+    world: World,
+    show: bool,
 ) -> Iterator[tuple[int, NDArray[np.float32]]]:
     # An error of one rank's loader is raised on all ranks, which have the same number of batches.
     batches: Iterator[Batch] = iter(lambda: world.together(lambda: next(loader, None)), None)
     for batch in track(batches, "evaluating", total=None, disable=not show, transient=True):
         here = batch.to(world.device)
-        probabilities = model(*here.arguments).float().softmax(dim=1).cpu().numpy()
-        pairs = zip(batch.item.tolist(), probabilities, strict=True)
+        output = act(model(*here.arguments).float()).cpu().numpy()
+        pairs = zip(batch.item.tolist(), output, strict=True)
         yield from (pair for pair in pairs if pair[0] != MISSING)
 
 

@@ -19,7 +19,8 @@ from everest_ds.errors import CheckpointError, ConfigError, DataError
 from everest_ds.log import logger
 from everest_ds.training.run_folder import RunFolder
 
-_SPLITS = {"pretrain": ("train",), "finetune": ("train", "val"), "evaluate": ("test",)}
+PROBE_SPLITS = ("probe_train", "probe_test")
+_SPLITS = {"pretrain": ("train", *PROBE_SPLITS), "finetune": ("train", "val"), "evaluate": ("test",)}
 
 
 def manifest_of(config: Experiment, split: str) -> Path:
@@ -57,9 +58,14 @@ def manifest_of(config: Experiment, split: str) -> Path:
     )
 
 
+def reads_motion(config: Experiment, split: str) -> bool:
+    """Return whether the motion vectors of `data.<split>` are read; probes see all tokens of a clip."""
+    cached = split == "train" and config.data.token_cache is not None
+    return config.tokens.reads_motion and not cached and split not in PROBE_SPLITS
+
+
 def _check_score(config: Experiment, split: str, store: Path) -> None:
-    is_read = split != "train" or config.data.token_cache is None
-    if config.tokens.reads_motion and is_read:
+    if reads_motion(config, split):
         raise ConfigError(
             f"tokens.score={config.tokens.score} reads motion vectors, and data.{split} is a frame store,"
             " whose pictures are coded one by one",
@@ -71,7 +77,13 @@ def _check_score(config: Experiment, split: str, store: Path) -> None:
 
 def splits_of(command: str, config: Experiment) -> list[str]:
     """Return the splits `data.<split>` that the command `pretrain`, `finetune` or `evaluate` reads."""
-    return [split for split in _SPLITS[command] if split != "val" or config.data.val is not None]
+    unused = () if config.run.probe_every_steps is not None else PROBE_SPLITS
+    optional = ("val", *PROBE_SPLITS)
+    return [
+        split
+        for split in _SPLITS[command]
+        if split not in unused and (split not in optional or getattr(config.data, split) is not None)
+    ]
 
 
 def stores_to_stage(config: Experiment, command: str) -> list[ShardedStore]:
@@ -157,7 +169,7 @@ def _initial_weights(config: Experiment) -> Path | None:
 
 
 def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
-    """Check the files that only validation and test read: their manifests and the class names.
+    """Check the files that only validation, test and probes read: their manifests and the class names.
 
     Args:
         config: config of the run.
@@ -167,9 +179,13 @@ def check_evaluation_inputs(config: Experiment, planned: bool = False) -> None:
         DataError: if a file does not exist or is invalid.
         ConfigError: if the number of names is not model.num_classes.
     """
-    if config.task == "pretrain":
-        return
     data, num_classes = config.data, config.model.num_classes
+    if config.task == "pretrain":
+        files = {split: getattr(data, split) for split in splits_of("pretrain", config)}
+        for split in PROBE_SPLITS:
+            if split in files and not (planned and not files[split].exists()):
+                read_data_set(manifest_of(config, split), root=data.root, num_classes=None, labelled=True)
+        return
     for split, file in (("val", data.val), ("test", data.test)):
         if file is not None and not (planned and not file.exists()):
             manifest = manifest_of(config, split)

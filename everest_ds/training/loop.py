@@ -26,7 +26,6 @@ from everest_ds.data.store.staging import read_from_stage
 from everest_ds.data.store.token_cache import TokenCache, open_token_cache
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import CheckpointError, DivergedError, StoppedError
-from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.log import logger, setup_logging
 from everest_ds.models.initial_weights import outline
 from everest_ds.parallel.batch_exchange import announce_batches, receive_batch
@@ -36,12 +35,13 @@ from everest_ds.parallel.engine import Engine, build_engine, gradient_norm, set_
 from everest_ds.parallel.mesh import Mesh, form_mesh
 from everest_ds.parallel.nvme import remove_swap_files
 from everest_ds.parallel.world import World
-from everest_ds.training.evaluate import evaluate_views
+from everest_ds.training.evaluate import evaluate_views, probe_encoder
 from everest_ds.training.input_files import check_evaluation_inputs, check_initial_weights_exist
 from everest_ds.training.loss_watch import LossWatch
 from everest_ds.training.observers import (
     MetricsFile,
     Observer,
+    ProbeReport,
     ProgressLine,
     StepReport,
     TensorBoard,
@@ -56,7 +56,7 @@ from everest_ds.training.run_folder import RunFolder, package_versions, read_met
 from everest_ds.training.samples import BrokenVideos, read_samples, read_training_samples, record_excluded
 from everest_ds.training.saver import Saver
 from everest_ds.training.stop import GRACE_FILE, Grace, StopReason, StopRequest
-from everest_ds.training.throughput import ClipCost, StepTimer, Waited
+from everest_ds.training.throughput import ClipCost, StepTimer, Waited, take_peak_memory_bytes
 from everest_ds.training.token_packing import training_packer
 from everest_ds.training.watchdog import Watchdog
 from everest_ds.training.weights import initial_weights
@@ -145,7 +145,6 @@ class TrainingRun:
         self.objective: Objective = build_objective(config)
         self.prepare = Preparation(config, mesh.world.device)
         self.cache = cache
-        self.pack = training_packer(config)
         self.steps_per_epoch = steps_per_epoch(len(samples), plan)
         self.schedule = build_schedule(config.schedule, self.steps_per_epoch, plan.samples_per_step)
         self.last_step = min(config.run.max_steps or self.schedule.total_steps, self.schedule.total_steps)
@@ -179,6 +178,7 @@ class TrainingRun:
                 self._report(loss)
                 self._draw()
                 self._validate()
+                self._probe()
                 self.grace.note_step(time.perf_counter() - started)
                 self._save_or_stop(stop)
         except DivergedError:  # raised on every rank, possibly while an earlier checkpoint is being written
@@ -234,7 +234,7 @@ class TrainingRun:
             clips_per_s=clips_per_s,
             data_wait_pct=100 * timer.waited / seconds,
             replaced_videos=replaced,
-            memory_bytes=_take_peak_memory_bytes(self.world.device),
+            memory_bytes=take_peak_memory_bytes(self.world.device),
             tflops_per_s=None if cost is None else cost.tflops_per_s(clips_per_s, num_ranks),
             mfu_pct=None if cost is None else cost.mfu_pct(clips_per_s, num_ranks),
         )
@@ -280,6 +280,17 @@ class TrainingRun:
         if report.val_top1 > best:
             file, metadata = self.folder.best_weights, {"task": self.config.task}
             save_model(self.engine.module, file, metadata, self.mesh)
+
+    def _probe(self) -> None:
+        every_steps = self.config.run.probe_every_steps
+        if every_steps is None or not self._due(every_steps):
+            return
+        with self.timer.paused():
+            self.losses.check()
+            scores, num_missing = probe_encoder(self.engine, self.config, self.mesh)
+        report = ProbeReport.of(scores, self.step, self.step / self.steps_per_epoch, num_missing)
+        for observer in self.observers:
+            observer.on_probe(report)
 
     def _save_or_stop(self, stop: StopRequest) -> None:
         reason = StopReason(self.world.greatest(stop.reason()))
@@ -374,7 +385,7 @@ class TrainingRun:
             steps,
             pin_memory=self.world.device.type == "cuda",
             on_failure=noted.append,
-            pack=self.pack,
+            pack=training_packer(self.config),
             turn=self.mesh.turn,
             cache=self.cache,
         )
@@ -387,14 +398,3 @@ class TrainingRun:
             self.world.device,
             partial(announce_batches, mesh=self.mesh, waiting=self.timer.waiting),
         )
-
-
-def _take_peak_memory_bytes(device: torch.device) -> int:
-    """Return the peak memory since the last call: allocated on a GPU, resident in host memory on a CPU."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak
-    peak = peak_bytes()
-    reset_peak()
-    return peak

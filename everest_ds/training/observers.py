@@ -25,6 +25,7 @@ from everest_ds.durable_files import append_row
 from everest_ds.log import ON_LIVE_LINE, logger
 from everest_ds.models.watch import Seen, Watch
 from everest_ds.parallel.engine import Engine
+from everest_ds.probing.scores import ProbeScores
 from everest_ds.reports.clip_pictures import draw_clip
 from everest_ds.units import format_bytes, format_duration
 
@@ -83,6 +84,32 @@ class ValidationReport:
     val_missing: int
 
 
+@dataclass(frozen=True)
+class ProbeReport:
+    """The figures of the probes of the frozen encoder, over the videos that could be read.
+
+    Attributes:
+        step: optimiser steps done so far.
+        epoch: epochs done so far, as a fraction.
+        probe_linear_top1: top-1 accuracy of the linear probe, in percent.
+        probe_knn_top1: top-1 accuracy of the nearest neighbours, in percent.
+        probe_rankme: effective rank of the features.
+        probe_missing: number of unreadable videos.
+    """
+
+    step: int
+    epoch: float
+    probe_linear_top1: float
+    probe_knn_top1: float
+    probe_rankme: float
+    probe_missing: int
+
+    @classmethod
+    def of(cls, scores: ProbeScores, step: int, epoch: float, num_missing: int) -> ProbeReport:
+        """Return the report of the cheap probes after `step`."""
+        return cls(step, epoch, scores.linear.pct, scores.knn.pct, scores.rankme, num_missing)
+
+
 class Observer(Protocol):
     """Interface of objects that are notified of a run's events."""
 
@@ -91,6 +118,9 @@ class Observer(Protocol):
 
     def on_validation(self, report: ValidationReport) -> None:
         """Receive the report of a validation."""
+
+    def on_probe(self, report: ProbeReport) -> None:
+        """Receive the report of the probes."""
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Receive a picture: uint8 (row, column, colour)."""
@@ -110,6 +140,10 @@ class MetricsFile:
         self._write(asdict(report))
 
     def on_validation(self, report: ValidationReport) -> None:
+        """Append the report as a line."""
+        self._write(asdict(report))
+
+    def on_probe(self, report: ProbeReport) -> None:
         """Append the report as a line."""
         self._write(asdict(report))
 
@@ -139,6 +173,10 @@ class TensorBoard:
     def on_validation(self, report: ValidationReport) -> None:
         """Write the report's figures as scalars of the group `val`."""
         self._scalars("val", asdict(report))
+
+    def on_probe(self, report: ProbeReport) -> None:
+        """Write the report's figures as scalars of the group `probe`."""
+        self._scalars("probe", asdict(report))
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:
         """Write the picture as an event and as a PNG file."""
@@ -201,6 +239,13 @@ class ProgressLine:
         text = f"val loss {report.val_loss:.4f} top-1 {report.val_top1:.2f}%"
         text += "" if report.val_top5 is None else f" top-5 {report.val_top5:.2f}%"
         text += f", {report.val_missing} videos missing" if report.val_missing else ""
+        logger.info("epoch %.4g %s", report.epoch, text)
+
+    def on_probe(self, report: ProbeReport) -> None:
+        """Log the report."""
+        text = f"probes: linear {report.probe_linear_top1:.2f}% kNN {report.probe_knn_top1:.2f}%"
+        text += f" RankMe {report.probe_rankme:.1f}"
+        text += f", {report.probe_missing} videos missing" if report.probe_missing else ""
         logger.info("epoch %.4g %s", report.epoch, text)
 
     def on_picture(self, step: int, name: str, picture: Tensor) -> None:

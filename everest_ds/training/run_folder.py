@@ -32,9 +32,9 @@ EVALUATION_FILE = "evaluation.json"
 # Prefixes of the settings that may differ when a run is resumed, because they do not change the result. The
 # exception is the global batch size, which is checked against the checkpoint.
 FREE_KEYS = (
-    *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_", "run.max_steps"),
-    *("data.num_workers", "data.decoder", "data.pack_tokens", "data.token_cache", "data.stage"),
-    *("data.read_timeout_s", "data.max_broken_pct"),
+    *("run.dir", "run.log_", "run.save_", "run.keep_", "run.image_", "run.hang_", "run.probe_"),
+    *("run.max_steps", "data.num_workers", "data.decoder", "data.pack_tokens", "data.token_cache"),
+    *("data.stage", "data.probe_", "data.read_timeout_s", "data.max_broken_pct"),
     *("parallelism.", "recompute.", "batch.", "model.compile"),
 )
 _FLOCK = "hhqqi"  # struct flock of Linux: type, whence, start, length, process
@@ -202,8 +202,8 @@ class RunFolder:
                 given=", ".join(f"{key}={new[key]} (in the folder: {old.get(key)})" for key in changed[:4]),
                 allowed="the same config, except for parallelism.*, recompute.*, batch.* (with the same"
                 " global batch size), model.compile, data.num_workers, data.decoder, data.pack_tokens,"
-                " data.token_cache, data.stage, data.read_timeout_s, data.max_broken_pct, and run.* other"
-                " than run.seed, run.max_skipped_steps and run.validate_every_epochs",
+                " data.token_cache, data.stage, data.probe_*, data.read_timeout_s, data.max_broken_pct, and"
+                " run.* other than run.seed, run.max_skipped_steps and run.validate_every_epochs",
                 fix=fix,
             )
 

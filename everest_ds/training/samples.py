@@ -27,7 +27,8 @@ from everest_ds.durable_files import append_row, read_json_rows, replace_json, r
 from everest_ds.errors import DataError, RunFolderError
 from everest_ds.log import logger
 from everest_ds.parallel.world import World
-from everest_ds.training.input_files import manifest_of
+from everest_ds.probing.splits import check_classes
+from everest_ds.training.input_files import PROBE_SPLITS, manifest_of, reads_motion
 
 
 def read_samples(config: Experiment, split: str) -> Usable:
@@ -47,12 +48,24 @@ def read_samples(config: Experiment, split: str) -> Usable:
     usable = exclude(samples, Ledger.of_manifest(manifest, faults_below=needed), needed)
     if usable.excluded:
         logger.warning("%s: %d of %d samples are excluded", manifest, len(usable.excluded), len(samples))
-    if usable.samples and config.tokens.reads_motion:
+    if usable.samples and reads_motion(config, split):
         require_motion(usable.samples[0], config.data)
     if not usable.samples:
         first = usable.excluded[0]
         raise DataError(f"{manifest}: all samples are broken", given=f"{first.sample.name}: {first.reason}")
     return usable
+
+
+def read_probe_samples(config: Experiment) -> list[Usable]:
+    """Read the labelled samples of `data.probe_train` and, if it is set, of `data.probe_test`.
+
+    Raises:
+        ConfigError: as `read_samples`.
+        DataError: as `read_samples`, and if the training samples have a single class.
+    """
+    sets = [read_samples(config, split) for split in PROBE_SPLITS if getattr(config.data, split) is not None]
+    check_classes(sets[0].samples, str(config.data.probe_train))
+    return sets
 
 
 def read_training_samples(config: Experiment, settled: Path) -> Usable:
@@ -178,11 +191,12 @@ class BrokenVideos:
 
 
 def _read(config: Experiment, split: str) -> Sequence[Sample]:
+    probes = split in PROBE_SPLITS  # which may have other classes than the model
     return read_data_set(
         manifest_of(config, split),
         root=config.data.root,
-        num_classes=config.model.num_classes,
-        labelled=config.task == "finetune",
+        num_classes=None if probes else config.model.num_classes,
+        labelled=probes or config.task == "finetune",
     )
 
 

@@ -1,4 +1,4 @@
-"""The speed of a run: the time of its steps, the time spent waiting for data, and the FLOP/s."""
+"""The speed of a run: the time of its steps, the time spent waiting for data, FLOP/s and peak memory."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import FLOPS_PER_MAC, predict_macs
 from everest_ds.costs.hardware.gpus import peak_flops_per_s
+from everest_ds.host_memory import peak_bytes, reset_peak
 from everest_ds.profiling.step_measurement import compute_dtype, device_name
 
 T = TypeVar("T")
@@ -112,3 +113,14 @@ def clip_cost(config: Experiment, device: torch.device) -> ClipCost:
     """Return the compute cost of a clip of a run, and the peak rate of `device` in the run's precision."""
     peak = peak_flops_per_s(device_name(device), compute_dtype(config.precision, device))
     return ClipCost(FLOPS_PER_MAC * predict_macs(config).training_macs, peak)
+
+
+def take_peak_memory_bytes(device: torch.device) -> int:
+    """Return the peak memory since the last call: allocated on a GPU, resident in host memory on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak
+    peak = peak_bytes()
+    reset_peak()
+    return peak

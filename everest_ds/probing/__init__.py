@@ -1,0 +1,1 @@
+"""Probes of a frozen encoder: how good are its features, without fine-tuning?"""
