@@ -1,1 +1,1 @@
-"""The modules of `tools/study_selection.py`: protocol, runs, linear probe and report."""
+"""The modules of `tools/study_selection.py`: arms, protocol, runs, videos in memory, judges and report."""
