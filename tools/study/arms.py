@@ -51,8 +51,8 @@ TUNED = {
     "iifs-1.5": Arm("ReRo, IIFS α 1.5", _rero("embedding", frame_oversampling=1.5), (PAUSES,)),
     "iifs-3": Arm("ReRo, IIFS α 3", _rero("embedding", frame_oversampling=3.0), (PAUSES,)),
 }
-# In pre-training, judged by a linear probe; EVEREST sets the compute. Where the camera pans fast, features of so
-# short a pre-training are at chance; `plain` and more rules were compared earlier (docs/study.md).
+# In pre-training, judged by a linear probe; EVEREST sets the compute. On `panning`, features of so short a
+# pre-training are at chance; `plain` and more rules were compared earlier (docs/study.md).
 PRETRAINED = {
     EVEREST: Arm("ReRo, embedding", _rero("embedding"), (BUSY,)),
     "rlt": Arm("RLT's rule", {"selection": "rlt"}, (BUSY,)),
