@@ -179,7 +179,8 @@ def noise_batch(config: Experiment, device: torch.device, seed: int = 0) -> Batc
     label = (item % (config.model.num_classes or 1)).to(device)
     if not (config.data.sends_tokens or config.tokens.reads_motion):
         return ClipBatch(clip, label, item, item)
-    moved = torch.zeros(g.num_slots, g.grid_size, g.grid_size, 2) if config.tokens.reads_motion else None
+    still = torch.zeros(g.num_slots, g.grid_size, g.grid_size, 2, device=device)
+    moved = still if config.tokens.reads_motion else None
     pack = Packer(config, keeps_clips=not config.data.sends_tokens)
     tubelets, kept = zip(*(pack(each, moved) for each in clip), strict=True)
     return PackedBatch(torch.stack(tubelets), label, item, item, torch.stack(kept))

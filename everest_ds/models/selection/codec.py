@@ -35,7 +35,8 @@ def codec_importance(clip_FHWC: Tensor, moved_TGG2: Tensor, geometry: ClipGeomet
     """
     places, step = geometry.tokens_per_slot, geometry.patch_size // CODEC_SAMPLES
     samples_NS = _samples(clip_FHWC, geometry, step)
-    quarters_NX, down_NX, right_NX = (samples_NS @ each.T for each in _features(geometry.tubelet_size))
+    features = (each.to(clip_FHWC.device) for each in _features(geometry.tubelet_size))
+    quarters_NX, down_NX, right_NX = (samples_NS @ each.T for each in features)
     moved_N2 = moved_TGG2.flatten(0, 2).square() / step**2
     shifted_N = _mean_square(down_NX) * moved_N2[:, 0] + _mean_square(right_NX) * moved_N2[:, 1]
     variance_N = (_mean_square(samples_NS) - _mean_square(quarters_NX)).clamp(min=0)
