@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from everest_ds.config import Experiment
+
 MISSING = -1  # `item` of a view whose video cannot be read
 
 
@@ -70,6 +72,18 @@ class PackedBatch(NamedTuple):
 
 
 Batch = ClipBatch | PackedBatch
+
+
+def blank_batch(config: Experiment, num_clips: int) -> Batch:
+    """Return a batch without content, in the form in which a model gets it, to trace the model with."""
+    clip = config.candidate_geometry
+    size = (num_clips, clip.num_frames, clip.image_size, clip.image_size, 3)
+    pixels = torch.empty(size, dtype=torch.uint8)
+    label, key, item = (torch.empty(num_clips, dtype=torch.int64) for _ in range(3))
+    if not config.tokens.reads_motion:
+        return ClipBatch(pixels, label, key, item)
+    kept = torch.empty(num_clips, config.token_counts.num_kept, dtype=torch.int32)
+    return PackedBatch(pixels, label, key, item, kept)
 
 
 def map_tensors(batch: Batch, change: Callable[[Tensor], Tensor]) -> Batch:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.compute import LITERATURE_MACS_PER_NORM_ELEMENT
+from everest_ds.data.clip_batches import blank_batch
 from everest_ds.models import build_model
 from everest_ds.models.tubelets import TubeletEmbedding
 from everest_ds.profiling.operator_formulas import computes, layer_norm_elements_of, macs_of
@@ -122,23 +123,19 @@ def count_experiment(config: Experiment, batch_size: int = 1) -> ExperimentCount
 
     Activation recomputation is not applied, since repeated work is not counted. A ViT-H takes seconds.
     """
-    geometry = config.candidate_geometry
-    side = geometry.image_size
     with torch.device("meta"):
-        model = build_model(config)
-        clip_BFHWC = torch.empty(batch_size, geometry.num_frames, side, side, 3, dtype=torch.uint8)
-        key_B, label_B = (torch.empty(batch_size, dtype=torch.int64) for _ in range(2))
+        model, batch = build_model(config), blank_batch(config, batch_size)
         embed = TubeletEmbedding(config.model.geometry, config.model.shape.encoder.width)
         tubelets_BNP = torch.empty(batch_size, config.model.geometry.num_tokens, embed.in_features).byte()
 
     def loss() -> Tensor:
-        output = model(clip_BFHWC, key_B)
-        return output.loss if config.task == "pretrain" else F.cross_entropy(output, label_B)
+        output = model(*batch.arguments)
+        return output.loss if config.task == "pretrain" else F.cross_entropy(output, batch.label)
 
     return ExperimentCount(
         batch_size=batch_size,
         num_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        forward=count_forward(model, clip_BFHWC, key_B),
+        forward=count_forward(model, *batch.arguments),
         training_step=count_training_step(loss, model),
         embed_all_macs=_count(lambda: embed()(tubelets_BNP), embed).macs,
     )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from everest_ds.config.schema import Experiment
 from everest_ds.costs.memory import predict_memory
+from everest_ds.data.clip_batches import blank_batch
 from everest_ds.models import build_model
 from everest_ds.profiling.compute_tables import Table
 from everest_ds.profiling.memory_trace import CATEGORIES, MemoryTrace, trace_memory
@@ -73,17 +74,15 @@ def trace_experiment(config: Experiment, prepare: Callable[[nn.Module], object])
         prepare(model)
         return model
 
-    def blank_batch() -> Sequence[Tensor]:
-        clip, num_clips = config.candidate_geometry, config.batch.micro_batch_size
-        key_B, label_B = (torch.empty(num_clips, dtype=torch.int64) for _ in range(2))
-        size = (num_clips, clip.num_frames, clip.image_size, clip.image_size, 3)
-        return torch.empty(size, dtype=torch.uint8), key_B, label_B
+    def inputs() -> Sequence[Tensor]:
+        batch = blank_batch(config, config.batch.micro_batch_size)
+        return batch.label, *batch.arguments
 
-    def loss(model: nn.Module, clip_BFHWC: Tensor, key_B: Tensor, label_B: Tensor) -> Tensor:
-        output = model(clip_BFHWC, key_B)
+    def loss(model: nn.Module, label_B: Tensor, *arguments: Tensor) -> Tensor:
+        output = model(*arguments)
         return output.loss if config.task == "pretrain" else F.cross_entropy(output.float(), label_B)
 
-    return trace_memory(build, blank_batch, loss)
+    return trace_memory(build, inputs, loss)
 
 
 def over_time(traced: MemoryTrace) -> Table:

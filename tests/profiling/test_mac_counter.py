@@ -57,6 +57,7 @@ def test_counted_is_predicted_for_every_published_size(backbone: str, task: str,
     "arm",
     [
         {"score": "pixel"},
+        {"score": "codec"},
         {"distance": "l1"},
         {"distance": "cosine"},
         {"frame_oversampling": 1.5},
