@@ -92,7 +92,7 @@ def test_the_probe_is_at_the_minimum_of_its_convex_loss() -> None:
     assert (linear(x).argmax(dim=1) == label).float().mean() > 0.9
 
 
-@pytest.mark.parametrize("kind", ["plain", "panning"])
+@pytest.mark.parametrize("kind", [pytest.param("plain", marks=pytest.mark.slow), "panning"])
 def test_rero_keeps_what_changes_and_the_oracle_what_moves(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
