@@ -28,7 +28,7 @@ ROOMS: dict[str, set[str]] = {
     "parallel": {"config", "launch", "checkpoints", "models"},
     "profiling": {"config", "costs", "models", "data"},
     "inference": {"config", "reports", "checkpoints", "models", "data", "interchange"},
-    "probing": {"config", "reports", "checkpoints", "data", "inference"},
+    "probing": {"config", "reports", "checkpoints", "models", "data", "inference"},
     "training": {
         *{"config", "launch", "reports", "checkpoints", "costs", "models", "data", "interchange"},
         *{"parallel", "profiling", "probing"},

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from everest_ds.models.threads import one_thread
 from everest_ds.probing.accuracy import FeatureSet, TopOne
 from everest_ds.probing.attentive_probe import attentive_probe
 from everest_ds.probing.effective_rank import rank_me
@@ -48,7 +48,7 @@ def score(
         test: features to test on.
         on_progress: called with the number of probes that are done, of `NUM_PROBES`.
     """
-    with _one_thread():
+    with one_thread():
         knn = neighbour_probe(train, test)
         on_progress(1)
         rank = rank_me(train.clip_ND)
@@ -58,13 +58,3 @@ def score(
         attentive = None if train.cell_NGD is None else attentive_probe(train, test)
         on_progress(4)
         return ProbeScores(linear, knn, rank, attentive)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

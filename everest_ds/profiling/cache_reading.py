@@ -25,7 +25,8 @@ from everest_ds.data.store.cached_draws import draw_members
 from everest_ds.data.store.layout import shard_name
 from everest_ds.data.store.token_cache import DrawShape, TokenCache
 from everest_ds.data.video_list import Sample
-from everest_ds.profiling.loading_stages import HandOver, one_thread
+from everest_ds.models.threads import one_thread
+from everest_ds.profiling.loading_stages import HandOver
 
 _CACHE_BYTES, _MOST_DRAWS = 2**26, 64  # more than a core's own caches hold
 _PASSES = 5

@@ -16,7 +16,7 @@ from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.store.layout import StoredFrames
 from everest_ds.data.video_list import Sample
-from everest_ds.profiling.loading_stages import one_thread
+from everest_ds.models.threads import one_thread
 from everest_ds.profiling.storage_rates import drop_from_page_cache, io_count
 
 _SCHEDULE = Path("/proc/self/schedstat")  # Linux only

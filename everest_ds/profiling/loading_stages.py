@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import pickle
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from everest_ds.config import Experiment
@@ -24,6 +22,7 @@ from everest_ds.data.clips import TrainingClips
 from everest_ds.data.order import Visit
 from everest_ds.data.video_list import Sample
 from everest_ds.errors import DataError
+from everest_ds.models.threads import one_thread
 from everest_ds.profiling.storage_rates import io_count
 
 _NUM_VIDEOS = 32
@@ -184,14 +183,3 @@ def _summary(readings: Sequence[tuple[Sample, _Reading]], repeats: int) -> Stage
 
 def _mean(readings: Sequence[_Reading]) -> _Reading:
     return _Reading(*(fmean(values) for values in zip(*readings, strict=True)))
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Let torch compute with one thread, as in a worker."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

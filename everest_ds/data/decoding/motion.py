@@ -4,8 +4,6 @@ An encoder predicts blocks of a picture from other pictures of the stream; a vec
 does not say which picture a vector points to, only whether that is shown earlier or later. It is taken to be
 the nearest one in that direction that is decoded earlier and that other pictures refer to; encoders use
 others too, but seldom. FFmpeg gives vectors of length 0 for blocks of MPEG-4's B pictures in direct mode.
-
-Shape legend: F pictures, V vectors.
 """
 
 from __future__ import annotations
